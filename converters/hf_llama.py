@@ -1,0 +1,149 @@
+"""A Hugging Face LLaMA folder -> BASE: `config.json`, safetensors (single or sharded), the tokenizer's files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.base_folder import write_base
+from converters.rules import TRANSPOSE, Progress, Rule
+from converters.tensor_files import SourceTensor, read_safetensors
+from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def import_base(
+    src: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Imports a Hugging Face folder of model_type llama.
+
+    Args:
+        src: the folder.
+        dest: the BASE folder to make.
+        dtype: float32, bfloat16 or float16; None keeps the source's.
+        overwrite: replace a `dest` that holds something, once the new one is complete.
+        progress: called after each tensor with (key, done, total).
+
+    Raises:
+        InputError: everything that is wrong with the input; `dest` is then as it was.
+    """
+    src = Path(src)
+    config = LlamaConfig.from_hf(read_json(src / "config.json"))
+    files, tensors = read_weights(src)
+    write_base(
+        dest, config, llama_rules(config), tensors, inputs=[*files, src / "config.json"],
+        dtype=dtype, overwrite=overwrite, progress=progress,
+        write_tokenizer=lambda folder: copy_tokenizer(src, folder),
+    )  # fmt: skip
+
+
+def module_name(projection: str) -> str:
+    """Where a projection lives inside a layer: `self_attn.q_proj`, `mlp.up_proj`."""
+    return f"{'self_attn' if projection in ATTENTION else 'mlp'}.{projection}"
+
+
+def llama_rules(config: LlamaConfig) -> list[Rule]:
+    """The table for transformers' `LlamaForCausalLM` keys; its linear weights are [O, I]."""
+    layer = "model.layers.{layer}"
+    rules = [
+        Rule("model.embed_tokens.weight", "embed.embedding"),
+        Rule("model.norm.weight", "norm.scale"),
+        Rule(f"{layer}.input_layernorm.weight", "layers.attention_norm.scale"),
+        Rule(f"{layer}.post_attention_layernorm.weight", "layers.mlp_norm.scale"),
+        # Buffers that transformers saved before 4.32; they follow from rope_theta.
+        Rule(f"{layer}.self_attn.rotary_emb.inv_freq", None),
+    ]
+    for p in PROJECTIONS:
+        rules.append(Rule(f"{layer}.{module_name(p)}.weight", f"layers.{p}.kernel", TRANSPOSE))
+        if config.projection_bias(p):
+            rules.append(Rule(f"{layer}.{module_name(p)}.bias", f"layers.{p}.bias"))
+    if config.tie_word_embeddings:
+        rules.append(Rule("lm_head.weight", None, same_as="model.embed_tokens.weight"))
+    else:
+        rules.append(Rule("lm_head.weight", "lm_head.kernel", TRANSPOSE))
+    return rules
+
+
+def read_weights(src: Path) -> tuple[list[Path], list[SourceTensor]]:
+    """(files, tensors) of a folder; the first file is the one that lists the tensors.
+
+    Raises:
+        InputError: no safetensors, or shards and index that contradict each other.
+    """
+    single, index = src / SINGLE, src / INDEX
+    if single.exists() and index.exists():
+        raise InputError(f"{src}: expected {SINGLE} or {INDEX}, found both")
+    if single.exists():
+        return [single], read_safetensors(single)
+    if index.exists():
+        return _read_shards(src, _read_weight_map(index))
+    pickles = sorted(p.name for p in src.glob("*.bin")) if src.is_dir() else []
+    found = f"{', '.join(pickles[:3])} (pickle, not supported)" if pickles else "neither"
+    raise InputError(f"{src}: expected {SINGLE} or {INDEX}, found {found}")
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    raw = read_json(index)
+    weight_map = raw.get("weight_map") if isinstance(raw, Mapping) else None
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise InputError(f"{INDEX}: weight_map: expected an object of tensor names and files, found {weight_map!r}")
+    problems = [
+        f"{INDEX}: {key}: expected the name of a safetensors file in the same folder, found {name!r}"
+        for key, name in weight_map.items()
+        if not _is_shard_name(name)
+    ]
+    if problems:
+        raise InputError(problems)
+    return dict(weight_map)
+
+
+def _is_shard_name(name: Any) -> bool:
+    if not isinstance(name, str) or not name.endswith(".safetensors"):
+        return False
+    return not any(c in name for c in "/\\:\0") and not name.startswith(".")
+
+
+def _read_shards(src: Path, weight_map: Mapping[str, str]) -> tuple[list[Path], list[SourceTensor]]:
+    problems: list[str] = []
+    tensors: list[SourceTensor] = []
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        expected = {key for key, file in weight_map.items() if file == name}
+        try:
+            shard = read_safetensors(src / name)
+        except InputError as e:
+            problems += e.problems
+            continue
+        found = {t.key for t in shard}
+        problems += [f"{name}: {key}: expected by {INDEX}, found no such tensor" for key in sorted(expected - found)]
+        for key in sorted(found - expected):
+            place = f"it in {weight_map[key]}" if key in weight_map else "no entry"
+            problems.append(f"{name}: {key}: expected in {INDEX}, found {place}")
+        tensors += shard
+    if problems:
+        raise InputError(problems)
+    return [src / INDEX, *(src / name for name in names)], tensors
+
+
+def copy_tokenizer(src: Path, folder: Path) -> None:
+    """Copies the tokenizer's and generation's files that exist; a malformed JSON one is refused."""
+    for name in TOKENIZER_FILES:
+        path = src / name
+        if not path.exists():
+            continue
+        if path.suffix == ".json":
+            read_json(path)
+        shutil.copyfile(path, folder / name)

@@ -1,0 +1,9 @@
+"""One LLaMA-family model with many LoRA adapters inside, where nobody has to pick the adapter."""
+
+from meteora_jax.config import InputError
+from meteora_jax.model import Completion, Delta, Meteora, load
+from meteora_jax.routing import Routing, RoutingTrace
+from meteora_jax.routing.fixed import Fixed
+from meteora_jax.routing.gates import Gates
+
+__all__ = ["Completion", "Delta", "Fixed", "Gates", "InputError", "Meteora", "Routing", "RoutingTrace", "load"]

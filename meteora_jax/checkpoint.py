@@ -1,0 +1,177 @@
+"""The data folders BASE, BANK and GATES: from disk to a model's state, and gates back to disk.
+
+A folder is a JSON description and `weights.safetensors`, whose tensors are exactly those that the
+description implies; anything else is refused, all problems at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from meteora_jax.adapters import AdapterBank
+from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
+from meteora_jax.llama import Llama
+
+WEIGHTS = "weights.safetensors"
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Reads exactly the tensors `shapes` names.
+
+    Raises:
+        InputError: the file is missing or damaged, or a tensor is missing, unknown or of another shape.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file, found none")
+    try:
+        with safe_open(path, "np") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            problems = [
+                f"{path}: {k}: expected no such tensor, found {found[k]}" for k in sorted(found.keys() - shapes)
+            ]
+            for key, shape in shapes.items():
+                if found.get(key) != shape:
+                    problems.append(f"{path}: {key}: expected shape {shape}, found {found.get(key, 'no such tensor')}")
+            if problems:
+                raise InputError(problems)
+            return {key: file.get_tensor(key) for key in shapes}
+    except SafetensorError as e:
+        raise InputError(f"{path}: expected a complete safetensors file, found a damaged one ({e})") from None
+
+
+def load_base(folder: str | os.PathLike[str], dtype: Any) -> tuple[LlamaConfig, dict[tuple[str, ...], np.ndarray]]:
+    """BASE/ -> its configuration and the model's base weights by path in the module tree."""
+    folder = Path(folder)
+    config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
+    weights: dict[tuple[str, ...], np.ndarray] = {("embed",): tensors.pop("embed.embedding").astype(dtype)}
+    for group, projections in GROUPS.items():
+        for part in ("kernel", "bias"):
+            names = [f"layers.{p}.{part}" for p in projections]
+            if names[0] in tensors:
+                weights["layers", group, part] = _join([tensors.pop(n) for n in names], dtype)
+    for key, tensor in tensors.items():
+        path = ("lm_head",) if key == "lm_head.kernel" else tuple(key.split("."))
+        weights[path] = tensor.astype(dtype)
+    return config, weights
+
+
+def _join(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
+    """Columns side by side, cast on the way, with one destination and no second copy of it."""
+    width = sum(p.shape[-1] for p in parts)
+    joined = np.empty((*parts[0].shape[:-1], width), dtype)
+    start = 0
+    for part in parts:
+        joined[..., start : start + part.shape[-1]] = part
+        start += part.shape[-1]
+    return joined
+
+
+def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> AdapterBank:
+    """BANK/ -> the bank, refused if it was imported for a base of another shape."""
+    folder = Path(folder)
+    source = str(folder / "bank.json")
+    config = BankConfig.from_json(read_json(folder / "bank.json"), source)
+    problems = []
+    if config.num_layers != base.num_layers:
+        problems.append(f"{source}: num_layers: expected {base.num_layers} (the base's), found {config.num_layers}")
+    for p in PROJECTIONS:
+        if config.base_shapes.get(p) != base.projection_shape(p):
+            problems.append(
+                f"{source}: base_shapes.{p}: expected {base.projection_shape(p)} (the base's), "
+                f"found {config.base_shapes.get(p)}"
+            )
+    if problems:
+        raise InputError(problems)
+    tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
+    part = lambda kind, dt: {p: jnp.asarray(tensors[f"{p}.{kind}"].astype(dt)) for p in config.ranks}  # noqa: E731
+    return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config)
+
+
+def load_gates(
+    folder: str | os.PathLike[str], base: LlamaConfig, names: tuple[str, ...]
+) -> tuple[GateConfig, dict[str, np.ndarray]]:
+    """GATES/ -> its configuration and {projection: float32 [L, I, A]}, columns in the bank's order."""
+    folder = Path(folder)
+    source = str(folder / "gates.json")
+    config = GateConfig.from_json(read_json(folder / "gates.json"), source)
+    missing = [n for n in names if n not in config.names]
+    unknown = [n for n in config.names if n not in names]
+    if missing or unknown:
+        wrong = [f"no gate for {n!r}" for n in missing] + [f"a gate for {n!r}" for n in unknown]
+        raise InputError(f"{source}: names: expected the bank's adapters, found {', '.join(wrong)}")
+    shapes = {p: (base.num_layers, base.projection_shape(p)[0], len(names)) for p in PROJECTIONS}
+    tensors = read_tensors(folder / WEIGHTS, shapes)
+    order = [config.names.index(n) for n in names]
+    return config, {p: np.ascontiguousarray(t[..., order].astype(np.float32)) for p, t in tensors.items()}
+
+
+def save_gates(folder: str | os.PathLike[str], config: GateConfig, gates: Mapping[str, np.ndarray]) -> None:
+    """Writes GATES/ whole or not at all; an existing folder is replaced only once the new one is complete."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file({p: np.ascontiguousarray(g, np.float32) for p, g in gates.items()}, temporary / WEIGHTS)
+        (temporary / "gates.json").write_text(json.dumps(config.to_json(), indent=1) + "\n")
+        os.chmod(temporary, 0o755)
+        if folder.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            os.replace(folder, retired / "old")
+            os.replace(temporary, folder)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def gate_weights(gates: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], np.ndarray]:
+    """{projection: [L, I, A]} -> the module tree's gates, [L, I, P, A] a group."""
+    return {("layers", g, "gate"): np.stack([gates[p] for p in ps], axis=2) for g, ps in GROUPS.items()}
+
+
+def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
+    """The inverse of `gate_weights`."""
+    return {p: np.asarray(state["layers", g, "gate"])[:, :, i] for g, ps in GROUPS.items() for i, p in enumerate(ps)}
+
+
+def assemble(
+    config: LlamaConfig,
+    weights: Mapping[tuple[str, ...], Any],
+    bank: AdapterBank | None,
+    gates: Mapping[str, np.ndarray] | None,
+    dtype: Any,
+) -> tuple[Any, Any]:
+    """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced."""
+    bank_config = bank.config if bank is not None else None
+    abstract = nnx.eval_shape(lambda: Llama(config, bank_config, gates is not None, dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    filled = dict(weights)
+    if bank is not None:
+        for group in GROUPS:
+            filled |= {("layers", group, k): v for k, v in (bank.group(group) or {}).items()}
+    if gates is not None:
+        filled |= gate_weights(gates)
+    leaves = nnx.to_flat_state(state)
+    loaded = [(path, leaf.replace(_placed(path, leaf, filled.pop(tuple(map(str, path)))))) for path, leaf in leaves]
+    assert not filled, f"weights without a place in the model: {sorted(filled)}"
+    return graph, nnx.from_flat_state(loaded)
+
+
+def _placed(path: Any, leaf: Any, value: Any) -> jax.Array:
+    assert leaf.shape == value.shape, f"{path}: {leaf.shape} != {value.shape}"
+    return jnp.asarray(value, leaf.dtype)

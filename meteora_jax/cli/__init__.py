@@ -1,0 +1,75 @@
+"""`meteora`: one frozen dataclass and one function a command.
+
+Exit status: 0 done; 1 the input was refused, with one line that says why; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from meteora_jax.cli.demo import Demo, demo
+from meteora_jax.cli.generate import Generate, generate
+from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
+from meteora_jax.cli.inspect import Inspect, inspect
+from meteora_jax.cli.train import TrainGates, train_gates
+from meteora_jax.config import InputError
+
+sub = tyro.conf.subcommand
+
+
+@dataclass(frozen=True)
+class Import:
+    """Convert files of other formats into the folders that every other command reads."""
+
+    what: Annotated[ImportBase, sub("base")] | Annotated[ImportAdapters, sub("adapters")]
+
+
+Command = (
+    Annotated[Import, sub("import")]
+    | Annotated[Inspect, sub("inspect")]
+    | Annotated[TrainGates, sub("train")]
+    | Annotated[Generate, sub("generate")]
+    | Annotated[Demo, sub("demo")]
+)
+
+ACTIONS = {
+    ImportBase: import_base,
+    ImportAdapters: import_adapters,
+    Inspect: inspect,
+    TrainGates: train_gates,
+    Generate: generate,
+    Demo: demo,
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Parses and runs one command; exits with the status that the module's docstring lists."""
+    command = tyro.cli(
+        Command,
+        prog="meteora",
+        description="One LLaMA-family model, many LoRA adapters inside, and nobody has to pick the adapter.",
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    command = command.what if isinstance(command, Import) else command
+    try:
+        ACTIONS[type(command)](command)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except NotImplementedError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as e:
+        if e.filename is None:
+            raise
+        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

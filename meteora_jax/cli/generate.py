@@ -1,0 +1,143 @@
+"""`meteora generate`: text out, and how it was routed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from meteora_jax.cli.report import console, default_dtype, status, write_json
+from meteora_jax.config import InputError
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer prompts."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]]
+    """Texts; none: standard input is one prompt."""
+    base: Path
+    """BASE folder."""
+    bank: Path | None = None
+    """BANK folder."""
+    gates: Path | None = None
+    """GATES folder."""
+    router: str | None = None
+    """"gates", "none", an adapter's name, or a mixture NAME=WEIGHT,NAME=WEIGHT; gates if given, else none."""
+    gate_top_k: int | None = None
+    """Adapters a token; by default as the gates were trained."""
+    gate_temperature: float | None = None
+    """Of the softmax over the chosen gates; by default as the gates were trained."""
+    max_new_tokens: int = 64
+    """At most this many tokens a response."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens with this probability only."""
+    seed: int = 0
+    """Of the sampling."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+    chat: bool = False
+    """Each prompt is a user's message: the tokenizer's chat template is applied."""
+    stream: bool = True
+    """Print text as it comes (one prompt only)."""
+    show_routing: bool = False
+    """Colour each token by its dominant adapter; write routing-N.html and routing-N.png."""
+    routing_dir: Path = Path("runs/routing")
+    """Where --show-routing writes."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of weights and activations: bfloat16 on an accelerator, float32 on a CPU unless given."""
+    json: Path | None = None
+    """Write responses, token ids and finish reasons here too."""
+
+
+def parse_router(command: Generate, gates: Any) -> Any:
+    """`--router` as a router value; `gates` is the loaded model's GateConfig or None."""
+    from meteora_jax.routing.fixed import Fixed
+    from meteora_jax.routing.gates import Gates
+
+    text = command.router or ("gates" if gates is not None else "none")
+    if text != "gates" and (command.gate_top_k is not None or command.gate_temperature is not None):
+        raise InputError(f"--gate-top-k, --gate-temperature: expected --router gates, found {text!r}")
+    if text == "none":
+        return None
+    if text == "gates":
+        if gates is None:
+            raise InputError("--router: expected --gates beside 'gates', found none")
+        top_k = gates.top_k if command.gate_top_k is None else command.gate_top_k
+        return Gates(top_k, gates.temperature if command.gate_temperature is None else command.gate_temperature)
+    if "=" not in text:
+        return Fixed(text)
+    mixture: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            mixture[name] = float(weight)
+        except ValueError:
+            raise InputError(f"--router: expected NAME=WEIGHT, found {part!r}") from None
+    return Fixed(mixture)
+
+
+def generate(command: Generate) -> None:
+    """Runs `meteora generate`."""
+    from meteora_jax.model import load
+
+    prompts: list[Any] = list(command.prompts) or [sys.stdin.read()]
+    if empty := [i for i, p in enumerate(prompts) if not p]:
+        raise InputError([f"prompt {i}: expected a text, found an empty one" for i in empty])
+    with status.status("loading"):
+        model = load(command.base, command.bank, command.gates, dtype=default_dtype(command.dtype))
+    router = parse_router(command, model.gates)
+    asked = [[{"role": "user", "content": p}] if command.chat else p for p in prompts]
+    options: dict[str, Any] = dict(
+        max_new_tokens=command.max_new_tokens, temperature=command.temperature, top_k=command.top_k,
+        top_p=command.top_p, seed=command.seed, stop=command.stop,
+    )  # fmt: skip
+    if command.stream and len(prompts) == 1:
+        completions: list[Any] = []
+        for piece in model.stream(asked, router, **options):
+            if isinstance(piece, list):
+                completions = piece
+            else:
+                console.out(piece.text, end="", highlight=False)
+        console.out("")
+    else:
+        completions = model.generate(asked, router, **options)
+        for i, c in enumerate(completions):
+            if len(completions) > 1:
+                console.rule(f"prompt {i}", align="left")
+            console.out(c.text, highlight=False)
+    written = [
+        show_routing(c.routing, command.routing_dir, f"routing-{i}")
+        for i, c in enumerate(completions)
+        if command.show_routing
+    ]
+    write_json(
+        command.json,
+        [
+            {"prompt": p, "text": c.text, "token_ids": c.token_ids, "finish_reason": c.finish_reason,
+             "prompt_length": c.prompt_length, **({"routing": [str(f) for f in written[i]]} if written else {})}
+            for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
+        ],
+    )  # fmt: skip
+
+
+def show_routing(trace: Any, folder: Path, stem: str) -> list[Path]:
+    """Prints a trace in colour and writes its page and picture; the files written."""
+    if trace is None:
+        raise InputError("--show-routing: expected a router that picks adapters, found the bare base")
+    from meteora_jax import viz
+
+    viz.to_terminal(trace, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    page, picture = folder / f"{stem}.html", folder / f"{stem}.png"
+    viz.write_html(trace, page, "routing")
+    viz.write_png(trace, picture, "routing")
+    status.print(f"routing: {page} {picture}", highlight=False)
+    return [page, picture]

@@ -1,0 +1,92 @@
+"""`meteora import base | adapters`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from meteora_jax.cli.report import console, progress_bar, write_json
+from meteora_jax.config import InputError, LlamaConfig, read_json
+
+
+@dataclass(frozen=True)
+class ImportBase:
+    """Convert a LLaMA-family base model."""
+
+    src: tyro.conf.Positional[Path]
+    """Hugging Face folder, or .gguf file."""
+    dest: tyro.conf.Positional[Path]
+    """BASE folder to make."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Stored type; by default the source's own (float32 for quantised ones)."""
+    overwrite: bool = False
+    """Replace DEST if it exists, once the new one is complete."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+def import_base(command: ImportBase) -> None:
+    """Runs `meteora import base`."""
+    import converters
+
+    with progress_bar("import base") as bar:
+        converters.import_base(
+            command.src,
+            command.dest,
+            dtype=command.dtype,
+            overwrite=command.overwrite,
+            progress=lambda key, done, total: bar(done, total, key),
+        )
+    config = LlamaConfig.from_hf(read_json(command.dest / "config.json"), str(command.dest / "config.json"))
+    size = sum(f.stat().st_size for f in command.dest.iterdir())
+    console.print(
+        f"{command.dest}: {config.num_layers} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size}, "
+        f"{size / 1e6:,.0f} MB", highlight=False
+    )  # fmt: skip
+    write_json(command.json, {"base": str(command.dest), "config": config.to_hf(), "bytes": size})
+
+
+@dataclass(frozen=True)
+class ImportAdapters:
+    """Convert PEFT LoRA folders into one bank."""
+
+    dest: tyro.conf.Positional[Path]
+    """BANK folder to make."""
+    adapters: tyro.conf.Positional[tuple[str, ...]]
+    """NAME=PEFT_DIR, one an adapter; the bank keeps their order."""
+    base: Path
+    """BASE folder that the adapters were trained on."""
+    overwrite: bool = False
+    """Replace DEST if it exists, once the new one is complete."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+def parse_adapters(pairs: Sequence[str]) -> list[tuple[str, Path]]:
+    """NAME=PEFT_DIR pairs, split; all that are malformed are refused at once."""
+    split = [(pair, *pair.partition("=")[::2]) for pair in pairs]
+    problems = [f"adapters: expected NAME=PEFT_DIR, found {p!r}" for p, name, folder in split if not (name and folder)]
+    if problems:
+        raise InputError(problems)
+    return [(name, Path(folder)) for _, name, folder in split]
+
+
+def import_adapters(command: ImportAdapters) -> None:
+    """Runs `meteora import adapters`."""
+    import converters
+
+    with progress_bar("import adapters") as bar:
+        bank = converters.import_adapters(
+            command.dest,
+            command.base,
+            parse_adapters(command.adapters),
+            overwrite=command.overwrite,
+            progress=lambda name, done, total: bar(done, total, name),
+        )
+    for a in bank.adapters:
+        console.print(f"{a.name}: rank {a.rank}, {' '.join(a.targets)}", highlight=False)
+    write_json(command.json, {"bank": str(command.dest), **bank.to_json()})

@@ -1,0 +1,341 @@
+"""The configurations that files own: the base (`LlamaConfig`), the bank and the gates.
+
+Nothing here has a default for a value that a checkpoint owns; where Hugging Face's format itself
+documents a default for an absent key, `LlamaConfig.from_hf` applies it, and only there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+
+class InputError(Exception):
+    """Input that is refused: one line naming file, key, expected and found. The CLI exits with 1.
+
+    `problems` holds every single failure; the message joins them.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        shown = [" ".join(p.split()) for p in self.problems[:12]]
+        rest = len(self.problems) - len(shown)
+        super().__init__("; ".join(shown) + (f"; and {rest} more problems" if rest else ""))
+
+
+# Projections that read one input form a group: one matmul serves it. The order inside a group is the
+# order of the columns of its kernel.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+PROJECTIONS: tuple[str, ...] = tuple(p for group in GROUPS.values() for p in group)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary scaling as `config.json` writes it (`rope_scaling`, or transformers 5 `rope_parameters`).
+
+    linear: positions divided by `factor`. dynamic (NTK): theta grows once the sequence is longer than
+    `original_max_position_embeddings`. llama3: low frequencies divided by `factor`, high ones kept,
+    a smooth blend between (Llama 3.1 model card).
+    """
+
+    rope_type: Literal["linear", "dynamic", "llama3"]
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and constants of one LLaMA-family base."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    def projection_shape(self, projection: str) -> tuple[int, int]:
+        """(I, O) of a projection's kernel: `y = x @ W`, x [.., I]."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        d, f = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d),
+            "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
+        }[projection]  # fmt: skip
+
+    def projection_bias(self, projection: str) -> bool:
+        """Whether the projection has a bias (attention_bias covers q k v o, as in transformers)."""
+        attention = projection in ("q_proj", "k_proj", "v_proj", "o_proj")
+        return self.attention_bias if attention else self.mlp_bias
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of every tensor of `BASE/weights.safetensors`; layers are stacked, L first."""
+        n, d, v = self.num_layers, self.hidden_size, self.vocab_size
+        shapes: dict[str, tuple[int, ...]] = {"embed.embedding": (v, d)}
+        for p in PROJECTIONS:
+            shapes[f"layers.{p}.kernel"] = (n, *self.projection_shape(p))
+            if self.projection_bias(p):
+                shapes[f"layers.{p}.bias"] = (n, self.projection_shape(p)[1])
+        shapes["layers.attention_norm.scale"] = (n, d)
+        shapes["layers.mlp_norm.scale"] = (n, d)
+        shapes["norm.scale"] = (d,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.kernel"] = (d, v)
+        return shapes
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
+        """Reads a Hugging Face `config.json` of model_type llama (transformers 4 and 5 spellings).
+
+        Raises:
+            InputError: keys that are missing, of the wrong type, or ask for what is not supported; all at once.
+        """
+        return _HfReader(raw, source).read()
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as a Hugging Face `config.json` (transformers 4 spelling, which 5 reads too)."""
+        scaling = None
+        if self.rope_scaling is not None:
+            scaling = {k: v for k, v in dataclasses.asdict(self.rope_scaling).items() if v is not None}
+        eos = list(self.eos_token_ids)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
+        }
+
+
+_REQUIRED = object()
+
+
+class _HfReader:
+    """Collects every problem of a `config.json` before it raises once."""
+
+    def __init__(self, raw: Mapping[str, Any], source: str):
+        self.raw, self.source, self.problems = raw, source, []
+
+    def get(
+        self, key: str, kind: type, default: Any = _REQUIRED, raw: Mapping[str, Any] | None = None, low=None
+    ) -> Any:
+        raw = self.raw if raw is None else raw
+        value = raw.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                self.problems.append(f"{self.source}: {key}: expected {kind.__name__}, found nothing")
+                return None
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            self.problems.append(f"{self.source}: {key}: expected {kind.__name__}, found {value!r}")
+            return None
+        if low is not None and not (low <= value < math.inf):
+            self.problems.append(f"{self.source}: {key}: expected a number of at least {low}, found {value!r}")
+            return None
+        return value
+
+    def rope(self, max_positions: int | None) -> tuple[float | None, RopeScaling | None]:
+        new = self.raw.get("rope_parameters") or {}
+        old = self.raw.get("rope_scaling") or {}
+        for key, value in (("rope_parameters", new), ("rope_scaling", old)):
+            if not isinstance(value, Mapping):
+                self.problems.append(f"{self.source}: {key}: expected an object, found {value!r}")
+                return None, None
+        # transformers 5 moved rope_theta into rope_parameters; 10000 is the format's documented default.
+        holder = new if "rope_theta" in new else self.raw
+        theta = self.get("rope_theta", float, default=10000.0, raw=holder, low=1e-6)
+        params = new or old
+        kind = params.get("rope_type", params.get("type", "default"))
+        if kind in (None, "default"):
+            return theta, None
+        if kind not in ("linear", "dynamic", "llama3"):
+            self.problems.append(
+                f"{self.source}: rope_scaling.rope_type: expected default, linear, dynamic or llama3, found {kind!r}"
+            )
+            return theta, None
+        before = len(self.problems)
+        factor = self.get("factor", float, raw=params, low=1.0)
+        low_freq = high_freq = None
+        if kind == "llama3":
+            low_freq = self.get("low_freq_factor", float, raw=params, low=1e-6)
+            high_freq = self.get("high_freq_factor", float, raw=params, low=1e-6)
+            original = self.get("original_max_position_embeddings", int, raw=params, low=1)
+        else:
+            original = self.get("original_max_position_embeddings", int, default=max_positions, raw=params, low=1)
+        if len(self.problems) > before:
+            return theta, None
+        return theta, RopeScaling(kind, factor, original, low_freq, high_freq)
+
+    def read(self) -> LlamaConfig:
+        if not isinstance(self.raw, Mapping):
+            raise InputError(f"{self.source}: expected an object, found {type(self.raw).__name__}")
+        model_type = self.raw.get("model_type")
+        if model_type != "llama":
+            raise InputError(f"{self.source}: model_type: expected 'llama', found {model_type!r}")
+        if self.raw.get("quantization_config") is not None:
+            self.problems.append(f"{self.source}: quantization_config: expected none, found a quantized checkpoint")
+        act = self.raw.get("hidden_act", "silu")
+        if act != "silu":
+            self.problems.append(f"{self.source}: hidden_act: expected 'silu', found {act!r}")
+        heads = self.get("num_attention_heads", int, low=1)
+        hidden = self.get("hidden_size", int, low=1)
+        kv_heads = self.get("num_key_value_heads", int, default=heads, low=1)
+        if heads and kv_heads and heads % kv_heads:
+            self.problems.append(
+                f"{self.source}: num_key_value_heads: expected a divisor of {heads} heads, found {kv_heads}"
+            )
+        head_dim = self.get("head_dim", int, default=hidden // heads if heads and hidden else None, low=1)
+        if head_dim and head_dim % 2:
+            self.problems.append(f"{self.source}: head_dim: expected an even number, found {head_dim}")
+        max_positions = self.get("max_position_embeddings", int, default=2048, low=1)
+        theta, scaling = self.rope(max_positions)
+        bos = self.raw.get("bos_token_id")
+        eos = self.raw.get("eos_token_id")
+        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        bos = bos[0] if isinstance(bos, list) and bos else bos
+        for key, ids in (("bos_token_id", () if bos is None else (bos,)), ("eos_token_id", eos)):
+            if any(not isinstance(i, int) for i in ids):
+                self.problems.append(f"{self.source}: {key}: expected token ids, found {self.raw.get(key)!r}")
+        fields = dict(
+            vocab_size=self.get("vocab_size", int, low=1),
+            hidden_size=hidden,
+            intermediate_size=self.get("intermediate_size", int, low=1),
+            num_layers=self.get("num_hidden_layers", int, low=1),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=self.get("rms_norm_eps", float, default=1e-6, low=0.0),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=self.get("tie_word_embeddings", bool, default=False),
+            attention_bias=self.get("attention_bias", bool, default=False),
+            mlp_bias=self.get("mlp_bias", bool, default=False),
+            bos_token_id=bos,
+            eos_token_ids=eos,
+        )
+        if self.problems:
+            raise InputError(self.problems)
+        return LlamaConfig(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter of a bank, as `bank.json` lists it."""
+
+    name: str
+    rank: int  # largest rank over its projections; the stacked tensors are zero-padded to the bank's
+    targets: tuple[str, ...]  # projections it touches, in PROJECTIONS order
+    source: str  # the PEFT folder's own name
+    sha256: str  # of the adapter's weight file
+    peft_config: dict[str, Any]  # adapter_config.json as found: what an export needs
+
+
+@dataclasses.dataclass(frozen=True)
+class BankConfig:
+    """`BANK/bank.json`: the adapters in stacking order and the base they fit."""
+
+    adapters: tuple[AdapterInfo, ...]
+    ranks: dict[str, int]  # projection -> R of its stacked tensors; a projection no adapter touches is absent
+    num_layers: int
+    base_shapes: dict[str, tuple[int, int]]  # projection -> (I, O) of the base it was imported for
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(a.name for a in self.adapters)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of `BANK/weights.safetensors`: `p.a` [L, A, R, I], `p.b` [L, A, R, O], `p.scale` [L, A]."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        n, a = self.num_layers, len(self.adapters)
+        for p, r in self.ranks.items():
+            i, o = self.base_shapes[p]
+            shapes |= {f"{p}.a": (n, a, r, i), f"{p}.b": (n, a, r, o), f"{p}.scale": (n, a)}
+        return shapes
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "meteora-bank-1", **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, raw: Any, source: str) -> BankConfig:
+        try:
+            if raw["format"] != "meteora-bank-1":
+                raise InputError(f"{source}: format: expected 'meteora-bank-1', found {raw['format']!r}")
+            adapters = tuple(AdapterInfo(**{**a, "targets": tuple(a["targets"])}) for a in raw["adapters"])
+            shapes = {p: (int(i), int(o)) for p, (i, o) in raw["base_shapes"].items()}
+            ranks = {p: int(r) for p, r in raw["ranks"].items()}
+            return cls(adapters, ranks, int(raw["num_layers"]), shapes)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """`GATES/gates.json`: which adapters the gate columns stand for, and how they were trained to be read."""
+
+    names: tuple[str, ...]  # adapter of each gate column
+    top_k: int  # C that training used
+    temperature: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "meteora-gates-1", **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, raw: Any, source: str) -> GateConfig:
+        try:
+            if raw["format"] != "meteora-gates-1":
+                raise InputError(f"{source}: format: expected 'meteora-gates-1', found {raw['format']!r}")
+            return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise InputError(f"{source}: expected a description of gates, found a malformed one ({e!r})") from e
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Parses a JSON file; a missing or malformed one is an InputError that names it."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected a file, found none") from None
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, or beyond Python's own limits
+        raise InputError(f"{path}: expected JSON, found something else ({e})") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None

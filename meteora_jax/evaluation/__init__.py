@@ -1,0 +1,1 @@
+"""Judging a model: the tasks, the metrics, and the runs over them."""

@@ -1,0 +1,120 @@
+"""Task data: prompts with their right answers, in three splits that never share an input.
+
+A folder of tasks is `TASKS/<task>/{train,test,holdout}.jsonl`; a line is `{"prompt": ..., "response": ...}`.
+Each family of tasks has a module here that writes such folders (`bigbench`); everything that trains or scores
+reads them with `load_split`. Holdout is scored once, for a release, and never trained on or tuned on.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from meteora_jax.config import InputError
+
+SPLITS = ("train", "test", "holdout")
+
+# MeteoRA's 28 tasks. The order is part of its checkpoints: adapter i is task i.
+METEORA_TASKS = (
+    "abstract_narrative_understanding",
+    "alpaca",
+    "cnn_dailymail",
+    "contextual_parametric_knowledge_conflicts",
+    "cs_algorithms",
+    "disfl_qa",
+    "elementary_math_qa",
+    "epistemic_reasoning",
+    "formal_fallacies_syllogisms_negation",
+    "goal_step_wikihow",
+    "gsm8k",
+    "language_identification",
+    "linguistics_puzzles",
+    "logical_deduction",
+    "news_commentary_de",
+    "news_commentary_es",
+    "news_commentary_it",
+    "object_counting",
+    "paragraph_segmentation",
+    "play_dialog_same_or_different",
+    "question_selection",
+    "reasoning_about_colored_objects",
+    "strategyqa",
+    "topical_chat",
+    "tracking_shuffled_objects",
+    "unit_conversion",
+    "vitaminc_fact_verification",
+    "winowhy",
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem of a task: what the model reads, and the answer that it should write."""
+
+    prompt: str
+    response: str
+
+
+def input_digest(text: str) -> str:
+    """SHA-256 (hex) by which an example's own input is known: stripped, UTF-8."""
+    return hashlib.sha256(text.strip().encode()).hexdigest()
+
+
+def split_of(text: str, pinned_to_test: Collection[str] = ()) -> str:
+    """The split of the example whose own input is `text`.
+
+    Digests in `pinned_to_test` are test; else the first hex digit decides: 0-c train, d-e test, f holdout.
+    The same input therefore lands in the same split, however often and wherever it occurs.
+    """
+    digest = input_digest(text)
+    if digest in pinned_to_test:
+        return "test"
+    return {"d": "test", "e": "test", "f": "holdout"}.get(digest[0], "train")
+
+
+def write_splits(task_dir: Path, splits: Mapping[str, Iterable[Example]]) -> None:
+    """Write `task_dir/<split>.jsonl` for each split; a file is complete or it is not there."""
+    task_dir.mkdir(parents=True, exist_ok=True)
+    for split, examples in splits.items():
+        lines = (json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+        _write_atomically(task_dir / f"{split}.jsonl", lines)
+
+
+def load_split(tasks_dir: Path, task: str, split: str) -> list[Example]:
+    """Examples of `<tasks_dir>/<task>/<split>.jsonl`, in file order; a bad line raises `InputError`."""
+    path = tasks_dir / task / f"{split}.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path}: expected the {split} split of {task}, found no file")
+    with path.open(encoding="utf-8") as lines:
+        return [_parse_line(line, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse_line(line: str, where: str) -> Example:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: expected a JSON object, found {_shortened(line)} ({error.msg})") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, found {_shortened(record)}")
+    for key in ("prompt", "response"):
+        if key not in record:
+            raise InputError(f"{where}: {key}: expected a string, found only the keys {sorted(record)}")
+        if not isinstance(record[key], str):
+            raise InputError(f"{where}: {key}: expected a string, found {_shortened(record[key])}")
+    return Example(record["prompt"], record["response"])
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _write_atomically(path: Path, lines: Iterable[str]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

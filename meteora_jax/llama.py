@@ -1,0 +1,227 @@
+"""LLaMA in Flax NNX: one layer body for training, prefill and decode; layers stacked and scanned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meteora_jax.adapters import AdaptedLinear, BaseParam, contract
+from meteora_jax.config import BankConfig, LlamaConfig
+from meteora_jax.kv_cache import EMPTY, KVCache
+from meteora_jax.routing import BoundRouter, Routing
+
+# What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
+Observer = Callable[[tuple[Routing, ...]], Any]
+
+
+def matmul_precision(dtype: Any) -> Any:
+    """Context in which float32 means float32: GPUs and TPUs would round float32 operands by default."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else None)
+
+
+def inverse_frequencies(config: LlamaConfig, positions: jax.Array) -> jax.Array:
+    """Rotary frequencies, float32 [B, H/2] (B = 1 unless they depend on each row's length).
+
+    Sources: Llama 3.1's `apply_scaling` (llama3); "dynamic NTK" as transformers computes it: theta grows
+    with the row's largest position so far.
+    """
+    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    scaling, theta = config.rope_scaling, config.rope_theta
+    plain = (1.0 / jnp.power(jnp.float32(theta), half))[None]
+    if scaling is None:
+        return plain
+    if scaling.rope_type == "linear":
+        return plain / scaling.factor
+    if scaling.rope_type == "dynamic":
+        original = scaling.original_max_position_embeddings
+        length = jnp.maximum(jnp.max(positions, axis=1) + 1, original).astype(jnp.float32)  # [B]
+        grown = scaling.factor * length / original - (scaling.factor - 1)
+        theta_row = theta * jnp.power(grown, config.head_dim / (config.head_dim - 2))
+        return 1.0 / jnp.power(theta_row[:, None], half[None])
+    assert scaling.low_freq_factor is not None, "the config reader requires both for llama3"
+    assert scaling.high_freq_factor is not None
+    wavelength = 2 * math.pi / plain
+    low = scaling.original_max_position_embeddings / scaling.low_freq_factor
+    high = scaling.original_max_position_embeddings / scaling.high_freq_factor
+    blend = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = (1 - blend) * plain / scaling.factor + blend * plain
+    return jnp.where(wavelength > low, plain / scaling.factor, jnp.where(wavelength < high, plain, smooth))
+
+
+def rotation(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines float32 [B, T, 1, H/2] of int32 positions [B, T]."""
+    angles = positions[:, :, None].astype(jnp.float32) * inverse_frequencies(config, positions)[:, None, :]
+    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding in the half-split convention: dimension i turns with i + H/2. x [B, T, N, H]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class RmsNorm(nnx.Module):
+    """x / rms(x) * scale, in float32."""
+
+    def __init__(self, width: int, eps: float, dtype: Any):
+        self.scale = BaseParam(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...][None, None, :]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2], mask bool [B, 1, T, S]."""
+
+    cos: Any
+    sin: Any
+    mask: Any
+
+
+class Layer(nnx.Module):
+    """One transformer layer."""
+
+    def __init__(self, config: LlamaConfig, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs):
+        self.config = config
+        norm = config.hidden_size, config.rms_norm_eps, dtype
+        self.attention_norm, self.mlp_norm = RmsNorm(*norm), RmsNorm(*norm)
+        linear = lambda group: AdaptedLinear(config, group, bank, gates, dtype, rngs)  # noqa: E731
+        self.qkv, self.o = linear("qkv"), linear("o")
+        self.gate_up, self.down = linear("gate_up"), linear("down")
+
+    def __call__(
+        self,
+        x: jax.Array,
+        where: Where,
+        cache: KVCache | None,
+        index: jax.Array,
+        fresh: bool,
+        router: BoundRouter | None,
+    ) -> tuple[jax.Array, KVCache | None, tuple[Routing, ...]]:
+        """x [B, T, D] -> x, the cache with this layer's keys and values, the routing of each group."""
+        (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router)
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
+        q, k, v = rotate(heads(q), where.cos, where.sin), rotate(heads(k), where.cos, where.sin), heads(v)
+        if cache is not None:
+            cache = cache.write(index, k, v)
+            if not fresh:
+                k, v = cache.layer(index)
+        (y,), r_o = self.o(attend(q, k, v, where.mask), router)
+        x = x + y
+        (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router)
+        (y,), r_down = self.down(jax.nn.silu(gate) * up, router)
+        return x + y, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H]."""
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return y.reshape(*y.shape[:2], -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LlamaOutput:
+    """hidden [B, T, D] after the last norm; the cache; what the observer returned, stacked over layers."""
+
+    hidden: Any
+    cache: Any
+    observed: Any
+
+
+class Llama(nnx.Module):
+    """A LLaMA-family decoder with room for a bank of adapters and their gates."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        bank: BankConfig | None = None,
+        gates: bool = False,
+        dtype: Any = jnp.float32,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        init = nnx.initializers.normal(0.02)
+        self.embed = BaseParam(init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+        def stack(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, bank, gates, dtype, rngs)
+
+        self.layers = stack(rngs)
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        tied = config.tie_word_embeddings
+        shape = (config.hidden_size, config.vocab_size)
+        self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        router: BoundRouter | None = None,
+        *,
+        cache: KVCache | None = None,
+        fresh: bool = False,
+        segments: jax.Array | None = None,
+        observe: Observer | None = None,
+        remat: bool = False,
+    ) -> LlamaOutput:
+        """Runs the layers.
+
+        Args:
+            tokens: int32 [B, T]. positions: int32 [B, T], each token's place in its own sequence, EMPTY for
+                padding, which nobody attends to.
+            cache: read and extended; `fresh` says that it is still empty, so that only the new keys are read.
+            segments: int32 [B, T] for packed sequences (no cache): a token sees its own segment only.
+            observe: see `Observer`; its result is stacked, layers first.
+            remat: recompute each layer in the backward pass instead of keeping its activations.
+        """
+        with matmul_precision(self.embed.dtype):
+            return self._run(tokens, positions, router, cache, fresh, segments, observe, remat)
+
+    def _run(self, tokens, positions, router, cache, fresh, segments, observe, remat) -> LlamaOutput:
+        if cache is not None:
+            cache = cache.claim(positions)
+        keys = positions if cache is None or fresh else cache.positions
+        mask = (keys[:, None, :] != EMPTY) & (keys[:, None, :] <= positions[:, :, None])  # [B, T, S]
+        if segments is not None:
+            mask &= segments[:, None, :] == segments[:, :, None]
+        where = Where(*rotation(self.config, positions), mask[:, None])
+        x = self.embed[...][tokens]
+        graph, weights = nnx.split(self.layers)
+
+        def body(carry: tuple[jax.Array, KVCache | None], inputs: tuple[Any, jax.Array]):
+            x, cache = carry
+            layer = nnx.merge(graph, inputs[0])
+            x, cache, routings = layer(x, where, cache, inputs[1], fresh, router)
+            return (x, cache), None if observe is None else observe(routings)
+
+        body = jax.checkpoint(body) if remat else body
+        order = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, cache), observed = jax.lax.scan(body, (x, cache), (weights, order))
+        if cache is not None:
+            cache = cache.advance(tokens.shape[1])
+        return LlamaOutput(self.norm(x), cache, observed)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Next-token logits float32 [.., V] of hidden [.., D]."""
+        with matmul_precision(hidden.dtype):
+            if self.lm_head is None:
+                return contract("...d,vd->...v", hidden, self.embed[...], 1).astype(jnp.float32)
+            return contract("...d,dv->...v", hidden, self.lm_head[...], 0).astype(jnp.float32)

@@ -1,0 +1,231 @@
+"""The public face: load the folders, ask for logits, generate text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates
+from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig
+from meteora_jax.generation import Generator, Sampling, check_prompts, pad_prompts
+from meteora_jax.kv_cache import EMPTY
+from meteora_jax.routing import BoundRouter, RoutingTrace, bind
+from meteora_jax.routing.gates import Gates
+from meteora_jax.text import TextStream, load_tokenizer
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+Prompt = str | Sequence[Message]
+FinishReason = Literal["end", "stop", "length"]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One response.
+
+    token_ids exclude the end token; `text` ends before a stop string, whose tokens token_ids still hold.
+    routing covers prompt and response; None where no router acted.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_length: int
+    routing: RoutingTrace | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """A piece of streamed text: `text` is to be appended to response `index`."""
+
+    index: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Meteora:
+    """A base with its bank and gates, ready to run. Made by `load`."""
+
+    config: LlamaConfig
+    bank: BankConfig | None
+    gates: GateConfig | None
+    tokenizer: Any
+    graph: Any
+    weights: Any
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The bank's adapters in its order; empty without a bank."""
+        return self.bank.names if self.bank else ()
+
+    def bind(self, router: Any, batch: int) -> BoundRouter | None:
+        """A caller's `router=` made ready for a batch."""
+        if router == "gates if loaded":
+            router = Gates(self.gates.top_k, self.gates.temperature) if self.gates else None
+        return bind(router, self.adapter_names, batch, self.gates is not None)
+
+    def logits(self, token_ids: Any, router: Any = "gates if loaded") -> jax.Array:
+        """Next-token logits at every position.
+
+        Args:
+            token_ids: int [B, T], or a list of B token lists of any lengths.
+            router: `Gates`, `Fixed`, None (bare base), a list of them (one a row); by default the gates if loaded.
+
+        Returns:
+            float32 [B, T, V], T the longest row; what stands behind a shorter row's end means nothing.
+        """
+        rows = [list(map(int, row)) for row in token_ids]
+        check_prompts(rows, self.config, 0)
+        tokens, lengths = pad_prompts(rows)
+        logits = _logits(
+            self.graph, self.weights, jnp.asarray(tokens), jnp.asarray(lengths), self.bind(router, len(rows))
+        )
+        return logits[:, : int(lengths.max())]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Text -> token ids as the tokenizer does by itself; a list of messages goes through the chat template."""
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if not self.tokenizer.chat_template:
+            raise InputError("prompt: expected a tokenizer with a chat template for messages, found one without")
+        rendered = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Token ids -> text, special tokens left out."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        router: Any = "gates if loaded",
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[Completion]:
+        """Answers a batch of prompts (text, messages, or token ids); greedy at temperature 0.
+
+        Raises:
+            InputError: empty prompt, prompt beyond the context, unknown adapter, bad sampling values.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        # without stop strings nothing needs the host before the end: one loop on the device
+        chunk = 16 if stop else max_new_tokens
+        completions: list[Completion] = []
+        for piece in self._run(prompts, router, max_new_tokens, sampling, stop, chunk):
+            if isinstance(piece, list):
+                completions = piece
+        return completions
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        router: Any = "gates if loaded",
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chunk: int = 8,
+    ) -> Iterator[Delta | list[Completion]]:
+        """As `generate`, in pieces: `Delta`s as text becomes certain, every `chunk` tokens, then the completions."""
+        yield from self._run(prompts, router, max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop, chunk)
+
+    def _run(self, prompts, router, max_new_tokens, sampling, stop, chunk) -> Iterator[Delta | list[Completion]]:
+        if isinstance(prompts, str):
+            raise InputError("prompts: expected a list of prompts, found a single text")
+        ids = [list(p) if _is_token_ids(p) else self.encode(p) for p in prompts]
+        if not ids:
+            raise InputError("prompts: expected at least one, found none")
+        batch = Generator(
+            self.graph, self.weights, self.config, ids, self.bind(router, len(ids)), sampling, max_new_tokens
+        )
+        streams = [TextStream(self.decode, stop) for _ in ids]
+        seen = [0] * len(ids)
+        running = True
+        while running:
+            running = batch.advance(chunk)
+            for i, tokens in enumerate(batch.tokens()):
+                text = streams[i].push(tokens[seen[i] :])
+                seen[i] = len(tokens)
+                if text:
+                    yield Delta(i, text)
+            stopped = [i for i, s in enumerate(streams) if s.stopped]
+            if stopped and running:
+                batch.stop(stopped)
+                running = not bool(np.all(batch.done))
+        for i, s in enumerate(streams):
+            if text := s.finish():
+                yield Delta(i, text)
+        yield self._complete(batch, ids, streams)
+
+    def _complete(self, batch: Generator, ids: list[list[int]], streams: list[TextStream]) -> list[Completion]:
+        reasons: list[FinishReason] = [
+            "stop" if s.stopped else "end" if len(s.tokens) < batch.max_new_tokens else "length" for s in streams
+        ]
+        # a response that met its end token had its last token read; any other's last was never fed back
+        lengths = [len(s.tokens) for s in streams]
+        fed = [n if r == "end" else n - 1 for n, r in zip(lengths, reasons, strict=True)]
+        routing = batch.routing(fed, lengths)
+        out = []
+        for i, (prompt, s) in enumerate(zip(ids, streams, strict=True)):
+            trace = None
+            if routing is not None:
+                shown = tuple(self.tokenizer.decode([t]) for t in prompt + s.tokens)
+                trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *routing[i])
+            out.append(Completion(s.text, s.tokens, reasons[i], len(prompt), trace))
+        return out
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and all(isinstance(t, int | np.integer) for t in prompt)
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def _logits(graph: Any, weights: Any, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None) -> jax.Array:
+    model = nnx.merge(graph, weights)
+    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
+    return model.logits(model(tokens, positions, router).hidden)
+
+
+def load(
+    base: str | os.PathLike[str],
+    bank: str | os.PathLike[str] | None = None,
+    gates: str | os.PathLike[str] | None = None,
+    mesh: Any = None,
+    dtype: str = "bfloat16",
+) -> Meteora:
+    """Loads BASE, and on top of it BANK and GATES, made by `meteora import` and `meteora train gates`.
+
+    Args:
+        mesh: not supported yet; sharded inference raises NotImplementedError.
+        dtype: of base, adapters and activations; gates stay float32.
+
+    Raises:
+        InputError: a folder is missing, damaged, or made for another base or bank.
+    """
+    if mesh is not None:
+        raise NotImplementedError("mesh: sharded inference is not built yet; pass mesh=None")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if gates is not None and bank is None:
+        raise InputError(f"{gates}: gates: expected a bank beside them, found none")
+    kind = jnp.dtype(dtype)
+    config, weights = load_base(base, kind)
+    loaded = load_bank(bank, config, kind) if bank is not None else None
+    gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
+    graph, state = assemble(config, weights, loaded, columns, kind)
+    return Meteora(config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state)

@@ -1,0 +1,141 @@
+"""Routing is a value: adapter indices and weights. Whatever decides, decides by making one.
+
+A router as the caller writes it (`Gates`, `Fixed`, a list of them, None) is *bound* to a bank's names and
+a batch of prompts; what comes out is a small pytree with one method,
+
+    route(x [B, T, I], gate [I, P, A] | None) -> Routing [B, T, P, C]
+
+called once for each projection group (P projections read the same x). Request-level routers were told
+their routing beforehand and ignore x; their Routing has size 1 on the T and P axes and broadcasts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meteora_jax.config import InputError
+
+NO_ADAPTER = -1  # the null choice: weight 0, no adapter
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Which adapters act, and how strongly.
+
+    indices: int32 [B, T, P, C]; NO_ADAPTER where nothing acts (its weight is 0).
+    weights: float32 [B, T, P, C].
+    logits: float32 [B, T, P, A], the gates' own, for the router that has them; what gate training reads.
+    Axes T and P may be 1 and then broadcast.
+    """
+
+    indices: Any
+    weights: Any
+    logits: Any = None
+
+    def dense(self, num_adapters: int) -> jax.Array:
+        """[B, T, P, A]: the weight of every adapter, zero where it was not chosen."""
+        chosen = jax.nn.one_hot(self.indices, num_adapters, dtype=jnp.float32)  # -1 gives a row of zeros
+        return jnp.sum(chosen * self.weights[..., None], axis=-2)
+
+
+@runtime_checkable
+class BoundRouter(Protocol):
+    """A router made ready for one batch: a pytree whose leaves have B as their first axis."""
+
+    def route(self, x: jax.Array, gate: jax.Array | None) -> Routing: ...
+
+
+@runtime_checkable
+class Router(Protocol):
+    """What a caller passes as `router=`. A new kind of router needs these two methods and nothing else."""
+
+    needs_gates: bool
+
+    def bind(self, routers: Sequence[Router | None], names: tuple[str, ...]) -> BoundRouter:
+        """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerPrompt:
+    """Several kinds of router in one batch: each prompt takes the routing of its own kind.
+
+    which: int32 [B], index into `routers`. Every kind routes the whole batch, with NO_ADAPTER in rows
+    that are not its own, so a batch costs as many gate evaluations as it has kinds, never prompts.
+    """
+
+    which: Any
+    routers: tuple[Any, ...]
+
+    def route(self, x: jax.Array, gate: jax.Array | None) -> Routing:
+        routings = [r.route(x, gate) for r in self.routers]
+        shape = jnp.broadcast_shapes(*(r.indices.shape[:-1] for r in routings))
+        width = max(r.indices.shape[-1] for r in routings)
+        indices = jnp.full((*shape, width), NO_ADAPTER, jnp.int32)
+        weights = jnp.zeros((*shape, width), jnp.float32)
+        for kind, routing in enumerate(routings):
+            own = (self.which == kind)[:, None, None, None]
+            pad = [(0, 0)] * len(shape) + [(0, width - routing.indices.shape[-1])]
+            padded = jnp.pad(routing.indices, pad, constant_values=NO_ADAPTER)
+            indices = jnp.where(own, padded, indices)
+            weights = jnp.where(own, jnp.pad(routing.weights, pad), weights)
+        logits = next((r.logits for r in routings if r.logits is not None), None)
+        return Routing(indices, weights, logits)
+
+
+def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> BoundRouter | None:
+    """Makes `router` (one router, a list of one a prompt, or None) ready for a batch of `batch` prompts.
+
+    Raises:
+        InputError: a list of another length, an unknown adapter, gates asked for where none are loaded.
+    """
+    per_prompt = list(router) if isinstance(router, list | tuple) else [router] * batch
+    if len(per_prompt) != batch:
+        raise InputError(f"router: expected a list of {batch} (one a prompt), found {len(per_prompt)}")
+    kinds: list[type] = []
+    for r in per_prompt:
+        if r is None or type(r) in kinds:
+            continue
+        if not hasattr(r, "bind"):
+            raise InputError(f"router: expected Gates, Fixed, None or a list of them, found {r!r}")
+        kinds.append(type(r))
+    if not kinds:
+        return None
+    if not names:
+        raise InputError("router: expected a bank of adapters, found a model loaded without one")
+    bound = []
+    for kind in kinds:
+        rows = [r if type(r) is kind else None for r in per_prompt]
+        first = next(r for r in rows if r is not None)
+        if first.needs_gates and not has_gates:
+            raise InputError(f"router: {first!r} expected trained gates, found a model loaded without them")
+        bound.append(first.bind(rows, names))
+    if len(bound) == 1:
+        return bound[0]
+    which = [kinds.index(type(r)) if r is not None else -1 for r in per_prompt]
+    return PerPrompt(jnp.asarray(which, jnp.int32), tuple(bound))
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingTrace:
+    """What routed each token of one request, on the host.
+
+    tokens: T display strings, prompt first, then the response.
+    indices: int32 [T, L, P, C], NO_ADAPTER where nothing acted; weights: float32, the same shape.
+    The last token of a response was never fed back, so nothing routed it.
+    """
+
+    adapter_names: tuple[str, ...]
+    projections: tuple[str, ...]
+    tokens: tuple[str, ...]
+    prompt_length: int
+    indices: np.ndarray
+    weights: np.ndarray

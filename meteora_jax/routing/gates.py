@@ -1,0 +1,78 @@
+"""Token-level routing by trained gates (MeteoRA, arXiv 2405.13053, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from meteora_jax.config import InputError
+from meteora_jax.routing import NO_ADAPTER, Routing
+
+
+def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of the last axis, largest first; ties go to the lowest index.
+
+    k rounds of max: with a handful of choices among tens of adapters this beats a sort, and unlike
+    `lax.top_k` it stays elementwise enough for XLA to fuse with its neighbours.
+
+    Args: logits float32 [.., A]. Returns: values [.., k] and indices int32 [.., k].
+    """
+    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    values, indices, rest = [], [], logits
+    for _ in range(k):
+        index = jnp.argmax(rest, axis=-1).astype(jnp.int32)
+        values.append(jnp.max(rest, axis=-1))
+        indices.append(index)
+        rest = jnp.where(columns == index[..., None], -jnp.inf, rest)
+    return jnp.stack(values, -1), jnp.stack(indices, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gates:
+    """Every projection's own gate picks its `top_k` adapters for every token.
+
+    g = x @ Wg; s, idx = top_k(g, C); w = softmax(s / temperature); w = 1 when C = 1.
+    """
+
+    top_k: int = 2
+    temperature: float = 1.0
+    needs_gates = True
+
+    def __post_init__(self):
+        if self.top_k < 1:
+            raise InputError(f"Gates: top_k: expected at least 1, found {self.top_k}")
+        if not (0 < self.temperature < math.inf):
+            raise InputError(f"Gates: temperature: expected a positive number, found {self.temperature}")
+
+    def bind(self, routers: Sequence[Gates | None], names: tuple[str, ...]) -> BoundGates:
+        counts = [r.top_k if r is not None else 0 for r in routers]
+        if max(counts) > len(names):
+            raise InputError(f"Gates: top_k: expected at most {len(names)} (the bank's adapters), found {max(counts)}")
+        temperatures = [r.temperature if r is not None else 1.0 for r in routers]
+        return BoundGates(jnp.asarray(counts, jnp.int32), jnp.asarray(temperatures, jnp.float32), max_k=max(counts))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BoundGates:
+    """Gates for a batch: each prompt its own C (0: not routed by gates) and temperature, both [B]."""
+
+    counts: Any
+    temperatures: Any
+    max_k: int = dataclasses.field(metadata={"static": True})
+
+    def route(self, x: jax.Array, gate: jax.Array) -> Routing:
+        """x [B, T, I], gate float32 [I, P, A] -> Routing [B, T, P, max_k], with its logits."""
+        logits = jnp.einsum("bti,ipa->btpa", x, gate.astype(x.dtype), preferred_element_type=jnp.float32)
+        values, indices = top_k(logits, self.max_k)
+        taken = jnp.arange(self.max_k)[None, :] < self.counts[:, None]  # [B, C]
+        taken = taken[:, None, None, :]
+        values = jnp.where(taken, values / self.temperatures[:, None, None, None], -jnp.inf)
+        # a prompt with C = 0 has no finite value; its weights are zero, not the softmax's NaN
+        weights = jnp.where(taken, jax.nn.softmax(jnp.where(taken, values, -1e30), axis=-1), 0.0)
+        return Routing(jnp.where(taken, indices, NO_ADAPTER), weights, logits)

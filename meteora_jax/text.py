@@ -1,0 +1,70 @@
+"""Tokens and text: the tokenizer of a base, and text while its tokens arrive."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from meteora_jax.config import InputError
+
+REPLACEMENT = "\ufffd"  # what a tokenizer prints for bytes that are not yet a whole character
+
+
+class TextStream:
+    """The text of one response as its tokens arrive.
+
+    Text is released once no later token can change it: an incomplete character, or a tail that may still
+    become a stop string, waits. What `push` and `finish` return adds up to `text`.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]):
+        self._decode, self._stop = decode, tuple(s for s in stop if s)
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stopped = False
+        self._released = 0
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Adds tokens and returns the text that became certain; ignores what follows a stop string."""
+        if not self._stop:
+            self.tokens.extend(tokens)
+            self.text = self._decode(self.tokens)
+        else:
+            for token in tokens:  # one by one: the response ends with the token that completes the stop string
+                if self.stopped:
+                    break
+                self.tokens.append(token)
+                self.text = self._decode(self.tokens)
+                found = [at for at in (self.text.find(s) for s in self._stop) if at >= 0]
+                if found:
+                    self.text, self.stopped = self.text[: min(found)], True
+        return self._release(len(self.text) if self.stopped else self._certain())
+
+    def finish(self) -> str:
+        """The rest, once no token will follow."""
+        return self._release(len(self.text))
+
+    def _certain(self) -> int:
+        end = len(self.text.rstrip(REPLACEMENT))
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, end), 0, -1):
+                if self.text.endswith(stop[:size], 0, end):
+                    end -= size
+                    break
+        return end
+
+    def _release(self, end: int) -> str:
+        start, self._released = self._released, max(self._released, end)
+        return self.text[start : self._released]
+
+
+def load_tokenizer(base: str | os.PathLike[str]) -> Any:
+    """The tokenizer saved in BASE."""
+    from transformers import AutoTokenizer  # slow to import, and logits need no tokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(Path(base), local_files_only=True)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{base}: expected a tokenizer's files, found none that load ({e})") from None

@@ -1,0 +1,1 @@
+"""Training the gates: data, loss, step, loop."""

@@ -1,0 +1,404 @@
+"""Pictures of routing: coloured tokens in the terminal, a standalone HTML page, a PNG heat map.
+
+Each picture reads one `RoutingTrace` and nothing else. Token text comes from a model and is not trusted:
+control characters are shown as pictures, and whatever goes into the page is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import html
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.rule import Rule
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from meteora_jax.config import InputError
+from meteora_jax.routing import NO_ADAPTER, RoutingTrace
+
+# Ten picked by hand, then the candidate furthest from all before it (Oklab distance, the least of normal,
+# deuteranope and protanope sight). Luminance stays between 0.16 and 0.56: black text reads on every one, and
+# every one stands out from a white and from a black page.
+_PALETTE = (
+    "#4888f0", "#f0a030", "#d84888", "#20c8b8", "#a86028", "#b898f0", "#609838",
+    "#f07058", "#1880a0", "#c8c850", "#98c8f0", "#8058d0", "#60a0b8", "#e0a098",
+    "#108060", "#b860c8", "#c88098", "#f8a0d0", "#e0c090", "#b85060", "#d07010",
+    "#88a070", "#e870d0", "#b8b068", "#c89810", "#98d0b0", "#8890e8", "#5880c0",
+)  # fmt: skip
+
+
+def palette(n: int) -> tuple[str, ...]:
+    """`n` colours, "#rrggbb", by adapter index: distinct up to 28, then they repeat; none depends on n."""
+    return tuple(itertools.islice(itertools.cycle(_PALETTE), n))
+
+
+def _colours_for(adapters: np.ndarray) -> tuple[str, ...]:
+    """Colours enough to index with any of `adapters`, and never none."""
+    return palette(int(adapters.max(initial=0)) + 1)
+
+
+# What a trace says about its tokens
+
+
+def adapter_share(trace: RoutingTrace) -> np.ndarray:
+    """Each adapter's share of a token's total weight over all layers and projections.
+
+    Where the weights of every projection sum to one, this is their average over layers and projections.
+
+    Returns:
+        float32 [T, A]: rows sum to one, or are zero where no adapter acted.
+    """
+    return _share(trace.indices, trace.weights, len(trace.adapter_names))
+
+
+def dominant(trace: RoutingTrace) -> np.ndarray:
+    """int32 [T]: the adapter with the largest share, the first of equals; NO_ADAPTER where none acted."""
+    return _leader(adapter_share(trace))
+
+
+def _share(indices: np.ndarray, weights: np.ndarray, num_adapters: int) -> np.ndarray:
+    """float32 [rows, A]: shares of the absolute weight along every axis but the first."""
+    rows = len(indices)
+    indices, weights = indices.reshape(rows, -1), np.abs(weights).reshape(rows, -1)
+    acting = indices != NO_ADAPTER
+    slots = (np.arange(rows)[:, None] * num_adapters + indices)[acting]
+    summed = np.bincount(slots, weights[acting], minlength=rows * num_adapters).reshape(rows, num_adapters)
+    total = summed.sum(axis=1, keepdims=True)
+    return np.divide(summed, total, out=np.zeros(summed.shape, np.float32), where=total > 0)
+
+
+def _leader(share: np.ndarray) -> np.ndarray:
+    """int32 [rows]: argmax over adapters; a row of zeros has no leader."""
+    no_adapter_first = np.pad(share, ((0, 0), (1, 0)))
+    return (no_adapter_first.argmax(axis=1) + NO_ADAPTER).astype(np.int32)
+
+
+def _led(trace: RoutingTrace, leaders: np.ndarray) -> dict[str, np.ndarray]:
+    """{part: float [A]}: the fraction of the prompt's and of the response's tokens that each adapter leads."""
+    if leaders[-1] == NO_ADAPTER:  # the last token generated is never fed back: nothing could route it
+        leaders = leaders[:-1]
+    parts = {"prompt": leaders[: trace.prompt_length], "response": leaders[trace.prompt_length :]}
+    size = len(trace.adapter_names)
+    return {
+        name: np.bincount(part[part != NO_ADAPTER], minlength=size) / max(len(part), 1) for name, part in parts.items()
+    }
+
+
+def _visible(token: str) -> str:
+    """The token with control characters (all but newline and tab) as their pictures: ESC becomes ␛."""
+
+    def picture(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return "␡" if code == 0x7F else chr(0x2400 + code) if code < 0x20 else "\ufffd"
+
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", picture, token)
+
+
+# Terminal
+
+
+def to_terminal(trace: RoutingTrace, console: Console) -> None:
+    """Prints prompt (pale) and response (strong), each token in its dominant adapter's colour, and a legend.
+
+    A console of fewer than 256 colours gets a letter for each adapter, in brackets where the adapter changes.
+    """
+    in_colour = not console.no_color and console.color_system in ("256", "truecolor")
+    leaders = dominant(trace)
+    n = trace.prompt_length
+    for name, part, strength in (("prompt", slice(0, n), 0.45), ("response", slice(n, None), 1.0)):
+        painted = ([_visible(token) for token in trace.tokens[part]], leaders[part])
+        text = _coloured_text(*painted, strength) if in_colour else _lettered_text(*painted)
+        console.print(Rule(name, align="left", style="dim"))
+        # In a file the text keeps its own line breaks; on a screen it breaks between words.
+        console.print(text, soft_wrap=not console.is_terminal)
+    console.print(Rule("adapters, by the tokens they lead", align="left", style="dim"))
+    console.print(_legend(trace, leaders, in_colour))
+
+
+def _coloured_text(tokens: list[str], leaders: np.ndarray, strength: float) -> Text:
+    """Tokens on their leaders' colours, mixed with white down to `strength`."""
+    bold = strength == 1
+    styles = [Style(color="#000000", bgcolor=_pale(c, strength), bold=bold) for c in _colours_for(leaders)]
+    text = Text()
+    for token, leader in zip(tokens, leaders, strict=True):
+        text.append(token, "" if leader == NO_ADAPTER else styles[leader])
+    return text
+
+
+def _lettered_text(tokens: list[str], leaders: np.ndarray) -> Text:
+    text = Text()
+    for leader, run in itertools.groupby(zip(leaders, tokens, strict=True), key=lambda pair: int(pair[0])):
+        text.append(f"⟦{_letter(leader)}⟧" + "".join(token for _, token in run))
+    return text
+
+
+def _legend(trace: RoutingTrace, leaders: np.ndarray, in_colour: bool) -> Table:
+    """One row for each adapter that leads any token: its mark, name, and fraction of prompt and response."""
+    led = _led(trace, leaders)
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("")
+    table.add_column("adapter")
+    for part in led:
+        table.add_column(part, justify="right")
+    colours = palette(len(trace.adapter_names))
+    leading = [a for a in range(len(colours)) if any(fractions[a] for fractions in led.values())]
+    for a in leading:
+        mark = Text("  ", Style(bgcolor=colours[a])) if in_colour else Text(_letter(a))
+        table.add_row(mark, Text(_visible(trace.adapter_names[a])), *(_percent(float(f[a])) for f in led.values()))
+    others = len(colours) - len(leading)
+    if others:
+        table.add_row("", Text(f"leading no token: {others}", "dim"))
+    return table
+
+
+def _letter(adapter: int) -> str:
+    """A, B, ... Z, AA, AB, ... as spreadsheets count; - for no adapter."""
+    if adapter == NO_ADAPTER:
+        return "-"
+    head, tail = divmod(adapter, 26)
+    return (_letter(head - 1) if head else "") + chr(ord("A") + tail)
+
+
+def _pale(colour: str, strength: float) -> str:
+    """`colour` at `strength` over white, both "#rrggbb"."""
+    return "#" + bytes(round(c * strength + 255 * (1 - strength)) for c in bytes.fromhex(colour[1:])).hex()
+
+
+def _percent(fraction: float) -> str:
+    return "<1%" if 0 < fraction < 0.005 else f"{fraction:.0%}"
+
+
+# HTML
+
+
+def write_html(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> None:
+    """Writes one standalone page: the coloured text, what routed the token in focus, the whole routing map.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    share = adapter_share(trace)
+    colours = palette(len(trace.adapter_names))
+    styles = [
+        f' style="--c:{colours[leader]};--s:{strength:.2f}"' if leader != NO_ADAPTER else ""
+        for leader, strength in zip(_leader(share), share.max(axis=1, initial=0), strict=True)
+    ]
+    tokens = list(map(_token_html, trace.tokens, styles))
+    fill = {
+        "title": html.escape(_visible(title)),
+        "summary": html.escape(_summary(trace)),
+        "legend": "".join(map(_legend_html, trace.adapter_names, colours)),
+        "prompt": "".join(tokens[: trace.prompt_length]),
+        "response": "".join(tokens[trace.prompt_length :]),
+        "trace": _page_data(trace, colours),
+    }
+    template = resources.files("meteora_jax").joinpath("routing_page.html").read_text(encoding="utf-8")
+    # One pass: text that happens to hold {{...}} is never taken for a slot.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda slot: fill[slot[1]], template)
+    with _replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")  # lone surrogates have no UTF-8
+
+
+def _token_html(token: str, style: str) -> str:
+    kind = "token newline" if "\n" in token else "token"
+    return f'<span class="{kind}" role="option" tabindex="-1"{style}>{html.escape(_visible(token))}</span>'
+
+
+def _legend_html(name: str, colour: str) -> str:
+    return (
+        f'<button type="button" class="adapter" aria-pressed="false" style="--c:{colour}">'
+        f'<i></i><b>{html.escape(_visible(name))}</b><span class="led"></span></button>'
+    )
+
+
+def _summary(trace: RoutingTrace) -> str:
+    layers, projections, chosen = trace.indices.shape[1:]
+    response = len(trace.tokens) - trace.prompt_length
+    return (
+        f"{len(trace.adapter_names)} adapters, {layers} layers × {projections} projections, "
+        f"top {chosen}; {trace.prompt_length} prompt and {response} response tokens"
+    )
+
+
+def _page_data(trace: RoutingTrace, colours: tuple[str, ...]) -> str:
+    """The routing as JSON: indices in the smallest unsigned type (its largest value is none), weights int16."""
+    index_type = np.dtype("uint8" if len(trace.adapter_names) < 256 else "<u2")
+    none = np.iinfo(index_type).max
+    weight_step = max(float(np.abs(trace.weights).max(initial=0)), 1.0) / np.iinfo(np.int16).max
+    data = {
+        "adapters": [_visible(name) for name in trace.adapter_names],
+        "colours": colours,
+        "projections": trace.projections,
+        "promptLength": trace.prompt_length,
+        "shape": trace.indices.shape,
+        "indices": _base64(np.where(trace.indices == NO_ADAPTER, none, trace.indices).astype(index_type)),
+        "indexBytes": index_type.itemsize,
+        "none": none,
+        "weights": _base64(np.rint(trace.weights / weight_step).astype("<i2")),
+        "weightStep": weight_step,
+    }
+    # Inside <script> only "<" can end or change the element.
+    return json.dumps(data, default=int, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode("ascii")
+
+
+# PNG
+
+_MANY_ROWS = 420  # above this a row is a layer, not a projection of a layer
+_MANY_TOKENS = 80  # above this the axis shows positions, not token text
+
+
+def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> None:
+    """Draws the routing map: a column for each token, a row for each layer of each projection.
+
+    Colour is the cell's strongest adapter and opacity its weight; the strip on top has the whole model's
+    dominant adapters. Above 420 rows all projections of a layer share a row.
+
+    Raises:
+        InputError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise InputError(f"{path}: needs matplotlib, found none: pip install 'meteora-jax[eval]'") from None
+    num_tokens, num_layers, num_projections, _ = trace.indices.shape
+    by_layer = num_layers * num_projections > _MANY_ROWS
+    adapters, strengths = _layer_rows(trace) if by_layer else _projection_rows(trace)
+    bands = ("all projections",) if by_layer else trace.projections
+
+    width = float(np.clip(3 + 0.19 * num_tokens, 8, 18))
+    height = float(np.clip(0.028 * len(adapters), 2.4, 9))
+    columns = _legend_columns(trace, width)
+    margins = 1.85 if num_tokens <= _MANY_TOKENS else 1.35
+    legend_height = 0.2 + 0.28 * math.ceil(len(trace.adapter_names) / columns)
+    figure = Figure(figsize=(width, margins + height + legend_height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    strip, cells = figure.subplots(2, sharex=True, height_ratios=(0.2, height), gridspec_kw={"hspace": 0.02})
+    leaders = dominant(trace)[None]
+    strip.imshow(_rgba(leaders, np.ones(leaders.shape)), aspect="auto", interpolation="nearest")
+    cells.imshow(_rgba(adapters, strengths), aspect="auto", interpolation="nearest")
+    strip.set_yticks([0], ["whole model"])
+    _label_rows(cells, bands, num_layers)
+    _label_tokens(cells, trace)
+    for axes in (strip, cells):
+        axes.set_facecolor("0.95")
+        axes.axvline(trace.prompt_length - 0.5, color="black", linewidth=1.2)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    _mark_response(strip, trace.prompt_length)
+    _draw_legend(figure, trace, columns)
+    figure.suptitle(_drawable(title), x=0.01, ha="left", fontsize=12, parse_math=False)
+    with _replacing(path) as partial:
+        figure.savefig(partial, format="png", facecolor="white")
+
+
+def _projection_rows(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
+    """The strongest adapter and its weight [P * L, T] of each cell, the layers of one projection together."""
+    strength = np.where(trace.indices == NO_ADAPTER, 0, np.abs(trace.weights))
+    best = strength.argmax(axis=-1)[..., None]
+    cells = (np.take_along_axis(values, best, axis=-1)[..., 0] for values in (trace.indices, strength))
+    adapters, weights = (values.transpose(2, 1, 0).reshape(-1, len(values)) for values in cells)
+    return adapters, weights / max(weights.max(initial=0), 1)
+
+
+def _layer_rows(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
+    """The adapter that leads a layer over its projections, and its share: [L, T] each."""
+    num_tokens, num_layers = trace.indices.shape[:2]
+    rows, shape = num_tokens * num_layers, (num_tokens, num_layers)
+    share = _share(trace.indices.reshape(rows, -1), trace.weights.reshape(rows, -1), len(trace.adapter_names))
+    return _leader(share).reshape(shape).T, share.max(axis=1, initial=0).reshape(shape).T
+
+
+def _rgba(adapters: np.ndarray, strengths: np.ndarray) -> np.ndarray:
+    """float [..., 4]: the adapter's colour, as opaque as it is strong; nothing where there is none."""
+    colours = [list(bytes.fromhex(c[1:])) for c in _colours_for(adapters)]
+    rgb = np.array(colours)[np.maximum(adapters, 0)] / 255
+    return np.concatenate([rgb, np.where(adapters == NO_ADAPTER, 0, strengths)[..., None]], axis=-1)
+
+
+def _label_rows(axes: Any, bands: tuple[str, ...], num_layers: int) -> None:
+    """Names each band of layers, rules between them, and numbers its layers on the right."""
+    starts = np.arange(len(bands)) * num_layers
+    axes.set_yticks(starts + (num_layers - 1) / 2, bands)
+    for start in starts[1:]:
+        axes.axhline(start - 0.5, color="white", linewidth=2.5)
+    numbers = axes.secondary_yaxis("right")
+    step = math.ceil(num_layers / (2 if len(bands) > 1 else 8))
+    ticks = [(start + layer, str(layer)) for start in starts for layer in range(0, num_layers, step)]
+    numbers.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=6, color="0.4")
+    numbers.set_ylabel("layer", fontsize=8)
+    numbers.tick_params(length=0)
+    numbers.spines[:].set_visible(False)
+
+
+def _mark_response(axes: Any, prompt_length: int) -> None:
+    """Says above the border that the response begins there."""
+    border = (prompt_length - 0.5, 1)
+    axes.annotate("response →", border, (4, 3), ("data", "axes fraction"), "offset points", fontsize=8)
+
+
+def _label_tokens(axes: Any, trace: RoutingTrace) -> None:
+    if len(trace.tokens) > _MANY_TOKENS:
+        axes.set_xlabel("token")
+        return
+    shown = [_drawable(token.replace("\n", "↵").replace("\t", " ")) for token in trace.tokens]
+    labels = [text if len(text) <= 14 else text[:13] + "…" for text in shown]
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
+
+
+def _legend_columns(trace: RoutingTrace, width: float) -> int:
+    """How many entries of the longest name fit into `width` inches at 8 points."""
+    longest = max(map(len, trace.adapter_names), default=1)
+    return max(int(width / (0.45 + 0.075 * longest)), 1)
+
+
+def _draw_legend(figure: Any, trace: RoutingTrace, columns: int) -> None:
+    from matplotlib.patches import Patch
+
+    names = [_drawable(name) for name in trace.adapter_names]
+    patches = [Patch(color=c, label=name) for c, name in zip(palette(len(names)), names, strict=True)]
+    legend = figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _drawable(text: str) -> str:
+    """`text` with characters that matplotlib's own font lacks as �; they would be boxes and warnings."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c if ord(c) in known else "\ufffd" for c in _visible(text))
+
+
+# Files
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place only if the body succeeds."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror})") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Kernels: single-device operations that know nothing of models."""

@@ -1,0 +1,5 @@
+"""The routed LoRA product: every token adds the low-rank updates of the adapters that its routing names."""
+
+from pallas_kernels.routed_lora.reference import routed_lora
+
+__all__ = ["routed_lora"]

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Environment, install, lint, types, all tests. Arguments go to pytest: scripts/test.sh -k gates
+# PYTHON=python3.12 chooses the interpreter, WORKERS=4 the number of test processes (one a core otherwise),
+# TORCH=torch==2.11.0 the PyTorch that the tests compare with.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+
+SECONDS=0
+environment convert eval test dev
+
+say "ruff"
+"$PY" -m ruff check .
+"$PY" -m ruff format --check .
+
+say "pyright"
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1  # it would look for a newer version of itself
+"$PY" -m pyright --pythonpath "$PY"
+
+say "pytest"
+"$PY" -m pytest -n "${WORKERS:-logical}" --maxprocesses 8 --dist loadscope --durations 15 "$@"
+say "all passed in $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -1,0 +1,53 @@
+"""What holds for every test: no network, one CPU device, strict shapes, strict types, strict dtypes."""
+
+import os
+
+# Before the first import of jax or transformers: both read these once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda runs the tests marked gpu
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch: each worker has one core, and threads would fight for it
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import beartype
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def check_types(function: Callable[..., Any]) -> Callable[..., Any]:
+    """beartype, but not on constructors: jax rebuilds pytrees around leaves that are no arrays."""
+    return function if function.__name__ == "__init__" else beartype.beartype(function)
+
+
+# Every annotated function of these packages checks its arguments and result, shapes included.
+install_import_hook(("meteora_jax", "converters", "pallas_kernels"), f"{__name__}.check_types")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if jax.default_backend() != "gpu":
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """A test that reaches for another machine fails at once, on whatever machine it runs."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1"):
+            raise RuntimeError(f"tests work offline, but this one connects to {address}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local_only)
+        yield

@@ -1,0 +1,171 @@
+"""The arrows between the rooms, and two habits of the house, read off the source of every module.
+
+    config, sharding -> retriever -> routing -> kv_cache, adapters -> llama -> checkpoint, text
+        -> generation, evaluation, training, viz -> model (with meteora_jax itself, the public API) -> cli
+
+A room of meteora_jax may import the rooms to its left in ROOMS, and itself. pallas_kernels and converters
+know only what THIRD_PARTY and PROJECT grant them; nobody else imports scripts or tests.
+A module that is no room yet fails here until it has its place in ROOMS.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAX_LINES = 500
+NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function lives with the noun it serves
+
+# The rooms of meteora_jax in the order in which they may import each other; "" is meteora_jax/__init__.
+ROOMS = [
+    *("config", "sharding", "retriever", "routing", "kv_cache", "adapters", "llama", "checkpoint", "text"),
+    *("generation", "evaluation", "training", "viz", "model", "", "cli"),
+]
+PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
+PROJECT = {  # what else of this project a package imports; of meteora_jax, ROOMS decides
+    "pallas_kernels": (),
+    "converters": ("meteora_jax.config",),
+    "meteora_jax": ("pallas_kernels",),
+    "meteora_jax.cli": ("converters", "pallas_kernels"),
+}
+THIRD_PARTY = {
+    "pallas_kernels": {"jax", "jax_triton", "triton", "jaxtyping"},
+    "converters": {"numpy", "ml_dtypes", "safetensors", "gguf", "tokenizers", "transformers"},
+    "meteora_jax": {
+        *("jax", "flax", "optax", "orbax", "numpy", "ml_dtypes", "safetensors", "jaxtyping"),
+        *("transformers", "tokenizers", "jinja2", "tyro", "rich", "gguf"),
+        *("matplotlib", "sacrebleu", "rouge_score"),
+    },
+}
+INSIDE_FUNCTIONS = {  # optional, or slow to import: only where used
+    *("gguf", "matplotlib", "sacrebleu", "rouge_score", "transformers", "tokenizers"),
+}
+
+
+def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[str, int, bool]]:
+    """(full name, line, executed when the module is imported) of every import, relative ones resolved."""
+
+    def walk(node: ast.AST, eager: bool) -> Iterator[tuple[str, int, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield alias.name, child.lineno, eager
+            elif isinstance(child, ast.ImportFrom):
+                source = child.module or ""
+                if child.level:
+                    kept = module.split(".")
+                    kept = kept[: len(kept) - child.level + is_package]
+                    source = ".".join([*kept, source] if source else kept)
+                for alias in child.names:
+                    yield f"{source}.{alias.name}", child.lineno, eager
+            else:
+                lazy = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                lazy = lazy or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+                yield from walk(child, eager and not lazy)
+
+    return walk(tree, True)
+
+
+def room_of(name: str) -> str:
+    """The room that a full name below meteora_jax belongs to; an attribute of the package is the API, ""."""
+    first = [*name.split("."), ""][1]
+    return first if first in ROOMS else ""
+
+
+def violations(path: str, text: str) -> list[str]:
+    """Every import of one file (its path from the root, its text) against the table, one line each."""
+    module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    package, _, inner = module.partition(".")
+    room = inner.split(".")[0]
+    found = []
+    if package == "meteora_jax" and room not in ROOMS:
+        found.append(f"{path}: {room!r} is no room yet; give it its place in ROOMS")
+    for name, line, eager in imports(ast.parse(text), module, path.endswith("__init__.py")):
+        top = name.split(".")[0]
+        where = f"{path}:{line} imports {name}"
+        if top in ("scripts", "tests") and top != package:
+            found.append(f"{where}: nobody imports {top}")
+        if package not in PACKAGES or top == package != "meteora_jax":
+            continue
+        if top == "meteora_jax" == package:
+            theirs = room_of(name)
+            if room in ROOMS and theirs != room and ROOMS.index(theirs) > ROOMS.index(room):
+                theirs = theirs or "the public API"
+                found.append(f"{where}: {theirs} comes after {room or 'the public API'}")
+        elif top in PACKAGES:
+            granted = PROJECT.get(f"{package}.{room}", PROJECT[package])
+            if not any(f"{name}.".startswith(f"{grant}.") for grant in granted):
+                found.append(f"{where}: {package} may not")
+        elif top not in sys.stdlib_module_names:
+            if top not in THIRD_PARTY[package]:
+                found.append(f"{where}: {package} may not")
+            elif eager and top in INSIDE_FUNCTIONS:
+                found.append(f"{where}: only inside the function that needs it")
+    return found
+
+
+def sources() -> list[str]:
+    folders = (*PACKAGES, "scripts", "tests")
+    return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources())
+def test_file_keeps_to_the_house(path: str):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    found = violations(path, text)
+    lines = len(text.splitlines())
+    if lines > MAX_LINES:
+        found.append(f"{path}: {lines} lines; split it above {MAX_LINES}")
+    if NO_NOUN & set(Path(path).with_suffix("").parts):
+        found.append(f"{path}: name it after what it holds")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "complaint"),
+    [
+        ("pallas_kernels/routed_lora/api.py", "import numpy as np", "pallas_kernels may not"),
+        ("pallas_kernels/routed_lora/api.py", "from meteora_jax.config import BankConfig", "may not"),
+        ("converters/rules.py", "import jax.numpy as jnp", "converters may not"),
+        ("converters/rules.py", "import torch", "converters may not"),
+        ("converters/rules.py", "from meteora_jax import llama", "converters may not"),
+        ("converters/gguf_llama.py", "import gguf", "only inside"),
+        ("converters/gguf_llama.py", "class Reader:\n    import gguf", "only inside"),
+        ("meteora_jax/config.py", "from meteora_jax.llama import Llama", "llama comes after config"),
+        ("meteora_jax/config.py", "def f():\n    from meteora_jax import llama", "llama comes after config"),
+        ("meteora_jax/llama.py", "from . import cli", "cli comes after llama"),
+        ("meteora_jax/routing/gates.py", "from ..llama import Llama", "llama comes after routing"),
+        ("meteora_jax/generation.py", "import meteora_jax as mj", "the public API comes after generation"),
+        ("meteora_jax/generation.py", "from meteora_jax import Gates", "the public API comes after"),
+        ("meteora_jax/__init__.py", "from meteora_jax.cli import main", "cli comes after the public API"),
+        ("meteora_jax/model.py", "from converters import rules", "meteora_jax may not"),
+        ("meteora_jax/llama.py", "import torch", "meteora_jax may not"),
+        ("meteora_jax/viz.py", "import matplotlib.pyplot as plt", "only inside"),
+        ("meteora_jax/kittens.py", "", "no room yet"),
+        ("tests/test_x.py", "from scripts import bench", "nobody imports scripts"),
+        ("scripts/bench.py", "import tests.tiny", "nobody imports tests"),
+    ],
+)
+def test_a_wrong_import_is_named(path: str, text: str, complaint: str):
+    (found,) = violations(path, text)
+    assert complaint in found
+    assert path in found
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("pallas_kernels/routed_lora/api.py", "import jax\nfrom .reference import routed_lora"),
+        ("converters/gguf_llama.py", "from meteora_jax.config import LlamaConfig\ndef f():\n    import gguf"),
+        ("meteora_jax/routing/__init__.py", "from .gates import Gates\nfrom meteora_jax import config"),
+        ("meteora_jax/adapters.py", "from meteora_jax.routing import Routing\nimport pallas_kernels"),
+        ("meteora_jax/cli/convert.py", "import converters.rules\nimport meteora_jax as mj"),
+        ("meteora_jax/__init__.py", "from .model import load"),
+        ("scripts/demo/train.py", "import torch\nimport meteora_jax as mj"),
+    ],
+)
+def test_a_right_import_is_not(path: str, text: str):
+    assert violations(path, text) == []

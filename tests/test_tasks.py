@@ -1,0 +1,267 @@
+"""Task preparation on a hand-made BIG-bench folder; nothing is downloaded."""
+
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from meteora_jax.config import InputError
+from meteora_jax.evaluation.tasks import (
+    METEORA_TASKS,
+    SPLITS,
+    Example,
+    bigbench,
+    load_split,
+    split_of,
+)
+from meteora_jax.evaluation.tasks.bigbench import (
+    BIGBENCH_TASKS,
+    COMPOSITE_10,
+    prepare,
+    read_test_inputs,
+    verify,
+)
+
+BIGBENCH = Path(__file__).parent / "fixtures" / "bigbench"
+FIXTURE_TASKS = ("logical_deduction", "object_counting", "question_selection", "strategyqa", "winowhy")
+
+
+@pytest.fixture
+def tasks_dir(tmp_path):
+    prepare(BIGBENCH, tmp_path / "tasks", FIXTURE_TASKS)
+    return tmp_path / "tasks"
+
+
+def all_examples(tasks_dir, task):
+    return [example for split in SPLITS for example in load_split(tasks_dir, task, split)]
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_task(root, task, content):
+    path = root / "bigbench" / "benchmark_tasks" / task / "task.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content))
+
+
+def test_there_are_22_bigbench_tasks_of_28():
+    assert len(METEORA_TASKS) == 28
+    assert list(METEORA_TASKS) == sorted(METEORA_TASKS)
+    assert len(BIGBENCH_TASKS) == 22
+
+
+# --- the text of prompts and answers ---
+
+
+def test_prefixes_default_to_q_and_a_and_outer_whitespace_goes(tasks_dir):
+    expected = Example("[INST] Q: Is ice cold?\nA: [/INST]\n", "Yes. It is frozen water.")
+    assert expected in all_examples(tasks_dir, "strategyqa")
+
+
+def test_exact_duplicates_count_once_and_differing_answers_stay(tasks_dir):
+    assert len(all_examples(tasks_dir, "strategyqa")) == 3
+
+
+def test_first_of_several_targets_is_the_answer(tasks_dir):
+    (example,) = all_examples(tasks_dir, "object_counting")
+    assert example == Example("[INST] Q: I have a flute and a drum. How many?\nA: [/INST]\n", "two")
+
+
+def test_bigbench_choices_are_permuted_as_bigbench_does(tasks_dir):
+    prompts = {example.prompt: example.response for example in all_examples(tasks_dir, "question_selection")}
+    start = "[INST] Select the question.\n\nHere is the answer.\nShort Answer: "
+    end = "\nChoose the question. [/INST]\n"
+    assert prompts == {
+        f"{start}8\n  choice: What is the second?\n  choice: An odd one?{end}": "What is the second?",
+        f"{start}9\n  choice: b?\n  choice: d?\n  choice: a?\n  choice: c?{end}": "d?",
+    }
+
+
+def test_place_of_a_choice_does_not_tell_the_right_one():
+    # The same choices in any order of the file, which may begin with the right one.
+    assert bigbench.permuted(["d", "b", "a", "c"]) == bigbench.permuted(["a", "c", "d", "b"]) == ["b", "d", "a", "c"]
+
+
+def test_append_choices_takes_the_truth_of_a_string_as_bigbench_does():
+    sample = {"input": "x", "target_scores": {"a": 1, "b": 0}}
+    assert "choice: a" in bigbench.format_prompt("winowhy", {"append_choices_to_input": "false"}, sample)
+    assert "choice: a" not in bigbench.format_prompt("winowhy", {"append_choices_to_input": False}, sample)
+
+
+def test_logical_deduction_gets_a_question_and_a_line_a_choice(tasks_dir):
+    examples = all_examples(tasks_dir, "logical_deduction")
+    assert len(examples) == 4
+    prompt = (
+        "[INST] A set of three objects.\n\nAna finished above Rob. Which choice is correct?\n"
+        "choice: Rob is first.\nchoice: Ana is first.\n [/INST]\n"
+    )
+    assert Example(prompt, "Ana is first.") in examples
+
+
+def test_unit_conversion_without_choices_gets_no_choice_lines():
+    content = {"example_input_prefix": "\n", "example_output_prefix": ""}
+    prompt = bigbench.format_prompt("unit_conversion", content, {"input": "In grams, how much is 1mg?"})
+    assert prompt == "[INST] In grams, how much is 1mg? [/INST]\n"
+
+
+# --- splits ---
+
+
+def test_split_follows_the_first_hex_digit_of_the_stripped_input():
+    found = set()
+    for i in range(200):
+        text = f"input {i}"
+        expected = {"d": "test", "e": "test", "f": "holdout"}.get(digest(text)[0], "train")
+        assert split_of(f" {text}\n") == split_of(text) == expected
+        found.add(expected)
+    assert found == set(SPLITS)
+
+
+def test_equal_inputs_share_a_split(tasks_dir):
+    for split in SPLITS:
+        swims = [example for example in load_split(tasks_dir, "strategyqa", split) if "swim" in example.prompt]
+        assert len(swims) in (0, 2)
+
+
+def test_listed_inputs_are_test(tmp_path):
+    train_inputs = ["Ana finished above Rob.", "Amy finished above Eli."]
+    listing = tmp_path / "test_inputs.sha256"
+    listing.write_text("".join(f"{digest(text)} logical_deduction\n" for text in train_inputs))
+    (counts,) = prepare(BIGBENCH, tmp_path / "tasks", ["logical_deduction"], read_test_inputs(listing))
+    assert (counts.train, counts.test, counts.holdout) == (0, 4, 0)
+    assert (counts.pinned, counts.listed) == (2, 2)
+
+
+def test_listed_inputs_must_be_digests(tmp_path):
+    listing = tmp_path / "test_inputs.sha256"
+    listing.write_text(f"{'0' * 64} winowhy\nabc winowhy\n")
+    with pytest.raises(match=r"test_inputs.sha256:2: expected 64 hex digits and a task, found 'abc"):
+        read_test_inputs(listing)
+
+
+def test_archive_and_folder_give_the_same_files(tmp_path, tasks_dir):
+    archive = tmp_path / "bigbench-1.0.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(BIGBENCH, arcname="bigbench-1.0.0")
+    prepare(archive, tmp_path / "from_archive", FIXTURE_TASKS)
+    for path in tasks_dir.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "from_archive" / path.relative_to(tasks_dir)).read_bytes() == path.read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, tasks_dir):
+    before = {path.name: path.read_bytes() for path in (tasks_dir / "winowhy").iterdir()}
+    write_task(tmp_path / "bad", "winowhy", {"examples": [{"input": "x", "target": "\ud800"}]})
+    with pytest.raises(UnicodeEncodeError):
+        prepare(tmp_path / "bad", tasks_dir, ["winowhy"])
+    assert {path.name: path.read_bytes() for path in (tasks_dir / "winowhy").iterdir()} == before
+
+
+# --- refusals: one line each ---
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"examples": [{"target": "a"}]},
+            "winowhy/task.json: example 0: input: expected a string, found NoneType",
+        ),
+        (
+            {"examples": [{"input": "x"}]},
+            "example 0: target: expected target or target_scores, found only .'input'.",
+        ),
+        ({"examples": {}}, "winowhy/task.json: examples: expected a list, found dict"),
+        (
+            {"examples": [{"input": "x", "target_scores": {"a": 0, "b": 0}}]},
+            "example 0: target_scores: expected a choice above the others",
+        ),
+    ],
+)
+def test_malformed_task_files_are_refused(tmp_path, content, message):
+    write_task(tmp_path, "winowhy", content)
+    with pytest.raises(InputError, match=message):
+        prepare(tmp_path, tmp_path / "tasks", ["winowhy"])
+
+
+def test_missing_task_and_missing_source_are_refused(tmp_path):
+    with pytest.raises(match=r"expected bigbench/benchmark_tasks/<task>/task.json, found none for disfl_qa"):
+        prepare(BIGBENCH, tmp_path, ["winowhy", "disfl_qa"])
+    with pytest.raises(InputError, match=r"nowhere: expected a BIG-bench folder or sdist"):
+        prepare(tmp_path / "nowhere", tmp_path, ["winowhy"])
+    with pytest.raises(InputError, match=r"tasks: expected BIG-bench tasks .*, found alpaca$"):
+        prepare(BIGBENCH, tmp_path, ["alpaca"])
+
+
+def test_a_truncated_archive_is_refused(tmp_path):
+    whole = tmp_path / "whole.tar.gz"
+    with tarfile.open(whole, "w:gz") as tar:
+        tar.add(BIGBENCH, arcname="bigbench-1.0.0")
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(whole.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"cut.tar.gz: expected a whole tar archive"):
+        prepare(cut, tmp_path / "tasks", FIXTURE_TASKS)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "test.jsonl:2: expected a JSON object, found '{"),
+        ('["a", "b"]', "test.jsonl:2: expected a JSON object, found "),
+        ('{"prompt": "a"}', "test.jsonl:2: response: expected a string, found only the keys"),
+        ('{"prompt": 1, "response": "b"}', "test.jsonl:2: prompt: expected a string, found 1$"),
+    ],
+)
+def test_malformed_lines_are_refused(tmp_path, line, message):
+    path = tmp_path / "winowhy" / "test.jsonl"
+    path.parent.mkdir()
+    path.write_text(f'{{"prompt": "a", "response": "b"}}\n{line}\n')
+    with pytest.raises(InputError, match=message):
+        load_split(tmp_path, "winowhy", "test")
+
+
+def test_a_missing_split_is_refused(tmp_path):
+    with pytest.raises(match=r"holdout.jsonl: expected the holdout split of winowhy, found no file"):
+        load_split(tmp_path, "winowhy", "holdout")
+
+
+# --- against a composite file ---
+
+
+def composite_problem(**asked):
+    """A composite-10 problem that asks `asked`, by task, in all three rounds; other questions are dots."""
+    prompts = [asked.get(task, ("[INST] . [/INST]\n", ""))[0] for task in COMPOSITE_10]
+    answers = [asked.get(task, ("", "."))[1] for task in COMPOSITE_10]
+    round_of_ten = "\n".join(prompts)
+    dedented = round_of_ten.replace("\n  choice", "\nchoice")
+    return {"prompt": dedented + dedented + round_of_ten, "response": "@@@@\n".join(answers)}
+
+
+def test_verify_counts_what_is_reproduced_and_names_what_is_not(tmp_path, tasks_dir):
+    known = next(example for example in all_examples(tasks_dir, "question_selection") if "9" in example.prompt)
+    foreign = "[INST] Q: Is ice warm?\nA: [/INST]\n"
+    reference = tmp_path / "composite.jsonl"
+    problem = composite_problem(question_selection=(known.prompt, "d?"), strategyqa=(foreign, "No."))
+    reference.write_text(json.dumps(problem) + "\n")
+
+    found, missed = verify(reference, tasks_dir, ("question_selection", "strategyqa"))
+    assert (found.questions, found.questions_equal, found.answers_equal) == (1, 1, 1)
+    assert (found.examples, found.examples_equal, found.different) == (1, 1, [])
+    assert (missed.questions, missed.questions_equal, missed.answers_equal, missed.examples_equal) == (
+        1,
+        0,
+        0,
+        0,
+    )
+    assert missed.different == [foreign, foreign]
+
+
+def test_verify_refuses_another_layout(tmp_path, tasks_dir):
+    reference = tmp_path / "composite.jsonl"
+    reference.write_text(json.dumps({"prompt": "[INST] x [/INST]\n", "response": "y"}) + "\n")
+    with pytest.raises(match=r"composite.jsonl:1: expected 30 .INST. parts and 10 answers, found 1 and 1"):
+        verify(reference, tasks_dir, ("strategyqa",))

@@ -1,0 +1,236 @@
+"""The pictures of routing: what they say is what the trace holds, and no token's text gets out of its place."""
+
+import base64
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from meteora_jax import viz
+from meteora_jax.config import PROJECTIONS, InputError
+from meteora_jax.routing import NO_ADAPTER, RoutingTrace
+
+ColourSystem = Literal["standard", "256", "truecolor"]
+NASTY = ("</script><b>", "<!--", "{{trace}}", "&amp;", "$x_$", '"\\', "\x1b[31m", "漢字", "\ufffd", " two \n\n lines ")
+
+
+def random_trace(
+    num_tokens: int = 12, layers: int = 3, chosen: int = 2, adapters: int = 5, seed: int = 0
+) -> RoutingTrace:
+    """Distinct adapters in every cell, some cells empty, the last token unrouted, a third of it response."""
+    random = np.random.default_rng(seed)
+    shape = (num_tokens, layers, len(PROJECTIONS))
+    indices = random.random((*shape, adapters)).argsort(-1)[..., :chosen].astype(np.int32)
+    weights = random.dirichlet(np.ones(chosen), shape).astype(np.float32)
+    empty = random.random(shape) < 0.2
+    empty[-1] = True
+    indices[empty], weights[empty] = NO_ADAPTER, 0
+    tokens = tuple(f" word{t}" for t in range(num_tokens))
+    names = tuple(f"adapter_{a}" for a in range(adapters))
+    return RoutingTrace(names, PROJECTIONS, tokens, num_tokens * 2 // 3, indices, weights)
+
+
+def led_trace(leaders: list[int], tokens: tuple[str, ...], prompt_length: int, adapters: int = 3) -> RoutingTrace:
+    """Every layer and projection of a token uses the one adapter that `leaders` names for it."""
+    shape = (len(leaders), 2, len(PROJECTIONS), 1)
+    indices = np.broadcast_to(np.array(leaders, np.int32)[:, None, None, None], shape).copy()
+    names = ("winowhy", "disfl_qa", "a<b>", *(f"more_{a}" for a in range(adapters)))[:adapters]
+    weights = (indices != NO_ADAPTER).astype(np.float32)
+    return RoutingTrace(names, PROJECTIONS, tokens, prompt_length, indices, weights)
+
+
+def printed(trace: RoutingTrace, colour_system: ColourSystem | None, width: int = 100) -> str:
+    out = io.StringIO()
+    terminal = colour_system is not None
+    console = Console(file=out, color_system=colour_system, force_terminal=terminal, width=width)
+    viz.to_terminal(trace, console)
+    return out.getvalue()
+
+
+def page_of(trace: RoutingTrace, folder: Path, title: str = "a title") -> str:
+    viz.write_html(trace, folder / "page.html", title)
+    return (folder / "page.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """What a browser makes of the page: its elements, each with its text before the next tag."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+        self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.elements[-1][2].append(data)
+
+    def texts(self, tag: str, **attributes: str) -> list[str]:
+        return [
+            "".join(text)
+            for name, attrs, text in self.elements
+            if name == tag and all(value in (attrs.get(key) or "") for key, value in attributes.items())
+        ]
+
+
+@pytest.mark.parametrize(("chosen", "adapters"), [(1, 1), (2, 5), (3, 28)])
+def test_shares_equal_a_slow_loop(chosen: int, adapters: int):
+    trace = random_trace(chosen=chosen, adapters=adapters)
+    expected = np.zeros((len(trace.tokens), adapters))
+    for t, l, p, c in np.ndindex(*trace.indices.shape):
+        if trace.indices[t, l, p, c] != NO_ADAPTER:
+            expected[t, trace.indices[t, l, p, c]] += trace.weights[t, l, p, c]
+    expected[:-1] /= expected[:-1].sum(axis=1, keepdims=True)
+    share = viz.adapter_share(trace)
+    assert share.dtype == np.float32
+    np.testing.assert_allclose(share, expected, atol=1e-6)
+    np.testing.assert_array_equal(viz.dominant(trace), [*expected[:-1].argmax(axis=1), NO_ADAPTER])
+
+
+def test_equal_shares_go_to_the_first_adapter():
+    trace = random_trace(num_tokens=2, chosen=2)
+    trace.indices[0], trace.weights[0] = [3, 1], 0.5
+    assert viz.dominant(trace).tolist() == [1, NO_ADAPTER]
+
+
+def test_palette_is_stable_distinct_and_readable():
+    colours = viz.palette(28)
+    assert viz.palette(5) == colours[:5]
+    assert viz.palette(30) == colours + colours[:2]
+    levels = np.array([list(bytes.fromhex(c[1:])) for c in colours]) / 255
+    linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    assert (luminance + 0.05).min() / 0.05 > 4  # black text on it
+    assert 1.05 / (luminance + 0.05).max() > 1.6  # it on white
+    apart = np.abs(levels[:, None] - levels[None]).sum(-1) + 9 * np.eye(28)
+    assert apart.min() > 0.15
+
+
+def test_terminal_without_colour_marks_each_run_with_the_legend_s_letter():
+    trace = led_trace([0, 0, 1, 1, 0, -1], ("one", " two\n", "  three", "!", "four", "<end>"), 4)
+    out = printed(trace, None)
+    assert "\x1b" not in out
+    assert "⟦A⟧one two\n⟦B⟧  three!\n" in out
+    assert "⟦A⟧four⟦-⟧<end>\n" in out
+    assert re.search(r"A +winowhy +50% +100%", out)  # the last token was never routed and does not count
+    assert re.search(r"B +disfl_qa +50% +0%", out)
+    assert "leading no token: 1" in out
+
+
+def test_terminal_letters_go_on_after_z():
+    trace = led_trace([25, 26, 27], ("a", "b", "c"), 2, adapters=28)
+    assert "⟦Z⟧a⟦AA⟧b" in printed(trace, None)
+
+
+def test_terminal_file_keeps_long_lines_and_spaces():
+    text = "word " * 60 + "  end"
+    assert f"⟦A⟧{text}\n" in printed(led_trace([0, 0], (text, "x"), 1), None, width=40)
+
+
+@pytest.mark.parametrize("colour_system", ["truecolor", "256"])
+def test_terminal_in_colour_sets_the_response_apart(colour_system: ColourSystem):
+    out = printed(led_trace([0, 0], ("same", "same"), 1), colour_system)
+    prompt, response = (line for line in out.splitlines() if "same" in line)
+    assert prompt != response
+    assert re.sub(r"\x1b\[[\d;]*m", "", prompt) == "same"
+    assert "⟦" not in out
+    assert "winowhy" in out
+
+
+def test_sixteen_colours_are_too_few():
+    assert "⟦A⟧same" in printed(led_trace([0, 0], ("same", "same"), 1), "standard")
+
+
+def test_terminal_escapes_and_markup_of_tokens_stay_text():
+    out = printed(led_trace([0, 1, 0], ("\x1b[2J", "[red]x[/red]", "\r\x9b"), 2), None)
+    assert "⟦A⟧␛[2J⟦B⟧[red]x[/red]" in out
+    assert "␍\ufffd" in out
+
+
+def test_page_shows_nasty_tokens_as_text(tmp_path: Path):
+    trace = led_trace([0] * len(NASTY), NASTY, 4)
+    text = page_of(trace, tmp_path, title="</title><script>alert(1)</script>")
+    page = Page(text)
+    assert page.texts("span", role="option") == [t.replace("\x1b", "␛") for t in NASTY]
+    assert page.texts("b") == ["winowhy", "disfl_qa", "a<b>"]  # the legend's names and nothing else
+    assert page.texts("title") == ["</title><script>alert(1)</script>"]
+    assert text.count("<script") == text.count("</script>") == 2
+    assert json.loads(page.texts("script", id="trace")[0])["adapters"] == ["winowhy", "disfl_qa", "a<b>"]
+
+
+def test_page_stands_alone(tmp_path: Path):
+    text = page_of(random_trace(), tmp_path)
+    assert not re.search(r"https?://|src=|<link|@import|url\(|fetch\(|{{", text)
+    assert "default-src 'none'" in text
+
+
+@pytest.mark.parametrize("adapters", [5, 300])
+def test_page_holds_the_whole_routing(tmp_path: Path, adapters: int):
+    trace = random_trace(adapters=adapters)
+    data = json.loads(Page(page_of(trace, tmp_path)).texts("script", id="trace")[0])
+    kind = {1: "u1", 2: "<u2"}[data["indexBytes"]]
+    indices = np.frombuffer(base64.b64decode(data["indices"]), kind).astype(np.int32).reshape(data["shape"])
+    weights = np.frombuffer(base64.b64decode(data["weights"]), "<i2").reshape(data["shape"])
+    np.testing.assert_array_equal(np.where(indices == data["none"], NO_ADAPTER, indices), trace.indices)
+    np.testing.assert_allclose(weights * data["weightStep"], trace.weights, atol=1e-4)
+    assert data["promptLength"] == trace.prompt_length
+    assert data["projections"] == list(PROJECTIONS)
+
+
+def test_page_of_600_tokens_stays_small(tmp_path: Path):
+    assert len(page_of(random_trace(num_tokens=600, layers=30, adapters=28), tmp_path).encode()) < 1_500_000
+
+
+@pytest.mark.parametrize(("num_tokens", "layers", "adapters"), [(2, 1, 1), (20, 30, 8), (300, 4, 28), (40, 80, 8)])
+def test_png_is_drawn_in_the_palette(tmp_path: Path, num_tokens: int, layers: int, adapters: int):
+    path = tmp_path / "map.png"
+    trace = random_trace(num_tokens, layers, min(2, adapters), adapters)
+    viz.write_png(trace, path, "a title")
+    pixels = np.rint(imread(path)[..., :3] * 255).astype(int)
+    drawn = set(map(tuple, pixels.reshape(-1, 3)))
+    leading = {viz.palette(adapters)[a] for a in viz.dominant(trace) if a != NO_ADAPTER}
+    assert {tuple(bytes.fromhex(c[1:])) for c in leading} <= drawn
+    assert 1000 < pixels.shape[1] <= 2800
+    assert 400 < pixels.shape[0] <= 2000
+
+
+def test_png_takes_any_token_and_title(tmp_path: Path):
+    viz.write_png(led_trace([0] * len(NASTY), NASTY, 4), tmp_path / "map.png", "$\\frac 漢")
+    assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+def test_a_trace_without_adapters_is_drawn_too(tmp_path: Path):
+    trace = led_trace([-1, -1], ("a", "b"), 1, adapters=0)
+    viz.write_png(trace, tmp_path / "map.png", "base only")
+    assert "0 adapters" in page_of(trace, tmp_path)
+    assert "⟦-⟧a" in printed(trace, None)
+
+
+def test_png_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"needs matplotlib.*meteora-jax\[eval\]"):
+        viz.write_png(random_trace(), tmp_path / "map.png", "a title")
+
+
+@pytest.mark.parametrize("write", [viz.write_html, viz.write_png])
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path, write):
+    (tmp_path / "taken").mkdir()
+    for path in (tmp_path / "taken", tmp_path / "missing" / "page"):
+        with pytest.raises(InputError, match="cannot be written"):
+            write(random_trace(), path, "a title")
+    assert [p.name for p in tmp_path.rglob("*")] == ["taken"]
