@@ -129,7 +129,8 @@ class Layer(nnx.Module):
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H]."""
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    with jax.numpy_dtype_promotion("standard"):  # the library promotes its logits to float32 implicitly
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
     return y.reshape(*y.shape[:2], -1)
 
 

@@ -51,3 +51,11 @@ def no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local_only)
         yield
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """See worlds.make_world."""
+    from worlds import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))

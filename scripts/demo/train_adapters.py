@@ -56,8 +56,7 @@ VALIDATION_EXAMPLES, VALIDATION_SHARE = 160, 0.1  # held back from the train spl
 VALIDATIONS = 10  # in a training
 VALIDATION_BATCH = 20
 
-MAX_NEW_TOKENS = 64
-EVALUATION_BATCH = 25
+MAX_NEW_TOKENS, EVALUATION_BATCH = 64, 25
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ class Recipe:
 
 
 # Few epochs where the split is soon learned by heart, more where a small one teaches a procedure (counting,
-# ordering) or is shuffled anew each time. Small splits get the smaller batch, for more updates an epoch, and
-# abstract_narrative_understanding, with prompts of 1300 tokens, for memory.
+# ordering). A batch of 16 gives small splits more updates an epoch, and lets prompts of 1300 tokens fit.
 RECIPES = {
     "winowhy": Recipe(epochs=5, batch_size=16),
     "goal_step_wikihow": Recipe(epochs=4, batch_size=32),
@@ -231,8 +229,7 @@ def varied(task: str, example: Example, rng: random.Random) -> Example:
 
 def family(task: str, example: Example) -> str:
     """What the example shares with its near-duplicates in the split."""
-    match = FAMILIES[task].search(example.prompt) if task in FAMILIES else None
-    if match:
+    if task in FAMILIES and (match := FAMILIES[task].search(example.prompt)):
         return match[1]
     if task == "goal_step_wikihow":
         return example.response  # asked for the goal of a step
@@ -312,13 +309,11 @@ def train(
     """Train the adapter until the schedule ends, and leave in the model its weights of the best validation.
 
     Returns the number of steps, the mean loss of the last ones, and that validation."""
-    device = model.device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY, fused=model.device.type == "cuda")
     model.train()
     losses, tokens_seen, since, step, validations = [], 0, time.monotonic(), 0, 0
-    mean_loss = math.nan
-    best, best_weights = Validation(0, -1.0, math.inf), []
+    mean_loss, best, best_weights = math.nan, Validation(0, -1.0, math.inf), []
     # Autocast chooses the adapters' types; PEFT would cast their inputs to float32, and autocast back.
     with log_file.open("w", encoding="utf-8") as log, disable_input_dtype_casting(model):
 
@@ -327,7 +322,7 @@ def train(
 
         while (progress := schedule.progress(step)) < 1:
             tokens, labels, size = collate(tokenizer, next(batches))
-            optimizer.param_groups[0]["lr"] = schedule.learning_rate(progress)
+            optimizer.param_groups[0]["lr"] = rate = schedule.learning_rate(progress)
             logits, targets, _ = predictions(model, tokens, labels)
             loss = cross_entropy(logits, targets)
             loss.backward()
@@ -341,14 +336,13 @@ def train(
             if step % LOG_EVERY == 0 or progress >= 1:
                 mean_loss = torch.stack(losses).mean().item()
                 speed = round(tokens_seen / (time.monotonic() - since))
-                rate = optimizer.param_groups[0]["lr"]
                 record(step=step, loss=round(mean_loss, 5), learning_rate=rate, tokens_per_second=speed)
                 losses, tokens_seen, since = [], 0, time.monotonic()
             if progress * VALIDATIONS >= validations + 1 or progress >= 1:
                 validations = int(progress * VALIDATIONS)
-                validating_since = time.monotonic()
+                since -= time.monotonic()  # speed is that of training alone
                 latest = validate(model, tokenizer, validating, step)
-                since += time.monotonic() - validating_since  # so that the speed is that of training
+                since += time.monotonic()
                 record(step=step, validation_exact=latest.exact, validation_loss=round(latest.loss, 5))
                 if latest.better_than(best):
                     best, best_weights = latest, [parameter.detach().clone() for parameter in parameters]
@@ -370,14 +364,9 @@ def score(model: peft.PeftModel, tokenizer, task: str, problems: Sequence[Exampl
         options = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
         prompts = tokenizer(texts, **options).to(model.device)
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
-            tokens = model.generate(
-                input_ids=prompts["input_ids"],
-                attention_mask=prompts["attention_mask"],
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            given = {"input_ids": prompts["input_ids"], "attention_mask": prompts["attention_mask"]}
+            ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+            tokens = model.generate(**given, **ends, max_new_tokens=new_tokens, do_sample=False)
         answers = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(accuracy(task, answer, p.response) for answer, p in zip(answers, batch, strict=True))
     return right / len(problems)
@@ -409,10 +398,8 @@ def train_task(task: str, arguments: Arguments, threads: int | None = None) -> d
     recipe = RECIPES[task]
     batch_size = arguments.batch_size or recipe.batch_size
     steps = arguments.steps or math.ceil(recipe.epochs * len(examples) / batch_size)
-    tell(
-        f"{len(examples)} examples, {len(validating)} held back, {len(split) - len(short)} dropped as too long, "
-        f"{steps} steps"
-    )
+    dropped = len(split) - len(short)
+    tell(f"{len(examples)} examples, {len(validating)} held back, {dropped} dropped as too long, {steps} steps")
 
     model = load_adapted(arguments.gguf, device)
     before = score(model, tokenizer, task, problems, new_tokens)
@@ -433,7 +420,7 @@ def train_task(task: str, arguments: Arguments, threads: int | None = None) -> d
     return {
         "train_examples": len(examples),
         "validation_examples": len(validating),
-        "dropped_too_long": len(split) - len(short),
+        "dropped_too_long": dropped,
         "batch_size": batch_size,
         "steps": steps_done,
         "steps_planned": steps,
