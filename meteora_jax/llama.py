@@ -128,10 +128,17 @@ class Layer(nnx.Module):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H]."""
-    with jax.numpy_dtype_promotion("standard"):  # the library promotes its logits to float32 implicitly
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return y.reshape(*y.shape[:2], -1)
+    """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H].
+
+    Scores and softmax are float32. jax.nn.dot_product_attention is not used: it refuses float16 on a CPU.
+    """
+    batch, length, heads, width = q.shape
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * width**-0.5
+    # finite, so that the rows of padding, which see nobody, stay numbers
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    y = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return y.reshape(batch, length, heads * width)
 
 
 @jax.tree_util.register_dataclass

@@ -72,11 +72,14 @@ def test_half_precision_stays_within_its_rounding(tmp_path, dtype, torch_dtype):
 
 
 def test_a_row_does_not_see_its_batch(world):
+    """Bit for bit whatever the other rows hold; alone, in another shape, to the rounding of another matmul."""
     model = world["model"]
     together = np.asarray(model.logits(ROWS))
-    for row, logits in zip(ROWS, together, strict=True):
+    for i, row in enumerate(ROWS):
+        others = [row if j == i else [(t * 7 + 3) % 320 for t in r] for j, r in enumerate(ROWS)]
+        assert np.array_equal(np.asarray(model.logits(others))[i, : len(row)], together[i, : len(row)])
         alone = np.asarray(model.logits([row]))[0]
-        assert np.abs(logits[: len(row)] - alone).max() <= 1e-5
+        assert np.abs(together[i, : len(row)] - alone).max() <= 2e-4
 
 
 def test_compiled_program_does_not_grow_with_depth():
@@ -106,4 +109,4 @@ def test_segments_do_not_see_each_other(world):
     segments = jnp.asarray([[0] * len(first) + [1] * len(second)], jnp.int32)
     packed = np.asarray(llama.logits(llama(tokens, positions, segments=segments).hidden))[0]
     alone = [np.asarray(model.logits([r], router=None))[0] for r in (first, second)]
-    assert np.abs(packed - np.concatenate(alone)).max() <= 1e-5
+    assert np.abs(packed - np.concatenate(alone)).max() <= 2e-5

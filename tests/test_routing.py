@@ -123,7 +123,9 @@ PEFT_OPTIONS = {
     "rslora": dict(use_rslora=True, r=8, lora_alpha=11),
     "rank_pattern": dict(rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 7}),
     "alpha_pattern": dict(alpha_pattern={"v_proj": 5, "layers.0.self_attn.o_proj": 31}),
-    "both_patterns_rslora": dict(rank_pattern={"up_proj": 6}, alpha_pattern={"up_proj": 3}, use_rslora=True),
+    "both_patterns_rslora": dict(
+        rank_pattern={"up_proj": 6}, alpha_pattern={"up_proj": 3}, use_rslora=True, lora_alpha=3
+    ),
     "two_targets": dict(target_modules=["q_proj", "v_proj"]),
     "regex_targets": dict(target_modules=r".*layers\.[02]\.mlp\.(up|down)_proj"),
     "all_linear": dict(target_modules="all-linear"),
@@ -184,12 +186,12 @@ def test_bank_order_and_padding_change_nothing(tmp_path, world, seed):
     shuffled = mj.load(world["base"], tmp_path / "bank", world["gates"], dtype="float32")
     want = np.asarray(world["model"].logits(ROWS))
     assert shuffled.adapter_names == names
-    assert np.abs(np.asarray(shuffled.logits(ROWS)) - want).max() <= 1e-4
+    assert np.abs(np.asarray(shuffled.logits(ROWS)) - want).max() <= 2e-4
     converters.import_adapters(tmp_path / "padded", world["base"], {**folders, "wide": wide})
     padded = mj.load(world["base"], tmp_path / "padded", dtype="float32")
     for name in NAMES:
         ours, before = (np.asarray(m.logits(ROWS, mj.Fixed(name))) for m in (padded, shuffled))
-        assert np.abs(ours - before).max() <= 1e-5
+        assert np.abs(ours - before).max() <= 1e-4
 
 
 def test_an_adapter_that_no_gate_chooses_changes_nothing(tmp_path, world):
@@ -200,7 +202,7 @@ def test_an_adapter_that_no_gate_chooses_changes_nothing(tmp_path, world):
     save_gates(tmp_path / "gates", GateConfig((*NAMES, "extra"), 1, 1.0), gates)
     grown = mj.load(world["base"], tmp_path / "bank", tmp_path / "gates", dtype="float32")
     want = np.asarray(world["model"].logits(ROWS, mj.Gates(1)))
-    assert np.abs(np.asarray(grown.logits(ROWS, mj.Gates(1))) - want).max() <= 1e-5
+    assert np.abs(np.asarray(grown.logits(ROWS, mj.Gates(1))) - want).max() <= 1e-4
 
 
 def test_a_mixed_batch_equals_its_rows(world):
@@ -217,7 +219,7 @@ def test_a_mixed_batch_equals_its_rows(world):
     together = np.asarray(model.logits(rows, routers))
     for row, router, logits in zip(rows, routers, together, strict=True):
         alone = np.asarray(model.logits([row], [router]))[0]
-        assert np.abs(logits[: len(row)] - alone[: len(row)]).max() <= 1e-5
+        assert np.abs(logits[: len(row)] - alone[: len(row)]).max() <= 1e-4
 
 
 def test_a_row_without_a_router_is_the_bare_base(world):

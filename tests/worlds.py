@@ -45,7 +45,7 @@ def make_world(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
             name,
             seed=i + 1,
             r=rank,
-            lora_alpha=2 * rank + i,
+            lora_alpha=3 if name == "cedar" else rank + i,
             target_modules=targets,
             use_rslora=name == "cedar",
         )

@@ -105,14 +105,14 @@ def generate(command: Generate) -> None:
             if isinstance(piece, list):
                 completions = piece
             else:
-                console.out(piece.text, end="", highlight=False)
-        console.out("")
+                print(piece.text, end="", flush=True)
+        print()
     else:
         completions = model.generate(asked, router, **options)
         for i, c in enumerate(completions):
             if len(completions) > 1:
                 console.rule(f"prompt {i}", align="left")
-            console.out(c.text, highlight=False)
+            print(c.text)
     written = [
         show_routing(c.routing, command.routing_dir, f"routing-{i}")
         for i, c in enumerate(completions)

@@ -25,7 +25,9 @@ class Losses:
     gate_accuracy: Any
 
 
-def gate_training_loss(model: Llama, batch: Batch, router: BoundRouter, beta: float, *, remat: bool) -> Losses:
+def gate_training_loss(
+    model: Llama, batch: Batch, router: BoundRouter, beta: float | jax.Array, *, remat: bool
+) -> Losses:
     """The loss of one batch.
 
     The LM term is averaged over the predicted tokens, the gate term over every layer, projection and token

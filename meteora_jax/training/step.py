@@ -26,7 +26,7 @@ class TrainState:
 
 def schedule(steps: int, learning_rate: float, warmup: float) -> optax.Schedule:
     """Linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
-    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, round(steps * warmup)), steps)
+    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(round(steps * warmup), steps - 1), steps)
 
 
 def optimizer(steps: int, learning_rate: float, warmup: float, clip: float) -> optax.GradientTransformation:
@@ -43,7 +43,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     router: BoundRouter,
-    beta: float,
+    beta: float | jax.Array,
     *,
     tx: optax.GradientTransformation,
     remat: bool,

