@@ -207,8 +207,7 @@ def test_demo_runs_twice_on_its_own_files(tmp_path, capsys, world):
         shutil.copytree(world["peft"][name], assets / "adapters" / name)
     shutil.copytree(world["gates"], assets / "gates")
     tests = [{"task": t, "prompt": "The quick brown", "response": "x"} for t in ("winowhy", "disfl_qa")]
-    composite = {"tasks": ["winowhy"], "prompt": "The lazy dog\n", "response": "1. x\n"}
-    (assets / "problems.json").write_text(json.dumps({"tests": tests, "composite": composite}))
+    (assets / "problems.json").write_text(json.dumps({"tests": tests, "together": tests}))
     renamed = dict(zip(("winowhy", "disfl_qa", "object_counting", "strategyqa"), NAMES, strict=True))
     for name, adapter in renamed.items():
         (assets / "adapters" / adapter).rename(assets / "adapters" / name)
@@ -222,6 +221,7 @@ def test_demo_runs_twice_on_its_own_files(tmp_path, capsys, world):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary["accuracy"]) == {"base", "oracle", "gates"}
     assert set(summary["per_task"]) == {"winowhy", "disfl_qa"}
+    assert [a["task"] for a in summary["together"]] == ["winowhy", "disfl_qa"]
     assert summary["seconds"] > 0
     for name in ("base", "bank", "gates", "routing.html", "routing.png"):
         assert (tmp_path / "out" / name).exists()

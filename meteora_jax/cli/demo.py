@@ -113,17 +113,16 @@ def demo(command: Demo) -> None:
     model = load(base, bank, gates, dtype=default_dtype(None))
     problems = read_json(command.assets / "problems.json")
 
-    console.rule("one prompt, three tasks: who answers which token?", align="left")
-    (answer,) = model.generate([problems["composite"]["prompt"]], max_new_tokens=command.max_new_tokens * 3)
-    pages = show_routing(answer.routing, command.out, "routing")
-    console.print(
-        f"expected:\n{problems['composite']['response']}\nanswered:\n{answer.text}", highlight=False, markup=False
-    )
+    console.rule("one text, three tasks: which adapter acts on which token?", align="left")
+    trace, answers = answer_in_turn(model, problems["together"], command.max_new_tokens)
+    pages = show_routing(trace, command.out, "routing")
+    for asked in answers:
+        line = f"{asked['task']}: answered {asked['answer']!r}, expected {asked['response']!r}"
+        console.print(line, highlight=False, markup=False)
 
     summary = evaluate(model, problems["tests"], command.max_new_tokens)
     summary |= {
-        "composite": {"prompt": problems["composite"]["prompt"], "answer": answer.text,
-                      "expected": problems["composite"]["response"]},
+        "together": answers,
         "pages": [str(p) for p in pages],
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
@@ -131,6 +130,26 @@ def demo(command: Demo) -> None:
     write_json(command.out / "summary.json", summary)
     write_json(command.json, summary)
     console.print(f"{summary['seconds']:.0f} s; look at {pages[0]}", highlight=False)
+
+
+def answer_in_turn(model: Any, problems: list[dict[str, str]], max_new_tokens: int) -> tuple[Any, list[dict[str, str]]]:
+    """Answers problems of several tasks inside one growing text, each where its question ends.
+
+    Nothing says where a task begins or which adapter it needs: every question and every answer is read and
+    written by what the gates choose, with all earlier tasks still in the context.
+
+    Returns:
+        the routing of the whole text, in which the prompt ends where the last answer begins; the problems with
+        their answers.
+    """
+    text, answered, trace = "", [], None
+    for problem in problems:
+        text += problem["prompt"]
+        (said,) = model.generate([text], max_new_tokens=max_new_tokens, stop=["\n"])
+        answered.append({**problem, "answer": said.text.strip()})
+        text += said.text.strip() + "\n\n"
+        trace = said.routing
+    return trace, answered
 
 
 def evaluate(model: Any, tests: list[dict[str, str]], max_new_tokens: int, batch_size: int = 8) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Choose the demo's problems: three a task from the test split, and one prompt that holds three tasks.
+"""Choose the demo's problems: three a task from the test split, and one of each of three tasks for one text.
 
     python scripts/demo/choose_problems.py runs/tasks scripts/demo/problems.json
 
@@ -19,7 +19,7 @@ TASKS = (
     "abstract_narrative_understanding", "disfl_qa", "goal_step_wikihow", "logical_deduction",
     "object_counting", "question_selection", "strategyqa", "winowhy",
 )  # fmt: skip
-TOGETHER = ("goal_step_wikihow", "object_counting", "winowhy")  # of the prompt that holds three tasks
+TOGETHER = ("goal_step_wikihow", "object_counting", "winowhy")  # in one text
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,9 @@ def main(arguments: Arguments) -> None:
         for task in TASKS
         for e in chosen[task][: arguments.each]
     ]
-    together = [chosen[task][arguments.each] for task in TOGETHER]  # none of the tests
-    composite = {
-        "tasks": TOGETHER,
-        "prompt": "".join(e.prompt + "\n" for e in together),
-        "response": "".join(f"{i}. {e.response}\n" for i, e in enumerate(together, 1)),
-    }
-    text = json.dumps({"tests": tests, "composite": composite}, indent=1, ensure_ascii=False)
+    extra = [chosen[task][arguments.each] for task in TOGETHER]  # none of the tests
+    together = [{"task": t, "prompt": e.prompt, "response": e.response} for t, e in zip(TOGETHER, extra, strict=True)]
+    text = json.dumps({"tests": tests, "together": together}, indent=1, ensure_ascii=False)
     arguments.dest.write_text(text + "\n", encoding="utf-8")
 
 
