@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -41,13 +42,25 @@ def import_base(
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
     src = Path(src)
-    config = LlamaConfig.from_hf(read_json(src / "config.json"))
+    config = add_end_tokens(LlamaConfig.from_hf(read_json(src / "config.json")), src / "generation_config.json")
     files, tensors = read_weights(src)
     write_base(
         dest, config, llama_rules(config), tensors, inputs=[*files, src / "config.json"],
         dtype=dtype, overwrite=overwrite, progress=progress,
         write_tokenizer=lambda folder: copy_tokenizer(src, folder),
     )  # fmt: skip
+
+
+def add_end_tokens(config: LlamaConfig, generation: Path) -> LlamaConfig:
+    """The configuration with the end tokens that only `generation_config.json` lists, as Llama 3's chat models do."""
+    if not generation.exists():
+        return config
+    raw = read_json(generation)
+    ids = raw.get("eos_token_id") if isinstance(raw, dict) else None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
+        raise InputError(f"{generation.name}: eos_token_id: expected token ids, found {raw.get('eos_token_id')!r}")
+    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ids))))
 
 
 def module_name(projection: str) -> str:

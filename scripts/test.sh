@@ -17,6 +17,11 @@ say "pyright"
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1  # it would look for a newer version of itself
 "$PY" -m pyright --pythonpath "$PY"
 
+say "base model"
+# the parity tests read the real file; without a network they are skipped
+"$PY" -c 'from pathlib import Path; from meteora_jax.cli.demo import fetch_base; print(fetch_base(Path("runs/demo/download")))' ||
+    say "not fetched: tests/test_real_model.py will be skipped"
+
 say "pytest"
 "$PY" -m pytest -n "${WORKERS:-logical}" --maxprocesses 8 --dist loadscope --durations 15 "$@"
 say "all passed in $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -325,3 +325,12 @@ def test_destination_rules(tmp_path: Path):
     assert load_file(dest / "weights.safetensors")["layers.up_proj.kernel"][1].eq(0.5).all()
     assert [p.name for p in dest.parent.iterdir()] == ["base"]
     assert_refused(lambda: import_base(folder, folder, overwrite=True), dest, "expected a destination apart")
+
+
+def test_end_tokens_of_the_generation_config_join_the_base(tmp_path):
+    _, folder = tiny_llama(tmp_path)
+    edit_json(folder / "generation_config.json", eos_token_id=[2, 7])
+    import_base(folder, tmp_path / "base")
+    assert read_json(tmp_path / "base" / "config.json")["eos_token_id"] == [2, 7]
+    edit_json(folder / "generation_config.json", eos_token_id="end")
+    assert_refused(lambda: import_base(folder, tmp_path / "other"), tmp_path / "other", "eos_token_id", "'end'")

