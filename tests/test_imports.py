@@ -37,11 +37,11 @@ THIRD_PARTY = {
     "meteora_jax": {
         *("jax", "flax", "optax", "orbax", "numpy", "ml_dtypes", "safetensors", "jaxtyping"),
         *("transformers", "tokenizers", "jinja2", "tyro", "rich", "gguf"),
-        *("matplotlib", "sacrebleu", "rouge_score"),
+        *("matplotlib", "sacrebleu", "rouge_score", "datasets"),
     },
 }
 INSIDE_FUNCTIONS = {  # optional, or slow to import: only where used
-    *("gguf", "matplotlib", "sacrebleu", "rouge_score", "transformers", "tokenizers"),
+    *("gguf", "matplotlib", "sacrebleu", "rouge_score", "datasets", "transformers", "tokenizers"),
 }
 
 

@@ -1,11 +1,15 @@
-"""Task preparation on a hand-made BIG-bench folder; nothing is downloaded."""
+"""Task preparation on a hand-made BIG-bench folder and on rows as the hub has them; nothing is downloaded."""
 
 import hashlib
 import json
+import runpy
+import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from test_cli import refused, run
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import (
@@ -13,14 +17,15 @@ from meteora_jax.evaluation.tasks import (
     SPLITS,
     Example,
     bigbench,
+    hub,
     load_split,
+    read_test_inputs,
     split_of,
 )
 from meteora_jax.evaluation.tasks.bigbench import (
     BIGBENCH_TASKS,
     COMPOSITE_10,
     prepare,
-    read_test_inputs,
     verify,
 )
 
@@ -48,10 +53,11 @@ def write_task(root, task, content):
     path.write_text(json.dumps(content))
 
 
-def test_there_are_22_bigbench_tasks_of_28():
+def test_there_are_22_bigbench_tasks_and_6_of_the_hub():
     assert len(METEORA_TASKS) == 28
     assert list(METEORA_TASKS) == sorted(METEORA_TASKS)
     assert len(BIGBENCH_TASKS) == 22
+    assert {*BIGBENCH_TASKS, *hub.HUB_TASKS} == set(METEORA_TASKS)
 
 
 # --- the text of prompts and answers ---
@@ -141,6 +147,12 @@ def test_listed_inputs_must_be_digests(tmp_path):
     listing.write_text(f"{'0' * 64} winowhy\nabc winowhy\n")
     with pytest.raises(match=r"test_inputs.sha256:2: expected 64 hex digits and a task, found 'abc"):
         read_test_inputs(listing)
+    listing.write_text(f"{'0' * 64} winowhi\n")
+    with pytest.raises(match=r"test_inputs.sha256:1: expected one of the 28 tasks, found 'winowhi'"):
+        read_test_inputs(listing)
+    listing.write_bytes(b"0" * 64 + b" \xff\n")
+    with pytest.raises(InputError, match=r"test_inputs.sha256:1: expected one of the 28 tasks"):
+        read_test_inputs(listing)
 
 
 def test_archive_and_folder_give_the_same_files(tmp_path, tasks_dir):
@@ -180,11 +192,25 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, tasks_dir
             {"examples": [{"input": "x", "target_scores": {"a": 0, "b": 0}}]},
             "example 0: target_scores: expected a choice above the others",
         ),
+        ({"examples": ["x"]}, "winowhy/task.json: example 0: expected a JSON object, found str"),
+        (
+            {"examples": [{"input": "x", "target_scores": ["a"]}]},
+            "example 0: target_scores: expected a JSON object, found list",
+        ),
+        (["x"], "winowhy/task.json: expected a JSON object, found list"),
     ],
 )
 def test_malformed_task_files_are_refused(tmp_path, content, message):
     write_task(tmp_path, "winowhy", content)
     with pytest.raises(InputError, match=message):
+        prepare(tmp_path, tmp_path / "tasks", ["winowhy"])
+
+
+@pytest.mark.parametrize("content", [b"{", b'"\xff"'])
+def test_a_task_file_that_is_no_json_is_refused(tmp_path, content):
+    write_task(tmp_path, "winowhy", {})
+    (tmp_path / "bigbench/benchmark_tasks/winowhy/task.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"winowhy/task.json: expected a JSON object, found a file that is none"):
         prepare(tmp_path, tmp_path / "tasks", ["winowhy"])
 
 
@@ -265,3 +291,197 @@ def test_verify_refuses_another_layout(tmp_path, tasks_dir):
     reference.write_text(json.dumps({"prompt": "[INST] x [/INST]\n", "response": "y"}) + "\n")
     with pytest.raises(match=r"composite.jsonl:1: expected 30 .INST. parts and 10 answers, found 1 and 1"):
         verify(reference, tasks_dir, ("strategyqa",))
+    reference.write_text("[]\n")
+    with pytest.raises(InputError, match=r"composite.jsonl:1: expected a JSON object, found \[\]"):
+        verify(reference, tasks_dir, ("strategyqa",))
+
+
+# --- the hub's six tasks ---
+
+
+def translation(language, foreign, english):
+    return {"id": "0", "translation": {language: foreign, "en": english}}
+
+
+ALPACA_ROW = {"instruction": "Remove the duplicates.", "input": "[3, 7, 3]", "output": " [3, 7]\n", "text": "unused"}
+ROWS = {  # as `datasets` gives them: a data set's splits, each with its rows
+    ("tatsu-lab/alpaca", "default"): {
+        "train": [ALPACA_ROW, {"instruction": "Greet.", "input": "", "output": "Hello."}]
+    },
+    ("abisee/cnn_dailymail", "3.0.0"): {
+        "train": [{"id": "1", "article": "A cat sat.", "highlights": "Cat sits ."}],
+        "validation": [],
+        "test": [],
+    },
+    ("openai/gsm8k", "main"): {
+        "train": [{"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}],
+        "test": [],
+    },
+    ("Helsinki-NLP/news_commentary", "de-en"): {"train": [translation("de", "Recht im Tschad", "Justice in Chad")]},
+    ("Helsinki-NLP/news_commentary", "en-es"): {"train": [translation("es", "La paz {es}", "Peace {es}")]},
+    ("Helsinki-NLP/news_commentary", "en-it"): {"train": [translation("it", "La pace", "Peace")]},
+}
+
+
+def read_rows(dataset, config):
+    return ROWS[dataset, config]
+
+
+SUMMARIZE = "Generate a summarization of the news article."
+PROBLEMS = {
+    # A line break even without an input, as in composite-10.
+    "alpaca": {"Remove the duplicates.\n[3, 7, 3]": "[3, 7]", "Greet.\n": "Hello."},
+    "cnn_dailymail": {f"{SUMMARIZE}\nA cat sat.": "Cat sits ."},
+    "gsm8k": {"1 + 1?": "It is <<1+1=2>>2.\n#### 2"},
+    "news_commentary_de": {"Den folgenden Text ins Englische übersetzen.\nRecht im Tschad": "Justice in Chad"},
+    "news_commentary_es": {"Traducir las siguientes frases al inglés.\nLa paz {es}": "Peace {es}"},
+    "news_commentary_it": {"Tradurre le seguenti frasi in inglese.\nLa pace": "Peace"},
+}
+
+
+@pytest.mark.parametrize("task", hub.HUB_TASKS)
+def test_prompts_of_the_hub(tmp_path, task):
+    hub.prepare(tmp_path, [task], read_rows=read_rows)
+    expected = {f"[INST] {inputs} [/INST]\n": answer for inputs, answer in PROBLEMS[task].items()}
+    assert {example.prompt: example.response for example in all_examples(tmp_path, task)} == expected
+
+
+def prompts_by_split(tasks_dir, task):
+    return {split: {example.prompt for example in load_split(tasks_dir, task, split)} for split in SPLITS}
+
+
+@pytest.mark.parametrize("task", ["alpaca", "news_commentary_de"])
+def test_hub_rows_are_split_by_their_own_input(tmp_path, task):
+    if task == "alpaca":
+        texts = [f"Summarise.\ntext {i}" for i in range(60)]
+        rows = [{"instruction": "Summarise.", "input": f"text {i}", "output": "A text."} for i in range(60)]
+    else:
+        texts = [f"Satz {i}" for i in range(60)]
+        rows = [translation("de", f" {text} ", "A sentence.") for text in texts]
+    listed = {task: frozenset(digest(text) for text in texts[:7])}
+    (counts,) = hub.prepare(tmp_path, [task], listed, lambda *_: {"train": rows})
+    found = prompts_by_split(tmp_path, task)
+    for i, text in enumerate(texts):
+        split = "test" if i < 7 else split_of(text)
+        assert any(f"{text} " in prompt for prompt in found[split])
+    assert (counts.pinned, counts.listed) == (7, 7)
+    assert sum(map(len, found.values())) == counts.train + counts.test + counts.holdout == 60
+
+
+def test_a_test_split_of_its_own_stays_the_test_split(tmp_path):
+    def row(i):
+        return {"question": f"{i}?", "answer": f"#### {i}"}
+
+    rows = {"train": [row(i) for i in range(100)], "test": [row(i) for i in range(99, 140)]}
+    listed = frozenset({digest("0?")})
+    (counts,) = hub.prepare(tmp_path, ["gsm8k"], {"gsm8k": listed}, lambda *_: rows)
+    found = prompts_by_split(tmp_path, "gsm8k")
+    asked = {i: f"[INST] {i}? [/INST]\n" for i in range(140)}
+    assert found["test"] == {asked[i] for i in (0, *range(99, 140))}  # 99 is in both
+    assert found["holdout"] == {asked[i] for i in range(1, 99) if split_of(f"{i}?") == "holdout"} != set()
+    assert counts.test == 43
+
+
+def test_blank_rows_are_counted_and_left_out(tmp_path):
+    rows = [translation("it", "La pace", "Peace"), translation("it", " ", "x"), translation("it", "La pace", "\n")]
+    (counts,) = hub.prepare(tmp_path, ["news_commentary_it"], read_rows=lambda *_: {"train": rows})
+    assert counts.blank == 2
+    assert counts.train + counts.test + counts.holdout == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"instruction": "x", "output": "y"},
+            "input: expected a string, found only the fields .'instruction', 'output'.",
+        ),
+        ({"instruction": "x", "input": None, "output": "y"}, "input: expected a string, found NoneType"),
+        ({"translation": "x"}, "translation: expected an object, found str"),
+    ],
+)
+def test_malformed_hub_rows_are_refused(tmp_path, row, message):
+    where = r"tatsu-lab/alpaca \(default\), train, row 1: "
+    with pytest.raises(InputError, match=where + message):
+        hub.prepare(tmp_path, ["alpaca"], read_rows=lambda *_: {"train": [ALPACA_ROW, row]})
+    assert not list(tmp_path.iterdir())
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    """`datasets`, whose hub has ROWS and nothing else; the test may change what it does."""
+
+    def load_dataset(dataset, config):
+        if (dataset, config) not in ROWS:
+            raise ConnectionError(f"Couldn't reach {dataset!r} on the Hub\n(retried)")
+        return ROWS[dataset, config]
+
+    module = SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+def test_command_writes_bigbench_tasks_and_its_report(tmp_path, capsys, tasks_dir):
+    listing, report = tmp_path / "listing", tmp_path / "report.json"
+    listing.write_text(f"{digest('Ana finished above Rob.')} logical_deduction\n")
+    status, out, _ = run(
+        capsys, "prepare", BIGBENCH, tmp_path / "out", "--tasks", "logical_deduction", "winowhy",
+        "--test-inputs", listing, "--json", report,
+    )  # fmt: skip
+    assert status == 0
+    assert "logical_deduction" in out
+    assert "1/1" in out
+    assert [row["task"] for row in json.loads(report.read_text())["tasks"]] == ["logical_deduction", "winowhy"]
+    for split in SPLITS:
+        name = f"winowhy/{split}.jsonl"
+        assert (tmp_path / "out" / name).read_bytes() == (tasks_dir / name).read_bytes()
+
+
+@pytest.mark.usefixtures("fake_hub")
+def test_command_writes_the_six_of_the_hub(tmp_path, capsys):
+    assert run(capsys, "prepare", "hub", tmp_path)[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == set(hub.HUB_TASKS)
+    assert "expected tasks of the hub" in refused(capsys, "prepare", "hub", tmp_path, "--tasks", "winowhy")
+
+
+def test_command_says_what_it_did_not_reproduce(tmp_path, capsys, tasks_dir):
+    reference, report = tmp_path / "composite.jsonl", tmp_path / "report.json"
+    arguments = ["prepare", BIGBENCH, tmp_path / "out", "--tasks", "strategyqa", "--verify", reference]
+    known = all_examples(tasks_dir, "strategyqa")[0]
+    reference.write_text(json.dumps(composite_problem(strategyqa=(known.prompt, known.response))) + "\n")
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "1/1" in out
+    foreign = "[INST] Q: Is ice warm?\nA: [/INST]\n"
+    reference.write_text(json.dumps(composite_problem(strategyqa=(foreign, "No."))) + "\n")
+    said = refused(capsys, *arguments, "--json", report)
+    assert said.endswith("composite.jsonl: expected every question among the prompts, found strategyqa without 1")
+    assert json.loads(report.read_text())["reproduction"][0]["different"] == [foreign, foreign]
+
+
+def test_command_without_datasets_names_the_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'meteora-jax[eval]'" in refused(capsys, "prepare", "hub", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it\n(offline)"), TimeoutError(), ValueError("none")])
+def test_command_without_the_hub_is_refused(tmp_path, capsys, fake_hub, error):
+    def load_dataset(dataset, config):
+        raise error
+
+    fake_hub.load_dataset = load_dataset
+    said = refused(capsys, "prepare", "hub", tmp_path, "--tasks", "gsm8k")
+    assert "openai/gsm8k (main): expected the Hugging Face hub to have it, found: " in said
+    assert said.endswith(" ".join(str(error).split()) or "TimeoutError")
+
+
+def test_script_takes_the_same_arguments(tmp_path, monkeypatch):
+    script = Path(__file__).parents[1] / "scripts" / "prepare_tasks.py"
+    arguments = [str(script), str(BIGBENCH), str(tmp_path / "tasks"), "--tasks", "winowhy"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(script), run_name="__main__")
+    assert all_examples(tmp_path / "tasks", "winowhy")

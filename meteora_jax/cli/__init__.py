@@ -13,9 +13,11 @@ from typing import Annotated
 import tyro
 
 from meteora_jax.cli.demo import Demo, demo
+from meteora_jax.cli.evaluate import Evaluate, evaluate
 from meteora_jax.cli.generate import Generate, generate
 from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
 from meteora_jax.cli.inspect import Inspect, inspect
+from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.train import TrainGates, train_gates
 from meteora_jax.config import InputError
 
@@ -32,8 +34,10 @@ class Import:
 Command = (
     Annotated[Import, sub("import")]
     | Annotated[Inspect, sub("inspect")]
+    | Annotated[Prepare, sub("prepare")]
     | Annotated[TrainGates, sub("train")]
     | Annotated[Generate, sub("generate")]
+    | Annotated[Evaluate, sub("evaluate")]
     | Annotated[Demo, sub("demo")]
 )
 
@@ -41,8 +45,10 @@ ACTIONS = {
     ImportBase: import_base,
     ImportAdapters: import_adapters,
     Inspect: inspect,
+    Prepare: prepare,
     TrainGates: train_gates,
     Generate: generate,
+    Evaluate: evaluate,
     Demo: demo,
 }
 

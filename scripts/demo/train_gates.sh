@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the demo's gates on the adapters of scripts/demo/train_adapters.py, and measure them.
 #   scripts/demo/train_gates.sh GGUF TASKS ADAPTERS OUT
-# OUT gets gates/, gates.jsonl (a line a step), gates.json and accuracy.json. Seeds are fixed.
+# OUT gets gates/, gates.jsonl (a line a step), gates.json and evaluation/. Seeds are fixed.
 set -euo pipefail
 gguf=$1 tasks=$2 adapters=$3 out=$4
 work=${WORK:-$out/work}
@@ -17,5 +17,5 @@ meteora import adapters "$work/bank" "${pairs[@]}" --base "$work/base" --overwri
 meteora train gates --base "$work/base" --bank "$work/bank" --tasks "$tasks" --out "$out/gates" \
     --steps "${STEPS:-1200}" --batch-size "${BATCH:-32}" --learning-rate 2e-3 --warmup 0.03 --composite 0.25 \
     --max-length 2048 --seed 0 --log "$out/gates.jsonl" --json "$out/gates.json"
-"${PYTHON:-python3}" "$(dirname "$0")/measure.py" --base "$work/base" --bank "$work/bank" --gates "$out/gates" \
-    --tasks "$tasks" --each "${EACH:-100}" --json "$out/accuracy.json"
+meteora evaluate --base "$work/base" --bank "$work/bank" --gates "$out/gates" --tasks "$tasks" \
+    --out "$out/evaluation" --limit "${EACH:-100}" --batch-size 50

@@ -1,13 +1,15 @@
 """Task data: prompts with their right answers, in three splits that never share an input.
 
 A folder of tasks is `TASKS/<task>/{train,test,holdout}.jsonl`; a line is `{"prompt": ..., "response": ...}`.
-Each family of tasks has a module here that writes such folders (`bigbench`); everything that trains or scores
-reads them with `load_split`. Holdout is scored once, for a release, and never trained on or tuned on.
+Each family of tasks has a module here that writes such folders (`bigbench`, `hub`); everything that trains or
+scores reads them with `load_split`. Holdout is scored once, for a release, and never trained on or tuned on.
 """
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,6 +58,20 @@ class Example:
     response: str
 
 
+@dataclass(frozen=True)
+class TaskCounts:
+    """What was written of one task: examples a split, how many listed test inputs were met, how many rows of the
+    source were blank and left out."""
+
+    task: str
+    train: int
+    test: int
+    holdout: int
+    pinned: int
+    listed: int
+    blank: int = 0
+
+
 def input_digest(text: str) -> str:
     """SHA-256 (hex) by which an example's own input is known: stripped, UTF-8."""
     return hashlib.sha256(text.strip().encode()).hexdigest()
@@ -73,6 +89,42 @@ def split_of(text: str, pinned_to_test: Collection[str] = ()) -> str:
     return {"d": "test", "e": "test", "f": "holdout"}.get(digest[0], "train")
 
 
+def read_test_inputs(path: Path) -> dict[str, frozenset[str]]:
+    """Input digests by task, from lines `SHA-256 task`: what is test, whatever the split rule says."""
+    digests = defaultdict(set)
+    # A byte that is no UTF-8 must not pass as a digest or a task; replaced, its line is refused below.
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
+        match = re.fullmatch(r"([0-9a-f]{64})\s+(\S+)", line)
+        if not match:
+            raise InputError(f"{path}:{number}: expected 64 hex digits and a task, found {line!r}")
+        if match[2] not in METEORA_TASKS:
+            raise InputError(f"{path}:{number}: expected one of the {len(METEORA_TASKS)} tasks, found {match[2]!r}")
+        digests[match[2]].add(match[1])
+    return {task: frozenset(values) for task, values in digests.items()}
+
+
+def write_task(
+    dest: Path,
+    task: str,
+    examples: Iterable[tuple[str, Example]],
+    listed: frozenset[str] = frozenset(),
+    split: Callable[[str, Collection[str]], str] = split_of,
+) -> TaskCounts:
+    """Write `dest/<task>/{train,test,holdout}.jsonl` from examples with their own inputs.
+
+    `listed` holds the digests that are test, `split` decides from an own input and them.
+    """
+    splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    pinned = set()
+    for own_input, example in examples:
+        splits[split(own_input, listed)].append(example)
+        pinned |= {input_digest(own_input)} & listed
+    write_splits(dest / task, splits)
+    sizes = {name: len(members) for name, members in splits.items()}
+    return TaskCounts(task, **sizes, pinned=len(pinned), listed=len(listed))
+
+
 def write_splits(task_dir: Path, splits: Mapping[str, Iterable[Example]]) -> None:
     """Write `task_dir/<split>.jsonl` for each split; a file is complete or it is not there."""
     task_dir.mkdir(parents=True, exist_ok=True)
@@ -86,15 +138,17 @@ def load_split(tasks_dir: Path, task: str, split: str) -> list[Example]:
     path = tasks_dir / task / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: expected the {split} split of {task}, found no file")
-    with path.open(encoding="utf-8") as lines:
-        return [_parse_line(line, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    with path.open("rb") as lines:
+        return [parse_example(line, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
-def _parse_line(line: str, where: str) -> Example:
+def parse_example(line: bytes, where: str) -> Example:
+    """The example of one line `{"prompt": ..., "response": ...}`; `where` begins the message of a refusal."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: expected a JSON object, found {_shortened(line)} ({error.msg})") from None
+    except ValueError as error:  # no JSON, or no UTF-8
+        found = _shortened(line.decode(errors="replace"))
+        raise InputError(f"{where}: expected a JSON object, found {found} ({error})") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, found {_shortened(record)}")
     for key in ("prompt", "response"):

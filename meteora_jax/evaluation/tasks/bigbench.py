@@ -12,7 +12,7 @@ import json
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from meteora_jax.evaluation.tasks import (
     METEORA_TASKS,
     SPLITS,
     Example,
-    input_digest,
+    TaskCounts,
     load_split,
-    split_of,
-    write_splits,
+    parse_example,
+    write_task,
 )
 
 NOT_BIGBENCH = (
@@ -52,18 +52,6 @@ WORKED_EXAMPLES = 2
 _TASK_FILE = re.compile(r"(?:^|/)bigbench/benchmark_tasks/(?P<task>[^/]+)/(?:(?P<subtask>[^/]+)/)?task\.json$")
 
 
-@dataclass(frozen=True)
-class TaskCounts:
-    """What `prepare` wrote of one task: examples a split, and how many listed test inputs were met."""
-
-    task: str
-    train: int
-    test: int
-    holdout: int
-    pinned: int
-    listed: int
-
-
 @dataclass
 class Reproduction:
     """How one task's distinct sub-questions in a composite-10 file compare with the prepared prompts."""
@@ -83,10 +71,12 @@ def prepare(
     dest: Path,
     tasks: Sequence[str] = BIGBENCH_TASKS,
     pinned_to_test: Mapping[str, frozenset[str]] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[TaskCounts]:
     """Write `dest/<task>/{train,test,holdout}.jsonl` for each task of a BIG-bench checkout or sdist.
 
-    `pinned_to_test` holds input digests by task (`read_test_inputs`). Raises `InputError` when a task is
+    `pinned_to_test` holds input digests by task (`read_test_inputs`); `progress` is called with (task, done,
+    total), first when the source has been read. Raises `InputError` when a task is
     unknown, absent from `source`, or malformed.
     """
     unknown = sorted(set(tasks) - set(BIGBENCH_TASKS))
@@ -94,29 +84,14 @@ def prepare(
         raise InputError(f"tasks: expected BIG-bench tasks ({', '.join(BIGBENCH_TASKS)}), found {', '.join(unknown)}")
     files = read_task_files(source, tasks)
     listed = pinned_to_test or {}
-    return [_prepare_task(task, files[task], dest, listed.get(task, frozenset())) for task in tasks]
-
-
-def _prepare_task(task: str, files: Mapping[str, bytes], dest: Path, listed: frozenset[str]) -> TaskCounts:
-    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    pinned = set()
-    for own_input, example in read_examples(task, files):
-        splits[split_of(own_input, listed)].append(example)
-        pinned |= {input_digest(own_input)} & listed
-    write_splits(dest / task, splits)
-    sizes = {split: len(examples) for split, examples in splits.items()}
-    return TaskCounts(task, **sizes, pinned=len(pinned), listed=len(listed))
-
-
-def read_test_inputs(path: Path) -> dict[str, frozenset[str]]:
-    """Input digests by task, from lines `SHA-256 task`: what is test, whatever the split rule says."""
-    digests = defaultdict(set)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        match = re.fullmatch(r"([0-9a-f]{64})\s+(\S+)", line)
-        if not match:
-            raise InputError(f"{path}:{number}: expected 64 hex digits and a task, found {line!r}")
-        digests[match[2]].add(match[1])
-    return {task: frozenset(values) for task, values in digests.items()}
+    counts = []
+    for done, task in enumerate(tasks):
+        if progress:
+            progress(task, done, len(tasks))
+        counts.append(write_task(dest, task, read_examples(task, files[task]), listed.get(task, frozenset())))
+    if progress:
+        progress("", len(tasks), len(tasks))
+    return counts
 
 
 # --- BIG-bench's files ---
@@ -168,10 +143,10 @@ def read_examples(task: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, 
     As in BIG-bench, a task file with examples has no subtasks, and an example that occurs twice in one file,
     equal in every field, counts once.
     """
-    whole = json.loads(files[""])
-    subtasks = {"": whole} if "examples" in whole else {name: json.loads(files[name]) for name in sorted(files) if name}
-    for subtask, content in subtasks.items():
+    whole = _parse_task_file(files[""], f"{task}/task.json")
+    for subtask in [""] if "examples" in whole else sorted(filter(None, files)):
         file = "/".join(filter(None, (task, subtask, "task.json")))
+        content = _parse_task_file(files[subtask], file)
         if not isinstance(content.get("examples"), list):
             raise InputError(f"{file}: examples: expected a list, found {type(content.get('examples')).__name__}")
         distinct = {json.dumps(sample): sample for sample in content["examples"]}
@@ -181,11 +156,26 @@ def read_examples(task: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, 
             yield sample["input"], Example(format_prompt(task, content, sample), right_answer(sample, where))
 
 
-def _check_sample(sample: dict, where: str) -> None:
+def _parse_task_file(content: bytes, file: str) -> dict:
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise InputError(f"{file}: expected a JSON object, found a file that is none ({error})") from None
+    if not isinstance(parsed, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
+
+
+def _check_sample(sample: object, where: str) -> None:
+    if not isinstance(sample, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(sample).__name__}")
     if not isinstance(sample.get("input"), str):
         raise InputError(f"{where}: input: expected a string, found {type(sample.get('input')).__name__}")
     if not (sample.get("target") or sample.get("target_scores")):
         raise InputError(f"{where}: target: expected target or target_scores, found only {sorted(sample)}")
+    if not sample.get("target") and not isinstance(sample["target_scores"], dict):
+        found = type(sample["target_scores"]).__name__
+        raise InputError(f"{where}: target_scores: expected a JSON object, found {found}")
 
 
 # --- The text of a prompt ---
@@ -278,12 +268,12 @@ def _composite_sub_questions(reference: Path) -> tuple[dict[str, dict[str, str]]
     questions = {task: {} for task in COMPOSITE_10}
     examples = {task: set() for task in COMPOSITE_10}
     expected = (WORKED_EXAMPLES + 1) * len(COMPOSITE_10)
-    for number, line in enumerate(reference.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(reference.read_bytes().split(b"\n"), start=1):
         if not line:
             continue
-        problem = json.loads(line)
-        prompts = re.findall(r"\[INST\] .*?\[/INST\]\n", problem["prompt"], flags=re.DOTALL)
-        answers = problem["response"].split("@@@@\n")
+        problem = parse_example(line, where=f"{reference}:{number}")
+        prompts = re.findall(r"\[INST\] .*?\[/INST\]\n", problem.prompt, flags=re.DOTALL)
+        answers = problem.response.split("@@@@\n")
         if len(prompts) != expected or len(answers) != len(COMPOSITE_10):
             raise InputError(
                 f"{reference}:{number}: expected {expected} [INST] parts and {len(COMPOSITE_10)} answers, "

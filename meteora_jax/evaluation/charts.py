@@ -1,0 +1,72 @@
+"""Pictures of an evaluation's table: bars a task, and a radar of all tasks."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from meteora_jax.config import InputError
+
+
+def accuracies(table: Mapping[str, Any], systems: Sequence[str]) -> dict[str, list[float]]:
+    """{task: accuracy of each system, in percent}, tasks without an accuracy left out."""
+    rows = table["tasks"].items()
+    return {t: [100 * row[s]["accuracy"] for s in systems] for t, row in rows if "accuracy" in row[systems[0]]}
+
+
+def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path) -> None:
+    """A group of horizontal bars a task."""
+
+    def draw(figure: Any) -> None:
+        shares = accuracies(table, systems)
+        figure.set_size_inches(9, 1.2 + 0.22 * len(shares) * (len(systems) + 1))
+        axes = figure.add_subplot()
+        height = 0.85 / len(systems)
+        for i, system in enumerate(systems):
+            places = [row + i * height for row in range(len(shares))]
+            axes.barh(places, [values[i] for values in shares.values()], height=0.9 * height, label=system)
+        axes.set_yticks([row + 0.425 - height / 2 for row in range(len(shares))], list(shares))
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 100), xlabel="accuracy, %")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right")
+
+    _save(draw, path)
+
+
+def write_radar(table: Mapping[str, Any], systems: Sequence[str], path: Path) -> None:
+    """A polygon a system over all tasks; with fewer than three tasks there is none to draw."""
+    shares = accuracies(table, systems)
+    if len(shares) < 3:
+        return
+
+    def draw(figure: Any) -> None:
+        figure.set_size_inches(9, 8)
+        axes = figure.add_subplot(projection="polar")
+        angles = [2 * math.pi * i / len(shares) for i in range(len(shares))]
+        for i, system in enumerate(systems):
+            values = [v[i] for v in shares.values()]
+            axes.plot([*angles, angles[0]], [*values, values[0]], label=system)
+            axes.fill(angles, values, alpha=0.08)
+        axes.set_xticks(angles, list(shares))
+        axes.set_ylim(0, 100)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.05, 1.1))
+
+    _save(draw, path)
+
+
+def _save(draw: Callable[[Any], None], path: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(f"{path}: expected matplotlib to draw it, found none: install meteora-jax[eval]") from None
+    figure = Figure(dpi=130)
+    FigureCanvasAgg(figure)
+    draw(figure)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png", bbox_inches="tight")
+    os.replace(partial, path)

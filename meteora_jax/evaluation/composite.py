@@ -1,0 +1,242 @@
+"""Composite-n problems: n sub-questions of n tasks in one prompt, as MeteoRA's evaluation lays them out.
+
+In the release's composite-10 file a prompt is two worked examples, a line that asks for the same, and the
+problem's own sub-questions; its response is the answers joined by "@@@@\\n". In the worked examples the
+whitespace that begins a line is gone, two line ends separate questions where three do below, and the answers
+stand on lines "i. ...", each on one line. Unlike there, where one pair of worked examples serves all problems,
+each problem draws its own from train.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from meteora_jax.config import InputError
+from meteora_jax.evaluation.tasks import Example, load_split, write_splits
+from meteora_jax.evaluation.tasks.bigbench import COMPOSITE_10
+
+# MeteoRA's own problems, by n.
+COMPOSITES: dict[int, tuple[str, ...]] = {
+    3: ("logical_deduction", "question_selection", "strategyqa"),
+    5: (
+        "logical_deduction", "question_selection", "abstract_narrative_understanding", "goal_step_wikihow",
+        "strategyqa",
+    ),
+    10: COMPOSITE_10,
+}  # fmt: skip
+COUNT = 200
+SHOTS = 2
+ANSWER_SEPARATOR = "@@@@\n"
+
+_REDRAWN_SHOTS = 20  # sets of worked examples tried round one set of questions before a question must go
+_DEALS_A_PROBLEM = 100  # all `count` problems of `count` possible ones need about ln(count) deals each
+
+
+@dataclass(frozen=True)
+class Composite(Example):
+    """A composite problem: beside prompt and response, the sub-questions' tasks and answers in order."""
+
+    tasks: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+def generate_composites(
+    tasks_dir: Path,
+    tasks: Sequence[str],
+    *,
+    seed: int,
+    count: int = COUNT,
+    shots: int = SHOTS,
+    max_tokens: int | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+    dest: Path | None = None,
+) -> Path:
+    """Write `count` composite problems of `tasks` as JSON lines {"prompt", "response", "tasks", "answers"}.
+
+    The file is `dest`; for MeteoRA's own lists of tasks that may be left out, see `default_path`. `load_split` reads
+    it like any task's. It is complete or it is not there. What is drawn: see `draw_composites`.
+    """
+    dest = dest or default_path(tasks_dir, tasks, shots)
+    if dest.suffix != ".jsonl":
+        raise InputError(f"{dest}: expected a name that ends in .jsonl")
+    problems = draw_composites(
+        tasks_dir, tasks, seed=seed, count=count, shots=shots, max_tokens=max_tokens, count_tokens=count_tokens
+    )
+    write_splits(dest.parent, {dest.stem: problems})
+    return dest
+
+
+def default_path(tasks_dir: Path, tasks: Sequence[str], shots: int) -> Path:
+    """`tasks_dir/composite_<n>/test.jsonl`, or `composite_<n>_<shots>_shot` where shots is not the original's 2.
+
+    Raises `InputError` for a list that is not in `COMPOSITES`: its problems would pass for MeteoRA's.
+    """
+    n = len(tasks)
+    if COMPOSITES.get(n) != tuple(tasks):
+        raise InputError(f"dest: expected a file to write to, as MeteoRA has no composite of {', '.join(tasks)}")
+    return tasks_dir / (f"composite_{n}" if shots == SHOTS else f"composite_{n}_{shots}_shot") / "test.jsonl"
+
+
+def draw_composites(
+    tasks_dir: Path,
+    tasks: Sequence[str],
+    *,
+    seed: int,
+    count: int,
+    shots: int,
+    max_tokens: int | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+) -> list[Composite]:
+    """`count` problems: sub-questions from test, `shots` worked examples each from train (0 is zero-shot).
+
+    No two problems have the same sub-questions, and a task repeats one only after all others have been used.
+    Without `max_tokens` a seed gives the same sub-questions whatever `shots` is. A prompt of more than `max_tokens` by
+    `count_tokens` gets other worked examples; where many do not help, its longest sub-question is never drawn
+    again and the others later. Raises `InputError` for data that cannot give so many problems.
+    """
+    _check(tasks, seed=seed, count=count, shots=shots, max_tokens=max_tokens, count_tokens=count_tokens)
+    length, limit = count_tokens or len, math.inf if max_tokens is None else max_tokens
+    # Two generators: what the worked examples draw leaves the questions as they are.
+    question_random, shot_random = (np.random.RandomState([seed, stream]) for stream in (0, 1))
+    asked = _load_all(tasks_dir, tasks, "test", least=1)
+    decks = [_Deck(task, examples, question_random) for task, examples in zip(tasks, asked, strict=True)]
+    worked = _load_all(tasks_dir, tasks, "train", least=shots) if shots else []
+
+    problems: dict[tuple[Example, ...], Composite] = {}
+    for _ in range(_DEALS_A_PROBLEM * count):
+        questions = tuple(deck.deal() for deck in decks)
+        if questions in problems:
+            continue
+        for _ in range(_REDRAWN_SHOTS if shots else 1):
+            drawn = _draw_shots(worked, shots, shot_random)
+            prompt = format_prompt(questions, drawn)
+            if length(prompt) <= limit:
+                problems[questions] = _composite(tasks, questions, prompt)
+                break
+        else:
+            _set_aside(decks, questions, length)
+        if len(problems) == count:
+            return list(problems.values())
+    size = "" if max_tokens is None else f" of at most {max_tokens} tokens"
+    raise InputError(f"{tasks_dir}: expected tests for {count} different problems{size}, found {len(problems)}")
+
+
+def _composite(tasks: Sequence[str], questions: Sequence[Example], prompt: str) -> Composite:
+    answers = tuple(question.response for question in questions)
+    return Composite(prompt, ANSWER_SEPARATOR.join(answers), tuple(tasks), answers)
+
+
+# The text of a prompt
+
+
+def format_prompt(questions: Sequence[Example], shots: Sequence[Sequence[Example]] = ()) -> str:
+    """The prompt of a problem after its worked examples `shots`, each one example a task.
+
+    Zero-shot, the prompt is the same questions with nothing before them: they end in an empty line either way.
+    """
+    asked = "\n\n".join(question.prompt for question in questions) + "\n"
+    if not shots:
+        return asked
+    examples = "\n".join(_worked_example(number, shot) for number, shot in enumerate(shots, start=1))
+    return f"{examples}\n\nFollowing the example above, generate answers to the questions below:\n\n{asked}"
+
+
+def _worked_example(number: int, shot: Sequence[Example]) -> str:
+    asked = "\n".join(re.sub(r"\n[ \t]+", "\n", example.prompt) for example in shot)
+    # On one line, as the original's: a second line that begins with a number would read as the next answer.
+    answers = "".join(f"{i}. {_on_one_line(example.response)}\n" for i, example in enumerate(shot, start=1))
+    return f"\nExample {number}:\n\n{asked}\n{answers}"
+
+
+def _on_one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text.strip())
+
+
+# Drawing
+
+
+class _Deck:
+    """A task's test examples, dealt in random order; none comes twice before all have come."""
+
+    def __init__(self, task: str, examples: Sequence[Example], random: np.random.RandomState):
+        self.task = task
+        self._random = random
+        self._all = list(examples)
+        self._left: list[Example] = []
+
+    def deal(self) -> Example:
+        if not self._all:
+            raise InputError(f"{self.task}: expected test examples short enough for max_tokens, found none left")
+        if not self._left:
+            self._left = [self._all[i] for i in self._random.permutation(len(self._all))]
+        return self._left.pop()
+
+    def put_back(self, example: Example) -> None:
+        """The example comes again once those that are left have come."""
+        self._left.insert(0, example)
+
+    def remove(self, example: Example) -> None:
+        """The example, which has just been dealt, never comes again."""
+        self._all.remove(example)
+
+
+def _set_aside(decks: Sequence[_Deck], questions: Sequence[Example], length: Callable[[str], int]) -> None:
+    """Remove the longest of the questions just dealt, and put the others back."""
+    longest = max(questions, key=lambda question: length(question.prompt))
+    for deck, question in zip(decks, questions, strict=True):
+        if question is longest:
+            deck.remove(question)
+        else:
+            deck.put_back(question)
+
+
+def _draw_shots(
+    worked: Sequence[Sequence[Example]], shots: int, random: np.random.RandomState
+) -> list[tuple[Example, ...]]:
+    """`shots` worked examples, each one train example a task; no example is in two of them."""
+    drawn = [[examples[i] for i in random.choice(len(examples), shots, replace=False)] for examples in worked]
+    return list(zip(*drawn, strict=True))
+
+
+def _load_all(tasks_dir: Path, tasks: Sequence[str], split: str, least: int) -> list[list[Example]]:
+    """Each task's examples of different prompts; of two answers to one prompt the first counts."""
+    loaded, problems = [], []
+    for task in tasks:
+        where = tasks_dir / task / f"{split}.jsonl"
+        examples: dict[str, Example] = {}
+        for example in load_split(tasks_dir, task, split):
+            examples.setdefault(example.prompt, example)
+        loaded.append(list(examples.values()))
+        if len(examples) < least:
+            problems.append(f"{where}: expected {least} or more different prompts, found {len(examples)}")
+        other = next((text for text in examples if not re.fullmatch(r"\[INST\] .* \[/INST\]\n", text, re.DOTALL)), None)
+        if other is not None:
+            problems.append(f"{where}: prompt: expected '[INST] ... [/INST]' and a line end, found {other[:60]!r}")
+    if problems:
+        raise InputError(problems)
+    return loaded
+
+
+def _check(
+    tasks: Sequence[str],
+    *,
+    seed: int,
+    count: int,
+    shots: int,
+    max_tokens: int | None,
+    count_tokens: Callable[[str], int] | None,
+) -> None:
+    problems = []
+    if not tasks or len(set(tasks)) < len(tasks):
+        problems.append(f"tasks: expected one or more, each once, found {', '.join(tasks) or 'none'}")
+    for name, value, least in (("seed", seed, 0), ("count", count, 1), ("shots", shots, 0)):
+        if value < least:
+            problems.append(f"{name}: expected {least} or more, found {value}")
+    if (max_tokens is None) != (count_tokens is None):
+        problems.append("max_tokens: expected with count_tokens, the tokenizer's length of a text, found only one")
+    if problems:
+        raise InputError(problems)

@@ -1,0 +1,151 @@
+"""`meteora evaluate`: the same table in one go, in pieces, at any batch size; and refusals."""
+
+import json
+
+import numpy as np
+import pytest
+from worlds import NAMES
+
+from meteora_jax.cli import main
+from meteora_jax.config import InputError
+from meteora_jax.evaluation import runner
+
+TASKS = ("winowhy", "disfl_qa", "object_counting")
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    for task in TASKS:
+        (tmp_path / "tasks" / task).mkdir(parents=True)
+        lines = [{"prompt": f"{task} {'long ' * (i % 4)}{i}\n", "response": str(i % 3)} for i in range(7)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "tasks" / task / "test.jsonl").write_text(text)
+    return tmp_path / "tasks"
+
+
+def echo(problems):
+    """A system that is right on every second problem, without a model."""
+    said = [p.response if int(p.id.split("/")[-1]) % 2 else "?" for p in problems]
+    return [{"answer": a, "tokens": 1} for a in said]
+
+
+def no_progress(done, total, system):
+    pass
+
+
+SETTINGS = {"base": "x", "split": "test"}
+
+
+def table_of(tasks, out, batch_size=2, answer=echo):
+    problems = runner.load_problems(tasks, TASKS, "test", None)
+    records = runner.Records(out, SETTINGS)
+    runner.run(problems, {"echo": answer}, records, batch_size, no_progress)
+    return runner.tabulate(problems, ["echo"], records)
+
+
+def test_table_counts_what_was_right(tmp_path, tasks):
+    table = table_of(tasks, tmp_path / "run")
+    assert all(np.isclose(row["echo"]["accuracy"], 3 / 7) for row in table["tasks"].values())
+    assert np.isclose(table["mean accuracy"]["echo"], 3 / 7)
+    text = runner.markdown(table, ["echo"])
+    assert text.count("| 7 | 42.9 |") == 3
+    assert table_of(tasks, tmp_path / "other", batch_size=5) == table
+
+
+@pytest.mark.parametrize("cut", [1, 40, None])
+def test_a_killed_run_goes_on_and_redoes_nothing(tmp_path, tasks, cut):
+    want = table_of(tasks, tmp_path / "whole")
+    calls = []
+
+    def dies(problems):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append([p.id for p in problems])
+        return echo(problems)
+
+    with pytest.raises(KeyboardInterrupt):
+        table_of(tasks, tmp_path / "run", answer=dies)
+    file = tmp_path / "run" / runner.RECORDS
+    done = [i for part in calls for i in part]
+    if cut:  # the kill came while the last line was written
+        file.write_bytes(file.read_bytes()[:-cut])
+        done = done[:-1]
+    again = []
+    answer = lambda problems: (again.extend(p.id for p in problems), echo(problems))[1]  # noqa: E731
+    assert table_of(tasks, tmp_path / "run", answer=answer) == want
+    assert sorted(done + again) == sorted({*done, *again})
+    assert len(done + again) == 21
+    assert len(file.read_text().splitlines()) == 21
+
+
+def test_other_settings_and_damaged_records_are_refused(tmp_path, tasks):
+    table_of(tasks, tmp_path / "run")
+    with pytest.raises(InputError, match=r"run\.json: base: expected 'y' to resume, found 'x'"):
+        runner.Records(tmp_path / "run", {**SETTINGS, "base": "y"})
+    file = tmp_path / "run" / runner.RECORDS
+    file.write_text("not a record\n" + file.read_text())
+    with pytest.raises(InputError, match="expected a record a line, found b'not a record"):
+        runner.Records(tmp_path / "run", SETTINGS)
+
+
+def test_limit_chooses_by_hash_and_grows(tasks):
+    few, more = (runner.load_problems(tasks, TASKS, "test", n) for n in (2, 4))
+    assert len(few) == 6
+    assert {p.id for p in few} < {p.id for p in more}
+
+
+def test_command_writes_records_table_and_pictures(tmp_path, tasks, world, capsys):
+    for name, task in zip(NAMES, TASKS, strict=False):
+        (tasks / task).rename(tasks / name)
+    folders = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(world[k]))]
+    options = ["--tasks", str(tasks), "--out", str(tmp_path / "run"), "--max-new-tokens", "3", "--limit", "3"]
+    with pytest.raises(SystemExit) as refusal:  # no score is known for these tasks
+        main(["evaluate", *folders, *options, "--only", "apple,birch"])
+    assert refusal.value.code == 1
+    assert "apple" in capsys.readouterr().err
+    for name, task in zip(NAMES, TASKS, strict=False):
+        (tasks / name).rename(tasks / task)
+    systems = "base,gates-top1,gates-top2,cedar"
+    for batch_size in ("2", "4"):
+        main(
+            [
+                "evaluate",
+                *folders,
+                *options,
+                "--only",
+                ",".join(TASKS),
+                "--systems",
+                systems,
+                "--batch-size",
+                batch_size,
+            ]
+        )
+    records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    mine = [r for r in records if r["system"] in systems.split(",") and r["task"] in TASKS]
+    assert len(mine) == 4 * 9
+    model = world["model"]
+    for r in mine[:6]:
+        assert r["answer"] == model.generate([r["prompt"]], None, max_new_tokens=3)[0].text  # base comes first
+    assert all(abs(sum(r["routing"].values()) - 1) < 0.01 for r in mine if r["system"] != "base")
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert set(table["tasks"]) == set(TASKS)
+    for picture in ("bars.png", "radar.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+    assert "winowhy" in (tmp_path / "run" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--systems", "oracle"], "oracle: expected an adapter for every task, found none for winowhy"),
+        (["--systems", "elm"], "found 'elm'"),
+        (["--systems", "base", "--split", "train"], "train.jsonl: expected the train split"),
+    ],
+)
+def test_refusals(tmp_path, tasks, world, capsys, extra, said):
+    folders = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(world[k]))]
+    with pytest.raises(SystemExit) as refusal:
+        main(["evaluate", *folders, "--tasks", str(tasks), "--out", str(tmp_path / "run"), "--only", "winowhy", *extra])
+    assert refusal.value.code == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
