@@ -56,7 +56,9 @@ def add_end_tokens(config: LlamaConfig, generation: Path) -> LlamaConfig:
     if not generation.exists():
         return config
     raw = read_json(generation)
-    ids = raw.get("eos_token_id") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict):
+        raise InputError(f"{generation.name}: expected an object, found {type(raw).__name__}")
+    ids = raw.get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
         raise InputError(f"{generation.name}: eos_token_id: expected token ids, found {raw.get('eos_token_id')!r}")

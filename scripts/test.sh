@@ -19,7 +19,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS=1  # it would look for a newer version of 
 
 say "base model"
 # the parity tests read the real file; without a network they are skipped
-"$PY" -c 'from pathlib import Path; from meteora_jax.cli.demo import fetch_base; print(fetch_base(Path("runs/demo/download")))' ||
+"$PY" -c 'from pathlib import Path; from meteora_jax.cli.demo import fetch_base; print(fetch_base(Path("runs/demo/download")))' 2>&1 | tail -1 ||
     say "not fetched: tests/test_real_model.py will be skipped"
 
 say "pytest"

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from worlds import NAMES
 
+from meteora_jax.checkpoint import save_gates
 from meteora_jax.cli import main
-from meteora_jax.config import InputError
+from meteora_jax.cli.evaluate import fingerprint
+from meteora_jax.config import GateConfig, InputError
 from meteora_jax.evaluation import runner
 
 TASKS = ("winowhy", "disfl_qa", "object_counting")
@@ -86,6 +88,18 @@ def test_other_settings_and_damaged_records_are_refused(tmp_path, tasks):
     file.write_text("not a record\n" + file.read_text())
     with pytest.raises(InputError, match="expected a record a line, found b'not a record"):
         runner.Records(tmp_path / "run", SETTINGS)
+
+
+def test_a_resumed_run_refuses_other_problems_and_other_weights(tmp_path, tasks, world):
+    table_of(tasks, tmp_path / "run")
+    file = tasks / "winowhy" / "test.jsonl"
+    file.write_text(file.read_text().replace('"prompt": "winowhy ', '"prompt": "another '))
+    with pytest.raises(InputError, match="expected the problem of the task's file"):
+        table_of(tasks, tmp_path / "run")
+    config, arrays = GateConfig(NAMES, 2, 1.0), world["gate_arrays"]
+    save_gates(tmp_path / "same", config, arrays)
+    save_gates(tmp_path / "retrained", config, {p: g + 1 for p, g in arrays.items()})  # same names, same size
+    assert fingerprint(tmp_path / "same") == fingerprint(world["gates"]) != fingerprint(tmp_path / "retrained")
 
 
 def test_limit_chooses_by_hash_and_grows(tasks):

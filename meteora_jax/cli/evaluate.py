@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,12 +93,11 @@ def answering(model: Any, router: Callable[[str], Any], max_new_tokens: int) -> 
 
 
 def fingerprint(folder: Path | None) -> str | None:
-    """What tells one folder of weights from another: the digest of its description and of its weights' size."""
-    if folder is None:
-        return None
-    described = sorted(p for p in folder.glob("*.json"))
-    text = b"".join(p.read_bytes() for p in described) + str((folder / "weights.safetensors").stat().st_size).encode()
-    return hashlib.sha256(text).hexdigest()[:16]
+    """SHA-256 of a folder's weights: a run resumed with others would mix two models' answers."""
+    from converters.folders import sha256
+    from meteora_jax.checkpoint import WEIGHTS
+
+    return None if folder is None else sha256(folder / WEIGHTS)
 
 
 def evaluate(command: Evaluate) -> None:

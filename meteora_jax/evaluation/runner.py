@@ -115,8 +115,13 @@ def run(
 ) -> None:
     """Answers every problem by every system, except those that `records` already has.
 
-    Problems of like length share a batch; `progress` is called with (done, all, system).
+    Problems of like length share a batch; `progress` is called with (done, all, system). A record whose problem
+    is no longer the task file's is an InputError.
     """
+    for p, s in ((p, s) for p in problems for s in systems if (s, p.id) in records.done):
+        kept = records.done[s, p.id]
+        if (kept["prompt"], kept["response"]) != (p.prompt, p.response):
+            raise InputError(f"{records.path}: {s}, {p.id}: expected the problem of the task's file, found another one")
     total = len(problems) * len(systems)
     count = sum((s, p.id) in records.done for s in systems for p in problems)
     ordered = sorted(problems, key=lambda p: (len(p.prompt), p.id))
