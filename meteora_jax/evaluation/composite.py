@@ -138,18 +138,28 @@ def format_prompt(questions: Sequence[Example], shots: Sequence[Sequence[Example
 
     Zero-shot, the prompt is the same questions with nothing before them: they end in an empty line either way.
     """
-    asked = "\n\n".join(question.prompt for question in questions) + "\n"
+    asked = "".join(question_pieces(questions))
     if not shots:
         return asked
     examples = "\n".join(_worked_example(number, shot) for number, shot in enumerate(shots, start=1))
     return f"{examples}\n\nFollowing the example above, generate answers to the questions below:\n\n{asked}"
 
 
+def question_pieces(questions: Sequence[Example]) -> list[str]:
+    """A zero-shot prompt cut into what belongs to each sub-question, what separates it from the next included."""
+    last = len(questions) - 1
+    return [question.prompt + ("\n" if i == last else "\n\n") for i, question in enumerate(questions)]
+
+
+def answer_pieces(questions: Sequence[Example]) -> list[str]:
+    """The lines "i. answer" that answer a problem, a line each: a line that began with another number would read
+    as the next answer."""
+    return [f"{i}. {_on_one_line(question.response)}\n" for i, question in enumerate(questions, start=1)]
+
+
 def _worked_example(number: int, shot: Sequence[Example]) -> str:
     asked = "\n".join(re.sub(r"\n[ \t]+", "\n", example.prompt) for example in shot)
-    # On one line, as the original's: a second line that begins with a number would read as the next answer.
-    answers = "".join(f"{i}. {_on_one_line(example.response)}\n" for i, example in enumerate(shot, start=1))
-    return f"\nExample {number}:\n\n{asked}\n{answers}"
+    return f"\nExample {number}:\n\n{asked}\n{''.join(answer_pieces(shot))}"
 
 
 def _on_one_line(text: str) -> str:

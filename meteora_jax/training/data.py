@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from meteora_jax.config import InputError
+from meteora_jax.evaluation.composite import answer_pieces, question_pieces
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.kv_cache import EMPTY
 
@@ -51,7 +52,7 @@ def encode(example: Example, task: int, tokenizer: Any, end: int, *, prompt_loss
 
 
 def compose(parts: Sequence[tuple[Example, int]], tokenizer: Any, end: int, *, prompt_loss: bool) -> Tokenized:
-    """Several tasks in one sequence, in MeteoRA's composite layout: all prompts, then "1. answer" lines.
+    """Several tasks in one sequence, a zero-shot composite problem: all prompts, then "1. answer" lines.
 
     Every token is labelled with the task of the part that it belongs to, so gates learn to switch inside one
     sequence; the end token belongs to none.
@@ -66,10 +67,10 @@ def compose(parts: Sequence[tuple[Example, int]], tokenizer: Any, end: int, *, p
         tasks.extend([task] * len(ids))
         loss.extend([predicted] * len(ids))
 
-    for example, task in parts:
-        add(example.prompt + "\n", task, prompt_loss)
-    for i, (example, task) in enumerate(parts, 1):
-        add(f"{i}. {example.response}\n", task, True)
+    examples = [example for example, _ in parts]
+    for pieces, predicted in ((question_pieces(examples), prompt_loss), (answer_pieces(examples), True)):
+        for piece, (_, task) in zip(pieces, parts, strict=True):
+            add(piece, task, predicted)
     tokens.append(end)
     tasks.append(NO_TASK)
     loss.append(True)

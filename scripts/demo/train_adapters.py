@@ -3,8 +3,10 @@
     python scripts/demo/train_adapters.py --gguf smollm2.gguf --tasks runs/tasks --out runs/adapters
 
 One process a task, side by side on one GPU: each is bound by Python and would alone leave the GPU idle.
-A slice of each train split is held back, whole families of near-duplicates at a time, and scored some ten
-times during training; the weights that score best on it are the ones saved. The test split chooses nothing.
+A share of the batches are composite problems, where the task's question stands among two others: the adapter learns
+to answer it on its own line and to leave the other lines to the other adapters.
+A random slice of each train split is held back, as the test split was, and scored some ten times during training;
+the weights that score best on it are the ones saved. The test split chooses nothing.
 OUT/<task>/ is a PEFT folder (bfloat16) with train_log.jsonl; OUT/summary.json has the figures, and
 OUT/training.log what all processes said. Seeds are fixed; `--seconds`, where it cuts training short, is not
 reproducible, steps are.
@@ -15,23 +17,37 @@ import math
 import os
 import platform
 import random
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # the GPU is shared
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: the GGUF loader has a progress bar of its own
 
 import peft
 import torch
 import transformers
 import tyro
+from adapter_data import (
+    COMPOSITE_EVERY,
+    END,
+    IGNORED,
+    Encoded,
+    collate,
+    composites,
+    cut,
+    encode_example,
+    endless_batches,
+    hold_back,
+    single,
+)  # fmt: skip
 from peft.helpers import disable_input_dtype_casting
 from tokenizers import pre_tokenizers
 from torch.nn.functional import cross_entropy
@@ -42,17 +58,14 @@ from meteora_jax.evaluation.tasks import Example, load_split
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-END = "<|im_end|>"  # ends a response
 RANK, ALPHA = 8, 16
-DROPOUT = 0.1  # of the adapters' inputs
+DROPOUT = 0.05  # of the adapters' inputs
 
 WARM_UP = 0.03  # of the whole schedule
 WEIGHT_DECAY = 0.05
 CLIP = 1.0
 LOG_EVERY = 10  # steps
-IGNORED = -100  # the label of tokens outside the loss
 
-VALIDATION_EXAMPLES, VALIDATION_SHARE = 160, 0.1  # held back from the train split, whichever is fewer
 VALIDATIONS = 10  # in a training
 VALIDATION_BATCH = 20
 
@@ -67,28 +80,20 @@ class Recipe:
     batch_size: int
 
 
-# Few epochs where the split is soon learned by heart, more where a small one teaches a procedure (counting,
-# ordering). A batch of 16 gives small splits more updates an epoch, and lets prompts of 1300 tokens fit.
+# Long, as validation chooses the weights. A batch of 16 gives small splits more updates an epoch, and lets prompts
+# of 1300 tokens fit.
 RECIPES = {
-    "winowhy": Recipe(epochs=5, batch_size=16),
-    "goal_step_wikihow": Recipe(epochs=4, batch_size=32),
+    "winowhy": Recipe(epochs=10, batch_size=16),
+    "goal_step_wikihow": Recipe(epochs=6, batch_size=32),
     "disfl_qa": Recipe(epochs=3, batch_size=32),
-    "question_selection": Recipe(epochs=5, batch_size=16),
-    "logical_deduction": Recipe(epochs=12, batch_size=16),
-    "abstract_narrative_understanding": Recipe(epochs=5, batch_size=16),
+    "question_selection": Recipe(epochs=6, batch_size=16),
+    "logical_deduction": Recipe(epochs=16, batch_size=16),
+    "abstract_narrative_understanding": Recipe(epochs=6, batch_size=16),
     "object_counting": Recipe(epochs=30, batch_size=32),
-    "strategyqa": Recipe(epochs=3, batch_size=16),
+    "strategyqa": Recipe(epochs=4, batch_size=16),
 }
 
-# What examples of one family have in common. Without an entry, or a match, it is the prompt without its choices:
-# the story of logical_deduction, the narrative of abstract_narrative_understanding.
-FAMILIES = {
-    # The sentence's first words: its twin differs in a word ("feared violence", "advocated violence").
-    "winowhy": re.compile(r"refer to\.\n\n((?:\S+ ){5})"),
-    "goal_step_wikihow": re.compile(r"(?:step of|In order to) '(.*?)'(?= is|, )"),  # the goal
-    "disfl_qa": re.compile(r"\ncontext: (.*)"),
-    "question_selection": re.compile(r"Context: (.*)"),
-}
+COMPOSITE_VALIDATION = 40  # composite problems held back
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,11 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Validation:
-    """How the adapter did on the held-back examples after a step."""
+    """How the adapter did on the held-back sequences after a step."""
 
     step: int
     exact: float
-    """Share of the examples whose response tokens, the end too, are each the likeliest after those before."""
+    """Share of the sequences whose labelled tokens are each the likeliest after those before."""
     loss: float
 
     def better_than(self, other: "Validation") -> bool:
@@ -197,117 +202,35 @@ def save_adapter(model: peft.PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink()  # PEFT's empty model card
 
 
-# --- the data ---
-
-
-def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of a text without special tokens (`tokenizer.ggml.add_bos_token` is false)."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def encode_example(tokenizer, example: Example) -> tuple[list[int], list[int]]:
-    """Prompt ids and response ids (with the end token); apart, as generation sees the prompt alone."""
-    return encode(tokenizer, example.prompt), [*encode(tokenizer, example.response), tokenizer.eos_token_id]
-
-
-def varied(task: str, example: Example, rng: random.Random) -> Example:
-    """The same problem, its choice lines (object_counting: its list of objects) in another order, so that places
-    cannot be learned by heart."""
-
-    def choices(block: re.Match) -> str:
-        lines = block[0].splitlines(keepends=True)
-        return "".join(rng.sample(lines, len(lines)))
-
-    def objects(listing: re.Match) -> str:
-        *others, last = rng.sample(names := [*listing[1].split(", "), listing[2]], len(names))
-        return f"I have {', '.join(others)}, and {last}. How many"
-
-    if task == "object_counting":
-        return replace(example, prompt=re.sub(r"I have (.*), and (.*)\. How many", objects, example.prompt))
-    return replace(example, prompt=re.sub(r"(?:^ *choice: .*\n)+", choices, example.prompt, flags=re.MULTILINE))
-
-
-def family(task: str, example: Example) -> str:
-    """What the example shares with its near-duplicates in the split."""
-    if task in FAMILIES and (match := FAMILIES[task].search(example.prompt)):
-        return match[1]
-    if task == "goal_step_wikihow":
-        return example.response  # asked for the goal of a step
-    return re.sub(r"^ *choice: .*\n", "", example.prompt, flags=re.MULTILINE)
-
-
-def hold_back(task: str, examples: Sequence[Example], rng: random.Random) -> tuple[list[Example], list[Example]]:
-    """The examples to train on and those to validate on, which have no family in common."""
-    families: dict[str, list[Example]] = {}
-    for example in examples:
-        families.setdefault(family(task, example), []).append(example)
-    members = list(families.values())
-    rng.shuffle(members)
-    wanted = min(VALIDATION_EXAMPLES, int(VALIDATION_SHARE * len(examples)))
-    validating: list[Example] = []
-    while len(validating) < wanted:
-        validating += members.pop()
-    return [example for kin in members for example in kin], validating
-
-
-def endless_batches(
-    task: str, examples: Sequence[Example], lengths: Sequence[int], batch_size: int, rng: random.Random
-) -> Iterator[list[Example]]:
-    """Batches of examples of like length, every example once an epoch, in another order each time."""
-    order = list(range(len(examples)))
-    while True:
-        rng.shuffle(order)
-        pool = 16 * batch_size  # sorted by length within a pool only, or the batches would always be the same
-        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-        near = [i for one in pools for i in sorted(one, key=lengths.__getitem__)]
-        batches = [near[start : start + batch_size] for start in range(0, len(near), batch_size)]
-        rng.shuffle(batches)
-        for batch in batches:
-            yield [varied(task, examples[i], rng) for i in batch]
-
-
-def collate(tokenizer, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Tokens and labels [B, T], padded on the right, labels on responses only; and the real tokens' count."""
-    pairs = [encode_example(tokenizer, example) for example in batch]
-    T = max(len(prompt) + len(response) for prompt, response in pairs)
-    tokens = torch.full((len(pairs), T), tokenizer.pad_token_id)
-    labels = torch.full((len(pairs), T), IGNORED)
-    for row, (prompt, response) in enumerate(pairs):
-        end = len(prompt) + len(response)
-        tokens[row, :end] = torch.tensor(prompt + response)
-        labels[row, len(prompt) : end] = torch.tensor(response)
-    return tokens, labels, sum(len(prompt) + len(response) for prompt, response in pairs)
-
-
 # --- training and scoring one task ---
 
 
 @torch.no_grad()
-def validate(model: peft.PeftModel, tokenizer, examples: Sequence[Example], step: int) -> Validation:
-    """Score the examples as listed, teacher-forced: nothing is generated."""
+def validate(model: peft.PeftModel, tokenizer, sequences: Sequence[Encoded], step: int) -> Validation:
+    """Score the sequences, teacher-forced: nothing is generated."""
     model.eval()
     right, loss_sum, labelled = 0, 0.0, 0
-    by_length = sorted(examples, key=lambda example: len(example.prompt))
-    for start in range(0, len(by_length), VALIDATION_BATCH):
-        tokens, labels, _ = collate(tokenizer, by_length[start : start + VALIDATION_BATCH])
+    for batch in cut(sequences, VALIDATION_BATCH):
+        tokens, labels, _ = collate(tokenizer, batch)
         logits, targets, rows = predictions(model, tokens, labels)
         right += len(tokens) - len(rows[logits.argmax(-1) != targets].unique())
         loss_sum += cross_entropy(logits, targets, reduction="sum").item()
         labelled += len(targets)
     model.train()
-    return Validation(step, right / len(examples), loss_sum / labelled)
+    return Validation(step, right / len(sequences), loss_sum / labelled)
 
 
 def train(
     model: peft.PeftModel,
     tokenizer,
-    batches: Iterator[list[Example]],
-    validating: Sequence[Example],
+    batches: Iterator[list[Encoded]],
+    validating: Sequence[Sequence[Encoded]],
     schedule: Schedule,
     log_file: Path,
 ) -> tuple[int, float, Validation]:
     """Train the adapter until the schedule ends, and leave in the model its weights of the best validation.
 
+    `validating`: examples alone, and composite problems; the best is the mean of both, as exact as it gets.
     Returns the number of steps, the mean loss of the last ones, and that validation."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY, fused=model.device.type == "cuda")
@@ -341,9 +264,11 @@ def train(
             if progress * VALIDATIONS >= validations + 1 or progress >= 1:
                 validations = int(progress * VALIDATIONS)
                 since -= time.monotonic()  # speed is that of training alone
-                latest = validate(model, tokenizer, validating, step)
+                alone, among = (validate(model, tokenizer, sequences, step) for sequences in validating)
+                latest = Validation(step, (alone.exact + among.exact) / 2, (alone.loss + among.loss) / 2)
                 since += time.monotonic()
-                record(step=step, validation_exact=latest.exact, validation_loss=round(latest.loss, 5))
+                record(step=step, validation_exact=alone.exact, validation_loss=round(alone.loss, 5),
+                       composite_exact=among.exact, composite_loss=round(among.loss, 5))  # fmt: skip
                 if latest.better_than(best):
                     best, best_weights = latest, [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
@@ -389,23 +314,27 @@ def train_task(task: str, arguments: Arguments, threads: int | None = None) -> d
     tokenizer = load_tokenizer(arguments.gguf)
     split = load_split(arguments.tasks, task, "train")
     new_tokens = min(MAX_NEW_TOKENS, max(len(encode_example(tokenizer, example)[1]) for example in split))
-    lengths = {example: sum(map(len, encode_example(tokenizer, example))) for example in split}
-    short = [example for example in split if lengths[example] <= arguments.max_length]
-    examples, validating = hold_back(task, short, random.Random(f"{task} {arguments.seed} validation"))
+    short = [example for example in split if len(single(tokenizer, example).tokens) <= arguments.max_length]
+    held_rng = random.Random(f"{task} {arguments.seed} validation")
+    examples, held_back = hold_back(short, held_rng)
+    others = {other: load_split(arguments.tasks, other, "train") for other in RECIPES if other != task}
+    held_composites = composites(task, tokenizer, cycle(held_back), others, arguments.max_length, held_rng)
+    validating = [single(tokenizer, e) for e in held_back], list(islice(held_composites, COMPOSITE_VALIDATION))
     problems = load_split(arguments.tasks, task, "test")
     problems = rng.sample(problems, min(arguments.evaluate, len(problems)))
 
     recipe = RECIPES[task]
     batch_size = arguments.batch_size or recipe.batch_size
-    steps = arguments.steps or math.ceil(recipe.epochs * len(examples) / batch_size)
+    alone = 1 - 1 / COMPOSITE_EVERY  # the share of batches that count as epochs of examples
+    steps = arguments.steps or math.ceil(recipe.epochs * len(examples) / batch_size / alone)
     dropped = len(split) - len(short)
-    tell(f"{len(examples)} examples, {len(validating)} held back, {dropped} dropped as too long, {steps} steps")
+    tell(f"{len(examples)} examples, {len(held_back)} held back, {dropped} dropped as too long, {steps} steps")
 
     model = load_adapted(arguments.gguf, device)
     before = score(model, tokenizer, task, problems, new_tokens)
     tell(f"accuracy before {before:.2f} ({time.monotonic() - started:.0f} s)")
     training_started = time.monotonic()
-    batches = endless_batches(task, examples, [lengths[example] for example in examples], batch_size, rng)
+    batches = endless_batches(task, tokenizer, examples, others, batch_size, arguments.max_length, rng)
     schedule = Schedule(steps, arguments.seconds, arguments.learning_rate)
     steps_done, loss, best = train(model, tokenizer, batches, validating, schedule, folder / "train_log.jsonl")
     training_seconds = time.monotonic() - training_started
@@ -419,7 +348,7 @@ def train_task(task: str, arguments: Arguments, threads: int | None = None) -> d
     libraries = (torch, transformers, peft)
     return {
         "train_examples": len(examples),
-        "validation_examples": len(validating),
+        "validation_examples": len(held_back),
         "dropped_too_long": dropped,
         "batch_size": batch_size,
         "steps": steps_done,

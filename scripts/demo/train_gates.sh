@@ -15,7 +15,7 @@ done
 meteora import base "$gguf" "$work/base" --dtype bfloat16 --overwrite
 meteora import adapters "$work/bank" "${pairs[@]}" --base "$work/base" --overwrite
 meteora train gates --base "$work/base" --bank "$work/bank" --tasks "$tasks" --out "$out/gates" \
-    --steps "${STEPS:-1200}" --batch-size "${BATCH:-32}" --learning-rate 2e-3 --warmup 0.03 --composite 0.25 \
-    --max-length 2048 --seed 0 --log "$out/gates.jsonl" --json "$out/gates.json"
+    --steps "${STEPS:-700}" --batch-size "${BATCH:-32}" --learning-rate 2e-3 --warmup 0.03 --composite 0.4 \
+    --max-length 1500 --seed 0 --log "$out/gates.jsonl" --json "$out/gates.json"
 meteora evaluate --base "$work/base" --bank "$work/bank" --gates "$out/gates" --tasks "$tasks" \
     --out "$out/evaluation" --limit "${EACH:-100}" --batch-size 50
