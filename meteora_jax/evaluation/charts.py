@@ -9,19 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from meteora_jax.config import InputError
+from meteora_jax.evaluation.table import shown
 
 
-def accuracies(table: Mapping[str, Any], systems: Sequence[str]) -> dict[str, list[float]]:
-    """{task: accuracy of each system, in percent}, tasks without an accuracy left out."""
-    rows = table["tasks"].items()
-    return {t: [100 * row[s]["accuracy"] for s in systems] for t, row in rows if "accuracy" in row[systems[0]]}
+def accuracies(table: Mapping[str, Any], systems: Sequence[str], scoring: str = "meteora") -> dict[str, list[float]]:
+    """{row: share of right answers of each system, in percent, NaN where it was not asked}.
+
+    Of a composite row it is the share of correct answers among the graded sub-questions; rows that are scored by
+    BLEU or ROUGE alone are left out.
+    """
+
+    def share(cell: Mapping[str, Any]) -> float | None:
+        if "graded" in cell:
+            return cell["correct"] / cell["graded"] if cell["graded"] else None
+        return cell.get("accuracy", cell.get("exact_match"))
+
+    rows = {row: {s: share(shown(c, scoring)) for s, c in cells.items()} for row, cells in table["tasks"].items()}
+    shares = {row: [v for v in cells.values() if v is not None] for row, cells in rows.items()}
+    return {
+        row: [math.nan if cells.get(s) is None else 100 * cells[s] for s in systems]
+        for row, cells in rows.items()
+        if shares[row]
+    }
 
 
-def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path) -> None:
-    """A group of horizontal bars a task."""
+def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path, scoring: str = "meteora") -> None:
+    """A group of horizontal bars a row."""
 
     def draw(figure: Any) -> None:
-        shares = accuracies(table, systems)
+        shares = accuracies(table, systems, scoring)
         figure.set_size_inches(9, 1.2 + 0.22 * len(shares) * (len(systems) + 1))
         axes = figure.add_subplot()
         height = 0.85 / len(systems)
@@ -37,9 +53,9 @@ def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path) -> 
     _save(draw, path)
 
 
-def write_radar(table: Mapping[str, Any], systems: Sequence[str], path: Path) -> None:
-    """A polygon a system over all tasks; with fewer than three tasks there is none to draw."""
-    shares = accuracies(table, systems)
+def write_radar(table: Mapping[str, Any], systems: Sequence[str], path: Path, scoring: str = "meteora") -> None:
+    """A polygon a system over all rows; with fewer than three rows there is none to draw."""
+    shares = accuracies(table, systems, scoring)
     if len(shares) < 3:
         return
 
