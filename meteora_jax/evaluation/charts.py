@@ -19,18 +19,15 @@ def accuracies(table: Mapping[str, Any], systems: Sequence[str], scoring: str = 
     BLEU or ROUGE alone are left out.
     """
 
-    def share(cell: Mapping[str, Any]) -> float | None:
-        if "graded" in cell:
-            return cell["correct"] / cell["graded"] if cell["graded"] else None
-        return cell.get("accuracy", cell.get("exact_match"))
+    def share(cell: Mapping[str, Any] | None) -> float:
+        cell = shown(cell, scoring) if cell is not None else {}
+        if cell.get("graded"):
+            return 100 * cell["correct"] / cell["graded"]
+        right = cell.get("accuracy", cell.get("exact_match"))
+        return math.nan if right is None else 100 * right
 
-    rows = {row: {s: share(shown(c, scoring)) for s, c in cells.items()} for row, cells in table["tasks"].items()}
-    shares = {row: [v for v in cells.values() if v is not None] for row, cells in rows.items()}
-    return {
-        row: [math.nan if cells.get(s) is None else 100 * cells[s] for s in systems]
-        for row, cells in rows.items()
-        if shares[row]
-    }
+    rows = {row: [share(cells.get(s)) for s in systems] for row, cells in table["tasks"].items()}
+    return {row: shares for row, shares in rows.items() if not all(map(math.isnan, shares))}
 
 
 def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path, scoring: str = "meteora") -> None:
