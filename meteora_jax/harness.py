@@ -107,18 +107,19 @@ class MeteoraLM(TemplateLM):
             add_bos_token: whether texts get one; by default as the tokenizer does by itself.
             prefix_token_id: what precedes a text without context; by default the beginning of a sequence, else its end.
             seed: of tasks that sample.
-            device, max_batch_size: the harness' own; not supported.
+            device: not read; the harness says "cuda:0" on every machine, and JAX_PLATFORMS chooses.
+            max_batch_size: of batch sizes found by trial, which are not supported.
 
         Raises:
             InputError: a folder or value was refused.
         """
         super().__init__()
         size = str(batch_size)
-        if device is not None or max_batch_size is not None or not size.isdecimal() or int(size) < 1:
+        if max_batch_size is not None or not size.isdecimal() or int(size) < 1:
             raise InputError(
-                "batch_size, max_batch_size, device: expected a number and nothing else (JAX_PLATFORMS chooses the "
-                f"device), found {batch_size}, {max_batch_size}, {device}"
+                f"batch_size, max_batch_size: expected a number and nothing else, found {batch_size}, {max_batch_size}"
             )
+        del device
         self.batch_size = int(size)
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         self.model = load(base, bank, gates, dtype=dtype or default)

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from tiny import CORPUS
 
 from meteora_jax.config import InputError
-from meteora_jax.harness import MeteoraLM
+from meteora_jax.harness import MeteoraLM, main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness, datasets and torch; nothing of ours warns here
 
@@ -129,6 +129,24 @@ def test_the_harness_own_evaluation_gives_the_same_figures(models, task_manager)
         assert ours[task] == pytest.approx(theirs[task], rel=1e-4)
 
 
+def test_the_harness_own_command_line_runs_it(world, tmp_path, task_manager, monkeypatch, capsys):
+    options = {
+        "model": "meteora", "tasks": "tiny_generate_until", "include_path": tmp_path / "tasks", "batch_size": 4,
+        "output_path": tmp_path / "results.json",
+        "model_args": f"base={world['base']},bank={world['bank']},router=apple",
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["harness", "run", *words])
+    main()
+    assert "exact_match" in capsys.readouterr().out
+    assert list(tmp_path.glob("results*.json"))
+    monkeypatch.setattr(sys, "argv", ["harness", "run", *words, "--model_args", f"base={tmp_path / 'none'}"])
+    with pytest.raises(SystemExit) as refusal:
+        main()
+    assert refusal.value.code == 1
+    assert "none/config.json: expected a file, found none" in capsys.readouterr().err
+
+
 def test_it_is_registered_and_made_from_an_argument_string(world):
     cls = get_model("meteora")
     assert cls is MeteoraLM
@@ -147,7 +165,7 @@ def test_it_is_registered_and_made_from_an_argument_string(world):
         ({"router": "gates"}, "expected gates= beside router=gates"),
         ({"router": "apple", "top_k": 1}, "expected router=gates beside them"),
         ({"batch_size": "auto"}, "expected a number and nothing else"),
-        ({"device": "cuda"}, "JAX_PLATFORMS chooses the device"),
+        ({"max_batch_size": 8}, "expected a number and nothing else, found 1, 8"),
     ],
 )
 def test_refusals(world, more, said):

@@ -80,7 +80,7 @@ def _means(table: Mapping[str, Mapping[str, Cell]], systems: Sequence[str], name
     return {s: sum(v) / len(v) for s, v in values.items() if v}
 
 
-def shown(cell: Cell, scoring: str) -> Cell:
+def shown(cell: Mapping[str, Any], scoring: str) -> Mapping[str, Any]:
     """The part of a system's scores that a scoring shows: for LoraRetriever's, its own or nothing."""
     return cell if scoring == "meteora" else cell.get("loraretriever", {})
 
@@ -114,7 +114,7 @@ def _lines(row: str, cells: Mapping[str, Cell], scoring: Scoring) -> Iterator[tu
         yield row, {}
 
 
-def _text(scores: Cell, name: str) -> str:
+def _text(scores: Mapping[str, Any], name: str) -> str:
     factor = 100 if name in _SHARES else 1
     strict = scores.get(f"{name}_strict")
     return f"{factor * scores[name]:.1f}" + (f" ({factor * strict:.1f})" if strict is not None else "")
