@@ -57,8 +57,7 @@ def records_of(out):
 def whole(folders):
     """A run that nobody interrupted, of composites and a task, with cedar from a bank and a PEFT folder of its own."""
     out = folders["root"] / "whole"
-    banks = ("--system-bank", f"lora-b={folders['root'] / 'cedar'}", f"lora-f={folders['root'].parent}")
-    banks = (*banks[:2], f"lora-f={folders['root'] / 'peft'}")
+    banks = ("--system-bank", f"lora-b={folders['root'] / 'cedar'}", f"lora-f={folders['root'] / 'peft'}")
     main(arguments(folders, out, "--batch-size", "4", *COMPOSITE, *banks))
     return out
 
