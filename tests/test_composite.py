@@ -8,6 +8,7 @@ import pytest
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import (
     COMPOSITES,
+    default_path,
     draw_composites,
     format_prompt,
     generate_composites,
@@ -183,16 +184,18 @@ def test_the_file_is_read_like_any_tasks(tasks_dir):
     for task in COMPOSITES[3]:
         write_splits(tasks_dir / task, {s: [example(f"{task} {s} {i} ü") for i in range(4)] for s in ("train", "test")})
     path = generate_composites(tasks_dir, COMPOSITES[3], seed=3, count=4)
-    assert path == tasks_dir / "composite_3" / "test.jsonl"
+    assert path == tasks_dir / "composite_3_seed_3_count_4" / "test.jsonl"
     assert [file.name for file in path.parent.iterdir()] == ["test.jsonl"]
     problems = draw(tasks_dir, COMPOSITES[3], seed=3, count=4)
-    assert load_split(tasks_dir, "composite_3", "test") == [Example(p.prompt, p.response) for p in problems]
+    assert load_split(tasks_dir, path.parent.name, "test") == [Example(p.prompt, p.response) for p in problems]
     record = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
     assert list(record) == ["prompt", "response", "tasks", "answers"]
     assert record["tasks"] == list(COMPOSITES[3])
     assert record["answers"] == list(problems[0].answers)
     zero_shot = generate_composites(tasks_dir, COMPOSITES[3], seed=3, count=4, shots=0)
-    assert zero_shot == tasks_dir / "composite_3_0_shot" / "test.jsonl"
+    assert zero_shot == tasks_dir / "composite_3_0_shot_seed_3_count_4" / "test.jsonl"
+    usual = {"seed": 0, "count": 200, "shots": 2}
+    assert default_path(tasks_dir, COMPOSITES[3], **usual) == tasks_dir / "composite_3" / "test.jsonl"
 
 
 def test_a_list_of_ones_own_needs_a_file_of_its_own(tasks_dir):

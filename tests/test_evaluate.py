@@ -11,6 +11,8 @@ from meteora_jax.cli import main
 from meteora_jax.cli.evaluate import fingerprint
 from meteora_jax.config import GateConfig, InputError
 from meteora_jax.evaluation import runner
+from meteora_jax.evaluation.problems import load_problems
+from meteora_jax.evaluation.table import markdown, tabulate
 
 TASKS = ("winowhy", "disfl_qa", "object_counting")
 
@@ -39,17 +41,17 @@ SETTINGS = {"base": "x", "split": "test"}
 
 
 def table_of(tasks, out, batch_size=2, answer=echo):
-    problems = runner.load_problems(tasks, TASKS, "test", None)
+    problems = load_problems(tasks, TASKS, "test", None)
     records = runner.Records(out, SETTINGS)
     runner.run(problems, {"echo": answer}, records, batch_size, no_progress)
-    return runner.tabulate(problems, ["echo"], records)
+    return tabulate(problems, ["echo"], records.answers)
 
 
 def test_table_counts_what_was_right(tmp_path, tasks):
     table = table_of(tasks, tmp_path / "run")
     assert all(np.isclose(row["echo"]["accuracy"], 3 / 7) for row in table["tasks"].values())
     assert np.isclose(table["mean accuracy"]["echo"], 3 / 7)
-    text = runner.markdown(table, ["echo"])
+    text = markdown(table, ["echo"])
     assert text.count("| 7 | 42.9 |") == 3
     assert table_of(tasks, tmp_path / "other", batch_size=5) == table
 
@@ -68,16 +70,20 @@ def test_a_killed_run_goes_on_and_redoes_nothing(tmp_path, tasks, cut):
     with pytest.raises(KeyboardInterrupt):
         table_of(tasks, tmp_path / "run", answer=dies)
     file = tmp_path / "run" / runner.RECORDS
-    done = [i for part in calls for i in part]
-    if cut:  # the kill came while the last line was written
+    lost = []
+    if cut:  # the kill came while the last line was written: its problem is asked again, in the same batch
         file.write_bytes(file.read_bytes()[:-cut])
-        done = done[:-1]
+        lost = calls.pop()
+    kept = [json.loads(line) for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     again = []
-    answer = lambda problems: (again.extend(p.id for p in problems), echo(problems))[1]  # noqa: E731
+    answer = lambda problems: (again.append([p.id for p in problems]), echo(problems))[1]  # noqa: E731
     assert table_of(tasks, tmp_path / "run", answer=answer) == want
-    assert sorted(done + again) == sorted({*done, *again})
-    assert len(done + again) == 21
-    assert len(file.read_text().splitlines()) == 21
+    assert again[: bool(lost)] == [lost][: bool(lost)]
+    asked = sorted(i for part in calls + again for i in part)
+    assert asked == sorted(p.id for p in load_problems(tasks, TASKS, "test", None))
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert records[: len(kept)] == kept
+    assert sorted(r["id"] for r in records) == asked
 
 
 def test_other_settings_and_damaged_records_are_refused(tmp_path, tasks):
@@ -103,7 +109,7 @@ def test_a_resumed_run_refuses_other_problems_and_other_weights(tmp_path, tasks,
 
 
 def test_limit_chooses_by_hash_and_grows(tasks):
-    few, more = (runner.load_problems(tasks, TASKS, "test", n) for n in (2, 4))
+    few, more = (load_problems(tasks, TASKS, "test", n) for n in (2, 4))
     assert len(few) == 6
     assert {p.id for p in few} < {p.id for p in more}
 

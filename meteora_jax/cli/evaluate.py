@@ -1,8 +1,9 @@
-"""`meteora evaluate`: systems on tasks, a record a problem, a table and pictures."""
+"""`meteora evaluate`: systems on tasks and composite problems, a record a problem, a table and pictures."""
 
 from __future__ import annotations
 
-import re
+import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,17 @@ from rich.markdown import Markdown
 
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
 from meteora_jax.config import InputError
+from meteora_jax.evaluation.composite import COMPOSITES, COUNT, SEED, SHOTS, generate_composites
+from meteora_jax.evaluation.problems import Problem, load_composites, load_problems, load_queries
+from meteora_jax.evaluation.systems import Given, System, check_routes, make_system, skipped
+from meteora_jax.routing import RoutingTrace
+
+_NAMED = 5  # problems that a message about many names
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score systems on tasks; a run that was killed goes on where it was."""
+    """Score systems on tasks and on composite problems; a run that was killed goes on where it was."""
 
     base: Path
     """BASE folder."""
@@ -30,9 +37,30 @@ class Evaluate:
     gates: Path | None = None
     """GATES folder."""
     systems: str = "base,oracle,gates-top1,gates-top2"
-    """Separated by commas: base, oracle (the adapter named like the task), gates-topK, or an adapter's name."""
+    """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topK, an
+    adapter's name, or a name of --system-bank."""
+    system_bank: tuple[str, ...] = ()
+    """NAME=FOLDER: a system with a bank of its own, as lora-f=BANK; a BANK folder of one adapter, or a PEFT folder."""
     only: str | None = None
-    """Tasks, separated by commas; by default one for every adapter of the bank."""
+    """Tasks, separated by commas, or "all" for one an adapter of the bank; all by default, none beside --composite or
+    --queries."""
+    composite: str | None = None
+    """Composite problems, separated by commas: 3, 5, 10 for MeteoRA's, written below TASKS if they are not there, and
+    .jsonl files."""
+    composite_shots: int = SHOTS
+    """Worked examples in a composite prompt; 0 is zero-shot."""
+    composite_seed: int = SEED
+    """Of what composite problems draw."""
+    composite_count: int = COUNT
+    """Composite problems to write for each n."""
+    composite_temperature: float | None = None
+    """Of the gates on composite problems; by default 15, 20, 30 for n = 3, 5, 10."""
+    composite_max_new_tokens: int | None = None
+    """Longest response to a composite problem; by default n times --max-new-tokens."""
+    queries: Path | None = None
+    """LoraRetriever's queries, a JSON list of inputs, targets, task and metric; needs --scoring loraretriever."""
+    scoring: Literal["meteora", "loraretriever"] = "meteora"
+    """What table.md and the pictures show; table.json has both."""
     split: Literal["train", "test", "holdout"] = "test"
     """Holdout is scored once, for a release."""
     limit: int | None = None
@@ -47,49 +75,159 @@ class Evaluate:
     """Write the table here too."""
 
 
-def system_router(name: str, model: Any) -> Callable[[str], Any]:
-    """A system's name -> the router of a problem, from its task.
-
-    Raises:
-        InputError: no such system for this model.
-    """
-    from meteora_jax.routing.fixed import Fixed
-    from meteora_jax.routing.gates import Gates
-
-    if name == "base":
-        return lambda task: None
-    if name == "oracle":
-        return lambda task: Fixed(task)
-    if top := re.fullmatch(r"gates-top(\d+)", name):
-        if model.gates is None:
-            raise InputError(f"--systems: {name}: expected --gates, found none")
-        gates = Gates(int(top[1]), model.gates.temperature)
-        return lambda task: gates
-    if name in model.adapter_names:
-        return lambda task: Fixed(name)
-    known = ", ".join(("base", "oracle", "gates-topK", *model.adapter_names))
-    raise InputError(f"--systems: expected some of {known}, found {name!r}")
+def new_tokens(command: Evaluate, parts: int) -> int:
+    """The longest response to a problem of so many parts."""
+    if parts == 1:
+        return command.max_new_tokens
+    return command.composite_max_new_tokens or parts * command.max_new_tokens
 
 
-def answering(model: Any, router: Callable[[str], Any], max_new_tokens: int) -> Callable[[Sequence[Any]], list[dict]]:
-    """A system as the runner calls it."""
+def response_routing(trace: RoutingTrace) -> dict[str, float]:
+    """Each adapter's share of the response's tokens, rounded; empty where nothing routed any (a response of one
+    token that was never read back, or of none)."""
     from meteora_jax.viz import adapter_share
 
-    def answer(problems: Sequence[Any]) -> list[dict[str, Any]]:
-        routers = [router(p.task) for p in problems]
-        completions = model.generate([p.prompt for p in problems], routers, max_new_tokens=max_new_tokens)
+    shares = np.sum(adapter_share(trace)[trace.prompt_length :], axis=0)
+    shares /= max(float(shares.sum()), 1e-9)
+    named = zip(trace.adapter_names, shares.tolist(), strict=True)
+    return {name: round(share, 4) for name, share in named if share >= 5e-5}
+
+
+def answering(system: System, command: Evaluate) -> Callable[[Sequence[Problem]], list[dict[str, Any]]]:
+    """A system as the runner calls it: problems of as many parts each -> answers, always in batches of one size."""
+
+    def answer(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+        padded = [*problems, *[problems[-1]] * (command.batch_size - len(problems))]
+        completions = system.model.generate(
+            [p.prompt for p in padded],
+            [system.route(p) for p in padded],
+            max_new_tokens=new_tokens(command, problems[0].parts),
+            stop=problems[0].stop,
+        )
         said = []
-        for c in completions:
+        for c in completions[: len(problems)]:
             record: dict[str, Any] = {"answer": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason}
             if c.routing is not None:
-                shares = np.sum(adapter_share(c.routing), axis=0)
-                shares /= max(float(shares.sum()), 1e-9)  # the last token may have no routing
-                shown = zip(c.routing.adapter_names, shares.tolist(), strict=True)
-                record["routing"] = {n: round(s, 4) for n, s in shown if s >= 5e-5}
+                record["routing"] = response_routing(c.routing)
             said.append(record)
         return said
 
     return answer
+
+
+# What is asked
+
+
+def gather_problems(command: Evaluate, model: Any) -> list[Problem]:
+    """The problems of all rows: tasks, composites, queries.
+
+    Raises:
+        InputError: a file was refused, there is nothing to ask, or two rows have one name.
+    """
+    tasks = []
+    if command.only not in (None, "all"):
+        tasks = [t for t in command.only.split(",") if t]
+    elif command.only == "all" or (command.composite is None and command.queries is None):
+        tasks = list(model.adapter_names)
+    problems = load_problems(command.tasks, tasks, command.split, command.limit)
+    rows = list(tasks)
+    for what in filter(None, (command.composite or "").split(",")):
+        path = composite_file(command, model, what)
+        row = path.stem if what.endswith(".jsonl") else path.parent.name
+        rows.append(row)
+        problems += load_composites(path, row, command.limit)
+    if command.queries is not None:
+        if command.scoring != "loraretriever":
+            raise InputError(f"--scoring: expected loraretriever beside --queries, found {command.scoring}")
+        queries = load_queries(command.queries, command.limit)
+        rows += dict.fromkeys(p.task for p in queries)
+        problems += queries
+    if not rows:
+        raise InputError("--only, --composite: expected at least one task or composite, found none")
+    if twice := sorted({row for row in rows if rows.count(row) > 1}):
+        raise InputError(f"--only, --composite, --queries: expected each name once, found twice: {', '.join(twice)}")
+    return problems
+
+
+def composite_file(command: Evaluate, model: Any, what: str) -> Path:
+    """The file of one entry of `--composite`; one of MeteoRA's is drawn from TASKS, to fit the model's context."""
+    if what.endswith(".jsonl"):
+        return Path(what)
+    if what not in map(str, COMPOSITES):
+        sizes = ", ".join(map(str, COMPOSITES))
+        raise InputError(f"--composite: expected {sizes}, or files that end in .jsonl, found {what!r}")
+    if command.split != "test":
+        raise InputError(f"--split: expected test beside --composite {what}, found {command.split}")
+    limit, scaling = model.config.max_position_embeddings - new_tokens(command, int(what)), model.config.rope_scaling
+    if scaling is not None and scaling.rope_type == "dynamic":
+        fits: dict[str, Any] = {}  # such a model's context grows
+    else:
+        fits = {"max_tokens": limit, "count_tokens": lambda text: len(model.encode(text))}
+    return generate_composites(
+        command.tasks, COMPOSITES[int(what)], seed=command.composite_seed, count=command.composite_count,
+        shots=command.composite_shots, **fits,
+    )  # fmt: skip
+
+
+def check_lengths(command: Evaluate, model: Any, problems: Sequence[Problem]) -> None:
+    """Refuses problems that are beyond the context together with their responses, before anything runs."""
+    from meteora_jax.generation import check_prompts
+
+    wrong = []
+    for p in problems:
+        try:
+            check_prompts([model.encode(p.prompt)], model.config, new_tokens(command, p.parts))
+        except InputError as e:
+            wrong.append(f"{p.id}: {str(e).removeprefix('prompt 0: ')}")
+    if wrong:
+        more = [f"{len(wrong) - _NAMED} more such problems"] if len(wrong) > _NAMED else []
+        raise InputError(wrong[:_NAMED] + more)
+
+
+# Who answers
+
+
+def gather_systems(command: Evaluate, model: Any, dtype: str) -> tuple[list[System], dict[str, str]]:
+    """The systems in the order asked for, those of `--system-bank` last unless `--systems` names them, and the
+    fingerprints of their banks."""
+    names, folders = [s for s in command.systems.split(",") if s], {}
+    for entry in command.system_bank:
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder) or name in folders or name in model.adapter_names:
+            raise InputError(f"--system-bank: expected NAME=FOLDER, each name once and no adapter's, found {entry!r}")
+        folders[name] = Path(folder)
+    names = list(dict.fromkeys([*names, *folders]))
+    if not names:
+        raise InputError("--systems: expected at least one system, found none")
+    loaded = {name: other_bank(model, name, folder, command.base, dtype) for name, folder in folders.items()}
+    given = Given(model, {name: other for name, (other, _) in loaded.items()}, command.composite_temperature)
+    return [make_system(name, given) for name in names], {name: mark for name, (_, mark) in loaded.items()}
+
+
+def other_bank(model: Any, name: str, folder: Path, base: Path, dtype: str) -> tuple[Any, str]:
+    """The model with the one adapter of another bank or PEFT folder instead of its own, and the bank's fingerprint.
+
+    The base's arrays are the same ones: another bank costs its own size and no more.
+    """
+    import converters
+    from meteora_jax.adapters import BaseParam
+    from meteora_jax.checkpoint import assemble, load_bank
+
+    with tempfile.TemporaryDirectory() as temporary:
+        bank_folder = folder
+        if (folder / "adapter_config.json").is_file():
+            bank_folder = Path(temporary) / "bank"
+            converters.import_adapters(bank_folder, base, {name: folder})
+        bank = load_bank(bank_folder, model.config, np.dtype(dtype))
+        mark = fingerprint(bank_folder)
+    if len(bank.names) != 1:
+        raise InputError(f"{folder}: expected a bank of one adapter, found {', '.join(bank.names)}")
+    from flax import nnx
+
+    leaves = nnx.to_flat_state(model.weights)
+    weights = {tuple(map(str, path)): leaf[...] for path, leaf in leaves if isinstance(leaf, BaseParam)}
+    graph, state = assemble(model.config, weights, bank, None, np.dtype(dtype))
+    return dataclasses.replace(model, bank=bank.config, gates=None, graph=graph, weights=state), str(mark)
 
 
 def fingerprint(folder: Path | None) -> str | None:
@@ -102,32 +240,44 @@ def fingerprint(folder: Path | None) -> str | None:
 
 def evaluate(command: Evaluate) -> None:
     """Runs `meteora evaluate`."""
-    from meteora_jax.evaluation import charts, runner
+    from meteora_jax.evaluation import runner
     from meteora_jax.model import load
 
+    for name in ("max_new_tokens", "batch_size", "limit", "composite_max_new_tokens"):
+        if (value := getattr(command, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
     dtype = default_dtype(command.dtype)
     with status.status("loading"):
         model = load(command.base, command.bank, command.gates, dtype=dtype)
-    systems = [s for s in command.systems.split(",") if s]
-    tasks = [t for t in command.only.split(",") if t] if command.only else list(model.adapter_names)
-    if not systems or not tasks:
-        raise InputError("--systems, --only: expected at least one system and one task, found none")
-    if "oracle" in systems and (alone := [t for t in tasks if t not in model.adapter_names]):
-        raise InputError(f"--systems: oracle: expected an adapter for every task, found none for {', '.join(alone)}")
-    answers = {s: answering(model, system_router(s, model), command.max_new_tokens) for s in systems}
-    problems = runner.load_problems(command.tasks, tasks, command.split, command.limit)
+        systems, banks = gather_systems(command, model, dtype)
+        problems = gather_problems(command, model)
+        check_routes(systems, problems)
+        check_lengths(command, model, problems)
     settings = {
         "base": fingerprint(command.base), "bank": fingerprint(command.bank), "gates": fingerprint(command.gates),
-        "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype,
+        "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype, "system banks": banks,
+        "composite_temperature": command.composite_temperature,
+        "composite_max_new_tokens": command.composite_max_new_tokens,
     }  # fmt: skip
     records = runner.Records(command.out, settings)
+    leave = skipped(systems, problems)
     with progress_bar("evaluate") as progress:
-        runner.run(problems, answers, records, command.batch_size, progress)
-    table = runner.tabulate(problems, systems, records)
-    text = runner.markdown(table, systems)
+        answers = {s.name: answering(s, command) for s in systems}
+        runner.run(problems, answers, records, command.batch_size, progress, leave)
+    report(command, problems, systems, records.answers, leave)
+
+
+def report(command: Evaluate, problems: Sequence[Problem], systems: Sequence[System], answers: Any, leave: Any) -> None:
+    """Writes the run's table and pictures, and prints the table."""
+    from meteora_jax.evaluation import charts
+    from meteora_jax.evaluation.table import markdown, tabulate
+
+    names = [s.name for s in systems]
+    table = tabulate(problems, names, answers, leave)
+    text = markdown(table, names, command.scoring)
     (command.out / "table.md").write_text(text, encoding="utf-8")
     write_json(command.out / "table.json", table)
     write_json(command.json, table)
-    charts.write_bars(table, systems, command.out / "bars.png")
-    charts.write_radar(table, systems, command.out / "radar.png")
+    charts.write_bars(table, names, command.out / "bars.png", command.scoring)
+    charts.write_radar(table, names, command.out / "radar.png", command.scoring)
     console.print(Markdown(text))

@@ -9,19 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from meteora_jax.config import InputError
+from meteora_jax.evaluation.table import shown
 
 
-def accuracies(table: Mapping[str, Any], systems: Sequence[str]) -> dict[str, list[float]]:
-    """{task: accuracy of each system, in percent}, tasks without an accuracy left out."""
-    rows = table["tasks"].items()
-    return {t: [100 * row[s]["accuracy"] for s in systems] for t, row in rows if "accuracy" in row[systems[0]]}
+def accuracies(table: Mapping[str, Any], systems: Sequence[str], scoring: str = "meteora") -> dict[str, list[float]]:
+    """{row: share of right answers of each system, in percent, NaN where it was not asked}.
+
+    Of a composite row it is the share of correct answers among the graded sub-questions; rows that are scored by
+    BLEU or ROUGE alone are left out.
+    """
+
+    def share(cell: Mapping[str, Any] | None) -> float:
+        cell = shown(cell, scoring) if cell is not None else {}
+        if cell.get("graded"):
+            return 100 * cell["correct"] / cell["graded"]
+        right = cell.get("accuracy", cell.get("exact_match"))
+        return math.nan if right is None else 100 * right
+
+    rows = {row: [share(cells.get(s)) for s in systems] for row, cells in table["tasks"].items()}
+    return {row: shares for row, shares in rows.items() if not all(map(math.isnan, shares))}
 
 
-def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path) -> None:
-    """A group of horizontal bars a task."""
+def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path, scoring: str = "meteora") -> None:
+    """A group of horizontal bars a row."""
 
     def draw(figure: Any) -> None:
-        shares = accuracies(table, systems)
+        shares = accuracies(table, systems, scoring)
         figure.set_size_inches(9, 1.2 + 0.22 * len(shares) * (len(systems) + 1))
         axes = figure.add_subplot()
         height = 0.85 / len(systems)
@@ -37,9 +50,9 @@ def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path) -> 
     _save(draw, path)
 
 
-def write_radar(table: Mapping[str, Any], systems: Sequence[str], path: Path) -> None:
-    """A polygon a system over all tasks; with fewer than three tasks there is none to draw."""
-    shares = accuracies(table, systems)
+def write_radar(table: Mapping[str, Any], systems: Sequence[str], path: Path, scoring: str = "meteora") -> None:
+    """A polygon a system over all rows; with fewer than three rows there is none to draw."""
+    shares = accuracies(table, systems, scoring)
     if len(shares) < 3:
         return
 

@@ -7,6 +7,7 @@ stand on lines "i. ...", each on one line. Unlike there, where one pair of worke
 each problem draws its own from train.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from meteora_jax.config import InputError
-from meteora_jax.evaluation.tasks import Example, load_split, write_splits
+from meteora_jax.evaluation.metrics import METRICS
+from meteora_jax.evaluation.tasks import Example, load_split, parse_example, write_splits
 from meteora_jax.evaluation.tasks.bigbench import COMPOSITE_10
 
 # MeteoRA's own problems, by n.
@@ -28,6 +30,7 @@ COMPOSITES: dict[int, tuple[str, ...]] = {
     ),
     10: COMPOSITE_10,
 }  # fmt: skip
+SEED = 0
 COUNT = 200
 SHOTS = 2
 ANSWER_SEPARATOR = "@@@@\n"
@@ -58,27 +61,77 @@ def generate_composites(
     """Write `count` composite problems of `tasks` as JSON lines {"prompt", "response", "tasks", "answers"}.
 
     The file is `dest`; for MeteoRA's own lists of tasks that may be left out, see `default_path`. `load_split` reads
-    it like any task's. It is complete or it is not there. What is drawn: see `draw_composites`.
+    it like any task's. It is complete or it is not there; one that is there must hold the very same problems, and
+    is left alone. What is drawn: see `draw_composites`.
     """
-    dest = dest or default_path(tasks_dir, tasks, shots)
+    dest = dest or default_path(tasks_dir, tasks, seed=seed, count=count, shots=shots)
     if dest.suffix != ".jsonl":
         raise InputError(f"{dest}: expected a name that ends in .jsonl")
     problems = draw_composites(
         tasks_dir, tasks, seed=seed, count=count, shots=shots, max_tokens=max_tokens, count_tokens=count_tokens
     )
-    write_splits(dest.parent, {dest.stem: problems})
+    if not dest.exists():
+        write_splits(dest.parent, {dest.stem: problems})
+    elif read_composites(dest) != problems:
+        size = "" if max_tokens is None else f", at most {max_tokens} tokens"
+        raise InputError(
+            f"{dest}: expected the problems of seed {seed}, count {count}, shots {shots}{size}, found others: remove "
+            "the file, or name it as it is"
+        )
     return dest
 
 
-def default_path(tasks_dir: Path, tasks: Sequence[str], shots: int) -> Path:
-    """`tasks_dir/composite_<n>/test.jsonl`, or `composite_<n>_<shots>_shot` where shots is not the original's 2.
+def default_path(tasks_dir: Path, tasks: Sequence[str], *, seed: int, count: int, shots: int) -> Path:
+    """`tasks_dir/composite_<n>/test.jsonl`; what is not the usual shots, seed or count is in the folder's name.
 
     Raises `InputError` for a list that is not in `COMPOSITES`: its problems would pass for MeteoRA's.
     """
     n = len(tasks)
     if COMPOSITES.get(n) != tuple(tasks):
         raise InputError(f"dest: expected a file to write to, as MeteoRA has no composite of {', '.join(tasks)}")
-    return tasks_dir / (f"composite_{n}" if shots == SHOTS else f"composite_{n}_{shots}_shot") / "test.jsonl"
+    unusual = [f"{shots}_shot"] if shots != SHOTS else []
+    unusual += [f"seed_{seed}"] if seed != SEED else []
+    unusual += [f"count_{count}"] if count != COUNT else []
+    return tasks_dir / "_".join(["composite", str(n), *unusual]) / "test.jsonl"
+
+
+def read_composites(path: Path) -> list[Composite]:
+    """The problems of a file that `generate_composites` wrote, or of the MeteoRA release's.
+
+    The release's lines have no "tasks" and "answers": answers are the response's parts, and their number tells
+    which of `COMPOSITES` was asked. Raises `InputError` for a malformed line, tasks without metrics, or problems
+    of different tasks.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected composite problems, found no file")
+    with path.open("rb") as lines:
+        problems = [_read_composite(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    if not problems:
+        raise InputError(f"{path}: expected composite problems, found none")
+    for number, problem in enumerate(problems, start=1):
+        if problem.tasks != problems[0].tasks:
+            expected, found = ", ".join(problems[0].tasks), ", ".join(problem.tasks)
+            raise InputError(f"{path}:{number}: tasks: expected those of line 1 ({expected}), found {found}")
+    if unknown := [task for task in problems[0].tasks if task not in METRICS]:
+        raise InputError(f"{path}: tasks: expected tasks with metrics, found {', '.join(unknown)}")
+    return problems
+
+
+def _read_composite(line: bytes, where: str) -> Composite:
+    example, record = parse_example(line, where), json.loads(line)
+    if "tasks" not in record and "answers" not in record:
+        answers = example.response.split(ANSWER_SEPARATOR)
+        if len(answers) not in COMPOSITES:
+            sizes = ", ".join(map(str, COMPOSITES))
+            raise InputError(f"{where}: response: expected {sizes} answers where no tasks stand, found {len(answers)}")
+        return Composite(example.prompt, example.response, COMPOSITES[len(answers)], tuple(answers))
+    tasks, answers = record.get("tasks"), record.get("answers")
+    for key, value in (("tasks", tasks), ("answers", answers)):
+        if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+            raise InputError(f"{where}: {key}: expected a list of texts, found {str(value)[:60]}")
+    if len(tasks) != len(answers):
+        raise InputError(f"{where}: answers: expected one a task ({len(tasks)}), found {len(answers)}")
+    return Composite(example.prompt, example.response, tuple(tasks), tuple(answers))
 
 
 def draw_composites(

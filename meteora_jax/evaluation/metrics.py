@@ -195,6 +195,14 @@ def _rouge_scorer() -> Any:
 # LoraRetriever
 
 
+def loraretriever_metric(task: str) -> str:
+    """What scores one of MeteoRA's tasks LoraRetriever's way: em if it has an accuracy, bleu if it is a translation,
+    else rouge."""
+    _check_tasks([task])
+    names = METRICS[task]
+    return "em" if "accuracy" in names else "bleu" if names == ("bleu",) else "rouge"
+
+
 def score_loraretriever(metric: str, answers: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
     """LoraRetriever's scores by the metric that its queries name; empty answers count as zero.
 

@@ -8,6 +8,7 @@ scores reads them with `load_split`. Holdout is scored once, for a release, and 
 import hashlib
 import json
 import re
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -165,7 +166,8 @@ def _shortened(value: object) -> str:
 
 
 def _write_atomically(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(path.name + ".partial")
+    # a name of its own: on a shared disk every process of a job may write this file at once
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(lines)

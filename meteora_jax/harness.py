@@ -1,0 +1,307 @@
+"""The model `meteora` of EleutherAI's lm-evaluation-harness (lm_eval 0.4): its tasks, this project's models.
+
+    python -m meteora_jax.harness run --model meteora --tasks ... \\
+        --model_args base=BASE,bank=BANK,gates=GATES,router=gates --batch_size 8
+
+is the harness' own command with this model registered; importing this module registers it for a program of one's
+own. What is asked, and how a text becomes tokens, is as in the harness' `hf` model, so that figures compare.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from meteora_jax.config import InputError
+from meteora_jax.generation import bucket, pad_prompts
+from meteora_jax.kv_cache import EMPTY
+from meteora_jax.model import load
+from meteora_jax.routing import BoundRouter
+from meteora_jax.routing.fixed import Fixed
+from meteora_jax.routing.gates import Gates
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as e:
+    raise InputError(f"lm-evaluation-harness: needs {e.name}, found none: pip install 'meteora-jax[harness]'") from None
+
+_CHUNK = 8  # positions whose logits exist at once; `bucket` gives multiples of it
+
+# (its text, context ids, continuation ids), as the harness hands a request to `_loglikelihood_tokens`
+Request = tuple[Any, list[int], list[int]]
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def _score(
+    graph: Any,
+    weights: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    at: jax.Array,
+    targets: jax.Array,
+    router: BoundRouter | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities float32 [B, W] of the `targets` [B, W] after the positions `at` [B, W], and whether each is
+    the likeliest token. tokens int32 [B, T], padded on the right; lengths [B]."""
+    model = nnx.merge(graph, weights)
+    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    hidden = model(tokens, jnp.where(columns < lengths[:, None], columns, EMPTY), router).hidden
+    hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+
+    def part(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h, target = chunk
+        logits = model.logits(h)
+        chosen = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=2), jnp.argmax(logits, axis=2) == target
+
+    def split(x: jax.Array) -> jax.Array:  # [B, W, ..] -> [W / chunk, B, chunk, ..]
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, _CHUNK, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+
+    logprobs, greedy = jax.lax.map(part, (split(hidden), split(targets)))
+    return join(logprobs), join(greedy)
+
+
+@register_model("meteora")
+class MeteoraLM(TemplateLM):
+    """A base with bank, gates and one router for all requests, as the harness sees it."""
+
+    def __init__(
+        self,
+        base: str,
+        bank: str | None = None,
+        gates: str | None = None,
+        router: str | None = None,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        dtype: str | None = None,
+        batch_size: int | str = 1,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        seed: int = 0,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ):
+        """Loads the folders.
+
+        Args:
+            router: "gates", "none" or an adapter's name; the gates if given, else none.
+            top_k, temperature: of the gates, by default as they were trained.
+            dtype: bfloat16 on an accelerator, float32 on a CPU unless given.
+            max_length: tokens a request may have; by default the base's context.
+            max_gen_toks: longest response of a task that names no length.
+            add_bos_token: whether texts get one; by default as the tokenizer does by itself.
+            prefix_token_id: what precedes a text without context; by default the beginning of a sequence, else its end.
+            seed: of tasks that sample.
+            device: not read; the harness says "cuda:0" on every machine, and JAX_PLATFORMS chooses.
+            max_batch_size: of batch sizes found by trial, which are not supported.
+
+        Raises:
+            InputError: a folder or value was refused.
+        """
+        super().__init__()
+        size = str(batch_size)
+        if max_batch_size is not None or not size.isdecimal() or int(size) < 1:
+            raise InputError(
+                f"batch_size, max_batch_size: expected a number and nothing else, found {batch_size}, {max_batch_size}"
+            )
+        del device
+        self.batch_size = int(size)
+        default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        self.model = load(base, bank, gates, dtype=dtype or default)
+        self.tokenizer = self.model.tokenizer
+        self.router = _router(self.model, router, top_k, temperature)
+        self.max_length = max_length or self.model.config.max_position_embeddings
+        self._base, self.max_gen_toks, self.add_bos_token, self.seed = base, max_gen_toks, add_bos_token, seed
+        self._prefix = prefix_token_id
+
+    @property
+    def eot_token_id(self) -> int:
+        if self.tokenizer.eos_token_id is not None:
+            return self.tokenizer.eos_token_id
+        if not self.model.config.eos_token_ids:
+            raise InputError(f"{self._base}: expected an end token, found none in the tokenizer and in config.json")
+        return self.model.config.eos_token_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        known = (self._prefix, self.tokenizer.bos_token_id)
+        return next((i for i in known if i is not None), self.eot_token_id)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self._base).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; a text that begins with the prefix token's own text gets no second one."""
+        if add_special_tokens is None:
+            twice = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+            add_special_tokens = False if twice else self.add_bos_token
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer(string, **special)["input_ids"])
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages as one text, by the tokenizer's template."""
+        if not self.tokenizer.chat_template:
+            raise InputError(f"{self._base}: expected a tokenizer with a chat template, found one without")
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
+        wrong = [len(target) for _, _, target in requests if not 0 < len(target) <= self.max_length]
+        if wrong:
+            raise InputError(f"continuation: expected 1 to {self.max_length} tokens, found {wrong[0]}")
+
+        def answer(part: Sequence[Request]) -> list[tuple[float, bool]]:
+            # as much context as fits, cut on the left; the last token is only ever a target
+            rows = [[*context, *target][-(self.max_length + 1) :][:-1] for _, context, target in part]
+            tokens, lengths = pad_prompts(rows)
+            width = bucket(max(len(target) for _, _, target in part))
+            at, targets = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.int32)
+            for b, (row, (_, _, target)) in enumerate(zip(rows, part, strict=True)):
+                at[b, : len(target)] = np.arange(len(row) - len(target), len(row))
+                targets[b, : len(target)] = target
+            logprobs, greedy = map(
+                np.asarray,
+                _score(
+                    self.model.graph, self.model.weights, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(at),
+                    jnp.asarray(targets), self.model.bind(self.router, len(rows)),
+                ),
+            )  # fmt: skip
+            sizes = [len(target) for _, _, target in part]
+            return [
+                (float(p[:n].sum(dtype=np.float64)), bool(g[:n].all()))
+                for p, g, n in zip(logprobs, greedy, sizes, strict=True)
+            ]
+
+        found = self._batched(requests, lambda r: len(r[1]) + len(r[2]), answer)
+        for (text, _, _), scores in zip(requests, found, strict=True):
+            if text is not None:  # a window of a rolling request has none
+                self.cache_hook.add_partial("loglikelihood", text, scores)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        windows: list[Request] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            rolling = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            for context, target in map(make_disjoint_window, rolling):
+                windows.append((None, list(context), list(target)))
+                owners.append(i)
+        sums = [0.0] * len(requests)
+        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[i] += logprob
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        texts = [""] * len(requests)
+        kinds: dict[str, list[int]] = {}  # requests of like settings share batches
+        for i, request in enumerate(requests):
+            kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        for settings, members in kinds.items():
+            options = self._options(json.loads(settings))
+            room = self.max_length - options["max_new_tokens"]
+            if room < 1:
+                raise InputError(
+                    f"max_gen_toks: expected less than {self.max_length} (max_length), found "
+                    f"{options['max_new_tokens']}"
+                )
+            prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
+
+            def answer(part: Sequence[list[int]], options: dict[str, Any] = options) -> list[str]:
+                return [c.text for c in self.model.generate(part, self.router, **options)]
+
+            for i, text in zip(members, self._batched(prompts, len, answer), strict=True):
+                texts[i] = text
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _options(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The harness' generation settings as `Meteora.generate` takes them; whatever is unknown is refused."""
+        settings = dict(settings)
+        until = settings.pop("until", None) or []
+        lengths = [settings.pop(k, None) for k in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+        sample, temperature = settings.pop("do_sample", None), float(settings.pop("temperature", None) or 0.0)
+        if sample and not temperature:
+            temperature = 1.0  # transformers' own
+        options: dict[str, Any] = {
+            "stop": [until] if isinstance(until, str) else list(until),
+            "max_new_tokens": int(next((n for n in lengths if n is not None), self.max_gen_toks)),
+            "temperature": 0.0 if sample is False else temperature,
+            "seed": self.seed,
+        }
+        for name in ("top_k", "top_p"):
+            if (value := settings.pop(name, None)) is not None:
+                options[name] = value
+        if settings.pop("num_beams", 1) != 1 or settings:
+            raise InputError(
+                "generation_kwargs: expected until, max_gen_toks, do_sample, temperature, top_k, top_p and no beams, "
+                f"found {', '.join(settings) or 'num_beams'}"
+            )
+        return options
+
+    def _batched(self, items: Sequence[Any], length: Callable[[Any], int], answer: Callable[..., list]) -> list:
+        """`answer` over all items, in batches of like length and of one size; results in the items' order."""
+        order = sorted(range(len(items)), key=lambda i: -length(items[i]))  # the largest first: it fits or fails now
+        results: list[Any] = [None] * len(items)
+        size = min(self.batch_size, len(items))
+        for start in range(0, len(items), max(size, 1)):
+            part = order[start : start + size]
+            padded = [items[i] for i in part] + [items[part[-1]]] * (size - len(part))
+            for i, result in zip(part, answer(padded)[: len(part)], strict=True):
+                results[i] = result
+        return results
+
+
+def _router(model: Any, name: str | None, top_k: int | None, temperature: float | None) -> Any:
+    name = name or ("gates" if model.gates is not None else "none")
+    if name != "gates" and (top_k is not None or temperature is not None):
+        raise InputError(f"top_k, temperature: expected router=gates beside them, found {name}")
+    if name == "none":
+        return None
+    if name == "gates":
+        if model.gates is None:
+            raise InputError("router: expected gates= beside router=gates, found none")
+        return Gates(top_k or model.gates.top_k, temperature or model.gates.temperature)
+    if name not in model.adapter_names:
+        raise InputError(f"router: expected gates, none or one of {', '.join(model.adapter_names)}, found {name!r}")
+    return Fixed(name)
+
+
+def main() -> None:
+    """The harness' own command line; a refused input is one line and status 1."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""`meteora evaluate` with a real (tiny) model: composites, other banks, any batch size, a real kill."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from tiny import edit_json
+from worlds import NAMES
+
+import converters
+import meteora_jax as mj
+from meteora_jax.cli import main
+from meteora_jax.evaluation.composite import COMPOSITES
+from meteora_jax.evaluation.metrics import read_composite, score_composite
+from meteora_jax.evaluation.tasks import Example, write_splits
+from meteora_jax.routing.fixed import Fixed
+from meteora_jax.routing.gates import Gates
+from meteora_jax.viz import adapter_share
+
+TASKS = ("winowhy", "object_counting")
+
+
+@pytest.fixture(scope="module")
+def folders(world, tmp_path_factory):
+    """The world's folders with a longer context, tasks, and a bank that holds cedar alone."""
+    root = tmp_path_factory.mktemp("evaluate")
+    shutil.copytree(world["base"], root / "base")
+    edit_json(root / "base" / "config.json", max_position_embeddings=1024)
+    converters.import_adapters(root / "cedar", root / "base", {"cedar": world["peft"]["cedar"]})
+    for task in (*TASKS, *COMPOSITES[3]):
+        examples = [Example(f"[INST] {task[:4]} {'so ' * (i % 5)}{i}? [/INST]\n", "ab"[i % 2]) for i in range(6)]
+        write_splits(root / "tasks" / task, {"test": examples, "train": examples[:3]})
+    return {"root": root, "base": root / "base", "bank": world["bank"], "gates": world["gates"]}
+
+
+def arguments(folders, out, *more, systems="base,oracle,gates-top2,cedar"):
+    given = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(folders[k]))]
+    given += ["--tasks", str(folders["root"] / "tasks"), "--out", str(out), "--systems", systems]
+    return ["evaluate", *given, "--max-new-tokens", "6", *more]
+
+
+COMPOSITE = ("--composite", "3", "--composite-count", "5", "--composite-shots", "1")
+ROW = "composite_3_1_shot_count_5"
+
+
+def records_of(out):
+    return {(r["system"], r["id"]): r for r in map(json.loads, (out / "records.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def whole(folders):
+    """A run that nobody interrupted, of composites and a task, with cedar from a bank and a PEFT folder of its own."""
+    out = folders["root"] / "whole"
+    banks = ("--system-bank", f"lora-b={folders['root'] / 'cedar'}", f"lora-f={folders['root'] / 'peft'}")
+    main(arguments(folders, out, "--batch-size", "4", *COMPOSITE, *banks))
+    return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def peft_folder(folders, world):
+    shutil.copytree(world["peft"]["cedar"], folders["root"] / "peft")
+
+
+def test_composite_row_is_what_the_parts_say(folders, whole):
+    (file,) = (folders["root"] / "tasks").glob("composite_3*/test.jsonl")
+    assert file.parent.name == ROW
+    problems = [json.loads(line) for line in file.read_text().splitlines()]
+    table = json.loads((whole / "table.json").read_text())["tasks"]
+    assert list(table) == [ROW]
+    assert list(table[ROW]) == ["base", "gates-top2", "cedar", "lora-b", "lora-f"]
+    model = mj.load(folders["base"], folders["bank"], folders["gates"], dtype="float32")
+    routers = {"base": None, "gates-top2": Gates(2, 15.0), "cedar": Fixed("cedar")}
+    records = records_of(whole)
+    for system, router in routers.items():
+        out = [model.generate([p["prompt"]], router, max_new_tokens=18, stop=["\n4."])[0] for p in problems]
+        found = [records[system, f"{ROW}/test/{i}"] for i in range(5)]
+        assert [r["answer"] for r in found] == [c.text for c in out]
+        answers = [read_composite(c.text, 3) for c in out]
+        assert [r["answers"] for r in found] == answers
+        want = score_composite(COMPOSITES[3], answers, [p["answers"] for p in problems])
+        assert table[ROW][system] == {**want, "asked": 15, "graded": 15}
+        for r, c in zip(found, out, strict=True):
+            assert ("routing" in r) == (router is not None)
+            if router:
+                shares = adapter_share(c.routing)[c.routing.prompt_length :].sum(0)
+                shares /= max(shares.sum(), 1e-9)
+                np.testing.assert_allclose([r["routing"].get(n, 0) for n in NAMES], shares, atol=1e-4)
+    text = (whole / "table.md").read_text()
+    assert f"| {ROW}, correct | 5 | 0 of 15 | not defined |" in text
+    assert f"| {ROW}, ROUGE-L | 5 | " in text
+
+
+def test_an_adapter_in_a_bank_of_its_own_answers_as_in_the_large_one(whole):
+    records = records_of(whole)
+    for system in ("lora-b", "lora-f"):
+        for i in range(5):
+            other, same = records[system, f"{ROW}/test/{i}"], records["cedar", f"{ROW}/test/{i}"]
+            assert other["answer"] == same["answer"]
+            assert set(other["routing"]) <= {"cedar", "lora-f"}
+    assert any(records["base", i]["answer"] != records["cedar", i]["answer"] for s, i in records if s == "cedar")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_the_numbers_are_the_same_at_any_batch_size(folders, whole, batch_size, tmp_path):
+    main(arguments(folders, tmp_path, "--batch-size", str(batch_size), *COMPOSITE))
+    mine, theirs = records_of(tmp_path), records_of(whole)
+    assert len(mine) == 15
+    assert all(mine[key] == theirs[key] for key in mine)
+
+
+def test_a_killed_process_goes_on_to_the_same_table(folders, tmp_path):
+    more = ("--only", ",".join(TASKS), "--batch-size", "2", *COMPOSITE)
+    systems = "base,gates-top1,gates-top2,cedar"
+    main(arguments(folders, tmp_path / "whole", *more, systems=systems))
+    command = arguments(folders, tmp_path / "killed", *more, systems=systems)
+    chance = random.SystemRandom()
+    lines, delay = chance.randrange(1, 40), chance.random() * 0.02
+    process = subprocess.Popen(
+        [sys.executable, "-m", "meteora_jax.cli", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    file = tmp_path / "killed" / "records.jsonl"
+    while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < lines):
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, f"the run ended before it was killed at line {lines} + {delay} s"
+    kept = file.read_bytes()
+    kept = kept[: kept.rindex(b"\n") + 1]
+    assert kept.count(b"\n") < 4 * 17
+    main(command)
+    assert file.read_bytes().startswith(kept)
+    assert len(file.read_text().splitlines()) == len(records_of(tmp_path / "killed")) == 4 * 17
+    assert records_of(tmp_path / "killed") == records_of(tmp_path / "whole")
+    for name in ("table.json", "table.md"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--composite", "4"], "--composite: expected 3, 5, 10, or files that end in .jsonl, found '4'"),
+        (["--composite", "3", "--split", "train"], "--split: expected test beside --composite 3"),
+        (["--composite", "nowhere.jsonl"], "nowhere.jsonl: expected composite problems, found no file"),
+        (["--composite", "{file}"], "pair: gates-top2: expected --composite-temperature, as MeteoRA has none for 2"),
+        (["--composite", "{file}", "--composite-temperature", "9"], "pair/pair/0: expected at most 1012 tokens"),
+        (["--composite", "{file},{file}"], "expected each name once, found twice: pair"),
+        (["--only", "winowhy", "--systems", "gates-top5"], "gates-top5: expected at most 4"),
+        (["--only", "winowhy", "--system-bank", "elm"], "--system-bank: expected NAME=FOLDER"),
+        (["--only", "winowhy", "--system-bank", "elm={bank}"], "expected a bank of one adapter, found apple, birch"),
+        (["--only", "winowhy", "--batch-size", "0"], "--batch-size: expected 1 or more, found 0"),
+        (["--only", ","], "expected at least one task or composite, found none"),
+    ],
+)
+def test_refusals_come_before_anything_is_written(folders, tmp_path, capsys, more, said):
+    problem = {"prompt": "long " * 1200, "response": "a@@@@\nb", "tasks": TASKS, "answers": ["a", "b"]}
+    file = tmp_path / "pair.jsonl"
+    file.write_text(json.dumps(problem) + "\n")
+    more = [word.format(file=file, bank=folders["bank"]) for word in more]
+    with pytest.raises(SystemExit) as refusal:
+        main(arguments(folders, tmp_path / "run", *more, systems="gates-top2"))
+    assert refusal.value.code == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,219 @@
+"""Rows, systems and tables without a model: composites, LoraRetriever's queries, what is not defined."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from meteora_jax.config import InputError
+from meteora_jax.evaluation.charts import accuracies, write_bars, write_radar
+from meteora_jax.evaluation.composite import COMPOSITES, read_composites
+from meteora_jax.evaluation.metrics import METRICS, loraretriever_metric, score, score_composite
+from meteora_jax.evaluation.problems import Problem, load_composites, load_queries
+from meteora_jax.evaluation.runner import Records, batches, run
+from meteora_jax.evaluation.systems import Given, check_routes, make_system, skipped
+from meteora_jax.evaluation.table import markdown, tabulate
+from meteora_jax.routing.fixed import Fixed
+from meteora_jax.routing.gates import Gates
+
+TASKS = ("object_counting", "strategyqa")
+
+
+def composite(i, tasks=TASKS, answers=("3", "Yes. It is so.")):
+    return Problem(f"pair/test/{i}", "pair", f"prompt {i}", "@@@@\n".join(answers), tuple(tasks), tuple(answers))
+
+
+def single(i, task="object_counting", target="3"):
+    return Problem(f"{task}/test/{i}", task, f"{task} {'so ' * i}", target)
+
+
+# --- systems ---
+
+
+@pytest.fixture
+def given():
+    gates = SimpleNamespace(temperature=2.0)
+    model = SimpleNamespace(adapter_names=("object_counting", "strategyqa"), gates=gates)
+    other = SimpleNamespace(adapter_names=("everything",), gates=None)
+    return Given(model, {"lora-b": other})
+
+
+def test_a_system_is_a_name_and_a_router_for_each_problem(given):
+    plain, pair = single(0), composite(0)
+    routers = {name: make_system(name, given).route(plain) for name in ("base", "oracle", "gates-top2", "strategyqa")}
+    assert routers == {
+        "base": None,
+        "oracle": Fixed("object_counting"),
+        "gates-top2": Gates(2, 2.0),
+        "strategyqa": Fixed("strategyqa"),
+    }
+    other = make_system("lora-b", given)
+    assert (other.model, other.route(plain)) == (given.others["lora-b"], Fixed("everything"))
+    assert make_system("base", given).route(pair) is None
+
+
+@pytest.mark.parametrize(("n", "temperature"), [(3, 15.0), (5, 20.0), (10, 30.0)])
+def test_gates_are_warmer_on_composites(given, n, temperature):
+    problem = composite(0, COMPOSITES[n], ["a"] * n)
+    assert make_system("gates-top2", given).route(problem) == Gates(2, temperature)
+    chosen = Given(given.model, given.others, composite_temperature=7.0)
+    assert make_system("gates-top1", chosen).route(problem) == Gates(1, 7.0)
+    assert make_system("gates-top1", chosen).route(single(0)) == Gates(1, 2.0)
+    assert problem.stop == (f"\n{n + 1}.",)
+    assert single(0).stop == ()
+
+
+def test_what_no_system_can_do_is_said_at_once(given):
+    systems = [make_system(name, given) for name in ("oracle", "gates-top2", "lora-b")]
+    assert skipped(systems, [composite(0), single(0)]) == {("oracle", "pair")}
+    check_routes(systems[:1], [composite(0), single(0)])
+    with pytest.raises(InputError, match="oracle: expected an adapter for every task, found none for winowhy, gsm8k"):
+        check_routes(systems, [single(0, "winowhy"), single(0, "gsm8k")])
+    with pytest.raises(InputError, match="pair: gates-top2: expected --composite-temperature"):
+        check_routes(systems, [composite(0)])
+    with pytest.raises(InputError, match="gates-top3: expected at most 2"):
+        check_routes([make_system("gates-top3", given)], [single(0)])
+    for name in ("gates-top0", "gates-top", "elm"):
+        with pytest.raises(InputError, match="expected some of base, oracle, gates-topK, lora-b, object_counting"):
+            make_system(name, given)
+
+
+# --- what is asked ---
+
+
+def test_the_releases_lines_are_read_by_their_number_of_answers(tmp_path):
+    file = tmp_path / "composite_3.jsonl"
+    lines = [{"prompt": f"p{i}", "response": "a@@@@\nb@@@@\nc"} for i in range(2)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    problems = load_composites(file, "composite_3", None)
+    assert [p.id for p in problems] == ["composite_3/composite_3/0", "composite_3/composite_3/1"]
+    assert {(p.tasks, p.answers, p.parts) for p in problems} == {(COMPOSITES[3], ("a", "b", "c"), 3)}
+    assert len(load_composites(file, "composite_3", 1)) == 1
+
+
+GOOD = {"prompt": "p", "response": "a@@@@\nb", "tasks": TASKS, "answers": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "expected composite problems, found none"),
+        ([{"prompt": "p", "response": "a"}], ":1: response: expected 3, 5, 10 answers where no tasks stand, found 1"),
+        ([{**GOOD, "answers": ["a"]}], r":1: answers: expected one a task \(2\), found 1"),
+        ([{**GOOD, "tasks": "ab"}], ":1: tasks: expected a list of texts, found ab"),
+        ([GOOD, {**GOOD, "tasks": TASKS[::-1]}], ":2: tasks: expected those of line 1"),
+        ([{**GOOD, "tasks": ["elm", "oak"]}], "tasks: expected tasks with metrics, found elm, oak"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, lines, said):
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=said):
+        read_composites(file)
+
+
+def test_queries_have_their_own_metric(tmp_path):
+    file = tmp_path / "queries.json"
+    queries = [
+        {"inputs": f"q{i}", "targets": "Yes", "task": task, "metric": metric, "domain": "x"}
+        for i, (task, metric) in enumerate([("nli", "em"), ("wmt", "bleu"), ("nli", "em")])
+    ]
+    file.write_text(json.dumps(queries))
+    problems = load_queries(file, None)
+    assert [(p.id, p.metric) for p in problems] == [
+        ("nli/queries/0", "em"), ("nli/queries/2", "em"), ("wmt/queries/1", "bleu"),
+    ]  # fmt: skip
+    answers = {("s", p.id): "yes." for p in problems}
+    table = tabulate(problems, ["s"], answers)
+    assert table["tasks"]["nli"]["s"] == {"loraretriever": {"exact_match": 1.0}, "problems": 2}
+    assert table["mean exact_match"] == {"s": 1.0}
+    assert "| nli | 2 | 100.0 |\n| wmt, BLEU | 1 | " in markdown(table, ["s"], "loraretriever")
+    for change, said in (
+        ({"metric": "f1"}, "metric: expected em or bleu or rouge, found 'f1'"),
+        ({"task": "wmt"}, "metric: expected em, found 'bleu'|metric: expected bleu, found 'em'"),
+        ({"inputs": 3}, "expected texts task, inputs, targets and metric"),
+    ):
+        file.write_text(json.dumps([queries[1], {**queries[0], **change}]))
+        with pytest.raises(InputError, match=said):
+            load_queries(file, None)
+
+
+# --- what is scored ---
+
+
+def test_loraretrievers_metric_of_meteoras_tasks():
+    assert {loraretriever_metric(t) for t in METRICS if t.startswith("news")} == {"bleu"}
+    assert [loraretriever_metric(t) for t in ("alpaca", "strategyqa", "gsm8k")] == ["rouge", "em", "em"]
+
+
+def test_every_row_has_its_cells_and_an_undefined_one_says_so(tmp_path):
+    problems = [composite(i) for i in range(3)] + [single(i) for i in range(3)] + [single(0, "alpaca", "some words")]
+    texts = {
+        "right": {"pair": "1. 3\n2. Yes. It is so.", "object_counting": "3", "alpaca": "some words"},
+        "silent": {"pair": "", "object_counting": "", "alpaca": ""},
+        "oracle": {"object_counting": "3.", "alpaca": "words"},
+    }
+    answers = {(s, p.id): texts[s][p.task] for s in texts for p in problems if p.task in texts[s]}
+    table = tabulate(problems, list(texts), answers, {("oracle", "pair")})
+    cells = table["tasks"]["pair"]
+    right = score_composite(TASKS, [["3", "Yes. It is so."]] * 3, [p.answers for p in problems[:3]])
+    assert cells["right"] == {**right, "asked": 6, "graded": 6}
+    assert (cells["silent"]["attempted"], cells["silent"]["correct"], "oracle" in cells) == (0, 0, False)
+    assert table["tasks"]["alpaca"]["oracle"] == {
+        **score("alpaca", ["words"], ["some words"]),
+        "loraretriever": {k: v for k, v in score("alpaca", ["words"], ["some words"]).items() if k in
+                          ("rouge1", "rouge2", "rougeL")},
+        "problems": 1,
+    }  # fmt: skip
+    text = markdown(table, list(texts))
+    assert "| pair, attempted | 3 | 6 of 6 | 0 of 6 | not defined |" in text
+    assert "| pair, correct | 3 | 6 of 6 | 0 of 6 | not defined |" in text
+    assert "| pair, ROUGE-L | 3 | 100.0 (100.0) | 0.0 (0.0) | not defined |" in text
+    assert "| object_counting | 3 | 100.0 | 0.0 | 100.0 |" in text
+    assert "| mean accuracy | | 100.0 | 0.0 | 100.0 |" in text
+    other = markdown(table, list(texts), "loraretriever")
+    assert "| pair | 3 | not defined | not defined | not defined |" in other
+    assert "| object_counting | 3 | 100.0 | 0.0 | 100.0 |" in other
+    shares = accuracies(table, list(texts))
+    assert list(shares) == ["pair", "object_counting"]
+    assert shares["pair"][:2] == [100.0, 0.0]
+    assert math.isnan(shares["pair"][2])
+    for scoring in ("meteora", "loraretriever"):
+        write_bars(table, list(texts), tmp_path / f"{scoring}.png", scoring)
+        assert (tmp_path / f"{scoring}.png").stat().st_size > 1000
+    table["tasks"]["another"] = table["tasks"]["object_counting"]
+    write_radar(table, list(texts), tmp_path / "radar.png")  # an undefined corner is left open
+    assert (tmp_path / "radar.png").stat().st_size > 1000
+
+
+def test_a_batch_holds_one_kind_and_a_record_its_scores(tmp_path):
+    problems = [single(3), composite(0), single(1), composite(1), single(2)]
+    parts = [[(p.task, p.id[-1]) for p in part] for part in batches(problems, 2)]
+    assert parts == [
+        [("object_counting", "1"), ("object_counting", "2")],
+        [("object_counting", "3")],
+        [("pair", "0"), ("pair", "1")],
+    ]
+    records = Records(tmp_path, {})
+    say = lambda asked: [{"answer": "1. 3\n" if p.tasks else "4"} for p in asked]  # noqa: E731
+    counts = []
+    systems = {"a": say, "oracle": say}
+    run(problems, systems, records, 2, lambda *seen: counts.append(seen), {("oracle", "pair")})
+    assert counts[-1] == (8, 8, "oracle")
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert len(lines) == 8
+    pair = next(r for r in lines if r["id"] == "pair/test/1")
+    assert (pair["answers"], pair["scores"]["attempted"], pair["scores"]["correct"]) == (["3", ""], 1, 1)
+    plain = next(r for r in lines if r["id"] == "object_counting/test/1")
+    assert plain["scores"] == {"accuracy": 0.0, "loraretriever": {"exact_match": 0.0}}
+
+
+def test_more_banks_may_join_a_run_but_not_others(tmp_path):
+    Records(tmp_path, {"split": "test", "system banks": {"lora-b": "1"}})
+    Records(tmp_path, {"split": "test", "system banks": {"lora-f": "2"}})
+    assert json.loads((tmp_path / "run.json").read_text())["system banks"] == {"lora-b": "1", "lora-f": "2"}
+    with pytest.raises(InputError, match="system banks: lora-b: expected '3' to resume, found '1'"):
+        Records(tmp_path, {"split": "test", "system banks": {"lora-b": "3"}})
+    with pytest.raises(InputError, match="composite_temperature: expected 4 to resume, found None"):
+        Records(tmp_path, {"split": "test", "system banks": {}, "composite_temperature": 4})
