@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meteora_jax.adapters import AdapterBank
 from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
 from meteora_jax.llama import Llama
+from meteora_jax.sharding import place, sharding
 
 WEIGHTS = "weights.safetensors"
 
@@ -97,7 +99,7 @@ def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> 
     if problems:
         raise InputError(problems)
     tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
-    part = lambda kind, dt: {p: jnp.asarray(tensors[f"{p}.{kind}"].astype(dt)) for p in config.ranks}  # noqa: E731
+    part = lambda kind, dt: {p: tensors[f"{p}.{kind}"].astype(dt) for p in config.ranks}  # noqa: E731
     return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config)
 
 
@@ -155,8 +157,12 @@ def assemble(
     bank: AdapterBank | None,
     gates: Mapping[str, np.ndarray] | None,
     dtype: Any,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
-    """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced."""
+    """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced.
+
+    With a mesh every leaf goes from the host straight to the devices that hold a part of it.
+    """
     bank_config = bank.config if bank is not None else None
     abstract = nnx.eval_shape(lambda: Llama(config, bank_config, gates is not None, dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
@@ -167,11 +173,15 @@ def assemble(
     if gates is not None:
         filled |= gate_weights(gates)
     leaves = nnx.to_flat_state(state)
-    loaded = [(path, leaf.replace(_placed(path, leaf, filled.pop(tuple(map(str, path)))))) for path, leaf in leaves]
+    loaded = [
+        (path, leaf.replace(_placed(path, leaf, filled.pop(tuple(map(str, path))), mesh))) for path, leaf in leaves
+    ]
     assert not filled, f"weights without a place in the model: {sorted(filled)}"
     return graph, nnx.from_flat_state(loaded)
 
 
-def _placed(path: Any, leaf: Any, value: Any) -> jax.Array:
+def _placed(path: Any, leaf: Any, value: Any, mesh: Mesh | None) -> jax.Array:
     assert leaf.shape == value.shape, f"{path}: {leaf.shape} != {value.shape}"
-    return jnp.asarray(value, leaf.dtype)
+    if mesh is None:
+        return jnp.asarray(value, leaf.dtype)
+    return place(value, sharding(mesh, leaf.get_metadata("axes"), leaf.shape), leaf.dtype)

@@ -15,6 +15,7 @@ from meteora_jax.adapters import AdaptedLinear, BaseParam, contract
 from meteora_jax.config import BankConfig, LlamaConfig
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.sharding import constrain
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
 Observer = Callable[[tuple[Routing, ...]], Any]
@@ -73,7 +74,7 @@ class RmsNorm(nnx.Module):
     """x / rms(x) * scale, in float32."""
 
     def __init__(self, width: int, eps: float, dtype: Any):
-        self.scale = BaseParam(jnp.ones((width,), dtype))
+        self.scale = BaseParam(jnp.ones((width,), dtype), axes=(None,))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -113,8 +114,9 @@ class Layer(nnx.Module):
         router: BoundRouter | None,
     ) -> tuple[jax.Array, KVCache | None, tuple[Routing, ...]]:
         """x [B, T, D] -> x, the cache with this layer's keys and values, the routing of each group."""
+        width = self.config.head_dim
         (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router)
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
+        heads = lambda y: constrain(y.reshape(*y.shape[:2], -1, width), "batch", None, "heads", None)  # noqa: E731
         q, k, v = rotate(heads(q), where.cos, where.sin), rotate(heads(k), where.cos, where.sin), heads(v)
         if cache is not None:
             cache = cache.write(index, k, v)
@@ -165,7 +167,9 @@ class Llama(nnx.Module):
     ):
         self.config = config
         init = nnx.initializers.normal(0.02)
-        self.embed = BaseParam(init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        self.embed = BaseParam(
+            init(rngs.params(), (config.vocab_size, config.hidden_size), dtype), axes=("vocab", "model")
+        )
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
@@ -176,7 +180,7 @@ class Llama(nnx.Module):
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
         shape = (config.hidden_size, config.vocab_size)
-        self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype))
+        self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype), axes=("model", "vocab"))
 
     def __call__(
         self,
@@ -211,7 +215,7 @@ class Llama(nnx.Module):
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
         where = Where(*rotation(self.config, positions), mask[:, None])
-        x = self.embed[...][tokens]
+        x = constrain(self.embed[...][tokens], "batch", None, None)
         graph, weights = nnx.split(self.layers)
 
         def body(carry: tuple[jax.Array, KVCache | None], inputs: tuple[Any, jax.Array]):
