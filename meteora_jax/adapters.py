@@ -25,6 +25,10 @@ class AdapterParam(nnx.Param):
     """A weight of the adapters."""
 
 
+class AdapterScale(nnx.Param):
+    """The adapters' scales: alpha over rank, nobody trains them."""
+
+
 class GateParam(nnx.Param):
     """A weight of the gates."""
 
@@ -129,7 +133,7 @@ class AdaptedLinear(nnx.Module):
             else None
         )
         self.lora_b = AdapterParam(jnp.zeros((adapters, rank, total), dtype), axes=(None, None, o)) if rank else None
-        self.lora_scale = AdapterParam(jnp.zeros((count, adapters), jnp.float32), axes=(None, None)) if rank else None
+        self.lora_scale = AdapterScale(jnp.zeros((count, adapters), jnp.float32), axes=(None, None)) if rank else None
         self.gate = GateParam(jnp.zeros((width, count, adapters), jnp.float32), axes=(i, None, None)) if gates else None
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:

@@ -6,6 +6,8 @@ description implies; anything else is refused, all problems at once.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -123,12 +125,33 @@ def load_gates(
 
 def save_gates(folder: str | os.PathLike[str], config: GateConfig, gates: Mapping[str, np.ndarray]) -> None:
     """Writes GATES/ whole or not at all; an existing folder is replaced only once the new one is complete."""
-    folder = Path(folder)
+    tensors = {p: np.ascontiguousarray(g, np.float32) for p, g in gates.items()}
+    _write_folder(Path(folder), "gates.json", config.to_json(), tensors)
+
+
+def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
+    """Writes BANK/ in float32, whole or not at all.
+
+    Each adapter's `sha256` becomes that of its own tensors here: they are from no file.
+    """
+    parts = {"a": bank.a, "b": bank.b, "scale": bank.scale}
+    tensors = {f"{p}.{k}": np.ascontiguousarray(v[p], np.float32) for k, v in parts.items() for p in bank.config.ranks}
+    infos = []
+    for i, info in enumerate(bank.config.adapters):
+        digest = hashlib.sha256()
+        for key in sorted(tensors):
+            digest.update(np.ascontiguousarray(tensors[key][:, i]).tobytes())
+        infos.append(dataclasses.replace(info, sha256=digest.hexdigest()))
+    config = dataclasses.replace(bank.config, adapters=tuple(infos))
+    _write_folder(Path(folder), "bank.json", config.to_json(), tensors)
+
+
+def _write_folder(folder: Path, name: str, description: Any, tensors: dict[str, np.ndarray]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file({p: np.ascontiguousarray(g, np.float32) for p, g in gates.items()}, temporary / WEIGHTS)
-        (temporary / "gates.json").write_text(json.dumps(config.to_json(), indent=1) + "\n")
+        save_file(tensors, temporary / WEIGHTS)
+        (temporary / name).write_text(json.dumps(description, indent=1) + "\n")
         os.chmod(temporary, 0o755)
         if folder.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -149,6 +172,20 @@ def gate_weights(gates: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], np.nd
 def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     """The inverse of `gate_weights`."""
     return {p: np.asarray(state["layers", g, "gate"])[:, :, i] for g, ps in GROUPS.items() for i, p in enumerate(ps)}
+
+
+def split_bank(bank: AdapterBank, state: Mapping[tuple[str, ...], Any]) -> AdapterBank:
+    """The bank with the a and b of a module tree: the inverse of `AdapterBank.group`."""
+    a, b = {}, {}
+    for group, projections in GROUPS.items():
+        start = 0
+        for i, p in enumerate(projections):
+            o = bank.config.base_shapes[p][1]
+            if rank := bank.config.ranks.get(p):
+                a[p] = np.asarray(state["layers", group, "lora_a"])[:, i, :, :rank]
+                b[p] = np.asarray(state["layers", group, "lora_b"])[:, :, :rank, start : start + o]
+            start += o
+    return dataclasses.replace(bank, a=a, b=b)
 
 
 def assemble(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ class Llama(nnx.Module):
         fresh: bool = False,
         segments: jax.Array | None = None,
         observe: Observer | None = None,
-        remat: bool = False,
+        remat: bool | Literal["dots"] = False,
     ) -> LlamaOutput:
         """Runs the layers.
 
@@ -202,7 +202,8 @@ class Llama(nnx.Module):
             cache: read and extended; `fresh` says that it is still empty, so that only the new keys are read.
             segments: int32 [B, T] for packed sequences (no cache): a token sees its own segment only.
             observe: see `Observer`; its result is stacked, layers first.
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            remat: recompute each layer in the backward pass instead of keeping its activations; "dots" keeps the
+                results of its matmuls.
         """
         with matmul_precision(self.embed.dtype):
             return self._run(tokens, positions, router, cache, fresh, segments, observe, remat)
@@ -224,7 +225,8 @@ class Llama(nnx.Module):
             x, cache, routings = layer(x, where, cache, inputs[1], fresh, router)
             return (x, cache), None if observe is None else observe(routings)
 
-        body = jax.checkpoint(body) if remat else body
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy) if remat else body
         order = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x, cache), observed = jax.lax.scan(body, (x, cache), (weights, order))
         if cache is not None:

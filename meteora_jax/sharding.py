@@ -124,6 +124,14 @@ def rows_multiple(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[a] for a in LOGICAL_AXES["batch"])
 
 
+def local_rows(mesh: Mesh | None, rows: int) -> list[int]:
+    """Which rows of a batch of `rows` lie on this host's devices."""
+    if mesh is None:
+        return list(range(rows))
+    parts = sharding(mesh, ("batch",), (rows,)).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for part in parts if part is not None for row in range(rows)[part[0]]})
+
+
 def pad_rows(tree: Any, rows: int) -> Any:
     """Repeats the last row of every leaf (its first dimension is the batch) until there are `rows`, on the host."""
 
