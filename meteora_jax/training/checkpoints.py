@@ -25,16 +25,7 @@ from jax.sharding import SingleDeviceSharding
 from meteora_jax.config import InputError
 from meteora_jax.training.data import Layout
 
-PREEMPTED = 75  # exit status of a run that SIGTERM ended after saving (EX_TEMPFAIL of sysexits.h)
 POSITION_BYTES = 1 << 14  # room for one shard's position when hosts exchange them
-
-
-class Preempted(Exception):
-    """SIGTERM came: the run saved its state after `step` and ended."""
-
-    def __init__(self, step: int, folder: Path):
-        self.step = step
-        super().__init__(f"preempted: step {step} is saved in {folder}; the same command goes on from there")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.adapters import AdapterParam, GateParam
 from meteora_jax.checkpoint import assemble, load_bank, load_base, save_bank, save_gates, split_bank, split_gates
-from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig
+from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, Preempted
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
@@ -27,7 +27,7 @@ from meteora_jax.sharding import fetch, local_rows, place_rows, rows_multiple, u
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_adapter
 from meteora_jax.training.charts import write_accuracy_map, write_curves
-from meteora_jax.training.checkpoints import Checkpoints, Preempted, Restored, preemption
+from meteora_jax.training.checkpoints import Checkpoints, preemption
 from meteora_jax.training.data import Batches, Layout, Mixture, plan
 from meteora_jax.training.loss import Losses
 from meteora_jax.training.step import TrainState, initial_state, make_step, optimizer
@@ -329,6 +329,3 @@ def _identity(
         "base_shape": [config.num_layers, config.hidden_size, config.vocab_size],
         "adapters": {a.name: a.sha256[:16] for a in bank.adapters},
     }  # fmt: skip
-
-
-__all__ = ["AdapterTraining", "GateTraining", "Restored", "RunFolder", "Training", "train_adapter", "train_gates"]
