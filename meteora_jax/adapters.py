@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.sharding import constrain
 from pallas_kernels.routed_lora import routed_lora
 
 
@@ -21,6 +23,10 @@ class BaseParam(nnx.Param):
 
 class AdapterParam(nnx.Param):
     """A weight of the adapters."""
+
+
+class AdapterScale(nnx.Param):
+    """The adapters' scales: alpha over rank, nobody trains them."""
 
 
 class GateParam(nnx.Param):
@@ -34,7 +40,7 @@ class AdapterBank:
 
     a: {projection: [L, A, R, I]}, b: {projection: [L, A, R, O]}, scale: {projection: float32 [L, A]}.
     `a` keeps PEFT's row order: the shrink then reads it along I whether it is dense over the adapters or
-    gathers the chosen ones.
+    gathers the chosen ones. The arrays are the host's; a model's are put on its devices.
     """
 
     a: dict[str, Any]
@@ -46,7 +52,7 @@ class AdapterBank:
     def names(self) -> tuple[str, ...]:
         return self.config.names
 
-    def group(self, group: str) -> dict[str, jax.Array] | None:
+    def group(self, group: str) -> dict[str, np.ndarray] | None:
         """A group's tensors as `AdaptedLinear` holds them; None if no adapter touches the group.
 
         lora_a [L, P, A, R, I], lora_b [L, A, R, O of the group], lora_scale float32 [L, P, A].
@@ -61,21 +67,26 @@ class AdapterBank:
         for p in projections:
             i, o = self.config.base_shapes[p]
             if p not in self.a:
-                a.append(jnp.zeros((n, count, rank, i), dtype))
-                b.append(jnp.zeros((n, count, rank, o), dtype))
-                scale.append(jnp.zeros((n, count), jnp.float32))
+                a.append(np.zeros((n, count, rank, i), dtype))
+                b.append(np.zeros((n, count, rank, o), dtype))
+                scale.append(np.zeros((n, count), np.float32))
                 continue
             pad = [(0, 0), (0, 0), (0, rank - self.a[p].shape[2]), (0, 0)]
-            a.append(jnp.pad(self.a[p], pad))
-            b.append(jnp.pad(self.b[p], pad))
-            scale.append(jnp.asarray(self.scale[p], jnp.float32))
-        return {"lora_a": jnp.stack(a, 1), "lora_b": jnp.concatenate(b, -1), "lora_scale": jnp.stack(scale, 1)}
+            a.append(np.pad(self.a[p], pad))
+            b.append(np.pad(self.b[p], pad))
+            scale.append(np.asarray(self.scale[p], np.float32))
+        return {"lora_a": np.stack(a, 1), "lora_b": np.concatenate(b, -1), "lora_scale": np.stack(scale, 1)}
 
 
 def group_rank(bank: BankConfig | None, group: str) -> int:
     """R of a group's stacked adapters; 0 if no adapter touches it."""
     return 0 if bank is None else max((bank.ranks.get(p, 0) for p in GROUPS[group]), default=0)
 
+
+# The input and output side of each group's kernel; see sharding.LOGICAL_AXES.
+GROUP_SIDES = {
+    "qkv": ("model", "inner"), "o": ("inner", "model"), "gate_up": ("model", "inner"), "down": ("inner", "model"),
+}  # fmt: skip
 
 CPU_BLOCK = 192
 
@@ -100,6 +111,7 @@ class AdaptedLinear(nnx.Module):
 
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
     lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A].
+    Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
 
     def __init__(
@@ -110,15 +122,19 @@ class AdaptedLinear(nnx.Module):
         total, count, rank = sum(self.splits), len(self.splits), group_rank(bank, group)
         adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
-        self.kernel = BaseParam(init(rngs.params(), (width, total), dtype))
+        self.sides = i, o = GROUP_SIDES[group]
+        self.kernel = BaseParam(init(rngs.params(), (width, total), dtype), axes=(i, o))
         # a projection without a bias in a group that has one does not occur in the family
-        self.bias = BaseParam(jnp.zeros((total,), dtype)) if config.projection_bias(GROUPS[group][0]) else None
+        biased = config.projection_bias(GROUPS[group][0])
+        self.bias = BaseParam(jnp.zeros((total,), dtype), axes=(o,)) if biased else None
         self.lora_a: AdapterParam | None = (
-            AdapterParam(init(rngs.params(), (count, adapters, rank, width), dtype)) if rank else None
+            AdapterParam(init(rngs.params(), (count, adapters, rank, width), dtype), axes=(None, None, None, i))
+            if rank
+            else None
         )
-        self.lora_b = AdapterParam(jnp.zeros((adapters, rank, total), dtype)) if rank else None
-        self.lora_scale = AdapterParam(jnp.zeros((count, adapters), jnp.float32)) if rank else None
-        self.gate = GateParam(jnp.zeros((width, count, adapters), jnp.float32)) if gates else None
+        self.lora_b = AdapterParam(jnp.zeros((adapters, rank, total), dtype), axes=(None, None, o)) if rank else None
+        self.lora_scale = AdapterScale(jnp.zeros((count, adapters), jnp.float32), axes=(None, None)) if rank else None
+        self.gate = GateParam(jnp.zeros((width, count, adapters), jnp.float32), axes=(i, None, None)) if gates else None
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:
         """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base)."""
@@ -134,4 +150,5 @@ class AdaptedLinear(nnx.Module):
                 update = routed_lora(x, self.lora_a[...], self.lora_b[...], combine, self.splits)
                 y = (y.astype(jnp.float32) + update).astype(x.dtype)
         starts = [sum(self.splits[:i]) for i in range(1, len(self.splits))]
-        return jnp.split(y, starts, axis=-1), routing
+        inner = "inner" if self.sides[1] == "inner" else None  # the residual stream stays whole along D
+        return [constrain(part, "batch", None, inner) for part in jnp.split(y, starts, axis=-1)], routing

@@ -6,6 +6,8 @@ description implies; anything else is refused, all problems at once.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -18,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meteora_jax.adapters import AdapterBank
 from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
 from meteora_jax.llama import Llama
+from meteora_jax.sharding import place, sharding
 
 WEIGHTS = "weights.safetensors"
 
@@ -97,7 +101,7 @@ def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> 
     if problems:
         raise InputError(problems)
     tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
-    part = lambda kind, dt: {p: jnp.asarray(tensors[f"{p}.{kind}"].astype(dt)) for p in config.ranks}  # noqa: E731
+    part = lambda kind, dt: {p: tensors[f"{p}.{kind}"].astype(dt) for p in config.ranks}  # noqa: E731
     return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config)
 
 
@@ -121,12 +125,33 @@ def load_gates(
 
 def save_gates(folder: str | os.PathLike[str], config: GateConfig, gates: Mapping[str, np.ndarray]) -> None:
     """Writes GATES/ whole or not at all; an existing folder is replaced only once the new one is complete."""
-    folder = Path(folder)
+    tensors = {p: np.ascontiguousarray(g, np.float32) for p, g in gates.items()}
+    _write_folder(Path(folder), "gates.json", config.to_json(), tensors)
+
+
+def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
+    """Writes BANK/ in float32, whole or not at all.
+
+    Each adapter's `sha256` becomes that of its own tensors here: they are from no file.
+    """
+    parts = {"a": bank.a, "b": bank.b, "scale": bank.scale}
+    tensors = {f"{p}.{k}": np.ascontiguousarray(v[p], np.float32) for k, v in parts.items() for p in bank.config.ranks}
+    infos = []
+    for i, info in enumerate(bank.config.adapters):
+        digest = hashlib.sha256()
+        for key in sorted(tensors):
+            digest.update(np.ascontiguousarray(tensors[key][:, i]).tobytes())
+        infos.append(dataclasses.replace(info, sha256=digest.hexdigest()))
+    config = dataclasses.replace(bank.config, adapters=tuple(infos))
+    _write_folder(Path(folder), "bank.json", config.to_json(), tensors)
+
+
+def _write_folder(folder: Path, name: str, description: Any, tensors: dict[str, np.ndarray]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file({p: np.ascontiguousarray(g, np.float32) for p, g in gates.items()}, temporary / WEIGHTS)
-        (temporary / "gates.json").write_text(json.dumps(config.to_json(), indent=1) + "\n")
+        save_file(tensors, temporary / WEIGHTS)
+        (temporary / name).write_text(json.dumps(description, indent=1) + "\n")
         os.chmod(temporary, 0o755)
         if folder.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -149,14 +174,32 @@ def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     return {p: np.asarray(state["layers", g, "gate"])[:, :, i] for g, ps in GROUPS.items() for i, p in enumerate(ps)}
 
 
+def split_bank(bank: AdapterBank, state: Mapping[tuple[str, ...], Any]) -> AdapterBank:
+    """The bank with the a and b of a module tree: the inverse of `AdapterBank.group`."""
+    a, b = {}, {}
+    for group, projections in GROUPS.items():
+        start = 0
+        for i, p in enumerate(projections):
+            o = bank.config.base_shapes[p][1]
+            if rank := bank.config.ranks.get(p):
+                a[p] = np.asarray(state["layers", group, "lora_a"])[:, i, :, :rank]
+                b[p] = np.asarray(state["layers", group, "lora_b"])[:, :, :rank, start : start + o]
+            start += o
+    return dataclasses.replace(bank, a=a, b=b)
+
+
 def assemble(
     config: LlamaConfig,
     weights: Mapping[tuple[str, ...], Any],
     bank: AdapterBank | None,
     gates: Mapping[str, np.ndarray] | None,
     dtype: Any,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
-    """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced."""
+    """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced.
+
+    With a mesh every leaf goes from the host straight to the devices that hold a part of it.
+    """
     bank_config = bank.config if bank is not None else None
     abstract = nnx.eval_shape(lambda: Llama(config, bank_config, gates is not None, dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
@@ -167,11 +210,15 @@ def assemble(
     if gates is not None:
         filled |= gate_weights(gates)
     leaves = nnx.to_flat_state(state)
-    loaded = [(path, leaf.replace(_placed(path, leaf, filled.pop(tuple(map(str, path)))))) for path, leaf in leaves]
+    loaded = [
+        (path, leaf.replace(_placed(path, leaf, filled.pop(tuple(map(str, path))), mesh))) for path, leaf in leaves
+    ]
     assert not filled, f"weights without a place in the model: {sorted(filled)}"
     return graph, nnx.from_flat_state(loaded)
 
 
-def _placed(path: Any, leaf: Any, value: Any) -> jax.Array:
+def _placed(path: Any, leaf: Any, value: Any, mesh: Mesh | None) -> jax.Array:
     assert leaf.shape == value.shape, f"{path}: {leaf.shape} != {value.shape}"
-    return jnp.asarray(value, leaf.dtype)
+    if mesh is None:
+        return jnp.asarray(value, leaf.dtype)
+    return place(value, sharding(mesh, leaf.get_metadata("axes"), leaf.shape), leaf.dtype)

@@ -28,6 +28,17 @@ class InputError(Exception):
         super().__init__("; ".join(shown) + (f"; and {rest} more problems" if rest else ""))
 
 
+PREEMPTED = 75  # exit status of a run that SIGTERM ended after saving (EX_TEMPFAIL of sysexits.h)
+
+
+class Preempted(Exception):
+    """SIGTERM came: the run saved its state after `step` in `folder` and ended. The CLI exits with PREEMPTED."""
+
+    def __init__(self, step: int, folder: Path):
+        self.step = step
+        super().__init__(f"preempted: step {step} is saved in {folder}; the same command goes on from there")
+
+
 # Projections that read one input form a group: one matmul serves it. The order inside a group is the
 # order of the columns of its kernel.
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from meteora_jax.config import GROUPS, InputError, LlamaConfig
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import NO_ADAPTER, BoundRouter, Routing
+from meteora_jax.sharding import fetch, pad_rows, place_rows, place_whole, rows_multiple, use_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,8 @@ def prefill(
     """Reads the prompts and emits each one's first token.
 
     Args:
-        tokens: int32 [B, T], padded on the right. lengths: int32 [B]. room: tokens that the response may take.
+        tokens: int32 [B, T], padded on the right. lengths: int32 [B]; a row of length 0 is no prompt and is done
+            from the start. room: tokens that the response may take.
 
     Returns:
         the state, and the prompts' routing (indices, weights), each [L, B, T, P, C] (T may be 1).
@@ -138,13 +141,13 @@ def prefill(
     cache = KVCache.create(model.config, batch, width + room, model.embed.dtype)
     observe = observe_routing if router is not None else None
     out = model(tokens, positions, router, cache=cache, fresh=True, observe=observe)
-    last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     trace = None
     if router is not None:
         trace = tuple(jnp.zeros((room, x.shape[0], batch, *x.shape[3:]), x.dtype) for x in out.observed)
     zeros = jnp.zeros((batch,), jnp.int32)
     state = Decoding(
-        out.cache, jnp.zeros((batch, room), jnp.int32), zeros, zeros > 0, jnp.zeros((), jnp.int32), lengths, trace
+        out.cache, jnp.zeros((batch, room), jnp.int32), zeros, lengths == 0, jnp.zeros((), jnp.int32), lengths, trace
     )
     return _emit(state, model.logits(last), how, eos), out.observed
 
@@ -193,6 +196,18 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
     return tokens, lengths
 
 
+def pad_batch(
+    prompts: Sequence[Sequence[int]], router: BoundRouter | None, mesh: Mesh | None
+) -> tuple[np.ndarray, np.ndarray, Any]:
+    """`pad_prompts`, with empty rows (length 0) up to what the mesh divides, and the router for all rows."""
+    tokens, lengths = pad_prompts(prompts)
+    multiple = rows_multiple(mesh)
+    rows = -(-len(prompts) // multiple) * multiple
+    extra = rows - len(prompts)
+    router = router if mesh is None else place_rows(pad_rows(router, rows), mesh)
+    return np.pad(tokens, [(0, extra), (0, 0)]), np.pad(lengths, (0, extra)), router
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig, new_tokens: int) -> None:
     """Refuses empty prompts, unknown tokens, and prompts that with `new_tokens` exceed the context; all at once."""
     problems = []
@@ -226,40 +241,45 @@ class Generator:
         router: BoundRouter | None,
         sampling: Sampling,
         max_new_tokens: int,
+        mesh: Mesh | None = None,
     ):
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
         check_prompts(prompts, config, max_new_tokens)
         self.max_new_tokens = max_new_tokens
-        self._call = dict(router=router, how=sampling.traced, eos=jnp.asarray(config.eos_token_ids or (-1,), jnp.int32))
-        self._model = (graph, weights)
-        tokens, self.lengths = pad_prompts(prompts)
+        tokens, self.lengths, router = pad_batch(prompts, router, mesh)
+        self._mesh, self._model, self._rows = mesh, (graph, weights), len(prompts)
+        eos = jnp.asarray(config.eos_token_ids or (-1,), jnp.int32)
+        self._call = dict(router=router, how=place_whole(sampling.traced, mesh), eos=place_whole(eos, mesh))
         room = -(-max_new_tokens // 32) * 32
-        self._state, self._prompt_trace = prefill(
-            *self._model, jnp.asarray(tokens), jnp.asarray(self.lengths), room=room, **self._call
-        )
+        with use_mesh(mesh):
+            self._state, self._prompt_trace = prefill(
+                *self._model, place_rows(tokens, mesh), place_rows(self.lengths, mesh), room=room, **self._call
+            )
 
     def advance(self, tokens: int) -> bool:
         """Emits up to `tokens` more tokens a row; False once every row is done or at its limit."""
         limit = min(int(self._state.step) + tokens, self.max_new_tokens)
-        self._state = decode(*self._model, self._state, limit=jnp.int32(limit), **self._call)
+        with use_mesh(self._mesh):
+            limit = place_whole(jnp.int32(limit), self._mesh)
+            self._state = decode(*self._model, self._state, limit=limit, **self._call)
         return int(self._state.step) < self.max_new_tokens and not bool(np.all(self.done))
 
     def stop(self, rows: Sequence[int]) -> None:
         """Ends rows from outside (a stop string was found)."""
-        done = self.done.copy()
+        done = fetch(self._state.done).copy()
         done[list(rows)] = True
-        self._state = dataclasses.replace(self._state, done=jnp.asarray(done))
+        self._state = dataclasses.replace(self._state, done=place_rows(done, self._mesh))
 
     @property
     def done(self) -> np.ndarray:
         """bool [B]: rows that met an end token or were stopped."""
-        return np.asarray(self._state.done)
+        return fetch(self._state.done)[: self._rows]
 
     def tokens(self) -> list[list[int]]:
         """Each row's response so far, without its end token."""
-        tokens, counts = np.asarray(self._state.tokens), np.asarray(self._state.counts)
-        return [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
+        tokens, counts = fetch(self._state.tokens), fetch(self._state.counts)
+        return [row[:n].tolist() for row, n in zip(tokens[: self._rows], counts, strict=False)]
 
     def routing(self, fed: Sequence[int], lengths: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]] | None:
         """Each row's (indices, weights), [T, L, P, C], of its prompt and response; None without a router.
@@ -272,7 +292,7 @@ class Generator:
         rows: list[list[np.ndarray]] = [[] for _ in fed]
         fills = (NO_ADAPTER, 0.0)
         for prompt, response, fill in zip(self._prompt_trace, self._state.trace, fills, strict=True):
-            prompt, response = np.asarray(prompt), np.asarray(response)
+            prompt, response = fetch(prompt), fetch(response)
             for b, row in enumerate(rows):
                 read = np.moveaxis(prompt[:, b], 1, 0)  # [T or 1, L, P, C]
                 read = np.broadcast_to(read[: self.lengths[b]], (self.lengths[b], *read.shape[1:]))

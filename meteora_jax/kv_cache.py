@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from meteora_jax.config import LlamaConfig
+from meteora_jax.sharding import constrain
 
 EMPTY = -1  # position of a slot that holds no token
 
@@ -35,7 +36,8 @@ class KVCache:
         """An empty cache of `slots` slots a row."""
         shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
         positions = jnp.full((batch, slots), EMPTY, jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.zeros((), jnp.int32))
+        empty = lambda: constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None)  # noqa: E731
+        return cls(empty(), empty(), constrain(positions, "batch", None), jnp.zeros((), jnp.int32))
 
     def claim(self, positions: jax.Array) -> KVCache:
         """Enters the positions int32 [B, T] of the tokens about to be written; `length` stays until `advance`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from meteora_jax.adapters import AdaptedLinear, BaseParam, contract
 from meteora_jax.config import BankConfig, LlamaConfig
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.sharding import constrain
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
 Observer = Callable[[tuple[Routing, ...]], Any]
@@ -73,7 +74,7 @@ class RmsNorm(nnx.Module):
     """x / rms(x) * scale, in float32."""
 
     def __init__(self, width: int, eps: float, dtype: Any):
-        self.scale = BaseParam(jnp.ones((width,), dtype))
+        self.scale = BaseParam(jnp.ones((width,), dtype), axes=(None,))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -113,8 +114,9 @@ class Layer(nnx.Module):
         router: BoundRouter | None,
     ) -> tuple[jax.Array, KVCache | None, tuple[Routing, ...]]:
         """x [B, T, D] -> x, the cache with this layer's keys and values, the routing of each group."""
+        width = self.config.head_dim
         (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router)
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
+        heads = lambda y: constrain(y.reshape(*y.shape[:2], -1, width), "batch", None, "heads", None)  # noqa: E731
         q, k, v = rotate(heads(q), where.cos, where.sin), rotate(heads(k), where.cos, where.sin), heads(v)
         if cache is not None:
             cache = cache.write(index, k, v)
@@ -165,7 +167,9 @@ class Llama(nnx.Module):
     ):
         self.config = config
         init = nnx.initializers.normal(0.02)
-        self.embed = BaseParam(init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        self.embed = BaseParam(
+            init(rngs.params(), (config.vocab_size, config.hidden_size), dtype), axes=("vocab", "model")
+        )
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
@@ -176,7 +180,7 @@ class Llama(nnx.Module):
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
         shape = (config.hidden_size, config.vocab_size)
-        self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype))
+        self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype), axes=("model", "vocab"))
 
     def __call__(
         self,
@@ -188,7 +192,7 @@ class Llama(nnx.Module):
         fresh: bool = False,
         segments: jax.Array | None = None,
         observe: Observer | None = None,
-        remat: bool = False,
+        remat: bool | Literal["dots"] = False,
     ) -> LlamaOutput:
         """Runs the layers.
 
@@ -198,7 +202,8 @@ class Llama(nnx.Module):
             cache: read and extended; `fresh` says that it is still empty, so that only the new keys are read.
             segments: int32 [B, T] for packed sequences (no cache): a token sees its own segment only.
             observe: see `Observer`; its result is stacked, layers first.
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            remat: recompute each layer in the backward pass instead of keeping its activations; "dots" keeps the
+                results of its matmuls.
         """
         with matmul_precision(self.embed.dtype):
             return self._run(tokens, positions, router, cache, fresh, segments, observe, remat)
@@ -211,7 +216,7 @@ class Llama(nnx.Module):
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
         where = Where(*rotation(self.config, positions), mask[:, None])
-        x = self.embed[...][tokens]
+        x = constrain(self.embed[...][tokens], "batch", None, None)
         graph, weights = nnx.split(self.layers)
 
         def body(carry: tuple[jax.Array, KVCache | None], inputs: tuple[Any, jax.Array]):
@@ -220,7 +225,8 @@ class Llama(nnx.Module):
             x, cache, routings = layer(x, where, cache, inputs[1], fresh, router)
             return (x, cache), None if observe is None else observe(routings)
 
-        body = jax.checkpoint(body) if remat else body
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy) if remat else body
         order = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x, cache), observed = jax.lax.scan(body, (x, cache), (weights, order))
         if cache is not None:

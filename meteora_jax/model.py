@@ -15,10 +15,11 @@ from flax import nnx
 
 from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates
 from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig
-from meteora_jax.generation import Generator, Sampling, check_prompts, pad_prompts
+from meteora_jax.generation import Generator, Sampling, check_prompts, pad_batch
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.routing import BoundRouter, RoutingTrace, bind
 from meteora_jax.routing.gates import Gates
+from meteora_jax.sharding import place_rows, use_mesh
 from meteora_jax.text import TextStream, load_tokenizer
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -60,6 +61,7 @@ class Meteora:
     tokenizer: Any
     graph: Any
     weights: Any
+    mesh: Any = None
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -84,11 +86,11 @@ class Meteora:
         """
         rows = [list(map(int, row)) for row in token_ids]
         check_prompts(rows, self.config, 0)
-        tokens, lengths = pad_prompts(rows)
-        logits = _logits(
-            self.graph, self.weights, jnp.asarray(tokens), jnp.asarray(lengths), self.bind(router, len(rows))
-        )
-        return logits[:, : int(lengths.max())]
+        tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows)), self.mesh)
+        with use_mesh(self.mesh):
+            batch = place_rows((tokens, lengths), self.mesh)
+            logits = _logits(self.graph, self.weights, *batch, bound)
+        return logits[: len(rows), : int(lengths.max())]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids as the tokenizer does by itself; a list of messages goes through the chat template."""
@@ -150,7 +152,7 @@ class Meteora:
         if not ids:
             raise InputError("prompts: expected at least one, found none")
         batch = Generator(
-            self.graph, self.weights, self.config, ids, self.bind(router, len(ids)), sampling, max_new_tokens
+            self.graph, self.weights, self.config, ids, self.bind(router, len(ids)), sampling, max_new_tokens, self.mesh
         )
         streams = [TextStream(self.decode, stop) for _ in ids]
         seen = [0] * len(ids)
@@ -211,14 +213,12 @@ def load(
     """Loads BASE, and on top of it BANK and GATES, made by `meteora import` and `meteora train gates`.
 
     Args:
-        mesh: not supported yet; sharded inference raises NotImplementedError.
+        mesh: of `sharding.make_mesh`: weights are split over its devices, and batches too; None is one device.
         dtype: of base, adapters and activations; gates stay float32.
 
     Raises:
         InputError: a folder is missing, damaged, or made for another base or bank.
     """
-    if mesh is not None:
-        raise NotImplementedError("mesh: sharded inference is not built yet; pass mesh=None")
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     if gates is not None and bank is None:
@@ -227,5 +227,5 @@ def load(
     config, weights = load_base(base, kind)
     loaded = load_bank(bank, config, kind) if bank is not None else None
     gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
-    graph, state = assemble(config, weights, loaded, columns, kind)
-    return Meteora(config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state)
+    graph, state = assemble(config, weights, loaded, columns, kind, mesh)
+    return Meteora(config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh)

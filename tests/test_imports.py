@@ -37,11 +37,12 @@ THIRD_PARTY = {
     "meteora_jax": {
         *("jax", "flax", "optax", "orbax", "numpy", "ml_dtypes", "safetensors", "jaxtyping"),
         *("transformers", "tokenizers", "jinja2", "tyro", "rich", "gguf"),
-        *("matplotlib", "sacrebleu", "rouge_score", "datasets", "lm_eval"),
+        *("matplotlib", "sacrebleu", "rouge_score", "datasets", "lm_eval", "grain", "tensorboardX"),
     },
 }
 INSIDE_FUNCTIONS = {  # optional, or slow to import: only where used
     *("gguf", "matplotlib", "sacrebleu", "rouge_score", "datasets", "transformers", "tokenizers"),
+    *("grain", "tensorboardX", "orbax"),
 }
 
 

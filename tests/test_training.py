@@ -11,11 +11,11 @@ from worlds import NAMES
 
 import meteora_jax as mj
 from meteora_jax.adapters import GateParam
-from meteora_jax.checkpoint import load_gates
+from meteora_jax.checkpoint import load_bank, load_gates
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.training.data import NO_TASK, collate, compose, encode, mixture
-from meteora_jax.training.loop import GateTraining, train_gates
+from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
+from meteora_jax.training.loop import AdapterTraining, GateTraining, train_adapter, train_gates
 from meteora_jax.training.loss import gate_training_loss
 
 WORDS = ("How many apples?", "Which sentence follows", "The lazy dog", "漢字 bytes")
@@ -146,14 +146,139 @@ def test_training_routes_each_task_to_its_adapter(tmp_path, world):
     assert (config.top_k, again["step"]) == (2, 60)
 
 
-def test_mixture_is_balanced_and_drops_what_is_too_long(world):
-    lopsided = {**TASKS, "apple": TASKS["apple"] * 50, "birch": [*TASKS["birch"], Example("x" * 900, "y")]}
-    stream = mixture(
-        lopsided, NAMES, world["model"].tokenizer, 2,
-        batch_size=4, max_length=64, composite=0.0, seed=0, prompt_loss=True,
-    )  # fmt: skip
-    seen = np.concatenate([next(stream).tasks[:, 0] for _ in range(160)])
-    assert np.abs(np.bincount(seen, minlength=4) / len(seen) - 0.25).max() < 0.06
+def mixture(world, tasks=TASKS, **settings):
+    labels = {n: i for i, n in enumerate(NAMES)}
+    return Mixture(tasks, labels, world["model"].tokenizer, 2, **{"max_length": 64, "prompt_loss": True, **settings})
+
+
+def batches(mixture, batch_size=4, packing=True, multiple=1, shards=1):
+    chosen = mixture.chosen()
+    return Batches(
+        mixture, chosen, plan(mixture, chosen, batch_size, packing=packing, multiple=multiple, shards=shards)
+    )
+
+
+def unpacked(batch):
+    """The sequences of a batch, one by one."""
+    for row in range(len(batch.tokens)):
+        for segment in range(1, batch.segments[row].max() + 1):
+            own = batch.segments[row] == segment
+            assert np.array_equal(batch.positions[row, own], np.arange(own.sum()))
+            yield Tokenized(batch.tokens[row, own], batch.loss[row, own], batch.tasks[row, own])
+
+
+LOPSIDED = {**TASKS, "apple": TASKS["apple"] * 50, "birch": [*TASKS["birch"], Example("x" * 900, "y")]}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_mixture_is_balanced_or_as_it_comes_and_drops_what_is_too_long(world, packing):
+    def shares(**settings):
+        stream = batches(mixture(world, LOPSIDED, **settings), packing=packing)
+        seen = [s.tasks[0] for _ in range(80) for s in unpacked(next(stream))]
+        return np.bincount(seen, minlength=4) / len(seen)
+
+    assert np.abs(shares() - 0.25).max() < 0.02
+    assert np.abs(shares(mixture="natural") - np.asarray([1000, 20, 20, 20]) / 1060).max() < 0.04
+    assert np.abs(shares(mixture="natural", samples_per_task=20) - 0.25).max() < 0.06
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_has_one_shape_and_holds_the_sequences_asked_for(world, packing):
+    stream = batches(mixture(world, composite=0.5, max_length=200), batch_size=12, packing=packing, multiple=2)
+    some = [next(stream) for _ in range(30)]
+    assert len({b.tokens.shape for b in some}) == 1
+    assert len(some[0].tokens) % 2 == 0
+    sequences = [list(unpacked(b)) for b in some]
+    assert 9 <= np.mean([len(s) for s in sequences]) <= 16
+    mixed = [len(np.unique(s.tasks[s.tasks != NO_TASK])) == 3 for parts in sequences for s in parts]
+    assert 0.4 < np.mean(mixed) < 0.6
+    if packing:
+        assert np.mean([(b.segments > 0).mean() for b in some]) > 0.6
+
+
+def test_packing_gives_the_loss_and_gradients_of_padding(world):
+    model = world["model"]
+    packed = next(batches(mixture(world, composite=0.3, max_length=200), batch_size=8))
+    assert packed.segments.max() > 1
+    graph, gates, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
+
+    def terms(batch):
+        batch, rows = jax.tree.map(jnp.asarray, batch), len(batch.tokens)
+        router = model.bind([mj.Gates(2)] * rows, rows)
+        loss = lambda g: gate_training_loss(nnx.merge(graph, g, frozen), batch, router, 1.0, remat=False)  # noqa: E731
+        return jax.jit(lambda g: (loss(g), jax.grad(lambda g: loss(g).loss)(g)))(gates)
+
+    (a, da), (b, db) = terms(packed), terms(collate(list(unpacked(packed))))
+    for key in ("lm", "gate", "gate_accuracy", "hits", "judged", "entropy", "load"):
+        assert np.allclose(getattr(a, key), getattr(b, key), atol=1e-5), key
+    assert np.isclose(float(jnp.sum(a.judged)), 1)
+    assert np.allclose(jnp.sum(a.load, -1), 1, atol=1e-5)
+    for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
+        assert np.allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_data_go_on_where_their_position_says(world, packing):
+    settings = mixture(world, composite=0.3, max_length=200)
+    stream = batches(settings, packing=packing, multiple=2, shards=2)
+    for _ in range(5):
+        next(stream)
+    position = stream.position()
+    expected = [next(stream) for _ in range(4)]
+    again = batches(settings, packing=packing, multiple=2, shards=2)
+    again.seek(position)
+    for batch in expected:
+        jax.tree.map(np.testing.assert_array_equal, next(again), batch)
+    # each host draws its own shards, and together they are the whole
+    chosen = settings.chosen()
+    layout = plan(settings, chosen, 4, packing=packing, multiple=2, shards=2)
+    first, second = (next(Batches(settings, chosen, layout, [i])) for i in range(2))
+    whole = next(Batches(settings, chosen, layout))
+    half = layout.rows // 2
+    assert np.array_equal(np.concatenate([first.tokens[:half], second.tokens[half:]]), whole.tokens)
+    assert not first.segments[half:].any()
+
+
+def test_one_adapter_learns_and_becomes_a_bank(tmp_path, world):
+    settings = AdapterTraining(
+        name="elder",
+        rank=4,
+        steps=60,
+        batch_size=8,
+        learning_rate=3e-2,
+        prompt_loss=False,
+        targets=("q_proj", "up_proj"),
+    )
+    tasks = {n: TASKS[n] for n in NAMES[:2]}
+    final = train_adapter(
+        world["base"], tasks, tmp_path / "bank", settings, dtype="float32", log=tmp_path / "log.jsonl"
+    )
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert final["lm"] < 0.5 * first["lm"]
+    model = mj.load(world["base"], tmp_path / "bank", dtype="float32")
+    assert model.adapter_names == ("elder",)
+    ids = model.encode(TASKS["apple"][3].prompt)
+    bare, tuned = model.logits([ids], None), model.logits([ids], mj.Fixed("elder"))
+    assert np.abs(np.asarray(bare - tuned)).max() > 0.1
+    assert model.bank.adapters[0].targets == ("q_proj", "up_proj")
+    assert len(model.bank.adapters[0].sha256) == 64
+
+
+def test_adapters_can_be_trained_beside_the_gates(tmp_path, world):
+    settings = GateTraining(steps=5, batch_size=8, learning_rate=1e-2, train_adapters=True, max_length=100)
+    train_gates(
+        world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32", new_bank=tmp_path / "bank"
+    )
+    old, new = (load_bank(b, world["model"].config, np.float32) for b in (world["bank"], tmp_path / "bank"))
+    assert new.names == old.names
+    for p in old.a:
+        targeted = old.scale[p] != 0
+        changed = np.any(old.b[p] != new.b[p], axis=(2, 3))
+        assert np.array_equal(changed, targeted)  # an adapter gains no projection
+        assert np.array_equal(old.scale[p], new.scale[p])
+    padding = NAMES.index("birch")  # rank 2 among 8s
+    assert not new.a["q_proj"][:, padding, 2:].any()
+    mj.load(world["base"], tmp_path / "bank", tmp_path / "gates", dtype="float32")
 
 
 def test_training_refuses_missing_tasks(tmp_path, world):

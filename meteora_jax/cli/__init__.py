@@ -1,6 +1,7 @@
 """`meteora`: one frozen dataclass and one function a command.
 
-Exit status: 0 done; 1 the input was refused, with one line that says why; 2 wrong usage; 130 interrupted.
+Exit status: 0 done; 1 the input was refused, with one line that says why; 2 wrong usage; 75 a training that SIGTERM
+ended after saving, which the same command goes on with; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from meteora_jax.cli.generate import Generate, generate
 from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.prepare import Prepare, prepare
-from meteora_jax.cli.train import TrainGates, train_gates
-from meteora_jax.config import InputError
+from meteora_jax.cli.train import TrainAdapter, TrainGates, train_adapter, train_gates
+from meteora_jax.config import PREEMPTED, InputError, Preempted
 
 sub = tyro.conf.subcommand
 
@@ -31,11 +32,18 @@ class Import:
     what: Annotated[ImportBase, sub("base")] | Annotated[ImportAdapters, sub("adapters")]
 
 
+@dataclass(frozen=True)
+class Train:
+    """Train gates, or one adapter."""
+
+    what: Annotated[TrainGates, sub("gates")] | Annotated[TrainAdapter, sub("adapter")]
+
+
 Command = (
     Annotated[Import, sub("import")]
     | Annotated[Inspect, sub("inspect")]
     | Annotated[Prepare, sub("prepare")]
-    | Annotated[TrainGates, sub("train")]
+    | Annotated[Train, sub("train")]
     | Annotated[Generate, sub("generate")]
     | Annotated[Evaluate, sub("evaluate")]
     | Annotated[Demo, sub("demo")]
@@ -47,6 +55,7 @@ ACTIONS = {
     Inspect: inspect,
     Prepare: prepare,
     TrainGates: train_gates,
+    TrainAdapter: train_adapter,
     Generate: generate,
     Evaluate: evaluate,
     Demo: demo,
@@ -62,9 +71,12 @@ def main(args: Sequence[str] | None = None) -> None:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    command = command.what if isinstance(command, Import) else command
+    command = command.what if isinstance(command, Import | Train) else command
     try:
         ACTIONS[type(command)](command)
+    except Preempted as e:
+        print(e, file=sys.stderr)
+        sys.exit(PREEMPTED)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)

@@ -1,63 +1,133 @@
-"""`meteora train gates`."""
+"""`meteora train gates` and `meteora train adapter`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import tyro
-
-from meteora_jax.cli.report import console, default_dtype, progress_bar, write_json
-from meteora_jax.config import BankConfig, read_json
+from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
+from meteora_jax.config import BankConfig, InputError, read_json
 
 
-@dataclass(frozen=True)
-class TrainGates:
-    """Train the gates of a bank on its adapters' tasks; base and adapters stay frozen."""
+@dataclass(frozen=True, kw_only=True)
+class _Train:
+    """What both commands share."""
 
-    what: tyro.conf.Positional[Literal["gates"]]
-    """What to train."""
     base: Path
     """BASE folder."""
-    bank: Path
-    """BANK folder; adapter NAME is trained towards TASKS/NAME."""
     tasks: Path
-    """TASKS folder: TASKS/<adapter>/train.jsonl."""
-    out: Path
-    """GATES folder to write; replaced once the new gates are complete."""
+    """TASKS folder: TASKS/<task>/train.jsonl."""
     steps: int = 1000
     """Updates."""
     batch_size: int = 32
-    """Sequences a step."""
+    """Sequences a step; packed: on average."""
     learning_rate: float = 5e-4
     """Peak of the cosine schedule."""
     warmup: float = 0.005
     """Share of the steps that warm up."""
     clip: float = 0.3
     """Largest global gradient norm."""
+    composite: float = 0.0
+    """Share of the sequences that hold three tasks."""
+    samples_per_task: int | None = None
+    """At most so many examples of a task, chosen at random."""
+    max_length: int = 4096
+    """Longer sequences are passed over."""
+    packing: bool = True
+    """Several sequences a row, each attending to itself alone; else one a row, padded."""
+    rows: int | None = None
+    """Rows of the packed batch, instead of what batch size and mean length give."""
+    accumulate: int = 1
+    """Parts that a step's batch is worked off in: less memory, the same result."""
+    remat: bool = True
+    """Recompute activations in the backward pass: less memory, up to half more arithmetic."""
+    remat_keeps: Literal["nothing", "dots"] = "nothing"
+    """What of a layer is kept all the same: the results of its matmuls, for more memory and less arithmetic."""
+    seed: int = 0
+    """Of the data's order, and of a new adapter's weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of base, adapters and activations: bfloat16 on an accelerator, float32 on a CPU unless given."""
+    data: int = -1
+    """Mesh axis that splits batches; -1 takes the devices that the others leave."""
+    fsdp: int = 1
+    """Mesh axis that splits batches and weights."""
+    tensor: int = 1
+    """Mesh axis that splits the work of each projection."""
+    distributed: bool = False
+    """One process of several (TPU pod, Slurm, MPI, or the three options below)."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, with --distributed."""
+    processes: int | None = None
+    """How many processes, with --distributed."""
+    process: int | None = None
+    """Which of them this is, from 0, with --distributed."""
+    run: Path | None = None
+    """Folder of checkpoints, TensorBoard scalars, log and pictures; OUT-run unless given."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints kept."""
+    resume: bool = True
+    """Go on from the newest checkpoint in the run folder if there is one; --no-resume removes them and starts over."""
+    log: Path | None = None
+    """JSON lines, one a step; log.jsonl in the run folder unless given."""
+    json: Path | None = None
+    """Write the final figures here too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainGates(_Train):
+    """Train the gates of a bank on its adapters' tasks; base and adapters stay frozen.
+
+    Stopped by SIGTERM it saves and exits with status 75; the same command goes on from the last checkpoint.
+    """
+
+    bank: Path
+    """BANK folder; adapter NAME is trained towards TASKS/NAME."""
+    out: Path
+    """GATES folder to write; replaced once the new gates are complete."""
+    mixture: Literal["balanced", "natural"] = "balanced"
+    """Every task equally often, or as often as it has examples."""
     beta: float = 50.0
     """Weight of the gate cross-entropy beside the language model's."""
     top_k: int = 2
     """Adapters a token."""
     temperature: float = 1.0
     """Of the softmax over the chosen gates."""
-    composite: float = 0.0
-    """Share of the batches that hold three tasks in one sequence."""
-    max_length: int = 4096
-    """Longer sequences are passed over."""
     prompt_loss: bool = True
     """Whether prompt tokens count in the language model's loss, as in the original."""
-    remat: bool = True
-    """Recompute activations in the backward pass: less memory, a third more arithmetic."""
-    seed: int = 0
-    """Of the data's order."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of base, adapters and activations: bfloat16 on an accelerator, float32 on a CPU unless given."""
-    log: Path | None = None
-    """JSON lines, one a step."""
-    json: Path | None = None
-    """Write the final figures here too."""
+    train_adapters: bool = False
+    """Train the adapters too, in float32, and write them as a new bank."""
+    new_bank: Path | None = None
+    """BANK folder for the adapters that --train-adapters trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainAdapter(_Train):
+    """Train one new adapter (LoRA) on one task or several and write it as a BANK of one.
+
+    `meteora export adapter` makes a PEFT folder of it. Stopped by SIGTERM it saves and exits with status 75.
+    """
+
+    task: tuple[str, ...]
+    """Tasks to train on."""
+    name: str
+    """The adapter's name."""
+    out: Path
+    """BANK folder to write; replaced once the adapter is complete."""
+    rank: int = 8
+    """Of A and B."""
+    alpha: float | None = None
+    """The scale is alpha / rank; twice the rank unless given."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Projections that the adapter touches."""
+    mixture: Literal["balanced", "natural"] = "natural"
+    """Every task equally often, or as often as it has examples."""
+    prompt_loss: bool = False
+    """Whether prompt tokens count in the loss."""
 
 
 def train_gates(command: TrainGates) -> None:
@@ -66,22 +136,93 @@ def train_gates(command: TrainGates) -> None:
     from meteora_jax.training.loop import GateTraining
     from meteora_jax.training.loop import train_gates as train
 
+    mesh = _mesh(command)
     names = BankConfig.from_json(read_json(command.bank / "bank.json"), str(command.bank / "bank.json")).names
     tasks = {name: load_split(command.tasks, name, "train") for name in names}
-    fields = GateTraining.__dataclass_fields__
-    settings = GateTraining(**{k: v for k, v in vars(command).items() if k in fields})
-    with progress_bar("train gates") as bar:
-
-        def progress(step: int, record: dict) -> None:
-            note = f"lm {record['lm']:.3f}  gate {record['gate']:.4f}  accuracy {record['gate_accuracy']:.3f}"
-            bar(step, command.steps, note)
-
+    settings = GateTraining(**_settings(command, GateTraining))
+    with _progress("train gates", command.steps) as progress:
         final = train(
             command.base, command.bank, tasks, command.out, settings,
-            dtype=default_dtype(command.dtype), log=command.log, progress=progress,
+            dtype=default_dtype(command.dtype), mesh=mesh, run=_run(command), new_bank=command.new_bank,
+            log=command.log, progress=progress,
         )  # fmt: skip
+    _report(command, settings, final, {"gates": str(command.out)})
+
+
+def train_adapter(command: TrainAdapter) -> None:
+    """Runs `meteora train adapter`."""
+    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.training.loop import AdapterTraining
+    from meteora_jax.training.loop import train_adapter as train
+
+    mesh = _mesh(command)
+    tasks = {name: load_split(command.tasks, name, "train") for name in command.task}
+    alpha = 2.0 * command.rank if command.alpha is None else command.alpha
+    settings = AdapterTraining(**{**_settings(command, AdapterTraining), "alpha": alpha})
+    with _progress(f"train {command.name}", command.steps) as progress:
+        final = train(
+            command.base, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,
+            run=_run(command), log=command.log, progress=progress,
+        )  # fmt: skip
+    _report(command, settings, final, {"bank": str(command.out), "tasks": list(command.task)})
+
+
+def _settings(command: _Train, kind: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {k: v for k, v in vars(command).items() if k in kind.__dataclass_fields__}
+    return fields | {"remat": "dots" if command.remat and command.remat_keeps == "dots" else command.remat}
+
+
+def _run(command: _Train) -> Any:
+    from meteora_jax.training.loop import RunFolder
+
+    out: Path = vars(command)["out"]
+    folder = command.run or out.with_name(f"{out.name}-run")
+    return RunFolder(folder, command.save_every, command.keep, command.resume)
+
+
+def _mesh(command: _Train) -> Any:
+    """The mesh over all devices; none for a single one."""
+    import jax
+
+    from meteora_jax.sharding import initialize_distributed, make_mesh
+
+    if command.distributed:
+        initialize_distributed(command.coordinator, command.processes, command.process)
+    elif (command.coordinator, command.processes, command.process) != (None, None, None):
+        raise InputError("coordinator, processes, process: expected --distributed beside them, found it missing")
+    mesh = make_mesh(command.data, command.fsdp, command.tensor)
+    return mesh if len(jax.devices()) > 1 else None
+
+
+@contextmanager
+def _progress(what: str, steps: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    with progress_bar(what) as bar:
+
+        def show(step: int, record: dict[str, Any]) -> None:
+            parts = [f"lm {record['lm']:.3f}"]
+            if "gate" in record:
+                parts.append(f"gate {record['gate']:.4f}  accuracy {record['gate_accuracy']:.3f}")
+            parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+            if record["mfu"] is not None:
+                parts.append(f"MFU {record['mfu']:.0%}")
+            bar(step, steps, "  ".join(parts))
+
+        yield show
+
+
+def _report(command: _Train, settings: Any, final: dict[str, Any], what: dict[str, Any]) -> None:
+    import jax
+
+    if jax.process_index() != 0:
+        return
+    for line in final.get("refused", ()):
+        status.print(f"{line}; went on from the one before", highlight=False, soft_wrap=True)
+    if final["resumed_at"]:
+        status.print(f"went on from step {final['resumed_at']}", highlight=False)
+    figures = [f"{k.replace('_', ' ')} {final[k]:.4f}" for k in ("lm", "gate", "gate_accuracy") if k in final]
+    out: Path = vars(command)["out"]
     console.print(
-        f"{command.out}: {command.steps} steps in {final['seconds']:.0f} s; last tenth: lm {final['lm']:.4f}, "
-        f"gate {final['gate']:.4f}, gate accuracy {final['gate_accuracy']:.4f}", highlight=False
+        f"{out}: {command.steps} steps in {final['seconds']:.0f} s; last tenth: {', '.join(figures)}",
+        highlight=False, soft_wrap=True,
     )  # fmt: skip
-    write_json(command.json, {"gates": str(command.out), "settings": vars(settings), **final})
+    write_json(command.json, {**what, "settings": vars(settings), **final})

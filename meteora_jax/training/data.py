@@ -1,10 +1,16 @@
-"""Examples to batches: tokens, which of them carry loss, and the adapter that each belongs to."""
+"""Examples to batches: tokens, which of them carry loss, and the adapter that each belongs to.
+
+Sequences are drawn, shuffled and packed by Grain; every batch of a run has one shape. Several sequences share a
+row, each with positions of its own and attention to itself alone, so packing changes no loss.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,6 +21,9 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.kv_cache import EMPTY
 
 NO_TASK = -1  # a token that no gate is judged on
+WIDTH_STEP = 64  # a row's width is a multiple of this
+FILL = 0.95  # the share of a row that packing fills, measured on the BIG-bench tasks; a guess good enough for `rows`
+DRAWS = 100  # composites drawn before none is said to fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +38,30 @@ class Tokenized:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Sequences side by side, padded on the right.
+    """Rows of sequences, padded on the right; all arrays are [B, T].
 
-    tokens int32 [B, T]; positions int32 [B, T], EMPTY for padding; loss bool [B, T]; tasks int32 [B, T].
+    tokens int32; positions int32, each token's place in its own sequence, EMPTY for padding; segments int32, which
+    sequence of its row a token belongs to (from 1); loss bool; tasks int32.
     """
 
     tokens: Any
     positions: Any
+    segments: Any
     loss: Any
     tasks: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The one shape of a run's batches: `rows` x `width` tokens, in `shards` parts that are drawn independently.
+
+    A host draws the shards whose rows its devices hold, so a run may go on with other hosts.
+    """
+
+    rows: int
+    width: int
+    shards: int
+    packing: bool
 
 
 def encode(example: Example, task: int, tokenizer: Any, end: int, *, prompt_loss: bool) -> Tokenized:
@@ -78,71 +102,202 @@ def compose(parts: Sequence[tuple[Example, int]], tokenizer: Any, end: int, *, p
     return Tokenized(np.asarray(tokens, np.int32), np.asarray(loss), np.asarray(tasks, np.int32))
 
 
-def collate(sequences: Sequence[Tokenized]) -> Batch:
-    """Pads sequences on the right to the next power of two, 64 at least: each width compiles a step of its own."""
-    width = max(64, 1 << (max(len(s.tokens) for s in sequences) - 1).bit_length())
-    shape = (len(sequences), width)
-    tokens, tasks = np.zeros(shape, np.int32), np.full(shape, NO_TASK, np.int32)
-    positions, loss = np.full(shape, EMPTY, np.int32), np.zeros(shape, bool)
+def collate(sequences: Sequence[Tokenized], width: int | None = None) -> Batch:
+    """One sequence a row, padded on the right to `width` (the longest, rounded up, unless given)."""
+    width = width or _rounded(max(len(s.tokens) for s in sequences))
+    batch = _empty((len(sequences), width))
     for b, s in enumerate(sequences):
         n = len(s.tokens)
-        tokens[b, :n], tasks[b, :n], loss[b, :n], positions[b, :n] = s.tokens, s.tasks, s.loss, np.arange(n)
-    return Batch(tokens, positions, loss, tasks)
+        batch.tokens[b, :n], batch.tasks[b, :n], batch.loss[b, :n] = s.tokens, s.tasks, s.loss
+        batch.positions[b, :n], batch.segments[b, :n] = np.arange(n), 1
+    return batch
 
 
-def mixture(
-    tasks: Mapping[str, Sequence[Example]],
-    names: Sequence[str],
-    tokenizer: Any,
-    end: int,
-    *,
-    batch_size: int,
-    max_length: int,
-    composite: float,
-    seed: int,
-    prompt_loss: bool,
-) -> Iterator[Batch]:
-    """Endless batches, every task equally often, each task shuffled anew every epoch.
+def _rounded(length: int) -> int:
+    return -(-length // WIDTH_STEP) * WIDTH_STEP
 
-    Args:
-        tasks: {adapter name: its training examples}; labels are positions in `names` (the bank's order).
-        composite: share of batches made of composite-3 sequences (three tasks in one).
-        max_length: longer sequences are passed over.
 
-    Sixteen batches are drawn at a time and cut by length, so that little is lost to padding.
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Where a run's sequences come from.
+
+    tasks: {name: training examples}. labels: the adapter of each task, int. composite: share of the sequences that
+    hold three tasks. balanced: every task equally often, else as often as it has examples. samples_per_task: a random
+    choice of so many examples of each. max_length: longer sequences are passed over.
     """
-    rng = np.random.default_rng(seed)
-    empty = [n for n in names if not tasks.get(n)]
-    if empty:
-        raise InputError(f"tasks: expected training examples for every adapter, found none for {', '.join(empty)}")
-    streams = {n: _shuffled(tasks[n], rng) for n in names}
-    window = 16
 
-    def draw() -> Tokenized:
-        while True:
-            name = names[int(rng.integers(len(names)))]
-            s = encode(next(streams[name]), names.index(name), tokenizer, end, prompt_loss=prompt_loss)
-            if len(s.tokens) <= max_length:
+    tasks: Mapping[str, Sequence[Example]]
+    labels: Mapping[str, int]
+    tokenizer: Any
+    end: int
+    max_length: int
+    prompt_loss: bool
+    composite: float = 0.0
+    mixture: Literal["balanced", "natural"] = "balanced"
+    samples_per_task: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        empty = [n for n in self.labels if not self.tasks.get(n)]
+        if empty:
+            raise InputError(f"tasks: expected training examples for every adapter, found none for {', '.join(empty)}")
+        if not 0 <= self.composite <= 1:
+            raise InputError(f"composite: expected a share between 0 and 1, found {self.composite}")
+        if self.samples_per_task is not None and self.samples_per_task < 1:
+            raise InputError(f"samples_per_task: expected at least 1, found {self.samples_per_task}")
+
+    def chosen(self) -> dict[str, list[tuple[Example, Tokenized]]]:
+        """Each task's examples that training may draw, with their sequences; none is longer than max_length."""
+        chosen = {}
+        for i, (name, label) in enumerate(self.labels.items()):
+            examples = list(self.tasks[name])
+            if self.samples_per_task is not None and len(examples) > self.samples_per_task:
+                rng = np.random.default_rng([self.seed, i])
+                examples = [examples[j] for j in sorted(rng.permutation(len(examples))[: self.samples_per_task])]
+            pairs = [(e, encode(e, label, self.tokenizer, self.end, prompt_loss=self.prompt_loss)) for e in examples]
+            chosen[name] = [(e, s) for e, s in pairs if len(s.tokens) <= self.max_length]
+        none = [n for n, pairs in chosen.items() if not pairs]
+        if none:
+            raise InputError(
+                f"max_length: expected room for an example of every task, found none for {', '.join(none)}"
+            )
+        return chosen
+
+    def draw_composite(
+        self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any, limit: int
+    ) -> Tokenized:
+        """Three tasks (fewer if there are fewer) in one sequence of at most `limit` tokens."""
+        names = list(self.labels)
+        for _ in range(DRAWS):
+            picked = [names[i] for i in rng.choice(len(names), size=min(3, len(names)), replace=False)]
+            parts = [(chosen[n][int(rng.integers(len(chosen[n])))][0], self.labels[n]) for n in picked]
+            s = compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss)
+            if len(s.tokens) <= limit:
                 return s
-
-    def draw_composite() -> Tokenized:
-        while True:
-            picked = [names[i] for i in map(int, rng.choice(len(names), size=min(3, len(names)), replace=False))]
-            parts = [(next(streams[n]), names.index(n)) for n in picked]
-            s = compose(parts, tokenizer, end, prompt_loss=prompt_loss)
-            if len(s.tokens) <= max_length:
-                return s
-
-    while True:
-        kinds = rng.random(window) < composite
-        plain = sorted((draw() for _ in range(batch_size * int((~kinds).sum()))), key=lambda s: len(s.tokens))
-        mixed = sorted((draw_composite() for _ in range(batch_size * int(kinds.sum()))), key=lambda s: len(s.tokens))
-        groups = [g[i : i + batch_size] for g in (plain, mixed) for i in range(0, len(g), batch_size)]
-        for i in rng.permutation(len(groups)):
-            yield collate(groups[int(i)])
+        raise InputError(f"max_length: expected room for three tasks in one sequence, found none in {limit}")
 
 
-def _shuffled(examples: Sequence[Example], rng: np.random.Generator) -> Iterator[Example]:
-    while True:
-        for i in rng.permutation(len(examples)):
-            yield examples[int(i)]
+def plan(
+    mixture: Mixture,
+    chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]],
+    batch_size: int,
+    *,
+    packing: bool,
+    multiple: int,
+    shards: int,
+    rows: int | None = None,
+) -> Layout:
+    """The layout of batches that hold `batch_size` sequences (packed: on average).
+
+    The width is the longest sequence's, at most max_length; `rows` (what batch_size needs, unless given) are rounded up
+    to a multiple of `multiple` and of `shards`.
+    """
+    lengths = {name: [len(s.tokens) for _, s in pairs] for name, pairs in chosen.items()}
+    every = list(itertools.chain(*lengths.values()))
+    longest = max(every)
+    mean = np.mean(every) if mixture.mixture == "natural" else np.mean([np.mean(n) for n in lengths.values()])
+    if mixture.composite > 0:
+        rng = np.random.default_rng(mixture.seed)
+        drawn = [len(mixture.draw_composite(chosen, rng, mixture.max_length).tokens) for _ in range(64)]
+        longest = max(longest, min(mixture.max_length, 2 * max(drawn)))
+        mean = (1 - mixture.composite) * mean + mixture.composite * np.mean(drawn)
+    width = _rounded(longest)
+    if rows is None:
+        rows = int(np.ceil(batch_size * float(mean) / (FILL * width))) if packing else batch_size
+    multiple = int(np.lcm(multiple, shards))
+    return Layout(-(-rows // multiple) * multiple, width, shards, packing)
+
+
+class Batches(Iterator[Batch]):
+    """Endless batches of one layout; `position` is where they are, and `seek` goes there.
+
+    Rows of shards other than `mine` are left empty: another host fills them.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]],
+        layout: Layout,
+        mine: Iterable[int] | None = None,
+    ):
+        self._layout = layout
+        mine = range(layout.shards) if mine is None else mine
+        self._streams = {shard: iter(_stream(mixture, chosen, layout, shard)) for shard in mine}
+
+    def __next__(self) -> Batch:
+        rows = self._layout.rows // self._layout.shards
+        whole = _empty((self._layout.rows, self._layout.width))
+        for shard, stream in self._streams.items():
+            part = next(stream)
+            at = slice(shard * rows, (shard + 1) * rows)
+            segments = part["tokens_segment_ids"]
+            whole.tokens[at], whole.loss[at], whole.tasks[at] = part["tokens"], part["loss"], part["tasks"]
+            whole.segments[at] = segments
+            whole.positions[at] = np.where(segments > 0, part["tokens_positions"], EMPTY)
+        return whole
+
+    def position(self) -> dict[int, str]:
+        """{shard: where its stream is}, as text."""
+        return {shard: json.dumps(stream.get_state()) for shard, stream in self._streams.items()}
+
+    def seek(self, position: Mapping[int, str]) -> None:
+        """Goes on where `position` was taken."""
+        for shard, stream in self._streams.items():
+            stream.set_state(json.loads(position[shard]))
+
+
+def _empty(shape: tuple[int, int]) -> Batch:
+    zeros = lambda: np.zeros(shape, np.int32)  # noqa: E731
+    return Batch(zeros(), zeros() + EMPTY, zeros(), np.zeros(shape, bool), zeros() + NO_TASK)
+
+
+def _features(s: Tokenized) -> dict[str, np.ndarray]:
+    return {"tokens": s.tokens, "loss": s.loss, "tasks": s.tasks}
+
+
+def _stream(mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], layout: Layout, shard: int):
+    """One shard's batches of rows, as Grain makes them."""
+    import grain
+    from grain.experimental import FirstFitPackIterDataset
+
+    def endless(pairs: Sequence[tuple[Example, Tokenized]], seed: int) -> Any:
+        own = pairs[shard :: layout.shards] or pairs  # a task of few examples is whole in every shard
+        source = grain.MapDataset.source([_features(s) for _, s in own])
+        return source.seed(seed).shuffle().repeat(None)
+
+    first = 1000 * (1000 * mixture.seed + shard)
+    if mixture.mixture == "balanced":
+        singles = [endless(pairs, first + i) for i, pairs in enumerate(chosen.values(), 1)]
+        sequences = grain.MapDataset.mix(singles) if len(singles) > 1 else singles[0]
+    else:
+        sequences = endless(list(itertools.chain(*chosen.values())), first + 1)
+    if mixture.composite > 0:
+        limit = min(mixture.max_length, layout.width)
+        draw = lambda _, rng: _features(mixture.draw_composite(chosen, rng, limit))  # noqa: E731
+        composites = grain.MapDataset.range(1 << 30).seed(first).random_map(draw)
+        share = mixture.composite
+        sequences = grain.MapDataset.mix([sequences, composites], [1 - share, share]) if share < 1 else composites
+    # drawn in the loop's own thread: a step takes far longer than its batch, and the position is exact
+    stream = sequences.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    rows, width = layout.rows // layout.shards, layout.width
+    if layout.packing:
+        stream = FirstFitPackIterDataset(
+            stream,
+            length_struct=dict.fromkeys(("tokens", "loss", "tasks"), width),
+            num_packing_bins=rows,
+            shuffle_bins=False,
+            padding_struct={"tokens": 0, "loss": False, "tasks": NO_TASK},
+        )
+    else:
+        stream = stream.map(lambda s: _alone(s, width))
+    return stream.batch(rows)
+
+
+def _alone(features: Mapping[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
+    """A sequence as the only one of its row, in the packer's terms."""
+    batch = collate([Tokenized(features["tokens"], features["loss"], features["tasks"])], width)
+    return {
+        "tokens": batch.tokens[0], "loss": batch.loss[0], "tasks": batch.tasks[0],
+        "tokens_segment_ids": batch.segments[0], "tokens_positions": batch.positions[0],
+    }  # fmt: skip

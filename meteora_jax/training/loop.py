@@ -1,47 +1,116 @@
-"""The loop of gate training on one device."""
+"""The loop of training: gates of a bank, or one adapter, on any mesh; it can be stopped anywhere and goes on."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
+import importlib.util
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from meteora_jax.adapters import GateParam
-from meteora_jax.checkpoint import assemble, load_bank, load_base, save_gates, split_gates
-from meteora_jax.config import PROJECTIONS, GateConfig, InputError
+from meteora_jax.adapters import AdapterParam, GateParam
+from meteora_jax.checkpoint import assemble, load_bank, load_base, save_bank, save_gates, split_bank, split_gates
+from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, Preempted
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.routing import BoundRouter
+from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
+from meteora_jax.sharding import fetch, local_rows, place_rows, rows_multiple, use_mesh
 from meteora_jax.text import load_tokenizer
-from meteora_jax.training.data import mixture
-from meteora_jax.training.step import TrainState, optimizer, train_step
+from meteora_jax.training.adapter import fresh_adapter
+from meteora_jax.training.charts import write_accuracy_map, write_curves
+from meteora_jax.training.checkpoints import Checkpoints, preemption
+from meteora_jax.training.data import Batches, Layout, Mixture, plan
+from meteora_jax.training.loss import Losses
+from meteora_jax.training.step import TrainState, initial_state, make_step, optimizer
+from meteora_jax.training.watch import Recorder, flops_per_token
+
+Progress = Callable[[int, dict[str, Any]], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class GateTraining:
-    """How gates are trained; the defaults are the original's, batch and steps aside."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What training of gates and of adapters have in common.
+
+    batch_size: sequences a step (packed: on average). composite: share of the sequences that hold three tasks.
+    samples_per_task: at most so many examples of a task. remat: recompute activations ("dots": all but the
+    matmuls' results). accumulate: parts that a step's batch is worked off in. rows: of the packed batch, instead of
+    what batch_size and the mean length give.
+    """
 
     steps: int
     batch_size: int
     learning_rate: float = 5e-4
     warmup: float = 0.005
     clip: float = 0.3
+    composite: float = 0.0
+    mixture: Literal["balanced", "natural"] = "balanced"
+    samples_per_task: int | None = None
+    max_length: int = 4096
+    packing: bool = True
+    rows: int | None = None
+    prompt_loss: bool = True
+    remat: bool | Literal["dots"] = True
+    accumulate: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        low = {"steps": 1, "batch_size": 1, "max_length": 2, "accumulate": 1}
+        problems = [
+            f"{k}: expected at least {n}, found {getattr(self, k)}" for k, n in low.items() if getattr(self, k) < n
+        ]
+        if self.rows is not None and self.rows < 1:
+            problems.append(f"rows: expected at least 1, found {self.rows}")
+        if problems:
+            raise InputError(problems)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GateTraining(Training):
+    """How gates are trained; the defaults are the original's, batch and steps aside."""
+
     beta: float = 50.0
     top_k: int = 2
     temperature: float = 1.0
-    composite: float = 0.0
-    max_length: int = 4096
-    prompt_loss: bool = True
-    remat: bool = True
-    seed: int = 0
+    train_adapters: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterTraining(Training):
+    """How one adapter is trained: W x + alpha / rank * B A x at every projection in `targets`."""
+
+    name: str
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = PROJECTIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps its checkpoints, TensorBoard scalars, log and pictures.
+
+    resume: go on from the newest checkpoint there, if there is one; else start over. every: steps between saves.
+    """
+
+    path: Path
+    every: int = 100
+    keep: int = 3
+    resume: bool = True
+
+    def __post_init__(self):
+        for key in ("every", "keep"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key}: expected at least 1, found {getattr(self, key)}")
+        if importlib.util.find_spec("matplotlib") is None:  # now, not when the run is over
+            raise InputError(f"{self.path}: expected matplotlib for its pictures: install meteora-jax[eval]")
 
 
 def train_gates(
@@ -52,73 +121,211 @@ def train_gates(
     settings: GateTraining,
     *,
     dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    run: RunFolder | None = None,
+    new_bank: str | os.PathLike[str] | None = None,
     log: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains a bank's gates on its adapters' tasks and writes GATES/ to `dest`.
 
     Args:
         tasks: {adapter name: training examples}, one for every adapter of the bank.
+        run: without one nothing is saved before the end.
+        new_bank: with settings.train_adapters, the BANK folder for the trained adapters.
         log: JSON lines, one a step.
-        progress: called after every step with the step's record.
+        progress: called with every step and its record, a step late.
 
     Returns:
         the last step's record, losses averaged over the last tenth of the steps.
+
+    Raises:
+        Preempted: SIGTERM came and the run was saved.
     """
+    if settings.train_adapters != (new_bank is not None):
+        raise InputError("train_adapters: expected a new bank to write exactly if adapters are trained")
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
     loaded = load_bank(bank, config, kind)
     names = loaded.names
     if settings.top_k > len(names):
         raise InputError(f"top_k: expected at most {len(names)} (the bank's adapters), found {settings.top_k}")
-    if not config.eos_token_ids:
-        raise InputError(f"{base}: eos_token_id: expected an end token, found none")
-    batches = mixture(
-        tasks, names, load_tokenizer(base), config.eos_token_ids[0],
-        batch_size=settings.batch_size, max_length=min(settings.max_length, config.max_position_embeddings),
-        composite=settings.composite, seed=settings.seed, prompt_loss=settings.prompt_loss,
-    )  # fmt: skip
     zeros = {
         p: np.zeros((config.num_layers, config.projection_shape(p)[0], len(names)), np.float32) for p in PROJECTIONS
     }
-    graph, state = assemble(config, weights, loaded, zeros, kind)
-    graph, gates, frozen = nnx.split(nnx.merge(graph, state), GateParam, ...)
+    labels = {name: i for i, name in enumerate(names)}
+    trained = (GateParam, AdapterParam) if settings.train_adapters else GateParam
+    router = Gates(settings.top_k, settings.temperature)
+    flops = dict(chosen=settings.top_k, gates=True, train_adapters=settings.train_adapters)
+    state, final = _fit(
+        base, config, weights, loaded, zeros, trained, router, labels, tasks, settings, flops,
+        kind=kind, mesh=mesh, run=run, log=log, progress=progress,
+    )  # fmt: skip
+    flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
+    if jax.process_index() == 0:
+        if new_bank is not None:
+            save_bank(new_bank, split_bank(loaded, flat))
+        save_gates(Path(dest), GateConfig(names, settings.top_k, settings.temperature), split_gates(flat))
+    return final
+
+
+def train_adapter(
+    base: str | os.PathLike[str],
+    tasks: Mapping[str, Sequence[Example]],
+    dest: str | os.PathLike[str],
+    settings: AdapterTraining,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    run: RunFolder | None = None,
+    log: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Trains one adapter on all `tasks` and writes it to `dest` as a BANK of one. Otherwise as `train_gates`."""
+    kind = jnp.dtype(dtype)
+    config, weights = load_base(base, kind)
+    bank = fresh_adapter(config, settings.name, settings.rank, settings.alpha, settings.targets, settings.seed)
+    router = Fixed(settings.name)
+    flops = dict(chosen=1, gates=False, train_adapters=True)
+    state, final = _fit(
+        base, config, weights, bank, None, AdapterParam, router, dict.fromkeys(tasks, 0), tasks, settings, flops,
+        kind=kind, mesh=mesh, run=run, log=log, progress=progress,
+    )  # fmt: skip
+    flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
+    if jax.process_index() == 0:
+        save_bank(dest, split_bank(bank, flat))
+    return final
+
+
+def _fit(
+    base, config, weights, bank, gates, trained, router, labels, tasks, settings, flops, *, kind, mesh, run, log,
+    progress,
+) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
+    """The run itself: data, state (fresh, or where a run left off), the loop, the pictures."""
+    if not config.eos_token_ids:
+        raise InputError(f"{base}: eos_token_id: expected an end token, found none")
+    mixture = Mixture(
+        tasks, labels, load_tokenizer(base), config.eos_token_ids[0],
+        max_length=min(settings.max_length, config.max_position_embeddings), prompt_loss=settings.prompt_loss,
+        composite=settings.composite, mixture=settings.mixture, samples_per_task=settings.samples_per_task,
+        seed=settings.seed,
+    )  # fmt: skip
+    chosen = mixture.chosen()
+    identity = _identity(config, bank.config, weights, tasks, settings, kind)
+    checkpoints = Checkpoints(run.path / "checkpoints", run.keep, identity) if run else None
+    if checkpoints and run and not run.resume:
+        checkpoints.clear()
+    graph, full = assemble(config, weights, bank, gates, kind, mesh)
+    del weights
+    graph, params, frozen = nnx.split(nnx.merge(graph, full), trained, ...)
     tx = optimizer(settings.steps, settings.learning_rate, settings.warmup, settings.clip)
-    train = TrainState(gates, tx.init(gates))
-    router = Gates(settings.top_k, settings.temperature).bind(
-        [Gates(settings.top_k, settings.temperature)] * settings.batch_size, names
-    )
-    records: list[dict[str, Any]] = []
-    started = time.perf_counter()
-    with open(log or os.devnull, "w", encoding="utf-8") as out:
-        for step in range(1, settings.steps + 1):
+    state = initial_state(params, tx, mesh)
+    restored = checkpoints.restore(state) if checkpoints else None
+    layout = _layout(mixture, chosen, settings, mesh, checkpoints if restored else None)
+    batches = Batches(mixture, chosen, layout, _own_shards(layout, mesh))
+    if restored:
+        state = restored.state
+        batches.seek(restored.position)
+    start = restored.step if restored else 0
+    part = layout.rows // settings.accumulate
+    bound = place_rows(jax.tree.map(np.asarray, router.bind([router] * part, bank.names)), mesh)
+    step = make_step(
+        graph, state, tx, beta=getattr(settings, "beta", 0.0), dtype=kind, remat=settings.remat,
+        accumulate=settings.accumulate, mesh=mesh,
+    )  # fmt: skip
+    path = Path(log) if log else run.path / "log.jsonl" if run else None
+    recorder = Recorder(
+        bank.names, path, run.path / "tensorboard" if run else None, start=start, progress=progress,
+        per_token=flops_per_token(config, bank.config, layout.width, **flops),
+    )  # fmt: skip
+    try:
+        state = _loop(
+            step, frozen, state, bound, batches, layout, settings.steps, start, recorder, checkpoints, run, mesh
+        )
+    finally:
+        recorder.close()
+        if checkpoints:
+            checkpoints.close()
+    if run and recorder.records and jax.process_index() == 0:
+        write_curves(recorder.records, run.path / "curves.png")
+        if recorder.accuracies:
+            tail = list(recorder.accuracies)[-max(1, settings.steps // 10) :]
+            write_accuracy_map(np.mean(tail, axis=0), run.path / "gate_accuracy.png")
+    final = {**recorder.summary(), "rows": layout.rows, "width": layout.width, "resumed_at": start}
+    return state, final | ({"refused": list(restored.refused)} if restored and restored.refused else {})
+
+
+def _loop(
+    step, frozen, state, router: BoundRouter, batches: Batches, layout: Layout, steps: int, start: int,
+    recorder: Recorder, checkpoints: Checkpoints | None, run: RunFolder | None, mesh: Mesh | None,
+) -> TrainState:  # fmt: skip
+    late: tuple[int, Losses, int] | None = None  # a step's figures are read while the next one runs
+    with use_mesh(mesh), preemption() as asked:
+        for number in range(start + 1, steps + 1):
             batch = next(batches)
-            train, losses = train_step(
-                graph,
-                frozen,
-                train,
-                jax.tree.map(jnp.asarray, batch),
-                router,
-                settings.beta,
-                tx=tx,
-                remat=settings.remat,
-            )
-            record = {
-                "step": step,
-                "lm": round(float(losses.lm), 5),
-                "gate": round(float(losses.gate), 5),
-                "gate_accuracy": round(float(jnp.mean(losses.gate_accuracy)), 5),
-                "tokens": int((batch.positions >= 0).sum()),
-                "seconds": round(time.perf_counter() - started, 2),
-            }
-            if not np.isfinite(record["lm"] + record["gate"]):
-                raise InputError(f"step {step}: expected a finite loss, found lm {record['lm']}, gate {record['gate']}")
-            records.append(record)
-            out.write(json.dumps(record) + "\n")
-            if progress:
-                progress(step, record)
-    flat = {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(train.gates)}
-    save_gates(Path(dest), GateConfig(names, settings.top_k, settings.temperature), split_gates(flat))
-    tail = records[-max(1, len(records) // 10) :]
-    means = {k: float(np.mean([r[k] for r in tail])) for k in ("lm", "gate", "gate_accuracy")}
-    return {**records[-1], **means}
+            placed = place_rows(batch, mesh)
+            state, losses = step(frozen, state, placed, router)
+            if late:
+                recorder.add(*late)
+            late = (number, losses, int((batch.segments > 0).sum()))
+            if checkpoints is None or run is None:
+                continue
+            stop = asked(number)
+            if stop or number % run.every == 0 or number == steps:
+                recorder.add(*late)  # first: a loss that is no number must not be saved
+                late = None
+                checkpoints.save(number, state, layout, batches.position())
+            if stop and number < steps:
+                checkpoints.wait()
+                raise Preempted(number, checkpoints.folder)
+    if late:
+        recorder.add(*late)
+    return state
+
+
+def _layout(
+    mixture: Mixture, chosen: Any, settings: Training, mesh: Mesh | None, checkpoints: Checkpoints | None
+) -> Layout:
+    """The run's layout: the checkpoint's, or a new one."""
+    multiple = rows_multiple(mesh) * settings.accumulate
+    layout = checkpoints.layout() if checkpoints else None
+    if layout is None:
+        layout = plan(
+            mixture, chosen, settings.batch_size, packing=settings.packing, multiple=multiple,
+            shards=jax.process_count(), rows=settings.rows,
+        )  # fmt: skip
+    if layout.rows % multiple:
+        raise InputError(
+            f"mesh: expected data x fsdp x accumulate to divide the run's {layout.rows} rows, found {multiple}"
+        )
+    return layout
+
+
+def _own_shards(layout: Layout, mesh: Mesh | None) -> list[int]:
+    """The shards whose rows lie on this host's devices."""
+    own = local_rows(mesh, layout.rows)
+    return sorted({row * layout.shards // layout.rows for row in own})
+
+
+def _identity(
+    config: LlamaConfig,
+    bank: BankConfig,
+    weights: Mapping[Any, np.ndarray],
+    tasks: Mapping[str, Sequence[Example]],
+    settings: Training,
+    kind: Any,
+) -> dict[str, Any]:
+    """What decides a run's numbers, the mesh aside: two runs that differ in it must not go on from each other."""
+    digest = hashlib.sha256()
+    for name, examples in tasks.items():
+        for e in examples:
+            digest.update(f"{name}\0{e.prompt}\0{e.response}\0".encode())
+    sample = hashlib.sha256()
+    for path in sorted(weights, key=str):  # a few rows of each weight tell one base from another
+        sample.update(np.ascontiguousarray(weights[path].reshape(-1)[:4096]).tobytes())
+    own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+    return {
+        **own, "dtype": str(kind), "tasks": digest.hexdigest()[:16], "base": sample.hexdigest()[:16],
+        "base_shape": [config.num_layers, config.hidden_size, config.vocab_size],
+        "adapters": {a.name: a.sha256[:16] for a in bank.adapters},
+    }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,45 +11,131 @@ import optax
 
 from meteora_jax.llama import Llama
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.sharding import constrain
 from meteora_jax.training.data import NO_TASK, Batch
+
+LOGITS_AT_ONCE = 1 << 28  # float32 logits [B, T, V] that are held together; beyond that T is cut into blocks
+
+Remat = bool | Literal["dots"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """loss = lm + beta * gate. gate_accuracy float32 [L, P]: share of judged tokens whose top gate is their task's."""
+    """loss = lm + beta * gate, and what the gates did on the tokens that have a task ("judged").
+
+    loss, lm, gate: float32 []. gate_accuracy: float32 [L, P], share of judged tokens whose top gate is their task's.
+    hits: float32 [L, P, A], the same by task, as shares of all judged tokens; judged: float32 [A], each task's share
+    of them. entropy: float32 [L, P], mean of the gates' softmax in nats. load: float32 [L, P, A], mean weight that
+    each adapter got. Without gates the last five are empty. Parts of a step that share `Counts` add up.
+    """
 
     loss: Any
     lm: Any
     gate: Any
     gate_accuracy: Any
+    hits: Any
+    judged: Any
+    entropy: Any
+    load: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What the terms are averaged over: predicted and judged tokens of the whole step, float32 []."""
+
+    predicted: Any
+    judged: Any
+
+    @classmethod
+    def of(cls, batch: Batch) -> Counts:
+        count = lambda x: jnp.maximum(jnp.sum(x), 1).astype(jnp.float32)  # noqa: E731
+        return cls(count(batch.loss), count(batch.tasks != NO_TASK))
 
 
 def gate_training_loss(
-    model: Llama, batch: Batch, router: BoundRouter, beta: float | jax.Array, *, remat: bool
+    model: Llama,
+    batch: Batch,
+    router: BoundRouter,
+    beta: float | jax.Array,
+    *,
+    remat: Remat,
+    counts: Counts | None = None,
 ) -> Losses:
-    """The loss of one batch.
+    """The loss of one batch, or of a part of it (`counts` are then the whole's).
 
     The LM term is averaged over the predicted tokens, the gate term over every layer, projection and token
-    that has a task; each layer reduces its own gate logits, so no [L, B, T, P, A] is ever kept.
+    that has a task; each layer reduces its own gate logits, so no [L, B, T, P, A] is ever kept. A model without
+    gates has the LM term alone.
     """
+    counts = Counts.of(batch) if counts is None else counts
+    gates = model.layers.qkv.gate is not None
+    observe = _judge(batch, counts) if gates else None
+    out = model(
+        batch.tokens, batch.positions, router, segments=batch.segments, observe=observe, remat=remat
+    )  # fmt: skip
+    lm = next_token_loss(model, out.hidden, batch) / counts.predicted
+    if not gates:
+        none = jnp.zeros((0,), jnp.float32)
+        return Losses(lm, lm, jnp.zeros((), jnp.float32), none, none, none, none, none)
+    gate, hits, entropy, load = out.observed
+    gate = jnp.mean(gate)
+    judged = _by_task(jnp.ones_like(batch.tasks, jnp.float32)[..., None], batch, hits.shape[-1])[0] / counts.judged
+    return Losses(lm + beta * gate, lm, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
+
+
+def _by_task(x: jax.Array, batch: Batch, adapters: int) -> jax.Array:
+    """Sums of x float32 [B, T, P] over each task's tokens: [P, A]."""
+    own = jax.nn.one_hot(batch.tasks, adapters, dtype=jnp.float32)  # NO_TASK gives zeros
+    return jnp.einsum("btp,bta->pa", x, own, precision="highest")
+
+
+def _judge(batch: Batch, counts: Counts) -> Any:
     judged = (batch.tasks != NO_TASK)[:, :, None]
     labels = jnp.maximum(batch.tasks, 0)[:, :, None]
-    count = jnp.maximum(jnp.sum(judged), 1).astype(jnp.float32)
+    mean = lambda x: jnp.sum(jnp.where(judged, x, 0.0), axis=(0, 1)) / counts.judged  # noqa: E731
 
-    def observe(routings: tuple[Routing, ...]) -> tuple[jax.Array, jax.Array]:
+    def observe(routings: tuple[Routing, ...]) -> tuple[jax.Array, ...]:
+        """A layer's gate loss [P], hits [P, A], entropy [P], load [P, A]."""
         logits = jnp.concatenate([r.logits for r in routings], axis=2)  # [B, T, P, A]
         wanted = jnp.broadcast_to(labels, logits.shape[:-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
-        hits = jnp.argmax(logits, axis=-1) == wanted
-        total = lambda x: jnp.sum(jnp.where(judged, x, 0.0), axis=(0, 1)) / count  # noqa: E731
-        return total(losses), total(hits.astype(jnp.float32))  # [P] each
+        seen = jax.lax.stop_gradient(logits)
+        hits = (jnp.argmax(seen, axis=-1) == wanted).astype(jnp.float32)
+        logp = jax.nn.log_softmax(seen, axis=-1)
+        entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+        load = jnp.concatenate([jax.lax.stop_gradient(r.dense(logits.shape[-1])) for r in routings], axis=2)
+        load = jnp.sum(jnp.where(judged[..., None], load, 0.0), axis=(0, 1)) / counts.judged
+        return mean(losses), _by_task(hits, batch, logits.shape[-1]) / counts.judged, mean(entropy), load
 
-    out = model(batch.tokens, batch.positions, router, observe=observe, remat=remat)
-    gate, accuracy = out.observed
-    logits = model.logits(out.hidden[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
-    predicted = batch.loss[:, 1:]
-    lm = jnp.sum(jnp.where(predicted, losses, 0.0)) / jnp.maximum(jnp.sum(predicted), 1).astype(jnp.float32)
-    gate = jnp.mean(gate)
-    return Losses(lm + beta * gate, lm, gate, accuracy)
+    return observe
+
+
+def next_token_loss(model: Llama, hidden: jax.Array, batch: Batch) -> jax.Array:
+    """Sum of the negative log-probabilities of the predicted tokens; hidden [B, T, D].
+
+    Logits are made block by block of T, and again in the backward pass, where all at once would be too many.
+    """
+    rows, length, _ = hidden.shape
+    # the first token of a sequence is never predicted, so nothing leaks from one sequence of a row into the next
+    targets, predicted = jnp.roll(batch.tokens, -1, axis=1), jnp.roll(batch.loss, -1, axis=1)
+    predicted = predicted.at[:, -1].set(False)
+
+    def block(hidden: jax.Array, targets: jax.Array, predicted: jax.Array) -> jax.Array:
+        logits = constrain(model.logits(hidden), "batch", None, "vocab")
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(jnp.where(predicted, losses, 0.0))
+
+    vocabulary = model.config.vocab_size
+    fits = lambda n: length % n == 0 and rows * (length // n) * vocabulary <= LOGITS_AT_ONCE  # noqa: E731
+    blocks = next((n for n in range(1, length + 1) if fits(n)), length)
+    if blocks == 1:
+        return block(hidden, targets, predicted)
+    cut = lambda x: jnp.moveaxis(x.reshape(rows, blocks, length // blocks, *x.shape[2:]), 1, 0)  # noqa: E731
+
+    def add(total: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return total + jax.checkpoint(block)(*parts), None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(add, zero, (cut(hidden), cut(targets), cut(predicted)))[0]

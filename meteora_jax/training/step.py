@@ -1,26 +1,32 @@
-"""One update of the gates; base and adapters stay as they are."""
+"""One update of what is trained; the rest of the model stays as it is."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
+from meteora_jax.adapters import AdapterParam
 from meteora_jax.routing import BoundRouter
+from meteora_jax.sharding import constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
-from meteora_jax.training.loss import Losses, gate_training_loss
+from meteora_jax.training.loss import Counts, Losses, Remat, gate_training_loss
+
+Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes: the gates (float32) and the optimiser's moments."""
+    """What training changes: the trained parameters (float32) and the optimiser's moments."""
 
-    gates: Any
+    params: Any
     optimizer: Any
 
 
@@ -36,26 +42,94 @@ def optimizer(steps: int, learning_rate: float, warmup: float, clip: float) -> o
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "tx", "remat"), donate_argnames=("state",))
-def train_step(
+def initial_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
+    """Parameters in float32 with fresh moments; on a mesh each moment lies where its parameter does."""
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    moments = tx.init(params)
+    if mesh is not None:
+        split = lambda x: isinstance(x.sharding, NamedSharding) and x.ndim > 0  # noqa: E731
+        moments = jax.tree.map(lambda x: x if split(x) else place_whole(x, mesh), moments)
+    return TrainState(params, moments)
+
+
+def make_step(
+    graph: Any,
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    *,
+    beta: float,
+    dtype: Any,
+    remat: Remat,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
+) -> Step:
+    """The compiled update (frozen, state, batch, router) -> (state, the losses before it); the state is donated.
+
+    Args:
+        graph: of the whole model. state: the one it will be called with first; it stays where it lies.
+        dtype: of base, adapters and activations; trained adapters are cast to it, gates stay float32.
+        accumulate: the batch is worked off in so many parts, whose gradients add up to the whole batch's; the router
+            is bound for the rows of one part.
+    """
+
+    def step(frozen: Any, state: TrainState, batch: Batch, router: BoundRouter) -> tuple[TrainState, Losses]:
+        losses, grads = gradients(
+            graph, frozen, state.params, batch, router, beta, dtype=dtype, remat=remat, accumulate=accumulate
+        )
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the rest of the program says
+            updates, moments = tx.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+        return TrainState(params, moments), losses
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=1)
+    # outputs lie where the inputs did: else the second call would find another layout and compile again
+    kept = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=1, out_shardings=(kept, replicated(mesh)))
+
+
+def gradients(
     graph: Any,
     frozen: Any,
-    state: TrainState,
+    params: Any,
     batch: Batch,
     router: BoundRouter,
-    beta: float | jax.Array,
+    beta: float,
     *,
-    tx: optax.GradientTransformation,
-    remat: bool,
-) -> tuple[TrainState, Losses]:
-    """Gradients of the gates alone, one optimiser update; returns the batch's losses before the update."""
+    dtype: Any,
+    remat: Remat,
+    accumulate: int = 1,
+) -> tuple[Losses, Any]:
+    """The losses of a batch and the gradients of `params`."""
+    counts = Counts.of(batch)
 
-    def loss(gates: Any) -> tuple[jax.Array, Losses]:
-        losses = gate_training_loss(nnx.merge(graph, gates, frozen), batch, router, beta, remat=remat)
+    def loss(params: Any, part: Batch) -> tuple[jax.Array, Losses]:
+        model = nnx.merge(graph, _computed(params, dtype), frozen)
+        losses = gate_training_loss(model, part, router, beta, remat=remat, counts=counts)
         return losses.loss, losses
 
-    grads, losses = jax.grad(loss, has_aux=True)(state.gates)
-    with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the rest of the program says
-        updates, moments = tx.update(grads, state.optimizer, state.gates)
-        gates = optax.apply_updates(state.gates, updates)
-    return TrainState(gates, moments), losses
+    differentiate = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+        grads, losses = differentiate(params, batch)
+        return losses, grads
+
+    def cut(x: jax.Array) -> jax.Array:
+        # neighbours go to different parts, so that each device keeps its own rows
+        parts = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, x.shape[1]), 0, 1)
+        return constrain(parts, None, "batch", None)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        grads, losses = differentiate(params, part)
+        return jax.tree.map(jnp.add, total, (losses, grads)), None
+
+    parts = jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(lambda p: differentiate(params, p)[::-1], jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _computed(params: Any, dtype: Any) -> Any:
+    """The parameters as the model computes with them: adapters in its dtype, gates in float32."""
+    flat = nnx.to_flat_state(params)
+    cast = lambda leaf: leaf.replace(leaf[...].astype(dtype)) if isinstance(leaf, AdapterParam) else leaf  # noqa: E731
+    return nnx.from_flat_state([(path, cast(leaf)) for path, leaf in flat])

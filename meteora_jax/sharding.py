@@ -1,0 +1,169 @@
+"""The mesh, and which dimension of which array is split over which of its axes: the only file that knows their names.
+
+A mesh has three axes, any of which may be 1:
+
+    data     batches are split, weights repeated
+    fsdp     batches are split, and weights too: each device gathers a layer's weights when it comes to them
+    tensor   each projection's work is split: columns of q k v gate up, rows of o and down (Megatron's layout)
+
+A parameter or activation names its dimensions by meaning (the keys of LOGICAL_AXES); this file says what that
+means on a mesh. Whatever the mesh does not divide stays whole on every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from meteora_jax.config import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# meaning of a dimension -> the mesh axes that split it; a dimension named None stays whole
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "model": ("fsdp",),  # D of a weight; the residual stream itself is split by batch only
+    "inner": ("tensor",),  # the side of a projection, of its adapters and of its gate that faces the heads or F
+    "heads": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices (of all hosts) or those given; one axis may be -1 and takes what the others leave.
+
+    Raises:
+        InputError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = "x".join(str(n) for n in sizes.values())
+    open_axes = [name for name, n in sizes.items() if n == -1]
+    rest = math.prod(n for n in sizes.values() if n != -1)
+    if len(open_axes) > 1 or any(n < 1 for n in sizes.values() if n != -1):
+        raise InputError(f"mesh: expected axes of at least 1, one of them perhaps -1, found {asked}")
+    if open_axes:
+        sizes[open_axes[0]] = len(devices) // rest
+    if math.prod(sizes.values()) != len(devices):
+        raise InputError(f"mesh: expected axes that multiply to the {len(devices)} devices, found {asked}")
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def initialize_distributed(
+    coordinator: str | None = None, processes: int | None = None, index: int | None = None
+) -> None:
+    """Joins this process to the others of a run over several hosts; must come before the first use of a device.
+
+    Args:
+        coordinator: HOST:PORT of process 0. On TPU pods and under Slurm or MPI all three may be left out.
+        processes: how many there are. index: which one this is, from 0.
+    """
+    jax.distributed.initialize(coordinator, processes, index)
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Where an array goes on a mesh of these axis sizes; a dimension that they do not divide stays whole.
+
+    `axes` names the last dimensions of `shape`; those before them (stacked layers) stay whole.
+    """
+    names = [None] * (len(shape) - len(axes)) + list(axes)
+    parts = []
+    for name, size in zip(names, shape, strict=True):
+        over = () if name is None else tuple(a for a in LOGICAL_AXES[name] if sizes[a] > 1)
+        parts.append(over if over and size % math.prod(sizes[a] for a in over) == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """`spec` on a real mesh."""
+    return NamedSharding(mesh, spec(axes, shape, mesh.shape))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(value: Any, where: NamedSharding, dtype: Any = None) -> jax.Array:
+    """A host array as a device array; every host holds all of `value` and hands over its own devices' parts."""
+    dtype = value.dtype if dtype is None else dtype
+    return jax.make_array_from_callback(value.shape, where, lambda part: np.asarray(value[part], dtype))
+
+
+def place_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays whose first dimension is the batch, put on the mesh (on the default device without one).
+
+    Every host passes the whole batch; its size must be a multiple of `rows_multiple`.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return place(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape))
+
+    return jax.tree.map(put, tree)
+
+
+def place_whole(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that every device needs whole."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: place(np.asarray(x), replicated(mesh)), tree)
+
+
+def rows_multiple(mesh: Mesh | None) -> int:
+    """What a batch's size must be a multiple of."""
+    return 1 if mesh is None else math.prod(mesh.shape[a] for a in LOGICAL_AXES["batch"])
+
+
+def local_rows(mesh: Mesh | None, rows: int) -> list[int]:
+    """Which rows of a batch of `rows` lie on this host's devices."""
+    if mesh is None:
+        return list(range(rows))
+    parts = sharding(mesh, ("batch",), (rows,)).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for part in parts if part is not None for row in range(rows)[part[0]]})
+
+
+def pad_rows(tree: Any, rows: int) -> Any:
+    """Repeats the last row of every leaf (its first dimension is the batch) until there are `rows`, on the host."""
+
+    def pad(x: Any) -> np.ndarray:
+        x = np.asarray(x)
+        return np.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1), mode="edge")
+
+    return jax.tree.map(pad, tree)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole array on this host, whichever hosts hold its parts; every host must call it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Functions traced inside see the mesh (`constrain`); None leaves everything on one device."""
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler how an activation lies on the mesh of `use_mesh`; without one it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh.shape))

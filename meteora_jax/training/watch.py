@@ -1,0 +1,166 @@
+"""What a run shows: a record a step, throughput and MFU, TensorBoard scalars."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from meteora_jax.adapters import group_rank
+from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig
+from meteora_jax.training.loss import Losses
+
+# Dense bfloat16 FLOP/s of one device, by the beginning of its `device_kind` (the makers' data sheets).
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12, "NVIDIA L4": 121e12, "NVIDIA B200": 2250e12,
+    "TPU7x": 2307e12, "TPU v6 lite": 918e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v4": 275e12,
+}  # fmt: skip
+WINDOW = 20  # steps over which throughput is measured
+SCALARS_EVERY = 10  # steps between TensorBoard's many scalars (per task, per layer and projection)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of one device; None where it is not known (a CPU)."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
+
+def flops_per_token(
+    config: LlamaConfig, bank: BankConfig | None, width: int, *, chosen: int, gates: bool, train_adapters: bool
+) -> float:
+    """FLOPs that one token of training needs, whatever a program spends (recomputation is not counted).
+
+    Forward 2, backward through the activations 2 for every weight of a matmul; 2 more for a weight that is trained.
+    Frozen: base (its head included) and, unless trained, `chosen` adapters a token. Gates are trained. Attention:
+    scores and values of (width / 2) tokens on average, forward once, backward twice.
+    """
+    base = config.hidden_size * config.vocab_size
+    adapters = gate = 0
+    for group, projections in GROUPS.items():
+        shapes = [config.projection_shape(p) for p in projections]
+        base += config.num_layers * sum(i * o for i, o in shapes)
+        adapters += config.num_layers * chosen * group_rank(bank, group) * sum(i + o for i, o in shapes)
+        if gates and bank is not None:
+            gate += config.num_layers * len(bank.names) * sum(i for i, _ in shapes)
+    attention = config.num_layers * config.num_heads * config.head_dim * width
+    return 4.0 * base + (6.0 if train_adapters else 4.0) * adapters + 6.0 * gate + 6.0 * attention
+
+
+class Recorder:
+    """Turns each step's losses, when they have arrived, into its record.
+
+    Args:
+        names: of the tasks, by adapter index. log: JSON lines, a record a step; on resuming at step n its first n
+            records are kept. tensorboard: folder of scalars. per_token: FLOPs.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        log: Path | None,
+        tensorboard: Path | None,
+        *,
+        per_token: float,
+        start: int,
+        progress: Callable[[int, dict[str, Any]], None] | None,
+    ):
+        self.records = _kept(log, start) if log else []
+        self._names, self._progress, self._per_token = tuple(names), progress, per_token
+        self._before = self.records[-1]["seconds"] if self.records else 0.0
+        self._began = time.perf_counter()
+        self._times: deque[tuple[float, int]] = deque([(self._began, 0)], maxlen=WINDOW)
+        self.accuracies: deque[np.ndarray] = deque(maxlen=1000)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak * jax.device_count() if peak else None
+        self._file = self._writer = None
+        if jax.process_index() != 0:
+            return
+        if log:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self._file = log.open("w", encoding="utf-8")
+            self._file.writelines(json.dumps(r) + "\n" for r in self.records)
+            self._file.flush()
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard), purge_step=start + 1 if start else None)
+
+    def add(self, step: int, losses: Losses, tokens: int) -> dict[str, Any]:
+        """The record of a step; waits for the step to be done."""
+        losses = jax.tree.map(np.asarray, losses)
+        now = time.perf_counter()
+        self._times.append((now, tokens))
+        first, _ = self._times[0]
+        rate = sum(n for _, n in list(self._times)[1:]) / max(now - first, 1e-9)
+        record = {"step": step, "lm": round(float(losses.lm), 5)}
+        if losses.gate_accuracy.size:
+            record["gate"] = round(float(losses.gate), 5)
+            record["gate_accuracy"] = round(float(losses.gate_accuracy.mean()), 5)
+            record["entropy"] = round(float(losses.entropy.mean()), 5)
+            self.accuracies.append(losses.gate_accuracy)
+        record |= {
+            "tokens": tokens,
+            "seconds": round(self._before + now - self._began, 2),
+            "tokens_per_second": round(rate, 1),
+            "mfu": round(rate * self._per_token / self._peak, 4) if self._peak else None,
+        }
+        if not np.isfinite(losses.loss):
+            raise InputError(f"step {step}: expected a finite loss, found lm {record['lm']}, gate {record.get('gate')}")
+        self.records.append(record)
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        if self._writer:
+            self._scalars(self._writer.add_scalar, step, record, losses)
+        if self._progress:
+            self._progress(step, record)
+        return record
+
+    def _scalars(self, add: Callable[..., Any], step: int, record: dict[str, Any], losses: Losses) -> None:
+        for key in ("lm", "gate", "gate_accuracy", "entropy", "tokens_per_second", "mfu"):
+            if record.get(key) is not None:
+                add(key, record[key], step)
+        if step % SCALARS_EVERY or not losses.gate_accuracy.size:
+            return
+        by_task = losses.hits.mean((0, 1))
+        for name, hits, judged in zip(self._names, by_task, losses.judged, strict=True):
+            if judged > 0:
+                add(f"accuracy_of_task/{name}", hits / judged, step)
+        for name, load in zip(self._names, losses.load.mean((0, 1)), strict=True):
+            add(f"adapter_load/{name}", load, step)
+        for l, (row, entropies) in enumerate(zip(losses.gate_accuracy, losses.entropy, strict=True)):
+            for p, accuracy, entropy in zip(PROJECTIONS, row, entropies, strict=True):
+                add(f"accuracy/{p}/{l:02d}", accuracy, step)
+                add(f"entropy/{p}/{l:02d}", entropy, step)
+
+    def summary(self) -> dict[str, Any]:
+        """The last record, losses averaged over the last tenth of the steps."""
+        tail = self.records[-max(1, len(self.records) // 10) :]
+        keys = [k for k in ("lm", "gate", "gate_accuracy") if k in tail[-1]]
+        return {**tail[-1], **{k: float(np.mean([r[k] for r in tail])) for k in keys}}
+
+    def close(self) -> None:
+        """Closes the log and TensorBoard's file."""
+        for file in (self._file, self._writer):
+            if file:
+                file.close()
+
+
+def _kept(log: Path, start: int) -> list[dict[str, Any]]:
+    """The records of the first `start` steps; a last line that a kill cut short is dropped."""
+    if start == 0 or not log.is_file():
+        return []
+    records = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["step"] <= start:
+            records.append(record)
+    return records

@@ -1,0 +1,102 @@
+"""Gate training's loss and the gates' gradients in torch and float64, from the files that transformers and peft
+wrote: a second transcription of the formulas, which shares no code with ours."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+ORDER = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """{"layer.projection": (A [R, I], B [O, R], scale)} of a PEFT folder."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    rank = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
+    tensors = {k: v.double() for k, v in load_file(folder / "adapter_model.safetensors").items()}
+    found = {}
+    for key, a in tensors.items():
+        if key.endswith("lora_A.weight"):
+            parts = key.split(".")
+            layer, projection = parts[parts.index("layers") + 1], parts[-3]
+            found[f"{layer}.{projection}"] = (a, tensors[key.replace("lora_A", "lora_B")], scale)
+    return found
+
+
+def loss_and_gradients(
+    world: dict[str, Any], gates: dict[str, Any], sequences: Sequence[Any], beta: float, top_k: int
+) -> tuple[float, float, dict[str, Any]]:
+    """(LM term, gate term, {projection: gradient of lm + beta * gate [L, I, A]}) over whole sequences."""
+    hf = world["hf"]
+    state = {k: v.double() for k, v in hf.state_dict().items()}
+    config, heads, kv = hf.config, hf.config.num_attention_heads, hf.config.num_key_value_heads
+    width = config.hidden_size // heads
+    adapters = [read_adapter(folder) for folder in world["peft"].values()]
+    columns = {p: torch.tensor(g, dtype=torch.float64, requires_grad=True) for p, g in gates.items()}
+    lm, gate, predicted, judged = 0.0, 0.0, 0, 0
+
+    def norm(x: torch.Tensor, key: str) -> torch.Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + config.rms_norm_eps) * state[key]
+
+    for s in sequences:
+        tokens, tasks = torch.tensor(s.tokens.tolist()), torch.tensor(s.tasks.tolist())
+        length = len(tokens)
+        has_task = tasks >= 0
+        judged += int(has_task.sum())
+        angles = torch.arange(length).double()[:, None] / 10000.0 ** (torch.arange(0, width, 2).double() / width)
+        cos, sin = torch.cos(angles), torch.sin(angles)
+
+        def rotate(x: torch.Tensor, cos=cos, sin=sin) -> torch.Tensor:  # [N, T, H]
+            a, b = x[..., : width // 2], x[..., width // 2 :]
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+        def linear(x: torch.Tensor, layer: int, block: str, p: str, has_task=has_task, tasks=tasks) -> torch.Tensor:
+            nonlocal gate
+            y = x @ state[f"model.layers.{layer}.{block}.{p}.weight"].T
+            g = x @ columns[p][layer]
+            if has_task.any():
+                chosen = torch.log_softmax(g, -1)[has_task].gather(1, tasks[has_task][:, None])
+                gate = gate - chosen.sum() / (config.num_hidden_layers * 7)
+            best, index = torch.topk(g, top_k, -1)
+            weights = torch.zeros_like(g).scatter(1, index, torch.softmax(best, -1))
+            for i, adapter in enumerate(adapters):
+                if f"{layer}.{p}" in adapter:
+                    a, b, scale = adapter[f"{layer}.{p}"]
+                    y = y + weights[:, i : i + 1] * scale * (x @ a.T @ b.T)
+            return y
+
+        x = state["model.embed_tokens.weight"][tokens]
+        for layer in range(config.num_hidden_layers):
+            h = norm(x, f"model.layers.{layer}.input_layernorm.weight")
+            q, k, v = (
+                linear(h, layer, "self_attn", p).reshape(length, -1, width).transpose(0, 1)
+                for p in ("q_proj", "k_proj", "v_proj")
+            )
+            q, k = rotate(q), rotate(k)
+            k, v = (t.repeat_interleave(heads // kv, 0) for t in (k, v))
+            scores = (q @ k.transpose(1, 2) / math.sqrt(width)).masked_fill(
+                torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf
+            )
+            y = (torch.softmax(scores, -1) @ v).transpose(0, 1).reshape(length, -1)
+            x = x + linear(y, layer, "self_attn", "o_proj")
+            h = norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
+            up = torch.nn.functional.silu(linear(h, layer, "mlp", "gate_proj")) * linear(h, layer, "mlp", "up_proj")
+            x = x + linear(up, layer, "mlp", "down_proj")
+        logp = torch.log_softmax(norm(x, "model.norm.weight") @ state["lm_head.weight"].T, -1)
+        wanted = torch.tensor(s.loss.tolist())[1:]
+        lm = lm - logp[:-1][wanted].gather(1, tokens[1:][wanted][:, None]).sum()
+        predicted += int(wanted.sum())
+
+    lm, gate = lm / predicted, gate / judged
+    (lm + beta * gate).backward()
+    return float(lm.detach()), float(gate.detach()), {p: c.grad.numpy() for p, c in columns.items()}

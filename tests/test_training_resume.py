@@ -1,0 +1,274 @@
+"""A run may be killed at any moment and goes on as if nothing had happened; damaged checkpoints are refused.
+
+METEORA_KILLS=10 kills that many runs instead of three. Run as a script it is a run of training.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_sharding import devices
+from test_training_mesh import free_port, together
+from worlds import NAMES
+
+from meteora_jax.config import PREEMPTED, InputError
+from meteora_jax.training.checkpoints import Checkpoints
+from meteora_jax.training.data import Layout
+
+KILLS = int(os.environ.get("METEORA_KILLS", "3"))
+STEPS, EVERY = 24, 4
+LAYOUT = Layout(rows=4, width=64, shards=1, packing=True)
+
+
+# Runs in processes of their own
+
+
+def main(
+    base: str, bank: str, tasks: str, dest: str, run: str, kill_at: str, delay: str, mesh: str,
+    coordinator: str = "", process: str = "0",
+) -> None:  # fmt: skip
+    """A run that kills itself `delay` seconds after its step `kill_at` (0: never), perhaps as one of two hosts."""
+    import threading
+
+    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.sharding import initialize_distributed, make_mesh
+    from meteora_jax.training.loop import GateTraining, RunFolder, train_gates
+
+    if coordinator:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        initialize_distributed(coordinator, 2, int(process))
+
+    def progress(step: int, _: dict) -> None:
+        if step == int(kill_at):
+            threading.Timer(float(delay), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+
+    settings = GateTraining(
+        steps=STEPS, batch_size=8, learning_rate=2e-3, composite=0.25, max_length=200, rows=4, warmup=0.2
+    )
+    final = train_gates(
+        base, bank, {n: load_split(Path(tasks), n, "train") for n in NAMES}, dest, settings, dtype="float32",
+        mesh=make_mesh(*json.loads(mesh)) if mesh else None, run=RunFolder(Path(run), EVERY, 2), progress=progress,
+    )  # fmt: skip
+    print(json.dumps(final))
+
+
+@pytest.fixture(scope="module")
+def place(world, tmp_path_factory) -> tuple[Path, list[str], dict[str, str]]:
+    """A folder, the first arguments of `main`, and an environment whose processes share what they compile."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in NAMES:
+        (folder / "tasks" / name).mkdir(parents=True)
+        lines = [json.dumps({"prompt": f"[INST] {name} {i} [/INST]\n", "response": f"{i}"}) for i in range(20)]
+        (folder / "tasks" / name / "train.jsonl").write_text("\n".join(lines) + "\n")
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return folder, [str(world["base"]), str(world["bank"]), str(folder / "tasks")], devices(1) | cache
+
+
+def training(place, name: str, run: str, kill_at: int = 0, delay: float = 0.0, mesh="", env=None):
+    folder, start, own = place
+    command = [*start, str(folder / name), str(folder / run), str(kill_at), str(delay), mesh]
+    return subprocess.run(
+        [sys.executable, __file__, *command], env=env or own, capture_output=True, text=True, timeout=300
+    )
+
+
+def finished(done) -> dict:
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """The gates of a run that nothing interrupted."""
+    assert finished(training(place, "whole", "whole-run"))["step"] == STEPS
+    return place[0] / "whole"
+
+
+def test_a_run_leaves_curves_scalars_and_a_map(place, whole):
+    run = place[0] / "whole-run"
+    for picture in ("curves.png", "gate_accuracy.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    (events,) = (run / "tensorboard").iterdir()
+    raw = events.read_bytes()
+    for scalar in ("lm", "entropy", "accuracy_of_task/birch", "adapter_load/cedar", "accuracy/down_proj/02"):
+        assert scalar.encode() in raw
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == ["20", "24"]
+
+
+def test_killed_runs_end_bit_for_bit_as_the_whole_one(place, whole):
+    rng = random.Random(KILLS)
+    reached = 0
+    for _ in range(KILLS):
+        kill_at = rng.randint(reached + 1, min(reached + 2 * EVERY + 2, STEPS - 1))
+        killed = training(place, "killed", "killed-run", kill_at, rng.random() * 0.2)
+        if killed.returncode == 0:  # it was done before the clock was
+            break
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+        saved = [int(p.name) for p in (place[0] / "killed-run" / "checkpoints").iterdir() if p.name.isdigit()]
+        # a save is complete before the next one begins
+        assert max(saved, default=0) >= kill_at - 2 * EVERY
+        reached = max(saved, default=0)
+    final = finished(training(place, "killed", "killed-run"))
+    assert final["resumed_at"] >= reached
+    assert (place[0] / "killed" / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+    records = [json.loads(line) for line in (place[0] / "killed-run" / "log.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (place[0] / "whole-run" / "log.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["lm"], r["gate"]) for r in records] == [(r["step"], r["lm"], r["gate"]) for r in expected]
+
+
+def test_a_run_goes_on_on_another_mesh(place, whole):
+    killed = training(place, "moved", "moved-run", kill_at=2 * EVERY + 2, delay=0.0)
+    assert killed.returncode == -signal.SIGKILL
+    final = finished(training(place, "moved", "moved-run", mesh="[2, 2, 2]", env=devices(8)))
+    assert EVERY <= final["resumed_at"] <= 2 * EVERY + 2
+    expected, found = load_file(whole / "weights.safetensors"), load_file(place[0] / "moved" / "weights.safetensors")
+    for p in expected:
+        assert np.abs(expected[p]).max() > 1e-3
+        assert np.abs(expected[p] - found[p]).max() <= 1e-5, p
+
+
+def test_two_hosts_train_and_one_goes_on(place):
+    """Each host draws half of the rows; the checkpoint holds both positions, and one device alone goes on with both."""
+    folder, start, own = place
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, __file__, *start, str(folder / "pair"), str(folder / "pair-run"), "0", "0", "[4, 1, 1]"]
+    together([[*command, address, str(i)] for i in range(2)], own | devices(2))
+    expected = load_file(folder / "pair" / "weights.safetensors")
+    shutil.rmtree(folder / "pair-run" / "checkpoints" / str(STEPS))
+    assert finished(training(place, "pair", "pair-run"))["resumed_at"] == STEPS - EVERY
+    found = load_file(folder / "pair" / "weights.safetensors")
+    for p in expected:
+        assert np.abs(expected[p]).max() > 1e-3
+        assert np.abs(expected[p] - found[p]).max() <= 1e-5, p
+
+
+def test_sigterm_saves_and_says_so(place):
+    folder, (base, bank, tasks), env = place
+    run = folder / "ended-run"
+    command = [
+        "train", "gates", "--base", base, "--bank", bank, "--tasks", tasks, "--out", str(folder / "ended"),
+        "--steps", "5000", "--save-every", "1000", "--batch-size", "4", "--max-length", "64",
+    ]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "meteora_jax.cli", *command], env=env, stderr=subprocess.PIPE)
+    while not (run / "log.jsonl").is_file() or (run / "log.jsonl").read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, process.stderr.read()[-4000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == PREEMPTED == 75
+    (saved,) = [p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
+    assert f"preempted: step {saved} is saved in" in message
+    assert not (folder / "ended").exists()
+
+
+# Checkpoints by themselves
+
+
+def state(value: float) -> dict[str, jax.Array]:
+    return {
+        "gate": jnp.full((3, 50, 7), value) + jnp.arange(7, dtype=jnp.float32)[None, None],
+        "count": jnp.int32(value),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """Checkpoints of steps 10, 20 and 30 in a folder that keeps three."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, {"seed": 1})
+    for step in (5, 10, 20, 30):
+        checkpoints.save(step, state(step), LAYOUT, {0: f"at {step}"})
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def restored(folder: Path, identity={"seed": 1}):  # noqa: B006 (read only)
+    checkpoints = Checkpoints(folder, 3, identity)
+    try:
+        return checkpoints.restore(state(0.0))
+    finally:
+        checkpoints.close()
+
+
+def test_the_newest_checkpoint_comes_back(saved):
+    found = restored(saved)
+    assert (found.step, found.position, found.refused) == (30, {0: "at 30"}, ())
+    jax.tree.map(np.testing.assert_array_equal, found.state, state(30.0))
+    assert sorted(p.name for p in saved.iterdir() if p.name.isdigit()) == ["10", "20", "30"]
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(folder: Path) -> None:
+    file = largest(folder / "state")
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(folder: Path) -> None:
+    file = largest(folder / "state")
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 0x55
+    file.write_bytes(raw)
+
+
+def garble(folder: Path) -> None:
+    for file in (folder / "run").rglob("*"):
+        if file.is_file():
+            file.write_text(file.read_text()[:-20])
+
+
+def empty(folder: Path) -> None:
+    for file in sorted((folder / "state").rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, garble, empty])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(saved, damage):
+    damage(saved / "30")
+    found = restored(saved)
+    assert found.step == 20
+    jax.tree.map(np.testing.assert_array_equal, found.state, state(20.0))
+    (refused,) = found.refused
+    assert refused.startswith(f"{saved / '30'}: damaged (")
+    assert (saved / "damaged-30").is_dir()
+    checkpoints = Checkpoints(saved, 3, {"seed": 1})
+    checkpoints.save(30, state(31.0), LAYOUT, {0: "again"})  # its step is free again
+    checkpoints.close()
+    assert restored(saved).position == {0: "again"}
+
+
+def test_only_damaged_checkpoints_are_refused_all(saved):
+    for step in (10, 20, 30):
+        truncate(saved / str(step))
+    with pytest.raises(InputError) as info:
+        restored(saved)
+    for step in (10, 20, 30):
+        assert f"{saved / str(step)}: damaged" in str(info.value)
+
+
+def test_checkpoints_of_another_run_are_refused(saved):
+    with pytest.raises(InputError, match=r"30: seed: expected 2 \(this run's\), found 1"):
+        restored(saved, {"seed": 2})
+    assert (saved / "30").is_dir()
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert restored(tmp_path / "none") is None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
