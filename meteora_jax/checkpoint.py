@@ -221,4 +221,7 @@ def _placed(path: Any, leaf: Any, value: Any, mesh: Mesh | None) -> jax.Array:
     assert leaf.shape == value.shape, f"{path}: {leaf.shape} != {value.shape}"
     if mesh is None:
         return jnp.asarray(value, leaf.dtype)
-    return place(value, sharding(mesh, leaf.get_metadata("axes"), leaf.shape), leaf.dtype)
+    where = sharding(mesh, leaf.get_metadata("axes"), leaf.shape)
+    if isinstance(value, jax.Array) and value.sharding == where and value.dtype == leaf.dtype:
+        return value  # another model's, shared
+    return place(value, where, leaf.dtype)

@@ -1,9 +1,11 @@
 """`meteora evaluate` with a real (tiny) model: composites, other banks, any batch size, a real kill."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -139,6 +141,35 @@ def test_a_killed_process_goes_on_to_the_same_table(folders, tmp_path):
     assert records_of(tmp_path / "killed") == records_of(tmp_path / "whole")
     for name in ("table.json", "table.md"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_path):
+    """And go on where one host left off: process 0 alone has the records."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = arguments(folders, tmp_path / "run", "--batch-size", "4", *COMPOSITE, "--distributed", "--processes", "2")
+    kept = (whole / "records.jsonl").read_text().splitlines(keepends=True)[:2]
+    alone = tmp_path / "run" / "records.jsonl"
+    alone.parent.mkdir()
+    alone.write_text("".join(kept))
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "meteora_jax.cli", *command, "--coordinator", address, "--process", str(i)],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [p.communicate(timeout=300) for p in running]
+    assert [p.returncode for p in running] == [0, 0], "\n".join(errors[-3000:] for _, errors in said)
+    assert "composite_3" in said[0][0]
+    assert "composite_3" not in said[1][0]  # beside what Gloo says
+    mine, theirs = records_of(tmp_path / "run"), records_of(whole)
+    assert len(mine) == 15 == len(alone.read_text().splitlines())
+    assert {key: r["answer"] for key, r in mine.items()} == {key: theirs[key]["answer"] for key in mine}
+    tables = [json.loads((out / "table.json").read_text())["tasks"][ROW] for out in (tmp_path / "run", whole)]
+    assert tables[0] == {system: tables[1][system] for system in ("base", "gates-top2", "cedar")}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import meteora_jax as mj
 from meteora_jax.adapters import GateParam
 from meteora_jax.checkpoint import load_bank, load_gates
 from meteora_jax.config import InputError
+from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.loop import AdapterTraining, GateTraining, train_adapter, train_gates
@@ -116,11 +117,12 @@ def test_composite_sequences_label_every_part(world):
     tokenizer = world["model"].tokenizer
     parts = [(TASKS[n][0], i) for i, n in enumerate(NAMES[:3])]
     s = compose(parts, tokenizer, 2, prompt_loss=False)
-    text = tokenizer.decode(s.tokens[:-1])
-    assert text.index("1. " + parts[0][0].response) < text.index("2. " + parts[1][0].response)
-    for i, (example, _) in enumerate(parts, 1):
-        own = tokenizer.decode(s.tokens[s.tasks == i - 1])
-        assert own == example.prompt + "\n" + f"{i}. {example.response}\n"
+    answers = "".join(f"{i}. {example.response}\n" for i, (example, _) in enumerate(parts, 1))
+    assert tokenizer.decode(s.tokens[:-1]) == format_prompt([example for example, _ in parts]) + answers
+    for i, (example, task) in enumerate(parts, 1):
+        own = tokenizer.decode(s.tokens[s.tasks == task])
+        assert own.startswith(example.prompt + "\n")
+        assert own.removeprefix(example.prompt).strip() == f"{i}. {example.response}"
     assert s.tasks[-1] == NO_TASK
     assert s.tokens[-1] == 2
     assert tokenizer.decode(s.tokens[s.loss]).startswith("1. ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.markdown import Markdown
 
+from meteora_jax.cli.devices import Devices, as_the_first_says, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import COMPOSITES, COUNT, SEED, SHOTS, generate_composites
@@ -23,7 +25,7 @@ _NAMED = 5  # problems that a message about many names
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Devices):
     """Score systems on tasks and on composite problems; a run that was killed goes on where it was."""
 
     base: Path
@@ -226,7 +228,7 @@ def other_bank(model: Any, name: str, folder: Path, base: Path, dtype: str) -> t
 
     leaves = nnx.to_flat_state(model.weights)
     weights = {tuple(map(str, path)): leaf[...] for path, leaf in leaves if isinstance(leaf, BaseParam)}
-    graph, state = assemble(model.config, weights, bank, None, np.dtype(dtype))
+    graph, state = assemble(model.config, weights, bank, None, np.dtype(dtype), model.mesh)
     return dataclasses.replace(model, bank=bank.config, gates=None, graph=graph, weights=state), str(mark)
 
 
@@ -246,9 +248,10 @@ def evaluate(command: Evaluate) -> None:
     for name in ("max_new_tokens", "batch_size", "limit", "composite_max_new_tokens"):
         if (value := getattr(command, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+    mesh = make_devices_mesh(command)
     dtype = default_dtype(command.dtype)
     with status.status("loading"):
-        model = load(command.base, command.bank, command.gates, dtype=dtype)
+        model = load(command.base, command.bank, command.gates, mesh, dtype)
         systems, banks = gather_systems(command, model, dtype)
         problems = gather_problems(command, model)
         check_routes(systems, problems)
@@ -259,12 +262,14 @@ def evaluate(command: Evaluate) -> None:
         "composite_temperature": command.composite_temperature,
         "composite_max_new_tokens": command.composite_max_new_tokens,
     }  # fmt: skip
-    records = runner.Records(command.out, settings)
+    first = is_first_process()
+    records = runner.Records(command.out, settings) if first else None
     leave = skipped(systems, problems)
-    with progress_bar("evaluate") as progress:
-        answers = {s.name: answering(s, command) for s in systems}
-        runner.run(problems, answers, records, command.batch_size, progress, leave)
-    report(command, problems, systems, records.answers, leave)
+    answers = {s.name: answering(s, command) for s in systems}
+    with progress_bar("evaluate") if first else nullcontext(lambda *_: None) as progress:
+        runner.run(problems, answers, records, command.batch_size, progress, leave, as_the_first_says)
+    if records:
+        report(command, problems, systems, records.answers, leave)
 
 
 def report(command: Evaluate, problems: Sequence[Problem], systems: Sequence[System], answers: Any, leave: Any) -> None:

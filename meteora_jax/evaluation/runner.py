@@ -107,34 +107,45 @@ def batches(problems: Sequence[Problem], batch_size: int) -> list[list[Problem]]
 def run(
     problems: Sequence[Problem],
     systems: Mapping[str, Answer],
-    records: Records,
+    records: Records | None,
     batch_size: int,
     progress: Callable[[int, int, str], None],
     skipped: Collection[tuple[str, str]] = (),
+    agree: Callable[[Sequence[bool]], list[bool]] = list,
 ) -> None:
     """Answers every problem by every system, except those that `records` already has.
 
-    `progress` is called with (done, all, system); `skipped` are (system, row) not to be asked. A record whose
-    problem is no longer the task file's is an InputError.
+    Over several hosts each calls this with the same problems and systems, as a batch is answered by all their
+    devices together; the first host has the records, the others None.
+
+    Args:
+        progress: called with (done, all, system). skipped: (system, row) not to be asked.
+        agree: which batches are to be answered -> what the first host says of them.
+
+    Raises:
+        InputError: a record's problem is no longer the task file's.
     """
     asked = {s: [p for p in problems if (s, p.task) not in skipped] for s in systems}
-    for system, p in ((s, p) for s, own in asked.items() for p in own if (s, p.id) in records.done):
-        kept = records.done[system, p.id]
-        if (kept["prompt"], kept["response"]) != (p.prompt, p.response):
+    done = records.done if records else {}
+    for system, p in ((s, p) for s, own in asked.items() for p in own if (s, p.id) in done):
+        kept = done[system, p.id]
+        if records and (kept["prompt"], kept["response"]) != (p.prompt, p.response):
             where = f"{records.path}: {system}, {p.id}"
             raise InputError(f"{where}: expected the problem of the task's file, found another one")
     total = sum(map(len, asked.values()))
-    count = sum((s, p.id) in records.done for s, own in asked.items() for p in own)
-    for system, answer in systems.items():
-        for part in batches(asked[system], batch_size):
+    parts = [(system, part) for system, own in asked.items() for part in batches(own, batch_size)]
+    wanted = agree([any((system, p.id) not in done for p in part) for system, part in parts])
+    count = 0
+    for (system, part), answer in zip(parts, wanted, strict=True):
+        count += len(part)
+        if not answer:
+            continue
+        # the whole batch even if a kill kept a part of its records: other shapes would round differently
+        said = dict(zip([p.id for p in part], systems[system](part), strict=True))
+        if records:
             left = [p for p in part if (system, p.id) not in records.done]
-            if not left:
-                continue
-            # the whole batch even if a kill kept a part of its records: other shapes would round differently
-            said = dict(zip([p.id for p in part], answer(part), strict=True))
             records.add([_record(system, p, said[p.id]) for p in left])
-            count += len(left)
-            progress(count, total, system)
+        progress(count, total, system)
 
 
 def _record(system: str, problem: Problem, said: Mapping[str, Any]) -> dict[str, Any]:
