@@ -1,4 +1,7 @@
-"""Files of other formats into ours. Imports numpy, ml_dtypes, safetensors, gguf and `meteora_jax.config` only."""
+"""Files of other formats into ours, and back.
+
+Imports numpy, ml_dtypes, safetensors, gguf and `meteora_jax.config` only.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import os
 from pathlib import Path
 
 from converters import gguf_llama, hf_llama
+from converters.hf_export import export_base, export_merged
+from converters.peft_export import export_adapter
 from converters.peft_lora import import_adapters
 from converters.rules import Progress
 from meteora_jax.config import InputError
 
-__all__ = ["import_adapters", "import_base"]
+__all__ = ["export_adapter", "export_base", "export_merged", "import_adapters", "import_base"]
 
 
 def import_base(

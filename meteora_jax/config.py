@@ -266,7 +266,8 @@ class AdapterInfo:
     targets: tuple[str, ...]  # projections it touches, in PROJECTIONS order
     source: str  # the PEFT folder's own name
     sha256: str  # of the adapter's weight file
-    peft_config: dict[str, Any]  # adapter_config.json as found: what an export needs
+    peft_config: dict[str, Any]  # adapter_config.json as found: what an export needs; {} where there was none
+    dtype: str | None = None  # of its own tensors (F32, F16, BF16); None: the bank's, which may be wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,18 +278,26 @@ class BankConfig:
     ranks: dict[str, int]  # projection -> R of its stacked tensors; a projection no adapter touches is absent
     num_layers: int
     base_shapes: dict[str, tuple[int, int]]  # projection -> (I, O) of the base it was imported for
+    dora: tuple[str, ...] = ()  # projections at which some adapter has DoRA magnitudes
+    lora_bias: tuple[str, ...] = ()  # projections at which some adapter's B has a bias
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(a.name for a in self.adapters)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{path: shape} of `BANK/weights.safetensors`: `p.a` [L, A, R, I], `p.b` [L, A, R, O], `p.scale` [L, A]."""
+        """{path: shape} of `BANK/weights.safetensors`.
+
+        `p.a` [L, A, R, I], `p.b` [L, A, R, O], `p.scale` [L, A]; where an adapter has them `p.bias` [L, A, O],
+        `p.magnitude` [L, A, O] (DoRA's own) and `p.dora` [L, A, O]: magnitude / norm of the adapted column - 1.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         n, a = self.num_layers, len(self.adapters)
         for p, r in self.ranks.items():
             i, o = self.base_shapes[p]
             shapes |= {f"{p}.a": (n, a, r, i), f"{p}.b": (n, a, r, o), f"{p}.scale": (n, a)}
+            shapes |= {f"{p}.{part}": (n, a, o) for part in ("magnitude", "dora") if p in self.dora}
+            shapes |= {f"{p}.bias": (n, a, o)} if p in self.lora_bias else {}
         return shapes
 
     def to_json(self) -> dict[str, Any]:
@@ -302,7 +311,8 @@ class BankConfig:
             adapters = tuple(AdapterInfo(**{**a, "targets": tuple(a["targets"])}) for a in raw["adapters"])
             shapes = {p: (int(i), int(o)) for p, (i, o) in raw["base_shapes"].items()}
             ranks = {p: int(r) for p, r in raw["ranks"].items()}
-            return cls(adapters, ranks, int(raw["num_layers"]), shapes)
+            dora, bias = tuple(raw.get("dora", ())), tuple(raw.get("lora_bias", ()))
+            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 

@@ -14,6 +14,14 @@ import tyro
 
 from meteora_jax.cli.demo import Demo, demo
 from meteora_jax.cli.evaluate import Evaluate, evaluate
+from meteora_jax.cli.export import (
+    ExportAdapter,
+    ExportBase,
+    ExportMerged,
+    export_adapter,
+    export_base,
+    export_merged,
+)
 from meteora_jax.cli.generate import Generate, generate
 from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
 from meteora_jax.cli.inspect import Inspect, inspect
@@ -31,8 +39,20 @@ class Import:
     what: Annotated[ImportBase, sub("base")] | Annotated[ImportAdapters, sub("adapters")]
 
 
+@dataclass(frozen=True)
+class Export:
+    """Convert this project's folders into the formats of others."""
+
+    what: (
+        Annotated[ExportAdapter, sub("adapter")]
+        | Annotated[ExportMerged, sub("merged")]
+        | Annotated[ExportBase, sub("base")]
+    )
+
+
 Command = (
     Annotated[Import, sub("import")]
+    | Annotated[Export, sub("export")]
     | Annotated[Inspect, sub("inspect")]
     | Annotated[Prepare, sub("prepare")]
     | Annotated[TrainGates, sub("train")]
@@ -44,6 +64,9 @@ Command = (
 ACTIONS = {
     ImportBase: import_base,
     ImportAdapters: import_adapters,
+    ExportAdapter: export_adapter,
+    ExportMerged: export_merged,
+    ExportBase: export_base,
     Inspect: inspect,
     Prepare: prepare,
     TrainGates: train_gates,
@@ -62,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    command = command.what if isinstance(command, Import) else command
+    command = command.what if isinstance(command, Import | Export) else command
     try:
         ACTIONS[type(command)](command)
     except InputError as e:
