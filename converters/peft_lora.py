@@ -1,70 +1,26 @@
 """PEFT LoRA folders -> BANK: all adapters of one base, stacked and zero-padded to a common rank.
 
-Format: `adapter_config.json` (peft's `LoraConfig`) and `adapter_model.safetensors`; `lora_A` [r, I], `lora_B` [O, r],
-y = x W^T + scale * x A^T B^T. Tensors decide what an adapter holds; settings are cross-checked against them, and
-a setting that this importer cannot honour is refused by name, whatever peft itself would make of it.
+y = x W^T + scale ((x A^T) B^T + bias)          DoRA: the sum of the first two, times magnitude / norm by column
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 
 from converters.base_folder import common_dtype
 from converters.folders import new_folder, sha256, write_json
-from converters.hf_llama import module_name
-from converters.peft_export import CONFIG, WEIGHTS
-from converters.peft_settings import LoraSettings, read_settings
+from converters.peft_folder import PeftAdapter, read_adapter
 from converters.rules import Progress, copy_tensor
-from converters.tensor_files import FLOATS, SourceTensor, TensorWriter, dtype_name, read_safetensors
+from converters.tensor_files import TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig, read_json
 
 Adapters: TypeAlias = Iterable[tuple[str, str | os.PathLike[str]]]  # (name, PEFT folder)
-
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>model\.layers\.(?P<layer>0|[1-9][0-9]*)\.(?P<name>(?:self_attn|mlp)\.\w+))"
-    r"\.lora_(?P<half>[AB])(?:\.default)?\.weight"
-)
-_PROJECTION_OF = {module_name(p): p for p in PROJECTIONS}
-_UNSUPPORTED_TENSORS = {
-    "lora_magnitude_vector": "DoRA is not supported",
-    "lora_embedding_": "adapters on embeddings are not supported",
-    "embed_tokens": "adapters on embeddings and saved embeddings are not supported",
-    "lm_head": "adapters on the head and saved heads are not supported",
-    "modules_to_save": "saved modules are not supported",
-    ".bias": "biases are not supported",
-    "base_layer": "an adapter file that holds base weights is not supported",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Adapter:
-    """A PEFT folder after every check of its settings and headers."""
-
-    name: str
-    folder: Path
-    raw: dict[str, Any]
-    settings: LoraSettings
-    halves: dict[tuple[int, str, str], SourceTensor]  # (layer, projection, "A" or "B")
-
-    @property
-    def modules(self) -> list[tuple[int, str]]:
-        return sorted({(layer, p) for layer, p, _ in self.halves})
-
-    @property
-    def inputs(self) -> tuple[Path, Path]:
-        return self.folder / CONFIG, self.folder / WEIGHTS
-
-    def rank_of(self, projection: str) -> int:
-        """The largest rank over the layers; 0 where the adapter does not touch the projection."""
-        shapes = (t.shape for (_, p, half), t in self.halves.items() if p == projection and half == "A")
-        return max((shape[0] for shape in shapes), default=0)
+_DORA_ROWS = 512  # of a kernel at a time
 
 
 def import_adapters(
@@ -78,7 +34,8 @@ def import_adapters(
 
     Args:
         dest: the BANK folder to make.
-        base: the BASE folder that the adapters were trained on; only its `config.json` is read.
+        base: the BASE folder that the adapters were trained on; its weights are read where an adapter needs them
+            (DoRA's norms, saved copies of embeddings).
         adapters: {name: PEFT folder}, or (name, PEFT folder) pairs.
         overwrite: replace a `dest` that holds something, once the new one is complete.
         progress: called after each adapter with (name, done, total).
@@ -87,34 +44,53 @@ def import_adapters(
         InputError: everything that is wrong with the names, settings and tensors of all folders; `dest` is then as
             it was.
     """
-    config_file = Path(base) / "config.json"
-    config = LlamaConfig.from_hf(read_json(config_file), str(config_file))
-    pairs = cast("Adapters", adapters.items() if isinstance(adapters, Mapping) else adapters)
-    named = [(name, Path(folder)) for name, folder in pairs]
-    problems = _check_names([name for name, _ in named])
-    loaded: list[_Adapter] = []
-    for name, folder in named:
-        try:
-            loaded.append(_read_adapter(name, folder, config))
-        except InputError as e:
-            problems += e.problems
+    bank, loaded = plan_adapters(base, adapters)
+    base = Path(base)
+    problems = [p for adapter in loaded for p in _check_saved(base, adapter)]
     if problems:
-        # The values of the sound folders are read too: one error then holds all there is to mend.
-        raise InputError(problems + [p for adapter in loaded for p in _check_values(adapter)])
-    bank = _describe_bank(loaded, config)
-    with new_folder(dest, overwrite, [config_file, *(path for a in loaded for path in a.inputs)]) as partial:
-        dtype = common_dtype({t.dtype for a in loaded for t in a.halves.values()})
+        raise InputError(problems)
+    inputs = [base / "config.json", base / "weights.safetensors", *(path for a in loaded for path in a.inputs)]
+    with new_folder(dest, overwrite, inputs) as partial:
+        dtype = common_dtype({t.dtype for a in loaded for t in a.parts.values()})
         shapes = bank.weight_shapes()
-        specs = {p: (np.dtype(np.float32) if p.endswith(".scale") else dtype, shapes[p]) for p in shapes}
+        # What is computed rather than copied stays float32.
+        specs = {p: (np.dtype(np.float32) if p.endswith((".scale", ".dora")) else dtype, shapes[p]) for p in shapes}
         writer = TensorWriter(partial / "weights.safetensors", specs)
         for index, adapter in enumerate(loaded):
             problems += _write_adapter(writer, index, adapter)
+            if adapter.settings.dora and not problems:
+                problems += _write_dora(writer, index, adapter, base)
             if progress is not None:
                 progress(adapter.name, index + 1, len(loaded))
         if problems:
             raise InputError(problems)
         write_json(partial / "bank.json", bank.to_json())
     return bank
+
+
+def plan_adapters(
+    base: str | os.PathLike[str], adapters: Mapping[str, str | os.PathLike[str]] | Adapters
+) -> tuple[BankConfig, list[PeftAdapter]]:
+    """What `import_adapters` would make, from settings and headers alone: the bank and the folders that fill it.
+
+    Raises:
+        InputError: everything that is wrong with the names, settings and tensors of all folders.
+    """
+    config_file = Path(base) / "config.json"
+    config = LlamaConfig.from_hf(read_json(config_file), str(config_file))
+    pairs = cast("Adapters", adapters.items() if isinstance(adapters, Mapping) else adapters)
+    named = [(name, Path(folder)) for name, folder in pairs]
+    problems = _check_names([name for name, _ in named])
+    loaded: list[PeftAdapter] = []
+    for name, folder in named:
+        try:
+            loaded.append(read_adapter(name, folder, config))
+        except InputError as e:
+            problems += e.problems
+    if problems:
+        # The values of the sound folders are read too: one error then holds all there is to mend.
+        raise InputError(problems + [p for adapter in loaded for p in _check_values(adapter)])
+    return _describe_bank(loaded, config), loaded
 
 
 def _check_names(names: Sequence[str]) -> list[str]:
@@ -127,7 +103,7 @@ def _check_names(names: Sequence[str]) -> list[str]:
     return problems
 
 
-def _describe_bank(adapters: Sequence[_Adapter], config: LlamaConfig) -> BankConfig:
+def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> BankConfig:
     ranks = {p: max(a.rank_of(p) for a in adapters) for p in PROJECTIONS}
     infos = tuple(
         AdapterInfo(
@@ -135,133 +111,72 @@ def _describe_bank(adapters: Sequence[_Adapter], config: LlamaConfig) -> BankCon
             rank=max(map(a.rank_of, PROJECTIONS)),
             targets=tuple(p for p in PROJECTIONS if a.rank_of(p)),
             source=a.folder.resolve().name,
-            sha256=sha256(a.folder / WEIGHTS),
+            sha256=sha256(a.weights),
             peft_config=a.raw,
-            dtype=dtype_name(common_dtype({t.dtype for t in a.halves.values()})),
+            dtype=dtype_name(common_dtype({t.dtype for t in a.parts.values()})),
         )
         for a in adapters
     )
     base_shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    return BankConfig(infos, {p: r for p, r in ranks.items() if r}, config.num_layers, base_shapes)
+    held = {(p, part) for a in adapters for _, p, part in a.parts}
+    dora = tuple(p for p in PROJECTIONS if (p, "magnitude") in held)
+    bias = tuple(p for p in PROJECTIONS if (p, "bias") in held)
+    return BankConfig(infos, {p: r for p, r in ranks.items() if r}, config.num_layers, base_shapes, dora, bias)
 
 
-def _write_adapter(writer: TensorWriter, index: int, adapter: _Adapter) -> list[str]:
+def _write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter) -> list[str]:
     """Fills the adapter's slices; rows beyond its rank and modules it lacks stay zero, scale 0 included."""
     problems = []
+    for (layer, p, part), tensor in adapter.parts.items():
+        out = writer.slice(f"{p}.{part}", layer, index)
+        if part in ("a", "b"):
+            out = out[: adapter.parts[layer, p, "a"].shape[0]]
+        problems += copy_tensor(tensor, out.T if part == "b" else out)
     for layer, p in adapter.modules:
-        a, b = adapter.halves[layer, p, "A"], adapter.halves[layer, p, "B"]
-        rank = a.shape[0]
-        problems += copy_tensor(a, writer.slice(f"{p}.a", layer, index)[:rank])
-        problems += copy_tensor(b, writer.slice(f"{p}.b", layer, index)[:rank].T)
-        scale = adapter.settings.scale_of(f"model.layers.{layer}.{module_name(p)}")
-        writer.slice(f"{p}.scale", layer, index)[0] = scale
+        writer.slice(f"{p}.scale", layer, index)[0] = adapter.scale_of(layer, p)
     return problems
 
 
-def _check_values(adapter: _Adapter) -> list[str]:
-    return [p for t in adapter.halves.values() for p in copy_tensor(t, np.empty(t.shape, t.dtype))]
+def _write_dora(writer: TensorWriter, index: int, adapter: PeftAdapter, base: Path) -> list[str]:
+    """Fills `p.dora`: magnitude / norm - 1 for each output column, the norm being that of W + scale A B."""
+    config = LlamaConfig.from_hf(read_json(base / "config.json"), str(base / "config.json"))
+    weights = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    problems = []
+    for layer, p in adapter.modules:
+        a, b = (adapter.parts[layer, p, part].read().astype(np.float32) for part in ("a", "b"))
+        b *= np.float32(adapter.scale_of(layer, p))
+        kernel = weights.slice(f"layers.{p}.kernel", layer)  # [I, O]
+        squares = np.zeros(kernel.shape[1], np.float64)
+        for start in range(0, len(kernel), _DORA_ROWS):
+            merged = kernel[start : start + _DORA_ROWS].astype(np.float32) + a[:, start : start + _DORA_ROWS].T @ b.T
+            squares += np.square(merged, dtype=np.float64).sum(axis=0)
+        source = adapter.parts[layer, p, "magnitude"]
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            ratio = source.read().astype(np.float64) / np.sqrt(squares) - 1
+            columns = ratio.astype(np.float32)
+        if not np.isfinite(columns).all():
+            problems.append(f"{source.where}: expected columns of W + scale A B that are not zero, found some")
+        writer.slice(f"{p}.dora", layer, index)[:] = columns
+    return problems
 
 
-def _read_adapter(name: str, folder: Path, config: LlamaConfig) -> _Adapter:
-    """One folder with its settings and headers checked. Raises InputError with all that is wrong."""
-    problems: list[str] = []
-    settings, raw = None, {}
-    try:
-        raw = read_json(folder / CONFIG)
-        settings = read_settings(raw, f"{folder / CONFIG}")
-    except InputError as e:
-        problems += e.problems
-    try:
-        halves = _collect_halves(_read_tensors(folder), config, settings)
-    except InputError as e:
-        raise InputError([*problems, *e.problems]) from None
-    if settings is not None:
-        problems += _cross_check(settings, {(layer, p) for layer, p, _ in halves}, config, f"{folder / CONFIG}")
-    if problems or settings is None:
-        raise InputError(problems)
-    return _Adapter(name, folder, raw, settings, halves)
+def _check_values(adapter: PeftAdapter) -> list[str]:
+    return [p for t in adapter.parts.values() for p in copy_tensor(t, np.empty(t.shape, t.dtype))]
 
 
-def _read_tensors(folder: Path) -> list[SourceTensor]:
-    path = folder / WEIGHTS
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise InputError(f"{folder}: expected {WEIGHTS}, found adapter_model.bin (pickle, not supported)")
-    tensors = read_safetensors(path, str(path))
-    if not tensors:
-        raise InputError(f"{path}: expected LoRA tensors, found none")
-    return tensors
-
-
-def _collect_halves(
-    tensors: Sequence[SourceTensor], config: LlamaConfig, settings: LoraSettings | None
-) -> dict[tuple[int, str, str], SourceTensor]:
-    """{(layer, projection, half): tensor}, every name, type and shape checked (ranks only where settings are sound)."""
-    problems: list[str] = []
-    halves: dict[tuple[int, str, str], SourceTensor] = {}
-    for tensor in tensors:
-        match = _KEY.fullmatch(tensor.key)
-        projection = _PROJECTION_OF.get(match["name"]) if match else None
-        if match is None or projection is None:
+def _check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
+    """Saved embeddings and heads are accepted where they are the base's own, value by value."""
+    if not adapter.saved:
+        return []
+    config = LlamaConfig.from_hf(read_json(base / "config.json"), str(base / "config.json"))
+    weights = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    problems = []
+    for name, tensor in adapter.saved.items():
+        embedding = name == "model.embed_tokens" or config.tie_word_embeddings
+        own = weights.slice("embed.embedding") if embedding else weights.slice("lm_head.kernel").T
+        if not all(np.array_equal(block, own[rows]) for rows, block in tensor.blocks()):
             problems.append(
-                f"{tensor.where}: expected lora_A or lora_B of {', '.join(PROJECTIONS)}, found {_why(tensor)}"
+                f"{tensor.where}: expected the values of the base, found others (a base that changes with the adapter "
+                "is not supported)"
             )
-            continue
-        slot = (int(match["layer"]), projection, match["half"])
-        if slot[0] >= config.num_layers:
-            problems.append(f"{tensor.where}: expected layers 0 to {config.num_layers - 1}, found layer {slot[0]}")
-        elif slot in halves:
-            problems.append(f"{tensor.where}: expected once, found also in {halves[slot].key}")
-        else:
-            halves[slot] = tensor
-            problems += _check_half(tensor, slot, match["module"], config, settings)
-    for layer, projection, half in halves:
-        other = "B" if half == "A" else "A"
-        if (layer, projection, other) not in halves:
-            tensor = halves[layer, projection, half]
-            wanted = tensor.key.replace(f".lora_{half}.", f".lora_{other}.")
-            problems.append(f"{tensor.file}: {wanted}: expected the partner of lora_{half}, found none")
-    if problems:
-        raise InputError(problems)
-    return halves
-
-
-def _why(tensor: SourceTensor) -> str:
-    reason = next((why for part, why in _UNSUPPORTED_TENSORS.items() if part in tensor.key), "an unknown tensor")
-    return f"{dtype_name(tensor.dtype)} {tensor.shape} ({reason})"
-
-
-def _check_half(
-    tensor: SourceTensor,
-    slot: tuple[int, str, str],
-    module: str,
-    config: LlamaConfig,
-    settings: LoraSettings | None,
-) -> list[str]:
-    problems = []
-    _, projection, half = slot
-    inputs, outputs = config.projection_shape(projection)
-    rank_axis = 0 if half == "A" else 1
-    if settings is not None:
-        rank = settings.rank_of(module)
-    else:
-        rank = tensor.shape[rank_axis] if len(tensor.shape) == 2 else "r"
-    expected = (rank, inputs) if half == "A" else (outputs, rank)
-    if tensor.shape != expected:
-        problems.append(f"{tensor.where}: expected shape {expected} for this base, found {tensor.shape}")
-    if dtype_name(tensor.dtype) not in FLOATS:
-        problems.append(f"{tensor.where}: expected type {', '.join(FLOATS)}, found {dtype_name(tensor.dtype)}")
-    return problems
-
-
-def _cross_check(settings: LoraSettings, found: set[tuple[int, str]], config: LlamaConfig, file: str) -> list[str]:
-    """Where what the settings select is not what the tensors hold."""
-    problems = []
-    for p in PROJECTIONS:
-        name = module_name(p)
-        selected = {n for n in range(config.num_layers) if settings.selects(f"model.layers.{n}.{name}")}
-        held = {layer for layer, projection in found if projection == p}
-        if missing := sorted(selected - held):
-            problems.append(f"{file}: target_modules: expected tensors of {name} in layers {missing}, found none")
-        if extra := sorted(held - selected):
-            problems.append(f"{file}: target_modules: expected no tensors of {name} in layers {extra}, found some")
     return problems

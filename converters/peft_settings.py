@@ -18,6 +18,7 @@ from meteora_jax.config import InputError
 _READ = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "task_type",
+    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save",
 )  # fmt: skip
 # Settings that leave a trained adapter's output as it is: notes, training, initialisation (`init_lora_weights` says
 # whether the base changed), and details of features that have a switch of their own.
@@ -27,12 +28,8 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 # Settings that change the output, with the values that mean "off" and the reason for a refusal.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_dora": ((False,), "DoRA's magnitudes are not supported"),
     "bias": (("none",), "trained biases of the base are not supported"),
-    "lora_bias": ((False,), "biases of lora_B are not supported"),
-    "fan_in_fan_out": ((False,), "transposed base weights (Conv1D) do not occur in LLaMA"),
-    "modules_to_save": ((None, []), "retrained modules of the base are not supported"),
-    "trainable_token_indices": ((None,), "retrained token embeddings are not supported"),
+    "trainable_token_indices": ((None,), "retrained token embeddings are not supported: no router acts there"),
     "ensure_weight_tying": ((False,), "adapters on tied embeddings are not supported"),
     "target_parameters": ((None, []), "adapters on bare parameters are not supported"),
     "layer_replication": ((None, []), "a base with replicated layers is another base"),
@@ -65,6 +62,9 @@ class LoraSettings:
     exclude: str | tuple[str, ...]
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    dora: bool
+    lora_bias: bool
+    saved: tuple[str, ...]  # embed_tokens, lm_head: saved copies of the base's
 
     def rank_of(self, module: str) -> int:
         return _look_up(self.rank_pattern, module, self.rank)
@@ -138,7 +138,13 @@ class _SettingsReader:
             exclude=exclude or (),
             layers=self.layers(),
             layers_pattern=self.layers_pattern(),
+            dora=self.flag("use_dora"),
+            lora_bias=self.flag("lora_bias"),
+            saved=self.saved(),
         )
+        self.flag("fan_in_fan_out")  # without effect: peft itself turns it off for every nn.Linear
+        if settings.dora and settings.lora_bias:
+            self.refuse("lora_bias", "false beside use_dora, as in peft", True)
         if isinstance(target, str) and (settings.layers is not None or settings.layers_pattern):
             self.refuse("layers_to_transform", "none beside a target_modules that is a string", settings.layers)
         if settings.layers_pattern and settings.layers is None:
@@ -192,6 +198,14 @@ class _SettingsReader:
             return None if value is None else tuple(value)
         self.refuse(key, "a list of module names or a regex", value)
         return None
+
+    def saved(self) -> tuple[str, ...]:
+        value = self.raw.get("modules_to_save") or []
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or any(name not in ("embed_tokens", "lm_head") for name in names):
+            self.refuse("modules_to_save", "embed_tokens or lm_head, saved as the base has them", value)
+            return ()
+        return tuple(names)
 
     def layers(self) -> tuple[int, ...] | None:
         value = self.raw.get("layers_to_transform")
