@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from converters import gguf_llama, hf_llama
+from converters import gguf_llama, hf_llama, meta_llama
 from converters.hf_export import export_base, export_merged
 from converters.peft_export import export_adapter
 from converters.peft_lora import import_adapters
@@ -25,7 +25,7 @@ def import_base(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Imports base weights from a Hugging Face folder or a `.gguf` file into a BASE folder.
+    """Imports base weights from a Hugging Face folder, one of Meta's own, or a `.gguf` file into a BASE folder.
 
     Args:
         src: what to import.
@@ -38,10 +38,12 @@ def import_base(
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
     path = Path(src)
+    if path.is_dir() and meta_llama.is_meta_folder(path) and not (path / "config.json").exists():
+        return meta_llama.import_base(path, dest, dtype, overwrite, progress)
     if path.is_dir():
         return hf_llama.import_base(path, dest, dtype, overwrite, progress)
     if not path.exists():
-        raise InputError(f"{path}: expected a Hugging Face folder or a .gguf file, found nothing")
+        raise InputError(f"{path}: expected a Hugging Face folder, Meta's or a .gguf file, found nothing")
     if path.suffix.lower() == ".gguf":
         return gguf_llama.import_base(path, dest, dtype, overwrite, progress)
-    raise InputError(f"{path}: expected a Hugging Face folder or a .gguf file, found another kind of file")
+    raise InputError(f"{path}: expected a Hugging Face folder, Meta's or a .gguf file, found another kind of file")

@@ -216,6 +216,7 @@ def _cross_check(settings: LoraSettings, found: set[tuple[int, str]], config: Ll
             problems.append(f"{file}: target_modules: expected no tensors of {name} in layers {extra}, found some")
     others = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"]
     inner = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
+    inner += (".self_attn.q_norm", ".self_attn.k_norm") if config.qk_norm else ()
     others += [f"model.layers.{n}{module}" for n in range(config.num_layers) for module in inner]
     if settings.target != "all-linear" and (strange := [name for name in others if settings.selects(name)]):
         problems.append(f"{file}: target_modules: expected projections of the layers, found also {strange[0]}")

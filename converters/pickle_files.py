@@ -287,8 +287,11 @@ def _open_archive(archive: zipfile.ZipFile, path: Path, file: str) -> tuple[byte
     for info in infos:
         if info.filename in members:
             raise InputError(f"{file}: {info.filename}: expected once in the archive, found twice")
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.file_size > size:
-            raise InputError(f"{file}: {info.filename}: expected a part that is not compressed, found another")
+        if not info.filename.startswith(root):
+            raise InputError(f"{file}: {info.filename}: expected every part of the archive in {root}, found another")
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size <= size
+        if not stored or info.volume:
+            raise InputError(f"{file}: {info.filename}: expected a whole, uncompressed part, found another")
         members[info.filename] = info
     if members[f"{root}data.pkl"].file_size > _MAX_PICKLE:
         raise InputError(f"{file}: data.pkl: expected at most {_MAX_PICKLE} bytes, found more")

@@ -365,7 +365,7 @@ def test_broken_archives_are_refused(tmp_path: Path):
         ),
         "compressed": (
             lambda: write_archive(path, description, zipfile.ZIP_DEFLATED, **{"data/0": values}),
-            "expected a part that is not compressed",
+            "expected a whole, uncompressed part",
         ),
         "no pickle": (lambda: write_archive(path, b""), "data.pkl: expected"),
         "no end": (lambda: write_archive(path, description[:-1]), "data.pkl: expected"),

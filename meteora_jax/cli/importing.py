@@ -18,7 +18,7 @@ class ImportBase:
     """Convert a LLaMA-family base model."""
 
     src: tyro.conf.Positional[Path]
-    """Hugging Face folder, or .gguf file."""
+    """Hugging Face folder, one of Meta's own, or .gguf file."""
     dest: tyro.conf.Positional[Path]
     """BASE folder to make."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
