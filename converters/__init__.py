@@ -10,12 +10,21 @@ from pathlib import Path
 
 from converters import gguf_llama, hf_llama, meta_llama
 from converters.hf_export import export_base, export_merged
+from converters.meteora_torch import export_gates, import_gates
 from converters.peft_export import export_adapter
 from converters.peft_lora import import_adapters
 from converters.rules import Progress
 from meteora_jax.config import InputError
 
-__all__ = ["export_adapter", "export_base", "export_merged", "import_adapters", "import_base"]
+__all__ = [
+    "export_adapter",
+    "export_base",
+    "export_gates",
+    "export_merged",
+    "import_adapters",
+    "import_base",
+    "import_gates",
+]
 
 
 def import_base(

@@ -223,7 +223,8 @@ def bomb(folder: Folder, rng: random.Random) -> None:
         trap = Bomb(path.parents[1] / "trap")
         target = path / PICKLED
         if kind in ("value", "key"):
-            torch.save({**folder.tensors, **({"x": trap} if kind == "value" else {trap: torch.ones(1)})}, target)
+            extra: dict[Any, Any] = {"x": trap} if kind == "value" else {trap: torch.ones(1)}
+            torch.save(folder.tensors | extra, target)
         elif kind == "state":
             state = torch.nn.Linear(2, 2).state_dict()
             state._metadata = {"x": trap}
@@ -308,7 +309,7 @@ def bank_logits(model: LlamaForCausalLM, bank: Path) -> np.ndarray:
         for p in config.ranks:
             for layer in range(config.num_layers):
                 part = lambda kind, p=p, layer=layer: tensors[f"{p}.{kind}"][layer, 0].float()  # noqa: E731
-                linear = model.get_submodule(f"model.layers.{layer}.{module_name(p)}")
+                linear: Any = model.get_submodule(f"model.layers.{layer}.{module_name(p)}")
                 linear.weight += part("scale") * (part("b").T @ part("a"))
                 if p in config.dora:
                     linear.weight *= 1 + part("dora")[:, None]

@@ -17,13 +17,22 @@ from meteora_jax.cli.evaluate import Evaluate, evaluate
 from meteora_jax.cli.export import (
     ExportAdapter,
     ExportBase,
+    ExportGates,
     ExportMerged,
     export_adapter,
     export_base,
+    export_gates,
     export_merged,
 )
 from meteora_jax.cli.generate import Generate, generate
-from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
+from meteora_jax.cli.importing import (
+    ImportAdapters,
+    ImportBase,
+    ImportGates,
+    import_adapters,
+    import_base,
+    import_gates,
+)
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.train import TrainGates, train_gates
@@ -36,7 +45,11 @@ sub = tyro.conf.subcommand
 class Import:
     """Convert files of other formats into the folders that every other command reads."""
 
-    what: Annotated[ImportBase, sub("base")] | Annotated[ImportAdapters, sub("adapters")]
+    what: (
+        Annotated[ImportBase, sub("base")]
+        | Annotated[ImportAdapters, sub("adapters")]
+        | Annotated[ImportGates, sub("gates")]
+    )
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class Export:
         Annotated[ExportAdapter, sub("adapter")]
         | Annotated[ExportMerged, sub("merged")]
         | Annotated[ExportBase, sub("base")]
+        | Annotated[ExportGates, sub("gates")]
     )
 
 
@@ -64,9 +78,11 @@ Command = (
 ACTIONS = {
     ImportBase: import_base,
     ImportAdapters: import_adapters,
+    ImportGates: import_gates,
     ExportAdapter: export_adapter,
     ExportMerged: export_merged,
     ExportBase: export_base,
+    ExportGates: export_gates,
     Inspect: inspect,
     Prepare: prepare,
     TrainGates: train_gates,

@@ -1,4 +1,4 @@
-"""`meteora export adapter | merged | base`."""
+"""`meteora export adapter | merged | base | gates`."""
 
 from __future__ import annotations
 
@@ -104,3 +104,39 @@ def export_base(command: ExportBase) -> None:
         )
     console.print(f"{command.dest}: {config.num_layers} layers", highlight=False)
     write_json(command.json, {"folder": str(command.dest), "merged": None, "config": config.to_hf()})
+
+
+@dataclass(frozen=True)
+class ExportGates:
+    """Write base, bank and gates as a checkpoint of the original MeteoRA."""
+
+    base: tyro.conf.Positional[Path]
+    """BASE folder."""
+    bank: tyro.conf.Positional[Path]
+    """BANK folder."""
+    gates: tyro.conf.Positional[Path]
+    """GATES folder."""
+    dest: tyro.conf.Positional[Path]
+    """Folder to make."""
+    overwrite: bool = False
+    """Replace DEST if it exists, once the new one is complete."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+def export_gates(command: ExportGates) -> None:
+    """Runs `meteora export gates`."""
+    import converters
+
+    with progress_bar("export gates") as bar:
+        told = converters.export_gates(
+            command.base,
+            command.bank,
+            command.gates,
+            command.dest,
+            overwrite=command.overwrite,
+            progress=lambda key, done, total: bar(done, total, key),
+        )
+    console.print(f"{command.dest}: rank {told['rank']}, alpha {told['alpha']:g}", highlight=False)
+    console.print(f"adapters in its order: {' '.join(told['names'])}", highlight=False)
+    write_json(command.json, {"checkpoint": str(command.dest), **told})

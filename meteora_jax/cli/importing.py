@@ -1,4 +1,4 @@
-"""`meteora import base | adapters`."""
+"""`meteora import base | adapters | gates`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tyro
 
 from meteora_jax.cli.report import console, progress_bar, write_json
 from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.evaluation.tasks import METEORA_TASKS
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,50 @@ def import_adapters(command: ImportAdapters) -> None:
     for a in bank.adapters:
         console.print(f"{a.name}: rank {a.rank}, {' '.join(a.targets)}", highlight=False)
     write_json(command.json, {"bank": str(command.dest), **bank.to_json()})
+
+
+@dataclass(frozen=True)
+class ImportGates:
+    """Convert a checkpoint of the original MeteoRA: its gates, and its adapters where there is no bank yet."""
+
+    src: tyro.conf.Positional[Path]
+    """Folder with model.safetensors."""
+    dest: tyro.conf.Positional[Path]
+    """GATES folder to make."""
+    bank: Path
+    """BANK folder that the gates are for; made from the checkpoint if it does not exist."""
+    base: Path | None = None
+    """BASE folder whose weights the checkpoint must hold; by default only its own config.json is read."""
+    alpha: float | None = None
+    """LoRA's alpha in training, which the checkpoint does not say; needed to make the bank."""
+    names: tuple[str, ...] = METEORA_TASKS
+    """The adapters in the checkpoint's order, to make the bank; by default the original's 28 tasks."""
+    top_k: int = 2
+    """Adapters for a token, as trained."""
+    temperature: float = 1.0
+    """Of the softmax over the chosen ones."""
+    overwrite: bool = False
+    """Replace DEST if it exists, once the new one is complete."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+def import_gates(command: ImportGates) -> None:
+    """Runs `meteora import gates`."""
+    import converters
+
+    with progress_bar("import gates") as bar:
+        gates = converters.import_gates(
+            command.src,
+            command.dest,
+            command.bank,
+            base=command.base,
+            alpha=command.alpha,
+            names=command.names,
+            top_k=command.top_k,
+            temperature=command.temperature,
+            overwrite=command.overwrite,
+            progress=lambda key, done, total: bar(done, total, key),
+        )
+    console.print(f"{command.dest}: gates of {len(gates.names)} adapters", highlight=False)
+    write_json(command.json, {"gates": str(command.dest), "bank": str(command.bank), **gates.to_json()})
