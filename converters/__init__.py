@@ -9,14 +9,16 @@ import os
 from pathlib import Path
 
 from converters import gguf_llama, hf_llama, meta_llama
+from converters.base_folder import OpenedBase, describe_base, write_base
 from converters.hf_export import export_base, export_merged
 from converters.meteora_torch import export_gates, import_gates
 from converters.peft_export import export_adapter
-from converters.peft_lora import import_adapters
-from converters.rules import Progress
-from meteora_jax.config import InputError
+from converters.peft_lora import describe_adapters, import_adapters
+from converters.rules import Progress, TensorPlan
+from meteora_jax.config import InputError, LlamaConfig
 
 __all__ = [
+    "describe_adapters",
     "export_adapter",
     "export_base",
     "export_gates",
@@ -24,6 +26,8 @@ __all__ = [
     "import_adapters",
     "import_base",
     "import_gates",
+    "open_base",
+    "plan_base",
 ]
 
 
@@ -46,13 +50,28 @@ def import_base(
     Raises:
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
+    write_base(dest, open_base(src), dtype, overwrite, progress)
+
+
+def plan_base(src: str | os.PathLike[str], dtype: str | None = None) -> tuple[LlamaConfig, list[TensorPlan]]:
+    """What `import_base` would make: (configuration, every tensor's way). Reads headers only, so it takes seconds.
+
+    Raises:
+        InputError: as `import_base`, but for values that are not finite, which only the import itself finds.
+    """
+    opened = open_base(src)
+    return opened.config, describe_base(opened, dtype)
+
+
+def open_base(src: str | os.PathLike[str]) -> OpenedBase:
+    """Finds out what `src` is and reads its headers. Raises InputError."""
     path = Path(src)
     if path.is_dir() and meta_llama.is_meta_folder(path) and not (path / "config.json").exists():
-        return meta_llama.import_base(path, dest, dtype, overwrite, progress)
+        return meta_llama.open_base(path)
     if path.is_dir():
-        return hf_llama.import_base(path, dest, dtype, overwrite, progress)
+        return hf_llama.open_base(path)
     if not path.exists():
         raise InputError(f"{path}: expected a Hugging Face folder, Meta's or a .gguf file, found nothing")
     if path.suffix.lower() == ".gguf":
-        return gguf_llama.import_base(path, dest, dtype, overwrite, progress)
+        return gguf_llama.open_base(path)
     raise InputError(f"{path}: expected a Hugging Face folder, Meta's or a .gguf file, found another kind of file")

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.base_folder import write_base
+from converters.base_folder import OpenedBase
 from converters.gguf_file import GgufFile, read_gguf
 from converters.gguf_tokenizer import build_tokenizer
-from converters.rules import TRANSPOSE, Progress, Rule, Transform
+from converters.rules import TRANSPOSE, Rule, Transform
 from meteora_jax.config import InputError, LlamaConfig
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -42,32 +41,19 @@ _SPLIT = re.compile(r"(?P<name>.+)-[0-9]{5}-of-(?P<count>[0-9]{5})\.gguf", re.IG
 _LLAMA3 = (1.0, 4.0, 8192)
 
 
-def import_base(
-    src: str | os.PathLike[str],
-    dest: str | os.PathLike[str],
-    dtype: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Imports a GGUF file of architecture llama.
+def open_base(src: Path) -> OpenedBase:
+    """Reads the headers of a GGUF file of architecture llama.
 
     Args:
         src: the file; of a split one any part, the others beside it.
-        dest: the BASE folder to make.
-        dtype: float32, bfloat16 or float16; None keeps float tensors' own and makes quantised ones float32.
-        overwrite: replace a `dest` that holds something, once the new one is complete.
-        progress: called after each tensor with (key, done, total).
 
     Raises:
-        InputError: everything that is wrong with the input; `dest` is then as it was.
+        InputError: everything that is wrong with configuration, tokenizer and headers.
     """
-    file, files = read_split(Path(src))
+    file, files = read_split(src)
     config = read_config(file)
     tokenizer = build_tokenizer(file.metadata, file.path.name, config.vocab_size, config.max_position_embeddings)
-    write_base(
-        dest, config, gguf_rules(config), file.tensors, inputs=files,
-        dtype=dtype, overwrite=overwrite, progress=progress, write_tokenizer=tokenizer.write,
-    )  # fmt: skip
+    return OpenedBase(config, gguf_rules(config), file.tensors, files, tokenizer.write)
 
 
 def read_split(src: Path) -> tuple[GgufFile, list[Path]]:

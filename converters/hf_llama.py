@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.base_folder import write_base
+from converters.base_folder import OpenedBase
 from converters.pickle_files import read_pickle
-from converters.rules import TRANSPOSE, Progress, Rule
+from converters.rules import TRANSPOSE, Rule
 from converters.tensor_files import SourceTensor, read_safetensors
 from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
 
@@ -27,33 +26,24 @@ TOKENIZER_FILES = (
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def import_base(
-    src: str | os.PathLike[str],
-    dest: str | os.PathLike[str],
-    dtype: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Imports a Hugging Face folder of model_type llama, mistral, qwen2 or qwen3.
+def open_base(src: Path) -> OpenedBase:
+    """Reads the headers of a Hugging Face folder of model_type llama, mistral, qwen2 or qwen3.
 
     Args:
         src: the folder.
-        dest: the BASE folder to make.
-        dtype: float32, bfloat16 or float16; None keeps the source's.
-        overwrite: replace a `dest` that holds something, once the new one is complete.
-        progress: called after each tensor with (key, done, total).
 
     Raises:
-        InputError: everything that is wrong with the input; `dest` is then as it was.
+        InputError: everything that is wrong with configuration, tokenizer and headers.
     """
-    src = Path(src)
     config = add_end_tokens(LlamaConfig.from_hf(read_json(src / "config.json")), src / "generation_config.json")
     files, tensors = read_weights(src)
-    write_base(
-        dest, config, llama_rules(config), tensors, inputs=[*files, src / "config.json"],
-        dtype=dtype, overwrite=overwrite, progress=progress,
-        write_tokenizer=lambda folder: copy_tokenizer(src, folder),
-    )  # fmt: skip
+    return OpenedBase(
+        config,
+        llama_rules(config),
+        tensors,
+        [*files, src / "config.json"],
+        lambda folder: copy_tokenizer(src, folder),
+    )
 
 
 def add_end_tokens(config: LlamaConfig, generation: Path) -> LlamaConfig:

@@ -10,18 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.base_folder import write_base
+from converters.base_folder import OpenedBase
 from converters.gguf_llama import unpermuted_rows
 from converters.meta_tokenizer import read_tokenizer
 from converters.pickle_files import read_pickle
-from converters.rules import TRANSPOSE, Progress, Rule, Transform
+from converters.rules import TRANSPOSE, Rule, Transform
 from converters.tensor_files import SourceTensor
 from meteora_jax.config import InputError, LlamaConfig, read_json
 
@@ -49,36 +48,22 @@ def is_meta_folder(src: Path) -> bool:
     return (src / PARAMS).exists() or any(src.glob("consolidated.*.pth"))
 
 
-def import_base(
-    src: str | os.PathLike[str],
-    dest: str | os.PathLike[str],
-    dtype: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Imports one of Meta's original folders.
+def open_base(src: Path) -> OpenedBase:
+    """Reads the headers of one of Meta's original folders.
 
     Args:
         src: the folder; `tokenizer.model` may also lie in the folder above, as Llama 2's download puts it.
-        dest: the BASE folder to make.
-        dtype: float32, bfloat16 or float16; None keeps the source's.
-        overwrite: replace a `dest` that holds something, once the new one is complete.
-        progress: called after each tensor with (key, done, total).
 
     Raises:
-        InputError: everything that is wrong with the input; `dest` is then as it was.
+        InputError: everything that is wrong with configuration, tokenizer and headers.
     """
-    src = Path(src)
     config, rules, tensors, files = open_folder(src)
     found = next((p for p in (src / "tokenizer.model", src.parent / "tokenizer.model") if p.exists()), None)
     if found is None:
         raise InputError(f"{src / 'tokenizer.model'}: expected a file here or in the folder above, found none")
     tokenizer, ids = read_tokenizer(found, config.vocab_size, config.max_position_embeddings)
     config = dataclasses.replace(config, bos_token_id=ids["bos"], eos_token_ids=ids["eos"])
-    write_base(
-        dest, config, rules, tensors, inputs=[*files, src / PARAMS, found],
-        dtype=dtype, overwrite=overwrite, progress=progress, write_tokenizer=tokenizer.write,
-    )  # fmt: skip
+    return OpenedBase(config, rules, tensors, [*files, src / PARAMS, found], tokenizer.write)
 
 
 def open_folder(src: Path) -> tuple[LlamaConfig, list[Rule], list[SourceTensor], list[Path]]:

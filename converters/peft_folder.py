@@ -86,7 +86,7 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
     except InputError as e:
         problems += e.problems
     try:
-        weights, tensors = _read_tensors(folder)
+        weights, tensors = read_tensors(folder)
         parts, saved = _sort_tensors(tensors, config, settings)
     except InputError as e:
         raise InputError([*problems, *e.problems]) from None
@@ -101,7 +101,8 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
     return PeftAdapter(name, folder, weights, raw, settings, parts, saved)
 
 
-def _read_tensors(folder: Path) -> tuple[Path, list[SourceTensor]]:
+def read_tensors(folder: Path) -> tuple[Path, list[SourceTensor]]:
+    """(file, tensors) of a PEFT folder; of headers alone. Raises InputError."""
     path, pickled = folder / WEIGHTS, folder / PICKLED
     if path.exists() and pickled.exists():
         raise InputError(f"{folder}: expected {WEIGHTS} or {PICKLED}, found both")

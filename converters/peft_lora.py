@@ -15,7 +15,7 @@ import numpy as np
 from converters.base_folder import common_dtype
 from converters.folders import new_folder, sha256, write_json
 from converters.peft_folder import PeftAdapter, read_adapter
-from converters.rules import Progress, copy_tensor
+from converters.rules import Progress, TensorPlan, copy_tensor
 from converters.tensor_files import TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig, read_json
 
@@ -91,6 +91,29 @@ def plan_adapters(
         # The values of the sound folders are read too: one error then holds all there is to mend.
         raise InputError(problems + [p for adapter in loaded for p in _check_values(adapter)])
     return _describe_bank(loaded, config), loaded
+
+
+def describe_adapters(
+    base: str | os.PathLike[str], adapters: Mapping[str, str | os.PathLike[str]] | Adapters
+) -> tuple[BankConfig, dict[str, list[TensorPlan]]]:
+    """What `import_adapters` would do, from headers alone: (the bank, {adapter: every tensor's way}).
+
+    Raises:
+        InputError: as `import_adapters`, but for values, which only the import itself reads.
+    """
+    bank, loaded = plan_adapters(base, adapters)
+    stored = dtype_name(common_dtype({t.dtype for a in loaded for t in a.parts.values()}))
+    plans: dict[str, list[TensorPlan]] = {}
+    for index, adapter in enumerate(loaded):
+        rows = []
+        for (layer, p, part), t in adapter.parts.items():
+            how = f"scale {adapter.scale_of(layer, p):g}" if part == "b" else "as is"
+            how = f"transposed, {how}" if part == "b" else how
+            rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, f"{p}.{part}[{layer}, {index}]", stored, how))
+        for t in adapter.saved.values():
+            rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, None, None, "dropped: must equal the base's"))
+        plans[adapter.name] = rows
+    return bank, plans
 
 
 def _check_names(names: Sequence[str]) -> list[str]:

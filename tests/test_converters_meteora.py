@@ -72,7 +72,8 @@ class MeteoraLinear(torch.nn.Module):
 
 def original_logits(hf: Path, folder: Path, top_k: int, tau: float) -> np.ndarray:
     model = LlamaForCausalLM.from_pretrained(hf, attn_implementation="eager").eval()
-    tensors = load_file(folder / "model.safetensors")
+    model = model.double()  # the transcription is exact; what is left is the rounding of the code under test
+    tensors = {key: tensor.double() for key, tensor in load_file(folder / "model.safetensors").items()}
     for layer in range(model.config.num_hidden_layers):
         for p in PROJECTIONS:
             name = module_of(layer, p)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -24,6 +24,8 @@ class ImportBase:
     """BASE folder to make."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Stored type; by default the source's own (float32 for quantised ones)."""
+    dry_run: bool = False
+    """Say what would be done, tensor by tensor, and write nothing."""
     overwrite: bool = False
     """Replace DEST if it exists, once the new one is complete."""
     json: Path | None = None
@@ -34,6 +36,11 @@ def import_base(command: ImportBase) -> None:
     """Runs `meteora import base`."""
     import converters
 
+    if command.dry_run:
+        config, rows = converters.plan_base(command.src, command.dtype)
+        show_plan(rows)
+        write_json(command.json, {"config": config.to_hf(), "tensors": [vars(row) for row in rows]})
+        return
     with progress_bar("import base") as bar:
         converters.import_base(
             command.src,
@@ -61,10 +68,21 @@ class ImportAdapters:
     """NAME=PEFT_DIR, one an adapter; the bank keeps their order."""
     base: Path
     """BASE folder that the adapters were trained on."""
+    dry_run: bool = False
+    """Say what would be done, tensor by tensor, and write nothing."""
     overwrite: bool = False
     """Replace DEST if it exists, once the new one is complete."""
     json: Path | None = None
     """Write the report here too."""
+
+
+def show_plan(rows: Sequence[Any]) -> None:
+    """A line for each tensor of a dry run."""
+    for row in rows:
+        to = f"-> {row.to} {row.stored}, {row.how}" if row.to else f"-> {row.how}"
+        console.print(f"{row.key} {row.dtype} {row.shape} {to}", highlight=False, markup=False, soft_wrap=True)
+    moved = sum(row.to is not None for row in rows)
+    console.print(f"{len(rows)} tensors: {moved} converted, {len(rows) - moved} dropped", highlight=False)
 
 
 def parse_adapters(pairs: Sequence[str]) -> list[tuple[str, Path]]:
@@ -80,6 +98,14 @@ def import_adapters(command: ImportAdapters) -> None:
     """Runs `meteora import adapters`."""
     import converters
 
+    if command.dry_run:
+        bank, plans = converters.describe_adapters(command.base, parse_adapters(command.adapters))
+        for name, rows in plans.items():
+            console.print(f"{name}:", highlight=False)
+            show_plan(rows)
+        tensors = {name: [vars(row) for row in rows] for name, rows in plans.items()}
+        write_json(command.json, {**bank.to_json(), "tensors": tensors})
+        return
     with progress_bar("import adapters") as bar:
         bank = converters.import_adapters(
             command.dest,
