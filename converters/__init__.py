@@ -1,16 +1,34 @@
-"""Files of other formats into ours. Imports numpy, ml_dtypes, safetensors, gguf and `meteora_jax.config` only."""
+"""Files of other formats into ours, and back.
+
+Imports numpy, ml_dtypes, safetensors, gguf and `meteora_jax.config` only.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from converters import gguf_llama, hf_llama
-from converters.peft_lora import import_adapters
-from converters.rules import Progress
-from meteora_jax.config import InputError
+from converters import gguf_llama, hf_llama, meta_llama
+from converters.base_folder import OpenedBase, describe_base, write_base
+from converters.hf_export import export_base, export_merged
+from converters.meteora_torch import export_gates, import_gates
+from converters.peft_export import export_adapter
+from converters.peft_lora import describe_adapters, import_adapters
+from converters.rules import Progress, TensorPlan
+from meteora_jax.config import InputError, LlamaConfig
 
-__all__ = ["import_adapters", "import_base"]
+__all__ = [
+    "describe_adapters",
+    "export_adapter",
+    "export_base",
+    "export_gates",
+    "export_merged",
+    "import_adapters",
+    "import_base",
+    "import_gates",
+    "open_base",
+    "plan_base",
+]
 
 
 def import_base(
@@ -20,7 +38,7 @@ def import_base(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Imports base weights from a Hugging Face folder or a `.gguf` file into a BASE folder.
+    """Imports base weights from a Hugging Face folder, one of Meta's own, or a `.gguf` file into a BASE folder.
 
     Args:
         src: what to import.
@@ -32,11 +50,28 @@ def import_base(
     Raises:
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
+    write_base(dest, open_base(src), dtype, overwrite, progress)
+
+
+def plan_base(src: str | os.PathLike[str], dtype: str | None = None) -> tuple[LlamaConfig, list[TensorPlan]]:
+    """What `import_base` would make: (configuration, every tensor's way). Reads headers only, so it takes seconds.
+
+    Raises:
+        InputError: as `import_base`, but for values that are not finite, which only the import itself finds.
+    """
+    opened = open_base(src)
+    return opened.config, describe_base(opened, dtype)
+
+
+def open_base(src: str | os.PathLike[str]) -> OpenedBase:
+    """Finds out what `src` is and reads its headers. Raises InputError."""
     path = Path(src)
+    if path.is_dir() and meta_llama.is_meta_folder(path) and not (path / "config.json").exists():
+        return meta_llama.open_base(path)
     if path.is_dir():
-        return hf_llama.import_base(path, dest, dtype, overwrite, progress)
+        return hf_llama.open_base(path)
     if not path.exists():
-        raise InputError(f"{path}: expected a Hugging Face folder or a .gguf file, found nothing")
+        raise InputError(f"{path}: expected a Hugging Face folder, Meta's or a .gguf file, found nothing")
     if path.suffix.lower() == ".gguf":
-        return gguf_llama.import_base(path, dest, dtype, overwrite, progress)
-    raise InputError(f"{path}: expected a Hugging Face folder or a .gguf file, found another kind of file")
+        return gguf_llama.open_base(path)
+    raise InputError(f"{path}: expected a Hugging Face folder, Meta's or a .gguf file, found another kind of file")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from converters.folders import new_folder, sha256, write_json
-from converters.rules import Placement, Progress, Rule, fill, plan
-from converters.tensor_files import SourceTensor, TensorWriter
+from converters.rules import Placement, Progress, Rule, TensorPlan, fill, plan
+from converters.tensor_files import SourceTensor, TensorWriter, dtype_name
 from meteora_jax.config import InputError, LlamaConfig
 
 _DTYPES = {
@@ -25,46 +26,76 @@ _DTYPES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenedBase:
+    """A source of base weights after its headers were read: all that a conversion needs to know.
+
+    inputs: the files read, the one that lists the tensors first; their SHA-256 goes into `config.json`.
+    write_tokenizer: writes the tokenizer's files into the folder it is given.
+    """
+
+    config: LlamaConfig
+    rules: Sequence[Rule]
+    tensors: Sequence[SourceTensor]
+    inputs: Sequence[Path]
+    write_tokenizer: Callable[[Path], None]
+
+    def plan(self, dtype: str | None) -> tuple[list[Placement], dict[str, np.dtype]]:
+        """(where each tensor goes, the type each destination is stored in); `dtype` None keeps the source's.
+
+        Raises:
+            InputError: as `rules.plan`, or an unknown dtype.
+        """
+        if dtype is not None and dtype not in _DTYPES:
+            raise InputError(f"dtype: expected {', '.join(_DTYPES)}, found {dtype!r}")
+        placements = plan(self.rules, self.tensors, self.config.weight_shapes(), self.inputs[0].name)
+        return placements, _stored_dtypes(placements, dtype)
+
+
 def write_base(
-    dest: str | os.PathLike[str],
-    config: LlamaConfig,
-    rules: Sequence[Rule],
-    tensors: Sequence[SourceTensor],
-    *,
-    inputs: Sequence[Path],
-    dtype: str | None,
-    overwrite: bool,
-    progress: Progress | None,
-    write_tokenizer: Callable[[Path], None],
+    dest: str | os.PathLike[str], opened: OpenedBase, dtype: str | None, overwrite: bool, progress: Progress | None
 ) -> None:
-    """Converts `tensors` by `rules` into a new `dest`.
+    """Converts a source of base weights into a new `dest`.
 
     Args:
         dest: the folder to make.
-        config: of the base.
-        rules: the source format's table.
-        tensors: all that the source holds, in reading order.
-        inputs: the files read, the one that lists the tensors first; their SHA-256 goes into `config.json`.
+        opened: the source.
         dtype: of every tensor; None keeps the source's (the wider one where stacked layers differ).
         overwrite: replace a `dest` that holds something.
         progress: told about every tensor.
-        write_tokenizer: writes the tokenizer's files into the folder it is given.
 
     Raises:
         InputError: as `plan`, `fill` and `new_folder`; then `dest` is as it was.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise InputError(f"dtype: expected {', '.join(_DTYPES)}, found {dtype!r}")
-    shapes = config.weight_shapes()
-    placements = plan(rules, tensors, shapes, inputs[0].name)
-    dtypes = _stored_dtypes(placements, dtype)
-    with new_folder(dest, overwrite, inputs) as folder:
-        write_tokenizer(folder)
+    placements, dtypes = opened.plan(dtype)
+    shapes = opened.config.weight_shapes()
+    with new_folder(dest, overwrite, opened.inputs) as folder:
+        opened.write_tokenizer(folder)
         writer = TensorWriter(folder / "weights.safetensors", {p: (dtypes[p], shapes[p]) for p in shapes})
         fill(placements, writer, progress)
-        source = [{"file": path.name, "sha256": sha256(path)} for path in inputs]
+        source = [{"file": path.name, "sha256": sha256(path)} for path in opened.inputs]
         meteora = {"format": "meteora-base-1", "source": source}
-        write_json(folder / "config.json", {**config.to_hf(), "meteora": meteora})
+        write_json(folder / "config.json", {**opened.config.to_hf(), "meteora": meteora})
+
+
+def describe_base(opened: OpenedBase, dtype: str | None) -> list[TensorPlan]:
+    """What `write_base` would do, tensor by tensor, from headers alone. Raises InputError as `OpenedBase.plan`."""
+    placements, dtypes = opened.plan(dtype)
+    placed = {id(p.source): p for p in placements}
+    rows = []
+    for tensor in opened.tensors:
+        place = placed.get(id(tensor))
+        if place is None:
+            rows.append(TensorPlan(tensor.key, dtype_name(tensor.dtype), tensor.shape, None, None, "dropped: implied"))
+            continue
+        how = ["transposed"] if place.transform.transpose else []
+        how += ["rows reordered"] if place.transform.rows else []
+        to = place.path if place.layer is None else f"{place.path}[{place.layer}]"
+        stored = dtype_name(dtypes[place.path])
+        rows.append(
+            TensorPlan(tensor.key, dtype_name(tensor.dtype), tensor.shape, to, stored, ", ".join(how) or "as is")
+        )
+    return rows
 
 
 def _stored_dtypes(placements: Sequence[Placement], dtype: str | None) -> dict[str, np.dtype]:

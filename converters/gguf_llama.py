@@ -1,4 +1,4 @@
-"""A `.gguf` file of architecture llama -> BASE: configuration and tokenizer come from the file's metadata.
+"""A `.gguf` file of architecture llama, whole or split -> BASE: configuration and tokenizer are in its metadata.
 
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#standardized-key-value-pairs. llama.cpp's converter
 interleaves the two rotary halves of each head's rows in q and k (`LlamaModel.permute`); the rules undo that.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 import math
-import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.base_folder import write_base
+from converters.base_folder import OpenedBase
 from converters.gguf_file import GgufFile, read_gguf
 from converters.gguf_tokenizer import build_tokenizer
-from converters.rules import TRANSPOSE, Progress, Rule, Transform
+from converters.rules import TRANSPOSE, Rule, Transform
 from meteora_jax.config import InputError, LlamaConfig
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -35,37 +35,60 @@ _PROJECTIONS = {
     "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj",
     "ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj",
 }  # fmt: skip
+_SPLIT = re.compile(r"(?P<name>.+)-[0-9]{5}-of-(?P<count>[0-9]{5})\.gguf", re.IGNORECASE)
 # (low_freq_factor, high_freq_factor, original context) of Llama 3.1, 3.2 and 3.3: rope_freqs.weight holds only the
 # factors that follow from them.
 _LLAMA3 = (1.0, 4.0, 8192)
 
 
-def import_base(
-    src: str | os.PathLike[str],
-    dest: str | os.PathLike[str],
-    dtype: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Imports a GGUF file of architecture llama.
+def open_base(src: Path) -> OpenedBase:
+    """Reads the headers of a GGUF file of architecture llama.
 
     Args:
-        src: the file.
-        dest: the BASE folder to make.
-        dtype: float32, bfloat16 or float16; None keeps float tensors' own and makes quantised ones float32.
-        overwrite: replace a `dest` that holds something, once the new one is complete.
-        progress: called after each tensor with (key, done, total).
+        src: the file; of a split one any part, the others beside it.
 
     Raises:
-        InputError: everything that is wrong with the input; `dest` is then as it was.
+        InputError: everything that is wrong with configuration, tokenizer and headers.
     """
-    file = read_gguf(Path(src))
+    file, files = read_split(src)
     config = read_config(file)
     tokenizer = build_tokenizer(file.metadata, file.path.name, config.vocab_size, config.max_position_embeddings)
-    write_base(
-        dest, config, gguf_rules(config), file.tensors, inputs=[file.path],
-        dtype=dtype, overwrite=overwrite, progress=progress, write_tokenizer=tokenizer.write,
-    )  # fmt: skip
+    return OpenedBase(config, gguf_rules(config), file.tensors, files, tokenizer.write)
+
+
+def read_split(src: Path) -> tuple[GgufFile, list[Path]]:
+    """(the whole, its files) of a GGUF file or of the parts that llama.cpp's gguf-split made of one.
+
+    Raises:
+        InputError: as `read_gguf`, for every part; parts that are missing or do not belong together.
+    """
+    first = read_gguf(src)
+    count = first.metadata.get("split.count", 0)
+    if count in (0, 1):
+        return first, [src]
+    match = _SPLIT.fullmatch(src.name)
+    if match is None or not isinstance(count, int) or int(match["count"]) != count:
+        raise InputError(f"{src.name}: expected the name NAME-00001-of-{count:05}.gguf (split.count), found another")
+    paths = [src.with_name(f"{match['name']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    problems: list[str] = []
+    parts: list[GgufFile] = []
+    for number, path in enumerate(paths):
+        try:
+            part = read_gguf(path)
+        except InputError as e:
+            problems += e.problems
+            continue
+        for key, expected in (("split.no", number), ("split.count", count)):
+            if part.metadata.get(key) != expected:
+                problems.append(f"{path.name}: {key}: expected {expected}, found {part.metadata.get(key)!r:.200}")
+        parts.append(part)
+    if problems:
+        raise InputError(problems)
+    tensors = [tensor for part in parts for tensor in part.tensors]
+    total = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise InputError(f"{paths[0].name}: split.tensors.count: expected {len(tensors)} (found), found {total!r:.200}")
+    return GgufFile(paths[0], parts[0].metadata, tensors), paths
 
 
 def gguf_rules(config: LlamaConfig) -> list[Rule]:
@@ -79,7 +102,7 @@ def gguf_rules(config: LlamaConfig) -> list[Rule]:
     ]
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     for name, p in _PROJECTIONS.items():
-        rows = functools.partial(_unpermuted_rows, heads[name]) if name in heads else None
+        rows = functools.partial(unpermuted_rows, heads[name]) if name in heads else None
         rules.append(Rule(f"blk.{{layer}}.{name}.weight", f"layers.{p}.kernel", Transform(transpose=True, rows=rows)))
         if config.projection_bias(p):
             rules.append(Rule(f"blk.{{layer}}.{name}.bias", f"layers.{p}.bias", Transform(rows=rows)))
@@ -88,7 +111,7 @@ def gguf_rules(config: LlamaConfig) -> list[Rule]:
     return rules
 
 
-def _unpermuted_rows(heads: int, n: int) -> np.ndarray:
+def unpermuted_rows(heads: int, n: int) -> np.ndarray:
     """Where each of GGUF's n rows of q or k belongs: [head, pair, half] in the file, [head, half, pair] here."""
     return np.arange(n).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
@@ -133,8 +156,6 @@ class _MetadataReader:
         if architecture != "llama":
             self.refuse("general.architecture", "'llama'", architecture)
             return {}
-        if self.metadata.get("split.count", 0) not in (0, 1):
-            self.refuse("split.count", "one file (split files are not supported)", self.metadata["split.count"])
         self.check_keys()
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         config: dict[str, Any] = {

@@ -1,20 +1,24 @@
-"""A Hugging Face LLaMA folder -> BASE: `config.json`, safetensors (single or sharded), the tokenizer's files."""
+"""A Hugging Face folder of the LLaMA family -> BASE.
+
+`config.json`, weights as safetensors or as `torch.save` wrote them (single or sharded), the tokenizer's files.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.base_folder import write_base
-from converters.rules import TRANSPOSE, Progress, Rule
+from converters.base_folder import OpenedBase
+from converters.pickle_files import read_pickle
+from converters.rules import TRANSPOSE, Rule
 from converters.tensor_files import SourceTensor, read_safetensors
 from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -22,33 +26,24 @@ TOKENIZER_FILES = (
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def import_base(
-    src: str | os.PathLike[str],
-    dest: str | os.PathLike[str],
-    dtype: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Imports a Hugging Face folder of model_type llama.
+def open_base(src: Path) -> OpenedBase:
+    """Reads the headers of a Hugging Face folder of model_type llama, mistral, qwen2 or qwen3.
 
     Args:
         src: the folder.
-        dest: the BASE folder to make.
-        dtype: float32, bfloat16 or float16; None keeps the source's.
-        overwrite: replace a `dest` that holds something, once the new one is complete.
-        progress: called after each tensor with (key, done, total).
 
     Raises:
-        InputError: everything that is wrong with the input; `dest` is then as it was.
+        InputError: everything that is wrong with configuration, tokenizer and headers.
     """
-    src = Path(src)
     config = add_end_tokens(LlamaConfig.from_hf(read_json(src / "config.json")), src / "generation_config.json")
     files, tensors = read_weights(src)
-    write_base(
-        dest, config, llama_rules(config), tensors, inputs=[*files, src / "config.json"],
-        dtype=dtype, overwrite=overwrite, progress=progress,
-        write_tokenizer=lambda folder: copy_tokenizer(src, folder),
-    )  # fmt: skip
+    return OpenedBase(
+        config,
+        llama_rules(config),
+        tensors,
+        [*files, src / "config.json"],
+        lambda folder: copy_tokenizer(src, folder),
+    )
 
 
 def add_end_tokens(config: LlamaConfig, generation: Path) -> LlamaConfig:
@@ -71,7 +66,7 @@ def module_name(projection: str) -> str:
 
 
 def llama_rules(config: LlamaConfig) -> list[Rule]:
-    """The table for transformers' `LlamaForCausalLM` keys; its linear weights are [O, I]."""
+    """The table for the keys of transformers' `LlamaForCausalLM` and its kin; their linear weights are [O, I]."""
     layer = "model.layers.{layer}"
     rules = [
         Rule("model.embed_tokens.weight", "embed.embedding"),
@@ -81,6 +76,8 @@ def llama_rules(config: LlamaConfig) -> list[Rule]:
         # Buffers that transformers saved before 4.32; they follow from rope_theta.
         Rule(f"{layer}.self_attn.rotary_emb.inv_freq", None),
     ]
+    if config.qk_norm:
+        rules += [Rule(f"{layer}.self_attn.{x}_norm.weight", f"layers.{x}_norm.scale") for x in "qk"]
     for p in PROJECTIONS:
         rules.append(Rule(f"{layer}.{module_name(p)}.weight", f"layers.{p}.kernel", TRANSPOSE))
         if config.projection_bias(p):
@@ -95,62 +92,69 @@ def llama_rules(config: LlamaConfig) -> list[Rule]:
 def read_weights(src: Path) -> tuple[list[Path], list[SourceTensor]]:
     """(files, tensors) of a folder; the first file is the one that lists the tensors.
 
+    Where a folder holds its weights in both formats the safetensors are read, as transformers does.
+
     Raises:
-        InputError: no safetensors, or shards and index that contradict each other.
+        InputError: no weights, or shards and index that contradict each other.
     """
-    single, index = src / SINGLE, src / INDEX
-    if single.exists() and index.exists():
-        raise InputError(f"{src}: expected {SINGLE} or {INDEX}, found both")
-    if single.exists():
-        return [single], read_safetensors(single)
-    if index.exists():
-        return _read_shards(src, _read_weight_map(index))
-    pickles = sorted(p.name for p in src.glob("*.bin")) if src.is_dir() else []
-    found = f"{', '.join(pickles[:3])} (pickle, not supported)" if pickles else "neither"
-    raise InputError(f"{src}: expected {SINGLE} or {INDEX}, found {found}")
+    for single, index, read in ((SINGLE, INDEX, read_safetensors), (PICKLED, PICKLED_INDEX, read_pickle)):
+        if (src / single).exists() and (src / index).exists():
+            raise InputError(f"{src}: expected {single} or {index}, found both")
+        if (src / single).exists():
+            return [src / single], read(src / single)
+        if (src / index).exists():
+            return _read_shards(src, src / index, read)
+    raise InputError(f"{src}: expected {SINGLE}, {INDEX}, {PICKLED} or {PICKLED_INDEX}, found none of them")
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path, suffix: str) -> dict[str, str]:
     raw = read_json(index)
     weight_map = raw.get("weight_map") if isinstance(raw, Mapping) else None
     if not isinstance(weight_map, Mapping) or not weight_map:
-        raise InputError(f"{INDEX}: weight_map: expected an object of tensor names and files, found {weight_map!r}")
+        raise InputError(
+            f"{index.name}: weight_map: expected an object of tensor names and files, found {weight_map!r:.200}"
+        )
     problems = [
-        f"{INDEX}: {key}: expected the name of a safetensors file in the same folder, found {name!r}"
+        f"{index.name}: {key:.200}: expected the name of a {suffix[1:]} file in the same folder, found {name!r:.200}"
         for key, name in weight_map.items()
-        if not _is_shard_name(name)
+        if not _is_shard_name(name, suffix)
     ]
     if problems:
         raise InputError(problems)
     return dict(weight_map)
 
 
-def _is_shard_name(name: Any) -> bool:
-    if not isinstance(name, str) or not name.endswith(".safetensors"):
+def _is_shard_name(name: Any, suffix: str) -> bool:
+    if not isinstance(name, str) or not name.endswith(suffix):
         return False
     return not any(c in name for c in "/\\:\0") and not name.startswith(".")
 
 
-def _read_shards(src: Path, weight_map: Mapping[str, str]) -> tuple[list[Path], list[SourceTensor]]:
+def _read_shards(
+    src: Path, index: Path, read: Callable[[Path], list[SourceTensor]]
+) -> tuple[list[Path], list[SourceTensor]]:
+    weight_map = _read_weight_map(index, ".safetensors" if index.name == INDEX else ".bin")
     problems: list[str] = []
     tensors: list[SourceTensor] = []
     names = sorted(set(weight_map.values()))
     for name in names:
         expected = {key for key, file in weight_map.items() if file == name}
         try:
-            shard = read_safetensors(src / name)
+            shard = read(src / name)
         except InputError as e:
             problems += e.problems
             continue
         found = {t.key for t in shard}
-        problems += [f"{name}: {key}: expected by {INDEX}, found no such tensor" for key in sorted(expected - found)]
+        problems += [
+            f"{name}: {key}: expected by {index.name}, found no such tensor" for key in sorted(expected - found)
+        ]
         for key in sorted(found - expected):
             place = f"it in {weight_map[key]}" if key in weight_map else "no entry"
-            problems.append(f"{name}: {key}: expected in {INDEX}, found {place}")
+            problems.append(f"{name}: {key}: expected in {index.name}, found {place}")
         tensors += shard
     if problems:
         raise InputError(problems)
-    return [src / INDEX, *(src / name for name in names)], tensors
+    return [index, *(src / name for name in names)], tensors
 
 
 def copy_tokenizer(src: Path, folder: Path) -> None:

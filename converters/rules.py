@@ -71,6 +71,18 @@ class Placement:
     transform: Transform
 
 
+@dataclasses.dataclass(frozen=True)
+class TensorPlan:
+    """One line of a dry run: a source tensor, and where it goes (`to` None: nowhere) in which type and how."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    to: str | None
+    stored: str | None
+    how: str
+
+
 def plan(
     rules: Sequence[Rule], sources: Sequence[SourceTensor], shapes: Mapping[str, tuple[int, ...]], file: str
 ) -> list[Placement]:

@@ -44,6 +44,7 @@ class SourceTensor:
     dtype: np.dtype  # of what `rows` returns
     shape: tuple[int, ...]
     rows: Callable[[int, int], np.ndarray]  # (start, stop) along the first axis -> [stop - start, ...]
+    start: int | None = None  # offset of its values in the file, if they lie there as they are
 
     @property
     def where(self) -> str:
@@ -181,7 +182,54 @@ def _read_entry(path: Path, file: str, data_start: int, key: str, entry: Any) ->
         data = read_bytes(path, data_start + start + first * row_bytes, (last - first) * row_bytes)
         return data.view(dtype).reshape(last - first, *row_shape)
 
-    return start, stop, SourceTensor(file, key, dtype, tuple(shape), rows)
+    return start, stop, SourceTensor(file, key, dtype, tuple(shape), rows, data_start + start)
+
+
+class TensorReader:
+    """One of the project's own weight files, mapped tensor by tensor and slice by slice.
+
+    Raises:
+        InputError: damaged, or not exactly the tensors of `shapes`; all problems at once.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]):
+        self._path = path
+        self._tensors = {t.key: t for t in read_safetensors(path, str(path))}
+        problems = [
+            f"{path}: {key}: expected no such tensor, found {tensor.shape}"
+            for key, tensor in self._tensors.items()
+            if key not in shapes
+        ]
+        for key, shape in shapes.items():
+            found = self._tensors[key].shape if key in self._tensors else "no such tensor"
+            if found != shape:
+                problems.append(f"{path}: {key}: expected shape {shape}, found {found}")
+            elif dtype_name(self._tensors[key].dtype) not in FLOATS:
+                found = dtype_name(self._tensors[key].dtype)
+                problems.append(f"{path}: {key}: expected type {', '.join(FLOATS)}, found {found}")
+        if problems:
+            raise InputError(problems)
+
+    def dtype(self, key: str) -> np.dtype:
+        return self._tensors[key].dtype
+
+    def slice(self, key: str, *index: int) -> np.ndarray:
+        """Read-only view of one tensor, or of its part at `index` along the leading axes; unmapped when dropped."""
+        tensor = self._tensors[key]
+        assert tensor.start is not None, "a safetensors file holds its values as they are"
+        offset, part = _part(key, tensor.shape, index)
+        start = tensor.start + offset * tensor.dtype.itemsize
+        return np.memmap(self._path, dtype=tensor.dtype, mode="r", offset=start, shape=part)
+
+
+def _part(key: str, shape: tuple[int, ...], index: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """(offset in values, shape) of a tensor's part at `index` along its leading axes."""
+    offset = 0
+    for axis, i in enumerate(index):
+        if not 0 <= i < shape[axis]:
+            raise IndexError(f"{key}: index {index} is outside {shape}")
+        offset += i * math.prod(shape[axis + 1 :])
+    return offset, shape[len(index) :] or (1,)
 
 
 class TensorWriter:
@@ -198,7 +246,8 @@ class TensorWriter:
     def __init__(self, path: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
         self._path = path
         self._specs = {key: (np.dtype(dtype), shape) for key, (dtype, shape) in specs.items()}
-        header: dict[str, Any] = {}
+        # "pt" is what transformers and peft expect of every file that they are to load.
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         # Widest types first: every tensor then starts at a multiple of its item size.
         for key, (dtype, shape) in sorted(self._specs.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
@@ -207,7 +256,9 @@ class TensorWriter:
             end += size
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)
-        self._starts = {key: 8 + len(text) + entry["data_offsets"][0] for key, entry in header.items()}
+        self._starts = {
+            key: 8 + len(text) + entry["data_offsets"][0] for key, entry in header.items() if key in self._specs
+        }
         try:
             with open(path, "xb") as f:
                 f.write(len(text).to_bytes(8, "little") + text)
@@ -219,12 +270,7 @@ class TensorWriter:
     def slice(self, key: str, *index: int) -> np.ndarray:
         """Writable view of one tensor, or of its part at `index` along the leading axes; unmapped when dropped."""
         dtype, shape = self._specs[key]
-        offset = 0
-        for axis, i in enumerate(index):
-            if not 0 <= i < shape[axis]:
-                raise IndexError(f"{key}: index {index} is outside {shape}")
-            offset += i * math.prod(shape[axis + 1 :])
-        part = shape[len(index) :] or (1,)
+        offset, part = _part(key, shape, index)
         start = self._starts[key] + offset * dtype.itemsize
         return np.memmap(self._path, dtype=dtype, mode="r+", offset=start, shape=part)
 

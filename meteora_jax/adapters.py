@@ -25,8 +25,8 @@ class AdapterParam(nnx.Param):
     """A weight of the adapters."""
 
 
-class AdapterScale(nnx.Param):
-    """The adapters' scales: alpha over rank, nobody trains them."""
+class AdapterConstant(nnx.Param):
+    """What of the adapters nobody trains: scales (alpha over rank), DoRA's columns, biases."""
 
 
 class GateParam(nnx.Param):
@@ -40,13 +40,17 @@ class AdapterBank:
 
     a: {projection: [L, A, R, I]}, b: {projection: [L, A, R, O]}, scale: {projection: float32 [L, A]}.
     `a` keeps PEFT's row order: the shrink then reads it along I whether it is dense over the adapters or
-    gathers the chosen ones. The arrays are the host's; a model's are put on its devices.
+    gathers the chosen ones. Where an adapter has them, dora {projection: float32 [L, A, O]} is what its magnitudes make
+    of each output column less 1, and bias {projection: [L, A, O]} belongs to its `b`. The arrays are the host's; a
+    model's are put on its devices.
     """
 
     a: dict[str, Any]
     b: dict[str, Any]
     scale: dict[str, Any]
     config: BankConfig = dataclasses.field(metadata={"static": True})
+    dora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bias: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,7 +59,8 @@ class AdapterBank:
     def group(self, group: str) -> dict[str, np.ndarray] | None:
         """A group's tensors as `AdaptedLinear` holds them; None if no adapter touches the group.
 
-        lora_a [L, P, A, R, I], lora_b [L, A, R, O of the group], lora_scale float32 [L, P, A].
+        lora_a [L, P, A, R, I], lora_b [L, A, R, O of the group], lora_scale float32 [L, P, A]; lora_dora and lora_bias
+        float32 [L, A, O of the group] where an adapter has them. DoRA's columns are folded into lora_b.
         """
         projections = GROUPS[group]
         rank = max((self.config.ranks.get(p, 0) for p in projections), default=0)
@@ -73,9 +78,21 @@ class AdapterBank:
                 continue
             pad = [(0, 0), (0, 0), (0, rank - self.a[p].shape[2]), (0, 0)]
             a.append(np.pad(self.a[p], pad))
-            b.append(np.pad(self.b[p], pad))
+            b.append(np.pad(self._scaled_b(p), pad))
             scale.append(np.asarray(self.scale[p], np.float32))
-        return {"lora_a": np.stack(a, 1), "lora_b": np.concatenate(b, -1), "lora_scale": np.stack(scale, 1)}
+        tensors = {"lora_a": np.stack(a, 1), "lora_b": np.concatenate(b, -1), "lora_scale": np.stack(scale, 1)}
+        for key, held in (("lora_dora", self.dora), ("lora_bias", self.bias)):
+            if any(p in held for p in projections):
+                zeros = lambda p: np.zeros((n, count, self.config.base_shapes[p][1]), np.float32)  # noqa: E731
+                columns = [held[p].astype(np.float32) if p in held else zeros(p) for p in projections]
+                tensors[key] = np.concatenate(columns, -1)
+        return tensors
+
+    def _scaled_b(self, p: str) -> np.ndarray:
+        b = self.b[p]
+        if p not in self.dora:
+            return b
+        return (b.astype(np.float32) * (1 + self.dora[p][:, :, None, :])).astype(b.dtype)
 
 
 def group_rank(bank: BankConfig | None, group: str) -> int:
@@ -87,6 +104,20 @@ def group_rank(bank: BankConfig | None, group: str) -> int:
 GROUP_SIDES = {
     "qkv": ("model", "inner"), "o": ("inner", "model"), "gate_up": ("model", "inner"), "down": ("inner", "model"),
 }  # fmt: skip
+
+
+def by_column(combine: jax.Array, columns: jax.Array, splits: tuple[int, ...]) -> jax.Array:
+    """sum_a combine[.., p, a] * columns[a, columns of p] for each projection p, side by side.
+
+    Args: combine float32 [B, T, P, A] (T and P may be 1), columns float32 [A, O]. Returns: float32 [B, T, O].
+    """
+    parts, start = [], 0
+    for p, width in enumerate(splits):
+        weights = combine[:, :, min(p, combine.shape[2] - 1)]
+        parts.append(jnp.einsum("bta,ao->bto", weights, columns[:, start : start + width]))
+        start += width
+    return jnp.concatenate(parts, axis=-1)
+
 
 CPU_BLOCK = 192
 
@@ -110,7 +141,8 @@ class AdaptedLinear(nnx.Module):
     """One projection group: the projections that read the same input, their adapters and their gates.
 
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
-    lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A].
+    lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A];
+    lora_dora, lora_bias float32 [A, O], None where no adapter has any.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
 
@@ -133,21 +165,30 @@ class AdaptedLinear(nnx.Module):
             else None
         )
         self.lora_b = AdapterParam(jnp.zeros((adapters, rank, total), dtype), axes=(None, None, o)) if rank else None
-        self.lora_scale = AdapterScale(jnp.zeros((count, adapters), jnp.float32), axes=(None, None)) if rank else None
+        self.lora_scale = (
+            AdapterConstant(jnp.zeros((count, adapters), jnp.float32), axes=(None, None)) if rank else None
+        )
+        columns = lambda: AdapterConstant(jnp.zeros((adapters, total), jnp.float32), axes=(None, o))  # noqa: E731
+        self.lora_dora = columns() if bank and any(p in bank.dora for p in GROUPS[group]) else None
+        self.lora_bias = columns() if bank and any(p in bank.lora_bias for p in GROUPS[group]) else None
         self.gate = GateParam(jnp.zeros((width, count, adapters), jnp.float32), axes=(i, None, None)) if gates else None
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:
         """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base)."""
-        y = contract("bti,io->bto", x, self.kernel[...], 0)
-        if self.bias is not None:
-            y = y + self.bias[...][None, None, :]
+        plain = contract("bti,io->bto", x, self.kernel[...], 0)
+        y = plain if self.bias is None else plain + self.bias[...][None, None, :]
         routing = None
         if router is not None:
             routing = router.route(x, self.gate[...] if self.gate is not None else None)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
                 scale = self.lora_scale[...]
-                combine = routing.dense(scale.shape[1]) * scale[None, None]
+                weights = routing.dense(scale.shape[1])
+                combine = weights * scale[None, None]
                 update = routed_lora(x, self.lora_a[...], self.lora_b[...], combine, self.splits)
+                if self.lora_dora is not None:
+                    update += by_column(weights, self.lora_dora[...], self.splits) * plain.astype(jnp.float32)
+                if self.lora_bias is not None:
+                    update += by_column(combine, self.lora_bias[...], self.splits)
                 y = (y.astype(jnp.float32) + update).astype(x.dtype)
         starts = [sum(self.splits[:i]) for i in range(1, len(self.splits))]
         inner = "inner" if self.sides[1] == "inner" else None  # the residual stream stays whole along D

@@ -102,7 +102,9 @@ def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> 
         raise InputError(problems)
     tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
     part = lambda kind, dt: {p: tensors[f"{p}.{kind}"].astype(dt) for p in config.ranks}  # noqa: E731
-    return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config)
+    columns = lambda kind, ps: {p: tensors[f"{p}.{kind}"].astype(np.float32) for p in ps}  # noqa: E731
+    dora, bias = columns("dora", config.dora), columns("bias", config.lora_bias)
+    return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config, dora, bias)
 
 
 def load_gates(

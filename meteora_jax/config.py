@@ -86,6 +86,14 @@ class LlamaConfig:
     mlp_bias: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    # What the near family does otherwise; the defaults are LLaMA's.
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    sliding_window: int | None = None  # keys a token sees, itself included; None: all
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of q and k is normalised before it is rotated (Qwen3)."""
+        return self.model_type == "qwen3"
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
         """(I, O) of a projection's kernel: `y = x @ W`, x [.., I]."""
@@ -97,8 +105,10 @@ class LlamaConfig:
         }[projection]  # fmt: skip
 
     def projection_bias(self, projection: str) -> bool:
-        """Whether the projection has a bias (attention_bias covers q k v o, as in transformers)."""
+        """Whether the projection has a bias (attention_bias covers q k v o, as in transformers; q k v in Qwen2)."""
         attention = projection in ("q_proj", "k_proj", "v_proj", "o_proj")
+        if self.model_type == "qwen2" and projection == "o_proj":
+            return False
         return self.attention_bias if attention else self.mlp_bias
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,6 +119,8 @@ class LlamaConfig:
             shapes[f"layers.{p}.kernel"] = (n, *self.projection_shape(p))
             if self.projection_bias(p):
                 shapes[f"layers.{p}.bias"] = (n, self.projection_shape(p)[1])
+        if self.qk_norm:
+            shapes |= {f"layers.{x}_norm.scale": (n, self.head_dim) for x in "qk"}
         shapes["layers.attention_norm.scale"] = (n, d)
         shapes["layers.mlp_norm.scale"] = (n, d)
         shapes["norm.scale"] = (d,)
@@ -118,7 +130,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
-        """Reads a Hugging Face `config.json` of model_type llama (transformers 4 and 5 spellings).
+        """Reads a Hugging Face `config.json` of a model_type in MODEL_TYPES (transformers 4 and 5 spellings).
 
         Raises:
             InputError: keys that are missing, of the wrong type, or ask for what is not supported; all at once.
@@ -132,8 +144,9 @@ class LlamaConfig:
             scaling = {k: v for k, v in dataclasses.asdict(self.rope_scaling).items() if v is not None}
         eos = list(self.eos_token_ids)
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [MODEL_TYPES[self.model_type]],
+            "model_type": self.model_type,
+            **self._window_to_hf(),
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -153,7 +166,22 @@ class LlamaConfig:
             "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
         }
 
+    def _window_to_hf(self) -> dict[str, Any]:
+        if self.model_type == "llama":
+            return {}
+        if self.model_type == "mistral":
+            return {"sliding_window": self.sliding_window}
+        windowed = self.sliding_window is not None
+        layers = 0 if windowed else self.num_layers
+        return {"use_sliding_window": windowed, "sliding_window": self.sliding_window, "max_window_layers": layers}
 
+
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 _REQUIRED = object()
 
 
@@ -215,12 +243,33 @@ class _HfReader:
             return theta, None
         return theta, RopeScaling(kind, factor, original, low_freq, high_freq)
 
+    def window(self, model_type: str) -> int | None:
+        """The sliding window that all layers share; 4096 is the format's documented default."""
+        if model_type == "mistral":
+            present = self.raw.get("sliding_window", 4096) is not None
+            return self.get("sliding_window", int, default=4096, low=1) if present else None
+        kinds = self.raw.get("layer_types")
+        if kinds is not None and (not isinstance(kinds, list) or len(set(map(str, kinds))) > 1):
+            self.problems.append(f"{self.source}: layer_types: expected the same for every layer, found {kinds!r:.200}")
+        if not self.get("use_sliding_window", bool, default=False):
+            return None
+        first, layers = self.get("max_window_layers", int, default=28), self.get("num_hidden_layers", int)
+        if kinds is None and first and layers and 0 < first < layers:
+            self.problems.append(
+                f"{self.source}: max_window_layers: expected 0 or at least {layers} (a window in every layer or in "
+                f"none), found {first}"
+            )
+        full = kinds[0] == "full_attention" if isinstance(kinds, list) and kinds else bool(first)
+        return None if full else self.get("sliding_window", int, default=4096, low=1)
+
     def read(self) -> LlamaConfig:
         if not isinstance(self.raw, Mapping):
             raise InputError(f"{self.source}: expected an object, found {type(self.raw).__name__}")
         model_type = self.raw.get("model_type")
-        if model_type != "llama":
-            raise InputError(f"{self.source}: model_type: expected 'llama', found {model_type!r}")
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+            known = ", ".join(MODEL_TYPES)
+            raise InputError(f"{self.source}: model_type: expected {known}, found {model_type!r:.200}")
+        llama = model_type == "llama"
         if self.raw.get("quantization_config") is not None:
             self.problems.append(f"{self.source}: quantization_config: expected none, found a quantized checkpoint")
         act = self.raw.get("hidden_act", "silu")
@@ -228,15 +277,17 @@ class _HfReader:
             self.problems.append(f"{self.source}: hidden_act: expected 'silu', found {act!r}")
         heads = self.get("num_attention_heads", int, low=1)
         hidden = self.get("hidden_size", int, low=1)
-        kv_heads = self.get("num_key_value_heads", int, default=heads, low=1)
+        kv_heads = self.get("num_key_value_heads", int, default=heads if llama else _REQUIRED, low=1)
         if heads and kv_heads and heads % kv_heads:
             self.problems.append(
                 f"{self.source}: num_key_value_heads: expected a divisor of {heads} heads, found {kv_heads}"
             )
-        head_dim = self.get("head_dim", int, default=hidden // heads if heads and hidden else None, low=1)
+        # 128 is Qwen3's documented default; the others divide the hidden size.
+        default = 128 if model_type == "qwen3" else hidden // heads if heads and hidden else None
+        head_dim = self.get("head_dim", int, default=default, low=1)
         if head_dim and head_dim % 2:
             self.problems.append(f"{self.source}: head_dim: expected an even number, found {head_dim}")
-        max_positions = self.get("max_position_embeddings", int, default=2048, low=1)
+        max_positions = self.get("max_position_embeddings", int, default=2048 if llama else _REQUIRED, low=1)
         theta, scaling = self.rope(max_positions)
         bos = self.raw.get("bos_token_id")
         eos = self.raw.get("eos_token_id")
@@ -258,10 +309,12 @@ class _HfReader:
             rope_scaling=scaling,
             max_position_embeddings=max_positions,
             tie_word_embeddings=self.get("tie_word_embeddings", bool, default=False),
-            attention_bias=self.get("attention_bias", bool, default=False),
-            mlp_bias=self.get("mlp_bias", bool, default=False),
+            attention_bias=model_type == "qwen2" or self.get("attention_bias", bool, default=False),
+            mlp_bias=self.get("mlp_bias", bool, default=False) if llama else False,
             bos_token_id=bos,
             eos_token_ids=eos,
+            model_type=model_type,
+            sliding_window=None if llama else self.window(model_type),
         )
         if self.problems:
             raise InputError(self.problems)
@@ -277,7 +330,8 @@ class AdapterInfo:
     targets: tuple[str, ...]  # projections it touches, in PROJECTIONS order
     source: str  # the PEFT folder's own name
     sha256: str  # of the adapter's weight file
-    peft_config: dict[str, Any]  # adapter_config.json as found: what an export needs
+    peft_config: dict[str, Any]  # adapter_config.json as found: what an export needs; {} where there was none
+    dtype: str | None = None  # of its own tensors (F32, F16, BF16); None: the bank's, which may be wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,18 +342,26 @@ class BankConfig:
     ranks: dict[str, int]  # projection -> R of its stacked tensors; a projection no adapter touches is absent
     num_layers: int
     base_shapes: dict[str, tuple[int, int]]  # projection -> (I, O) of the base it was imported for
+    dora: tuple[str, ...] = ()  # projections at which some adapter has DoRA magnitudes
+    lora_bias: tuple[str, ...] = ()  # projections at which some adapter's B has a bias
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(a.name for a in self.adapters)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{path: shape} of `BANK/weights.safetensors`: `p.a` [L, A, R, I], `p.b` [L, A, R, O], `p.scale` [L, A]."""
+        """{path: shape} of `BANK/weights.safetensors`.
+
+        `p.a` [L, A, R, I], `p.b` [L, A, R, O], `p.scale` [L, A]; where an adapter has them `p.bias` [L, A, O],
+        `p.magnitude` [L, A, O] (DoRA's own) and `p.dora` [L, A, O]: magnitude / norm of the adapted column - 1.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         n, a = self.num_layers, len(self.adapters)
         for p, r in self.ranks.items():
             i, o = self.base_shapes[p]
             shapes |= {f"{p}.a": (n, a, r, i), f"{p}.b": (n, a, r, o), f"{p}.scale": (n, a)}
+            shapes |= {f"{p}.{part}": (n, a, o) for part in ("magnitude", "dora") if p in self.dora}
+            shapes |= {f"{p}.bias": (n, a, o)} if p in self.lora_bias else {}
         return shapes
 
     def to_json(self) -> dict[str, Any]:
@@ -313,7 +375,8 @@ class BankConfig:
             adapters = tuple(AdapterInfo(**{**a, "targets": tuple(a["targets"])}) for a in raw["adapters"])
             shapes = {p: (int(i), int(o)) for p, (i, o) in raw["base_shapes"].items()}
             ranks = {p: int(r) for p, r in raw["ranks"].items()}
-            return cls(adapters, ranks, int(raw["num_layers"]), shapes)
+            dora, bias = tuple(raw.get("dora", ())), tuple(raw.get("lora_bias", ()))
+            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 

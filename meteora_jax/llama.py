@@ -80,7 +80,7 @@ class RmsNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...][None, None, :]
+        return y.astype(x.dtype) * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
 
 
 @jax.tree_util.register_dataclass
@@ -100,6 +100,8 @@ class Layer(nnx.Module):
         self.config = config
         norm = config.hidden_size, config.rms_norm_eps, dtype
         self.attention_norm, self.mlp_norm = RmsNorm(*norm), RmsNorm(*norm)
+        head_norm = config.head_dim, config.rms_norm_eps, dtype
+        self.q_norm, self.k_norm = (RmsNorm(*head_norm) if config.qk_norm else None for _ in "qk")
         linear = lambda group: AdaptedLinear(config, group, bank, gates, dtype, rngs)  # noqa: E731
         self.qkv, self.o = linear("qkv"), linear("o")
         self.gate_up, self.down = linear("gate_up"), linear("down")
@@ -117,7 +119,10 @@ class Layer(nnx.Module):
         width = self.config.head_dim
         (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router)
         heads = lambda y: constrain(y.reshape(*y.shape[:2], -1, width), "batch", None, "heads", None)  # noqa: E731
-        q, k, v = rotate(heads(q), where.cos, where.sin), rotate(heads(k), where.cos, where.sin), heads(v)
+        q, k, v = heads(q), heads(k), heads(v)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
         if cache is not None:
             cache = cache.write(index, k, v)
             if not fresh:
@@ -213,6 +218,8 @@ class Llama(nnx.Module):
             cache = cache.claim(positions)
         keys = positions if cache is None or fresh else cache.positions
         mask = (keys[:, None, :] != EMPTY) & (keys[:, None, :] <= positions[:, :, None])  # [B, T, S]
+        if self.config.sliding_window is not None:
+            mask &= keys[:, None, :] > positions[:, :, None] - self.config.sliding_window
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
         where = Where(*rotation(self.config, positions), mask[:, None])

@@ -333,7 +333,7 @@ SETTINGS = {
     "unknown": ({"llama.logit_scale": 2.0}, "llama.logit_scale: expected no such setting (not supported), found 2.0"),
     "rotary": ({"llama.rope.dimension_count": 6}, "llama.rope.dimension_count: expected the head dimension 12"),
     "heads": ({"llama.attention.head_count": [4, 4, 4]}, "llama.attention.head_count: expected a single int"),
-    "split": ({"split.count": 3}, "split.count: expected one file (split files are not supported), found 3"),
+    "split": ({"split.count": 3}, "expected the name NAME-00001-of-00003.gguf (split.count), found another"),
     "absent": ({"llama.block_count": None}, "llama.block_count: expected a single int, found None"),
     "pre": ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre: expected default", "found 'qwen2'"),
     "model": ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model: expected 'gpt2' or 'llama', found 't5'"),
@@ -361,6 +361,34 @@ def test_settings_that_are_refused(tmp_path: Path, case: str):
     dest = tmp_path / "base"
     error = assert_refused(lambda: import_base(path, dest), dest)
     assert any(p.startswith("m.gguf: ") and all(part in p for part in parts) for p in error.problems), error
+
+
+def test_split_files_give_what_the_whole_gives(tmp_path: Path):
+    model, _ = tiny_llama(tmp_path)
+    import_base(write_gguf(tmp_path / "m.gguf", model), tmp_path / "whole")
+
+    def part(number: int, path: Path, **changes: Any) -> None:
+        def edit(metadata: dict[str, Any], tensors: dict[str, tuple[np.ndarray, Type]]) -> None:
+            for name in [n for i, n in enumerate(tensors) if i % 3 != number]:
+                del tensors[name]
+            if number:
+                metadata.clear()  # gguf-split leaves the metadata to the first part
+            metadata |= {"split.no": number, "split.count": 3, "split.tensors.count": 30, **changes}
+
+        write_gguf(path, model, edit=edit)
+
+    paths = [tmp_path / f"m-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
+    for number, path in enumerate(paths):
+        part(number, path)
+    import_base(paths[1], tmp_path / "split")  # any part names them all
+    whole, split = (load_file(tmp_path / f / "weights.safetensors") for f in ("whole", "split"))
+    assert whole.keys() == split.keys()
+    assert all(torch.equal(whole[key], split[key]) for key in whole)
+    dest = tmp_path / "base"
+    part(1, paths[1], **{"split.no": 2})
+    assert_refused(lambda: import_base(paths[0], dest), dest, "m-00002-of-00003.gguf: split.no: expected 1, found 2")
+    paths[1].unlink()
+    assert_refused(lambda: import_base(paths[0], dest), dest, "m-00002-of-00003.gguf: cannot be read")
 
 
 def test_unsupported_types_are_named(tmp_path: Path):

@@ -261,11 +261,34 @@ def test_malformed_index(tmp_path: Path):
     assert_refused(lambda: import_base(folder, dest), dest, "model.safetensors.index.json: expected JSON")
 
 
-def test_pickles_are_refused(tmp_path: Path):
-    _, folder = tiny_llama(tmp_path)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    dest = tmp_path / "base"
-    assert_refused(lambda: import_base(folder, dest), dest, "found pytorch_model.bin (pickle, not supported)")
+@pytest.mark.parametrize("variant", ["untied", "tied"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickled_weights_equal_the_state_dict(tmp_path: Path, variant: str, shards: int):
+    model, folder = tiny_llama(tmp_path, dtype=torch.bfloat16, **VARIANTS[variant])
+    (folder / "model.safetensors").unlink()
+    state = model.state_dict()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        names = {key: f"pytorch_model-{i % shards}.bin" for i, key in enumerate(state)}
+        for name in set(names.values()):
+            torch.save({k: t for k, t in state.items() if names[k] == name}, folder / name)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    import_base(folder, tmp_path / "base")
+    assert_base_holds(tmp_path / "base", hf_weights(model))
+    assert read_json(tmp_path / "base" / "config.json")["meteora"]["source"][0]["file"].startswith("pytorch_model")
+
+
+def test_safetensors_come_before_pickles(tmp_path: Path):
+    model, folder = tiny_llama(tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(b"not read, as in transformers")
+    import_base(folder, tmp_path / "base")
+    assert_base_holds(tmp_path / "base", hf_weights(model))
+    (folder / "model.safetensors").unlink()
+    dest = tmp_path / "other"
+    assert_refused(lambda: import_base(folder, dest), dest, "pytorch_model.bin: expected a zip archive")
+    (folder / "pytorch_model.bin").unlink()
+    assert_refused(lambda: import_base(folder, dest), dest, "found none of them")
 
 
 def test_config_problems(tmp_path: Path):
@@ -273,8 +296,8 @@ def test_config_problems(tmp_path: Path):
     dest = tmp_path / "base"
     edit_json(folder / "config.json", hidden_size=..., hidden_act="gelu")
     assert_refused(lambda: import_base(folder, dest), dest, "config.json: hidden_size", "hidden_act", "'gelu'")
-    edit_json(folder / "config.json", model_type="mistral")
-    assert_refused(lambda: import_base(folder, dest), dest, "config.json: model_type", "'mistral'")
+    edit_json(folder / "config.json", model_type="gemma")
+    assert_refused(lambda: import_base(folder, dest), dest, "model_type: expected llama, mistral, qwen2, qwen3, found")
     (folder / "config.json").unlink()
     assert_refused(lambda: import_base(folder, dest), dest, "config.json: expected a file, found none")
 
@@ -299,7 +322,9 @@ def test_wrong_arguments(tmp_path: Path):
     _, folder = tiny_llama(tmp_path)
     dest = tmp_path / "base"
     assert_refused(lambda: import_base(folder, dest, dtype="int8"), dest, "dtype: expected float32", "'int8'")
-    assert_refused(lambda: import_base(tmp_path / "no", dest), dest, "no: expected a Hugging Face folder or a .gguf")
+    assert_refused(
+        lambda: import_base(tmp_path / "no", dest), dest, "no: expected a Hugging Face folder, Meta's or a .gguf"
+    )
     assert_refused(
         lambda: import_base(folder / "config.json", dest), dest, "config.json: expected a Hugging Face folder"
     )

@@ -195,11 +195,11 @@ def test_other_key_spellings(tmp_path: Path, hf: Path, base: Path, plain: Path, 
 
 REFUSED_SETTINGS: dict[str, tuple[Any, str]] = {
     "peft_type": ("IA3", "expected 'LORA', found 'IA3'"),
-    "use_dora": (True, "expected False (DoRA's magnitudes are not supported), found True"),
+    "use_dora": ("yes", "expected true or false, found 'yes'"),
     "bias": ("lora_only", "expected 'none'"),
-    "modules_to_save": (["lm_head"], "found ['lm_head']"),
-    "fan_in_fan_out": (True, "expected False"),
-    "lora_bias": (True, "expected False"),
+    "modules_to_save": (["norm"], "expected embed_tokens or lm_head, saved as the base has them, found ['norm']"),
+    "fan_in_fan_out": (1, "expected true or false"),
+    "lora_bias": ("all", "expected true or false"),
     "megatron_config": ({"x": 1}, "expected None"),
     "layer_replication": ([[0, 3]], "expected None"),
     "trainable_token_indices": ([1, 2], "expected None"),
@@ -282,15 +282,21 @@ BROKEN_TENSORS = {
         lambda t: t.update({f"{Q0.replace('self_attn', 'mlp')}.lora_A.weight": torch.ones(4, 48)}),
         "expected lora_A or lora_B of q_proj",
     ),
-    "dora": (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(48)}), "(DoRA is not supported)"),
-    "lora_bias": (lambda t: t.update({f"{Q0}.lora_B.bias": torch.ones(48)}), "(biases are not supported)"),
+    "dora": (
+        lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(48)}),
+        "lora_magnitude_vector: expected no such tensor (use_dora is off), found one",
+    ),
+    "lora_bias": (
+        lambda t: t.update({f"{Q0}.lora_B.bias": torch.ones(48)}),
+        "lora_B.bias: expected no such tensor (lora_bias is off), found one",
+    ),
     "embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 320)}),
-        "(adapters on embeddings are not supported)",
+        "(adapters on embeddings are not supported: no router acts there)",
     ),
     "saved embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(320, 48)}),
-        "saved embeddings are not supported",
+        "embed_tokens.weight: expected the values of the base, found others",
     ),
     "head": (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 48)}), "adapters on the head"),
     "unknown": (lambda t: t.update({"x": torch.ones(1)}), "x: expected lora_A or lora_B of", "(an unknown tensor)"),
@@ -338,7 +344,7 @@ def test_an_adapter_of_another_base(tmp_path: Path, base: Path):
 
 def test_all_problems_of_all_folders_come_at_once(tmp_path: Path, base: Path, plain: Path, folder: Path):
     others = [Path(shutil.copytree(plain, tmp_path / f"other{i}")) for i in range(3)]
-    edit_json(folder / CONFIG, use_dora=True, bias="all")
+    edit_json(folder / CONFIG, use_qalora=True, bias="all")
     edit_safetensors(folder / WEIGHTS, lambda t: t.pop(f"{Q0}.lora_B.weight"))
     edit_safetensors(others[0] / WEIGHTS, lambda t: t[f"{Q0}.lora_B.weight"].fill_(torch.inf))
     (others[1] / WEIGHTS).write_bytes((others[1] / WEIGHTS).read_bytes()[:-1])
@@ -346,7 +352,7 @@ def test_all_problems_of_all_folders_come_at_once(tmp_path: Path, base: Path, pl
     dest = tmp_path / "bank"
     named = {"a": folder, **{str(i): other for i, other in enumerate(others)}, "b/c": plain}
     error = assert_refused(
-        lambda: import_adapters(dest, base, named), dest, "use_dora", "bias", "lora_B.weight: expected the partner",
+        lambda: import_adapters(dest, base, named), dest, "use_qalora", "bias", "lora_B.weight: expected the partner",
         f"{others[0]}/{WEIGHTS}", "finite", f"{others[1]}/{WEIGHTS}", "(truncated?)",
         f"{others[2]}/{CONFIG}: expected a file, found none", "adapter 'b/c'",
     )  # fmt: skip
@@ -370,8 +376,11 @@ def test_duplicate_names_and_none_at_all(tmp_path: Path, base: Path, plain: Path
 
 def test_missing_and_pickled_files(tmp_path: Path, base: Path, folder: Path):
     dest = tmp_path / "bank"
-    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
-    expected = f"{folder}: expected {WEIGHTS}, found adapter_model.bin (pickle, not supported)"
+    shutil.copyfile(folder / WEIGHTS, folder / "adapter_model.bin")
+    expected = f"{folder}: expected {WEIGHTS} or adapter_model.bin, found both"
+    assert_refused(lambda: import_adapters(dest, base, {"a": folder}), dest, expected)
+    (folder / WEIGHTS).unlink()
+    expected = "adapter_model.bin: expected a zip archive as torch.save writes it"
     assert_refused(lambda: import_adapters(dest, base, {"a": folder}), dest, expected)
     assert_refused(
         lambda: import_adapters(dest, base, {"a": tmp_path / "no"}),

@@ -15,8 +15,25 @@ import tyro
 
 from meteora_jax.cli.demo import Demo, demo
 from meteora_jax.cli.evaluate import Evaluate, evaluate
+from meteora_jax.cli.export import (
+    ExportAdapter,
+    ExportBase,
+    ExportGates,
+    ExportMerged,
+    export_adapter,
+    export_base,
+    export_gates,
+    export_merged,
+)
 from meteora_jax.cli.generate import Generate, generate
-from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
+from meteora_jax.cli.importing import (
+    ImportAdapters,
+    ImportBase,
+    ImportGates,
+    import_adapters,
+    import_base,
+    import_gates,
+)
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.train import TrainAdapter, TrainGates, train_adapter, train_gates
@@ -29,7 +46,23 @@ sub = tyro.conf.subcommand
 class Import:
     """Convert files of other formats into the folders that every other command reads."""
 
-    what: Annotated[ImportBase, sub("base")] | Annotated[ImportAdapters, sub("adapters")]
+    what: (
+        Annotated[ImportBase, sub("base")]
+        | Annotated[ImportAdapters, sub("adapters")]
+        | Annotated[ImportGates, sub("gates")]
+    )
+
+
+@dataclass(frozen=True)
+class Export:
+    """Convert this project's folders into the formats of others."""
+
+    what: (
+        Annotated[ExportAdapter, sub("adapter")]
+        | Annotated[ExportMerged, sub("merged")]
+        | Annotated[ExportBase, sub("base")]
+        | Annotated[ExportGates, sub("gates")]
+    )
 
 
 @dataclass(frozen=True)
@@ -41,6 +74,7 @@ class Train:
 
 Command = (
     Annotated[Import, sub("import")]
+    | Annotated[Export, sub("export")]
     | Annotated[Inspect, sub("inspect")]
     | Annotated[Prepare, sub("prepare")]
     | Annotated[Train, sub("train")]
@@ -52,6 +86,11 @@ Command = (
 ACTIONS = {
     ImportBase: import_base,
     ImportAdapters: import_adapters,
+    ImportGates: import_gates,
+    ExportAdapter: export_adapter,
+    ExportMerged: export_merged,
+    ExportBase: export_base,
+    ExportGates: export_gates,
     Inspect: inspect,
     Prepare: prepare,
     TrainGates: train_gates,
@@ -71,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    command = command.what if isinstance(command, Import | Train) else command
+    command = command.what if isinstance(command, Import | Export | Train) else command
     try:
         ACTIONS[type(command)](command)
     except Preempted as e:

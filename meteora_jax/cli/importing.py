@@ -1,16 +1,17 @@
-"""`meteora import base | adapters`."""
+"""`meteora import base | adapters | gates`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from meteora_jax.cli.report import console, progress_bar, write_json
 from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.evaluation.tasks import METEORA_TASKS
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class ImportBase:
     """Convert a LLaMA-family base model."""
 
     src: tyro.conf.Positional[Path]
-    """Hugging Face folder, or .gguf file."""
+    """Hugging Face folder, one of Meta's own, or .gguf file."""
     dest: tyro.conf.Positional[Path]
     """BASE folder to make."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Stored type; by default the source's own (float32 for quantised ones)."""
+    dry_run: bool = False
+    """Say what would be done, tensor by tensor, and write nothing."""
     overwrite: bool = False
     """Replace DEST if it exists, once the new one is complete."""
     json: Path | None = None
@@ -33,6 +36,11 @@ def import_base(command: ImportBase) -> None:
     """Runs `meteora import base`."""
     import converters
 
+    if command.dry_run:
+        config, rows = converters.plan_base(command.src, command.dtype)
+        show_plan(rows)
+        write_json(command.json, {"config": config.to_hf(), "tensors": [vars(row) for row in rows]})
+        return
     with progress_bar("import base") as bar:
         converters.import_base(
             command.src,
@@ -60,10 +68,21 @@ class ImportAdapters:
     """NAME=PEFT_DIR, one an adapter; the bank keeps their order."""
     base: Path
     """BASE folder that the adapters were trained on."""
+    dry_run: bool = False
+    """Say what would be done, tensor by tensor, and write nothing."""
     overwrite: bool = False
     """Replace DEST if it exists, once the new one is complete."""
     json: Path | None = None
     """Write the report here too."""
+
+
+def show_plan(rows: Sequence[Any]) -> None:
+    """A line for each tensor of a dry run."""
+    for row in rows:
+        to = f"-> {row.to} {row.stored}, {row.how}" if row.to else f"-> {row.how}"
+        console.print(f"{row.key} {row.dtype} {row.shape} {to}", highlight=False, markup=False, soft_wrap=True)
+    moved = sum(row.to is not None for row in rows)
+    console.print(f"{len(rows)} tensors: {moved} converted, {len(rows) - moved} dropped", highlight=False)
 
 
 def parse_adapters(pairs: Sequence[str]) -> list[tuple[str, Path]]:
@@ -79,6 +98,14 @@ def import_adapters(command: ImportAdapters) -> None:
     """Runs `meteora import adapters`."""
     import converters
 
+    if command.dry_run:
+        bank, plans = converters.describe_adapters(command.base, parse_adapters(command.adapters))
+        for name, rows in plans.items():
+            console.print(f"{name}:", highlight=False)
+            show_plan(rows)
+        tensors = {name: [vars(row) for row in rows] for name, rows in plans.items()}
+        write_json(command.json, {**bank.to_json(), "tensors": tensors})
+        return
     with progress_bar("import adapters") as bar:
         bank = converters.import_adapters(
             command.dest,
@@ -90,3 +117,50 @@ def import_adapters(command: ImportAdapters) -> None:
     for a in bank.adapters:
         console.print(f"{a.name}: rank {a.rank}, {' '.join(a.targets)}", highlight=False)
     write_json(command.json, {"bank": str(command.dest), **bank.to_json()})
+
+
+@dataclass(frozen=True)
+class ImportGates:
+    """Convert a checkpoint of the original MeteoRA: its gates, and its adapters where there is no bank yet."""
+
+    src: tyro.conf.Positional[Path]
+    """Folder with model.safetensors."""
+    dest: tyro.conf.Positional[Path]
+    """GATES folder to make."""
+    bank: Path
+    """BANK folder that the gates are for; made from the checkpoint if it does not exist."""
+    base: Path | None = None
+    """BASE folder whose weights the checkpoint must hold; by default only its own config.json is read."""
+    alpha: float | None = None
+    """LoRA's alpha in training, which the checkpoint does not say; needed to make the bank."""
+    names: tuple[str, ...] = METEORA_TASKS
+    """The adapters in the checkpoint's order, to make the bank; by default the original's 28 tasks."""
+    top_k: int = 2
+    """Adapters for a token, as trained."""
+    temperature: float = 1.0
+    """Of the softmax over the chosen ones."""
+    overwrite: bool = False
+    """Replace DEST if it exists, once the new one is complete."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+def import_gates(command: ImportGates) -> None:
+    """Runs `meteora import gates`."""
+    import converters
+
+    with progress_bar("import gates") as bar:
+        gates = converters.import_gates(
+            command.src,
+            command.dest,
+            command.bank,
+            base=command.base,
+            alpha=command.alpha,
+            names=command.names,
+            top_k=command.top_k,
+            temperature=command.temperature,
+            overwrite=command.overwrite,
+            progress=lambda key, done, total: bar(done, total, key),
+        )
+    console.print(f"{command.dest}: gates of {len(gates.names)} adapters", highlight=False)
+    write_json(command.json, {"gates": str(command.dest), "bank": str(command.bank), **gates.to_json()})

@@ -1,7 +1,8 @@
-"""`meteora inspect`: what a base, bank or gates folder holds."""
+"""`meteora inspect`: what a base, bank or gates folder holds, or what an import would make of other files."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a base, bank or gates folder holds."""
+    """Say what a base, bank or gates folder holds, or what is in files that could be imported."""
 
     path: tyro.conf.Positional[Path]
-    """BASE, BANK or GATES folder."""
+    """BASE, BANK or GATES folder; a source of base weights; or a PEFT folder."""
     json: Path | None = None
     """Write the report here too."""
 
@@ -35,20 +36,27 @@ def inspect(command: Inspect) -> None:
         for a in found["adapters"]:
             listing.add_row(a["name"], str(a["rank"]), " ".join(a["targets"]), a["source"], a["sha256"][:12])
         console.print(listing)
+    for row in found.get("tensors", ()):
+        to = f" -> {row['to']}" if row.get("to") else ""
+        console.print(f"{row['key']} {row['dtype']} {row['shape']}{to}", highlight=False, markup=False, soft_wrap=True)
     write_json(command.json, found)
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A folder's kind and contents.
+    """A folder's kind and contents, from headers alone.
 
     Raises:
-        InputError: not one of our folders, or its tensors are not those that its description implies.
+        InputError: none of the kinds, or its tensors are not those that its description implies.
     """
-    from meteora_jax.checkpoint import WEIGHTS, read_tensors
+    import converters
+    from converters.peft_folder import CONFIG, read_tensors
+    from converters.peft_settings import read_settings
+    from converters.tensor_files import TensorReader, dtype_name
+    from meteora_jax.checkpoint import WEIGHTS
 
     if (path / "bank.json").exists():
         bank = BankConfig.from_json(read_json(path / "bank.json"), str(path / "bank.json"))
-        read_tensors(path / WEIGHTS, bank.weight_shapes())
+        TensorReader(path / WEIGHTS, bank.weight_shapes())
         adapters = [vars(a) for a in bank.adapters]
         about = {"adapters": len(adapters), "layers": bank.num_layers, "stacked ranks": bank.ranks}
         return {"kind": "bank", "about": about, "adapters": adapters}
@@ -56,14 +64,28 @@ def describe(path: Path) -> dict[str, Any]:
         gates = GateConfig.from_json(read_json(path / "gates.json"), str(path / "gates.json"))
         about = {"adapters": " ".join(gates.names), "top_k": gates.top_k, "temperature": gates.temperature}
         return {"kind": "gates", "about": about}
-    if (path / "config.json").exists():
-        raw = read_json(path / "config.json")
+    if (path / CONFIG).exists():
+        settings = read_settings(read_json(path / CONFIG), str(path / CONFIG))
+        weights, tensors = read_tensors(path)
+        about = {**vars(settings), "weights": weights.name, "tensors": len(tensors)}
+        listing = [{"key": t.key, "dtype": dtype_name(t.dtype), "shape": t.shape} for t in tensors]
+        return {"kind": "PEFT adapter", "about": about, "tensors": listing}
+    raw = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    if isinstance(raw, dict) and "meteora" in raw:
         config = LlamaConfig.from_hf(raw, str(path / "config.json"))
-        tensors = read_tensors(path / WEIGHTS, config.weight_shapes())
-        about = {k: v for k, v in vars(config).items() if v is not None}
-        about["parameters"] = f"{sum(t.size for t in tensors.values()):,}"
-        about["dtype"] = str(next(iter(tensors.values())).dtype)
-        about["projections"] = {p: config.projection_shape(p) for p in PROJECTIONS}
-        about["source"] = raw.get("meteora", {}).get("source")
+        reader = TensorReader(path / WEIGHTS, config.weight_shapes())
+        sizes = config.weight_shapes().values()
+        dtype = str(reader.dtype("embed.embedding"))
+        about = _about(config, sum(map(math.prod, sizes))) | {"dtype": dtype, "source": raw["meteora"].get("source")}
         return {"kind": "base", "about": about}
+    if path.suffix.lower() == ".gguf" or raw or (path / "params.json").exists():
+        config, rows = converters.plan_base(path)
+        about = _about(config, sum(math.prod(row.shape) for row in rows))
+        return {"kind": "source of a base", "about": about, "tensors": [vars(row) for row in rows]}
     raise InputError(f"{path}: expected config.json, bank.json or gates.json, found none of them")
+
+
+def _about(config: LlamaConfig, parameters: int) -> dict[str, Any]:
+    about = {k: v for k, v in vars(config).items() if v is not None}
+    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
+    return {**about, "parameters": f"{parameters:,}", "projections": shapes}

@@ -1,0 +1,203 @@
+"""BASE -> a Hugging Face folder that `transformers` loads, optionally with one adapter of a BANK merged in.
+
+    W' = W + scale A B            DoRA: (W + scale A B) * magnitude / norm, by column
+
+computed in float32 a block of rows at a time and stored in the base's own type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from converters.folders import new_folder, write_json
+from converters.hf_llama import INDEX, SINGLE, copy_tokenizer, llama_rules
+from converters.peft_export import BankAdapter, list_modules, open_adapter
+from converters.rules import AS_IS, Progress, Transform, copy_tensor
+from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
+from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
+
+SHARD_BYTES = 5_000_000_000
+_HF_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """One tensor of the folder to write."""
+
+    key: str
+    source: SourceTensor
+    transform: Transform
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.transform.source_shape(self.source.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def export_base(
+    base: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> LlamaConfig:
+    """Writes a BASE folder as a Hugging Face folder, bit for bit.
+
+    Args:
+        base: the BASE folder.
+        dest: the folder to make.
+        overwrite: replace a `dest` that holds something, once the new one is complete.
+        progress: called after each tensor with (key, done, total).
+        shard_bytes: weights beyond this go into several files with an index.
+
+    Raises:
+        InputError: a damaged base; `dest` is then as it was.
+    """
+    return _export(Path(base), None, dest, overwrite, progress, shard_bytes)
+
+
+def export_merged(
+    base: str | os.PathLike[str],
+    bank: str | os.PathLike[str],
+    name: str,
+    dest: str | os.PathLike[str],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> LlamaConfig:
+    """Writes a BASE folder with the adapter `name` of a BANK merged into its weights; arguments as `export_base`.
+
+    Raises:
+        InputError: a damaged base or bank, a bank for another base, no such adapter, an adapter whose biases the
+            base has no place for, or sums that the base's type cannot hold; `dest` is then as it was.
+    """
+    return _export(Path(base), open_adapter(bank, name), dest, overwrite, progress, shard_bytes)
+
+
+def _export(
+    base: Path,
+    adapter: BankAdapter | None,
+    dest: str | os.PathLike[str],
+    overwrite: bool,
+    progress: Progress | None,
+    shard_bytes: int,
+) -> LlamaConfig:
+    raw = read_json(base / "config.json")
+    config = LlamaConfig.from_hf(raw, str(base / "config.json"))
+    reader = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    outputs = _list_outputs(config, reader, adapter)
+    shards = _split(outputs, shard_bytes)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE]
+    inputs = [base / "config.json"] + ([adapter.folder / "bank.json"] if adapter else [])
+    problems: list[str] = []
+    done = 0
+    with new_folder(dest, overwrite, inputs) as partial:
+        copy_tokenizer(base, partial)
+        for file, shard in zip(names, shards, strict=True):
+            writer = TensorWriter(partial / file, {o.key: (o.dtype, o.shape) for o in shard})
+            for output in shard:
+                problems += copy_tensor(output.source, writer.slice(output.key), output.transform)
+                done += 1
+                if progress is not None:
+                    progress(output.key, done, len(outputs))
+        if problems:
+            raise InputError(problems)
+        if len(shards) > 1:
+            weight_map = {o.key: file for file, shard in zip(names, shards, strict=True) for o in shard}
+            total = sum(o.size for o in outputs)
+            write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        dtype = _HF_DTYPES[dtype_name(reader.dtype("embed.embedding"))]
+        write_json(partial / "config.json", {**config.to_hf(), "torch_dtype": dtype})
+    return config
+
+
+def _list_outputs(config: LlamaConfig, reader: TensorReader, adapter: BankAdapter | None) -> list[_Output]:
+    if adapter is not None:
+        _check_fit(config, adapter)
+    places = {f"layers.{p}.{part}": (p, part) for p in PROJECTIONS for part in ("kernel", "bias")}
+    held = set() if adapter is None else {(m.layer, m.projection) for m in list_modules(adapter)}
+    outputs = []
+    for rule in llama_rules(config):
+        if rule.path is None:
+            continue
+        projection, part = places.get(rule.path, ("", ""))
+        for layer in range(config.num_layers) if rule.layered else (None,):
+            source = _open(reader, rule.path, layer)
+            stored = source.dtype
+            if adapter is not None and layer is not None and (layer, projection) in held:
+                merge = _merged_kernel if part == "kernel" else _merged_bias
+                source = merge(source, adapter, layer, projection)
+            # The rule's transform leads from Hugging Face to us; a transposition is its own way back.
+            back = Transform(transpose=True) if rule.transform.transpose else AS_IS
+            outputs.append(_Output(rule.pattern.format(layer=layer), source, back, stored))
+    return outputs
+
+
+def _check_fit(config: LlamaConfig, adapter: BankAdapter) -> None:
+    bank, source = adapter.bank, adapter.folder / "bank.json"
+    problems = []
+    if bank.num_layers != config.num_layers:
+        problems.append(f"{source}: num_layers: expected {config.num_layers} (the base's), found {bank.num_layers}")
+    for p in PROJECTIONS:
+        wanted, found = config.projection_shape(p), bank.base_shapes.get(p)
+        if found != wanted:
+            problems.append(f"{source}: base_shapes.{p}: expected {wanted} (the base's), found {found}")
+    if not problems:
+        for module in list_modules(adapter):
+            if "bias" in module.parts and not config.projection_bias(module.projection):
+                found = "a bias of lora_B (lora_bias)"
+                problems.append(f"{source}: {module.name}: expected no bias where the base has none, found {found}")
+    if problems:
+        raise InputError(problems)
+
+
+def _open(reader: TensorReader, path: str, layer: int | None) -> SourceTensor:
+    values = reader.slice(path) if layer is None else reader.slice(path, layer)
+    index = () if layer is None else (layer,)
+    # The mapping is opened anew for each block, so that its pages do not pile up in this process.
+    rows = lambda start, stop: reader.slice(path, *index)[start:stop]  # noqa: E731
+    return SourceTensor("weights.safetensors", path, values.dtype, values.shape, rows)
+
+
+def _merged_kernel(base: SourceTensor, adapter: BankAdapter, layer: int, p: str) -> SourceTensor:
+    scale = np.float32(adapter.scale(layer, p))
+    a, b = (adapter.slice(layer, p, half).astype(np.float32) for half in ("a", "b"))
+    b *= scale
+    columns = 1 + adapter.slice(layer, p, "dora") if p in adapter.bank.dora else None
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        merged = base.rows(start, stop).astype(np.float32) + a[:, start:stop].T @ b
+        return merged if columns is None else merged * columns
+
+    return dataclasses.replace(base, dtype=np.dtype(np.float32), rows=rows)
+
+
+def _merged_bias(base: SourceTensor, adapter: BankAdapter, layer: int, p: str) -> SourceTensor:
+    if p not in adapter.bank.lora_bias:
+        return base
+    added = np.float32(adapter.scale(layer, p)) * adapter.slice(layer, p, "bias").astype(np.float32)
+    rows = lambda start, stop: base.rows(start, stop).astype(np.float32) + added[start:stop]  # noqa: E731
+    return dataclasses.replace(base, dtype=np.dtype(np.float32), rows=rows)
+
+
+def _split(outputs: list[_Output], shard_bytes: int) -> list[list[_Output]]:
+    """Consecutive tensors, as many to a file as fit in `shard_bytes`, at least one."""
+    shards: list[list[_Output]] = [[]]
+    room = shard_bytes
+    for output in outputs:
+        if shards[-1] and output.size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(output)
+        room -= output.size
+    return shards

@@ -1,0 +1,214 @@
+"""One adapter of a BANK -> a PEFT folder that `peft` loads: the way back from `peft_lora`.
+
+The tensors lose the zero rows that the bank's common rank added, and `adapter_config.json` is the one that came in;
+for an adapter that had none it is derived from the tensors, with rank and alpha patterns where modules differ.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.folders import new_folder, write_json
+from converters.hf_llama import module_name
+from converters.peft_settings import read_settings
+from converters.rules import Progress
+from converters.tensor_files import DTYPES, TensorReader, TensorWriter
+from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TENSORS = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
+
+
+@dataclasses.dataclass(frozen=True)
+class BankAdapter:
+    """One adapter of a bank on disk."""
+
+    folder: Path
+    bank: BankConfig
+    index: int
+    reader: TensorReader
+
+    @property
+    def info(self) -> AdapterInfo:
+        return self.bank.adapters[self.index]
+
+    def slice(self, layer: int, projection: str, part: str) -> np.ndarray:
+        """a [R, I], b [R, O], scale [1], or bias, magnitude, dora [O] of one module, as the bank holds it."""
+        return self.reader.slice(f"{projection}.{part}", layer, self.index)
+
+    def scale(self, layer: int, projection: str) -> float:
+        return float(self.slice(layer, projection, "scale")[0])
+
+    def rank(self, layer: int, projection: str) -> int:
+        """Rows that are not zero padding: up to the last one with a value in A or B; 0 for a module without a part."""
+        if projection not in self.bank.ranks:
+            return 0
+        rows = [self.slice(layer, projection, half).any(axis=1) for half in ("a", "b")]
+        used = np.flatnonzero(rows[0] | rows[1])
+        return int(used[-1]) + 1 if used.size else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One adapted module: its place, its own rank, and which of a, b, bias, magnitude it has."""
+
+    layer: int
+    projection: str
+    rank: int
+    parts: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"model.layers.{self.layer}.{module_name(self.projection)}"
+
+
+def open_adapter(bank: str | os.PathLike[str], name: str) -> BankAdapter:
+    """The adapter `name` of a BANK folder.
+
+    Raises:
+        InputError: no such folder or adapter, or tensors that are not those of bank.json.
+    """
+    folder = Path(bank)
+    config = BankConfig.from_json(read_json(folder / "bank.json"), str(folder / "bank.json"))
+    if name not in config.names:
+        raise InputError(f"{folder / 'bank.json'}: adapters: expected one of {', '.join(config.names)}, found {name!r}")
+    reader = TensorReader(folder / "weights.safetensors", config.weight_shapes())
+    return BankAdapter(folder, config, config.names.index(name), reader)
+
+
+def export_adapter(
+    bank: str | os.PathLike[str],
+    name: str,
+    dest: str | os.PathLike[str],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Writes one adapter as a PEFT folder.
+
+    Args:
+        bank: the BANK folder.
+        name: of the adapter.
+        dest: the folder to make.
+        overwrite: replace a `dest` that holds something, once the new one is complete.
+        progress: called after each tensor with (key, done, total).
+
+    Returns:
+        What `adapter_config.json` holds.
+
+    Raises:
+        InputError: no such adapter, or a bank whose settings and tensors contradict each other.
+    """
+    adapter = open_adapter(bank, name)
+    modules = list_modules(adapter)
+    raw = adapter.info.peft_config or derive_settings(adapter, modules)
+    dtype = DTYPES[adapter.info.dtype] if adapter.info.dtype else None
+    wanted = [(module, part) for module in modules for part in module.parts]
+    with new_folder(dest, overwrite, [adapter.folder / "bank.json"]) as partial:
+        specs = {}
+        for module, part in wanted:
+            kept = dtype or adapter.reader.dtype(f"{module.projection}.{part}")
+            specs[_key(module, part)] = (kept, _read(adapter, module, part).shape)
+        writer = TensorWriter(partial / WEIGHTS, specs)
+        for done, (module, part) in enumerate(wanted, start=1):
+            key, values = _key(module, part), _read(adapter, module, part)
+            out = writer.slice(key)
+            out[...] = values.astype(out.dtype)
+            if not np.array_equal(out, values):
+                raise InputError(
+                    f"{adapter.folder / 'bank.json'}: {name}: dtype: expected one that holds {key}, "
+                    f"found {adapter.info.dtype}"
+                )
+            if progress is not None:
+                progress(key, done, len(wanted))
+        write_json(partial / CONFIG, raw)
+    return raw
+
+
+def _key(module: Module, part: str) -> str:
+    return f"base_model.model.{module.name}.{_TENSORS[part]}"
+
+
+def _read(adapter: BankAdapter, module: Module, part: str) -> np.ndarray:
+    values = adapter.slice(module.layer, module.projection, part)
+    if part == "a":
+        return values[: module.rank]
+    return values[: module.rank].T if part == "b" else values
+
+
+def list_modules(adapter: BankAdapter) -> list[Module]:
+    """The modules that an adapter holds, with their own ranks; its settings are checked against its tensors.
+
+    Raises:
+        InputError: settings and tensors contradict each other; all modules at once.
+    """
+    bank, raw = adapter.bank, adapter.info.peft_config
+    where = f"{adapter.folder / 'bank.json'}: {adapter.info.name}: peft_config"
+    settings = read_settings(raw, where) if raw else None
+    problems: list[str] = []
+    modules: list[Module] = []
+    for layer in range(bank.num_layers):
+        for p in PROJECTIONS:
+            name = f"model.layers.{layer}.{module_name(p)}"
+            rank = adapter.rank(layer, p)
+            if settings is not None and settings.selects(name):
+                expected, limit = settings.rank_of(name), bank.ranks.get(p, 0)
+                if not rank <= expected <= limit:
+                    problems.append(
+                        f"{where}: {name}: expected rank {rank} to {limit} (the tensors'), found {expected}"
+                    )
+                elif np.float32(settings.scale_of(name)) != np.float32(adapter.scale(layer, p)):
+                    scale = adapter.scale(layer, p)
+                    problems.append(f"{where}: {name}: expected scale {scale}, found {settings.scale_of(name)}")
+                modules.append(_describe(adapter, layer, p, expected))
+            elif rank and settings is not None:
+                problems.append(f"{where}: target_modules: expected {name} among them (it has tensors), found none")
+            elif rank:
+                modules.append(_describe(adapter, layer, p, rank))
+    if not modules and not problems:
+        problems.append(f"{adapter.folder}: {adapter.info.name}: expected tensors that are not zero, found none")
+    if problems:
+        raise InputError(problems)
+    return modules
+
+
+def _describe(adapter: BankAdapter, layer: int, p: str, rank: int) -> Module:
+    parts = ["a", "b"]
+    for part, holders in (("bias", adapter.bank.lora_bias), ("magnitude", adapter.bank.dora)):
+        # A magnitude of zero everywhere would be a projection that outputs nothing: it stands for none.
+        wanted = {"bias": "lora_bias", "magnitude": "use_dora"}[part]
+        if p in holders and (adapter.info.peft_config.get(wanted) or adapter.slice(layer, p, part).any()):
+            parts.append(part)
+    return Module(layer, p, rank, tuple(parts))
+
+
+def derive_settings(adapter: BankAdapter, modules: Sequence[Module]) -> dict[str, Any]:
+    """An `adapter_config.json` for tensors that came without one."""
+    alphas = {m.name: adapter.scale(m.layer, m.projection) * m.rank for m in modules}
+    ranks = {m.name: m.rank for m in modules}
+    rank = collections.Counter(ranks.values()).most_common(1)[0][0]
+    alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
+    held = {(m.layer, m.projection) for m in modules}
+    projections = [p for p in PROJECTIONS if any(p == q for _, q in held)]
+    everywhere = len(held) == adapter.bank.num_layers * len(projections)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": projections if everywhere else [m.name for m in modules],
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": any("magnitude" in m.parts for m in modules),
+        "lora_bias": any("bias" in m.parts for m in modules),
+    }

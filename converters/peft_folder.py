@@ -1,0 +1,224 @@
+"""One PEFT folder, read and checked: settings, tensor names, types, shapes, and whether they agree.
+
+Format: `adapter_config.json` (peft's `LoraConfig`) and `adapter_model.safetensors` or `.bin`; `lora_A` [r, I], `lora_B`
+[O, r], DoRA's `lora_magnitude_vector` [O], the bias of `lora_B` [O]. Key spellings: with `base_model.model.` in front
+or without, with the adapter's name `.default` inside or without. Tensors decide what an adapter holds; settings are
+cross-checked against them, and a setting that cannot be honoured is refused by name, whatever peft would make of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from converters.hf_llama import module_name
+from converters.peft_settings import LoraSettings, read_settings
+from converters.pickle_files import read_pickle
+from converters.tensor_files import FLOATS, SourceTensor, dtype_name, read_safetensors
+from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+_PREFIX = r"(?:base_model\.model\.)?"
+_KEY = re.compile(
+    _PREFIX + r"(?P<module>model\.layers\.(?P<layer>0|[1-9][0-9]*)\.(?P<name>(?:self_attn|mlp)\.\w+))\."
+    r"(?:lora_(?P<half>[AB])(?:\.default)?\.weight|(?P<bias>lora_B(?:\.default)?\.bias)"
+    r"|(?P<magnitude>lora_magnitude_vector(?:\.default)?(?:\.weight)?))"
+)
+_SAVED = re.compile(
+    _PREFIX + r"(?P<name>model\.embed_tokens|lm_head)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.weight"
+)
+SAVED_MODULES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+_PROJECTION_OF = {module_name(p): p for p in PROJECTIONS}
+_UNSUPPORTED_TENSORS = {
+    "lora_embedding_": "adapters on embeddings are not supported: no router acts there",
+    "lm_head": "adapters on the head are not supported: no router acts there",
+    "trainable_tokens": "retrained token embeddings are not supported: no router acts there",
+    "modules_to_save": "saved modules other than embed_tokens and lm_head are not supported",
+    "base_layer": "an adapter file that holds base weights is not supported",
+}
+Slot = tuple[int, str, str]  # layer, projection, part: a, b, bias or magnitude
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftAdapter:
+    """A PEFT folder after every check of its settings and headers."""
+
+    name: str
+    folder: Path
+    weights: Path  # the file
+    raw: dict[str, Any]  # adapter_config.json
+    settings: LoraSettings
+    parts: dict[Slot, SourceTensor]
+    saved: dict[str, SourceTensor]  # model.embed_tokens and lm_head: copies of the base's, to be compared with it
+
+    @property
+    def modules(self) -> list[tuple[int, str]]:
+        return sorted({(layer, p) for layer, p, _ in self.parts})
+
+    @property
+    def inputs(self) -> tuple[Path, Path]:
+        return self.folder / CONFIG, self.weights
+
+    def rank_of(self, projection: str) -> int:
+        """The largest rank over the layers; 0 where the adapter does not touch the projection."""
+        shapes = (t.shape for (_, p, part), t in self.parts.items() if p == projection and part == "a")
+        return max((shape[0] for shape in shapes), default=0)
+
+    def scale_of(self, layer: int, projection: str) -> float:
+        return self.settings.scale_of(f"model.layers.{layer}.{module_name(projection)}")
+
+
+def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
+    """One folder with its settings and headers checked.
+
+    Raises:
+        InputError: everything that is wrong with settings and tensors.
+    """
+    problems: list[str] = []
+    settings, raw = None, {}
+    try:
+        raw = read_json(folder / CONFIG)
+        settings = read_settings(raw, f"{folder / CONFIG}")
+    except InputError as e:
+        problems += e.problems
+    try:
+        weights, tensors = read_tensors(folder)
+        parts, saved = _sort_tensors(tensors, config, settings)
+    except InputError as e:
+        raise InputError([*problems, *e.problems]) from None
+    if settings is not None:
+        held = {(layer, p) for layer, p, _ in parts}
+        problems += _cross_check(settings, held, config, f"{folder / CONFIG}")
+        for module in settings.saved:
+            if SAVED_MODULES[module] not in saved:
+                problems.append(f"{folder / CONFIG}: modules_to_save: expected tensors of {module}, found none")
+    if problems or settings is None:
+        raise InputError(problems)
+    return PeftAdapter(name, folder, weights, raw, settings, parts, saved)
+
+
+def read_tensors(folder: Path) -> tuple[Path, list[SourceTensor]]:
+    """(file, tensors) of a PEFT folder; of headers alone. Raises InputError."""
+    path, pickled = folder / WEIGHTS, folder / PICKLED
+    if path.exists() and pickled.exists():
+        raise InputError(f"{folder}: expected {WEIGHTS} or {PICKLED}, found both")
+    path = pickled if pickled.exists() else path
+    tensors = (read_pickle if path == pickled else read_safetensors)(path, str(path))
+    if not tensors:
+        raise InputError(f"{path}: expected LoRA tensors, found none")
+    return path, tensors
+
+
+def _sort_tensors(
+    tensors: Sequence[SourceTensor], config: LlamaConfig, settings: LoraSettings | None
+) -> tuple[dict[Slot, SourceTensor], dict[str, SourceTensor]]:
+    """(parts, saved base tensors), every name, type and shape checked (ranks only where settings are sound)."""
+    problems: list[str] = []
+    parts: dict[Slot, SourceTensor] = {}
+    saved: dict[str, SourceTensor] = {}
+    for tensor in tensors:
+        if match := _SAVED.fullmatch(tensor.key):
+            if match["name"] in saved:
+                problems.append(f"{tensor.where}: expected once, found also in {saved[match['name']].key}")
+            saved[match["name"]] = tensor
+            problems += _check_header(tensor, (config.vocab_size, config.hidden_size))
+            continue
+        match = _KEY.fullmatch(tensor.key)
+        projection = _PROJECTION_OF.get(match["name"]) if match else None
+        if match is None or projection is None:
+            problems.append(
+                f"{tensor.where}: expected lora_A or lora_B of {', '.join(PROJECTIONS)}, found {_why(tensor)}"
+            )
+            continue
+        part = "bias" if match["bias"] else "magnitude" if match["magnitude"] else match["half"].lower()
+        slot = (int(match["layer"]), projection, part)
+        if slot[0] >= config.num_layers:
+            problems.append(f"{tensor.where}: expected layers 0 to {config.num_layers - 1}, found layer {slot[0]}")
+        elif slot in parts:
+            problems.append(f"{tensor.where}: expected once, found also in {parts[slot].key}")
+        else:
+            parts[slot] = tensor
+            problems += _check_header(tensor, _expected_shape(tensor, slot, match["module"], config, settings))
+    problems += _check_partners(parts, settings)
+    if not parts and not problems:
+        problems.append(f"{tensors[0].file}: expected LoRA tensors, found none")
+    if problems:
+        raise InputError(problems)
+    return parts, saved
+
+
+def _why(tensor: SourceTensor) -> str:
+    reason = next((why for part, why in _UNSUPPORTED_TENSORS.items() if part in tensor.key), "an unknown tensor")
+    return f"{dtype_name(tensor.dtype)} {tensor.shape} ({reason})"
+
+
+def _expected_shape(
+    tensor: SourceTensor, slot: Slot, module: str, config: LlamaConfig, settings: LoraSettings | None
+) -> tuple[Any, ...]:
+    _, projection, part = slot
+    inputs, outputs = config.projection_shape(projection)
+    if part in ("bias", "magnitude"):
+        return (outputs,)
+    if settings is not None:
+        rank = settings.rank_of(module)
+    else:
+        rank = tensor.shape[0 if part == "a" else 1] if len(tensor.shape) == 2 else "r"
+    return (rank, inputs) if part == "a" else (outputs, rank)
+
+
+def _check_header(tensor: SourceTensor, expected: tuple[Any, ...]) -> list[str]:
+    problems = []
+    if tensor.shape != expected:
+        problems.append(f"{tensor.where}: expected shape {expected} for this base, found {tensor.shape}")
+    if dtype_name(tensor.dtype) not in FLOATS:
+        problems.append(f"{tensor.where}: expected type {', '.join(FLOATS)}, found {dtype_name(tensor.dtype)}")
+    return problems
+
+
+def _check_partners(parts: Mapping[Slot, SourceTensor], settings: LoraSettings | None) -> list[str]:
+    """Modules of which a tensor is missing, or one too many."""
+    problems = []
+    keys = {"a": ".lora_A.weight", "b": ".lora_B.weight", "bias": ".lora_B.bias", "magnitude": ".lora_magnitude_vector"}
+    switches = {"bias": "lora_bias", "magnitude": "use_dora"}
+    wanted = {"bias": settings is not None and settings.lora_bias, "magnitude": settings is not None and settings.dora}
+    for layer, projection in dict.fromkeys((layer, p) for layer, p, _ in parts):
+        held = {part: parts[layer, projection, part] for part in keys if (layer, projection, part) in parts}
+        tensor = next(iter(held.values()))
+        module = re.split(r"\.lora_", tensor.key)[0]
+        for part in ("a", "b"):
+            if part not in held:
+                other = next(p for p in held)
+                partner = {"a": "lora_A", "b": "lora_B"}.get(other, other)
+                problems.append(f"{tensor.file}: {module}{keys[part]}: expected the partner of {partner}, found none")
+        for part, switch in switches.items():
+            if settings is None or (part in held) == wanted[part]:
+                continue
+            if part in held:
+                problems.append(f"{held[part].where}: expected no such tensor ({switch} is off), found one")
+            else:
+                problems.append(f"{tensor.file}: {module}{keys[part]}: expected one ({switch} is on), found none")
+    return problems
+
+
+def _cross_check(settings: LoraSettings, found: set[tuple[int, str]], config: LlamaConfig, file: str) -> list[str]:
+    """Where what the settings select is not what the tensors hold."""
+    problems = []
+    for p in PROJECTIONS:
+        name = module_name(p)
+        selected = {n for n in range(config.num_layers) if settings.selects(f"model.layers.{n}.{name}")}
+        held = {layer for layer, projection in found if projection == p}
+        if missing := sorted(selected - held):
+            problems.append(f"{file}: target_modules: expected tensors of {name} in layers {missing}, found none")
+        if extra := sorted(held - selected):
+            problems.append(f"{file}: target_modules: expected no tensors of {name} in layers {extra}, found some")
+    others = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"]
+    inner = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
+    inner += (".self_attn.q_norm", ".self_attn.k_norm") if config.qk_norm else ()
+    others += [f"model.layers.{n}{module}" for n in range(config.num_layers) for module in inner]
+    if settings.target != "all-linear" and (strange := [name for name in others if settings.selects(name)]):
+        problems.append(f"{file}: target_modules: expected projections of the layers, found also {strange[0]}")
+    return problems

@@ -1,0 +1,239 @@
+"""`adapter_config.json`: what peft's `LoraConfig` says about the computation, or a refusal by name.
+
+Every setting is read, known to leave a trained adapter's output as it is, or refused where it is not "off"; an
+unknown one is refused unless its value is one that means "off" everywhere (null, false, empty).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from meteora_jax.config import InputError
+
+# Settings that say how an adapter is computed, and are read below.
+_READ = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "task_type",
+    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save",
+)  # fmt: skip
+# Settings that leave a trained adapter's output as it is: notes, training, initialisation (`init_lora_weights` says
+# whether the base changed), and details of features that have a switch of their own.
+_WITHOUT_EFFECT = (
+    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout",
+    "runtime_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size",
+)  # fmt: skip
+# Settings that change the output, with the values that mean "off" and the reason for a refusal.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "bias": (("none",), "trained biases of the base are not supported"),
+    "trainable_token_indices": ((None,), "retrained token embeddings are not supported: no router acts there"),
+    "ensure_weight_tying": ((False,), "adapters on tied embeddings are not supported"),
+    "target_parameters": ((None, []), "adapters on bare parameters are not supported"),
+    "layer_replication": ((None, []), "a base with replicated layers is another base"),
+    "alora_invocation_tokens": ((None,), "adapters that a token switches on are not supported"),
+    "arrow_config": ((None,), "Arrow routing between adapters is not supported"),
+    "kasa_config": ((None,), "KaSA's singular values are not supported"),
+    "monteclora_config": ((None,), "MonteCLoRA's sampled weights are not supported"),
+    "velora_config": ((None,), "VeLoRA is not supported"),
+    "use_bdlora": ((None, False), "block-diagonal adapters are not supported"),
+    "use_qalora": ((False,), "QA-LoRA's pooled inputs are not supported"),
+    "megatron_config": ((None,), "tensor-parallel Megatron layers are not supported"),
+    "loftq_config": ((None, {}), "LoftQ changes the base's weights"),
+}
+# Initialisations that leave the base's weights alone; pissa, olora, corda, loftq and lora_ga do not.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+_MOST = 3e38  # near float32's largest
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """What `adapter_config.json` says about the computation; a module is named like `model.layers.0.mlp.up_proj`."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target: str | tuple[str, ...]
+    exclude: str | tuple[str, ...]
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    dora: bool
+    lora_bias: bool
+    saved: tuple[str, ...]  # embed_tokens, lm_head: saved copies of the base's
+
+    def rank_of(self, module: str) -> int:
+        return _look_up(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        rank, alpha = self.rank_of(module), _look_up(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def selects(self, module: str) -> bool:
+        """Whether peft would put an adapter on this module (`check_target_module_exists`)."""
+        if _names(self.exclude, module):
+            return False
+        if self.target == "all-linear":
+            return True
+        if not _names(self.target, module):
+            return False
+        return self.layers is None or self._layer_of(module) in self.layers
+
+    def _layer_of(self, module: str) -> int | None:
+        patterns = [rf"(?:^|.*?\.){p}\.([0-9]+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.([0-9]+)\."]
+        found = next((m for p in patterns if (m := re.match(p, module))), None)
+        return int(found[1]) if found else None
+
+
+def _names(setting: str | Sequence[str], module: str) -> bool:
+    """peft's matching: a string is a regex for the whole name; a list holds names or their dotted ends."""
+    if isinstance(setting, str):
+        return re.fullmatch(setting, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in setting)
+
+
+def _look_up(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The first pattern, in the file's order, that matches the module or a dotted end (peft's `get_pattern_key`)."""
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
+
+
+def read_settings(raw: Any, file: str) -> LoraSettings:
+    """Reads `adapter_config.json`.
+
+    Raises:
+        InputError: another method than LoRA, settings that are not supported, unknown or malformed; all of them.
+    """
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{file}: expected an object, found {type(raw).__name__}")
+    return _SettingsReader(raw, file).read()
+
+
+class _SettingsReader:
+    """Collects every problem of an `adapter_config.json` before it raises once."""
+
+    def __init__(self, raw: Mapping[str, Any], file: str):
+        self.raw, self.file, self.problems = raw, file, []
+
+    def refuse(self, key: str, expected: str, found: Any) -> None:
+        self.problems.append(f"{self.file}: {key}: expected {expected}, found {found!r:.200}")
+
+    def read(self) -> LoraSettings:
+        if self.raw.get("peft_type") != "LORA":
+            raise InputError(f"{self.file}: peft_type: expected 'LORA', found {self.raw.get('peft_type')!r}")
+        self.check_features()
+        target, exclude = self.modules("target_modules"), self.modules("exclude_modules")
+        if self.raw.get("target_modules") is None:
+            self.refuse("target_modules", "module names, a regex or 'all-linear'", None)
+        settings = LoraSettings(
+            rank=self.number("r", self.raw.get("r"), int),
+            alpha=self.number("lora_alpha", self.raw.get("lora_alpha"), float),
+            rslora=self.flag("use_rslora"),
+            rank_pattern=self.patterns("rank_pattern", int),
+            alpha_pattern=self.patterns("alpha_pattern", float),
+            target="all-linear" if isinstance(target, str) and target.lower() == "all-linear" else target or (),
+            exclude=exclude or (),
+            layers=self.layers(),
+            layers_pattern=self.layers_pattern(),
+            dora=self.flag("use_dora"),
+            lora_bias=self.flag("lora_bias"),
+            saved=self.saved(),
+        )
+        self.flag("fan_in_fan_out")  # without effect: peft itself turns it off for every nn.Linear
+        if settings.dora and settings.lora_bias:
+            self.refuse("lora_bias", "false beside use_dora, as in peft", True)
+        if isinstance(target, str) and (settings.layers is not None or settings.layers_pattern):
+            self.refuse("layers_to_transform", "none beside a target_modules that is a string", settings.layers)
+        if settings.layers_pattern and settings.layers is None:
+            self.refuse("layers_pattern", "layers_to_transform beside it", list(settings.layers_pattern))
+        if self.problems:
+            raise InputError(self.problems)
+        return settings
+
+    def check_features(self) -> None:
+        for key, value in self.raw.items():
+            if key in _REFUSED:
+                off, reason = _REFUSED[key]
+                if not _is_one_of(value, off):
+                    self.refuse(key, f"{off[0]!r} ({reason})", value)
+            elif key not in _READ and key not in _WITHOUT_EFFECT and value not in (None, False, "", [], {}):
+                self.refuse(key, "no such setting (unknown to this importer)", value)
+        init = self.raw.get("init_lora_weights", True)
+        if init is not None and not _is_one_of(init, _PLAIN_INITS):
+            self.refuse("init_lora_weights", "an initialisation that leaves the base as it is", init)
+        task = self.raw.get("task_type")
+        if task not in (None, "CAUSAL_LM"):
+            self.refuse("task_type", "'CAUSAL_LM'", task)
+
+    def number(self, key: str, value: Any, kind: type) -> Any:
+        """A positive rank (int) or a finite alpha (float)."""
+        sound = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        if not sound or not abs(value) <= _MOST or (kind is int and value < 1):
+            self.refuse(key, "a rank of at least 1" if kind is int else "a number that float32 can hold", value)
+            return kind(1)
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.raw.get(key, False)
+        if not isinstance(value, bool):
+            self.refuse(key, "true or false", value)
+        return bool(value)
+
+    def patterns(self, key: str, kind: type) -> dict[str, Any]:
+        value = self.raw.get(key) or {}
+        if not isinstance(value, Mapping):
+            self.refuse(key, "an object of module patterns and numbers", value)
+            return {}
+        within = r"(.*\.)?({})$"  # as peft uses it
+        return {p: self.number(f"{key}[{p!r}]", v, kind) for p, v in value.items() if self.is_regex(key, p, within)}
+
+    def modules(self, key: str) -> str | tuple[str, ...] | None:
+        value = self.raw.get(key)
+        if isinstance(value, str):
+            return value if self.is_regex(key, value) else None
+        if value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            return None if value is None else tuple(value)
+        self.refuse(key, "a list of module names or a regex", value)
+        return None
+
+    def saved(self) -> tuple[str, ...]:
+        value = self.raw.get("modules_to_save") or []
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or any(name not in ("embed_tokens", "lm_head") for name in names):
+            self.refuse("modules_to_save", "embed_tokens or lm_head, saved as the base has them", value)
+            return ()
+        return tuple(names)
+
+    def layers(self) -> tuple[int, ...] | None:
+        value = self.raw.get("layers_to_transform")
+        values = [value] if isinstance(value, int) else value
+        if values is None or values == []:
+            return None
+        if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+            self.refuse("layers_to_transform", "layer indices", value)
+            return None
+        return tuple(values)
+
+    def layers_pattern(self) -> tuple[str, ...]:
+        value = self.raw.get("layers_pattern") or []
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            self.refuse("layers_pattern", "names of layer lists", value)
+            return ()
+        return tuple(v for v in values if self.is_regex("layers_pattern", v, r"(?:^|.*?\.){}\."))
+
+    def is_regex(self, key: str, pattern: str, within: str = "{}") -> bool:
+        try:
+            re.compile(within.replace("{}", pattern))
+        except (re.error, RecursionError, OverflowError) as e:
+            self.refuse(key, f"a regex ({e})", pattern)
+            return False
+        return True
+
+
+def _is_one_of(value: Any, options: Iterable[Any]) -> bool:
+    """Membership that keeps 0 and 1 apart from False and True."""
+    return any(type(value) is type(option) and value == option for option in options)
