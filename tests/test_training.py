@@ -18,7 +18,7 @@ from meteora_jax.training.adapter import fresh_adapter
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.loop import AdapterTraining, GateTraining, train_adapter, train_gates
 from meteora_jax.training.loss import gate_training_loss
-from meteora_jax.training.watch import flops_per_token
+from meteora_jax.training.watch import flops_per_pair, flops_per_token
 
 WORDS = ("How many apples?", "Which sentence follows", "The lazy dog", "漢字 bytes")
 TASKS = {
@@ -322,7 +322,7 @@ def test_bfloat16_trains_float32_gates_to_about_the_same_loss(tmp_path, world):
 
 
 def test_flops_of_a_token_are_counted_by_hand():
-    """Llama-3-8B's shape: 4 FLOPs a frozen weight, 6 a trained one, attention of half the width."""
+    """Llama-3-8B's shape: 4 FLOPs a frozen weight, 6 a trained one."""
     shape = dict(
         model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8,
@@ -330,14 +330,13 @@ def test_flops_of_a_token_are_counted_by_hand():
     config = LlamaConfig.from_hf(shape)
     layer = 4096 * (4096 + 1024 + 1024) + 4096 * 4096 + 3 * 4096 * 14336
     base = 4 * (32 * layer + 4096 * 128256)
-    # q k^T and p v: 2 * 2 * 4096 * 512 forward, twice that backward
-    attention = 32 * 3 * 4 * 4096 * 512
-    assert flops_per_token(config, None, 1024, chosen=2, gates=False, train_adapters=False) == base + attention
-    bank = fresh_adapter(config, "a", 8, 16, ("q_proj",), 0).config
+    assert flops_per_token(config, None, chosen=2, gates=False, train_adapters=False) == base
+    assert flops_per_pair(config) == 32 * 3 * (2 * 4096 + 2 * 4096)  # q k and p v, forward once and backward twice
+    bank = fresh_adapter(config, "a", 8, 16.0, ("q_proj",), 0).config
     inputs = 4096 * 5 + 4096 + 14336
-    with_gates = flops_per_token(config, bank, 1024, chosen=1, gates=True, train_adapters=False)
+    with_gates = flops_per_token(config, bank, chosen=1, gates=True, train_adapters=False)
     adapters = 32 * 8 * (3 * 4096 + 4096 + 2 * 1024)  # the whole group pays for q_proj's rank
-    assert with_gates == base + attention + 4 * adapters + 6 * 32 * inputs
+    assert with_gates == base + 4 * adapters + 6 * 32 * inputs
 
 
 def test_training_refuses_missing_tasks(tmp_path, world):

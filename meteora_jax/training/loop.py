@@ -40,7 +40,7 @@ from meteora_jax.training.checkpoints import Checkpoints, preemption
 from meteora_jax.training.data import Batches, Layout, Mixture, plan
 from meteora_jax.training.loss import Losses
 from meteora_jax.training.step import TrainState, initial_state, make_step, optimizer
-from meteora_jax.training.watch import Recorder, flops_per_token
+from meteora_jax.training.watch import Recorder, flops_per_pair, flops_per_token
 
 Progress = Callable[[int, dict[str, Any]], None]
 
@@ -270,7 +270,7 @@ def _fit(
     path = Path(log) if log else run.path / "log.jsonl" if run else None
     recorder = Recorder(
         bank.names, path, run.path / "tensorboard" if run else None, start=start, progress=progress,
-        per_token=flops_per_token(config, bank.config, layout.width, **flops),
+        flops=(flops_per_token(config, bank.config, **flops), flops_per_pair(config)),
     )  # fmt: skip
     try:
         state = _loop(
@@ -293,15 +293,14 @@ def _loop(
     step, frozen, state, router: BoundRouter, batches: Batches, layout: Layout, steps: int, start: int,
     recorder: Recorder, checkpoints: Checkpoints | None, run: RunFolder | None, mesh: Mesh | None,
 ) -> TrainState:  # fmt: skip
-    late: tuple[int, Losses, int] | None = None  # a step's figures are read while the next one runs
+    late: tuple[int, Losses] | None = None  # a step's figures are read while the next one runs
     with use_mesh(mesh), preemption() as asked:
         for number in range(start + 1, steps + 1):
-            batch = next(batches)
-            placed = place_rows(batch, mesh)
-            state, losses = step(frozen, state, placed, router)
+            batch = place_rows(next(batches), mesh)
+            state, losses = step(frozen, state, batch, router)
             if late:
                 recorder.add(*late)
-            late = (number, losses, int((batch.segments > 0).sum()))
+            late = (number, losses)
             if checkpoints is None or run is None:
                 continue
             stop = asked(number)
