@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_told_what_to_grow():
 
 
 def test_a_plan_refuses_what_it_cannot_compile(capsys):
-    with pytest.raises(InputError, match="llama3-8b.*found 'llama9'"):
+    with pytest.raises(InputError, match=r"llama3-8b.*found 'llama9'"):
         shape_of("llama9")
     with pytest.raises(InputError, match="expected a multiple of data x fsdp x accumulate = 3, found 2"):
         plan_training(TINY, 4, 8, make_mesh(devices=jax.devices()[:1]), rows=2, width=64, mfu=0.5, accumulate=3)
