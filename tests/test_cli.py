@@ -91,6 +91,14 @@ def test_train_gates(tmp_path, capsys, world):
     assert status == 0
     assert json.loads((tmp_path / "r.json").read_text())["step"] == 2
     assert mj.load(world["base"], world["bank"], tmp_path / "g", dtype="float32").gates.top_k == 2
+    status, out, _ = run(
+        capsys, "train", "adapter", "--base", world["base"], "--tasks", tmp_path / "tasks", "--task", "apple", "birch",
+        "--name", "fig", "--out", tmp_path / "fig", "--steps", 2, "--batch-size", 2, "--rank", 3,
+    )  # fmt: skip
+    assert status == 0
+    assert "2 steps" in out
+    (adapter,) = mj.load(world["base"], tmp_path / "fig", dtype="float32").bank.adapters
+    assert (adapter.name, adapter.rank, adapter.peft_config["lora_alpha"]) == ("fig", 3, 6.0)
     (tmp_path / "tasks" / "birch" / "train.jsonl").write_text('{"prompt": "x"}\n')
     line = refused(capsys, "train", "gates", *options)
     assert "birch/train.jsonl" in line

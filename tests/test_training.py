@@ -11,13 +11,15 @@ from worlds import NAMES
 
 import meteora_jax as mj
 from meteora_jax.adapters import GateParam
-from meteora_jax.checkpoint import load_bank, load_gates
-from meteora_jax.config import InputError
+from meteora_jax.checkpoint import load_bank, load_gates, save_gates
+from meteora_jax.config import GateConfig, InputError, LlamaConfig
 from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.training.adapter import fresh_adapter
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.loop import AdapterTraining, GateTraining, train_adapter, train_gates
 from meteora_jax.training.loss import gate_training_loss
+from meteora_jax.training.watch import flops_per_pair, flops_per_token
 
 WORDS = ("How many apples?", "Which sentence follows", "The lazy dog", "漢字 bytes")
 TASKS = {
@@ -266,6 +268,32 @@ def test_one_adapter_learns_and_becomes_a_bank(tmp_path, world):
     assert len(model.bank.adapters[0].sha256) == 64
 
 
+def test_a_bank_grows_and_its_old_gates_keep_every_bit(tmp_path, world):
+    config = world["model"].config
+    old = {p: np.ascontiguousarray(0.05 * g[..., [2, 0]]) for p, g in world["gate_arrays"].items()}
+    save_gates(tmp_path / "old", GateConfig(("cedar", "apple"), 2, 1.0), old)
+    settings = GateTraining(steps=40, batch_size=8, learning_rate=3e-2, max_length=100, beta=5.0)
+    final = train_gates(
+        world["base"], world["bank"], TASKS, tmp_path / "new", settings, dtype="float32", extend=tmp_path / "old",
+        log=tmp_path / "log.jsonl",
+    )  # fmt: skip
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert final["gate"] < 0.9 * first["gate"]
+    _, grown = load_gates(tmp_path / "new", config, NAMES)
+    for p, gate in grown.items():
+        assert np.array_equal(gate[..., [2, 0]], old[p])
+        assert np.all(np.abs(gate[..., [1, 3]]).max(axis=(0, 1)) > 1e-3)
+    with pytest.raises(InputError, match="expected a part of the bank's adapters, found all"):
+        train_gates(
+            world["base"], world["bank"], TASKS, tmp_path / "x", settings, dtype="float32", extend=world["gates"]
+        )
+    save_gates(tmp_path / "other", GateConfig(("zinnia",), 1, 1.0), {p: g[..., :1] for p, g in old.items()})
+    with pytest.raises(InputError, match="expected adapters of the bank, found zinnia"):
+        train_gates(
+            world["base"], world["bank"], TASKS, tmp_path / "x", settings, dtype="float32", extend=tmp_path / "other"
+        )
+
+
 def test_adapters_can_be_trained_beside_the_gates(tmp_path, world):
     settings = GateTraining(steps=5, batch_size=8, learning_rate=1e-2, train_adapters=True, max_length=100)
     train_gates(
@@ -281,6 +309,36 @@ def test_adapters_can_be_trained_beside_the_gates(tmp_path, world):
     padding = NAMES.index("birch")  # rank 2 among 8s
     assert not new.a["q_proj"][:, padding, 2:].any()
     mj.load(world["base"], tmp_path / "bank", tmp_path / "gates", dtype="float32")
+
+
+def test_bfloat16_trains_float32_gates_to_about_the_same_loss(tmp_path, world):
+    settings = GateTraining(steps=4, batch_size=8, max_length=100, beta=1.0)
+    finals = {
+        dtype: train_gates(world["base"], world["bank"], TASKS, tmp_path / dtype, settings, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    }
+    assert finals["bfloat16"]["lm"] == pytest.approx(finals["float32"]["lm"], abs=0.05)
+    assert finals["bfloat16"]["gate"] == pytest.approx(finals["float32"]["gate"], abs=0.02)
+    _, gates = load_gates(tmp_path / "bfloat16", world["model"].config, NAMES)
+    assert any(np.any(g != g.astype(jnp.bfloat16)) for g in gates.values())
+
+
+def test_flops_of_a_token_are_counted_by_hand():
+    """Llama-3-8B's shape: 4 FLOPs a frozen weight, 6 a trained one."""
+    shape = dict(
+        model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    config = LlamaConfig.from_hf(shape)
+    layer = 4096 * (4096 + 1024 + 1024) + 4096 * 4096 + 3 * 4096 * 14336
+    base = 4 * (32 * layer + 4096 * 128256)
+    assert flops_per_token(config, None, chosen=2, gates=False, train_adapters=False) == base
+    assert flops_per_pair(config) == 32 * 3 * (2 * 4096 + 2 * 4096)  # q k and p v, forward once and backward twice
+    bank = fresh_adapter(config, "a", 8, 16.0, ("q_proj",), 0).config
+    inputs = 4096 * 5 + 4096 + 14336
+    with_gates = flops_per_token(config, bank, chosen=1, gates=True, train_adapters=False)
+    adapters = 32 * 8 * (3 * 4096 + 4096 + 2 * 1024)  # the whole group pays for q_proj's rank
+    assert with_gates == base + 4 * adapters + 6 * 32 * inputs
 
 
 def test_training_refuses_missing_tasks(tmp_path, world):

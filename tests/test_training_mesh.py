@@ -47,7 +47,7 @@ def packed():
     return Batch(**vars(batch))
 
 
-def computed(base, bank, gates, mesh, accumulate: int) -> dict[str, np.ndarray]:
+def computed(base, bank, gates, mesh, accumulate: int = 1, remat=True) -> dict[str, np.ndarray]:
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -64,7 +64,7 @@ def computed(base, bank, gates, mesh, accumulate: int) -> dict[str, np.ndarray]:
     router = place_rows(jax.tree.map(np.asarray, model.bind(mj.Gates(2), part)), mesh)
     run = jax.jit(
         lambda frozen, params, batch, router: gradients(
-            graph, frozen, params, batch, router, BETA, dtype=jnp.float32, remat=True, accumulate=accumulate
+            graph, frozen, params, batch, router, BETA, dtype=jnp.float32, remat=remat, accumulate=accumulate
         )
     )
     with use_mesh(mesh):
@@ -86,7 +86,7 @@ def main(base: str, bank: str, gates: str, dest: str, coordinator: str = "", ind
         assert len(jax.local_devices()) == 4
         shapes = {f"hosts-{k}": SHAPES[k] for k in ("2x2x2", "1x1x8")}
     for name, shape in shapes.items():
-        found = computed(base, bank, gates, make_mesh(*shape), 1)
+        found = computed(base, bank, gates, make_mesh(*shape))
         if index == "0":
             np.savez(Path(dest) / f"{name}.npz", **found)
 
@@ -117,9 +117,14 @@ def check(found, expected):
         assert np.abs(found[p] - grad).max() <= 1e-5, p
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_one_device_equals_torch(calm, expected, accumulate):
-    check(computed(*calm, None, accumulate), expected)
+@pytest.mark.parametrize(("accumulate", "remat"), [(1, False), (4, True), (1, "dots")])
+def test_one_device_equals_torch(calm, expected, accumulate, remat):
+    check(computed(*calm, None, accumulate, remat), expected)
+
+
+def test_logits_block_by_block_equal_torch(calm, expected, monkeypatch):
+    monkeypatch.setattr("meteora_jax.training.loss.LOGITS_AT_ONCE", ROWS * 16 * 320)
+    check(computed(*calm, None), expected)
 
 
 @pytest.fixture(scope="module")

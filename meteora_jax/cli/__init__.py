@@ -35,6 +35,7 @@ from meteora_jax.cli.importing import (
     import_gates,
 )
 from meteora_jax.cli.inspect import Inspect, inspect
+from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.train import TrainAdapter, TrainGates, train_adapter, train_gates
 from meteora_jax.config import PREEMPTED, InputError, Preempted
@@ -78,6 +79,7 @@ Command = (
     | Annotated[Inspect, sub("inspect")]
     | Annotated[Prepare, sub("prepare")]
     | Annotated[Train, sub("train")]
+    | Annotated[Plan, sub("plan")]
     | Annotated[Generate, sub("generate")]
     | Annotated[Evaluate, sub("evaluate")]
     | Annotated[Demo, sub("demo")]
@@ -95,6 +97,7 @@ ACTIONS = {
     Prepare: prepare,
     TrainGates: train_gates,
     TrainAdapter: train_adapter,
+    Plan: plan,
     Generate: generate,
     Evaluate: evaluate,
     Demo: demo,

@@ -103,6 +103,8 @@ class TrainGates(_Train):
     """Train the adapters too, in float32, and write them as a new bank."""
     new_bank: Path | None = None
     """BANK folder for the adapters that --train-adapters trains."""
+    extend: Path | None = None
+    """GATES of a part of the bank: their columns keep every bit, only the other adapters' are trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ def train_gates(command: TrainGates) -> None:
         final = train(
             command.base, command.bank, tasks, command.out, settings,
             dtype=default_dtype(command.dtype), mesh=mesh, run=_run(command), new_bank=command.new_bank,
-            log=command.log, progress=progress,
+            extend=command.extend, log=command.log, progress=progress,
         )  # fmt: skip
     _report(command, settings, final, {"gates": str(command.out)})
 

@@ -17,8 +17,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.adapters import AdapterParam, GateParam
-from meteora_jax.checkpoint import assemble, load_bank, load_base, save_bank, save_gates, split_bank, split_gates
-from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, Preempted
+from meteora_jax.checkpoint import (
+    assemble,
+    load_bank,
+    load_base,
+    load_gates,
+    save_bank,
+    save_gates,
+    split_bank,
+    split_gates,
+)
+from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, Preempted, read_json
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
@@ -31,7 +40,7 @@ from meteora_jax.training.checkpoints import Checkpoints, preemption
 from meteora_jax.training.data import Batches, Layout, Mixture, plan
 from meteora_jax.training.loss import Losses
 from meteora_jax.training.step import TrainState, initial_state, make_step, optimizer
-from meteora_jax.training.watch import Recorder, flops_per_token
+from meteora_jax.training.watch import Recorder, flops_per_pair, flops_per_token
 
 Progress = Callable[[int, dict[str, Any]], None]
 
@@ -124,6 +133,7 @@ def train_gates(
     mesh: Mesh | None = None,
     run: RunFolder | None = None,
     new_bank: str | os.PathLike[str] | None = None,
+    extend: str | os.PathLike[str] | None = None,
     log: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -133,6 +143,8 @@ def train_gates(
         tasks: {adapter name: training examples}, one for every adapter of the bank.
         run: without one nothing is saved before the end.
         new_bank: with settings.train_adapters, the BANK folder for the trained adapters.
+        extend: GATES of a part of the bank's adapters. Their columns are kept bit for bit and only the others'
+            trained, on the tasks of all: the old ones' tokens are what the new columns must not claim.
         log: JSON lines, one a step.
         progress: called with every step and its record, a step late.
 
@@ -153,12 +165,13 @@ def train_gates(
     zeros = {
         p: np.zeros((config.num_layers, config.projection_shape(p)[0], len(names)), np.float32) for p in PROJECTIONS
     }
+    columns = _extended(extend, config, names, zeros) if extend is not None else None
     labels = {name: i for i, name in enumerate(names)}
     trained = (GateParam, AdapterParam) if settings.train_adapters else GateParam
     router = Gates(settings.top_k, settings.temperature)
     flops = dict(chosen=settings.top_k, gates=True, train_adapters=settings.train_adapters)
     state, final = _fit(
-        base, config, weights, loaded, zeros, trained, router, labels, tasks, settings, flops,
+        base, config, weights, loaded, zeros, trained, router, labels, tasks, settings, flops, columns=columns,
         kind=kind, mesh=mesh, run=run, log=log, progress=progress,
     )  # fmt: skip
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
@@ -167,6 +180,24 @@ def train_gates(
             save_bank(new_bank, split_bank(loaded, flat))
         save_gates(Path(dest), GateConfig(names, settings.top_k, settings.temperature), split_gates(flat))
     return final
+
+
+def _extended(
+    folder: str | os.PathLike[str], config: LlamaConfig, names: tuple[str, ...], gates: dict[str, np.ndarray]
+) -> np.ndarray:
+    """Fills the columns that GATES/ has into `gates`; which columns it has not, bool [A]."""
+    source = Path(folder) / "gates.json"
+    old = GateConfig.from_json(read_json(source), str(source)).names
+    unknown = [n for n in old if n not in names]
+    if unknown:
+        raise InputError(f"{source}: names: expected adapters of the bank, found {', '.join(unknown)}")
+    if len(old) == len(names):
+        raise InputError(f"{source}: names: expected a part of the bank's adapters, found all of them")
+    _, trained = load_gates(folder, config, old)
+    at = [names.index(n) for n in old]
+    for p, columns in trained.items():
+        gates[p][..., at] = columns
+    return ~np.isin(np.arange(len(names)), at)
 
 
 def train_adapter(
@@ -198,8 +229,8 @@ def train_adapter(
 
 
 def _fit(
-    base, config, weights, bank, gates, trained, router, labels, tasks, settings, flops, *, kind, mesh, run, log,
-    progress,
+    base, config, weights, bank, gates, trained, router, labels, tasks, settings, flops, *, columns=None, kind,
+    mesh, run, log, progress,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """The run itself: data, state (fresh, or where a run left off), the loop, the pictures."""
     if not config.eos_token_ids:
@@ -212,6 +243,9 @@ def _fit(
     )  # fmt: skip
     chosen = mixture.chosen()
     identity = _identity(config, bank.config, weights, tasks, settings, kind)
+    if columns is not None:
+        old = hashlib.sha256(b"".join(np.ascontiguousarray(gates[p]).tobytes() for p in PROJECTIONS))
+        identity |= {"extended": old.hexdigest()[:16]}
     checkpoints = Checkpoints(run.path / "checkpoints", run.keep, identity) if run else None
     if checkpoints and run and not run.resume:
         checkpoints.clear()
@@ -231,12 +265,12 @@ def _fit(
     bound = place_rows(jax.tree.map(np.asarray, router.bind([router] * part, bank.names)), mesh)
     step = make_step(
         graph, state, tx, beta=getattr(settings, "beta", 0.0), dtype=kind, remat=settings.remat,
-        accumulate=settings.accumulate, mesh=mesh,
+        accumulate=settings.accumulate, columns=columns, mesh=mesh,
     )  # fmt: skip
     path = Path(log) if log else run.path / "log.jsonl" if run else None
     recorder = Recorder(
         bank.names, path, run.path / "tensorboard" if run else None, start=start, progress=progress,
-        per_token=flops_per_token(config, bank.config, layout.width, **flops),
+        flops=(flops_per_token(config, bank.config, **flops), flops_per_pair(config)),
     )  # fmt: skip
     try:
         state = _loop(
@@ -259,15 +293,14 @@ def _loop(
     step, frozen, state, router: BoundRouter, batches: Batches, layout: Layout, steps: int, start: int,
     recorder: Recorder, checkpoints: Checkpoints | None, run: RunFolder | None, mesh: Mesh | None,
 ) -> TrainState:  # fmt: skip
-    late: tuple[int, Losses, int] | None = None  # a step's figures are read while the next one runs
+    late: tuple[int, Losses] | None = None  # a step's figures are read while the next one runs
     with use_mesh(mesh), preemption() as asked:
         for number in range(start + 1, steps + 1):
-            batch = next(batches)
-            placed = place_rows(batch, mesh)
-            state, losses = step(frozen, state, placed, router)
+            batch = place_rows(next(batches), mesh)
+            state, losses = step(frozen, state, batch, router)
             if late:
                 recorder.add(*late)
-            late = (number, losses, int((batch.segments > 0).sum()))
+            late = (number, losses)
             if checkpoints is None or run is None:
                 continue
             stop = asked(number)

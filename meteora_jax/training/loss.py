@@ -24,12 +24,15 @@ Remat = bool | Literal["dots"]
 class Losses:
     """loss = lm + beta * gate, and what the gates did on the tokens that have a task ("judged").
 
+    tokens, pairs: float32 [], tokens that are no padding, and pairs of them that attention joins.
     loss, lm, gate: float32 []. gate_accuracy: float32 [L, P], share of judged tokens whose top gate is their task's.
     hits: float32 [L, P, A], the same by task, as shares of all judged tokens; judged: float32 [A], each task's share
     of them. entropy: float32 [L, P], mean of the gates' softmax in nats. load: float32 [L, P, A], mean weight that
-    each adapter got. Without gates the last five are empty. Parts of a step that share `Counts` add up.
+    each adapter got. Without gates these five are empty. Parts of a step that share `Counts` add up.
     """
 
+    tokens: Any
+    pairs: Any
     loss: Any
     lm: Any
     gate: Any
@@ -76,13 +79,14 @@ def gate_training_loss(
         batch.tokens, batch.positions, router, segments=batch.segments, observe=observe, remat=remat
     )  # fmt: skip
     lm = next_token_loss(model, out.hidden, batch) / counts.predicted
+    size = jnp.sum(batch.segments > 0).astype(jnp.float32), jnp.sum((batch.positions + 1).astype(jnp.float32))
     if not gates:
         none = jnp.zeros((0,), jnp.float32)
-        return Losses(lm, lm, jnp.zeros((), jnp.float32), none, none, none, none, none)
+        return Losses(*size, lm, lm, jnp.zeros((), jnp.float32), none, none, none, none, none)
     gate, hits, entropy, load = out.observed
     gate = jnp.mean(gate)
     judged = _by_task(jnp.ones_like(batch.tasks, jnp.float32)[..., None], batch, hits.shape[-1])[0] / counts.judged
-    return Losses(lm + beta * gate, lm, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
+    return Losses(*size, lm + beta * gate, lm, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
 
 
 def _by_task(x: jax.Array, batch: Batch, adapters: int) -> jax.Array:

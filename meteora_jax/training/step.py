@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from meteora_jax.adapters import AdapterParam
+from meteora_jax.adapters import AdapterParam, GateParam
 from meteora_jax.routing import BoundRouter
 from meteora_jax.sharding import constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
@@ -61,6 +62,7 @@ def make_step(
     dtype: Any,
     remat: Remat,
     accumulate: int = 1,
+    columns: np.ndarray | None = None,
     mesh: Mesh | None = None,
 ) -> Step:
     """The compiled update (frozen, state, batch, router) -> (state, the losses before it); the state is donated.
@@ -70,12 +72,15 @@ def make_step(
         dtype: of base, adapters and activations; trained adapters are cast to it, gates stay float32.
         accumulate: the batch is worked off in so many parts, whose gradients add up to the whole batch's; the router
             is bound for the rows of one part.
+        columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit.
     """
 
     def step(frozen: Any, state: TrainState, batch: Batch, router: BoundRouter) -> tuple[TrainState, Losses]:
         losses, grads = gradients(
             graph, frozen, state.params, batch, router, beta, dtype=dtype, remat=remat, accumulate=accumulate
         )
+        if columns is not None:
+            grads = _only(grads, columns)  # before the optimiser: the clipped norm is that of what is trained
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the rest of the program says
             updates, moments = tx.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -126,6 +131,13 @@ def gradients(
     shapes = jax.eval_shape(lambda p: differentiate(params, p)[::-1], jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _only(grads: Any, columns: np.ndarray) -> Any:
+    """Gate gradients [.., A] with zeros outside `columns`; AdamW without decay leaves such entries alone."""
+    flat = nnx.to_flat_state(grads)
+    keep = lambda leaf: leaf.replace(jnp.where(columns, leaf[...], 0)) if isinstance(leaf, GateParam) else leaf  # noqa: E731
+    return nnx.from_flat_state([(path, keep(leaf)) for path, leaf in flat])
 
 
 def _computed(params: Any, dtype: Any) -> Any:

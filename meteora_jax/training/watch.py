@@ -31,13 +31,12 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def flops_per_token(
-    config: LlamaConfig, bank: BankConfig | None, width: int, *, chosen: int, gates: bool, train_adapters: bool
+    config: LlamaConfig, bank: BankConfig | None, *, chosen: int, gates: bool, train_adapters: bool
 ) -> float:
-    """FLOPs that one token of training needs, whatever a program spends (recomputation is not counted).
+    """FLOPs that one token of training needs beside attention, whatever a program spends.
 
-    Forward 2, backward through the activations 2 for every weight of a matmul; 2 more for a weight that is trained.
-    Frozen: base (its head included) and, unless trained, `chosen` adapters a token. Gates are trained. Attention:
-    scores and values of (width / 2) tokens on average, forward once, backward twice.
+    2 forward and 2 backward through the activations for every weight of a matmul, 2 more for a weight that is trained;
+    recomputation is not counted. Frozen: the base, its head included, and, unless trained, the `chosen` adapters.
     """
     base = config.hidden_size * config.vocab_size
     adapters = gate = 0
@@ -47,8 +46,12 @@ def flops_per_token(
         adapters += config.num_layers * chosen * group_rank(bank, group) * sum(i + o for i, o in shapes)
         if gates and bank is not None:
             gate += config.num_layers * len(bank.names) * sum(i for i, _ in shapes)
-    attention = config.num_layers * config.num_heads * config.head_dim * width
-    return 4.0 * base + (6.0 if train_adapters else 4.0) * adapters + 6.0 * gate + 6.0 * attention
+    return 4.0 * base + (6.0 if train_adapters else 4.0) * adapters + 6.0 * gate
+
+
+def flops_per_pair(config: LlamaConfig) -> float:
+    """FLOPs of attention for each token that a token sees: q k and p v are 4 a head's width, backward twice that."""
+    return 12.0 * config.num_layers * config.num_heads * config.head_dim
 
 
 class Recorder:
@@ -56,7 +59,7 @@ class Recorder:
 
     Args:
         names: of the tasks, by adapter index. log: JSON lines, a record a step; on resuming at step n its first n
-            records are kept. tensorboard: folder of scalars. per_token: FLOPs.
+            records are kept. tensorboard: folder of scalars. flops: of a token, and of a pair in attention.
     """
 
     def __init__(
@@ -65,15 +68,15 @@ class Recorder:
         log: Path | None,
         tensorboard: Path | None,
         *,
-        per_token: float,
+        flops: tuple[float, float],
         start: int,
         progress: Callable[[int, dict[str, Any]], None] | None,
     ):
         self.records = _kept(log, start) if log else []
-        self._names, self._progress, self._per_token = tuple(names), progress, per_token
+        self._names, self._progress, self._flops = tuple(names), progress, flops
         self._before = self.records[-1]["seconds"] if self.records else 0.0
         self._began = time.perf_counter()
-        self._times: deque[tuple[float, int]] = deque([(self._began, 0)], maxlen=WINDOW)
+        self._times: deque[tuple[float, int, float]] = deque([(self._began, 0, 0.0)], maxlen=WINDOW)
         self.accuracies: deque[np.ndarray] = deque(maxlen=1000)
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak * jax.device_count() if peak else None
@@ -90,13 +93,14 @@ class Recorder:
 
             self._writer = SummaryWriter(str(tensorboard), purge_step=start + 1 if start else None)
 
-    def add(self, step: int, losses: Losses, tokens: int) -> dict[str, Any]:
+    def add(self, step: int, losses: Losses) -> dict[str, Any]:
         """The record of a step; waits for the step to be done."""
         losses = jax.tree.map(np.asarray, losses)
+        tokens, pairs = int(losses.tokens), float(losses.pairs)
         now = time.perf_counter()
-        self._times.append((now, tokens))
-        first, _ = self._times[0]
-        rate = sum(n for _, n in list(self._times)[1:]) / max(now - first, 1e-9)
+        self._times.append((now, tokens, tokens * self._flops[0] + pairs * self._flops[1]))
+        (first, *_), *later = self._times
+        rate, flops = (sum(t[i] for t in later) / max(now - first, 1e-9) for i in (1, 2))
         record = {"step": step, "lm": round(float(losses.lm), 5)}
         if losses.gate_accuracy.size:
             record["gate"] = round(float(losses.gate), 5)
@@ -107,7 +111,7 @@ class Recorder:
             "tokens": tokens,
             "seconds": round(self._before + now - self._began, 2),
             "tokens_per_second": round(rate, 1),
-            "mfu": round(rate * self._per_token / self._peak, 4) if self._peak else None,
+            "mfu": round(flops / self._peak, 4) if self._peak else None,
         }
         if not np.isfinite(losses.loss):
             raise InputError(f"step {step}: expected a finite loss, found lm {record['lm']}, gate {record.get('gate')}")

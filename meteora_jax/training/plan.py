@@ -1,0 +1,169 @@
+"""What a training step would need on TPUs that are not there: the sharded step compiled for their topology."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from meteora_jax.adapters import GateParam
+from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.llama import Llama
+from meteora_jax.routing.gates import BoundGates
+from meteora_jax.sharding import replicated, rows_multiple, sharding, use_mesh
+from meteora_jax.training.data import Batch
+from meteora_jax.training.step import TrainState, make_step, optimizer
+from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
+
+GIB = 1 << 30
+# Memory of one device by the beginning of its `device_kind` (Google's data sheets; a TPU7x chip is two devices).
+MEMORY = {"TPU7x": 96, "TPU v6 lite": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, tie_word_embeddings=False)
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                      num_attention_heads=32, num_key_value_heads=32),
+    "llama2-13b": dict(vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                       num_attention_heads=40, num_key_value_heads=40),
+    "llama3-8b": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                      num_attention_heads=32, num_key_value_heads=8),
+    "llama3-70b": dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                       num_attention_heads=64, num_key_value_heads=8),
+}  # fmt: skip
+
+
+def shape_of(name: str) -> LlamaConfig:
+    """The configuration of a well-known base by name; what its shape does not depend on is made up."""
+    if name not in SHAPES:
+        raise InputError(f"base: expected a BASE folder or one of {', '.join(SHAPES)}, found {name!r}")
+    return LlamaConfig.from_hf({**_LLAMA, **SHAPES[name]}, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Figures of one step on one device of the topology; bytes, FLOPs, seconds.
+
+    weights: base, adapters, gates and optimiser. temporary: activations and what the compiler needs beside.
+    collectives: how often each occurs in the program (those of the layers' loop run once a layer).
+    """
+
+    devices: int
+    device_kind: str
+    mesh: dict[str, int]
+    rows: int
+    width: int
+    weights: int
+    temporary: int
+    memory: int | None
+    flops: float
+    seconds: float | None
+    collectives: dict[str, int]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the step fits into a device's memory; None if that is not known."""
+        return None if self.memory is None else self.weights + self.temporary <= self.memory
+
+    def advice(self) -> str:
+        """Which axis to grow where the step does not fit."""
+        if self.fits is not False:
+            return ""
+        if self.weights > self.temporary:
+            return "the weights are most of it: grow fsdp (or tensor) at the cost of data"
+        if self.rows > self.mesh["data"] * self.mesh["fsdp"]:
+            return "activations are most of it: fewer rows a device, --accumulate, or more devices on data or fsdp"
+        return "activations of one row are most of it: grow tensor, or shorten --width"
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """Devices of a TPU topology such as v5p:4x4x4, described by libtpu.
+
+    Raises:
+        InputError: libtpu is not installed, or knows no such topology.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as e:  # libtpu's own errors share no class
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"topology: expected one that libtpu describes, found {topology!r} ({reason})") from None
+
+
+def plan_training(
+    config: LlamaConfig,
+    adapters: int,
+    rank: int,
+    mesh: Mesh,
+    *,
+    rows: int,
+    width: int,
+    mfu: float,
+    top_k: int = 2,
+    accumulate: int = 1,
+    remat: Any = True,
+) -> Plan:
+    """Compiles one step of gate training in bfloat16 for `mesh`, whose devices need not exist."""
+    if rows % (rows_multiple(mesh) * accumulate):
+        raise InputError(
+            f"rows: expected a multiple of data x fsdp x accumulate = {rows_multiple(mesh) * accumulate}, found {rows}"
+        )
+    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
+    info = tuple(AdapterInfo(f"adapter {i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
+    bank = BankConfig(info, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
+    abstract = nnx.eval_shape(lambda: Llama(config, bank, True, jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graph, params, frozen = nnx.split(abstract, GateParam, ...)
+    params, frozen = _spread(params, mesh), _spread(frozen, mesh)
+    tx = optimizer(1000, 5e-4, 0.005, 0.3)
+    like = {x.shape: x.sharding for x in jax.tree.leaves(params)}
+    whole = replicated(mesh)
+    moments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.get(x.shape, whole)),
+        jax.eval_shape(tx.init, params),
+    )
+    state = TrainState(params, moments)
+
+    def rowwise(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        where = sharding(mesh, ("batch",) + (None,) * (len(shape) - 1), shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    ints = lambda: rowwise((rows, width), jnp.int32)  # noqa: E731
+    batch = Batch(ints(), ints(), ints(), rowwise((rows, width), bool), ints())
+    part = (rows // accumulate,)
+    router = BoundGates(rowwise(part, jnp.int32), rowwise(part, jnp.float32), max_k=top_k)
+    step: Any = make_step(
+        graph, state, tx, beta=50.0, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh
+    )
+    with use_mesh(mesh):
+        compiled = step.lower(frozen, state, batch, router).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
+    device = mesh.devices.flat[0]
+    per_token = flops_per_token(config, bank, chosen=top_k, gates=True, train_adapters=False)
+    flops = rows * width * (per_token + flops_per_pair(config) * (width + 1) / 2) / mesh.size
+    peak = peak_flops(device.device_kind)
+    room = next((n for kind, n in MEMORY.items() if device.device_kind.startswith(kind)), None)
+    return Plan(
+        mesh.size, device.device_kind, dict(mesh.shape), rows, width, memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes, room * GIB if room else None, flops, flops / (peak * mfu) if peak else None,
+        {k: found[k] for k in COLLECTIVES},
+    )  # fmt: skip
+
+
+def _spread(state: Any, mesh: Mesh) -> Any:
+    """Abstract weights with the shardings that `assemble` would give them."""
+
+    def spread(leaf: Any) -> Any:
+        where = sharding(mesh, leaf.get_metadata("axes"), leaf.shape)
+        return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
+
+    return nnx.from_flat_state([(path, spread(leaf)) for path, leaf in nnx.to_flat_state(state)])

@@ -1,0 +1,65 @@
+"""A plan's figures are those of the arrays and formulas; the TPU compiler itself is asked only where libtpu is."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from meteora_jax.cli import main
+from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.sharding import make_mesh
+from meteora_jax.training.plan import Plan, plan_training, shape_of
+
+TINY = LlamaConfig.from_hf(
+    dict(
+        model_type="llama", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )
+)  # fmt: skip
+
+
+def test_memory_and_flops_of_one_device():
+    found = plan_training(TINY, 4, 8, make_mesh(devices=jax.devices()[:1]), rows=2, width=64, mfu=0.5)
+    inputs = {"q": 64, "k": 64, "v": 64, "o": 64, "gate": 64, "up": 64, "down": 96}
+    outputs = {"q": 64, "k": 32, "v": 32, "o": 64, "gate": 96, "up": 96, "down": 64}
+    base = sum(2 * inputs[p] * outputs[p] for p in inputs) + 2 * 320 * 64 + 2 * 2 * 64 + 64
+    bank = 2 * 4 * 8 * sum(inputs[p] + outputs[p] for p in inputs)
+    gates = 2 * 4 * sum(inputs.values())
+    # bfloat16 base and bank; float32 gates with two moments, scales and the batch
+    expected = 2 * (base + bank) + 4 * 3 * gates + 4 * 2 * 7 * 4 + 2 * 64 * (4 * 4 + 1)
+    assert expected <= found.weights <= expected + 4096
+    assert found.temporary > 0
+    assert (found.memory, found.fits, found.seconds, found.devices) == (None, None, None, 1)
+    assert set(found.collectives.values()) == {0}
+
+
+def test_what_does_not_fit_is_told_what_to_grow():
+    plan = Plan(8, "x", {"data": 8, "fsdp": 1, "tensor": 1}, 8, 2048, 90, 5, 80, 1.0, 1.0, {})
+    assert not plan.fits
+    assert "grow fsdp" in plan.advice()
+    assert "grow tensor" in dataclasses.replace(plan, weights=10, temporary=90).advice()
+    assert "--accumulate" in dataclasses.replace(plan, weights=10, temporary=90, rows=64).advice()
+    assert dataclasses.replace(plan, weights=10).advice() == ""
+
+
+def test_a_plan_refuses_what_it_cannot_compile(capsys):
+    with pytest.raises(InputError, match=r"llama3-8b.*found 'llama9'"):
+        shape_of("llama9")
+    with pytest.raises(InputError, match="expected a multiple of data x fsdp x accumulate = 3, found 2"):
+        plan_training(TINY, 4, 8, make_mesh(devices=jax.devices()[:1]), rows=2, width=64, mfu=0.5, accumulate=3)
+    with pytest.raises(SystemExit, match="1"):
+        main(["plan", "train", "--base", "llama3-8b", "--topology", "kitten:2x2"])
+    assert "topology: expected one that libtpu describes, found 'kitten:2x2'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (meteora-jax[tpu])")
+def test_a_tpu_step_compiles_without_a_tpu(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    options = ["--topology", "v5e:2x2", "--data", "1", "--fsdp", "2", "--tensor", "2", "--width", "128"]
+    main(["plan", "train", "--base", str(tmp_path), "--json", str(tmp_path / "plan.json"), *options])
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert (found["devices"], found["device_kind"], found["rows"]) == (4, "TPU v5 lite", 2)
+    assert found["fits"]
+    assert found["collectives"]["all-gather"] > 0
