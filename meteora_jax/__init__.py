@@ -2,8 +2,9 @@
 
 from meteora_jax.config import InputError
 from meteora_jax.model import Completion, Delta, Meteora, load
+from meteora_jax.retriever.index import Index
 from meteora_jax.routing import Routing, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 
-__all__ = ["Completion", "Delta", "Fixed", "Gates", "InputError", "Meteora", "Routing", "RoutingTrace", "load"]
+__all__ = ["Completion", "Delta", "Fixed", "Gates", "Index", "InputError", "Meteora", "Routing", "RoutingTrace", "load"]
