@@ -6,5 +6,19 @@ from meteora_jax.retriever.index import Index
 from meteora_jax.routing import Routing, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.retrieval import GatesWithin, Retrieval
 
-__all__ = ["Completion", "Delta", "Fixed", "Gates", "Index", "InputError", "Meteora", "Routing", "RoutingTrace", "load"]
+__all__ = [
+    "Completion",
+    "Delta",
+    "Fixed",
+    "Gates",
+    "GatesWithin",
+    "Index",
+    "InputError",
+    "Meteora",
+    "Retrieval",
+    "Routing",
+    "RoutingTrace",
+    "load",
+]

@@ -95,6 +95,52 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
     return functools.reduce(jnp.add, parts)
 
 
+def routed_update(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, splits: tuple[int, ...]
+) -> jax.Array:
+    """What the routed adapters add to a group's output, float32 [B, T, O]; a, b, scale as in `AdaptedLinear`."""
+    if routing.per_request:
+        chosen = (routing.indices[:, 0, 0], routing.weights[:, 0, 0])
+        return request_lora(x, a, b, scale, *chosen, routing.fused, splits)
+    weights = routing.weights
+    if routing.fused is not None:
+        weights = jnp.where(routing.fused[:, None, None, None], 0.0, weights)
+    combine = dataclasses.replace(routing, weights=weights).dense(scale.shape[1]) * scale[None, None]
+    update = routed_lora(x, a, b, combine, splits)
+    if routing.fused is not None:
+        own = jnp.where(routing.fused[:, None], routing.weights[:, 0, 0], 0.0)
+        update = update + request_lora(x, a, b, scale, routing.indices[:, 0, 0], own, routing.fused, splits)
+    return update
+
+
+def request_lora(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, indices: jax.Array, weights: jax.Array,
+    fused: jax.Array | None, splits: tuple[int, ...],
+) -> jax.Array:  # fmt: skip
+    """The update where a request's adapters are the same for all its tokens: O(B*C) whatever the bank's size.
+
+        mixture (selection: C = 1)   y = sum_c w_c s_c (x A_c) B_c
+        fusion                       y = (x sum_c w_c A_c) (sum_c w_c s_c B_c)
+
+    Source: LoraRetriever (arXiv 2402.09997), section 3.3. indices int32 and weights float32 [B, C]; fused bool [B].
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    chosen = jnp.maximum(indices, 0)  # NO_ADAPTER has weight 0
+    h = einsum("bti,pbcri->btpcr", x, jnp.take(a, chosen, axis=1))
+    outer = (weights[None] * jnp.take(scale, chosen, axis=1)).transpose(1, 0, 2)[:, None, :, :, None]  # [B, 1, P, C, 1]
+    if fused is not None:
+        mean = jnp.sum(h * weights[:, None, None, :, None], axis=3, keepdims=True)
+        h = jnp.where(fused[:, None, None, None, None], mean, h)
+    h = (h * outer).astype(x.dtype)
+    columns = jnp.take(b, chosen, axis=0)  # [B, C, R, O]
+    starts = [sum(splits[:i]) for i in range(len(splits) + 1)]
+    updates = [
+        einsum("btcr,bcro->bto", h[:, :, p], columns[..., starts[p] : starts[p + 1]]) for p in range(len(splits))
+    ]
+    return jnp.concatenate(updates, axis=-1)
+
+
 class AdaptedLinear(nnx.Module):
     """One projection group: the projections that read the same input, their adapters and their gates.
 
@@ -129,9 +175,7 @@ class AdaptedLinear(nnx.Module):
         if router is not None:
             routing = router.route(x, self.gate[...] if self.gate is not None else None)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
-                scale = self.lora_scale[...]
-                combine = routing.dense(scale.shape[1]) * scale[None, None]
-                update = routed_lora(x, self.lora_a[...], self.lora_b[...], combine, self.splits)
-                y = (y.astype(jnp.float32) + update).astype(x.dtype)
+                bank = (self.lora_a[...], self.lora_b[...], self.lora_scale[...])
+                y = (y.astype(jnp.float32) + routed_update(x, *bank, routing, self.splits)).astype(x.dtype)
         starts = [sum(self.splits[:i]) for i in range(1, len(self.splits))]
         return jnp.split(y, starts, axis=-1), routing

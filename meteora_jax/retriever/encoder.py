@@ -154,7 +154,7 @@ class SentenceEncoder(nnx.Module):
         bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
         if self.distances is not None:
             buckets = distance_buckets(length, config.relative_buckets, config.relative_max_distance)
-            bias = bias + jnp.moveaxis(self.distances(buckets), -1, 0)[None]
+            bias = bias + jnp.moveaxis(self.distances(jnp.asarray(buckets)), -1, 0)[None]
         if config.family == "bert":
             x = self.norm(x)
         graph, weights = nnx.split(self.layers)
