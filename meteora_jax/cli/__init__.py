@@ -15,7 +15,27 @@ import tyro
 from meteora_jax.cli.demo import Demo, demo
 from meteora_jax.cli.evaluate import Evaluate, evaluate
 from meteora_jax.cli.generate import Generate, generate
-from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
+from meteora_jax.cli.importing import (
+    ImportAdapters,
+    ImportBase,
+    ImportEncoder,
+    import_adapters,
+    import_base,
+    import_encoder,
+)
+from meteora_jax.cli.index import (
+    IndexAdd,
+    IndexBuild,
+    IndexCommand,
+    IndexEvaluate,
+    IndexQuery,
+    IndexRemove,
+    index_add,
+    index_build,
+    index_evaluate,
+    index_query,
+    index_remove,
+)
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.train import TrainGates, train_gates
@@ -28,12 +48,17 @@ sub = tyro.conf.subcommand
 class Import:
     """Convert files of other formats into the folders that every other command reads."""
 
-    what: Annotated[ImportBase, sub("base")] | Annotated[ImportAdapters, sub("adapters")]
+    what: (
+        Annotated[ImportBase, sub("base")]
+        | Annotated[ImportAdapters, sub("adapters")]
+        | Annotated[ImportEncoder, sub("encoder")]
+    )
 
 
 Command = (
     Annotated[Import, sub("import")]
     | Annotated[Inspect, sub("inspect")]
+    | Annotated[IndexCommand, sub("index")]
     | Annotated[Prepare, sub("prepare")]
     | Annotated[TrainGates, sub("train")]
     | Annotated[Generate, sub("generate")]
@@ -44,6 +69,12 @@ Command = (
 ACTIONS = {
     ImportBase: import_base,
     ImportAdapters: import_adapters,
+    ImportEncoder: import_encoder,
+    IndexBuild: index_build,
+    IndexAdd: index_add,
+    IndexRemove: index_remove,
+    IndexQuery: index_query,
+    IndexEvaluate: index_evaluate,
     Inspect: inspect,
     Prepare: prepare,
     TrainGates: train_gates,
@@ -62,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    command = command.what if isinstance(command, Import) else command
+    command = command.what if isinstance(command, Import | IndexCommand) else command
     try:
         ACTIONS[type(command)](command)
     except InputError as e:

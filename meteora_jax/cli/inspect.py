@@ -1,4 +1,4 @@
-"""`meteora inspect`: what a base, bank or gates folder holds."""
+"""`meteora inspect`: what a base, bank, gates, index or encoder folder holds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a base, bank or gates folder holds."""
+    """Say what a base, bank, gates, index or encoder folder holds."""
 
     path: tyro.conf.Positional[Path]
-    """BASE, BANK or GATES folder."""
+    """BASE, BANK, GATES, INDEX or ENCODER folder."""
     json: Path | None = None
     """Write the report here too."""
 
@@ -56,6 +56,17 @@ def describe(path: Path) -> dict[str, Any]:
         gates = GateConfig.from_json(read_json(path / "gates.json"), str(path / "gates.json"))
         about = {"adapters": " ".join(gates.names), "top_k": gates.top_k, "temperature": gates.temperature}
         return {"kind": "gates", "about": about}
+    if (path / "index.json").exists():
+        from meteora_jax.retriever.index import Index
+
+        index = Index.load(path)
+        about = {"adapters": len(index.names), "scoring": index.scoring, "instruction": index.instruction}
+        inputs = {name: len(texts) for name, texts in index.profiles.items()}
+        return {"kind": "index", "about": about | {"encoder": index.encoder is not None, "inputs": inputs}}
+    if (path / "encoder.json").exists():
+        from meteora_jax.retriever.encoder import TextEncoder
+
+        return {"kind": "encoder", "about": TextEncoder.load(path).config.to_json()}
     if (path / "config.json").exists():
         raw = read_json(path / "config.json")
         config = LlamaConfig.from_hf(raw, str(path / "config.json"))
@@ -66,4 +77,6 @@ def describe(path: Path) -> dict[str, Any]:
         about["projections"] = {p: config.projection_shape(p) for p in PROJECTIONS}
         about["source"] = raw.get("meteora", {}).get("source")
         return {"kind": "base", "about": about}
-    raise InputError(f"{path}: expected config.json, bank.json or gates.json, found none of them")
+    raise InputError(
+        f"{path}: expected config.json, bank.json, gates.json, index.json or encoder.json, found none of them"
+    )
