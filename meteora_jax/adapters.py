@@ -96,21 +96,24 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
 
 
 def routed_update(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, splits: tuple[int, ...]
-) -> jax.Array:
-    """What the routed adapters add to a group's output, float32 [B, T, O]; a, b, scale as in `AdaptedLinear`."""
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, combine: jax.Array,
+    splits: tuple[int, ...],
+) -> jax.Array:  # fmt: skip
+    """What the routed adapters add to a group's output, float32 [B, T, O].
+
+    a, b, scale as in `AdaptedLinear`; combine float32 [B, T, P, A], every adapter's weight times its scale.
+    """
+    chosen = (routing.indices[:, 0, 0], routing.weights[:, 0, 0])
     if routing.per_request:
-        chosen = (routing.indices[:, 0, 0], routing.weights[:, 0, 0])
         return request_lora(x, a, b, scale, *chosen, routing.fused, splits)
-    weights = routing.weights
-    if routing.fused is not None:
-        weights = jnp.where(routing.fused[:, None, None, None], 0.0, weights)
-    combine = dataclasses.replace(routing, weights=weights).dense(scale.shape[1]) * scale[None, None]
-    update = routed_lora(x, a, b, combine, splits)
-    if routing.fused is not None:
-        own = jnp.where(routing.fused[:, None], routing.weights[:, 0, 0], 0.0)
-        update = update + request_lora(x, a, b, scale, routing.indices[:, 0, 0], own, routing.fused, splits)
-    return update
+    if routing.fused is None:
+        return routed_lora(x, a, b, combine, splits)
+    own = routing.fused[:, None, None, None]
+    return jnp.where(
+        routing.fused[:, None, None],
+        request_lora(x, a, b, scale, *chosen, routing.fused, splits),
+        routed_lora(x, a, b, jnp.where(own, 0.0, combine), splits),
+    )
 
 
 def request_lora(
@@ -175,7 +178,9 @@ class AdaptedLinear(nnx.Module):
         if router is not None:
             routing = router.route(x, self.gate[...] if self.gate is not None else None)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
-                bank = (self.lora_a[...], self.lora_b[...], self.lora_scale[...])
-                y = (y.astype(jnp.float32) + routed_update(x, *bank, routing, self.splits)).astype(x.dtype)
+                scale = self.lora_scale[...]
+                combine = routing.dense(scale.shape[1]) * scale[None, None]
+                update = routed_update(x, self.lora_a[...], self.lora_b[...], scale, routing, combine, self.splits)
+                y = (y.astype(jnp.float32) + update).astype(x.dtype)
         starts = [sum(self.splits[:i]) for i in range(1, len(self.splits))]
         return jnp.split(y, starts, axis=-1), routing

@@ -68,7 +68,8 @@ def test_compositions_equal_the_formula(chosen, adapters, rank, seed):
     # the same requests in a batch that holds token-level choices as well: axes T and P are written out
     wide = lambda z: jnp.broadcast_to(z[:, None, None], (3, 5, 2, chosen))  # noqa: E731
     routing = Routing(wide(jnp.asarray(indices)), wide(f32(weights)), fused=jnp.asarray(fused))
-    assert np.abs(np.asarray(routed_update(*arguments, routing, splits)) - ours).max() <= 1e-4
+    combine = routing.dense(adapters) * f32(scale)[None, None]
+    assert np.abs(np.asarray(routed_update(*arguments, routing, combine, splits)) - ours).max() <= 1e-4
 
 
 def torch_composed_logits(world, row, adapters, fused) -> np.ndarray:

@@ -39,6 +39,7 @@ from meteora_jax.cli.index import (
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.train import TrainGates, train_gates
+from meteora_jax.cli.train_retriever import TrainRetriever, train_retriever
 from meteora_jax.config import InputError
 
 sub = tyro.conf.subcommand
@@ -55,12 +56,19 @@ class Import:
     )
 
 
+@dataclass(frozen=True)
+class Train:
+    """Train gates, or the retriever's encoder."""
+
+    what: Annotated[TrainGates, sub("gates")] | Annotated[TrainRetriever, sub("retriever")]
+
+
 Command = (
     Annotated[Import, sub("import")]
     | Annotated[Inspect, sub("inspect")]
     | Annotated[IndexCommand, sub("index")]
     | Annotated[Prepare, sub("prepare")]
-    | Annotated[TrainGates, sub("train")]
+    | Annotated[Train, sub("train")]
     | Annotated[Generate, sub("generate")]
     | Annotated[Evaluate, sub("evaluate")]
     | Annotated[Demo, sub("demo")]
@@ -78,6 +86,7 @@ ACTIONS = {
     Inspect: inspect,
     Prepare: prepare,
     TrainGates: train_gates,
+    TrainRetriever: train_retriever,
     Generate: generate,
     Evaluate: evaluate,
     Demo: demo,
@@ -93,7 +102,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    command = command.what if isinstance(command, Import | IndexCommand) else command
+    command = command.what if isinstance(command, Import | Train | IndexCommand) else command
     try:
         ACTIONS[type(command)](command)
     except InputError as e:

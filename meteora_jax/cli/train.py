@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from meteora_jax.cli.report import console, default_dtype, progress_bar, write_json
 from meteora_jax.config import BankConfig, read_json
 
@@ -16,8 +14,6 @@ from meteora_jax.config import BankConfig, read_json
 class TrainGates:
     """Train the gates of a bank on its adapters' tasks; base and adapters stay frozen."""
 
-    what: tyro.conf.Positional[Literal["gates"]]
-    """What to train."""
     base: Path
     """BASE folder."""
     bank: Path

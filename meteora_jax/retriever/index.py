@@ -116,7 +116,7 @@ class Index:
             bare = [text for text in map(wording.remove, inputs) if text] if self._scoring.uses_bare else []
             added[name] = Profile(self._features(inputs), self._features(bare))
         if self._scoring.needs_encoder and added:
-            self._encode([f for p in added.values() for f in (p.inputs, p.bare) if len(f)])
+            self._encode([p.inputs for p in added.values()])
         self._profiles |= added
         self._fitted = False
 
@@ -178,7 +178,7 @@ class Index:
             (new / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
             if self.encoder is not None:
                 self.encoder.save(new / ENCODER)
-            parts = [f.computed_vectors for _, p in profiles for f in (p.inputs, p.bare) if len(f)]
+            parts = [p.inputs.computed_vectors for _, p in profiles]
             if parts and all(v is not None for v in parts):
                 save_file({"vectors": np.concatenate(parts).astype(np.float32)}, new / VECTORS)
 
@@ -212,7 +212,7 @@ class Index:
         return index
 
     def _restore_vectors(self, path: Path) -> None:
-        features = [f for p in self._profiles.values() for f in (p.inputs, p.bare) if len(f)]
+        features = [p.inputs for p in self._profiles.values()]
         total = sum(len(f) for f in features)
         try:
             with safe_open(path, "np") as file:

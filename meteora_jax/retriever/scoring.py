@@ -15,7 +15,7 @@ import numpy as np
 from meteora_jax.config import InputError
 from meteora_jax.retriever.features import Features, sklearn, unit
 
-MOST_RIDGE_INPUTS = 8000  # a dense system of that many unknowns is solved in seconds
+MOST_RIDGE_INPUTS = 12_000  # a dense system of that many unknowns takes about ten seconds and 2 GB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,22 +146,22 @@ def _bm25s() -> Any:
 class Ridge:
     """Discriminative: kernel ridge regression from an input to its adapter, one target an adapter.
 
-    The kernel is a weighted sum of cosines: n-grams of words, of both ends and of characters, and vectors. Every
-    adapter weighs the same, however many inputs it has. Each input is learnt a second time without the wording it
-    shares with its adapter's others, at a tenth of the weight: templates are then not all that is known. Weights
-    and penalty were chosen by cross-validation over profiles (docs/results.md), before any query was scored.
+    The kernel is a weighted sum of cosines: n-grams of words, of both ends and of characters, or vectors. Every
+    adapter weighs the same, however many inputs it has. With n-grams each input is learnt a second time without the
+    wording it shares with its adapter's others, at `bare_weight`: templates are then not all that is known. Weights
+    and penalty were chosen by cross-validation over profiles (docs/results.md).
     """
 
-    uses_bare = True
-
-    def __init__(self, kernel: Mapping[str, float], bare_weight: float = 0.1, penalty: float = 0.3):
+    def __init__(self, kernel: Mapping[str, float], bare_weight: float = 0.3, penalty: float = 0.3):
         self.needs_encoder = "vectors" in kernel
+        self.uses_bare = not self.needs_encoder
         self._kernel, self._bare_weight, self._penalty = dict(kernel), bare_weight, penalty
         self._texts: list[Features] = []
         self._gram = np.zeros((0, 0))
 
     def fit(self, pool: Sequence[Profile]) -> None:
-        texts = [f for p in pool for f in (p.inputs, p.bare)]
+        nothing = Features([], None)
+        texts = [f for p in pool for f in (p.inputs, p.bare if self.uses_bare else nothing)]
         sizes = [len(f) for f in texts]
         if (total := sum(sizes)) > MOST_RIDGE_INPUTS:
             raise InputError(
@@ -219,10 +219,10 @@ def _inner(a: Any, b: Any) -> np.ndarray:
 
 
 class Sum:
-    """Several scorings added, each with its scores of a request brought to mean 0 and deviation 1 over the adapters."""
+    """Several scorings added: with `weights` as they are; without, each brought to mean 0 and deviation 1 a request."""
 
-    def __init__(self, parts: Sequence[Scoring]):
-        self._parts = tuple(parts)
+    def __init__(self, parts: Sequence[Scoring], weights: Sequence[float] | None = None):
+        self._parts, self._weights = tuple(parts), weights
         self.needs_encoder = any(p.needs_encoder for p in parts)
         self.uses_bare = any(p.uses_bare for p in parts)
 
@@ -232,8 +232,11 @@ class Sum:
 
     def score(self, requests: Features) -> np.ndarray:
         scores = [part.score(requests) for part in self._parts]
-        spread = [np.maximum(s.std(axis=1, keepdims=True), 1e-12) for s in scores]
-        return np.sum([(s - s.mean(axis=1, keepdims=True)) / d for s, d in zip(scores, spread, strict=True)], axis=0)
+        if self._weights is None:
+            scores = [s - s.mean(axis=1, keepdims=True) for s in scores]
+            scores = [s / np.maximum(s.std(axis=1, keepdims=True), 1e-12) for s in scores]
+        weights = self._weights or [1.0] * len(scores)
+        return np.sum([w * s for w, s in zip(weights, scores, strict=True)], axis=0).astype(np.float32)
 
 
 LEXICAL = {"words": 1 / 3, "edges": 1 / 3, "characters": 1 / 3}
@@ -246,7 +249,7 @@ SCORINGS: dict[str, Callable[[], Scoring]] = {
     "bm25": Bm25,
     "lexical": lambda: Ridge(LEXICAL),
     "dense": lambda: Ridge({"vectors": 1.0}),
-    "hybrid": lambda: Ridge({"words": 0.3, "edges": 0.3, "characters": 0.3, "vectors": 0.1}),
+    "hybrid": lambda: Sum([Ridge(LEXICAL), Whitened()], [1.0, 0.3]),
 }
 
 
