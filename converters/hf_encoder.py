@@ -11,7 +11,7 @@ import numpy as np
 
 from converters.folders import new_folder, sha256, write_json
 from converters.hf_llama import copy_tokenizer, read_weights
-from converters.rules import TRANSPOSE, Progress, Rule, fill, plan
+from converters.rules import AS_IS, TRANSPOSE, Progress, Rule, fill, plan
 from converters.tensor_files import TensorWriter, read_safetensors
 from meteora_jax.config import InputError, read_json
 from meteora_jax.retriever.config import EncoderConfig
@@ -88,7 +88,7 @@ def read_modules(src: Path) -> dict[str, str]:
     return modules
 
 
-def read_pooling(src: Path, folder: str) -> str:
+def read_pooling(src: Path, folder: str) -> Any:
     """Mean or "cls" of the pooling's config.json; in its newer form, too."""
     raw = read_json(src / folder / "config.json")
     modes = {k.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens"): v for k, v in raw.items()}
@@ -213,7 +213,7 @@ def _bert_rules(config: EncoderConfig, kind: str) -> list[Rule]:
         norm = name.endswith("norm")
         weight = f"layers.{name}.{'scale' if norm else 'kernel'}"
         key = f"encoder.layer.{{layer}}.{key}"
-        rules.append(Rule(f"{key}.weight", weight, *([] if norm else [TRANSPOSE])))
+        rules.append(Rule(f"{key}.weight", weight, AS_IS if norm else TRANSPOSE))
         rules.append(Rule(f"{key}.bias", f"layers.{name}.bias"))
     return rules
 

@@ -78,8 +78,12 @@ def reword(
         raise InputError("wording: expected paraphrases for 'paraphrased', found none")
     if missing := sorted({q.adapter for q in queries} - paraphrases.keys()):
         raise InputError([f"paraphrases: {name}: expected templates, found none" for name in missing])
-    chosen = lambda i, q: paraphrases[q.adapter][i % len(paraphrases[q.adapter])]  # noqa: E731
-    return [dataclasses.replace(q, text=chosen(i, q).replace("{text}", text)) for i, q, text in bare if text]
+    reworded = []
+    for i, q, text in bare:
+        templates = paraphrases[q.adapter]
+        if text:
+            reworded.append(dataclasses.replace(q, text=templates[i % len(templates)].replace("{text}", text)))
+    return reworded
 
 
 def judge(index: Index, queries: Sequence[Query], ks: Sequence[int] = KS) -> dict[str, Any]:

@@ -178,8 +178,8 @@ class Index:
             (new / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
             if self.encoder is not None:
                 self.encoder.save(new / ENCODER)
-            parts = [p.inputs.computed_vectors for _, p in profiles]
-            if parts and all(v is not None for v in parts):
+            parts = [v for _, p in profiles if (v := p.inputs.computed_vectors) is not None]
+            if parts and len(parts) == len(profiles):
                 save_file({"vectors": np.concatenate(parts).astype(np.float32)}, new / VECTORS)
 
     @classmethod
@@ -246,7 +246,8 @@ def top(
         raise InputError(f"k: expected at most {left} (the adapters that a text may have), found {k}")
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     similarities = np.take_along_axis(scores, order, axis=1).astype(np.float32)
-    return Retrieved([tuple(names[i] for i in row) for row in order], similarities)
+    chosen: list[tuple[str, ...]] = [tuple(str(names[i]) for i in row) for row in order]
+    return Retrieved(chosen, similarities)
 
 
 @contextlib.contextmanager
