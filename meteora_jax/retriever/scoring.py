@@ -181,11 +181,11 @@ class Ridge:
 
         system = self._gram + np.diag(self._penalty / weights)
         self._dual = cho_solve(cho_factor(system, lower=True, overwrite_a=True), targets)
-        self._stacked = {part: self._rows(texts, part) for part in self._kernel}
+        self._columns = {part: _columns(self._rows(texts, part)) for part in self._kernel}
 
     def score(self, requests: Features) -> np.ndarray:
         similarity = sum(
-            weight * _inner(self._rows([requests], part), self._stacked[part]) for part, weight in self._kernel.items()
+            weight * _dense(self._rows([requests], part) @ self._columns[part]) for part, weight in self._kernel.items()
         )
         return (similarity @ self._dual).astype(np.float32)
 
@@ -207,14 +207,18 @@ class Ridge:
         if len(new):
             rows = [f for f in texts if f not in known]
             for part, weight in self._kernel.items():
-                block = weight * _inner(self._rows(rows, part), self._rows(texts, part))
+                block = weight * _dense(self._rows(rows, part) @ _columns(self._rows(texts, part)))
                 gram[new] += block
                 gram[np.ix_(kept, new)] += block[:, kept].T
         return gram
 
 
-def _inner(a: Any, b: Any) -> np.ndarray:
-    product = a @ b.T
+def _columns(rows: Any) -> Any:
+    """The transpose; a sparse one is sorted by row again, once, or every product with it would do so."""
+    return rows.T if isinstance(rows, np.ndarray) else rows.T.tocsr()
+
+
+def _dense(product: Any) -> np.ndarray:
     return product if isinstance(product, np.ndarray) else product.toarray()
 
 
