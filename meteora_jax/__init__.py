@@ -2,8 +2,23 @@
 
 from meteora_jax.config import InputError
 from meteora_jax.model import Completion, Delta, Meteora, load
+from meteora_jax.retriever.index import Index
 from meteora_jax.routing import Routing, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.retrieval import GatesWithin, Retrieval
 
-__all__ = ["Completion", "Delta", "Fixed", "Gates", "InputError", "Meteora", "Routing", "RoutingTrace", "load"]
+__all__ = [
+    "Completion",
+    "Delta",
+    "Fixed",
+    "Gates",
+    "GatesWithin",
+    "Index",
+    "InputError",
+    "Meteora",
+    "Retrieval",
+    "Routing",
+    "RoutingTrace",
+    "load",
+]

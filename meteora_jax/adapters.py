@@ -137,6 +137,55 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
     return functools.reduce(jnp.add, parts)
 
 
+def routed_update(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, combine: jax.Array,
+    splits: tuple[int, ...],
+) -> jax.Array:  # fmt: skip
+    """What the routed adapters add to a group's output, float32 [B, T, O].
+
+    a, b, scale as in `AdaptedLinear`; combine float32 [B, T, P, A], every adapter's weight times its scale.
+    """
+    chosen = (routing.indices[:, 0, 0], routing.weights[:, 0, 0])
+    if routing.per_request:
+        return request_lora(x, a, b, scale, *chosen, routing.fused, splits)
+    if routing.fused is None:
+        return routed_lora(x, a, b, combine, splits)
+    own = routing.fused[:, None, None, None]
+    return jnp.where(
+        routing.fused[:, None, None],
+        request_lora(x, a, b, scale, *chosen, routing.fused, splits),
+        routed_lora(x, a, b, jnp.where(own, 0.0, combine), splits),
+    )
+
+
+def request_lora(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, indices: jax.Array, weights: jax.Array,
+    fused: jax.Array | None, splits: tuple[int, ...],
+) -> jax.Array:  # fmt: skip
+    """The update where a request's adapters are the same for all its tokens: O(B*C) whatever the bank's size.
+
+        mixture (selection: C = 1)   y = sum_c w_c s_c (x A_c) B_c
+        fusion                       y = (x sum_c w_c A_c) (sum_c w_c s_c B_c)
+
+    Source: LoraRetriever (arXiv 2402.09997), section 3.3. indices int32 and weights float32 [B, C]; fused bool [B].
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    chosen = jnp.maximum(indices, 0)  # NO_ADAPTER has weight 0
+    h = einsum("bti,pbcri->btpcr", x, jnp.take(a, chosen, axis=1))
+    outer = (weights[None] * jnp.take(scale, chosen, axis=1)).transpose(1, 0, 2)[:, None, :, :, None]  # [B, 1, P, C, 1]
+    if fused is not None:
+        mean = jnp.sum(h * weights[:, None, None, :, None], axis=3, keepdims=True)
+        h = jnp.where(fused[:, None, None, None, None], mean, h)
+    h = (h * outer).astype(x.dtype)
+    columns = jnp.take(b, chosen, axis=0)  # [B, C, R, O]
+    starts = [sum(splits[:i]) for i in range(len(splits) + 1)]
+    updates = [
+        einsum("btcr,bcro->bto", h[:, :, p], columns[..., starts[p] : starts[p + 1]]) for p in range(len(splits))
+    ]
+    return jnp.concatenate(updates, axis=-1)
+
+
 class AdaptedLinear(nnx.Module):
     """One projection group: the projections that read the same input, their adapters and their gates.
 
@@ -184,7 +233,7 @@ class AdaptedLinear(nnx.Module):
                 scale = self.lora_scale[...]
                 weights = routing.dense(scale.shape[1])
                 combine = weights * scale[None, None]
-                update = routed_lora(x, self.lora_a[...], self.lora_b[...], combine, self.splits)
+                update = routed_update(x, self.lora_a[...], self.lora_b[...], scale, routing, combine, self.splits)
                 if self.lora_dora is not None:
                     update += by_column(weights, self.lora_dora[...], self.splits) * plain.astype(jnp.float32)
                 if self.lora_bias is not None:

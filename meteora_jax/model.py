@@ -19,6 +19,7 @@ from meteora_jax.generation import Generator, Sampling, check_prompts, pad_batch
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.routing import BoundRouter, RoutingTrace, bind
 from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.retrieval import Found, look_up
 from meteora_jax.sharding import place_rows, use_mesh
 from meteora_jax.text import TextStream, load_tokenizer
 
@@ -70,9 +71,17 @@ class Meteora:
 
     def bind(self, router: Any, batch: int) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch."""
-        if router == "gates if loaded":
+        if isinstance(router, str) and router == "gates if loaded":
             router = Gates(self.gates.top_k, self.gates.temperature) if self.gates else None
         return bind(router, self.adapter_names, batch, self.gates is not None)
+
+    def request_text(self, prompt: Prompt | Sequence[int]) -> str:
+        """What a retrieval reads: the text itself, what the user said in messages, or the text of token ids."""
+        if isinstance(prompt, str):
+            return prompt
+        if _is_token_ids(prompt):
+            return self.decode(prompt)  # pyright: ignore[reportArgumentType]: told apart by the line above
+        return "\n".join(m["content"] for m in prompt if m["role"] == "user")  # pyright: ignore[reportArgumentType, reportIndexIssue]
 
     def logits(self, token_ids: Any, router: Any = "gates if loaded") -> jax.Array:
         """Next-token logits at every position.
@@ -86,6 +95,7 @@ class Meteora:
         """
         rows = [list(map(int, row)) for row in token_ids]
         check_prompts(rows, self.config, 0)
+        router, _ = look_up(router, len(rows), lambda: [self.decode(row) for row in rows])
         tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows)), self.mesh)
         with use_mesh(self.mesh):
             batch = place_rows((tokens, lengths), self.mesh)
@@ -151,6 +161,7 @@ class Meteora:
         ids = [list(p) if _is_token_ids(p) else self.encode(p) for p in prompts]
         if not ids:
             raise InputError("prompts: expected at least one, found none")
+        router, retrieved = look_up(router, len(ids), lambda: [self.request_text(p) for p in prompts])
         batch = Generator(
             self.graph, self.weights, self.config, ids, self.bind(router, len(ids)), sampling, max_new_tokens, self.mesh
         )
@@ -171,9 +182,11 @@ class Meteora:
         for i, s in enumerate(streams):
             if text := s.finish():
                 yield Delta(i, text)
-        yield self._complete(batch, ids, streams)
+        yield self._complete(batch, ids, streams, retrieved)
 
-    def _complete(self, batch: Generator, ids: list[list[int]], streams: list[TextStream]) -> list[Completion]:
+    def _complete(
+        self, batch: Generator, ids: list[list[int]], streams: list[TextStream], retrieved: list[Found]
+    ) -> list[Completion]:
         reasons: list[FinishReason] = [
             "stop" if s.stopped else "end" if len(s.tokens) < batch.max_new_tokens else "length" for s in streams
         ]
@@ -186,7 +199,7 @@ class Meteora:
             trace = None
             if routing is not None:
                 shown = tuple(self.tokenizer.decode([t]) for t in prompt + s.tokens)
-                trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *routing[i])
+                trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *routing[i], retrieved[i])
             out.append(Completion(s.text, s.tokens, reasons[i], len(prompt), trace))
         return out
 

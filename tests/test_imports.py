@@ -27,7 +27,7 @@ ROOMS = [
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ROOMS decides
     "pallas_kernels": (),
-    "converters": ("meteora_jax.config",),
+    "converters": ("meteora_jax.config", "meteora_jax.retriever.config"),
     "meteora_jax": ("pallas_kernels",),
     "meteora_jax.cli": ("converters", "pallas_kernels"),
 }
@@ -38,11 +38,13 @@ THIRD_PARTY = {
         *("jax", "flax", "optax", "orbax", "numpy", "ml_dtypes", "safetensors", "jaxtyping"),
         *("transformers", "tokenizers", "jinja2", "tyro", "rich", "gguf"),
         *("matplotlib", "sacrebleu", "rouge_score", "datasets", "lm_eval", "grain", "tensorboardX"),
+        *("scipy", "sklearn", "bm25s"),
     },
 }
 INSIDE_FUNCTIONS = {  # optional, or slow to import: only where used
     *("gguf", "matplotlib", "sacrebleu", "rouge_score", "datasets", "transformers", "tokenizers"),
     *("grain", "tensorboardX", "orbax"),
+    *("scipy", "sklearn", "bm25s"),
 }
 
 

@@ -29,15 +29,31 @@ from meteora_jax.cli.generate import Generate, generate
 from meteora_jax.cli.importing import (
     ImportAdapters,
     ImportBase,
+    ImportEncoder,
     ImportGates,
     import_adapters,
     import_base,
+    import_encoder,
     import_gates,
+)
+from meteora_jax.cli.index import (
+    IndexAdd,
+    IndexBuild,
+    IndexCommand,
+    IndexEvaluate,
+    IndexQuery,
+    IndexRemove,
+    index_add,
+    index_build,
+    index_evaluate,
+    index_query,
+    index_remove,
 )
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.train import TrainAdapter, TrainGates, train_adapter, train_gates
+from meteora_jax.cli.train_retriever import TrainRetriever, train_retriever
 from meteora_jax.config import PREEMPTED, InputError, Preempted
 
 sub = tyro.conf.subcommand
@@ -51,6 +67,7 @@ class Import:
         Annotated[ImportBase, sub("base")]
         | Annotated[ImportAdapters, sub("adapters")]
         | Annotated[ImportGates, sub("gates")]
+        | Annotated[ImportEncoder, sub("encoder")]
     )
 
 
@@ -68,15 +85,20 @@ class Export:
 
 @dataclass(frozen=True)
 class Train:
-    """Train gates, or one adapter."""
+    """Train gates, one adapter, or the retriever's encoder."""
 
-    what: Annotated[TrainGates, sub("gates")] | Annotated[TrainAdapter, sub("adapter")]
+    what: (
+        Annotated[TrainGates, sub("gates")]
+        | Annotated[TrainAdapter, sub("adapter")]
+        | Annotated[TrainRetriever, sub("retriever")]
+    )
 
 
 Command = (
     Annotated[Import, sub("import")]
     | Annotated[Export, sub("export")]
     | Annotated[Inspect, sub("inspect")]
+    | Annotated[IndexCommand, sub("index")]
     | Annotated[Prepare, sub("prepare")]
     | Annotated[Train, sub("train")]
     | Annotated[Plan, sub("plan")]
@@ -89,15 +111,22 @@ ACTIONS = {
     ImportBase: import_base,
     ImportAdapters: import_adapters,
     ImportGates: import_gates,
+    ImportEncoder: import_encoder,
     ExportAdapter: export_adapter,
     ExportMerged: export_merged,
     ExportBase: export_base,
     ExportGates: export_gates,
     Inspect: inspect,
+    IndexBuild: index_build,
+    IndexAdd: index_add,
+    IndexRemove: index_remove,
+    IndexQuery: index_query,
+    IndexEvaluate: index_evaluate,
     Prepare: prepare,
     TrainGates: train_gates,
     TrainAdapter: train_adapter,
     Plan: plan,
+    TrainRetriever: train_retriever,
     Generate: generate,
     Evaluate: evaluate,
     Demo: demo,
@@ -113,7 +142,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    command = command.what if isinstance(command, Import | Export | Train) else command
+    command = command.what if isinstance(command, Import | Export | Train | IndexCommand) else command
     try:
         ACTIONS[type(command)](command)
     except Preempted as e:

@@ -25,8 +25,17 @@ class Generate:
     """BANK folder."""
     gates: Path | None = None
     """GATES folder."""
+    index: Path | None = None
+    """INDEX folder: the prompt's text finds its adapters."""
     router: str | None = None
-    """"gates", "none", an adapter's name, or a mixture NAME=WEIGHT,NAME=WEIGHT; gates if given, else none."""
+    """"gates", "retrieval", "gates-within" (what was retrieved), "none", an adapter's name, or a mixture
+    NAME=WEIGHT,NAME=WEIGHT; by default what is given: gates within retrieval, retrieval, gates, else none."""
+    retrieve: int = 3
+    """Adapters that the index finds for a prompt."""
+    compose: Literal["selection", "mixture", "fusion"] = "mixture"
+    """How retrieved adapters act together."""
+    weights: Literal["uniform", "similarity"] = "uniform"
+    """Of the retrieved adapters."""
     gate_top_k: int | None = None
     """Adapters a token; by default as the gates were trained."""
     gate_temperature: float | None = None
@@ -62,7 +71,10 @@ def parse_router(command: Generate, gates: Any) -> Any:
     from meteora_jax.routing.fixed import Fixed
     from meteora_jax.routing.gates import Gates
 
-    text = command.router or ("gates" if gates is not None else "none")
+    given = {(True, True): "gates-within", (True, False): "retrieval", (False, True): "gates", (False, False): "none"}
+    text = command.router or given[command.index is not None, gates is not None]
+    if text in ("retrieval", "gates-within"):
+        return parse_retrieval(command, text, gates)
     if text != "gates" and (command.gate_top_k is not None or command.gate_temperature is not None):
         raise InputError(f"--gate-top-k, --gate-temperature: expected --router gates, found {text!r}")
     if text == "none":
@@ -82,6 +94,22 @@ def parse_router(command: Generate, gates: Any) -> Any:
         except ValueError:
             raise InputError(f"--router: expected NAME=WEIGHT, found {part!r}") from None
     return Fixed(mixture)
+
+
+def parse_retrieval(command: Generate, text: str, gates: Any) -> Any:
+    """`--router retrieval | gates-within` as a router value."""
+    from meteora_jax.retriever.index import Index
+    from meteora_jax.routing.retrieval import GatesWithin, Retrieval
+
+    if command.index is None:
+        raise InputError(f"--router: expected --index beside {text!r}, found none")
+    if text == "retrieval":
+        return Retrieval(Index.load(command.index), command.retrieve, command.compose, command.weights)
+    if gates is None:
+        raise InputError("--router: expected --gates beside 'gates-within', found none")
+    top_k = gates.top_k if command.gate_top_k is None else command.gate_top_k
+    temperature = gates.temperature if command.gate_temperature is None else command.gate_temperature
+    return GatesWithin(Index.load(command.index), command.retrieve, top_k, temperature)
 
 
 def generate(command: Generate) -> None:
@@ -113,6 +141,10 @@ def generate(command: Generate) -> None:
             if len(completions) > 1:
                 console.rule(f"prompt {i}", align="left")
             print(c.text)
+    for i, c in enumerate(completions):
+        if c.routing is not None and c.routing.retrieved:
+            found = ", ".join(f"{name} {similarity:.3f}" for name, similarity in c.routing.retrieved)
+            status.print(f"prompt {i} retrieved: {found}", highlight=False)
     written = [
         show_routing(c.routing, command.routing_dir, f"routing-{i}")
         for i, c in enumerate(completions)
@@ -122,7 +154,9 @@ def generate(command: Generate) -> None:
         command.json,
         [
             {"prompt": p, "text": c.text, "token_ids": c.token_ids, "finish_reason": c.finish_reason,
-             "prompt_length": c.prompt_length, **({"routing": [str(f) for f in written[i]]} if written else {})}
+             "prompt_length": c.prompt_length,
+             **({"retrieved": dict(c.routing.retrieved)} if c.routing is not None and c.routing.retrieved else {}),
+             **({"routing": [str(f) for f in written[i]]} if written else {})}
             for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`meteora import base | adapters | gates`."""
+"""`meteora import base | adapters | gates | encoder`."""
 
 from __future__ import annotations
 
@@ -164,3 +164,31 @@ def import_gates(command: ImportGates) -> None:
         )
     console.print(f"{command.dest}: gates of {len(gates.names)} adapters", highlight=False)
     write_json(command.json, {"gates": str(command.dest), "bank": str(command.bank), **gates.to_json()})
+
+
+@dataclass(frozen=True)
+class ImportEncoder:
+    """Convert a sentence encoder (BERT, RoBERTa, MPNet or T5 family) from a sentence-transformers folder."""
+
+    src: tyro.conf.Positional[Path]
+    """sentence-transformers folder."""
+    dest: tyro.conf.Positional[Path]
+    """ENCODER folder to make."""
+    overwrite: bool = False
+    """Replace DEST if it exists, once the new one is complete."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+def import_encoder(command: ImportEncoder) -> None:
+    """Runs `meteora import encoder`."""
+    from converters.hf_encoder import import_encoder as convert
+
+    with progress_bar("import encoder") as bar:
+        progress = lambda key, done, total: bar(done, total, key)  # noqa: E731
+        config = convert(command.src, command.dest, command.overwrite, progress)
+    console.print(
+        f"{command.dest}: {config.family}, {config.num_layers} layers, vectors of {config.width}, {config.pooling} "
+        f"pooling, at most {config.max_length} tokens", highlight=False
+    )  # fmt: skip
+    write_json(command.json, {"encoder": str(command.dest), "config": config.to_json()})

@@ -1,4 +1,4 @@
-"""`meteora inspect`: what a base, bank or gates folder holds, or what an import would make of other files."""
+"""`meteora inspect`: what a base, bank, gates, index or encoder folder holds, or what an import would make of files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a base, bank or gates folder holds, or what is in files that could be imported."""
+    """Say what a base, bank, gates, index or encoder folder holds, or what is in files that could be imported."""
 
     path: tyro.conf.Positional[Path]
-    """BASE, BANK or GATES folder; a source of base weights; or a PEFT folder."""
+    """BASE, BANK, GATES, INDEX or ENCODER folder; a source of base weights; or a PEFT folder."""
     json: Path | None = None
     """Write the report here too."""
 
@@ -64,6 +64,17 @@ def describe(path: Path) -> dict[str, Any]:
         gates = GateConfig.from_json(read_json(path / "gates.json"), str(path / "gates.json"))
         about = {"adapters": " ".join(gates.names), "top_k": gates.top_k, "temperature": gates.temperature}
         return {"kind": "gates", "about": about}
+    if (path / "index.json").exists():
+        from meteora_jax.retriever.index import Index
+
+        index = Index.load(path)
+        about = {"adapters": len(index.names), "scoring": index.scoring, "instruction": index.instruction}
+        inputs = {name: len(texts) for name, texts in index.profiles.items()}
+        return {"kind": "index", "about": about | {"encoder": index.encoder is not None, "inputs": inputs}}
+    if (path / "encoder.json").exists():
+        from meteora_jax.retriever.encoder import TextEncoder
+
+        return {"kind": "encoder", "about": TextEncoder.load(path).config.to_json()}
     if (path / CONFIG).exists():
         settings = read_settings(read_json(path / CONFIG), str(path / CONFIG))
         weights, tensors = read_tensors(path)
@@ -82,7 +93,9 @@ def describe(path: Path) -> dict[str, Any]:
         config, rows = converters.plan_base(path)
         about = _about(config, sum(math.prod(row.shape) for row in rows))
         return {"kind": "source of a base", "about": about, "tensors": [vars(row) for row in rows]}
-    raise InputError(f"{path}: expected config.json, bank.json or gates.json, found none of them")
+    raise InputError(
+        f"{path}: expected config.json, bank.json, gates.json, index.json or encoder.json, found none of them"
+    )
 
 
 def _about(config: LlamaConfig, parameters: int) -> dict[str, Any]:

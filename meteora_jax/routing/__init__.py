@@ -32,12 +32,20 @@ class Routing:
     indices: int32 [B, T, P, C]; NO_ADAPTER where nothing acts (its weight is 0).
     weights: float32 [B, T, P, C].
     logits: float32 [B, T, P, A], the gates' own, for the router that has them; what gate training reads.
+    fused: bool [B], the requests whose chosen adapters act as one, their matrices averaged by the weights, cross
+    terms included (LoraRetriever's fusion); None: nobody's. Such a request's choice is the same at every T and P.
     Axes T and P may be 1 and then broadcast.
     """
 
     indices: Any
     weights: Any
     logits: Any = None
+    fused: Any = None
+
+    @property
+    def per_request(self) -> bool:
+        """Whether one choice serves all tokens and projections of a request: axes T and P are 1."""
+        return self.indices.shape[1] == self.indices.shape[2] == 1
 
     def dense(self, num_adapters: int) -> jax.Array:
         """[B, T, P, A]: the weight of every adapter, zero where it was not chosen."""
@@ -88,7 +96,12 @@ class PerPrompt:
             indices = jnp.where(own, padded, indices)
             weights = jnp.where(own, jnp.pad(routing.weights, pad), weights)
         logits = next((r.logits for r in routings if r.logits is not None), None)
-        return Routing(indices, weights, logits)
+        fused = None
+        for kind, routing in enumerate(routings):
+            if routing.fused is not None:
+                own = (self.which == kind) & routing.fused
+                fused = own if fused is None else fused | own
+        return Routing(indices, weights, logits, fused)
 
 
 def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> BoundRouter | None:
@@ -105,7 +118,7 @@ def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> Bo
         if r is None or type(r) in kinds:
             continue
         if not hasattr(r, "bind"):
-            raise InputError(f"router: expected Gates, Fixed, None or a list of them, found {r!r}")
+            raise InputError(f"router: expected Gates, Fixed, Retrieval, None or a list of them, found {r!r}")
         kinds.append(type(r))
     if not kinds:
         return None
@@ -131,6 +144,7 @@ class RoutingTrace:
     tokens: T display strings, prompt first, then the response.
     indices: int32 [T, L, P, C], NO_ADAPTER where nothing acted; weights: float32, the same shape.
     The last token of a response was never fed back, so nothing routed it.
+    retrieved: the adapters that a retrieval found for the request and their similarities, best first.
     """
 
     adapter_names: tuple[str, ...]
@@ -139,3 +153,4 @@ class RoutingTrace:
     prompt_length: int
     indices: np.ndarray
     weights: np.ndarray
+    retrieved: tuple[tuple[str, float], ...] = ()

@@ -48,12 +48,13 @@ class Fixed:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoundRequests:
-    """One routing a request, known beforehand: indices int32 [B, C], weights float32 [B, C]."""
+    """One routing a request, known beforehand: indices int32 [B, C], weights float32 [B, C], fused bool [B] or None."""
 
     indices: Any
     weights: Any
+    fused: Any = None
 
     def route(self, x: jax.Array, gate: jax.Array | None) -> Routing:
         """Routing [B, 1, 1, C], which broadcasts over tokens and projections; x and gate are not read."""
         del x, gate
-        return Routing(self.indices[:, None, None, :], self.weights[:, None, None, :])
+        return Routing(self.indices[:, None, None, :], self.weights[:, None, None, :], fused=self.fused)

@@ -37,10 +37,12 @@ class Gates:
     """Every projection's own gate picks its `top_k` adapters for every token.
 
     g = x @ Wg; s, idx = top_k(g, C); w = softmax(s / temperature); w = 1 when C = 1.
+    `within`: only these adapters may be chosen (their gates alone enter the top-k); None: all.
     """
 
     top_k: int = 2
     temperature: float = 1.0
+    within: tuple[str, ...] | None = None
     needs_gates = True
 
     def __post_init__(self):
@@ -48,28 +50,45 @@ class Gates:
             raise InputError(f"Gates: top_k: expected at least 1, found {self.top_k}")
         if not (0 < self.temperature < math.inf):
             raise InputError(f"Gates: temperature: expected a positive number, found {self.temperature}")
+        if self.within is not None and len(set(self.within)) < self.top_k:
+            raise InputError(f"Gates: within: expected at least {self.top_k} adapters (top_k), found {self.within}")
 
     def bind(self, routers: Sequence[Gates | None], names: tuple[str, ...]) -> BoundGates:
         counts = [r.top_k if r is not None else 0 for r in routers]
         if max(counts) > len(names):
             raise InputError(f"Gates: top_k: expected at most {len(names)} (the bank's adapters), found {max(counts)}")
         temperatures = [r.temperature if r is not None else 1.0 for r in routers]
-        return BoundGates(jnp.asarray(counts, jnp.int32), jnp.asarray(temperatures, jnp.float32), max_k=max(counts))
+        named = [r.within if r is not None and r.within is not None else names for r in routers]
+        if unknown := sorted({n for row in named for n in row} - set(names)):
+            raise InputError([f"Gates: within: expected one of {', '.join(names)}, found {n!r}" for n in unknown])
+        allowed = None
+        if any(row is not names for row in named):
+            allowed = jnp.asarray([[n in row for n in names] for row in map(set, named)])
+        return BoundGates(
+            jnp.asarray(counts, jnp.int32), jnp.asarray(temperatures, jnp.float32), allowed, max_k=max(counts)
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoundGates:
-    """Gates for a batch: each prompt its own C (0: not routed by gates) and temperature, both [B]."""
+    """Gates for a batch: each prompt its own C (0: not routed by gates) and temperature, both [B].
+
+    allowed: bool [B, A], the adapters that each prompt may choose; None: all.
+    """
 
     counts: Any
     temperatures: Any
+    allowed: Any
     max_k: int = dataclasses.field(metadata={"static": True})
 
     def route(self, x: jax.Array, gate: jax.Array) -> Routing:
         """x [B, T, I], gate float32 [I, P, A] -> Routing [B, T, P, max_k], with its logits."""
         logits = jnp.einsum("bti,ipa->btpa", x, gate.astype(x.dtype), preferred_element_type=jnp.float32)
-        values, indices = top_k(logits, self.max_k)
+        eligible = logits
+        if self.allowed is not None:
+            eligible = jnp.where(self.allowed[:, None, None, :], logits, -jnp.inf)
+        values, indices = top_k(eligible, self.max_k)
         taken = jnp.arange(self.max_k)[None, :] < self.counts[:, None]  # [B, C]
         taken = taken[:, None, None, :]
         values = jnp.where(taken, values / self.temperatures[:, None, None, None], -jnp.inf)

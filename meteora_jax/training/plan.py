@@ -139,7 +139,7 @@ def plan_training(
     ints = lambda: rowwise((rows, width), jnp.int32)  # noqa: E731
     batch = Batch(ints(), ints(), ints(), rowwise((rows, width), bool), ints())
     part = (rows // accumulate,)
-    router = BoundGates(rowwise(part, jnp.int32), rowwise(part, jnp.float32), max_k=top_k)
+    router = BoundGates(rowwise(part, jnp.int32), rowwise(part, jnp.float32), None, max_k=top_k)
     step: Any = make_step(
         graph, state, tx, beta=50.0, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh
     )

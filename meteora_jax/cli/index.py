@@ -1,0 +1,247 @@
+"""`meteora index build | query | add | remove | evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from meteora_jax.cli.report import console, status, write_json
+from meteora_jax.config import InputError
+
+
+@dataclass(frozen=True)
+class IndexBuild:
+    """Make an index of adapters from 1 to 20 sample inputs each."""
+
+    dest: tyro.conf.Positional[Path]
+    """INDEX folder to make; an index that is there is replaced once the new one is complete."""
+    files: tyro.conf.Positional[tuple[str, ...]] = ()
+    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt"; 20 are taken, evenly spread."""
+    profiles: Path | None = None
+    """A JSON file {NAME: [inputs]}, or the profiles of LoraRetriever's release."""
+    tasks: Path | None = None
+    """A TASKS folder: every TASKS/NAME/train.jsonl is adapter NAME's training file."""
+    describe: tuple[str, ...] = ()
+    """NAME=SENTENCE, adapters that a sentence describes."""
+    only: tuple[str, ...] = ()
+    """Of all these, the adapters to take; by default all."""
+    encoder: Path | None = None
+    """ENCODER folder; the index keeps a copy."""
+    scoring: str | None = None
+    """How profiles are compared: cosine, inner-product, whitened, tfidf-words, tfidf-characters, bm25, lexical, dense,
+    hybrid, or several joined with "+"; by default hybrid with an encoder, else lexical."""
+    instruction: str = ""
+    """Stands before every text that the encoder reads."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+@dataclass(frozen=True)
+class IndexAdd:
+    """Add adapters to an index; what it knows of the others stays."""
+
+    index: tyro.conf.Positional[Path]
+    """INDEX folder."""
+    files: tyro.conf.Positional[tuple[str, ...]] = ()
+    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt"."""
+    profiles: Path | None = None
+    """A JSON file {NAME: [inputs]}."""
+    tasks: Path | None = None
+    """A TASKS folder."""
+    describe: tuple[str, ...] = ()
+    """NAME=SENTENCE, adapters that a sentence describes."""
+    only: tuple[str, ...] = ()
+    """Of all these, the adapters to take; by default all."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+@dataclass(frozen=True)
+class IndexRemove:
+    """Remove adapters from an index."""
+
+    index: tyro.conf.Positional[Path]
+    """INDEX folder."""
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """The adapters."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+@dataclass(frozen=True)
+class IndexQuery:
+    """Say which adapters fit a text best."""
+
+    index: tyro.conf.Positional[Path]
+    """INDEX folder."""
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts; none: standard input is one."""
+    k: int = 3
+    """Adapters a text."""
+    exclude: tuple[str, ...] = ()
+    """Adapters that are not to be found."""
+    json: Path | None = None
+    """Write names and similarities here too."""
+
+
+@dataclass(frozen=True)
+class IndexEvaluate:
+    """Score an index on queries whose adapter is known, and draw how similar its adapters are."""
+
+    index: tyro.conf.Positional[Path]
+    """INDEX folder."""
+    queries: tyro.conf.Positional[Path]
+    """A JSON file, a list of {"inputs": text, "task": adapter, "domain": cluster}."""
+    paraphrases: Path | None = None
+    """A JSON file {adapter: [instructions with {text}]}: adds the column of other words."""
+    except_for: tuple[str, ...] = ()
+    """Leave out the queries of these adapters: with those that an encoder was trained on, only unseen ones count."""
+    out: Path | None = None
+    """Folder for similarity.png and similarity.html."""
+    json: Path | None = None
+    """Write the figures here too."""
+
+
+@dataclass(frozen=True)
+class IndexCommand:
+    """Build, change, ask and judge an index: the adapters' sample inputs, and what finds them by a request's text."""
+
+    what: (
+        Annotated[IndexBuild, tyro.conf.subcommand("build")]
+        | Annotated[IndexQuery, tyro.conf.subcommand("query")]
+        | Annotated[IndexAdd, tyro.conf.subcommand("add")]
+        | Annotated[IndexRemove, tyro.conf.subcommand("remove")]
+        | Annotated[IndexEvaluate, tyro.conf.subcommand("evaluate")]
+    )
+
+
+def _pairs(option: str, pairs: Sequence[str], right: str) -> list[tuple[str, str]]:
+    split = [(pair, *pair.partition("=")[::2]) for pair in pairs]
+    if wrong := [f"{option}: expected NAME={right}, found {p!r}" for p, name, rest in split if not (name and rest)]:
+        raise InputError(wrong)
+    return [(name, rest) for _, name, rest in split]
+
+
+def read_sources(command: IndexBuild | IndexAdd) -> dict[str, list[str]]:
+    """{adapter: inputs} from everything that a command names.
+
+    Raises:
+        InputError: an adapter named twice, a file that is refused, or no adapter at all.
+    """
+    from meteora_jax.retriever.index import read_profiles, read_training_file
+
+    found: list[tuple[str, list[str]]] = []
+    if command.profiles is not None:
+        found += read_profiles(command.profiles).items()
+    files = [(name, Path(file)) for name, file in _pairs("files", command.files, "FILE")]
+    if command.tasks is not None:
+        files += [(path.parent.name, path) for path in sorted(command.tasks.glob("*/train.jsonl"))]
+    wanted = set(command.only)
+    found += [(name, read_training_file(file)) for name, file in files if not wanted or name in wanted]
+    found += [(name, [sentence]) for name, sentence in _pairs("--describe", command.describe, "SENTENCE")]
+    names = [name for name, _ in found]
+    problems = [f"{name}: expected once, found twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [f"--only: expected a named adapter, found {name!r}" for name in sorted(wanted - set(names))]
+    if not found:
+        problems.append("profiles: expected NAME=FILE, --profiles, --tasks or --describe, found none")
+    if problems:
+        raise InputError(problems)
+    return {name: inputs for name, inputs in found if not wanted or name in wanted}
+
+
+def report(index: Any, folder: Path, path: Path | None) -> None:
+    """Says what an index holds now."""
+    count = sum(map(len, index.profiles.values()))
+    console.print(f"{folder}: {len(index.names)} adapters, {count} inputs, scoring {index.scoring}", highlight=False)
+    sizes = {name: len(inputs) for name, inputs in index.profiles.items()}
+    write_json(path, {"index": str(folder), "scoring": index.scoring, "inputs": sizes})
+
+
+def index_build(command: IndexBuild) -> None:
+    """Runs `meteora index build`."""
+    from meteora_jax.retriever.index import Index
+
+    profiles = read_sources(command)
+    encoder = None
+    if command.encoder is not None:
+        from meteora_jax.retriever.encoder import TextEncoder
+
+        encoder = TextEncoder.load(command.encoder)
+    with status.status("building"):
+        index = Index.build(profiles, command.scoring, encoder, command.instruction)
+        index.fit()
+        index.save(command.dest)
+    report(index, command.dest, command.json)
+
+
+def index_add(command: IndexAdd) -> None:
+    """Runs `meteora index add`."""
+    from meteora_jax.retriever.index import Index
+
+    profiles = read_sources(command)
+    index = Index.load(command.index)
+    index.add(profiles)
+    index.save(command.index)
+    report(index, command.index, command.json)
+
+
+def index_remove(command: IndexRemove) -> None:
+    """Runs `meteora index remove`."""
+    from meteora_jax.retriever.index import Index
+
+    index = Index.load(command.index)
+    index.remove(command.names)
+    index.save(command.index)
+    report(index, command.index, command.json)
+
+
+def index_query(command: IndexQuery) -> None:
+    """Runs `meteora index query`."""
+    from meteora_jax.retriever.index import Index
+
+    texts = list(command.texts) or [sys.stdin.read()]
+    index = Index.load(command.index)
+    found = index.query(texts, command.k, [command.exclude] * len(texts) if command.exclude else None)
+    table = Table("text", *(f"{i + 1}" for i in range(command.k)))
+    for text, names, similarities in zip(texts, *found, strict=True):
+        shown = " ".join(text.split())
+        cells = [f"{n} {s:.3f}" for n, s in zip(names, similarities, strict=True)]
+        table.add_row(shown if len(shown) <= 40 else f"{shown[:39]}…", *cells)
+    console.print(table)
+    rows = zip(texts, *found, strict=True)
+    write_json(command.json, [{"text": t, "names": list(n), "similarities": s.tolist()} for t, n, s in rows])
+
+
+def index_evaluate(command: IndexEvaluate) -> None:
+    """Runs `meteora index evaluate`."""
+    from meteora_jax.retriever import evaluation
+    from meteora_jax.retriever.index import Index
+
+    index = Index.load(command.index)
+    queries = [q for q in evaluation.read_queries(command.queries) if q.adapter not in command.except_for]
+    if not queries:
+        raise InputError(f"{command.queries}: expected queries beside those of --except-for, found none")
+    paraphrases = evaluation.read_paraphrases(command.paraphrases) if command.paraphrases else None
+    figures: dict[str, Any] = {}
+    for wording in evaluation.WORDINGS if paraphrases else evaluation.WORDINGS[:2]:
+        with status.status(f"{wording} wording"):
+            reworded = evaluation.reword(queries, index, wording, paraphrases)
+            figures[wording] = evaluation.judge(index, reworded)
+    ks = list(next(iter(figures.values()))["iid"])
+    title = f"{command.index}: {len(index.names)} adapters, scoring {index.scoring}; % found among the first k"
+    table = Table("wording", "queries", "", *(f"k={k}" for k in ks), title=title, title_justify="left")
+    for wording, row in figures.items():
+        for kind, label in (("iid", "own adapter"), ("ood", "own masked: its cluster")):
+            cells = [f"{row[kind][k]:.1f}" for k in row[kind]]
+            table.add_row(wording if kind == "iid" else "", str(row["queries"]) if kind == "iid" else "", label, *cells)
+    console.print(table)
+    written = evaluation.write_heat_map(index, queries, command.out) if command.out else []
+    for path in written:
+        console.print(str(path), highlight=False)
+    write_json(command.json, {"index": str(command.index), "scoring": index.scoring, "wordings": figures})

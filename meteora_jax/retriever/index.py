@@ -1,0 +1,313 @@
+"""The index of a pool: profiles of adapters, and the k adapters whose profiles fit a request best."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from meteora_jax.config import InputError, read_json
+from meteora_jax.retriever.features import Encoder, Features
+from meteora_jax.retriever.scoring import Profile, make_scoring
+from meteora_jax.retriever.wording import Wording
+
+FORMAT = "meteora-index-1"
+INSTRUCTION = "Represent the sentence for similar task retrieval: "  # LoraRetriever's own (section 3.2)
+MOST_INPUTS = 20  # an adapter's profile; the paper used up to that many
+VECTORS, ENCODER = "vectors.safetensors", "encoder"
+
+
+class Retrieved(NamedTuple):
+    """What a query found: for each request its k adapters, best first, and their similarities float32 [B, k]."""
+
+    names: list[tuple[str, ...]]
+    similarities: np.ndarray
+
+
+def check_profile(name: str, inputs: Sequence[str]) -> list[str]:
+    """What is wrong with a profile, one line each."""
+    problems = []
+    if not isinstance(name, str) or not name:
+        problems.append(f"profiles: expected an adapter's name, found {name!r}")
+    if isinstance(inputs, str) or not 1 <= len(inputs) <= MOST_INPUTS:
+        found = "a single text" if isinstance(inputs, str) else len(inputs)
+        problems.append(f"profile {name!r}: expected 1 to {MOST_INPUTS} inputs, found {found}")
+    elif blank := [i for i, text in enumerate(inputs) if not isinstance(text, str) or not text.strip()]:
+        problems.append(f"profile {name!r}: input {blank[0]}: expected a text, found {inputs[blank[0]]!r}")
+    return problems
+
+
+def spread(inputs: Sequence[str], most: int = MOST_INPUTS) -> list[str]:
+    """At most `most` different texts, evenly spread over a training file's inputs."""
+    different = list(dict.fromkeys(text for text in inputs if text.strip()))
+    count = min(most, len(different))
+    return [different[i * len(different) // count] for i in range(count)]
+
+
+class Index:
+    """Profiles of adapters under one scoring.
+
+    Adapters may be added and removed at any time; what was computed for the others stays. Whatever a scoring has to
+    learn from the pool it learns at the next query. The default scoring is "hybrid" with an encoder, "lexical"
+    without: the ones that retrieve best (docs/results.md). `SCORINGS` in scoring.py lists all by name.
+    """
+
+    def __init__(self, scoring: str | None = None, encoder: Encoder | None = None, instruction: str = ""):
+        self.scoring = scoring or ("hybrid" if encoder is not None else "lexical")
+        self.instruction, self.encoder = instruction, encoder
+        self._scoring = make_scoring(self.scoring)
+        if self._scoring.needs_encoder and encoder is None:
+            raise InputError(f"scoring {self.scoring!r}: expected an encoder, found none")
+        self._profiles: dict[str, Profile] = {}
+        self._fitted = False
+
+    @classmethod
+    def build(
+        cls,
+        profiles: Mapping[str, Sequence[str]],
+        scoring: str | None = None,
+        encoder: Encoder | None = None,
+        instruction: str = "",
+    ) -> Index:
+        """An index of {adapter: 1 to 20 inputs}; a sentence that describes the adapter counts as an input.
+
+        Args:
+            scoring: a name of `SCORINGS`, or several joined with "+".
+            encoder: for the scorings that compare vectors.
+            instruction: stands before every text that the encoder reads; the paper's is `INSTRUCTION`.
+
+        Raises:
+            InputError: bad profiles (all of them), an unknown scoring, a scoring without its encoder.
+        """
+        index = cls(scoring, encoder, instruction)
+        index.add(profiles)
+        return index
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in the order they were added."""
+        return tuple(self._profiles)
+
+    @property
+    def profiles(self) -> dict[str, tuple[str, ...]]:
+        """{adapter: its inputs}."""
+        return {name: profile.inputs.texts for name, profile in self._profiles.items()}
+
+    def add(self, profiles: Mapping[str, Sequence[str]]) -> None:
+        """Adds adapters, all or none. Raises InputError for bad profiles and for names that are there already."""
+        problems = [p for name, inputs in profiles.items() for p in check_profile(name, inputs)]
+        problems += [
+            f"profile {n!r}: expected a new adapter, found it in the index" for n in profiles if n in self.names
+        ]
+        if problems:
+            raise InputError(problems)
+        added = {}
+        for name, inputs in profiles.items():
+            wording = Wording(inputs, least=2)
+            bare = [text for text in map(wording.remove, inputs) if text] if self._scoring.uses_bare else []
+            added[name] = Profile(self._features(inputs), self._features(bare))
+        if self._scoring.needs_encoder and added:
+            self._encode([p.inputs for p in added.values()])
+        self._profiles |= added
+        self._fitted = False
+
+    def _features(self, texts: Sequence[str]) -> Features:
+        return Features(texts, self.encoder, self.instruction)
+
+    def _encode(self, features: Sequence[Features]) -> None:
+        """One call for all texts: the encoder sorts them into batches of like length."""
+        assert self.encoder is not None
+        texts = [text for f in features for text in f.texts]
+        vectors = Features(texts, self.encoder, self.instruction).vectors()
+        ends = np.cumsum([len(f) for f in features])[:-1]
+        for f, part in zip(features, np.split(vectors, ends), strict=True):
+            f.computed_vectors = part
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Removes adapters, all or none. Raises InputError for names that are not there."""
+        if unknown := [n for n in names if n not in self._profiles]:
+            raise InputError([f"remove: expected an adapter of the index, found {n!r}" for n in unknown])
+        self._profiles = {n: p for n, p in self._profiles.items() if n not in set(names)}
+        self._fitted = False
+
+    def fit(self) -> None:
+        """Makes the scoring ready for the pool as it is; a query does it by itself when adapters came or went."""
+        if not self._profiles:
+            raise InputError("index: expected at least one adapter, found none")
+        if not self._fitted:
+            self._scoring.fit(list(self._profiles.values()))
+            self._fitted = True
+
+    def scores(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [B, A]: every adapter's similarity to every text, adapters in the order of `names`."""
+        if isinstance(texts, str):
+            raise InputError("query: expected a list of texts, found a single text")
+        self.fit()
+        return self._scoring.score(self._features(texts)) if texts else np.zeros((0, len(self.names)), np.float32)
+
+    def query(self, texts: Sequence[str], k: int = 3, exclude: Sequence[Collection[str]] | None = None) -> Retrieved:
+        """The k most similar adapters of each text, best first; exact, ties to the one added first.
+
+        Args:
+            exclude: for each text the adapters that it must not get (out-of-distribution evaluation, permissions).
+
+        Raises:
+            InputError: k is more than the adapters left, an excluded name is unknown.
+        """
+        return top(self.scores(texts), self.names, k, exclude)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes INDEX/ whole or not at all; an existing index is replaced only once the new one is complete."""
+        folder = Path(folder)
+        profiles = self._profiles.items()
+        description = {
+            "format": FORMAT, "scoring": self.scoring, "instruction": self.instruction,
+            "encoder": self.encoder is not None,
+            "adapters": [{"name": n, "inputs": list(p.inputs.texts), "bare": list(p.bare.texts)} for n, p in profiles],
+        }  # fmt: skip
+        with _replacing(folder) as new:
+            (new / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            if self.encoder is not None:
+                self.encoder.save(new / ENCODER)
+            parts = [v for _, p in profiles if (v := p.inputs.computed_vectors) is not None]
+            if parts and len(parts) == len(profiles):
+                save_file({"vectors": np.concatenate(parts).astype(np.float32)}, new / VECTORS)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Index:
+        """Reads INDEX/. Raises InputError when it is missing, damaged, or of another format."""
+        folder = Path(folder)
+        source = str(folder / "index.json")
+        raw = read_json(folder / "index.json")
+        try:
+            if raw["format"] != FORMAT:
+                raise InputError(f"{source}: format: expected {FORMAT!r}, found {raw['format']!r}")
+            listed = [(a["name"], tuple(a["inputs"]), tuple(a["bare"])) for a in raw["adapters"]]
+            scoring, instruction, has_encoder = str(raw["scoring"]), str(raw["instruction"]), bool(raw["encoder"])
+        except (KeyError, TypeError) as e:
+            raise InputError(f"{source}: expected an index's description, found a malformed one ({e!r})") from e
+        problems = [f"{source}: {p}" for name, inputs, _ in listed for p in check_profile(name, inputs)]
+        if len({name for name, _, _ in listed}) < len(listed):
+            problems.append(f"{source}: adapters: expected different names, found one twice")
+        if problems:
+            raise InputError(problems)
+        encoder = None
+        if has_encoder:
+            from meteora_jax.retriever.encoder import TextEncoder
+
+            encoder = TextEncoder.load(folder / ENCODER)
+        index = cls(scoring, encoder, instruction)
+        index._profiles = {n: Profile(index._features(i), index._features(b)) for n, i, b in listed}
+        if (folder / VECTORS).exists():
+            index._restore_vectors(folder / VECTORS)
+        return index
+
+    def _restore_vectors(self, path: Path) -> None:
+        features = [p.inputs for p in self._profiles.values()]
+        total = sum(len(f) for f in features)
+        try:
+            with safe_open(path, "np") as file:
+                vectors = file.get_tensor("vectors")
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{path}: expected vectors in a complete safetensors file, found none ({e})") from None
+        if vectors.ndim != 2 or len(vectors) != total:
+            raise InputError(f"{path}: vectors: expected {total} rows (the inputs), found shape {vectors.shape}")
+        ends = np.cumsum([len(f) for f in features])[:-1]
+        for f, part in zip(features, np.split(vectors, ends), strict=True):
+            f.computed_vectors = part
+
+
+def top(
+    scores: np.ndarray, names: Sequence[str], k: int, exclude: Sequence[Collection[str]] | None = None
+) -> Retrieved:
+    """The k largest of each row of `scores` float32 [B, A], largest first; ties go to the lowest index."""
+    if k < 1:
+        raise InputError(f"k: expected at least 1, found {k}")
+    if exclude is not None:
+        if len(exclude) != len(scores):
+            raise InputError(f"exclude: expected {len(scores)} collections (one a text), found {len(exclude)}")
+        places = {name: i for i, name in enumerate(names)}
+        if unknown := {n for row in exclude for n in row} - places.keys():
+            raise InputError([f"exclude: expected an adapter of the index, found {n!r}" for n in sorted(unknown)])
+        scores = scores.copy()
+        for row, gone in zip(scores, exclude, strict=True):
+            row[[places[n] for n in gone]] = -np.inf
+    left = int((scores > -np.inf).sum(axis=1).min(initial=len(names)))
+    if k > left:
+        raise InputError(f"k: expected at most {left} (the adapters that a text may have), found {k}")
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    similarities = np.take_along_axis(scores, order, axis=1).astype(np.float32)
+    chosen: list[tuple[str, ...]] = [tuple(str(names[i]) for i in row) for row in order]
+    return Retrieved(chosen, similarities)
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A hidden sibling to write into; it becomes `folder` when the block ends without an exception."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "index.json").exists())):
+        raise InputError(f"{folder}: expected an index folder or nothing, found something else")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, work / "old")
+        try:
+            os.replace(new, folder)
+        except BaseException:
+            if (work / "old").exists():
+                os.replace(work / "old", folder)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """{adapter: inputs} of a JSON file: that object itself, or LoraRetriever's release.
+
+    The release is a list of {"model_name": ..., "sample": [{"inputs": ...}, ...]}.
+    """
+    raw = read_json(path)
+    try:
+        if isinstance(raw, list):
+            raw = {entry["model_name"]: [s["inputs"] for s in entry["sample"]] for entry in raw}
+        profiles = {name: list(inputs) for name, inputs in raw.items() if not isinstance(inputs, str)}
+        if len(profiles) < len(raw):
+            raise TypeError("a single text where a list of inputs belongs")
+    except (KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path}: expected {{adapter: [inputs]}}, found something else ({e!r})") from None
+    if problems := [f"{path}: {p}" for name, inputs in profiles.items() for p in check_profile(name, inputs)]:
+        raise InputError(problems)
+    return profiles
+
+
+def read_training_file(path: str | os.PathLike[str]) -> list[str]:
+    """A profile from an adapter's training file, JSON lines with a "prompt": up to 20, spread evenly."""
+    path = Path(path)
+    prompts: list[str] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read ({e})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry: Any = json.loads(line)
+            prompts.append(str(entry["prompt"]))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f'{path}:{number}: expected {{"prompt": ...}}, found {line[:60]!r}') from None
+    if not any(p.strip() for p in prompts):
+        raise InputError(f"{path}: expected prompts, found none")
+    return spread(prompts)

@@ -1,0 +1,132 @@
+"""Request-level routing by retrieval (LoraRetriever, arXiv 2402.09997): the request's text finds its adapters.
+
+`Retrieval` and `GatesWithin` say how; `look_up` asks the index once the texts of a batch are known, and puts for every
+prompt a router in their place that needs no text any more: `Composed`, or `Gates` within what was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from meteora_jax.config import InputError
+from meteora_jax.retriever.index import Index
+from meteora_jax.routing import NO_ADAPTER
+from meteora_jax.routing.fixed import BoundRequests
+from meteora_jax.routing.gates import Gates
+
+Compose = Literal["selection", "mixture", "fusion"]
+COMPOSITIONS: tuple[Compose, ...] = ("selection", "mixture", "fusion")
+Found = tuple[tuple[str, float], ...]  # (adapter, similarity), best first
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Retrieval:
+    """The k adapters whose profiles are most like the request, acting together.
+
+    selection: the best one alone. mixture: their outputs averaged. fusion: their matrices averaged, so that one
+    adapter's A meets another's B. weights "uniform" is the paper's; "similarity" divides one among the retrieved in
+    proportion to their similarities, those below zero counting as zero (uniform where all are).
+    exclude: adapters that this request must not get.
+    """
+
+    index: Index
+    k: int = 3
+    compose: Compose = "mixture"
+    weights: Literal["uniform", "similarity"] = "uniform"
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.compose not in COMPOSITIONS:
+            raise InputError(f"Retrieval: compose: expected {', '.join(COMPOSITIONS)}, found {self.compose!r}")
+        if self.weights not in ("uniform", "similarity"):
+            raise InputError(f"Retrieval: weights: expected uniform or similarity, found {self.weights!r}")
+        if self.k < 1:
+            raise InputError(f"Retrieval: k: expected at least 1, found {self.k}")
+
+    def router(self, found: Found) -> Composed:
+        """The router of a request for which `found` was retrieved."""
+        if self.compose == "selection":
+            return Composed(((found[0][0], 1.0),), False)
+        shares = np.ones(len(found))
+        if self.weights == "similarity":
+            shares = np.maximum([similarity for _, similarity in found], 0.0)
+            shares = shares if shares.sum() > 0 else np.ones(len(found))
+        named = [(name, float(w)) for (name, _), w in zip(found, shares / shares.sum(), strict=True)]
+        return Composed(tuple(named), self.compose == "fusion")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GatesWithin:
+    """Retrieval narrows the bank to k adapters, and the gates choose among those for every token."""
+
+    index: Index
+    k: int = 3
+    top_k: int = 2
+    temperature: float = 1.0
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        Gates(self.top_k, self.temperature)  # refuses bad values
+        if self.k < self.top_k:
+            raise InputError(f"GatesWithin: k: expected at least {self.top_k} (top_k), found {self.k}")
+
+    def router(self, found: Found) -> Gates:
+        """The router of a request for which `found` was retrieved."""
+        return Gates(self.top_k, self.temperature, within=tuple(name for name, _ in found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """Adapters of one request with their weights, as a mixture or fused."""
+
+    adapters: tuple[tuple[str, float], ...]
+    fused: bool
+    needs_gates = False
+
+    def bind(self, routers: Sequence[Composed | None], names: tuple[str, ...]) -> BoundRequests:
+        rows = [r.adapters if r is not None else () for r in routers]
+        places = {name: i for i, name in enumerate(names)}
+        if unknown := sorted({name for row in rows for name, _ in row} - places.keys()):
+            raise InputError([f"retrieval: expected adapters of the bank, found {name!r}" for name in unknown])
+        width = max(1, *map(len, rows))
+        indices = np.full((len(rows), width), NO_ADAPTER, np.int32)
+        weights = np.zeros((len(rows), width), np.float32)
+        for b, row in enumerate(rows):
+            for c, (name, weight) in enumerate(row):
+                indices[b, c], weights[b, c] = places[name], weight
+        fused = [r is not None and r.fused for r in routers]
+        return BoundRequests(jnp.asarray(indices), jnp.asarray(weights), jnp.asarray(fused) if any(fused) else None)
+
+
+def look_up(router: Any, batch: int, texts: Callable[[], list[str]]) -> tuple[Any, list[Found]]:
+    """Replaces every `Retrieval` and `GatesWithin` of a caller's `router=` by what their indices found.
+
+    Args:
+        router: one router, a list of one a prompt, or None; others pass through untouched.
+        texts: gives the requests' texts; only called when there is something to retrieve.
+
+    Returns:
+        the routers, and for every prompt what was retrieved (nothing where nothing was asked for).
+    """
+    per_prompt = list(router) if isinstance(router, list | tuple) else [router] * batch
+    asking = [b for b, r in enumerate(per_prompt) if isinstance(r, Retrieval | GatesWithin)]
+    found: list[Found] = [()] * batch
+    if not asking or len(per_prompt) != batch:
+        return router, found  # another length is refused when the routers are bound
+    requests = texts()
+    groups: dict[tuple[int, int], list[int]] = {}
+    for b in asking:
+        groups.setdefault((id(per_prompt[b].index), per_prompt[b].k), []).append(b)
+    for rows in groups.values():
+        first = per_prompt[rows[0]]
+        exclude = [per_prompt[b].exclude for b in rows]
+        result = first.index.query([requests[b] for b in rows], first.k, exclude if any(exclude) else None)
+        for b, names, similarities in zip(rows, *result, strict=True):
+            found[b] = tuple(zip(names, map(float, similarities), strict=True))
+            per_prompt[b] = per_prompt[b].router(found[b])
+    return per_prompt, found

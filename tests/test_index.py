@@ -1,0 +1,270 @@
+"""The index: scorings against their formulas, adapters that come and go, folders that are whole or refused."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.kernel_ridge import KernelRidge
+
+import meteora_jax as mj
+from meteora_jax.config import InputError
+from meteora_jax.retriever.features import Features, ngrams
+from meteora_jax.retriever.index import Index, read_profiles, read_training_file, spread, top
+from meteora_jax.retriever.scoring import SCORINGS
+from meteora_jax.retriever.wording import Wording
+
+PROFILES = {
+    "translate": ["Translate to German: the house is red", "Translate to German: I am hungry"],
+    "sentiment": ["What a film! Is this positive or negative?", "I fell asleep. Is this positive or negative?"],
+    "count": ["How many apples are 3 apples and 4 apples?", "How many pears are 2 pears and 9 pears?", "Count: 1 2 3"],
+}
+QUERIES = ["Translate to German: my cat sleeps", "How many plums are 5 plums and 6 plums?", "Dull. Is this positive?"]
+
+
+class Letters:
+    """An encoder that anybody can check: how often each letter occurs."""
+
+    calls = 0
+
+    def encode(self, texts):
+        self.calls += 1
+        return np.asarray([[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts], np.float32)
+
+    def save(self, folder):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("scoring", [*SCORINGS, "tfidf-words+cosine"])
+def test_every_scoring_finds_the_obvious(scoring):
+    index = Index.build(PROFILES, scoring, Letters())
+    found = index.query(QUERIES, k=3)
+    assert found.similarities.shape == (3, 3)
+    assert (np.diff(found.similarities, axis=1) <= 0).all()
+    assert all(sorted(row) == sorted(PROFILES) for row in found.names)
+    lexical = not SCORINGS[scoring.split("+")[0]]().needs_encoder
+    if lexical:  # counting letters is no way to tell tasks apart
+        assert [row[0] for row in found.names] == ["translate", "count", "sentiment"]
+
+
+def test_the_papers_scorings_equal_their_formula():
+    encode = lambda texts: Letters().encode(texts).astype(np.float64)  # noqa: E731
+    means = np.stack([encode(inputs).mean(0) for inputs in PROFILES.values()])
+    q = encode(QUERIES)
+    inner = Index.build(PROFILES, "inner-product", Letters()).scores(QUERIES)
+    assert np.allclose(inner, q @ means.T, rtol=1e-5)
+    cosine = Index.build(PROFILES, "cosine", Letters()).scores(QUERIES)
+    norms = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(means, axis=1)
+    assert np.allclose(cosine, q @ means.T / norms, atol=1e-6)
+
+
+def test_the_instruction_stands_before_every_text():
+    plain = Index.build(PROFILES, "inner-product", Letters()).scores(QUERIES)
+    marked = Index.build(PROFILES, "inner-product", Letters(), "zzzzz ").scores(QUERIES)
+    assert np.allclose(marked, plain + 25, rtol=1e-5)  # five z in the query times five in the profile
+
+
+def test_tfidf_equals_scikit_learn():
+    texts = [t for inputs in PROFILES.values() for t in inputs]
+    vectorizer = TfidfVectorizer().fit(texts)
+    means = np.stack([vectorizer.transform(i).toarray().mean(0) for i in PROFILES.values()])
+    want = vectorizer.transform(QUERIES).toarray() @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    assert np.allclose(Index.build(PROFILES, "tfidf-words").scores(QUERIES), want, atol=1e-6)
+
+
+def test_the_regression_equals_scikit_learns_kernel_ridge():
+    """The dense kernel alone, no input without its shared wording, three inputs an adapter: KernelRidge's formula."""
+    from meteora_jax.retriever.scoring import Profile, Ridge
+
+    pool = [list(inputs)[:2] for inputs in PROFILES.values()]
+    ridge = Ridge({"words": 0.5, "characters": 0.5}, penalty=0.3)
+    ridge.fit([Profile(Features(i, None), Features([], None)) for i in pool])
+    texts = [t for inputs in pool for t in inputs]
+    gram = lambda a, b: sum(0.5 * (ngrams(a, k) @ ngrams(b, k).T).toarray() for k in ("words", "characters"))  # noqa: E731
+    model = KernelRidge(alpha=0.3 * 2 / 20, kernel="precomputed").fit(gram(texts, texts), np.repeat(np.eye(3), 2, 0))
+    want = model.predict(gram(QUERIES, texts))
+    assert np.allclose(ridge.score(Features(QUERIES, None)), want, atol=1e-5)
+
+
+def test_ngrams_are_cosines_of_what_they_say():
+    a, b = ngrams(["ab", "abc"], "characters").toarray()
+    assert np.isclose(a @ b, 1 / np.sqrt(3))  # {ab} and {ab, bc, abc}
+    c, d = ngrams(["yes, no", "yes no"], "words").toarray()
+    assert np.isclose(c @ d, 2 / np.sqrt(6 * 3))  # "," is a word: yes no are shared, their pair is not
+
+
+@pytest.mark.parametrize("scoring", ["cosine", "lexical", "hybrid", "bm25", "whitened"])
+def test_adapters_come_and_go_as_if_built_so(scoring):
+    encoder = Letters()
+    index = Index.build({k: PROFILES[k] for k in ("sentiment", "translate")}, scoring, encoder)
+    index.query(QUERIES, k=1)
+    index.add({"count": PROFILES["count"]})
+    index.query(QUERIES, k=1)
+    index.remove(["sentiment"])
+    after = index.scores(QUERIES)
+    fresh = Index.build({k: PROFILES[k] for k in ("translate", "count")}, scoring, Letters())
+    assert index.names == fresh.names
+    assert np.allclose(after, fresh.scores(QUERIES), atol=1e-5)
+
+
+def test_adding_encodes_only_what_is_new():
+    encoder = Letters()
+    index = Index.build(PROFILES, "cosine", encoder)
+    index.fit()
+    before = encoder.calls
+    index.add({"more": ["Something else"]})
+    index.fit()
+    assert encoder.calls == before + 1
+
+
+def test_excluded_adapters_are_not_found():
+    index = Index.build(PROFILES)
+    found = index.query(QUERIES, k=2, exclude=[["translate"], [], ["sentiment"]])
+    free = index.query(QUERIES, k=3)
+    assert "translate" not in found.names[0]
+    assert found.names[1] == free.names[1][:2]
+    assert found.names[0] == tuple(n for n in free.names[0] if n != "translate")
+    assert "sentiment" not in found.names[2]
+
+
+def test_ties_go_to_the_adapter_added_first():
+    found = top(np.asarray([[0.5, 0.7, 0.7, 0.1]], np.float32), "abcd", 3)
+    assert found.names == [("b", "c", "a")]
+
+
+def test_a_saved_index_answers_the_same(tmp_path):
+    index = Index.build(PROFILES)
+    index.save(tmp_path / "index")
+    index.add({"more": ["Something else altogether"]})
+    index.save(tmp_path / "index")  # replaces
+    loaded = mj.Index.load(tmp_path / "index")
+    assert loaded.names == index.names
+    assert loaded.profiles == index.profiles
+    assert np.array_equal(loaded.scores(QUERIES), index.scores(QUERIES))
+    assert [p.name for p in tmp_path.iterdir()] == ["index"]
+
+
+def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
+    Index.build(PROFILES).save(tmp_path / "index")
+    monkeypatch.setattr("meteora_jax.retriever.index.json.dumps", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Index.build({"other": ["x y z"]}).save(tmp_path / "index")
+    assert Index.load(tmp_path / "index").names == tuple(PROFILES)
+    assert [p.name for p in tmp_path.iterdir()] == ["index"]
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="found something else"):
+        Index.build(PROFILES).save(tmp_path / "file")
+
+
+def test_ten_thousand_adapters_cost_one_matmul():
+    """Exact, and no slower than ten times the product and the sort that it cannot do without."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((10_001, 384)).astype(np.float32)
+
+    class Given:
+        def encode(self, texts):
+            return vectors[[int(t) for t in texts]]
+
+        def save(self, folder):
+            raise NotImplementedError
+
+    index = Index.build({f"a{i}": [str(i)] for i in range(10_000)}, "cosine", Given())
+    rows = vectors[:10_000] / np.linalg.norm(vectors[:10_000], axis=1, keepdims=True)
+    query = vectors[10_000:]
+
+    def timed(call):
+        start = time.perf_counter()
+        return call(), time.perf_counter() - start
+
+    index.fit()
+    ours, bare = [], []
+    for _ in range(7):  # side by side, so that a busy machine slows both
+        found, seconds = timed(lambda: index.query(["10000"], k=3))
+        ours.append(seconds)
+        order, seconds = timed(lambda: np.argsort(-(query @ rows.T), axis=1, kind="stable"))
+        bare.append(seconds)
+    assert list(found.names[0]) == [f"a{i}" for i in order[0, :3]]
+    assert min(ours) < 10 * min(bare) + 0.02
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: Index.build({"a": []}), "profile 'a': expected 1 to 20 inputs, found 0"),
+        (lambda: Index.build({"a": ["x"] * 21}), "found 21"),
+        (lambda: Index.build({"a": "text"}), "found a single text"),
+        (lambda: Index.build({"a": ["fine", " "], "": ["x"]}), "input 1: expected a text"),
+        (lambda: Index.build(PROFILES, "cosine"), "scoring 'cosine': expected an encoder"),
+        (lambda: Index.build(PROFILES, "magic"), "found 'magic'"),
+        (lambda: Index.build(PROFILES).add({"count": ["x"]}), "expected a new adapter"),
+        (lambda: Index.build(PROFILES).remove(["nobody"]), "found 'nobody'"),
+        (lambda: Index.build(PROFILES).query(QUERIES, k=4), "k: expected at most 3"),
+        (lambda: Index.build(PROFILES).query(QUERIES, k=0), "k: expected at least 1"),
+        (lambda: Index.build(PROFILES).query("text"), "found a single text"),
+        (lambda: Index.build(PROFILES).query(["x"], 3, exclude=[["count"]]), "k: expected at most 2"),
+        (lambda: Index.build(PROFILES).query(["x"], 1, exclude=[["nobody"]]), "found 'nobody'"),
+        (lambda: Index.build(PROFILES).query(["x"], 1, exclude=[]), "expected 1 collections"),
+        (lambda: Index().query(["x"]), "expected at least one adapter"),
+    ],
+)
+def test_bad_input_is_refused(call, said):
+    with pytest.raises(InputError, match="expected") as refusal:
+        call()
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda d: d.update(format="other"), "expected 'meteora-index-1'"),
+        (lambda d: d.pop("adapters"), "malformed"),
+        (lambda d: d["adapters"].append(d["adapters"][0]), "found one twice"),
+        (lambda d: d["adapters"][0].update(inputs=[]), "found 0"),
+        (lambda d: d.update(scoring="magic"), "magic"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path, edit, said):
+    Index.build(PROFILES).save(tmp_path / "index")
+    path = tmp_path / "index" / "index.json"
+    raw = json.loads(path.read_text())
+    edit(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="expected") as refusal:
+        Index.load(tmp_path / "index")
+    assert said in str(refusal.value)
+
+
+def test_profiles_from_files(tmp_path):
+    plain, release = tmp_path / "plain.json", tmp_path / "release.json"
+    plain.write_text(json.dumps({"a": ["x", "y"]}))
+    release.write_text(json.dumps([{"model_name": "a", "sample": [{"inputs": "x", "targets": "1"}, {"inputs": "y"}]}]))
+    assert read_profiles(plain) == read_profiles(release) == {"a": ["x", "y"]}
+    for wrong in ({"a": "text"}, [{"name": "a"}], {"a": []}, 3):
+        plain.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=r"plain\.json"):
+            read_profiles(plain)
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"prompt": f"p{i % 50}", "response": "r"}) + "\n" for i in range(100)))
+    inputs = read_training_file(train)
+    assert len(inputs) == len(set(inputs)) == 20
+    assert inputs == read_training_file(train) == spread([f"p{i}" for i in range(50)])
+    train.write_text('{"prompt": "x"}\n{"question": "y"}\n')
+    with pytest.raises(InputError, match=r"train\.jsonl:2"):
+        read_training_file(train)
+
+
+def test_shared_wording_is_removed_and_content_stays():
+    texts = [
+        "Is the following sentence true or false?\nCats bark.\nOPTIONS:\n- no\n- yes",
+        "Is the following sentence true or false?\nWater is wet and the sea salty.\nOPTIONS:\n- no\n- yes",
+        "Pick one, the following sentence true or false?\nSnow\nOPTIONS:\n- black snow\n- yes",
+    ]
+    wording = Wording(texts, least=2)
+    assert wording.remove(texts[0]) == "Cats bark."
+    assert wording.remove(texts[1]) == "Water is wet and the sea salty."
+    assert wording.remove(texts[2]) == "Pick one, \nSnow\n- black snow"
+    assert wording.remove("Is the following sentence true or false?") == ""
+    strict = Wording(["the sea salty"], least=1)
+    assert strict.remove("Water is wet and the sea salty.") == "Water is wet and ."

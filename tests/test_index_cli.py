@@ -1,0 +1,152 @@
+"""`meteora index`, `import encoder`, `train retriever` and `generate --index`: files in, figures and text out."""
+
+import json
+
+import pytest
+from test_cli import refused, run
+from test_encoder import sentence_folder
+from test_retrieval import PROFILES, PROMPTS
+
+import meteora_jax as mj
+from meteora_jax.config import InputError
+from meteora_jax.retriever import evaluation
+from meteora_jax.retriever.evaluation import Query
+
+
+@pytest.fixture
+def profiles(tmp_path):
+    path = tmp_path / "profiles.json"
+    path.write_text(json.dumps(PROFILES))
+    return path
+
+
+@pytest.fixture
+def queries(tmp_path):
+    path = tmp_path / "queries.json"
+    texts = {
+        "apple": "Translate to German: my garden grows",
+        "birch": "Great fun. Is this positive or negative?",
+        "cedar": "How many plums are 1 plums and 6 plums?",
+        "daisy": "Write a poem about garden gnomes",
+    }
+    rows = [{"inputs": t, "task": n, "domain": "words" if n in ("apple", "daisy") else "x"} for n, t in texts.items()]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_an_index_is_built_changed_asked_and_judged(tmp_path, capsys, profiles, queries):
+    index, train, out = tmp_path / "index", tmp_path / "train.jsonl", tmp_path / "out.json"
+    train.write_text("".join(json.dumps({"prompt": f"Sort these: {i}", "response": ""}) + "\n" for i in range(30)))
+    build = ("index", "build", index, f"sorting={train}", "--profiles", profiles, "--json", out)
+    assert run(capsys, *build, "--describe", "jokes=Tells a joke on request")[0] == 0
+    sizes = {"apple": 2, "birch": 2, "cedar": 2, "daisy": 2, "sorting": 20, "jokes": 1}
+    assert json.loads(out.read_text())["inputs"] == sizes
+    assert run(capsys, "index", "remove", index, "jokes")[0] == 0
+    assert run(capsys, "index", "add", index, "--describe", "rhymes=Finds rhymes")[0] == 0
+    status, said, _ = run(capsys, "index", "query", index, "Sort these: 3 1 2", "--k", 2, "--json", out)
+    assert status == 0
+    found = json.loads(out.read_text())[0]
+    assert found["names"][0] == "sorting"
+    assert "sorting" in said
+    assert run(capsys, "index", "query", index, "Sort these: 3", "--exclude", "sorting", "--json", out)[0] == 0
+    assert "sorting" not in json.loads(out.read_text())[0]["names"]
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps({n: ["Please: {text}", "{text}. Thanks!"] for n in PROFILES}))
+    maps = ("--paraphrases", words, "--out", tmp_path / "maps", "--json", out)
+    assert run(capsys, "index", "evaluate", index, queries, *maps)[0] == 0
+    figures = json.loads(out.read_text())["wordings"]
+    assert figures["own"]["iid"]["1"] == 100
+    assert list(figures) == ["own", "removed", "paraphrased"]
+    assert (tmp_path / "maps" / "similarity.png").read_bytes().startswith(b"\x89PNG")
+    assert "</html>" in (tmp_path / "maps" / "similarity.html").read_text()
+    status, said, _ = run(capsys, "inspect", index)
+    assert status == 0
+    assert "lexical" in said
+
+
+def test_encoder_training_and_an_index_with_vectors(tmp_path, capsys, profiles):
+    sentence_folder(tmp_path / "hf", "bert")
+    encoder, trained, index = tmp_path / "encoder", tmp_path / "trained", tmp_path / "index"
+    assert run(capsys, "import", "encoder", tmp_path / "hf", encoder)[0] == 0
+    settings = ("--share", 0.5, "--steps", 2, "--batch-size", 2, "--json", tmp_path / "out.json")
+    train = ("train", "retriever", trained, "--encoder", encoder, "--profiles", profiles, *settings)
+    assert run(capsys, *train)[0] == 0
+    assert len(json.loads((tmp_path / "out.json").read_text())["trained"]) == 2
+    assert (trained / "training.png").exists()
+    assert "holds files" in refused(capsys, *train)
+    build = ("index", "build", index, "--profiles", profiles, "--encoder", trained)
+    assert run(capsys, *build)[0] == 0
+    assert mj.Index.load(index).scoring == "hybrid"
+    assert run(capsys, "inspect", trained)[0] == 0
+
+
+def test_generate_by_retrieval(tmp_path, capsys, world, profiles):
+    index = tmp_path / "index"
+    assert run(capsys, "index", "build", index, "--profiles", profiles)[0] == 0
+    folders = ("--base", world["base"], "--bank", world["bank"], "--index", index, "--json", tmp_path / "out.json")
+    loaded, model = mj.Index.load(index), world["model"]
+    for extra, router in (
+        ((), mj.Retrieval(loaded, 3)),
+        (("--compose", "fusion", "--retrieve", 2), mj.Retrieval(loaded, 2, "fusion")),
+        (("--gates", world["gates"]), mj.GatesWithin(loaded, 3)),
+    ):
+        assert run(capsys, "generate", *PROMPTS[:2], *folders, *extra, "--max-new-tokens", 4)[0] == 0
+        want = model.generate(PROMPTS[:2], router, max_new_tokens=4)
+        written = json.loads((tmp_path / "out.json").read_text())
+        assert [w["token_ids"] for w in written] == [c.token_ids for c in want]
+        assert [w["retrieved"] for w in written] == [dict(c.routing.retrieved) for c in want]
+    base = ("generate", "x", "--base", world["base"], "--bank", world["bank"], "--router")
+    assert "expected --index" in refused(capsys, *base, "retrieval")
+
+
+def test_figures_are_what_they_say():
+    """Four adapters, three queries, scores by hand."""
+
+    class Index:
+        names = ("a", "b", "c", "d")
+
+        def scores(self, texts):
+            import numpy as np
+
+            return np.asarray([[3, 2, 1, 0], [3, 2, 1, 0], [0, 1, 2, 3]], np.float32)
+
+    queries = [Query("x", "a", "one"), Query("y", "b", "one"), Query("z", "b", "one")]
+    judged = evaluation.judge.__wrapped__(Index(), queries, (1, 2, 3, 4))  # a stand-in for an index
+    assert judged["iid"] == {1: 33.33, 2: 66.67, 3: 100.0}  # own adapter at places 1, 2 and 3
+    # masked: a's kin b is first; b's kin a is first; then b's kin a is last of c, d, a
+    assert judged["ood"] == {1: 66.67, 2: 66.67, 3: 100.0}
+    assert judged["clusters"] == {"one": judged["iid"]}
+
+
+def test_rewording(tmp_path):
+    index = mj.Index.build(PROFILES)
+    queries = [Query("Translate to German: my garden grows", "apple", "x"), Query("Write a poem about", "daisy", "x")]
+    words = {"apple": ["Bring over: {text}"], "daisy": ["{text}?"]}
+    removed = evaluation.reword(queries, index, "removed")
+    assert [q.text for q in removed] == ["my garden grows"]  # nothing is left of the other
+    assert [q.text for q in evaluation.reword(queries, index, "paraphrased", words)] == ["Bring over: my garden grows"]
+    assert evaluation.reword(queries, index, "own") == queries
+    with pytest.raises(InputError, match="daisy: expected templates"):
+        evaluation.reword(queries, index, "paraphrased", {"apple": ["{text}"]})
+    path = tmp_path / "words.json"
+    path.write_text('{"a": ["no place for it"]}')
+    with pytest.raises(InputError, match=r"words\.json: a: expected texts that hold \{text\}"):
+        evaluation.read_paraphrases(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("index", "build", "OUT"), "expected NAME=FILE, --profiles, --tasks or --describe"),
+        (("index", "build", "OUT", "name"), "expected NAME=FILE, found 'name'"),
+        (("index", "build", "OUT", "a=missing.jsonl"), "missing.jsonl"),
+        (("index", "build", "OUT", "--describe", "a=b", "a=c"), "expected once, found twice"),
+        (("index", "build", "OUT", "--describe", "a=b", "--scoring", "cosine"), "expected an encoder"),
+        (("index", "query", "OUT", "text"), "expected a file, found none"),
+        (("import", "encoder", "OUT", "ELSE"), "modules.json"),
+    ],
+)
+def test_refusals_are_one_line(tmp_path, capsys, arguments, said):
+    line = refused(capsys, *(str(tmp_path / a) if a in ("OUT", "ELSE") else a for a in arguments))
+    assert said in line
+    assert not (tmp_path / "OUT").exists()
