@@ -6,6 +6,7 @@ METEORA_KILLS=10 kills that many runs instead of three. Run as a script it is a 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -137,10 +138,21 @@ def test_killed_runs_end_bit_for_bit_as_the_whole_one(place, whole):
     assert max(resumed) > 0
 
 
+def test_a_finished_run_writes_its_gates_again(place, whole):
+    """Nothing is trained; not even the log is needed."""
+    shutil.copytree(place[0] / "whole-run", place[0] / "again-run")
+    (place[0] / "again-run" / "log.jsonl").unlink()
+    final = finished(training(place, "again", "again-run"))
+    assert (final["step"], final["resumed_at"]) == (STEPS, STEPS)
+    assert (place[0] / "again" / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+
+
 def test_a_run_goes_on_on_another_mesh(place, whole):
     killed = training(place, "moved", "moved-run", kill_at=2 * EVERY + 2, delay=0.0)
     assert killed.returncode == -signal.SIGKILL
-    final = finished(training(place, "moved", "moved-run", mesh="[2, 2, 2]", env=devices(8)))
+    done = training(place, "moved", "moved-run", mesh="[2, 2, 2]", env=devices(8) | {"JAX_LOG_COMPILES": "1"})
+    final = finished(done)
+    assert len(re.findall(r"Compiling jit\(step\)", done.stderr)) == 1  # once a run, whatever the batches hold
     assert EVERY <= final["resumed_at"] <= 2 * EVERY + 2
     expected, found = load_file(whole / "weights.safetensors"), load_file(place[0] / "moved" / "weights.safetensors")
     for p in expected:

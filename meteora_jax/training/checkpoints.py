@@ -149,7 +149,7 @@ class Checkpoints:
         if differing:
             where = self.folder / str(step)
             shown = [f"{k}: expected {self._identity.get(k)!r} (this run's), found {found.get(k)!r}" for k in differing]
-            raise InputError([f"{where}: {s}" for s in shown] + ["start over or name another run folder"])
+            raise InputError([f"{where}: {s}" for s in shown] + ["--no-resume starts over, --run names another folder"])
 
     def _state(self, step: int, run: Mapping[str, Any], like: Any) -> Any:
         leaves = _named(like)

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,7 +295,7 @@ def _loop(
     recorder: Recorder, checkpoints: Checkpoints | None, run: RunFolder | None, mesh: Mesh | None,
 ) -> TrainState:  # fmt: skip
     late: tuple[int, Losses] | None = None  # a step's figures are read while the next one runs
-    with use_mesh(mesh), preemption() as asked:
+    with use_mesh(mesh), preemption() if checkpoints else nullcontext(lambda _: False) as asked:
         for number in range(start + 1, steps + 1):
             batch = place_rows(next(batches), mesh)
             state, losses = step(frozen, state, batch, router)

@@ -73,6 +73,7 @@ class Recorder:
         progress: Callable[[int, dict[str, Any]], None] | None,
     ):
         self.records = _kept(log, start) if log else []
+        self._start = start
         self._names, self._progress, self._flops = tuple(names), progress, flops
         self._before = self.records[-1]["seconds"] if self.records else 0.0
         self._began = time.perf_counter()
@@ -143,7 +144,10 @@ class Recorder:
                 add(f"entropy/{p}/{l:02d}", entropy, step)
 
     def summary(self) -> dict[str, Any]:
-        """The last record, losses averaged over the last tenth of the steps."""
+        """The last record, losses averaged over the last tenth of the steps; of a run that was over and whose log is
+        gone, only the step."""
+        if not self.records:
+            return {"step": self._start, "seconds": 0.0}
         tail = self.records[-max(1, len(self.records) // 10) :]
         keys = [k for k in ("lm", "gate", "gate_accuracy") if k in tail[-1]]
         return {**tail[-1], **{k: float(np.mean([r[k] for r in tail])) for k in keys}}
