@@ -143,6 +143,44 @@ def test_a_killed_process_goes_on_to_the_same_table(folders, tmp_path):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_systems_that_retrieve_answer_as_generate_does(folders, world, tmp_path):
+    named = dict(zip((*TASKS, "cedar"), ("apple", "birch", "cedar"), strict=True))
+    converters.import_adapters(tmp_path / "bank", folders["base"], {n: world["peft"][p] for n, p in named.items()})
+    index = mj.Index.build({name: [f"so it is about {name[:4]}", f"{name} once more"] for name in named})
+    index.save(tmp_path / "index")
+    model = mj.load(folders["base"], tmp_path / "bank", dtype="float32")
+    compositions = ("selection", "mixture", "fusion")
+    systems = ",".join(f"retrieval-{how}" for how in compositions)
+    for unseen in (False, True):
+        more = ["--index", str(tmp_path / "index"), "--retrieve", "2", "--only", ",".join(TASKS), "--limit", "2"]
+        command = arguments(folders, tmp_path / f"run-{unseen}", *more, *["--unseen"] * unseen, systems=systems)
+        command[command.index("--bank") + 1] = str(tmp_path / "bank")
+        del command[command.index("--gates") : command.index("--gates") + 2]
+        main(command)
+        records = records_of(tmp_path / f"run-{unseen}")
+        assert len(records) == 12
+        for (system, _), record in records.items():
+            hidden = (record["task"],) if unseen else ()
+            router = mj.Retrieval(index, 2, system.removeprefix("retrieval-"), exclude=hidden)
+            (said,) = model.generate([record["prompt"]], router, max_new_tokens=6)
+            assert (record["answer"], list(record["retrieved"])) == (said.text, [n for n, _ in said.routing.retrieved])
+            assert (record["task"] in record["retrieved"]) != unseen
+            assert set(record["routing"]) <= set(record["retrieved"])
+
+
+def test_gates_within_what_was_retrieved(folders, tmp_path):
+    index = mj.Index.build({name: [f"so it is about {name}", f"{name} once more"] for name in NAMES})
+    index.save(tmp_path / "index")
+    more = ("--index", str(tmp_path / "index"), "--only", "winowhy")
+    main(arguments(folders, tmp_path / "run", *more, systems="gates-within-top2"))
+    model = mj.load(folders["base"], folders["bank"], folders["gates"], dtype="float32")
+    router = mj.GatesWithin(index, 3, 2, model.gates.temperature)
+    for record in records_of(tmp_path / "run").values():
+        (said,) = model.generate([record["prompt"]], router, max_new_tokens=6)
+        assert record["answer"] == said.text
+        assert set(record["routing"]) <= set(record["retrieved"])
+
+
 def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_path):
     """And go on where one host left off: process 0 alone has the records."""
     with socket.socket() as s:
@@ -185,6 +223,7 @@ def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_pat
         (["--only", "winowhy", "--system-bank", "elm"], "--system-bank: expected NAME=FOLDER"),
         (["--only", "winowhy", "--system-bank", "elm={bank}"], "expected a bank of one adapter, found apple, birch"),
         (["--only", "winowhy", "--batch-size", "0"], "--batch-size: expected 1 or more, found 0"),
+        (["--only", "winowhy", "--systems", "retrieval-fusion"], "--systems: retrieval-fusion: expected --index"),
         (["--only", ","], "expected at least one task or composite, found none"),
     ],
 )

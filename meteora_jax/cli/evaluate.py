@@ -13,12 +13,14 @@ from typing import Any, Literal
 import numpy as np
 from rich.markdown import Markdown
 
+from meteora_jax.checkpoint import WEIGHTS
 from meteora_jax.cli.devices import Devices, as_the_first_says, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import COMPOSITES, COUNT, SEED, SHOTS, generate_composites
 from meteora_jax.evaluation.problems import Problem, load_composites, load_problems, load_queries
 from meteora_jax.evaluation.systems import Given, System, check_routes, make_system, skipped
+from meteora_jax.retriever.index import Index
 from meteora_jax.routing import RoutingTrace
 
 _NAMED = 5  # problems that a message about many names
@@ -39,10 +41,16 @@ class Evaluate(Devices):
     gates: Path | None = None
     """GATES folder."""
     systems: str = "base,oracle,gates-top1,gates-top2"
-    """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topK, an
-    adapter's name, or a name of --system-bank."""
+    """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topK, with --index
+    retrieval-selection, -mixture, -fusion and gates-within-topK, an adapter's name, or a name of --system-bank."""
     system_bank: tuple[str, ...] = ()
     """NAME=FOLDER: a system with a bank of its own, as lora-f=BANK; a BANK folder of one adapter, or a PEFT folder."""
+    index: Path | None = None
+    """INDEX folder, for the systems that retrieve."""
+    retrieve: int = 3
+    """Adapters that the index finds for a problem."""
+    unseen: bool = False
+    """Hide each problem's own adapter from the index, as if its task were new."""
     only: str | None = None
     """Tasks, separated by commas, or "all" for one an adapter of the bank; all by default, none beside --composite or
     --queries."""
@@ -111,6 +119,8 @@ def answering(system: System, command: Evaluate) -> Callable[[Sequence[Problem]]
             record: dict[str, Any] = {"answer": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason}
             if c.routing is not None:
                 record["routing"] = response_routing(c.routing)
+                if c.routing.retrieved:
+                    record["retrieved"] = {name: round(similarity, 4) for name, similarity in c.routing.retrieved}
             said.append(record)
         return said
 
@@ -202,7 +212,10 @@ def gather_systems(command: Evaluate, model: Any, dtype: str) -> tuple[list[Syst
     if not names:
         raise InputError("--systems: expected at least one system, found none")
     loaded = {name: other_bank(model, name, folder, command.base, dtype) for name, folder in folders.items()}
-    given = Given(model, {name: other for name, (other, _) in loaded.items()}, command.composite_temperature)
+    given = Given(
+        model, {name: other for name, (other, _) in loaded.items()}, command.composite_temperature,
+        Index.load(command.index) if command.index else None, command.retrieve, command.unseen,
+    )  # fmt: skip
     return [make_system(name, given) for name in names], {name: mark for name, (_, mark) in loaded.items()}
 
 
@@ -232,12 +245,11 @@ def other_bank(model: Any, name: str, folder: Path, base: Path, dtype: str) -> t
     return dataclasses.replace(model, bank=bank.config, gates=None, graph=graph, weights=state), str(mark)
 
 
-def fingerprint(folder: Path | None) -> str | None:
+def fingerprint(folder: Path | None, file: str = WEIGHTS) -> str | None:
     """SHA-256 of a folder's weights: a run resumed with others would mix two models' answers."""
     from converters.folders import sha256
-    from meteora_jax.checkpoint import WEIGHTS
 
-    return None if folder is None else sha256(folder / WEIGHTS)
+    return None if folder is None else sha256(folder / file)
 
 
 def evaluate(command: Evaluate) -> None:
@@ -245,7 +257,7 @@ def evaluate(command: Evaluate) -> None:
     from meteora_jax.evaluation import runner
     from meteora_jax.model import load
 
-    for name in ("max_new_tokens", "batch_size", "limit", "composite_max_new_tokens"):
+    for name in ("max_new_tokens", "batch_size", "limit", "composite_max_new_tokens", "retrieve"):
         if (value := getattr(command, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
     mesh = make_devices_mesh(command)
@@ -261,6 +273,7 @@ def evaluate(command: Evaluate) -> None:
         "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype, "system banks": banks,
         "composite_temperature": command.composite_temperature,
         "composite_max_new_tokens": command.composite_max_new_tokens,
+        "index": fingerprint(command.index, "index.json"), "retrieve": command.retrieve, "unseen": command.unseen,
     }  # fmt: skip
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None

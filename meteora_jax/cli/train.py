@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from meteora_jax.cli.devices import Devices, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
-from meteora_jax.config import BankConfig, InputError, read_json
+from meteora_jax.config import BankConfig, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Train:
+class _Train(Devices):
     """What both commands share."""
 
     base: Path
@@ -50,20 +51,6 @@ class _Train:
     """Of the data's order, and of a new adapter's weights."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of base, adapters and activations: bfloat16 on an accelerator, float32 on a CPU unless given."""
-    data: int = -1
-    """Mesh axis that splits batches; -1 takes the devices that the others leave."""
-    fsdp: int = 1
-    """Mesh axis that splits batches and weights."""
-    tensor: int = 1
-    """Mesh axis that splits the work of each projection."""
-    distributed: bool = False
-    """One process of several (TPU pod, Slurm, MPI, or the three options below)."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, with --distributed."""
-    processes: int | None = None
-    """How many processes, with --distributed."""
-    process: int | None = None
-    """Which of them this is, from 0, with --distributed."""
     run: Path | None = None
     """Folder of checkpoints, TensorBoard scalars, log and pictures; OUT-run unless given."""
     save_every: int = 100
@@ -138,7 +125,7 @@ def train_gates(command: TrainGates) -> None:
     from meteora_jax.training.loop import GateTraining
     from meteora_jax.training.loop import train_gates as train
 
-    mesh = _mesh(command)
+    mesh = make_devices_mesh(command)
     names = BankConfig.from_json(read_json(command.bank / "bank.json"), str(command.bank / "bank.json")).names
     tasks = {name: load_split(command.tasks, name, "train") for name in names}
     settings = GateTraining(**_settings(command, GateTraining))
@@ -157,7 +144,7 @@ def train_adapter(command: TrainAdapter) -> None:
     from meteora_jax.training.loop import AdapterTraining
     from meteora_jax.training.loop import train_adapter as train
 
-    mesh = _mesh(command)
+    mesh = make_devices_mesh(command)
     tasks = {name: load_split(command.tasks, name, "train") for name in command.task}
     alpha = 2.0 * command.rank if command.alpha is None else command.alpha
     settings = AdapterTraining(**{**_settings(command, AdapterTraining), "alpha": alpha})
@@ -182,20 +169,6 @@ def _run(command: _Train) -> Any:
     return RunFolder(folder, command.save_every, command.keep, command.resume)
 
 
-def _mesh(command: _Train) -> Any:
-    """The mesh over all devices; none for a single one."""
-    import jax
-
-    from meteora_jax.sharding import initialize_distributed, make_mesh
-
-    if command.distributed:
-        initialize_distributed(command.coordinator, command.processes, command.process)
-    elif (command.coordinator, command.processes, command.process) != (None, None, None):
-        raise InputError("coordinator, processes, process: expected --distributed beside them, found it missing")
-    mesh = make_mesh(command.data, command.fsdp, command.tensor)
-    return mesh if len(jax.devices()) > 1 else None
-
-
 @contextmanager
 def _progress(what: str, steps: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
     with progress_bar(what) as bar:
@@ -213,9 +186,7 @@ def _progress(what: str, steps: int) -> Iterator[Callable[[int, dict[str, Any]],
 
 
 def _report(command: _Train, settings: Any, final: dict[str, Any], what: dict[str, Any]) -> None:
-    import jax
-
-    if jax.process_index() != 0:
+    if not is_first_process():
         return
     for line in final.get("refused", ()):
         status.print(f"{line}; went on from the one before", highlight=False, soft_wrap=True)

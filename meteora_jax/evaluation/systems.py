@@ -12,8 +12,10 @@ from typing import Any
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.problems import Problem
+from meteora_jax.retriever.index import Index
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.retrieval import COMPOSITIONS, GatesWithin, Retrieval
 
 Route = Callable[[Problem], Any]  # a problem -> what `Meteora.generate` takes as its router
 
@@ -38,12 +40,16 @@ class System:
 class Given:
     """What systems are made of: the model, other models over the same base by name, and the caller's options.
 
-    Each of `others` holds one adapter, which its system uses for every problem.
+    Each of `others` holds one adapter, which its system uses for every problem. `index` finds `retrieve` adapters for
+    a problem, with `unseen` never those of the problem's own tasks.
     """
 
     model: Any
     others: Mapping[str, Any] = field(default_factory=dict)
     composite_temperature: float | None = None
+    index: Index | None = None
+    retrieve: int = 3
+    unseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,27 +65,51 @@ class Family:
 def _gates(name: re.Match[str], given: Given) -> Route:
     if given.model.gates is None:
         raise InputError(f"--systems: {name[0]}: expected --gates, found none")
-    top_k = int(name[1])
+    top_k = int(name["k"])
 
-    def route(problem: Problem) -> Gates:
+    def temperature(problem: Problem) -> float:
         if not problem.tasks:
-            return Gates(top_k, given.model.gates.temperature)
-        temperature = given.composite_temperature or COMPOSITE_TEMPERATURES.get(problem.parts)
-        if temperature is None:
+            return given.model.gates.temperature
+        found = given.composite_temperature or COMPOSITE_TEMPERATURES.get(problem.parts)
+        if found is None:
             raise InputError(
                 f"{problem.task}: {name[0]}: expected --composite-temperature, as MeteoRA has none for "
                 f"{problem.parts} tasks in a prompt, found none"
             )
-        return Gates(top_k, temperature)
+        return found
 
-    return route
+    if not name["within"]:
+        return lambda problem: Gates(top_k, temperature(problem))
+    index = _index(name[0], given)
+    return lambda problem: GatesWithin(index, given.retrieve, top_k, temperature(problem), _hidden(problem, given))
+
+
+def _retrieval(name: re.Match[str], given: Given) -> Route:
+    index = _index(name[0], given)
+    compose: Any = name[1]
+    return lambda problem: Retrieval(index, given.retrieve, compose, exclude=_hidden(problem, given))
+
+
+def _index(name: str, given: Given) -> Index:
+    if given.index is None:
+        raise InputError(f"--systems: {name}: expected --index, found none")
+    if strange := sorted(set(given.index.names) - set(given.model.adapter_names)):
+        raise InputError(f"--index: expected adapters of the bank, found {', '.join(strange)}")
+    return given.index
+
+
+def _hidden(problem: Problem, given: Given) -> tuple[str, ...]:
+    if not given.unseen or given.index is None:
+        return ()
+    return tuple(t for t in (problem.tasks or (problem.task,)) if t in given.index.names)
 
 
 FAMILIES = [
     Family("base", "base", lambda name, given: lambda problem: None),
     # The adapter named like the task: one a prompt. For several tasks in one prompt there is no such adapter.
     Family("oracle", "oracle", lambda name, given: lambda problem: Fixed(problem.task), composites=False),
-    Family("gates-topK", r"gates-top([1-9]\d*)", _gates),
+    Family("gates-topK, gates-within-topK", r"gates-(?P<within>within-)?top(?P<k>[1-9]\d*)", _gates),
+    Family("retrieval-" + "|".join(COMPOSITIONS), f"retrieval-({'|'.join(COMPOSITIONS)})", _retrieval),
 ]
 
 
@@ -124,7 +154,7 @@ def check_routes(systems: Sequence[System], problems: Sequence[Problem]) -> None
             router = system.route(problem)
             if isinstance(router, Fixed) and not set(router.weights()) <= set(system.model.adapter_names):
                 alone.append(row)
-            if isinstance(router, Gates) and router.top_k > len(system.model.adapter_names):
+            if isinstance(router, Gates | GatesWithin) and router.top_k > len(system.model.adapter_names):
                 most = len(system.model.adapter_names)
                 wrong.append(f"--systems: {system.name}: expected at most {most} (the bank's adapters) for top-k")
                 break

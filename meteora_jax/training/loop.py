@@ -167,6 +167,8 @@ def train_gates(
         p: np.zeros((config.num_layers, config.projection_shape(p)[0], len(names)), np.float32) for p in PROJECTIONS
     }
     columns = _extended(extend, config, names, zeros) if extend is not None else None
+    if settings.train_adapters and (loaded.config.dora or loaded.config.lora_bias):
+        raise InputError(f"{bank}: train_adapters: expected plain LoRA, found an adapter with DoRA or a bias")
     labels = {name: i for i, name in enumerate(names)}
     trained = (GateParam, AdapterParam) if settings.train_adapters else GateParam
     router = Gates(settings.top_k, settings.temperature)
