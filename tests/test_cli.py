@@ -172,7 +172,7 @@ def test_wrong_companions_are_refused(tmp_path, capsys, world):
         (["generate", "x", "--base", "nowhere"], "nowhere/config.json: expected a file, found none"),
         (["import", "base", "nowhere", "dest"], "nowhere"),
         (["import", "adapters", "dest", "apple", "--base", "b"], "expected NAME=PEFT_DIR, found 'apple'"),
-        (["inspect", "."], "expected config.json, bank.json or gates.json"),
+        (["inspect", "."], "expected config.json, bank.json, gates.json, index.json or encoder.json"),
         (["demo", "--assets", "nowhere"], "expected the demo's adapters"),
     ],
 )
