@@ -1,7 +1,8 @@
 """The arrows between the rooms, and two habits of the house, read off the source of every module.
 
     config, sharding -> retriever -> routing -> kv_cache, adapters -> llama -> checkpoint, text
-        -> generation, evaluation, training, viz -> model (with meteora_jax itself, the public API) -> harness, cli
+        -> generation, evaluation, training, viz -> planning
+        -> model (with meteora_jax itself, the public API) -> harness, cli
 
 A room of meteora_jax may import the rooms to its left in ROOMS, and itself. pallas_kernels and converters
 know only what THIRD_PARTY and PROJECT grant them; nobody else imports scripts or tests.
@@ -22,7 +23,7 @@ NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function
 # The rooms of meteora_jax in the order in which they may import each other; "" is meteora_jax/__init__.
 ROOMS = [
     *("config", "sharding", "retriever", "routing", "kv_cache", "adapters", "llama", "checkpoint", "text"),
-    *("generation", "evaluation", "training", "viz", "model", "", "harness", "cli"),
+    *("generation", "evaluation", "training", "viz", "planning", "model", "", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ROOMS decides

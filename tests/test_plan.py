@@ -9,8 +9,8 @@ import pytest
 
 from meteora_jax.cli import main
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.planning import Plan, plan_generation, plan_training, shape_of
 from meteora_jax.sharding import make_mesh
-from meteora_jax.training.plan import Plan, plan_training, shape_of
 
 TINY = LlamaConfig.from_hf(
     dict(
@@ -35,8 +35,23 @@ def test_memory_and_flops_of_one_device():
     assert set(found.collectives.values()) == {0}
 
 
+def test_generation_holds_weights_and_cache():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trained = plan_training(TINY, 4, 8, mesh, rows=2, width=64, mfu=0.5)
+    prefill, decoding = plan_generation(TINY, 4, 8, mesh, rows=2, width=64, mfu=0.5, new_tokens=16)
+    gates = 2 * 4 * sum({"q": 64, "k": 64, "v": 64, "o": 64, "gate": 64, "up": 64, "down": 96}.values())
+    # no optimiser and another batch: int32 tokens, lengths, the gates' counts and temperatures
+    expected = trained.weights - 4 * 2 * gates - 2 * 64 * (4 * 4 + 1) + 4 * (2 * 64 + 3 * 2)
+    assert abs(prefill.weights - expected) <= 4096
+    # keys and values bfloat16 and positions of 80 slots, and the routing of 16 tokens: 7 projections, 2 adapters
+    state = 2 * 2 * 2 * 80 * 2 * 16 * 2 + 4 * 2 * 80 + 16 * 2 * 2 * 7 * 2 * 8
+    assert 0 <= decoding.weights - (prefill.weights - 4 * 2 * 64) - state <= 4096
+    assert decoding.flops < prefill.flops
+    assert (prefill.what, decoding.what) == ("prefill", "decoding")
+
+
 def test_what_does_not_fit_is_told_what_to_grow():
-    plan = Plan(8, "x", {"data": 8, "fsdp": 1, "tensor": 1}, 8, 2048, 90, 5, 80, 1.0, 1.0, {})
+    plan = Plan("training", 8, "x", {"data": 8, "fsdp": 1, "tensor": 1}, 8, 2048, 90, 5, 80, 1.0, 1.0, {})
     assert not plan.fits
     assert "grow fsdp" in plan.advice()
     assert "grow tensor" in dataclasses.replace(plan, weights=10, temporary=90).advice()
@@ -63,3 +78,17 @@ def test_a_tpu_step_compiles_without_a_tpu(tmp_path):
     assert (found["devices"], found["device_kind"], found["rows"]) == (4, "TPU v5 lite", 2)
     assert found["fits"]
     assert found["collectives"]["all-gather"] > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (meteora-jax[tpu])")
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:4x4", 16), ("v5e:16x16", 256)])
+def test_evaluation_of_an_8b_model_compiles_for_a_pod(topology, chips, tmp_path):
+    options = ["--topology", topology, "--tensor", "4", "--width", "256", "--json", str(tmp_path / "plan.json")]
+    main(["plan", "evaluate", "--base", "llama3-8b", "--adapters", "28", *options])
+    found = json.loads((tmp_path / "plan.json").read_text())
+    for what in ("prefill", "decoding"):
+        assert (found[what]["devices"], found[what]["mesh"]) == (chips, {"data": chips // 4, "fsdp": 1, "tensor": 4})
+        assert found[what]["fits"]
+        assert found[what]["collectives"]["all-reduce"] > 0
+        # a quarter of 16 GB of base weights, and the bank's and gates' share
+        assert 4.0e9 < found[what]["weights"] < 5.5e9

@@ -1,11 +1,11 @@
-"""`meteora plan train`."""
+"""`meteora plan train | evaluate`."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -15,10 +15,11 @@ from meteora_jax.config import InputError, LlamaConfig, read_json
 
 @dataclass(frozen=True)
 class Plan:
-    """Compile gate training for TPUs that are not there: memory, FLOPs, collectives, time. Needs meteora-jax[tpu]."""
+    """Compile gate training or evaluation for TPUs that are not there: memory, FLOPs, collectives, time. Needs
+    meteora-jax[tpu]."""
 
-    what: tyro.conf.Positional[Literal["train"]]
-    """What to plan."""
+    what: tyro.conf.Positional[Literal["train", "evaluate"]]
+    """What to plan: a training step, or prefill and decoding."""
     base: str
     """BASE folder, or llama2-7b, llama2-13b, llama3-8b, llama3-70b."""
     topology: str
@@ -32,7 +33,9 @@ class Plan:
     rows: int | None = None
     """Rows of the batch; one for each device of data x fsdp unless given."""
     width: int = 2048
-    """Tokens of a row."""
+    """Tokens of a row; evaluate: of a prompt."""
+    new_tokens: int = 64
+    """Longest response, for evaluate."""
     data: int = -1
     """Mesh axis that splits batches; -1 takes the devices that the others leave."""
     fsdp: int = 1
@@ -50,9 +53,9 @@ class Plan:
 
 
 def plan(command: Plan) -> None:
-    """Runs `meteora plan train`."""
+    """Runs `meteora plan train | evaluate`."""
+    from meteora_jax.planning import plan_generation, plan_training, shape_of, topology_devices
     from meteora_jax.sharding import make_mesh, rows_multiple
-    from meteora_jax.training.plan import GIB, plan_training, shape_of, topology_devices
 
     if not 0 < command.mfu <= 1:
         raise InputError(f"mfu: expected a share above 0 and at most 1, found {command.mfu}")
@@ -60,21 +63,36 @@ def plan(command: Plan) -> None:
     config = LlamaConfig.from_hf(read_json(file), str(file)) if file.is_file() else shape_of(command.base)
     mesh = make_mesh(command.data, command.fsdp, command.tensor, topology_devices(command.topology))
     status.print("compiling; this takes minutes", highlight=False)
-    found = plan_training(
-        config, command.adapters, command.rank, mesh, rows=command.rows or rows_multiple(mesh) * command.accumulate,
-        width=command.width, mfu=command.mfu, top_k=command.top_k, accumulate=command.accumulate, remat=command.remat,
-    )  # fmt: skip
+    shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k)
+    of = config, command.adapters, command.rank, mesh
+    if command.what == "train":
+        rows = command.rows or rows_multiple(mesh) * command.accumulate
+        plans = [plan_training(*of, rows=rows, accumulate=command.accumulate, remat=command.remat, **shape)]
+    else:
+        rows = command.rows or rows_multiple(mesh)
+        plans = list(plan_generation(*of, rows=rows, new_tokens=command.new_tokens, **shape))
+    for found in plans:
+        _show(found, command.mfu)
+    figures = [{**dataclasses.asdict(found), "fits": found.fits, "advice": found.advice()} for found in plans]
+    write_json(command.json, figures[0] if command.what == "train" else {f["what"]: f for f in figures})
+
+
+def _show(found: Any, mfu: float) -> None:
+    from meteora_jax.planning import GIB
+
     show = lambda *line: console.print(*line, highlight=False, soft_wrap=True)  # noqa: E731
     axes = " x ".join(f"{k} {n}" for k, n in found.mesh.items())
-    show(f"{found.devices} devices ({found.device_kind}), {axes}; {found.rows} rows of {found.width} tokens a step")
+    tokens = f"{found.rows} rows of {found.width} tokens" if found.what != "decoding" else f"{found.rows} rows, a token"
+    show(f"{found.what}: {found.devices} devices ({found.device_kind}), {axes}; {tokens} a step")
     room = f" of {found.memory / GIB:.0f} GiB" if found.memory else ""
-    parts = f"weights and optimiser {found.weights / GIB:.2f} GiB, temporary {found.temporary / GIB:.2f} GiB"
-    show(f"memory a device: {parts}{room}")
-    show("collectives in the program: " + ", ".join(f"{n} {k}" for k, n in found.collectives.items()))
+    beside = "optimiser" if found.what == "training" else "cache" if found.what == "decoding" else "prompts"
+    parts = f"weights and {beside} {found.weights / GIB:.2f} GiB, temporary {found.temporary / GIB:.2f} GiB"
+    show(f"  memory a device: {parts}{room}")
+    show("  collectives in the program: " + ", ".join(f"{n} {k}" for k, n in found.collectives.items()))
+    time = ""
     if found.seconds is not None:
         rate = found.rows * found.width / found.seconds
-        time = f"at MFU {command.mfu:.0%}: {found.seconds:.3f} s, {rate:,.0f} tokens/s"
-        show(f"{found.flops:.3g} FLOPs a device and step; {time}")
+        time = f"; at MFU {mfu:.0%}: {found.seconds:.3f} s, {rate:,.0f} tokens/s"
+    show(f"  {found.flops:.3g} FLOPs a device and step{time}")
     if found.fits is not None:
-        show("fits" if found.fits else f"does not fit: {found.advice()}")
-    write_json(command.json, {**dataclasses.asdict(found), "fits": found.fits, "advice": found.advice()})
+        show("  fits" if found.fits else f"  does not fit: {found.advice()}")

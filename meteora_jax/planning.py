@@ -1,4 +1,4 @@
-"""What a training step would need on TPUs that are not there: the sharded step compiled for their topology."""
+"""What training or generation would need on TPUs that are not there: the programs compiled for their topology."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.adapters import GateParam
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.llama import Llama
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import replicated, rows_multiple, sharding, use_mesh
@@ -49,11 +50,14 @@ def shape_of(name: str) -> LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Figures of one step on one device of the topology; bytes, FLOPs, seconds.
+    """Figures of one program on one device of the topology; bytes, FLOPs, seconds.
 
-    weights: base, adapters, gates and optimiser. temporary: activations and what the compiler needs beside.
-    collectives: how often each occurs in the program (those of the layers' loop run once a layer).
+    what: training, prefill, or decoding (one token a row). weights: base, adapters, gates, and the optimiser or the
+    cache. temporary: activations and what the compiler needs beside. collectives: how often each occurs in the program
+    (those of the layers' loop run once a layer).
     """
+
+    what: str
 
     devices: int
     device_kind: str
@@ -76,6 +80,8 @@ class Plan:
         """Which axis to grow where the step does not fit."""
         if self.fits is not False:
             return ""
+        if self.what != "training":
+            return "fewer rows, a shorter width, or grow tensor (then fsdp, which gathers weights at every token)"
         if self.weights > self.temporary:
             return "the weights are most of it: grow fsdp (or tensor) at the cost of data"
         if self.rows > self.mesh["data"] * self.mesh["fsdp"]:
@@ -117,10 +123,7 @@ def plan_training(
         raise InputError(
             f"rows: expected a multiple of data x fsdp x accumulate = {rows_multiple(mesh) * accumulate}, found {rows}"
         )
-    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    info = tuple(AdapterInfo(f"adapter {i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
-    bank = BankConfig(info, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
-    abstract = nnx.eval_shape(lambda: Llama(config, bank, True, jnp.bfloat16, rngs=nnx.Rngs(0)))
+    abstract, bank = _abstract(config, adapters, rank)
     graph, params, frozen = nnx.split(abstract, GateParam, ...)
     params, frozen = _spread(params, mesh), _spread(frozen, mesh)
     tx = optimizer(1000, 5e-4, 0.005, 0.3)
@@ -132,30 +135,90 @@ def plan_training(
     )
     state = TrainState(params, moments)
 
-    def rowwise(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        where = sharding(mesh, ("batch",) + (None,) * (len(shape) - 1), shape)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-    ints = lambda: rowwise((rows, width), jnp.int32)  # noqa: E731
-    batch = Batch(ints(), ints(), ints(), rowwise((rows, width), bool), ints())
+    ints = lambda: _rowwise(mesh, (rows, width), jnp.int32)  # noqa: E731
+    batch = Batch(ints(), ints(), ints(), _rowwise(mesh, (rows, width), bool), ints())
     part = (rows // accumulate,)
-    router = BoundGates(rowwise(part, jnp.int32), rowwise(part, jnp.float32), None, max_k=top_k)
+    router = BoundGates(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), None, max_k=top_k)
     step: Any = make_step(
         graph, state, tx, beta=50.0, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh
     )
     with use_mesh(mesh):
         compiled = step.lower(frozen, state, batch, router).compile()
+    per_token = flops_per_token(config, bank, chosen=top_k, gates=True, train_adapters=False)
+    flops = rows * width * (per_token + flops_per_pair(config) * (width + 1) / 2)
+    return _figures("training", compiled, mesh, rows, width, flops, mfu)
+
+
+def plan_generation(
+    config: LlamaConfig,
+    adapters: int,
+    rank: int,
+    mesh: Mesh,
+    *,
+    rows: int,
+    width: int,
+    mfu: float,
+    new_tokens: int = 64,
+    top_k: int = 2,
+) -> tuple[Plan, Plan]:
+    """Compiles what evaluation runs, in bfloat16 with routing traces: the prefill of `rows` prompts of `width` tokens,
+    and the loop that decodes `new_tokens` more."""
+    if rows % rows_multiple(mesh):
+        raise InputError(f"rows: expected a multiple of data x fsdp = {rows_multiple(mesh)}, found {rows}")
+    abstract, bank = _abstract(config, adapters, rank)
+    graph, weights = nnx.split(abstract)
+    weights = _spread(weights, mesh)
+    whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))  # noqa: E731
+    router = BoundGates(_rowwise(mesh, (rows,), jnp.int32), _rowwise(mesh, (rows,), jnp.float32), None, max_k=top_k)
+    call = dict(router=router, how=Sampling().traced, eos=whole((1,)))
+    prompts = _rowwise(mesh, (rows, width), jnp.int32), _rowwise(mesh, (rows,), jnp.int32)
+    with use_mesh(mesh):
+        first = prefill.lower(graph, weights, *prompts, room=new_tokens, **call).compile()
+        state, _ = jax.eval_shape(lambda w, *p: prefill(graph, w, *p, room=new_tokens, **call), weights, *prompts)
+        state = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, first.output_shardings[0]
+        )
+        loop = decode.lower(graph, weights, state, limit=whole(()), **call).compile()
+    # forward alone, and no gate's gradient: a third of attention's count, and of 4 or 6 a weight 2 remain
+    per_token = flops_per_token(config, None, chosen=0, gates=False, train_adapters=False) / 2
+    gated = flops_per_token(config, bank, chosen=top_k, gates=False, train_adapters=False) / 2 - per_token
+    gates = 2.0 * config.num_layers * adapters * sum(config.projection_shape(p)[0] for p in PROJECTIONS)
+    layers = per_token - 2.0 * config.hidden_size * config.vocab_size + gated + gates
+    pair = flops_per_pair(config) / 3
+    head = 2.0 * config.hidden_size * config.vocab_size
+    reading = rows * (width * (layers + pair * (width + 1) / 2) + head)
+    writing = rows * (layers + head + pair * (width + new_tokens))
+    return (
+        _figures("prefill", first, mesh, rows, width, reading, mfu),
+        _figures("decoding", loop, mesh, rows, width + new_tokens, writing, None),
+    )
+
+
+def _abstract(config: LlamaConfig, adapters: int, rank: int) -> tuple[Any, BankConfig]:
+    """The model in bfloat16 with a bank of such adapters and its gates, shapes only; and the bank."""
+    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
+    info = tuple(AdapterInfo(f"adapter {i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
+    bank = BankConfig(info, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
+    return nnx.eval_shape(lambda: Llama(config, bank, True, jnp.bfloat16, rngs=nnx.Rngs(0))), bank
+
+
+def _rowwise(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    where = sharding(mesh, ("batch",) + (None,) * (len(shape) - 1), shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _figures(what: str, compiled: Any, mesh: Mesh, rows: int, width: int, flops: float, mfu: float | None) -> Plan:
+    """What the compiler says of a program that needs `flops` on all devices together."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
-    device = mesh.devices.flat[0]
-    per_token = flops_per_token(config, bank, chosen=top_k, gates=True, train_adapters=False)
-    flops = rows * width * (per_token + flops_per_pair(config) * (width + 1) / 2) / mesh.size
-    peak = peak_flops(device.device_kind)
-    room = next((n for kind, n in MEMORY.items() if device.device_kind.startswith(kind)), None)
+    kind = mesh.devices.flat[0].device_kind
+    peak = peak_flops(kind)
+    room = next((n for name, n in MEMORY.items() if kind.startswith(name)), None)
+    flops /= mesh.size
     return Plan(
-        mesh.size, device.device_kind, dict(mesh.shape), rows, width, memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes, room * GIB if room else None, flops, flops / (peak * mfu) if peak else None,
-        {k: found[k] for k in COLLECTIVES},
+        what, mesh.size, kind, dict(mesh.shape), rows, width, memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes, room * GIB if room else None, flops,
+        flops / (peak * mfu) if peak and mfu else None, {k: found[k] for k in COLLECTIVES},
     )  # fmt: skip
 
 
