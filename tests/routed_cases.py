@@ -15,7 +15,7 @@ EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Arrays as `routed_lora` takes them; x [M, I] if tokens == 1, else [G, S, I] with one routing a group."""
+    """Arrays as `add_routed_lora` takes them; x [M, I] if tokens == 1, else [G, S, I] with one routing a group."""
 
     dtype: str
     x: np.ndarray

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from routed_cases import DTYPES, Case, assert_close, cases, make_case
 
 from pallas_kernels.routed_lora import api, reference
-from pallas_kernels.routed_lora.api import Shape, choose, routed_lora
+from pallas_kernels.routed_lora.api import Shape, add_routed_lora, choose
 from pallas_kernels.routed_lora.gradients import grouped_gradients
 from pallas_kernels.routed_lora.grouped import Buckets, block_rows
 
@@ -32,7 +32,7 @@ def run(arguments: Any, dy: jax.Array, splits: tuple[int, ...], names: tuple[str
     for name in names:
 
         def apply(x, a, b, weights, scale, base, name=name):
-            return routed_lora(x, a, b, indices, weights, scale, base, splits, implementation=name)
+            return add_routed_lora(x, a, b, indices, weights, scale, base, splits, implementation=name)
 
         y, pull = jax.vjp(apply, x, a, b, weights, scale, base)
         results[name] = dict(zip(("y", "x", "a", "b", "weights", "scale", "base"), (y, *pull(dy)), strict=True))
@@ -82,7 +82,7 @@ def test_a_routing_broadcasts_over_tokens_requests_and_projections(name: str, ro
     weights = rng.standard_normal((*routed, 2)).astype(np.float32)
     x, base = jnp.asarray(case.x.reshape(2, 3, 8)), jnp.asarray(case.base.reshape(2, 3, 11))
     rest = tuple(map(jnp.asarray, (case.a, case.b)))
-    y = routed_lora(x, *rest, jnp.asarray(indices), jnp.asarray(weights), jnp.asarray(case.scale), base, (5, 6),
+    y = add_routed_lora(x, *rest, jnp.asarray(indices), jnp.asarray(weights), jnp.asarray(case.scale), base, (5, 6),
                     implementation=name)  # fmt: skip
     full = (2, 3, 2, 2)
     wide = dict(indices=np.broadcast_to(indices, full).reshape(6, 2, 2))
@@ -94,7 +94,7 @@ def test_the_reference_is_bit_for_bit_the_plain_formula():
     case = make_case(7, "float32", 6, 1, 4, 3, 2, 64, (32, 16), "base_rows")
     x, base = jnp.asarray(case.x.reshape(2, 3, 64)), jnp.asarray(case.base.reshape(2, 3, 48))
     indices, weights = (jnp.asarray(r.reshape(2, 3, 2, 2)) for r in (case.indices, case.weights))
-    y = routed_lora(
+    y = add_routed_lora(
         x, jnp.asarray(case.a), jnp.asarray(case.b), indices, weights, jnp.asarray(case.scale), base, (32, 16)
     )
     chosen = jax.nn.one_hot(indices, 4, dtype=jnp.float32)
@@ -111,7 +111,7 @@ def test_an_adapter_that_nobody_chose_may_hold_anything_but_is_not_read():
     a[:, 2] = np.nan
     for name in ("gathered", "grouped"):
         arguments = map(jnp.asarray, (case.x, a, *case.arguments[2:]))
-        y = routed_lora(*arguments, case.splits, implementation=name)
+        y = add_routed_lora(*arguments, case.splits, implementation=name)
         assert_close({"y": y}, case)
 
 
@@ -130,7 +130,7 @@ def test_buckets_hold_every_row_once_beside_its_own_adapter(rows: int, adapters:
 def test_the_work_of_a_request_does_not_follow_the_pool():
     def cost(adapters: int) -> float:
         case = make_case(9, "float32", 2, 16, adapters, 4, 3, 64, (64,), "any")
-        f = functools.partial(routed_lora, splits=case.splits, implementation="gathered")
+        f = functools.partial(add_routed_lora, splits=case.splits, implementation="gathered")
         return jax.jit(f).lower(*case.arguments).compile().cost_analysis()["flops"]
 
     assert cost(200) < 1.05 * cost(4)

@@ -79,7 +79,7 @@ def choose(platform: str, shape: Shape) -> Implementation:
     return next(rule.implementation for rule in RULES[platform] if fits(rule))
 
 
-def routed_lora(
+def add_routed_lora(
     x: Float[Array, "*L I"],
     a: Float[Array, "P A R I"],
     b: Float[Array, "A R O"],
@@ -155,7 +155,7 @@ def _check(x, a, b, indices, weights, scale, base, splits) -> None:
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         problems.append(f"indices' dtype: expected an integer, found {indices.dtype.name}")
     if problems:
-        raise ValueError("routed_lora: " + "; ".join(problems))
+        raise ValueError("add_routed_lora: " + "; ".join(problems))
 
 
 def _flatten(x, a, indices, weights, base) -> tuple[Shape, jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -190,7 +190,7 @@ def _forward(x, a, b, indices, weights, base, splits: tuple[int, ...], name: str
 
         implementation = pallas_tpu.IMPLEMENTATIONS[name]
     else:
-        raise NotImplementedError(f"routed_lora has no implementation {name!r}")
+        raise NotImplementedError(f"add_routed_lora has no implementation {name!r}")
     return implementation(x, a, b, indices, weights, base, splits)
 
 
