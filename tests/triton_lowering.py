@@ -6,6 +6,9 @@ Prints a line a kernel with what ptxas says of it; exits 1 on the first that is 
 starts it where the extra `gpu` is installed.
 """
 
+# pyright: reportMissingImports=false
+# (triton and jax-triton are optional)
+
 from __future__ import annotations
 
 import functools

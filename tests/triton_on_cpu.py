@@ -4,6 +4,9 @@ Everything but the last call is the package's own code: tiles, grids, order of a
 number of cases, exits 1 on the first wrong one. tests/test_kernels_triton.py starts it.
 """
 
+# pyright: reportMissingImports=false
+# (triton and jax-triton are optional)
+
 from __future__ import annotations
 
 import sys

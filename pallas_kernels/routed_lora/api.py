@@ -113,17 +113,26 @@ def add_routed_lora(
         NotImplementedError: an `implementation` that does not serve this shape, dtype or platform.
     """
     _check(x, a, b, indices, weights, scale, base, splits)
-    shape, x_flat, base_flat, indices, weights = _flatten(x, a, indices, weights, base)
+    shape, x_flat, base_flat, named, given = _flatten(x, a, indices, weights, base)
     name = implementation or choose(jax.default_backend(), shape)
     if name == "reference":
-        combine = reference.dense_weights(indices, weights, shape.adapters) * scale[None]
-        update = reference.routed_lora(x_flat, a, b, combine[:, None], splits)
-        return (base_flat.astype(jnp.float32) + update).astype(base.dtype).reshape(base.shape)
-    chosen = (indices >= 0) & (indices < shape.adapters)
-    indices = jnp.where(chosen, indices, NO_ADAPTER)
+        return _reference(x, a, b, indices, weights, scale, base, splits)
+    real = (named >= 0) & (named < shape.adapters)
     own = jnp.arange(len(splits), dtype=jnp.int32)[None, :, None]
-    weights = jnp.where(chosen, weights * scale[own, jnp.maximum(indices, 0)], 0.0)
-    return _routed(x_flat, a, b, indices, weights, base_flat, splits, name).reshape(base.shape)
+    chosen = jnp.where(real, named, NO_ADAPTER)
+    scaled = jnp.where(real, given * scale[own, jnp.maximum(chosen, 0)], 0.0)
+    y: Any = _routed(x_flat, a, b, chosen, scaled, base_flat, splits, name)
+    return y.reshape(base.shape)
+
+
+def _reference(x, a, b, indices, weights, scale, base, splits) -> jax.Array:
+    """The specification on x's own axes: [.., T, I], the leading ones flattened to B."""
+    *lead, tokens, width = x.shape
+    indices, weights = (jnp.broadcast_to(r, (*lead, *r.shape[-3:])) for r in (indices, weights))
+    routing = (math.prod(lead), *indices.shape[-3:])
+    combine = reference.dense_weights(indices.reshape(routing), weights.reshape(routing), a.shape[1])
+    update = reference.routed_lora(x.reshape(-1, tokens, width), a, b, combine * scale[None, None], splits)
+    return (base.astype(jnp.float32) + update.reshape(base.shape)).astype(base.dtype)
 
 
 def _check(x, a, b, indices, weights, scale, base, splits) -> None:
