@@ -210,7 +210,7 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
         made = {k: array(s, jnp.float32 if k == "gate" else dtype) for k, s in shapes.items()}
         weights = [random_arrays(made, seed) for seed in range(layers)]
         slims = [slim_matrix(w["gate"], w["a"]) for w in weights]
-        scale = jnp.ones((count, adapters), jnp.float32)
+        scale = jnp.full((count, adapters), 20.0)  # makes updates about as large as what they are added to
         lengths = bench.sequence if bench.routing == "request" else (1,)
         for groups, tokens in ((b, s) for b in bench.batch for s in lengths):
             x = random_arrays(array((groups, tokens, i), dtype), 99)
@@ -229,27 +229,35 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
                     y = x @ w["w"]
                     if name in GATED:
                         rest = (w["b"], scale, counts, ones, y[:, 0], splits, choices)
-                        ys.append(gated_lora(x[:, 0], slim, *rest, implementation=GATED[name]))
+                        ys.append(gated_lora(x[:, 0], slim, *rest, implementation=GATED[name])[0][:, None])
                         continue
                     routing = given
                     if bench.routing == "gates":
-                        logits = jnp.einsum("gsi,ipa->gpa", x, w["gate"].astype(x.dtype))
-                        routing = choose_adapters(logits.astype(jnp.float32), counts, ones, choices)
+                        gate = w["gate"].astype(x.dtype)
+                        logits = jnp.einsum("gsi,ipa->gpa", x, gate, preferred_element_type=jnp.float32)
+                        routing = choose_adapters(logits, counts, ones, choices)
                         routing = tuple(r[:, None] for r in routing)
                     ys.append(add_routed_lora(x, w["a"], w["b"], *routing, scale, y, splits, implementation=name))
                 return ys
 
-            contenders = {}
+            arguments = (x, weights, slims, given, counts, ones)
             bare_call = jax.jit(bare)
-            contenders["bare"] = Timed(lambda _: bare_call(x, weights), calls=layers)  # noqa: B023
+            contenders = {"bare": Timed(lambda _, call=bare_call, x=x, w=weights: call(x, w), calls=layers)}
+            base, wanted = (
+                f(*arguments[:n])[0].astype(jnp.float32)
+                for f, n in ((bare_call, 2), (jax.jit(functools.partial(adapted, name="reference")), 6))
+            )
+            errors = {}
             for name in names:
                 call = jax.jit(functools.partial(adapted, name=name))
-                arguments = (x, weights, slims, given, counts, ones)
                 try:
-                    jax.block_until_ready(call(*arguments))
-                except NotImplementedError as e:
-                    console.print(f"[dim]{group} {groups}x{tokens} A={adapters} R={rank}: {e}")
+                    y = jax.block_until_ready(call(*arguments))[0].astype(jnp.float32)
+                except (NotImplementedError, jax.errors.JaxRuntimeError) as e:
+                    console.print(
+                        f"{group} {groups}x{tokens} A={adapters} R={rank} {name}: not timed: {e}", markup=False
+                    )
                     continue
+                errors[name] = float(jnp.linalg.norm(y - wanted) / jnp.linalg.norm(wanted - base))
                 contenders[name] = Timed(lambda _, call=call, arguments=arguments: call(*arguments), calls=layers)
             times = alternate(contenders, bench.seconds / 2)
             rows = groups * tokens
@@ -259,7 +267,7 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
                 if name != "bare":
                     yield measured(
                         bench, "kernel", ms, times["bare"], work, peak, adapters=adapters, rank=rank, batch=groups,
-                        sequence=tokens, group=group, routing=bench.routing, implementation=name,
+                        sequence=tokens, group=group, routing=bench.routing, implementation=name, error=errors[name],
                     )  # fmt: skip
 
 
@@ -406,13 +414,16 @@ def main(bench: Bench) -> None:
         for source in sources:
             for record in source(bench, config, dtype, peak):
                 records.append(record)
+                if bench.json:  # at once: a lent machine may be taken away
+                    bench.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
                 what = " ".join(str(record[k]) for k in ("what", "group", "implementation") if k in record)
-                console.print(f"[dim]{what} {record['batch']}x{record['sequence']} {record['ratio']:.3f}")
+                error = (
+                    f"  differs from the reference by {record['error']:.1e} of the update" if "error" in record else ""
+                )
+                console.print(f"[dim]{what} {record['batch']}x{record['sequence']} {record['ratio']:.3f}{error}")
     finally:
         if records:
             show(records)
-            if bench.json:
-                bench.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
             if bench.picture:
                 draw(records, bench.picture)
 
