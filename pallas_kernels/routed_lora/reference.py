@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
+
+
+def einsum_float32(dtype: Any, equation: str, *operands: jax.Array) -> jax.Array:
+    """einsum of operands of `dtype`, accumulated in float32; float32 operands are not rounded to fewer bits."""
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
+
+
+def columns(splits: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(start, stop) of each projection's columns in the group."""
+    return [(sum(splits[:p]), sum(splits[: p + 1])) for p in range(len(splits))]
+
+
+def dense_weights(
+    indices: Int32[Array, "*L C"], weights: Float[Array, "*L C"], num_adapters: int
+) -> Float[Array, "*L A"]:
+    """The weight of every adapter, zero where it was not chosen; an index outside 0..A-1 chooses nothing."""
+    chosen = jax.nn.one_hot(indices, num_adapters, dtype=jnp.float32)
+    return jnp.sum(chosen * weights[..., None], axis=-2)
+
+
+def expand(h: Float[Array, "B T P A R"], b: Float[Array, "A R O"], splits: tuple[int, ...]) -> Float[Array, "B T O"]:
+    """The masked shrink of each projection through its own columns of every B, summed over adapters; float32."""
+    einsum = functools.partial(einsum_float32, b.dtype)
+    updates = [
+        einsum("btar,aro->bto", h[:, :, p], b[:, :, start:stop]) for p, (start, stop) in enumerate(columns(splits))
+    ]
+    return jnp.concatenate(updates, axis=-1)
 
 
 def routed_lora(
@@ -30,12 +59,6 @@ def routed_lora(
     Returns:
         float32. Products are accumulated in float32; the weighted shrink is rounded to x's dtype.
     """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    h = einsum("bti,pari->btpar", x, a)
+    h = einsum_float32(x.dtype, "bti,pari->btpar", x, a)
     h = (h * combine[..., None].astype(jnp.float32)).astype(x.dtype)
-    updates, start = [], 0
-    for p, width in enumerate(splits):
-        updates.append(einsum("btar,aro->bto", h[:, :, p], b[:, :, start : start + width]))
-        start += width
-    return jnp.concatenate(updates, axis=-1)
+    return expand(h, b, splits)

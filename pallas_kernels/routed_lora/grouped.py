@@ -1,0 +1,111 @@
+"""Many tokens, many adapters: tokens sorted by adapter, one batched matmul over static buckets.
+
+`lax.ragged_dot` is not used: XLA may expand it on GPUs to a product with every group. Here each adapter's rows
+are padded to whole blocks of `block` rows, and a block reads one adapter. The number of blocks has a static
+bound, so nothing depends on how the routing falls, and every sum has a fixed order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.routed_lora.reference import columns, einsum_float32
+
+
+def block_rows(rows: int, adapters: int) -> int:
+    """Rows of a block: the mean of an adapter's rows as a power of two, 8 to 128, so that padding at most doubles."""
+    return max(8, min(128, 1 << (max(rows // max(adapters, 1), 1) - 1).bit_length()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Rows (token, choice), numbered token * C + choice, sorted by adapter into N blocks of T.
+
+    adapter: int32 [N], the adapter of each block. source: int32 [N, T], the row in each place.
+    filled: bool [N, T], False in padding. place: int32 [rows], where each row went (in N * T).
+    """
+
+    adapter: jax.Array
+    source: jax.Array
+    filled: jax.Array
+    place: jax.Array
+
+    @classmethod
+    def sort(cls, chosen: Int32[Array, " rows"], adapters: int, block: int) -> Buckets:
+        """Rows that chose NO_ADAPTER (-1) are in no block; their `place` means nothing."""
+        rows = chosen.shape[0]
+        key = jnp.where(chosen < 0, adapters, chosen)
+        order = jnp.argsort(key, stable=True).astype(jnp.int32)
+        first = jnp.searchsorted(key[order], jnp.arange(adapters + 1, dtype=jnp.int32)).astype(jnp.int32)
+        counts = first[1:] - first[:-1]
+        blocks = (counts + block - 1) // block
+        ends = jnp.cumsum(blocks).astype(jnp.int32)
+        begins = ends - blocks
+        # sum of ceil(count / block) <= rows / block + the adapters that have rows
+        number = jnp.arange(rows // block + min(adapters, rows), dtype=jnp.int32)
+        adapter = jnp.searchsorted(ends, number, side="right").astype(jnp.int32)
+        used, adapter = adapter < adapters, jnp.minimum(adapter, adapters - 1)
+        offset = ((number - begins[adapter]) * block)[:, None] + jnp.arange(block, dtype=jnp.int32)[None, :]
+        filled = used[:, None] & (offset < counts[adapter][:, None])
+        source = order[jnp.where(filled, first[adapter][:, None] + offset, 0)]
+        rank = jnp.zeros((rows,), jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32), unique_indices=True)
+        own = jnp.minimum(key, adapters - 1)
+        place = jnp.where(chosen < 0, 0, begins[own] * block + rank - first[own])
+        return cls(adapter, source, filled, place)
+
+    def gather(self, tokens: Float[Array, "M W"], choices: int) -> Float[Array, "N T W"]:
+        """The token of every place."""
+        return tokens[self.source // choices]
+
+    def weights(self, weights: Float[Array, "M C"]) -> Float[Array, "N T"]:
+        """The weight of every place, 0 in padding."""
+        return jnp.where(self.filled, weights.reshape(-1)[self.source], 0.0)
+
+    def combine(self, values: Float[Array, "N T W"], chosen: Int32[Array, "M C"]) -> Float[Array, "M W"]:
+        """float32: each token's sum over its choices."""
+        taken = values.reshape(-1, values.shape[-1])[self.place].reshape(*chosen.shape, -1)
+        return jnp.sum(jnp.where(chosen[..., None] < 0, 0.0, taken.astype(jnp.float32)), axis=1)
+
+    def pick(self, values: Float[Array, "N T"], chosen: Int32[Array, "M C"]) -> Float[Array, "M C"]:
+        """Each row's value, 0 for NO_ADAPTER."""
+        return jnp.where(chosen < 0, 0.0, values.reshape(-1)[self.place].reshape(chosen.shape))
+
+
+def spread(
+    indices: Int32[Array, "G P C"], weights: Float[Array, "G P C"], tokens: int
+) -> tuple[Int32[Array, "M P C"], Float[Array, "M P C"]]:
+    """The routing of groups of `tokens` tokens, for each token of its own: M = G * tokens."""
+    return jnp.repeat(indices, tokens, axis=0), jnp.repeat(weights, tokens, axis=0)
+
+
+def grouped_lora(
+    x: Float[Array, "G S I"],
+    a: Float[Array, "P A R I"],
+    b: Float[Array, "A R O"],
+    indices: Int32[Array, "G P C"],
+    weights: Float[Array, "G P C"],
+    base: Float[Array, "G S O"],
+    splits: tuple[int, ...],
+) -> Float[Array, "G S O"]:
+    """base + update; the weights include the scale, and are 0 where an index is NO_ADAPTER (-1).
+
+    An update is rounded to x's dtype once for each choice, before the choices are added in float32.
+    """
+    einsum = functools.partial(einsum_float32, x.dtype)
+    indices, weights = spread(indices, weights, x.shape[1])
+    tokens, choices, adapters = x.reshape(-1, x.shape[-1]), indices.shape[2], a.shape[1]
+    updates = []
+    for p, (start, stop) in enumerate(columns(splits)):
+        chosen = indices[:, p]
+        buckets = Buckets.sort(chosen.reshape(-1), adapters, block_rows(chosen.size, adapters))
+        h = einsum("nti,nri->ntr", buckets.gather(tokens, choices), a[p, buckets.adapter])
+        h = (h * buckets.weights(weights[:, p])[..., None]).astype(x.dtype)
+        y = einsum("ntr,nro->nto", h, b[buckets.adapter, :, start:stop]).astype(x.dtype)
+        updates.append(buckets.combine(y, chosen))
+    update = jnp.concatenate(updates, axis=-1).reshape(base.shape)
+    return (base.astype(jnp.float32) + update).astype(base.dtype)

@@ -1,0 +1,435 @@
+"""What adapters cost: the bare model and the adapted one in the same run, alternating, medians, synchronised.
+
+    python scripts/bench.py --shape tiny                                             # any machine, a minute or two
+    python scripts/bench.py --shape llama-3-8b --what decode --batch 1 8 32 --json decode.json --picture decode.png
+    python scripts/bench.py --shape llama-3-8b --what kernel --batch 1 8 32 2048     # every implementation, alone
+
+Weights are random. `kernel` times one projection group, base product included, over several layers' own weights, so
+that none stays in a cache; its last table names the fastest implementation of each shape, which is what the table in
+pallas_kernels/routed_lora/api.py is made from. Rooflines use the rates measured at the start of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import meteora_jax as mj
+from meteora_jax.adapters import GateParam
+from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.generation import Sampling, decode, prefill
+from meteora_jax.llama import Llama
+from meteora_jax.training.data import Batch
+from meteora_jax.training.step import TrainState, optimizer, train_step
+from pallas_kernels.routed_lora import add_routed_lora
+from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
+
+Group = Literal["qkv", "o", "gate_up", "down"]
+XLA = ("reference", "gathered", "grouped")
+TRITON = ("triton_fused", "triton_gathered", "triton_dense")
+GATED = {"gated_reference": "reference", "gated_triton": "triton", "gated_triton_slim": "triton_slim"}
+AVAILABLE = {
+    "cpu": (*XLA, "gated_reference"),
+    "gpu": (*XLA, *TRITON, *GATED),
+    "tpu": (*XLA, "tpu_gathered", "tpu_dense", "gated_reference"),
+}
+NO_END = jnp.asarray((-1,), jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Times the bare and the adapted model side by side."""
+
+    shape: Literal["tiny", "smollm2-135m", "llama-3-8b"]
+    """Of the base."""
+    what: tuple[Literal["kernel", "prefill", "decode", "train"], ...] = ("kernel", "prefill", "decode", "train")
+    batch: tuple[int, ...] = (1, 8)
+    """Sequences; for `kernel`, tokens or requests."""
+    sequence: tuple[int, ...] = (32,)
+    """Tokens of a prompt or training sequence; for `kernel` with --routing request, of a request."""
+    adapters: tuple[int, ...] = (28,)
+    rank: tuple[int, ...] = (8,)
+    top_k: int = 2
+    routing: Literal["gates", "given", "request"] = "gates"
+    """`kernel` only: tokens routed by gates (which are timed too), by indices given beforehand, or one a request."""
+    implementation: tuple[str, ...] = ()
+    """`kernel` only: which to time; all that this device has, if none is named."""
+    group: tuple[Group, ...] = ("qkv", "o", "gate_up", "down")
+    """`kernel` only: which projection groups to time."""
+    layers: int | None = None
+    """Layers of the model, or for `kernel` how many layers' weights take turns."""
+    seconds: float = 2.0
+    """Time given to each pair once it is compiled."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """bfloat16, on a CPU float32, if not given."""
+    json: Path | None = None
+    picture: Path | None = None
+
+
+def llama(name: str) -> LlamaConfig:
+    """The published shapes; `tiny` is nobody's."""
+    vocab, d, f, layers, heads, kv, width = {
+        "tiny": (256, 64, 160, 2, 4, 2, 16),
+        "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 64),
+        "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, 128),
+    }[name]
+    return LlamaConfig(
+        vocab_size=vocab, hidden_size=d, intermediate_size=f, num_layers=layers, num_heads=heads, num_kv_heads=kv,
+        head_dim=width, rms_norm_eps=1e-5, rope_theta=500000.0, rope_scaling=None, max_position_embeddings=8192,
+        tie_word_embeddings=name == "smollm2-135m", attention_bias=False, mlp_bias=False, bos_token_id=None,
+        eos_token_ids=(),
+    )  # fmt: skip
+
+
+def random_arrays(shapes: Any, seed: int) -> Any:
+    """Small normal values in the shapes and dtypes of a pytree, made on the device; integers are 0."""
+    leaves, tree = jax.tree.flatten(shapes)
+
+    @jax.jit
+    def fill() -> list[jax.Array]:
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        draw = lambda key, x: (0.02 * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)  # noqa: E731
+        return [draw(k, x) for k, x in zip(keys, leaves, strict=True)]
+
+    return jax.tree.unflatten(tree, fill())
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a call must do at least: floating-point operations, and bytes of weights and caches."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def scaled(self, factor: float) -> Work:
+        return Work(self.flops * factor, self.bytes * factor)
+
+
+def group_work(config: LlamaConfig, group: str, tokens: int, size: int) -> Work:
+    """The base product of one group."""
+    shapes = [config.projection_shape(p) for p in GROUPS[group]]
+    i, o = shapes[0][0], sum(o for _, o in shapes)
+    return Work(2.0 * tokens * i * o, size * (i * o + tokens * (i + o)))
+
+
+def adapter_work(config: LlamaConfig, group: str, tokens: int, distinct: int, choices: int, rank: int, size: int):
+    """The chosen adapters' products; `distinct` adapters are read at each projection."""
+    widths = sum(i + o for i, o in (config.projection_shape(p) for p in GROUPS[group]))
+    return Work(2.0 * tokens * choices * rank * widths, size * distinct * rank * widths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A function to time: `prepare` (not timed) makes what a call consumes; `inner` calls go into one measurement."""
+
+    call: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+    calls: int = 1  # what one call counts for: layers or decoding steps
+
+
+def alternate(contenders: dict[str, Timed], seconds: float) -> dict[str, float]:
+    """Median milliseconds of each, measured in turns; compiled and warm before the first measurement."""
+    inner = {}
+    for name, timed in contenders.items():
+        for _ in range(2):
+            made = jax.block_until_ready(timed.prepare())
+            start = time.perf_counter()
+            jax.block_until_ready(timed.call(made))
+            once = time.perf_counter() - start
+        inner[name] = 1 if timed.prepare() is not None else max(1, min(100, round(0.01 / once)))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + seconds * len(contenders)
+    while time.perf_counter() < end or min(map(len, samples.values())) < 5:
+        for name, timed in contenders.items():
+            made = jax.block_until_ready(timed.prepare())
+            start = time.perf_counter()
+            for _ in range(inner[name]):
+                out = timed.call(made)
+            jax.block_until_ready(out)
+            samples[name].append((time.perf_counter() - start) / inner[name] / timed.calls * 1e3)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def ceilings(dtype: Any) -> Work:
+    """Operations and bytes a second of this device: a large product of random values, a large copy."""
+    large = jax.default_backend() != "cpu"
+    side, length = (8192, 1 << 30) if large else (512, 1 << 22)
+    left, right = (random_arrays(jax.ShapeDtypeStruct((side, side), dtype), seed) for seed in (0, 1))
+    source = jnp.arange(length // 4, dtype=jnp.int32)
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x ^ 1)
+    times = alternate({"product": Timed(lambda _: product(left, right)), "copy": Timed(lambda _: copy(source))}, 0.5)
+    return Work(2.0 * side**3 / times["product"] * 1e3, 2.0 * length / times["copy"] * 1e3)
+
+
+def measured(bench: Bench, what: str, ms: float, bare: float, work: Work, peak: Work, **more: Any) -> dict[str, Any]:
+    """One record of the JSON file."""
+    least = 1e3 * max(work.flops / peak.flops, work.bytes / peak.bytes)
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "what": what, "shape": bench.shape, "top_k": bench.top_k, **more, "ms": ms, "ms_bare": bare, "ratio": ms / bare,
+        "gb_per_s": work.bytes / ms / 1e6, "tflop_per_s": work.flops / ms / 1e9, "roofline": least / ms,
+        "peak_memory_gb": stats.get("peak_bytes_in_use", 0) / 1e9 or None,
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(), "command": shlex.join(["python", *sys.argv]),
+    }  # fmt: skip
+
+
+def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> Iterator[dict[str, Any]]:
+    """Every implementation of a projection group, over the weights of several layers."""
+    platform = jax.default_backend()
+    names = bench.implementation or AVAILABLE[platform]
+    if unknown := sorted(set(names) - set(AVAILABLE[platform])):
+        raise InputError(f"--implementation: expected {', '.join(AVAILABLE[platform])}; found {', '.join(unknown)}")
+    if bench.routing != "gates":
+        names = [name for name in names if name not in GATED]
+    layers, size, array = bench.layers or 8, jnp.dtype(dtype).itemsize, jax.ShapeDtypeStruct
+    for group, adapters, rank in ((g, a, r) for g in bench.group for a in bench.adapters for r in bench.rank):
+        projections = GROUPS[group]
+        splits = tuple(config.projection_shape(p)[1] for p in projections)
+        (i, _), o, count = config.projection_shape(projections[0]), sum(splits), len(projections)
+        shapes = {"w": (i, o), "a": (count, adapters, rank, i), "b": (adapters, rank, o), "gate": (i, count, adapters)}
+        made = {k: array(s, jnp.float32 if k == "gate" else dtype) for k, s in shapes.items()}
+        weights = [random_arrays(made, seed) for seed in range(layers)]
+        slims = [slim_matrix(w["gate"], w["a"]) for w in weights]
+        scale = jnp.full((count, adapters), 20.0)  # makes updates about as large as what they are added to
+        lengths = bench.sequence if bench.routing == "request" else (1,)
+        for groups, tokens in ((b, s) for b in bench.batch for s in lengths):
+            x = random_arrays(array((groups, tokens, i), dtype), 99)
+            choices = min(bench.top_k, adapters)
+            counts, ones = jnp.full((groups,), choices, jnp.int32), jnp.ones((groups,), jnp.float32)
+            key = jax.random.key(7)
+            shared = jax.random.randint(key, (groups, 1, count, choices), 0, adapters, jnp.int32)
+            given = (shared, jnp.full(shared.shape, 1 / choices, jnp.float32))
+
+            def bare(x, weights):
+                return [x @ w["w"] for w in weights]
+
+            def adapted(x, weights, slims, given, counts, ones, name, splits=splits, choices=choices, scale=scale):
+                ys = []
+                for w, slim in zip(weights, slims, strict=True):
+                    y = x @ w["w"]
+                    if name in GATED:
+                        rest = (w["b"], scale, counts, ones, y[:, 0], splits, choices)
+                        ys.append(gated_lora(x[:, 0], slim, *rest, implementation=GATED[name])[0][:, None])
+                        continue
+                    routing = given
+                    if bench.routing == "gates":
+                        gate = w["gate"].astype(x.dtype)
+                        logits = jnp.einsum("gsi,ipa->gpa", x, gate, preferred_element_type=jnp.float32)
+                        routing = choose_adapters(logits, counts, ones, choices)
+                        routing = tuple(r[:, None] for r in routing)
+                    ys.append(add_routed_lora(x, w["a"], w["b"], *routing, scale, y, splits, implementation=name))
+                return ys
+
+            arguments = (x, weights, slims, given, counts, ones)
+            bare_call = jax.jit(bare)
+            contenders = {"bare": Timed(lambda _, call=bare_call, x=x, w=weights: call(x, w), calls=layers)}
+            base, wanted = (
+                f(*arguments[:n])[0].astype(jnp.float32)
+                for f, n in ((bare_call, 2), (jax.jit(functools.partial(adapted, name="reference")), 6))
+            )
+            errors = {}
+            for name in names:
+                call = jax.jit(functools.partial(adapted, name=name))
+                try:
+                    y = jax.block_until_ready(call(*arguments))[0].astype(jnp.float32)
+                except (NotImplementedError, jax.errors.JaxRuntimeError) as e:
+                    console.print(
+                        f"{group} {groups}x{tokens} A={adapters} R={rank} {name}: not timed: {e}", markup=False
+                    )
+                    continue
+                errors[name] = float(jnp.linalg.norm(y - wanted) / jnp.linalg.norm(wanted - base))
+                contenders[name] = Timed(lambda _, call=call, arguments=arguments: call(*arguments), calls=layers)
+            times = alternate(contenders, bench.seconds / 2)
+            rows = groups * tokens
+            work = group_work(config, group, rows, size)
+            work += adapter_work(config, group, rows, min(adapters, groups * choices), choices, rank, size)
+            for name, ms in times.items():
+                if name != "bare":
+                    yield measured(
+                        bench, "kernel", ms, times["bare"], work, peak, adapters=adapters, rank=rank, batch=groups,
+                        sequence=tokens, group=group, routing=bench.routing, implementation=name, error=errors[name],
+                    )  # fmt: skip
+
+
+def random_model(config: LlamaConfig, adapters: int, rank: int, dtype: Any) -> tuple[Any, Any, tuple[str, ...]]:
+    """(graph, weights, names) of a model with a bank and gates."""
+    infos = tuple(AdapterInfo(f"adapter_{i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
+    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
+    bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
+    abstract = nnx.eval_shape(lambda: Llama(config, bank, gates=True, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    return graph, random_arrays(state, 0), bank.names
+
+
+def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> Iterator[dict[str, Any]]:
+    """The whole model: prompts, decoding steps, training steps."""
+    size = jnp.dtype(dtype).itemsize
+    for adapters, rank in ((a, r) for a in bench.adapters for r in bench.rank):
+        graph, weights, names = random_model(config, adapters, rank, dtype)
+        choices = min(bench.top_k, adapters)
+        for batch, length in ((b, s) for b in bench.batch for s in bench.sequence):
+            gates = mj.Gates(top_k=choices)
+            routers = {"bare": None, "adapted": gates.bind([gates] * batch, names)}
+            tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size, jnp.int32)
+            for what in (w for w in bench.what if w != "kernel"):
+                rows = batch if what == "decode" else batch * length
+                head = Work(2.0 * batch * config.hidden_size * config.vocab_size,
+                            size * config.hidden_size * config.vocab_size)  # fmt: skip
+                work = Work(0, 0)
+                for group in GROUPS:
+                    work += group_work(config, group, rows, size)
+                    work += adapter_work(config, group, rows, min(adapters, rows * choices), choices, rank, size)
+                work = work.scaled(config.num_layers) + (head.scaled(length) if what == "train" else head)
+                if what == "train":
+                    work = Work(3 * work.flops, 3 * work.bytes)  # forward, again for lack of memory, backward
+                    contenders = training(graph, weights, routers["adapted"], tokens, adapters)
+                else:
+                    contenders = {
+                        name: generating(what, graph, weights, router, tokens) for name, router in routers.items()
+                    }
+                times = alternate(contenders, bench.seconds)
+                yield measured(
+                    bench, what, times["adapted"], times["bare"], work, peak, adapters=adapters, rank=rank,
+                    batch=batch, sequence=length,
+                )  # fmt: skip
+
+
+def generating(what: str, graph: Any, weights: Any, router: Any, tokens: jax.Array, steps: int = 32) -> Timed:
+    """A prefill, or `steps` decoding steps behind one."""
+    lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    how = Sampling().traced
+    start = lambda: prefill(graph, weights, tokens, lengths, router, how, NO_END, room=2 * steps)[0]  # noqa: E731
+    if what == "prefill":
+        return Timed(lambda _: start())
+    state = start()
+    copy = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731 - a call donates its state
+    return Timed(lambda s: decode(graph, weights, s, router, how, NO_END, jnp.int32(steps + 1)), copy, calls=steps)
+
+
+def training(graph: Any, weights: Any, router: Any, tokens: jax.Array, adapters: int) -> dict[str, Timed]:
+    """One step of gate training; bare: loss and gradient of the base's own embedding, through the same layers."""
+    model = nnx.merge(graph, weights)
+    split, gates, frozen = nnx.split(model, GateParam, ...)
+    tx = optimizer(1000, 1e-4, 0.1, 1.0)
+    everywhere = jnp.ones(tokens.shape, bool)
+    columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    batch = Batch(tokens, columns, everywhere, tokens % adapters)
+    state = TrainState(gates, tx.init(gates))
+    copy = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731 - a step donates its state
+    step = lambda s: train_step(split, frozen, s, batch, router, 50.0, tx=tx, remat=True)  # noqa: E731
+    bare_graph, embed, rest = nnx.split(model, nnx.PathContains("embed"), ...)
+
+    @jax.jit
+    def bare(embed: Any, rest: Any) -> Any:
+        def loss(embed: Any) -> jax.Array:
+            model = nnx.merge(bare_graph, embed, rest)
+            logits = model.logits(model(tokens, columns, None, remat=True).hidden[:, :-1])
+            own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
+            return -jnp.mean(own)
+
+        return jax.value_and_grad(loss)(embed)
+
+    return {"bare": Timed(lambda _: bare(embed, rest)), "adapted": Timed(step, copy)}
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    """The records as a table, and the fastest implementation of every shape."""
+    table = Table("what", "shape", "tokens", "A x R", "ms", "bare", "ratio", "GB/s", "TFLOP/s", "roofline")
+    for r in records:
+        what = " ".join(str(r[k]) for k in ("what", "group", "implementation") if k in r)
+        numbers = (f"{r['ms']:.4g}", f"{r['ms_bare']:.4g}", f"{r['ratio']:.3f}", f"{r['gb_per_s']:.0f}",
+                   f"{r['tflop_per_s']:.2f}", f"{r['roofline']:.0%}")  # fmt: skip
+        table.add_row(what, r["shape"], f"{r['batch']}x{r['sequence']}", f"{r['adapters']}x{r['rank']}", *numbers)
+    console.print(table)
+    shapes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in records:
+        if r["what"] == "kernel":
+            shapes.setdefault(tuple(r[k] for k in ("group", "batch", "sequence", "adapters", "rank")), []).append(r)
+    for (group, batch, sequence, adapters, rank), rows in shapes.items():
+        best = sorted(rows, key=lambda r: r["ms"])[:3]
+        ranking = ", ".join(f"{r['implementation']} {r['ratio']:.3f}" for r in best)
+        console.print(f"fastest for {group} {batch}x{sequence}, {adapters} of rank {rank}: {ranking}")
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Time over the bare model's, one bar a record."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.24 * len(records)), layout="constrained")
+    axes = figure.add_subplot()
+    labels = [
+        f"{r['what']} {r.get('group', '')} {r.get('implementation', '')} {r['batch']}x{r['sequence']} "
+        f"A={r['adapters']} R={r['rank']}"
+        for r in records
+    ]
+    bars = axes.barh(range(len(records)), [r["ratio"] for r in records], color="#4878a8")
+    axes.bar_label(bars, [f" {r['ratio']:.2f}  {r['ms']:.3g} ms" for r in records], fontsize=7)
+    axes.set_yticks(range(len(records)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="time / time of the bare model", title=f"{records[0]['shape']} on {records[0]['device']}")
+    axes.margins(x=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def main(bench: Bench) -> None:
+    """Measures, prints, and keeps what was asked for; records measured before an error are kept too."""
+    config = llama(bench.shape)
+    if bench.layers is not None:
+        config = dataclasses.replace(config, num_layers=bench.layers)
+    cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(bench.dtype or ("float32" if cpu else "bfloat16"))
+    peak = ceilings(dtype)
+    console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype.name}: a product reaches "
+                  f"{peak.flops / 1e12:.3g} TFLOP/s, a copy {peak.bytes / 1e9:.3g} GB/s")  # fmt: skip
+    records: list[dict[str, Any]] = []
+    sources = [bench_kernel] if "kernel" in bench.what else []
+    if set(bench.what) - {"kernel"}:
+        sources.append(bench_model)
+    try:
+        for source in sources:
+            for record in source(bench, config, dtype, peak):
+                records.append(record)
+                if bench.json:  # at once: a lent machine may be taken away
+                    bench.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+                what = " ".join(str(record[k]) for k in ("what", "group", "implementation") if k in record)
+                error = (
+                    f"  differs from the reference by {record['error']:.1e} of the update" if "error" in record else ""
+                )
+                console.print(f"[dim]{what} {record['batch']}x{record['sequence']} {record['ratio']:.3f}{error}")
+    finally:
+        if records:
+            show(records)
+            if bench.picture:
+                draw(records, bench.picture)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Bench, description=__doc__))
+    except InputError as e:
+        sys.exit(f"error: {e}")

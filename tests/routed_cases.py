@@ -1,0 +1,147 @@
+"""Cases of the routed LoRA product, and the product itself in float64 NumPy, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arrays as `add_routed_lora` takes them; x [M, I] if tokens == 1, else [G, S, I] with one routing a group."""
+
+    dtype: str
+    x: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    indices: np.ndarray
+    weights: np.ndarray
+    scale: np.ndarray
+    base: np.ndarray
+    splits: tuple[int, ...]
+    dy: np.ndarray
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.x, self.a, self.b, self.indices, self.weights, self.scale, self.base
+
+
+def make_case(
+    seed: int,
+    dtype: str,
+    groups: int,
+    tokens: int,
+    adapters: int,
+    rank: int,
+    choices: int,
+    width: int,
+    splits: tuple[int, ...],
+    routing: str,
+) -> Case:
+    """Ranks are mixed: each adapter's own is between 1 and `rank`, zeros follow."""
+    rng = np.random.default_rng(seed)
+    projections, kind = len(splits), DTYPES[dtype]
+    lead = (groups,) if tokens == 1 else (groups, tokens)
+    draw = lambda *shape: rng.standard_normal(shape).astype(kind)  # noqa: E731
+    a, b = draw(projections, adapters, rank, width), draw(adapters, rank, sum(splits))
+    for i in range(adapters):
+        own = rng.integers(1, rank + 1)
+        a[:, i, own:], b[i, own:] = 0, 0
+    routed = (groups,) if tokens == 1 else (groups, 1)
+    shape = (*routed, projections, choices)
+    indices = {
+        "any": lambda: rng.integers(-1, adapters, shape),  # the same adapter twice, too
+        "one": lambda: np.full(shape, rng.integers(0, adapters)),  # all tokens on one adapter; nobody on the others
+        "none": lambda: np.full(shape, -1),
+        "base_rows": lambda: np.where(rng.random((*routed, 1, 1)) < 0.5, -1, rng.integers(0, adapters, shape)),
+        "outside": lambda: rng.integers(-3, adapters + 3, shape),  # no adapter either
+    }[routing]()
+    weights = rng.standard_normal(shape).astype(np.float32)
+    if rng.random() < 0.3:
+        weights = np.full(shape, 1 / choices, np.float32)  # ties
+    # as a caller's slice of something larger may come: not contiguous
+    x = draw(*lead, 2 * width)[..., ::2]
+    scale = rng.uniform(0.5, 2, (projections, adapters)).astype(np.float32)
+    base, dy = draw(*lead, sum(splits)), draw(*lead, sum(splits))
+    return Case(dtype, x, a, b, indices.astype(np.int32), weights, scale, base, splits, dy)
+
+
+@st.composite
+def cases(draw, big: bool = True, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Case:
+    """Small shapes, odd ones as well."""
+    return make_case(
+        seed=draw(st.integers(0, 2**32 - 1)),
+        dtype=draw(st.sampled_from(dtypes)),
+        groups=draw(st.integers(1, 40 if big else 9)),
+        tokens=draw(st.sampled_from([1, 1, 1, 3])),
+        adapters=draw(st.integers(1, 40 if big else 9)),
+        rank=draw(st.sampled_from([1, 2, 3, 4, 8, 13] if big else [1, 2, 3, 4, 8])),
+        choices=draw(st.integers(1, 4)),
+        width=draw(st.sampled_from([1, 7, 16, 33, 64])),
+        splits=tuple(draw(st.lists(st.sampled_from([1, 5, 16, 31, 48]), min_size=1, max_size=3))),
+        routing=draw(st.sampled_from(["any", "any", "one", "none", "base_rows", "outside"])),
+    )
+
+
+def exact(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values in float64 of the output and every gradient, and the size of what was added up to make each."""
+    up = lambda array: np.asarray(array, np.float64)  # noqa: E731
+    groups, (projections, adapters) = case.indices.shape[0], case.a.shape[:2]
+    x, base, dy = (up(array).reshape(groups, -1, array.shape[-1]) for array in (case.x, case.base, case.dy))
+    indices = case.indices.reshape(groups, projections, -1)
+    weights = up(case.weights).reshape(indices.shape)
+    a, b, scale = up(case.a), up(case.b), up(case.scale)
+    value = dict(y=base.copy(), x=np.zeros_like(x), a=np.zeros_like(a), b=np.zeros_like(b))
+    value |= dict(weights=np.zeros_like(weights), scale=np.zeros_like(scale), base=dy.copy())
+    size = {name: np.abs(array) for name, array in value.items()}
+
+    def add(name: str, where: Any, left: np.ndarray, right: np.ndarray, factor: float) -> None:
+        value[name][where] += factor * (left @ right)
+        size[name][where] += abs(factor) * (np.abs(left) @ np.abs(right))
+
+    stops = np.cumsum(case.splits)
+    for g, p in np.ndindex(groups, projections):
+        columns = slice(stops[p] - case.splits[p], stops[p])
+        for c, i in enumerate(indices[g, p]):
+            if not 0 <= i < adapters:
+                continue
+            a_i, b_i, w, s = a[p, i], b[i][:, columns], weights[g, p, c], scale[p, i]
+            h, dh = x[g] @ a_i.T, dy[g][:, columns] @ b_i.T
+            h_size, dh_size = np.abs(x[g]) @ np.abs(a_i.T), np.abs(dy[g][:, columns]) @ np.abs(b_i.T)
+            add("y", (g, slice(None), columns), h, b_i, w * s)
+            size["y"][g][:, columns] += abs(w * s) * (h_size @ np.abs(b_i))
+            add("x", g, dh, a_i, w * s)
+            size["x"][g] += abs(w * s) * (dh_size @ np.abs(a_i))
+            add("a", (p, i), dh.T, x[g], w * s)
+            size["a"][p, i] += abs(w * s) * (dh_size.T @ np.abs(x[g]))
+            add("b", (i, slice(None), columns), h.T, dy[g][:, columns], w * s)
+            size["b"][i][:, columns] += abs(w * s) * (h_size.T @ np.abs(dy[g][:, columns]))
+            inner, inner_size = np.sum(h * dh), np.sum(h_size * dh_size)
+            value["weights"][g, p, c] += s * inner
+            size["weights"][g, p, c] += abs(s) * inner_size
+            value["scale"][p, i] += w * inner
+            size["scale"][p, i] += abs(w) * inner_size
+    shapes = dict(y=case.base.shape, x=case.x.shape, weights=case.weights.shape, base=case.base.shape)
+    for results in (value, size):
+        for name, shape in shapes.items():
+            results[name] = results[name].reshape(shape)
+    return value, size
+
+
+def assert_close(found: dict[str, Any], case: Case, names: tuple[str, ...] | None = None) -> None:
+    """Every result within a few roundings of its dtype, measured on the sum of the absolute terms."""
+    value, size = exact(case)
+    for name in names or tuple(found):
+        array = np.asarray(found[name], np.float64)
+        assert array.shape == value[name].shape, name
+        assert np.all(np.isfinite(array)), name
+        bound = 4 * EPS[case.dtype] * size[name] + 1e-30
+        worst = np.max(np.abs(array - value[name]) / bound, initial=0.0)
+        assert worst <= 1, f"{name}: {worst:.2f} times the bound of its rounding"

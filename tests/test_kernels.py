@@ -1,0 +1,177 @@
+"""The routed LoRA product: XLA implementations against float64 NumPy, the table, and what the entry refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from routed_cases import DTYPES, Case, assert_close, cases, make_case
+
+from pallas_kernels.routed_lora import api, reference
+from pallas_kernels.routed_lora.api import Shape, add_routed_lora, choose
+from pallas_kernels.routed_lora.gradients import grouped_gradients
+from pallas_kernels.routed_lora.grouped import Buckets, block_rows
+
+XLA = ("reference", "gathered", "grouped")
+# most of a case's time is compiling its shape; XLA's optimiser would double it
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.partial(jax.jit, static_argnames=("splits", "names"), compiler_options=QUICK)
+def run(arguments: Any, dy: jax.Array, splits: tuple[int, ...], names: tuple[str, ...]) -> dict[str, Any]:
+    """Output and gradients of each implementation; "sorted": the other form of the backward pass."""
+    x, a, b, indices, weights, scale, base = arguments
+    results = {}
+    for name in names:
+
+        def apply(x, a, b, weights, scale, base, name=name):
+            return add_routed_lora(x, a, b, indices, weights, scale, base, splits, implementation=name)
+
+        y, pull = jax.vjp(apply, x, a, b, weights, scale, base)
+        results[name] = dict(zip(("y", "x", "a", "b", "weights", "scale", "base"), (y, *pull(dy)), strict=True))
+    return results
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=cases(), name=st.sampled_from(XLA))
+def test_forward_and_gradients_of_random_shapes(case: Case, name: str):
+    (found,) = run(case.arguments, case.dy, case.splits, (name,)).values()
+    assert_close(found, case)
+
+
+@pytest.mark.parametrize("name", XLA)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_adapters_with_the_other_backward_form(name: str, dtype: str):
+    case = make_case(3, dtype, 64, 1, 256, 64, 2, 24, (16, 40), "any")
+    assert api.DENSE_GRADIENTS_WIDTH < 256 * 64
+    (found,) = run(case.arguments, case.dy, case.splits, (name,)).values()
+    assert_close(found, case)
+
+
+def test_many_tokens():
+    case = make_case(4, "float32", 4096, 1, 7, 3, 2, 9, (8,), "any")
+    for found in run(case.arguments, case.dy, case.splits, XLA).values():
+        assert_close(found, case)
+
+
+def test_sorted_gradients_are_deterministic_and_exact():
+    case = make_case(5, "float32", 30, 1, 5, 4, 3, 16, (8, 24), "base_rows")
+    indices, weights = jnp.asarray(case.indices), jnp.asarray(case.weights)
+    own = jnp.arange(2)[None, :, None]
+    scaled = jnp.where(indices < 0, 0, weights * case.scale[own, jnp.maximum(indices, 0)])
+    arguments = (case.x[:, None], case.a, case.b, indices, scaled, case.dy[:, None])
+    first, again = (grouped_gradients(*map(jnp.asarray, arguments), case.splits) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert_close({"x": first[0][:, 0], "a": first[1], "b": first[2]}, case)
+
+
+@pytest.mark.parametrize("routed", [(2, 3, 2), (2, 1, 2), (1, 3, 2), (1, 1, 2), (2, 3, 1), (2, 1, 1)])
+@pytest.mark.parametrize("name", XLA)
+def test_a_routing_broadcasts_over_tokens_requests_and_projections(name: str, routed: tuple[int, ...]):
+    case = make_case(6, "float32", 6, 1, 4, 2, 2, 8, (5, 6), "any")
+    rng = np.random.default_rng(0)
+    indices = rng.integers(-1, 4, (*routed, 2)).astype(np.int32)
+    weights = rng.standard_normal((*routed, 2)).astype(np.float32)
+    x, base = jnp.asarray(case.x.reshape(2, 3, 8)), jnp.asarray(case.base.reshape(2, 3, 11))
+    rest = tuple(map(jnp.asarray, (case.a, case.b)))
+    y = add_routed_lora(x, *rest, jnp.asarray(indices), jnp.asarray(weights), jnp.asarray(case.scale), base, (5, 6),
+                    implementation=name)  # fmt: skip
+    full = (2, 3, 2, 2)
+    wide = dict(indices=np.broadcast_to(indices, full).reshape(6, 2, 2))
+    wide |= dict(weights=np.broadcast_to(weights, full).reshape(6, 2, 2))
+    assert_close({"y": np.asarray(y).reshape(6, 11)}, dataclasses.replace(case, **wide))
+
+
+def test_the_reference_is_bit_for_bit_the_plain_formula():
+    case = make_case(7, "float32", 6, 1, 4, 3, 2, 64, (32, 16), "base_rows")
+    x, base = jnp.asarray(case.x.reshape(2, 3, 64)), jnp.asarray(case.base.reshape(2, 3, 48))
+    indices, weights = (jnp.asarray(r.reshape(2, 3, 2, 2)) for r in (case.indices, case.weights))
+    y = add_routed_lora(
+        x, jnp.asarray(case.a), jnp.asarray(case.b), indices, weights, jnp.asarray(case.scale), base, (32, 16)
+    )
+    chosen = jax.nn.one_hot(indices, 4, dtype=jnp.float32)
+    combine = jnp.sum(chosen * weights[..., None], axis=-2) * case.scale[None, None]
+    update = reference.routed_lora(x, jnp.asarray(case.a), jnp.asarray(case.b), combine, case.splits)
+    np.testing.assert_array_equal(y, base + update)
+
+
+def test_an_adapter_that_nobody_chose_may_hold_anything_but_is_not_read():
+    case = make_case(8, "float32", 4, 1, 3, 2, 2, 8, (8,), "any")
+    indices = np.where(case.indices == 2, 1, case.indices)
+    case = dataclasses.replace(case, indices=indices)
+    a = case.a.copy()
+    a[:, 2] = np.nan
+    for name in ("gathered", "grouped"):
+        arguments = map(jnp.asarray, (case.x, a, *case.arguments[2:]))
+        y = add_routed_lora(*arguments, case.splits, implementation=name)
+        assert_close({"y": y}, case)
+
+
+@pytest.mark.parametrize(("rows", "adapters"), [(1, 1), (7, 3), (100, 4), (64, 256), (5, 40)])
+def test_buckets_hold_every_row_once_beside_its_own_adapter(rows: int, adapters: int):
+    chosen = np.random.default_rng(rows).integers(-1, adapters, rows).astype(np.int32)
+    for block in (8, block_rows(rows, adapters)):
+        buckets = Buckets.sort(jnp.asarray(chosen), adapters, block)
+        source, filled, adapter = map(np.asarray, (buckets.source, buckets.filled, buckets.adapter))
+        assert sorted(source[filled]) == sorted(np.flatnonzero(chosen >= 0))
+        np.testing.assert_array_equal(chosen[source[filled]], np.repeat(adapter, block).reshape(filled.shape)[filled])
+        places = np.asarray(buckets.place)[chosen >= 0]
+        np.testing.assert_array_equal(source.reshape(-1)[places], np.flatnonzero(chosen >= 0))
+
+
+def test_the_work_of_a_request_does_not_follow_the_pool():
+    def cost(adapters: int) -> float:
+        case = make_case(9, "float32", 2, 16, adapters, 4, 3, 64, (64,), "any")
+        f = functools.partial(add_routed_lora, splits=case.splits, implementation="gathered")
+        return jax.jit(f).lower(*case.arguments).compile().cost_analysis()["flops"]
+
+    assert cost(200) < 1.05 * cost(4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "expected"),
+    [
+        ("cpu", Shape(1, 1, 28, 8, 2), "reference"),
+        ("cpu", Shape(4096, 1, 1024, 16, 2), "reference"),
+        ("gpu", Shape(1, 1, 28, 8, 2), "gathered"),
+        ("gpu", Shape(32, 1, 256, 16, 2), "gathered"),
+        ("gpu", Shape(2048, 1, 28, 8, 2), "reference"),
+        ("gpu", Shape(2048, 1, 256, 16, 2), "grouped"),
+        ("gpu", Shape(8, 512, 28, 8, 3), "gathered"),
+        ("gpu", Shape(8, 512, 3, 8, 3), "reference"),
+        ("gpu", Shape(2048, 1, 1, 64, 1), "reference"),
+        ("tpu", Shape(1, 1, 28, 8, 2), "gathered"),
+        ("tpu", Shape(2048, 1, 1024, 8, 2), "grouped"),
+    ],
+)
+def test_the_table(platform: str, shape: Shape, expected: str):
+    assert choose(platform, shape) == expected
+
+
+def test_every_rule_names_an_implementation_and_every_shape_meets_one():
+    for platform, rules in api.RULES.items():
+        assert all(rule.implementation in get_args(api.Implementation) for rule in rules)
+        for groups, tokens, adapters in np.ndindex(3, 3, 3):
+            choose(platform, Shape(10 ** (2 * groups), 10 ** (2 * tokens), 10 ** (2 * adapters), 8, 2))
+
+
+def test_bad_input_is_refused_all_at_once():
+    case = make_case(10, "float32", 4, 1, 3, 2, 2, 8, (8,), "any")
+    x, a, b, indices, weights, scale, base = map(jnp.asarray, case.arguments)
+    with pytest.raises(ValueError, match=r"base's shape: expected \(4, 9\), found \(4, 8\)") as raised:
+        api._check(x, a, b, indices, weights, scale, base, (9,))
+    assert "b's shape" in str(raised.value)
+    with pytest.raises(ValueError, match="indices' axis 0: expected 4 or 1, found 3"):
+        api._check(x, a, b, indices[:3], weights[:3], scale, base, (8,))
+    with pytest.raises(ValueError, match="a's dtype: expected float32, found bfloat16"):
+        api._check(x, a.astype(jnp.bfloat16), b, indices, weights, scale, base, (8,))
+    with pytest.raises(NotImplementedError, match="cuda"):
+        api._forward(x, a, b, indices, weights, base, (8,), "cuda")

@@ -1,0 +1,41 @@
+"""scripts/bench.py on a CPU: every field of a record, the picture, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
+FIELDS = {"what", "shape", "adapters", "rank", "top_k", "batch", "sequence", "ms", "ms_bare", "ratio", "device", "jax"}
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--shape", "tiny", "--seconds", "0.01", "--layers", "1", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parents[1])}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_records_and_picture(tmp_path: Path):
+    records, picture = tmp_path / "records.json", tmp_path / "picture.png"
+    small = ("--batch", "2", "--sequence", "8", "--adapters", "3", "--group", "o")
+    result = bench("--what", "kernel", "decode", *small, "--json", str(records), "--picture", str(picture))
+    assert result.returncode == 0, result.stderr
+    assert "fastest for o 2x1, 3 of rank 8" in result.stdout
+    found = json.loads(records.read_text())
+    assert [r.get("implementation") for r in found] == ["reference", "gathered", "grouped", "gated_reference", None]
+    for record in found:
+        assert FIELDS | {"date", "command", "roofline", "gb_per_s", "tflop_per_s"} <= set(record)
+        assert record["ms"] > 0
+        assert math.isclose(record["ratio"], record["ms"] / record["ms_bare"])
+        assert record.get("error", 0) < 1e-5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_implementation_of_another_device_is_refused_in_a_line():
+    result = bench("--what", "kernel", "--implementation", "triton_dense")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: --implementation: expected reference, gathered")

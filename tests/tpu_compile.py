@@ -1,0 +1,66 @@
+"""Run as a program: compiles the TPU kernels, forward and backward, for a topology that is not there.
+
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python tests/tpu_compile.py v5e:4x4
+
+Prints a line a shape; exits 1 on the first that Mosaic refuses. tests/test_kernels_tpu.py starts it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pallas_kernels.routed_lora.api import Implementation, add_routed_lora
+
+LLAMA_QKV, LLAMA_DOWN, SMOL_QKV = (4096, (4096, 1024, 1024)), (14336, (4096,)), (576, (576, 192, 192))
+SHAPES: list[tuple[Implementation, tuple[int, int], tuple[int, tuple[int, ...]], str]] = [
+    ("tpu_gathered", (1, 1), LLAMA_QKV, "bfloat16"),
+    ("tpu_gathered", (8, 1), LLAMA_DOWN, "bfloat16"),
+    ("tpu_gathered", (4, 300), LLAMA_QKV, "bfloat16"),
+    ("tpu_gathered", (3, 1), SMOL_QKV, "float32"),
+    ("tpu_dense", (8, 1), LLAMA_DOWN, "bfloat16"),
+    ("tpu_dense", (2048, 1), LLAMA_QKV, "bfloat16"),
+    ("tpu_dense", (40, 1), SMOL_QKV, "float32"),
+]
+
+
+def main(topology: str) -> None:
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    mesh = Mesh(np.array([device]), ("device",))
+    place = NamedSharding(mesh, PartitionSpec())
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
+    adapters, rank, choices = 28, 8, 2
+    for name, (groups, tokens), (width, splits), dtype in SHAPES:
+
+        def loss(x, a, b, weights, scale, base, indices, name=name, splits=splits):
+            y = add_routed_lora(x, a, b, indices, weights, scale, base, splits, implementation=name)
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        shared = (groups, 1) if tokens > 1 else (groups, tokens)
+        arguments = [
+            array((groups, tokens, width), dtype),
+            array((len(splits), adapters, rank, width), dtype),
+            array((adapters, rank, sum(splits)), dtype),
+            array((*shared, len(splits), choices), jnp.float32),
+            array((len(splits), adapters), jnp.float32),
+            array((groups, tokens, sum(splits)), dtype),
+            array((*shared, len(splits), choices), jnp.int32),
+        ]
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.value_and_grad(loss, argnums=range(6))).lower(*arguments)
+            assert "tpu_custom_call" in lowered.as_text(), "no Pallas kernel in the program"
+            memory = lowered.compile().memory_analysis()
+        print(f"{topology} {device.device_kind} {name} {groups}x{tokens} {width}->{splits} {dtype}: "
+              f"{memory.temp_size_in_bytes / 1e6:.1f} MB beside the arguments")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

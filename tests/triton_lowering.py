@@ -1,0 +1,123 @@
+"""Run as a program: lowers every Triton kernel for CUDA and compiles it to machine code for Hopper, without a GPU.
+
+    JAX_PLATFORMS=cpu python tests/triton_lowering.py
+
+Prints a line a kernel with what ptxas says of it; exits 1 on the first that is refused. tests/test_kernels_triton.py
+starts it where the extra `gpu` is installed.
+"""
+
+# pyright: reportMissingImports=false
+# (triton and jax-triton are optional)
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+import triton
+from jax_triton import triton_lib
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pallas_kernels.routed_lora import gated
+from pallas_kernels.routed_lora.api import add_routed_lora
+
+HOPPER = 90
+LIMIT = 227 * 1024  # shared memory of a block
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+compile_ptx = triton_lib.compile_ttir_to_ptx_inplace
+
+
+def ptxas(*arguments):
+    """Triton's own step, and then the assembler's report of registers and spills."""
+    result = compile_ptx(*arguments)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(result.binary)
+        source.flush()
+        command = [str(PTXAS), "-v", "--gpu-name=sm_90a", source.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spills = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
+    assert registers is not None, report
+    assert result.shared_mem_bytes <= LIMIT, f"{result.name}: {result.shared_mem_bytes} bytes of shared memory"
+    tensor_cores = sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync", result.binary)))
+    print(f"  {result.name}: {registers[1]} registers, {spills[1] if spills else 0} bytes spilt, "
+          f"{result.shared_mem_bytes} shared, {' '.join(tensor_cores) or 'no tensor cores'}")  # fmt: skip
+    return result
+
+
+triton_lib.compile_ttir_to_ptx_inplace = ptxas
+jax_triton.triton_call = functools.partial(jax_triton.triton_call, compute_capability=HOPPER)
+
+QKV, GATE_UP, DOWN = (4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,))
+
+
+def lower(f, *arguments) -> None:
+    text = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton_kernel_call" in text, "no Triton kernel in the program"
+
+
+def main() -> None:
+    array = jax.ShapeDtypeStruct
+    for name, groups, tokens, (width, splits), adapters, rank, dtype in [
+        ("triton_fused", 1, 1, QKV, 28, 8, "bfloat16"),
+        ("triton_fused", 2, 1, DOWN, 28, 8, "bfloat16"),
+        ("triton_gathered", 8, 1, QKV, 28, 8, "bfloat16"),
+        ("triton_gathered", 8, 1, DOWN, 256, 16, "bfloat16"),
+        ("triton_gathered", 32, 1, GATE_UP, 28, 8, "bfloat16"),
+        ("triton_gathered", 8, 512, GATE_UP, 28, 8, "bfloat16"),
+        ("triton_gathered", 3, 40, (576, (576, 192, 192)), 5, 3, "float32"),
+        ("triton_dense", 8, 1, QKV, 28, 8, "bfloat16"),
+        ("triton_dense", 32, 1, DOWN, 28, 8, "float16"),
+        ("triton_dense", 2048, 1, GATE_UP, 28, 8, "bfloat16"),
+        ("triton_dense", 100, 1, (576, (576, 192, 192)), 5, 3, "float32"),
+    ]:
+        print(f"{name} {groups}x{tokens} {width}->{splits} {adapters} of rank {rank} {dtype}")
+        routed = (groups, 1 if tokens > 1 else tokens, len(splits), 2)
+
+        def loss(x, a, b, weights, scale, base, indices, name=name, splits=splits):
+            y = add_routed_lora(x, a, b, indices, weights, scale, base, splits, implementation=name)
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        lower(
+            jax.value_and_grad(loss, argnums=range(6)),
+            array((groups, tokens, width), dtype),
+            array((len(splits), adapters, rank, width), dtype),
+            array((adapters, rank, sum(splits)), dtype),
+            array(routed, jnp.float32),
+            array((len(splits), adapters), jnp.float32),
+            array((groups, tokens, sum(splits)), dtype),
+            array(routed, jnp.int32),
+        )
+    for name, rows, (width, splits), adapters, rank in [
+        ("triton_slim", 1, QKV, 28, 8),
+        ("triton_slim", 32, DOWN, 28, 8),
+        ("triton", 32, GATE_UP, 28, 8),
+        ("triton", 512, QKV, 28, 8),
+    ]:
+        print(f"gated, {name}: {rows} {width}->{splits} {adapters} of rank {rank} bfloat16")
+        slim = jax.eval_shape(
+            gated.slim_matrix,
+            array((width, len(splits), adapters), jnp.float32),
+            array((len(splits), adapters, rank, width), jnp.bfloat16),
+        )
+        lower(
+            functools.partial(gated.gated_lora, splits=splits, top_k=2, implementation=name),
+            array((rows, width), jnp.bfloat16),
+            slim,
+            array((adapters, rank, sum(splits)), jnp.bfloat16),
+            array((len(splits), adapters), jnp.float32),
+            array((rows,), jnp.int32),
+            array((rows,), jnp.float32),
+            array((rows, sum(splits)), jnp.bfloat16),
+        )
+
+
+if __name__ == "__main__":
+    main()

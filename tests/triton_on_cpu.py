@@ -1,0 +1,184 @@
+"""Run as a program with TRITON_INTERPRET=1: the Triton kernels on CPU tensors, launched as they are on a GPU.
+
+Everything but the last call is the package's own code: tiles, grids, order of arguments. Prints one line a
+number of cases, exits 1 on the first wrong one. tests/test_kernels_triton.py starts it.
+"""
+
+# pyright: reportMissingImports=false
+# (triton and jax-triton are optional)
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+import triton.language as tl
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from triton.runtime import interpreter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from routed_cases import DTYPES, Case, assert_close, cases, make_case
+
+from pallas_kernels.routed_lora import api, gated, triton_gpu, triton_kernels
+
+RANDOM: Any = dict(
+    deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+LAUNCHES: list[str] = []
+
+
+def to_torch(array: Any) -> torch.Tensor:
+    array = np.array(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    if tensor.dtype == torch.bfloat16:
+        return jnp.array(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+    return jnp.array(tensor.numpy())
+
+
+def launch(kernel: str, *arrays: Any, out: Any, grid: tuple[int, ...], warps: int = 4, **constants: Any) -> Any:
+    """`triton_gpu.launch` on CPU tensors; outputs start as NaN, or as a wild index."""
+    LAUNCHES.append(kernel)
+    several = isinstance(out, tuple)
+    results = []
+    for shape in out if several else (out,):
+        wild = np.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 10**6
+        results.append(to_torch(np.full(shape.shape, wild, shape.dtype)))
+    getattr(triton_kernels, kernel)[grid](*map(to_torch, arrays), *results, **constants)
+    results = tuple(map(to_jax, results))
+    return results if several else results[0]
+
+
+triton_gpu.launch = launch
+
+# Triton's interpreter keeps bfloat16 as 16 bits and multiplies matrices of it as if they were integers.
+interpreted_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def widen(block: Any) -> Any:
+        if block.dtype.scalar != tl.bfloat16:
+            return block
+        return interpreter.TensorHandle((block.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    return interpreted_dot(self, widen(a), widen(b), *rest)
+
+
+interpreter.InterpreterBuilder.create_dot = dot
+
+
+def apply(case: Case, name: str) -> None:
+    x, a, b, indices, weights, scale, base = map(jnp.asarray, case.arguments)
+
+    def f(x, a, b, weights, scale, base):
+        return api.add_routed_lora(x, a, b, indices, weights, scale, base, case.splits, implementation=name)
+
+    y, pull = jax.vjp(f, x, a, b, weights, scale, base)
+    names = ("y", "x", "a", "b", "weights", "scale", "base")
+    assert_close(dict(zip(names, (y, *pull(jnp.asarray(case.dy))), strict=True)), case)
+
+
+def random_shapes(name: str, examples: int) -> None:
+    @settings(max_examples=examples, **RANDOM)
+    @given(case=cases(big=False))
+    def check(case: Case) -> None:
+        x, a, b, indices, weights, scale, base = map(jnp.asarray, case.arguments)
+        if name == "triton_fused" and x.ndim == 3:
+            try:
+                api.add_routed_lora(x, a, b, indices, weights, scale, base, case.splits, implementation=name)
+            except NotImplementedError:
+                return
+        # the backward pass is the one that every implementation shares
+        y = api.add_routed_lora(x, a, b, indices, weights, scale, base, case.splits, implementation=name)
+        assert_close({"y": y}, case)
+
+    check()
+
+
+@st.composite
+def gated_cases(draw) -> tuple[Any, ...]:
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = DTYPES[draw(st.sampled_from(list(DTYPES)))]
+    rows, adapters, rank = draw(st.integers(1, 20)), draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 8]))
+    width, splits = (
+        draw(st.sampled_from([7, 32])),
+        tuple(draw(st.lists(st.sampled_from([5, 48, 130]), min_size=1, max_size=3))),
+    )
+    top_k = draw(st.integers(1, min(4, adapters)))
+    draws = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(kind))  # noqa: E731
+    # few distinct values make ties
+    gate = jnp.asarray(rng.integers(-2, 3, (width, len(splits), adapters)).astype(np.float32))
+    x = jnp.asarray(rng.integers(-2, 3, (rows, width)).astype(kind))
+    a, b = draws(len(splits), adapters, rank, width), draws(adapters, rank, sum(splits))
+    scale = jnp.asarray(rng.uniform(0.5, 2, (len(splits), adapters)).astype(np.float32))
+    counts = jnp.asarray(rng.integers(0, top_k + 1, rows).astype(np.int32))
+    temperatures = jnp.asarray(rng.uniform(0.5, 20, rows).astype(np.float32))
+    return x, gate, a, b, scale, counts, temperatures, draws(rows, sum(splits)), splits, top_k
+
+
+def random_gated_shapes(name: str, examples: int) -> None:
+    @settings(max_examples=examples, **RANDOM)
+    @given(case=gated_cases())
+    def check(case: tuple[Any, ...]) -> None:
+        x, gate, a, b, scale, counts, temperatures, base, splits, top_k = case
+        # the choice, by NumPy: logits are exact, being sums of small integers
+        logits = np.einsum("mi,ipa->mpa", np.asarray(x, np.float64), np.asarray(gate, np.float64))
+        order = np.argsort(-logits, axis=-1, kind="stable")[..., :top_k]
+        taken = (np.arange(top_k) < np.asarray(counts)[:, None])[:, None, :]
+        values = np.take_along_axis(logits, order, -1) / np.asarray(temperatures, np.float64)[:, None, None]
+        values = np.where(taken, np.exp(values - values[..., :1]), 0)
+        weights = values / np.maximum(values.sum(-1, keepdims=True), 1e-300)
+        indices = np.where(taken, order, -1).astype(np.int32)
+        kind = next(k for k, v in DTYPES.items() if v == x.dtype)
+        expected = Case(
+            kind,
+            *map(np.asarray, (x, a, b, indices, weights.astype(np.float32), scale, base)),
+            splits,
+            np.asarray(base),
+        )
+        y, found_indices, found_weights = gated.gated_lora.__wrapped__(
+            x, gated.slim_matrix(gate, a), b, scale, counts, temperatures, base, splits, top_k, implementation=name
+        )
+        np.testing.assert_array_equal(found_indices, indices)
+        np.testing.assert_allclose(found_weights, weights, atol=1e-6)
+        assert_close({"y": y}, expected)
+
+    check()
+
+
+def main(examples: int) -> None:
+    for name in ("triton_fused", "triton_gathered", "triton_dense"):
+        random_shapes(name, examples)
+        for tokens in (1, 70):  # several blocks of everything, and gradients
+            if tokens == 1 or name != "triton_fused":
+                for dtype in DTYPES:
+                    apply(
+                        make_case(1, dtype, 2 if tokens > 1 else 40, tokens, 12, 8, 2, 1100, (140, 20), "base_rows"),
+                        name,
+                    )
+        print(f"{name}: {examples} random shapes")
+    for name in ("reference", "triton", "triton_slim"):
+        random_gated_shapes(name, examples)
+        print(f"gated, {name}: {examples} random shapes")
+    # one launch, two launches
+    for name, expected in (("triton_fused", 1), ("triton_gathered", 2), ("triton_dense", 1)):
+        LAUNCHES.clear()
+        case = make_case(2, "float32", 1, 1, 4, 8, 2, 64, (64, 32, 32), "any")
+        api.add_routed_lora(*map(jnp.asarray, case.arguments), case.splits, implementation=name)
+        assert len(LAUNCHES) == expected, LAUNCHES
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
