@@ -75,7 +75,7 @@ def test_what_no_system_can_do_is_said_at_once(given):
     with pytest.raises(InputError, match="gates-top3: expected at most 2"):
         check_routes([make_system("gates-top3", given)], [single(0)])
     for name in ("gates-top0", "gates-top", "elm"):
-        with pytest.raises(InputError, match="expected some of base, oracle, gates-topK, lora-b, object_counting"):
+        with pytest.raises(InputError, match=r"some of base, oracle, gates-topK, .*, lora-b, object_counting"):
             make_system(name, given)
 
 

@@ -15,6 +15,7 @@ from tiny import CORPUS
 
 from meteora_jax.config import InputError
 from meteora_jax.harness import MeteoraLM, main
+from meteora_jax.routing.gates import Gates
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness, datasets and torch; nothing of ours warns here
 
@@ -79,7 +80,7 @@ def test_gates_choose_for_the_harness_as_for_generate(world):
     model = MeteoraLM(*(str(world[k]) for k in ("base", "bank", "gates")), top_k=1, batch_size=2)
     (text,) = model.generate_until(requests("generate_until", [("Answer:", {"max_gen_toks": 9})]))
     assert text == world["model"].generate(["Answer:"], model.router, max_new_tokens=9)[0].text
-    assert repr(model.router) == "Gates(top_k=1, temperature=1.0)"
+    assert model.router == Gates(1, 1.0)
 
 
 TASK = """

@@ -38,7 +38,9 @@ def export_adapter(command: ExportAdapter) -> None:
             overwrite=command.overwrite,
             progress=lambda key, done, total: bar(done, total, key),
         )
-    console.print(f"{command.dest}: {command.name}, rank {raw['r']}, alpha {raw['lora_alpha']}", highlight=False)
+    console.print(
+        f"{command.dest}: {command.name}, rank {raw['r']}, alpha {raw['lora_alpha']}", highlight=False, soft_wrap=True
+    )
     write_json(command.json, {"adapter": str(command.dest), "name": command.name, "peft_config": raw})
 
 
@@ -73,7 +75,9 @@ def export_merged(command: ExportMerged) -> None:
             overwrite=command.overwrite,
             progress=lambda key, done, total: bar(done, total, key),
         )
-    console.print(f"{command.dest}: {config.num_layers} layers with {command.name} merged in", highlight=False)
+    console.print(
+        f"{command.dest}: {config.num_layers} layers with {command.name} merged in", highlight=False, soft_wrap=True
+    )
     write_json(command.json, {"folder": str(command.dest), "merged": command.name, "config": config.to_hf()})
 
 
@@ -102,7 +106,7 @@ def export_base(command: ExportBase) -> None:
             overwrite=command.overwrite,
             progress=lambda key, done, total: bar(done, total, key),
         )
-    console.print(f"{command.dest}: {config.num_layers} layers", highlight=False)
+    console.print(f"{command.dest}: {config.num_layers} layers", highlight=False, soft_wrap=True)
     write_json(command.json, {"folder": str(command.dest), "merged": None, "config": config.to_hf()})
 
 
@@ -137,6 +141,6 @@ def export_gates(command: ExportGates) -> None:
             overwrite=command.overwrite,
             progress=lambda key, done, total: bar(done, total, key),
         )
-    console.print(f"{command.dest}: rank {told['rank']}, alpha {told['alpha']:g}", highlight=False)
-    console.print(f"adapters in its order: {' '.join(told['names'])}", highlight=False)
+    console.print(f"{command.dest}: rank {told['rank']}, alpha {told['alpha']:g}", highlight=False, soft_wrap=True)
+    console.print(f"adapters in its order: {' '.join(told['names'])}", highlight=False, soft_wrap=True)
     write_json(command.json, {"checkpoint": str(command.dest), **told})
