@@ -36,7 +36,7 @@ from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, Inp
 from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.llama import Llama
 from meteora_jax.training.data import Batch
-from meteora_jax.training.step import TrainState, optimizer, train_step
+from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.routed_lora import add_routed_lora
 from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
 
@@ -333,10 +333,13 @@ def training(graph: Any, weights: Any, router: Any, tokens: jax.Array, adapters:
     tx = optimizer(1000, 1e-4, 0.1, 1.0)
     everywhere = jnp.ones(tokens.shape, bool)
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    batch = Batch(tokens, columns, everywhere, tokens % adapters)
-    state = TrainState(gates, tx.init(gates))
+    batch = Batch(
+        tokens=tokens, positions=columns, loss=everywhere, tasks=tokens % adapters, segments=jnp.ones_like(tokens)
+    )
+    state = initial_state(gates, tx, None)
     copy = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731 - a step donates its state
-    step = lambda s: train_step(split, frozen, s, batch, router, 50.0, tx=tx, remat=True)  # noqa: E731
+    update = make_step(split, state, tx, beta=50.0, dtype=model.embed.dtype, remat=True)
+    step = lambda s: update(frozen, s, batch, router)  # noqa: E731
     bare_graph, embed, rest = nnx.split(model, nnx.PathContains("embed"), ...)
 
     @jax.jit
