@@ -4,6 +4,10 @@ All shapes are compile-time constants (JAX knows them), arrays are dense in the 
 group are cut into blocks of BN that never cross from one projection to the next: `project` finds a block's place.
 Sums are float32 in a fixed order; nothing is atomic.
 """
+
+# Triton's types do not know that static_range is unrolled, not iterated.
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # (Triton is optional, and a kernel is not Python: constants are upper case, blocks are no plain values)
 
