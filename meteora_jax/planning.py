@@ -95,7 +95,8 @@ def topology_devices(topology: str) -> list[Any]:
     Raises:
         InputError: libtpu is not installed, or knows no such topology.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself,
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and none to lock against another process
     from jax.experimental import topologies
 
     try:
@@ -123,9 +124,9 @@ def plan_training(
         raise InputError(
             f"rows: expected a multiple of data x fsdp x accumulate = {rows_multiple(mesh) * accumulate}, found {rows}"
         )
-    abstract, bank = _abstract(config, adapters, rank)
+    abstract, bank = abstract_model(config, adapters, rank)
     graph, params, frozen = nnx.split(abstract, GateParam, ...)
-    params, frozen = _spread(params, mesh), _spread(frozen, mesh)
+    params, frozen = spread(params, mesh), spread(frozen, mesh)
     tx = optimizer(1000, 5e-4, 0.005, 0.3)
     like = {x.shape: x.sharding for x in jax.tree.leaves(params)}
     whole = replicated(mesh)
@@ -165,9 +166,9 @@ def plan_generation(
     and the loop that decodes `new_tokens` more."""
     if rows % rows_multiple(mesh):
         raise InputError(f"rows: expected a multiple of data x fsdp = {rows_multiple(mesh)}, found {rows}")
-    abstract, bank = _abstract(config, adapters, rank)
+    abstract, bank = abstract_model(config, adapters, rank)
     graph, weights = nnx.split(abstract)
-    weights = _spread(weights, mesh)
+    weights = spread(weights, mesh)
     whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))  # noqa: E731
     router = BoundGates(_rowwise(mesh, (rows,), jnp.int32), _rowwise(mesh, (rows,), jnp.float32), None, max_k=top_k)
     call = dict(router=router, how=Sampling().traced, eos=whole((1,)))
@@ -194,7 +195,7 @@ def plan_generation(
     )
 
 
-def _abstract(config: LlamaConfig, adapters: int, rank: int) -> tuple[Any, BankConfig]:
+def abstract_model(config: LlamaConfig, adapters: int, rank: int) -> tuple[Any, BankConfig]:
     """The model in bfloat16 with a bank of such adapters and its gates, shapes only; and the bank."""
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     info = tuple(AdapterInfo(f"adapter {i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
@@ -207,10 +208,15 @@ def _rowwise(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeSt
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
+def collectives(compiled: Any) -> dict[str, int]:
+    """How often each collective occurs in a compiled program (those of the layers' loop run once a layer)."""
+    found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text()))
+    return {k: found[k] for k in COLLECTIVES}
+
+
 def _figures(what: str, compiled: Any, mesh: Mesh, rows: int, width: int, flops: float, mfu: float | None) -> Plan:
     """What the compiler says of a program that needs `flops` on all devices together."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
+    memory = compiled.memory_analysis()
     kind = mesh.devices.flat[0].device_kind
     peak = peak_flops(kind)
     room = next((n for name, n in MEMORY.items() if kind.startswith(name)), None)
@@ -218,15 +224,15 @@ def _figures(what: str, compiled: Any, mesh: Mesh, rows: int, width: int, flops:
     return Plan(
         what, mesh.size, kind, dict(mesh.shape), rows, width, memory.argument_size_in_bytes,
         memory.temp_size_in_bytes, room * GIB if room else None, flops,
-        flops / (peak * mfu) if peak and mfu else None, {k: found[k] for k in COLLECTIVES},
+        flops / (peak * mfu) if peak and mfu else None, collectives(compiled),
     )  # fmt: skip
 
 
-def _spread(state: Any, mesh: Mesh) -> Any:
+def spread(state: Any, mesh: Mesh) -> Any:
     """Abstract weights with the shardings that `assemble` would give them."""
 
-    def spread(leaf: Any) -> Any:
+    def one(leaf: Any) -> Any:
         where = sharding(mesh, leaf.get_metadata("axes"), leaf.shape)
         return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
 
-    return nnx.from_flat_state([(path, spread(leaf)) for path, leaf in nnx.to_flat_state(state)])
+    return nnx.from_flat_state([(path, one(leaf)) for path, leaf in nnx.to_flat_state(state)])

@@ -90,8 +90,9 @@ def test_two_shot_layout_is_the_originals():
     assert format_prompt([example("Now?\n  choice: c\n"), example("And?")], shots) == TWO_SHOT
 
 
-def test_zero_shot_layout_is_the_questions_and_an_empty_line():
-    assert format_prompt([example("Now?"), example("And?")]) == "[INST] Now? [/INST]\n\n\n[INST] And? [/INST]\n\n"
+def test_zero_shot_layout_is_the_questions_and_their_numbers():
+    prompt = format_prompt([example("Now?"), example("And?")])
+    assert prompt == "[INST] Now? [/INST]\n(1)\n\n[INST] And? [/INST]\n(2)\n\n"
 
 
 def test_meteoras_composites():

@@ -123,8 +123,9 @@ def test_composite_sequences_label_every_part(world):
     assert tokenizer.decode(s.tokens[:-1]) == format_prompt([example for example, _ in parts]) + answers
     for i, (example, task) in enumerate(parts, 1):
         own = tokenizer.decode(s.tokens[s.tasks == task])
-        assert own.startswith(example.prompt + "\n")
-        assert own.removeprefix(example.prompt).strip() == f"{i}. {example.response}"
+        assert own == f"{example.prompt}({i})\n\n{i}. {example.response}\n"
+    prompt = format_prompt([example for example, _ in parts])
+    assert list(s.tokens[: len(tokenizer(prompt)["input_ids"])]) == tokenizer(prompt)["input_ids"]
     assert s.tasks[-1] == NO_TASK
     assert s.tokens[-1] == 2
     assert tokenizer.decode(s.tokens[s.loss]).startswith("1. ")
@@ -309,6 +310,25 @@ def test_adapters_can_be_trained_beside_the_gates(tmp_path, world):
     padding = NAMES.index("birch")  # rank 2 among 8s
     assert not new.a["q_proj"][:, padding, 2:].any()
     mj.load(world["base"], tmp_path / "bank", tmp_path / "gates", dtype="float32")
+
+
+def test_adapters_may_have_a_learning_rate_of_their_own(tmp_path, world):
+    moved = {}
+    for rate in (None, 1e-3):
+        out = tmp_path / str(rate)
+        settings = GateTraining(steps=1, batch_size=8, learning_rate=1e-2, warmup=0.0, train_adapters=True,
+                                adapter_learning_rate=rate, max_length=100)  # fmt: skip
+        train_gates(
+            world["base"], world["bank"], TASKS, out / "gates", settings, dtype="float32", new_bank=out / "bank"
+        )
+        old, new = (load_bank(b, world["model"].config, np.float32) for b in (world["bank"], out / "bank"))
+        _, gates = load_gates(out / "gates", world["model"].config, NAMES)
+        moved[rate] = (np.abs(new.b["q_proj"] - old.b["q_proj"]).max(), np.abs(gates["q_proj"]).max())
+    assert moved[1e-3][0] == pytest.approx(0.1 * moved[None][0], rel=0.01)
+    assert moved[1e-3][1] == moved[None][1]
+    frozen = GateTraining(steps=1, batch_size=8, adapter_learning_rate=1e-3)
+    with pytest.raises(InputError, match="expected train_adapters beside it"):
+        train_gates(world["base"], world["bank"], TASKS, tmp_path / "x", frozen, dtype="float32")
 
 
 def test_bfloat16_trains_float32_gates_to_about_the_same_loss(tmp_path, world):

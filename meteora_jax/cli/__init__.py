@@ -151,9 +151,6 @@ def main(args: Sequence[str] | None = None) -> None:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
-    except NotImplementedError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
     except OSError as e:
         print(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}", file=sys.stderr)
         sys.exit(1)

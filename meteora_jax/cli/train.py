@@ -88,6 +88,8 @@ class TrainGates(_Train):
     """Whether prompt tokens count in the language model's loss, as in the original."""
     train_adapters: bool = False
     """Train the adapters too, in float32, and write them as a new bank."""
+    adapter_learning_rate: float | None = None
+    """Peak for the adapters that --train-adapters trains; the gates' unless given."""
     new_bank: Path | None = None
     """BANK folder for the adapters that --train-adapters trains."""
     extend: Path | None = None

@@ -189,19 +189,19 @@ def _composite(tasks: Sequence[str], questions: Sequence[Example], prompt: str) 
 def format_prompt(questions: Sequence[Example], shots: Sequence[Sequence[Example]] = ()) -> str:
     """The prompt of a problem after its worked examples `shots`, each one example a task.
 
-    Zero-shot, the prompt is the same questions with nothing before them: they end in an empty line either way.
+    Zero-shot, which the release does not have, nothing shows which answer line is whose: a number in brackets stands
+    after each question, where all that is to be looked up under that number has been read.
     """
-    asked = "".join(question_pieces(questions))
     if not shots:
-        return asked
+        return "".join(question_pieces(questions))
+    asked = "\n\n".join(question.prompt for question in questions)
     examples = "\n".join(_worked_example(number, shot) for number, shot in enumerate(shots, start=1))
-    return f"{examples}\n\nFollowing the example above, generate answers to the questions below:\n\n{asked}"
+    return f"{examples}\n\nFollowing the example above, generate answers to the questions below:\n\n{asked}\n"
 
 
 def question_pieces(questions: Sequence[Example]) -> list[str]:
-    """A zero-shot prompt cut into what belongs to each sub-question, what separates it from the next included."""
-    last = len(questions) - 1
-    return [question.prompt + ("\n" if i == last else "\n\n") for i, question in enumerate(questions)]
+    """A zero-shot prompt cut into what belongs to each sub-question, its number included."""
+    return [f"{question.prompt}({i})\n\n" for i, question in enumerate(questions, start=1)]
 
 
 def answer_pieces(questions: Sequence[Example]) -> list[str]:

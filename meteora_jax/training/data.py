@@ -79,22 +79,25 @@ def compose(parts: Sequence[tuple[Example, int]], tokenizer: Any, end: int, *, p
     """Several tasks in one sequence, a zero-shot composite problem: all prompts, then "1. answer" lines.
 
     Every token is labelled with the task of the part that it belongs to, so gates learn to switch inside one
-    sequence; the end token belongs to none.
+    sequence; the end token and what the tokenizer adds belong to none.
     """
-    tokens: list[int] = list(tokenizer("")["input_ids"])  # what the tokenizer puts first, if anything
-    tasks = [NO_TASK] * len(tokens)
-    loss = [False] * len(tokens)
-
-    def add(text: str, task: int, predicted: bool) -> None:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    examples = [example for example, _ in parts]
+    pieces = question_pieces(examples)
+    prompt = tokenizer("".join(pieces), return_offsets_mapping=True)  # as one text: generation sees these tokens
+    tokens = list(prompt["input_ids"])
+    part = np.searchsorted(
+        np.cumsum([len(p) for p in pieces]), [start for start, _ in prompt["offset_mapping"]], "right"
+    )
+    tasks = [
+        parts[i][1] if stop > start else NO_TASK
+        for i, (start, stop) in zip(part, prompt["offset_mapping"], strict=True)
+    ]
+    loss = [prompt_loss] * len(tokens)
+    for piece, (_, task) in zip(answer_pieces(examples), parts, strict=True):
+        ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
         tokens.extend(ids)
         tasks.extend([task] * len(ids))
-        loss.extend([predicted] * len(ids))
-
-    examples = [example for example, _ in parts]
-    for pieces, predicted in ((question_pieces(examples), prompt_loss), (answer_pieces(examples), True)):
-        for piece, (_, task) in zip(pieces, parts, strict=True):
-            add(piece, task, predicted)
+        loss.extend([True] * len(ids))
     tokens.append(end)
     tasks.append(NO_TASK)
     loss.append(True)

@@ -91,6 +91,7 @@ class GateTraining(Training):
     top_k: int = 2
     temperature: float = 1.0
     train_adapters: bool = False
+    adapter_learning_rate: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,8 @@ def train_gates(
     """
     if settings.train_adapters != (new_bank is not None):
         raise InputError("train_adapters: expected a new bank to write exactly if adapters are trained")
+    if settings.adapter_learning_rate is not None and not settings.train_adapters:
+        raise InputError("adapter_learning_rate: expected train_adapters beside it, found adapters frozen")
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
     loaded = load_bank(bank, config, kind)
@@ -255,7 +258,10 @@ def _fit(
     graph, full = assemble(config, weights, bank, gates, kind, mesh)
     del weights
     graph, params, frozen = nnx.split(nnx.merge(graph, full), trained, ...)
-    tx = optimizer(settings.steps, settings.learning_rate, settings.warmup, settings.clip)
+    tx = optimizer(
+        settings.steps, settings.learning_rate, settings.warmup, settings.clip,
+        getattr(settings, "adapter_learning_rate", None),
+    )  # fmt: skip
     state = initial_state(params, tx, mesh)
     restored = checkpoints.restore(state) if checkpoints else None
     layout = _layout(mixture, chosen, settings, mesh, checkpoints if restored else None)

@@ -36,11 +36,24 @@ def schedule(steps: int, learning_rate: float, warmup: float) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(round(steps * warmup), steps - 1), steps)
 
 
-def optimizer(steps: int, learning_rate: float, warmup: float, clip: float) -> optax.GradientTransformation:
-    """AdamW with the gradient's global norm clipped: the original's recipe."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip), optax.adamw(schedule(steps, learning_rate, warmup), weight_decay=0.0)
-    )
+def optimizer(
+    steps: int, learning_rate: float, warmup: float, clip: float, adapter_learning_rate: float | None = None
+) -> optax.GradientTransformation:
+    """AdamW with the gradient's global norm clipped: the original's recipe.
+
+    adapter_learning_rate: the adapters' peak where they are trained beside gates; otherwise the same.
+    """
+    adamw = optax.adamw(schedule(steps, learning_rate, warmup), weight_decay=0.0)
+    if adapter_learning_rate is None:
+        return optax.chain(optax.clip_by_global_norm(clip), adamw)
+    slower = optax.masked(optax.scale(adapter_learning_rate / learning_rate), _adapters)
+    return optax.chain(optax.clip_by_global_norm(clip), adamw, slower)
+
+
+def _adapters(params: Any) -> Any:
+    """Which of the parameters are adapters', in the parameters' structure."""
+    flat = nnx.to_flat_state(params)
+    return nnx.from_flat_state([(path, leaf.replace(isinstance(leaf, AdapterParam))) for path, leaf in flat])
 
 
 def initial_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
