@@ -161,9 +161,10 @@ def read_sources(command: IndexBuild | IndexAdd) -> dict[str, list[str]]:
 def report(index: Any, folder: Path, path: Path | None) -> None:
     """Says what an index holds now."""
     count = sum(map(len, index.profiles.values()))
-    console.print(f"{folder}: {len(index.names)} adapters, {count} inputs, scoring {index.scoring}", highlight=False)
+    how = f"{index.scoring} (means: too many inputs for a regression)" if index.large else index.scoring
+    console.print(f"{folder}: {len(index.names)} adapters, {count} inputs, scoring {how}", highlight=False)
     sizes = {name: len(inputs) for name, inputs in index.profiles.items()}
-    write_json(path, {"index": str(folder), "scoring": index.scoring, "inputs": sizes})
+    write_json(path, {"index": str(folder), "scoring": index.scoring, "large": index.large, "inputs": sizes})
 
 
 def index_build(command: IndexBuild) -> None:
