@@ -28,8 +28,9 @@ class Letters:
 
     calls = 0
 
-    def encode(self, texts):
+    def encode(self, texts, instruction):
         self.calls += 1
+        texts = [instruction + t for t in texts]
         return np.asarray([[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts], np.float32)
 
     def save(self, folder):
@@ -49,7 +50,7 @@ def test_every_scoring_finds_the_obvious(scoring):
 
 
 def test_the_papers_scorings_equal_their_formula():
-    encode = lambda texts: Letters().encode(texts).astype(np.float64)  # noqa: E731
+    encode = lambda texts: Letters().encode(texts, "").astype(np.float64)  # noqa: E731
     means = np.stack([encode(inputs).mean(0) for inputs in PROFILES.values()])
     q = encode(QUERIES)
     inner = Index.build(PROFILES, "inner-product", Letters()).scores(QUERIES)
@@ -198,7 +199,7 @@ def test_ten_thousand_adapters_cost_one_matmul():
     vectors = rng.standard_normal((10_001, 384)).astype(np.float32)
 
     class Given:
-        def encode(self, texts):
+        def encode(self, texts, instruction):
             return vectors[[int(t) for t in texts]]
 
         def save(self, folder):

@@ -20,8 +20,8 @@ EDGE = 150  # characters at each end of a text, where instructions stand
 class Encoder(Protocol):
     """Text -> vector; `meteora_jax.retriever.encoder.TextEncoder` is one."""
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [N, D] of N texts."""
+    def encode(self, texts: Sequence[str], instruction: str) -> np.ndarray:
+        """float32 [N, D] of N texts, each behind the instruction."""
         ...
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -114,5 +114,5 @@ class Features:
         if self.computed_vectors is None:
             if self._encoder is None:
                 raise InputError("index: expected an encoder for this scoring, found an index without one")
-            self.computed_vectors = self._encoder.encode([self._instruction + text for text in self.texts])
+            self.computed_vectors = self._encoder.encode(self.texts, self._instruction)
         return self.computed_vectors
