@@ -116,7 +116,7 @@ def test_an_instructor_leaves_its_instruction_out_of_the_mean(tmp_path, told):
     rows = []
     for text in CORPUS:
         ids = tokenizer(f"{INSTRUCTION}{text}", truncation=True, max_length=48, return_tensors="pt")["input_ids"]
-        first = len(tokenizer(INSTRUCTION.strip(), add_special_tokens=False)["input_ids"])
+        first = len(tokenizer(INSTRUCTION, add_special_tokens=False)["input_ids"])
         first += tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
         assert 0 < first < ids.shape[1]
         with torch.no_grad():

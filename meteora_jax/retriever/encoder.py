@@ -228,7 +228,8 @@ class TextEncoder:
         """How many of a text's first tokens the pooling leaves out: those of an instruction, if the encoder says so."""
         if self.config.pool_instruction or not instruction:
             return 0
-        (ids,) = self.tokenize([instruction])
+        instruction = instruction.lower() if self.config.lower_case else instruction
+        ids = self.tokenizer(instruction)["input_ids"]  # not stripped: its last space is no part of the text
         return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
