@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from test_cli import refused, run
 from test_encoder import sentence_folder
@@ -11,6 +12,7 @@ import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.retriever import evaluation
 from meteora_jax.retriever.evaluation import Query
+from meteora_jax.retriever.features import ngrams
 
 
 @pytest.fixture
@@ -106,8 +108,6 @@ def test_figures_are_what_they_say():
         names = ("a", "b", "c", "d")
 
         def scores(self, texts):
-            import numpy as np
-
             return np.asarray([[3, 2, 1, 0], [3, 2, 1, 0], [0, 1, 2, 3]], np.float32)
 
     queries = [Query("x", "a", "one"), Query("y", "b", "one"), Query("z", "b", "one")]
@@ -157,6 +157,18 @@ def test_queries_of_another_kind_are_one_line(tmp_path, capsys, profiles, raw, s
     if said.startswith("query 1"):  # a domain may be missing
         (tmp_path / "q.json").write_text(json.dumps(raw[:1]))
         assert run(capsys, "index", "evaluate", tmp_path / "index", tmp_path / "q.json")[0] == 0
+
+
+def test_similarity_of_adapters_is_of_their_means(tmp_path, capsys, monkeypatch, profiles, queries):
+    index = mj.Index.build(PROFILES)
+    means = np.stack([ngrams(inputs, "words").toarray().mean(axis=0) for inputs in PROFILES.values()])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    assert np.abs(evaluation.adapter_similarity(index) - means @ means.T).max() < 1e-6
+    monkeypatch.setattr(evaluation, "MOST_DRAWN", 3)
+    assert run(capsys, "index", "build", tmp_path / "index", "--profiles", profiles)[0] == 0
+    line = refused(capsys, "index", "evaluate", tmp_path / "index", queries, "--out", tmp_path / "maps")
+    assert "expected at most 3 adapters in a similarity map, found 4" in line
+    assert not (tmp_path / "maps").exists()
 
 
 def test_rewording(tmp_path):

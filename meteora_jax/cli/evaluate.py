@@ -325,12 +325,15 @@ def report_retrieval(
     """
     from meteora_jax.evaluation import charts
     from meteora_jax.evaluation.table import mean_shares
-    from meteora_jax.retriever.evaluation import KS, Query, judge, write_heat_map
+    from meteora_jax.retriever.evaluation import KS, MOST_DRAWN, Query, judge, write_heat_map
 
     assert command.index is not None
     index = Index.load(command.index)
     queries = [Query(p.prompt, p.task, p.cluster) for p in problems if not p.tasks and p.task in index.names]
-    write_heat_map(index, queries, command.out)
+    if len(index.names) <= MOST_DRAWN:
+        write_heat_map(index, queries, command.out)
+    else:
+        status.print(f"similarity.png: not drawn, {len(index.names)} adapters are more than {MOST_DRAWN}")
     if not queries or len(index.names) < 2:
         return {}
     curve = judge(index, queries, range(1, min(len(index.names), 20) + 1))

@@ -246,6 +246,9 @@ def index_evaluate(command: IndexEvaluate) -> None:
     from meteora_jax.retriever.index import Index
 
     index = Index.load(command.index)
+    if command.out and len(index.names) > evaluation.MOST_DRAWN:
+        most = evaluation.MOST_DRAWN
+        raise InputError(f"--out: expected at most {most} adapters in a similarity map, found {len(index.names)}")
     queries = [q for q in read_asked(command, index.names) if q.adapter not in command.except_for]
     if not queries:
         raise InputError(f"{command.queries}: expected queries beside those of --except-for, found none")

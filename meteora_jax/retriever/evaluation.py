@@ -19,6 +19,7 @@ from meteora_jax.retriever.wording import Wording
 
 KS = (1, 3, 5, 8)
 WORDINGS = ("own", "removed", "paraphrased")
+MOST_DRAWN = 300  # adapters in a similarity map; names are unreadable beyond
 WordingKind = Literal["own", "removed", "paraphrased"]
 
 
@@ -150,10 +151,13 @@ def adapter_similarity(index: Index) -> np.ndarray:
     if index.encoder is not None:
         means = np.add.reduceat(unit(features.vectors()), starts, axis=0)
         return (unit(means) @ unit(means).T).astype(np.float32)
-    gram = (features.ngrams("words") @ features.ngrams("words").T).toarray()
-    sums = np.add.reduceat(np.add.reduceat(gram, starts, axis=0), starts, axis=1)
-    lengths = np.sqrt(np.maximum(np.diag(sums), 1e-12))
-    return (sums / np.outer(lengths, lengths)).astype(np.float32)
+    from scipy.sparse import csr_matrix
+
+    owner = np.repeat(np.arange(len(counts)), counts)
+    sums = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner))))) @ features.ngrams("words")
+    gram = (sums @ sums.T).toarray()
+    lengths = np.sqrt(np.maximum(np.diag(gram), 1e-12))
+    return (gram / np.outer(lengths, lengths)).astype(np.float32)
 
 
 def by_cluster(index: Index, queries: Sequence[Query]) -> tuple[list[str], list[str]]:
@@ -164,7 +168,9 @@ def by_cluster(index: Index, queries: Sequence[Query]) -> tuple[list[str], list[
 
 
 def write_heat_map(index: Index, queries: Sequence[Query], folder: str | os.PathLike[str]) -> list[Path]:
-    """similarity.png and similarity.html: all adapters against all, ordered by cluster."""
+    """similarity.png and similarity.html: all adapters against all, ordered by cluster; refuses over MOST_DRAWN."""
+    if len(index.names) > MOST_DRAWN:
+        raise InputError(f"{folder}: expected at most {MOST_DRAWN} adapters to draw, found {len(index.names)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names, clusters = by_cluster(index, queries)

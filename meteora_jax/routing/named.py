@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meteora_jax.config import GateConfig, InputError
-from meteora_jax.routing import Router
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 
@@ -16,7 +15,7 @@ def read_router(
     names: Sequence[str],
     top_k: int | None = None,
     temperature: float | None = None,
-) -> Router | None:
+) -> Gates | Fixed | None:
     """The router of "gates", "none", an adapter's name, or a mixture NAME=WEIGHT,NAME=WEIGHT.
 
     Args:
