@@ -344,7 +344,7 @@ def report_retrieval(
             answered.setdefault(system.kind, {})[system.retrieves] = 100 * share
     panels = {
         "own adapter among the first k": {"own adapter": curve["iid"], "own hidden: one of its cluster": curve["ood"]},
-        "mean accuracy of the answers": answered,
+        "mean accuracy of the answers": {kind: ks for kind, ks in answered.items() if len(ks) > 1},
     }
     panels = {title: {line: v for line, v in lines.items() if v} for title, lines in panels.items()}
     charts.write_against_k(panels, command.out / "k.png")
