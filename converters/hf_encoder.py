@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ def import_encoder(
     dest: str | os.PathLike[str],
     overwrite: bool = False,
     progress: Progress | None = None,
+    instructor: bool = False,
 ) -> EncoderConfig:
     """Imports a sentence-transformers folder into an ENCODER folder, float32.
 
@@ -42,6 +44,8 @@ def import_encoder(
         dest: the ENCODER folder to make.
         overwrite: replace a `dest` that holds something, once the new one is complete.
         progress: called after each tensor with (key, done, total).
+        instructor: the pooling leaves out the tokens of an instruction; by default as the pooling's config.json says
+            (include_prompt). Instructor's own folders do not say so, although it was trained that way.
 
     Raises:
         InputError: everything that is wrong with the input; `dest` is then as it was.
@@ -50,6 +54,8 @@ def import_encoder(
     modules = read_modules(src)
     raw = read_json(src / modules["Transformer"] / "config.json")
     config = encoder_config(src, modules, raw)
+    if instructor:
+        config = dataclasses.replace(config, pool_instruction=False)
     files, tensors = read_weights(src / modules["Transformer"])
     if config.projection:
         dense = src / modules["Dense"] / "model.safetensors"
@@ -88,18 +94,16 @@ def read_modules(src: Path) -> dict[str, str]:
     return modules
 
 
-def read_pooling(src: Path, folder: str) -> Any:
-    """Mean or "cls" of the pooling's config.json; in its newer form, too."""
+def read_pooling(src: Path, folder: str) -> tuple[Any, bool]:
+    """Mean or "cls" of the pooling's config.json, in its newer form, too, and whether instructions are pooled."""
     raw = read_json(src / folder / "config.json")
     modes = {k.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens"): v for k, v in raw.items()}
     chosen = [mode for mode, on in modes.items() if on is True and mode not in ("include_prompt",)]
     if isinstance(raw.get("pooling_mode"), str):
         chosen = [raw["pooling_mode"]]
-    if raw.get("include_prompt") is False:
-        raise InputError(f"{folder}/config.json: include_prompt: expected true, found false")
     if chosen not in (["mean"], ["cls"]):
         raise InputError(f"{folder}/config.json: expected mean or cls pooling, found {', '.join(chosen) or 'none'}")
-    return chosen[0]
+    return chosen[0], raw.get("include_prompt") is not False
 
 
 def encoder_config(src: Path, modules: Mapping[str, str], raw: Mapping[str, Any]) -> EncoderConfig:
@@ -127,9 +131,10 @@ def encoder_config(src: Path, modules: Mapping[str, str], raw: Mapping[str, Any]
             reader.problems.append(f"{modules['Dense']}/config.json: expected a map without bias and activation")
     if reader.problems:
         raise InputError(reader.problems)
+    pooling, pool_instruction = read_pooling(src, modules["Pooling"])
     return EncoderConfig(
-        **shape, max_length=longest, pooling=read_pooling(src, modules["Pooling"]), projection=projection,
-        normalize="Normalize" in modules, lower_case=bool(settings.get("do_lower_case", False)),
+        **shape, max_length=longest, pooling=pooling, projection=projection, normalize="Normalize" in modules,
+        lower_case=bool(settings.get("do_lower_case", False)), pool_instruction=pool_instruction,
     )  # fmt: skip
 
 

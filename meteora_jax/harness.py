@@ -25,8 +25,7 @@ from meteora_jax.generation import bucket, pad_prompts
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.model import load
 from meteora_jax.routing import BoundRouter
-from meteora_jax.routing.fixed import Fixed
-from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.named import read_router
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -99,7 +98,8 @@ class MeteoraLM(TemplateLM):
         """Loads the folders.
 
         Args:
-            router: "gates", "none" or an adapter's name; the gates if given, else none.
+            router: "gates", "none", an adapter's name, or from Python NAME=WEIGHT,NAME=WEIGHT; by default the gates if
+                given.
             top_k, temperature: of the gates, by default as they were trained.
             dtype: bfloat16 on an accelerator, float32 on a CPU unless given.
             max_length: tokens a request may have; by default the base's context.
@@ -124,7 +124,7 @@ class MeteoraLM(TemplateLM):
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         self.model = load(base, bank, gates, dtype=dtype or default)
         self.tokenizer = self.model.tokenizer
-        self.router = _router(self.model, router, top_k, temperature)
+        self.router = read_router(router, self.model.gates, self.model.adapter_names, top_k, temperature)
         self.max_length = max_length or self.model.config.max_position_embeddings
         self._base, self.max_gen_toks, self.add_bos_token, self.seed = base, max_gen_toks, add_bos_token, seed
         self._prefix = prefix_token_id
@@ -275,21 +275,6 @@ class MeteoraLM(TemplateLM):
             for i, result in zip(part, answer(padded)[: len(part)], strict=True):
                 results[i] = result
         return results
-
-
-def _router(model: Any, name: str | None, top_k: int | None, temperature: float | None) -> Any:
-    name = name or ("gates" if model.gates is not None else "none")
-    if name != "gates" and (top_k is not None or temperature is not None):
-        raise InputError(f"top_k, temperature: expected router=gates beside them, found {name}")
-    if name == "none":
-        return None
-    if name == "gates":
-        if model.gates is None:
-            raise InputError("router: expected gates= beside router=gates, found none")
-        return Gates(top_k or model.gates.top_k, temperature or model.gates.temperature)
-    if name not in model.adapter_names:
-        raise InputError(f"router: expected gates, none or one of {', '.join(model.adapter_names)}, found {name!r}")
-    return Fixed(name)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meteora_jax.config import InputError
-from meteora_jax.routing import NO_ADAPTER, RoutingTrace
+from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share, weight_share
 
 # Ten picked by hand, then the candidate furthest from all before it (Oklab distance, the least of normal,
 # deuteranope and protanope sight). Luminance stays between 0.16 and 0.56: black text reads on every one, and
@@ -53,31 +53,9 @@ def _colours_for(adapters: np.ndarray) -> tuple[str, ...]:
 # What a trace says about its tokens
 
 
-def adapter_share(trace: RoutingTrace) -> np.ndarray:
-    """Each adapter's share of a token's total weight over all layers and projections.
-
-    Where the weights of every projection sum to one, this is their average over layers and projections.
-
-    Returns:
-        float32 [T, A]: rows sum to one, or are zero where no adapter acted.
-    """
-    return _share(trace.indices, trace.weights, len(trace.adapter_names))
-
-
 def dominant(trace: RoutingTrace) -> np.ndarray:
     """int32 [T]: the adapter with the largest share, the first of equals; NO_ADAPTER where none acted."""
     return _leader(adapter_share(trace))
-
-
-def _share(indices: np.ndarray, weights: np.ndarray, num_adapters: int) -> np.ndarray:
-    """float32 [rows, A]: shares of the absolute weight along every axis but the first."""
-    rows = len(indices)
-    indices, weights = indices.reshape(rows, -1), np.abs(weights).reshape(rows, -1)
-    acting = indices != NO_ADAPTER
-    slots = (np.arange(rows)[:, None] * num_adapters + indices)[acting]
-    summed = np.bincount(slots, weights[acting], minlength=rows * num_adapters).reshape(rows, num_adapters)
-    total = summed.sum(axis=1, keepdims=True)
-    return np.divide(summed, total, out=np.zeros(summed.shape, np.float32), where=total > 0)
 
 
 def _leader(share: np.ndarray) -> np.ndarray:
@@ -322,7 +300,7 @@ def _layer_rows(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
     """The adapter that leads a layer over its projections, and its share: [L, T] each."""
     num_tokens, num_layers = trace.indices.shape[:2]
     rows, shape = num_tokens * num_layers, (num_tokens, num_layers)
-    share = _share(trace.indices.reshape(rows, -1), trace.weights.reshape(rows, -1), len(trace.adapter_names))
+    share = weight_share(trace.indices.reshape(rows, -1), trace.weights.reshape(rows, -1), len(trace.adapter_names))
     return _leader(share).reshape(shape).T, share.max(axis=1, initial=0).reshape(shape).T
 
 

@@ -100,6 +100,48 @@ def test_a_random_encoder_equals_torch(tmp_path, kind, pooling, normalize, dense
     assert np.abs(want[0] - want[1]).max() > 1e-3  # texts differ, so a constant would not pass
 
 
+INSTRUCTION = "Represent the sentence for similar task retrieval: "
+
+
+@pytest.mark.parametrize("told", ["by the folder", "by the caller"])
+def test_an_instructor_leaves_its_instruction_out_of_the_mean(tmp_path, told):
+    """T5, mean, Dense, Normalize, as Instructor's folders are; the mean of a float64 transcription."""
+    model, matrix = sentence_folder(tmp_path / "hf", "t5", dense=16)
+    if told == "by the folder":
+        edit_json(tmp_path / "hf" / "1_Pooling" / "config.json", include_prompt=False)
+    config = import_encoder(tmp_path / "hf", tmp_path / "encoder", instructor=told == "by the caller")
+    assert not config.pool_instruction
+    encoder = TextEncoder.load(tmp_path / "encoder")
+    tokenizer = tiny_tokenizer()
+    rows = []
+    for text in CORPUS:
+        ids = tokenizer(f"{INSTRUCTION}{text}", truncation=True, max_length=48, return_tensors="pt")["input_ids"]
+        first = len(tokenizer(INSTRUCTION, add_special_tokens=False)["input_ids"])
+        first += tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+        assert 0 < first < ids.shape[1]
+        with torch.no_grad():
+            hidden = model(input_ids=ids).last_hidden_state[0].double().numpy()
+        row = matrix.double().numpy() @ hidden[first:].mean(axis=0)
+        rows.append(row / np.linalg.norm(row))
+    ours = encoder.encode(CORPUS, INSTRUCTION)
+    assert np.abs(ours - np.stack(rows)).max() <= 1e-4
+    plain = import_encoder(tmp_path / "hf", tmp_path / "plain") if told == "by the caller" else None
+    if plain is not None:
+        assert np.abs(TextEncoder.load(tmp_path / "plain").encode(CORPUS, INSTRUCTION) - ours).max() > 1e-2
+    index = Index.build({"a": list(CORPUS[:2]), "b": list(CORPUS[2:4])}, "cosine", encoder, INSTRUCTION)
+    means = np.stack([ours[:2].mean(0), ours[2:4].mean(0)])
+    want = ours @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    assert np.abs(index.scores(CORPUS) - want).max() <= 1e-5
+
+
+def test_an_encoder_folder_of_before_pools_everything(tmp_path):
+    sentence_folder(tmp_path / "hf", "bert")
+    import_encoder(tmp_path / "hf", tmp_path / "encoder")
+    want = TextEncoder.load(tmp_path / "encoder").encode(CORPUS, INSTRUCTION)
+    edit_json(tmp_path / "encoder" / "encoder.json", pool_instruction=...)
+    assert np.array_equal(TextEncoder.load(tmp_path / "encoder").encode(CORPUS, INSTRUCTION), want)
+
+
 def test_vectors_do_not_depend_on_the_batch(tmp_path):
     sentence_folder(tmp_path / "hf", "mpnet")
     import_encoder(tmp_path / "hf", tmp_path / "encoder")

@@ -21,9 +21,9 @@ from meteora_jax.cli import main
 from meteora_jax.evaluation.composite import COMPOSITES
 from meteora_jax.evaluation.metrics import read_composite, score_composite
 from meteora_jax.evaluation.tasks import Example, write_splits
+from meteora_jax.routing import adapter_share
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
-from meteora_jax.viz import adapter_share
 
 TASKS = ("winowhy", "object_counting")
 
@@ -151,21 +151,22 @@ def test_systems_that_retrieve_answer_as_generate_does(folders, world, tmp_path)
     model = mj.load(folders["base"], tmp_path / "bank", dtype="float32")
     compositions = ("selection", "mixture", "fusion")
     systems = ",".join(f"retrieval-{how}" for how in compositions)
-    for unseen in (False, True):
-        more = ["--index", str(tmp_path / "index"), "--retrieve", "2", "--only", ",".join(TASKS), "--limit", "2"]
-        command = arguments(folders, tmp_path / f"run-{unseen}", *more, *["--unseen"] * unseen, systems=systems)
-        command[command.index("--bank") + 1] = str(tmp_path / "bank")
-        del command[command.index("--gates") : command.index("--gates") + 2]
-        main(command)
-        records = records_of(tmp_path / f"run-{unseen}")
-        assert len(records) == 12
-        for (system, _), record in records.items():
-            hidden = (record["task"],) if unseen else ()
-            router = mj.Retrieval(index, 2, system.removeprefix("retrieval-"), exclude=hidden)
-            (said,) = model.generate([record["prompt"]], router, max_new_tokens=6)
-            assert (record["answer"], list(record["retrieved"])) == (said.text, [n for n, _ in said.routing.retrieved])
-            assert (record["task"] in record["retrieved"]) != unseen
-            assert set(record["routing"]) <= set(record["retrieved"])
+    more = ["--index", str(tmp_path / "index"), "--retrieve", "2", "--only", ",".join(TASKS), "--limit", "2"]
+    command = arguments(folders, tmp_path / "run", *more, "--unseen", systems=f"{systems},retrieval-mixture-k1")
+    command[command.index("--bank") + 1] = str(tmp_path / "bank")
+    del command[command.index("--gates") : command.index("--gates") + 2]
+    main(command)
+    records = records_of(tmp_path / "run")
+    assert len(records) == 8 * 4
+    for (system, _), record in records.items():
+        how, unseen = system.removeprefix("retrieval-").removesuffix("-unseen"), system.endswith("-unseen")
+        how, k = how.removesuffix("-k1"), 1 if "-k1" in how else 2
+        router = mj.Retrieval(index, k, how, exclude=(record["task"],) if unseen else ())
+        (said,) = model.generate([record["prompt"]], router, max_new_tokens=6)
+        assert (record["answer"], list(record["retrieved"])) == (said.text, [n for n, _ in said.routing.retrieved])
+        assert (record["task"] in record["retrieved"]) != unseen
+        assert len(record["retrieved"]) == k
+        assert set(record["routing"]) <= set(record["retrieved"])
 
 
 def test_gates_within_what_was_retrieved(folders, tmp_path):

@@ -75,7 +75,7 @@ def test_what_no_system_can_do_is_said_at_once(given):
     with pytest.raises(InputError, match="gates-top3: expected at most 2"):
         check_routes([make_system("gates-top3", given)], [single(0)])
     for name in ("gates-top0", "gates-top", "elm"):
-        with pytest.raises(InputError, match=r"some of base, oracle, gates-topK, .*, lora-b, object_counting"):
+        with pytest.raises(InputError, match=r"some of base, oracle, gates-topN, .*, lora-b, object_counting"):
             make_system(name, given)
 
 
@@ -129,6 +129,7 @@ def test_queries_have_their_own_metric(tmp_path):
     assert table["tasks"]["nli"]["s"] == {"loraretriever": {"exact_match": 1.0}, "problems": 2}
     assert table["mean exact_match"] == {"s": 1.0}
     assert "| nli | 2 | 100.0 |\n| wmt, BLEU | 1 | " in markdown(table, ["s"], "loraretriever")
+    assert list(table["clusters"]) == ["x"]
     for change, said in (
         ({"metric": "f1"}, "metric: expected em or bleu or rouge, found 'f1'"),
         ({"task": "wmt"}, "metric: expected em, found 'bleu'|metric: expected bleu, found 'em'"),
@@ -140,6 +141,23 @@ def test_queries_have_their_own_metric(tmp_path):
 
 
 # --- what is scored ---
+
+
+def test_a_cluster_has_the_means_of_its_tasks():
+    """Every task weighs the same, however many problems it has; a metric's mean is over the tasks scored by it."""
+    rows = {"a": ("em", 3), "b": ("em", 1), "c": ("bleu", 1), "d": ("em", 1)}
+    problems = [
+        Problem(f"{task}/{i}", task, "", "some right words here", metric=metric, cluster="x" if task != "d" else "")
+        for task, (metric, n) in rows.items()
+        for i in range(n)
+    ]
+    answers = {("s", p.id): "some right words here" if p.id in ("a/0", "b/0", "c/0") else "" for p in problems}
+    table = tabulate(problems, ["s"], answers)
+    cell = table["clusters"]["x"]["s"]
+    assert cell["loraretriever"]["exact_match"] == pytest.approx((1 / 3 + 1) / 2)
+    assert cell["loraretriever"]["bleu"] == pytest.approx(100)
+    assert (cell["problems"], list(table["clusters"])) == (5, ["x"])
+    assert "| cluster x | 5 | 66.7 |\n| cluster x, BLEU | 5 | 100.0 |" in markdown(table, ["s"], "loraretriever")
 
 
 def test_loraretrievers_metric_of_meteoras_tasks():

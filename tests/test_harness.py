@@ -163,8 +163,8 @@ def test_it_is_registered_and_made_from_an_argument_string(world):
     ("more", "said"),
     [
         ({"router": "elm"}, "router: expected gates, none or one of apple, birch, cedar, daisy, found 'elm'"),
-        ({"router": "gates"}, "expected gates= beside router=gates"),
-        ({"router": "apple", "top_k": 1}, "expected router=gates beside them"),
+        ({"router": "gates"}, "router: expected gates beside 'gates', found none"),
+        ({"router": "apple", "top_k": 1}, "expected the router gates beside them, found 'apple'"),
         ({"batch_size": "auto"}, "expected a number and nothing else"),
         ({"max_batch_size": 8}, "expected a number and nothing else, found 1, 8"),
     ],

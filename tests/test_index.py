@@ -28,8 +28,9 @@ class Letters:
 
     calls = 0
 
-    def encode(self, texts):
+    def encode(self, texts, instruction):
         self.calls += 1
+        texts = [instruction + t for t in texts]
         return np.asarray([[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts], np.float32)
 
     def save(self, folder):
@@ -49,7 +50,7 @@ def test_every_scoring_finds_the_obvious(scoring):
 
 
 def test_the_papers_scorings_equal_their_formula():
-    encode = lambda texts: Letters().encode(texts).astype(np.float64)  # noqa: E731
+    encode = lambda texts: Letters().encode(texts, "").astype(np.float64)  # noqa: E731
     means = np.stack([encode(inputs).mean(0) for inputs in PROFILES.values()])
     q = encode(QUERIES)
     inner = Index.build(PROFILES, "inner-product", Letters()).scores(QUERIES)
@@ -85,6 +86,40 @@ def test_the_regression_equals_scikit_learns_kernel_ridge():
     model = KernelRidge(alpha=0.3 * 2 / 20, kernel="precomputed").fit(gram(texts, texts), np.repeat(np.eye(3), 2, 0))
     want = model.predict(gram(QUERIES, texts))
     assert np.allclose(ridge.score(Features(QUERIES, None)), want, atol=1e-5)
+
+
+def test_a_pool_too_large_for_the_regression_is_scored_by_means(tmp_path, monkeypatch):
+    """The kernel's means, but for what folding n-grams into few buckets costs; kept with the index; no cliff."""
+    monkeypatch.setattr("meteora_jax.retriever.scoring.MOST_RIDGE_INPUTS", 14)
+    many = {**PROFILES, "poem": ["Write a poem about the sea", "Write a poem about tea"]}
+    small = Index.build(PROFILES)
+    assert (small.large, sum(len(t) for t in PROFILES.values())) == (False, 7)
+    index = Index.build(PROFILES)
+    index.query(QUERIES)
+    index.add({"poem": many["poem"]})
+    assert index.large
+    kinds, mean = ("words", "edges", "characters"), {}
+    for name, inputs in many.items():
+        wording = Wording(inputs, least=2)
+        texts = [(1.0, t) for t in inputs] + [(0.3, t) for t in map(wording.remove, inputs) if t]
+        parts = [sum(w * ngrams([t], kind).toarray()[0] for w, t in texts) for kind in kinds]
+        mean[name] = np.concatenate(parts)
+    rows = [
+        np.concatenate([ngrams([q], kind).toarray()[0] for kind in ("words", "edges", "characters")]) for q in QUERIES
+    ]
+    cosine = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)  # noqa: E731
+    want = [[cosine(row, m) for m in mean.values()] for row in rows]
+    assert np.abs(index.scores(QUERIES) - want).max() < 3 / 64  # 1/sqrt(4096), three deviations
+    assert [n[0] for n in index.query(QUERIES, 1).names] == ["translate", "count", "sentiment"]
+    index.save(tmp_path / "index")
+    loaded = Index.load(tmp_path / "index")
+    assert all(p.sketch is not None for p in loaded._profiles.values())
+    assert np.array_equal(loaded.scores(QUERIES), index.scores(QUERIES))
+    loaded.remove(["poem"])
+    assert not loaded.large
+    assert np.allclose(loaded.scores(QUERIES), small.scores(QUERIES), atol=1e-6)
+    with pytest.raises(InputError, match="expected at most 14 inputs"):
+        Index.build({n: [*i, *"abcdefg"] for n, i in many.items()}, "dense", Letters()).fit()
 
 
 def test_ngrams_are_cosines_of_what_they_say():
@@ -164,7 +199,7 @@ def test_ten_thousand_adapters_cost_one_matmul():
     vectors = rng.standard_normal((10_001, 384)).astype(np.float32)
 
     class Given:
-        def encode(self, texts):
+        def encode(self, texts, instruction):
             return vectors[[int(t) for t in texts]]
 
         def save(self, folder):

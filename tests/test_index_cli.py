@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from test_cli import refused, run
 from test_encoder import sentence_folder
@@ -11,6 +12,7 @@ import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.retriever import evaluation
 from meteora_jax.retriever.evaluation import Query
+from meteora_jax.retriever.features import ngrams
 
 
 @pytest.fixture
@@ -106,8 +108,6 @@ def test_figures_are_what_they_say():
         names = ("a", "b", "c", "d")
 
         def scores(self, texts):
-            import numpy as np
-
             return np.asarray([[3, 2, 1, 0], [3, 2, 1, 0], [0, 1, 2, 3]], np.float32)
 
     queries = [Query("x", "a", "one"), Query("y", "b", "one"), Query("z", "b", "one")]
@@ -116,6 +116,59 @@ def test_figures_are_what_they_say():
     # masked: a's kin b is first; b's kin a is first; then b's kin a is last of c, d, a
     assert judged["ood"] == {1: 66.67, 2: 66.67, 3: 100.0}
     assert judged["clusters"] == {"one": judged["iid"]}
+
+
+def test_queries_of_a_tasks_folder(tmp_path, capsys):
+    """Profiles from the train splits, queries from the test splits; the same prompt twice is one query."""
+    for task, word in (("winowhy", "why"), ("disfl_qa", "uh")):
+        (tmp_path / "tasks" / task).mkdir(parents=True)
+        for split in ("train", "test"):
+            lines = [{"prompt": f"{split} {word} {i // 2}", "response": str(i)} for i in range(6)]
+            (tmp_path / "tasks" / task / f"{split}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    index, out = tmp_path / "index", tmp_path / "out.json"
+    assert run(capsys, "index", "build", index, "--tasks", tmp_path / "tasks")[0] == 0
+    for limit, count in (((), 6), (("--limit", 2), 4)):
+        status, said, _ = run(capsys, "index", "evaluate", index, tmp_path / "tasks", *limit, "--json", out)
+        assert status == 0
+        own = json.loads(out.read_text())["wordings"]["own"]
+        assert (own["queries"], own["iid"], own["ood"]) == (count, {"1": 100.0}, {})
+        assert "own adapter" in said
+        assert "masked" not in said  # tasks have no clusters
+    (tmp_path / "tasks" / "winowhy" / "test.jsonl").unlink()
+    assert "expected the test split of winowhy" in refused(capsys, "index", "evaluate", index, tmp_path / "tasks")
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({}, "expected a list of queries, found dict"),
+        ([], "expected a list of queries, found an empty one"),
+        (["x"], "query 0: expected an object, found str"),
+        ([{"inputs": "x", "task": "apple"}, {"inputs": "x"}], "query 1: task: expected a text, found None"),
+        ([{"inputs": 3, "task": "apple"}], "query 0: inputs: expected a text, found 3"),
+        ([{"inputs": "x", "task": "apple", "domain": None}], "query 0: domain: expected a text, found None"),
+        ([{"inputs": "x", "task": "elm"}], "expected adapters of the index, found 'elm'"),
+    ],
+)
+def test_queries_of_another_kind_are_one_line(tmp_path, capsys, profiles, raw, said):
+    assert run(capsys, "index", "build", tmp_path / "index", "--profiles", profiles)[0] == 0
+    (tmp_path / "q.json").write_text(json.dumps(raw))
+    assert said in refused(capsys, "index", "evaluate", tmp_path / "index", tmp_path / "q.json")
+    if said.startswith("query 1"):  # a domain may be missing
+        (tmp_path / "q.json").write_text(json.dumps(raw[:1]))
+        assert run(capsys, "index", "evaluate", tmp_path / "index", tmp_path / "q.json")[0] == 0
+
+
+def test_similarity_of_adapters_is_of_their_means(tmp_path, capsys, monkeypatch, profiles, queries):
+    index = mj.Index.build(PROFILES)
+    means = np.stack([ngrams(inputs, "words").toarray().mean(axis=0) for inputs in PROFILES.values()])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    assert np.abs(evaluation.adapter_similarity(index) - means @ means.T).max() < 1e-6
+    monkeypatch.setattr(evaluation, "MOST_DRAWN", 3)
+    assert run(capsys, "index", "build", tmp_path / "index", "--profiles", profiles)[0] == 0
+    line = refused(capsys, "index", "evaluate", tmp_path / "index", queries, "--out", tmp_path / "maps")
+    assert "expected at most 3 adapters in a similarity map, found 4" in line
+    assert not (tmp_path / "maps").exists()
 
 
 def test_rewording(tmp_path):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +117,37 @@ def test_training_helps_and_only_the_chosen_are_seen(tmp_path, encoder):
     assert json.loads((tmp_path / "out" / "training.json").read_text())["trained"] == sorted(PROFILES)
     write_curves(report, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import jax
+from meteora_jax.retriever.encoder import TextEncoder
+from meteora_jax.retriever.training import RetrieverTraining, train_retriever
+assert jax.device_count() == 4
+folder, out, profiles, settings = sys.argv[1:]
+encoder, profiles = TextEncoder.load(folder), json.loads(profiles)
+vectors = encoder.encode([t for inputs in profiles.values() for t in inputs])
+report = train_retriever(encoder, profiles, out, RetrieverTraining(**json.loads(settings)), Path(out) / "checkpoints")
+print(json.dumps([vectors.tolist(), [r["loss"] for r in report["steps"]]]))
+"""
+
+
+def test_four_devices_compute_what_one_does(tmp_path, encoder):
+    """Rows split over the devices: the same vectors, and every anchor meets the negatives of all devices."""
+    settings = dataclasses.replace(SETTINGS, batch_size=4, steps=3)  # with hard negatives 4 + 4 + 4 texts
+    told = json.dumps(PROFILES), json.dumps(dataclasses.asdict(settings))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "start"), str(tmp_path / "four"), *told],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    vectors, losses = json.loads(done.stdout.splitlines()[-1])
+    ours = encoder.encode([t for inputs in PROFILES.values() for t in inputs])
+    assert np.abs(ours - np.asarray(vectors)).max() < 1e-5
+    report = train_retriever(encoder, PROFILES, tmp_path / "one", settings, tmp_path / "checkpoints")
+    assert np.allclose(losses, [r["loss"] for r in report["steps"]], atol=1e-3)
 
 
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not(tmp_path, encoder):

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from meteora_jax import viz
 from meteora_jax.config import PROJECTIONS, InputError
-from meteora_jax.routing import NO_ADAPTER, RoutingTrace
+from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share
 
 ColourSystem = Literal["standard", "256", "truecolor"]
 NASTY = ("</script><b>", "<!--", "{{trace}}", "&amp;", "$x_$", '"\\', "\x1b[31m", "漢字", "\ufffd", " two \n\n lines ")
@@ -96,7 +96,7 @@ def test_shares_equal_a_slow_loop(chosen: int, adapters: int):
         if trace.indices[t, l, p, c] != NO_ADAPTER:
             expected[t, trace.indices[t, l, p, c]] += trace.weights[t, l, p, c]
     expected[:-1] /= expected[:-1].sum(axis=1, keepdims=True)
-    share = viz.adapter_share(trace)
+    share = adapter_share(trace)
     assert share.dtype == np.float32
     np.testing.assert_allclose(share, expected, atol=1e-6)
     np.testing.assert_array_equal(viz.dominant(trace), [*expected[:-1].argmax(axis=1), NO_ADAPTER])

@@ -19,9 +19,9 @@ from meteora_jax.cli.report import console, default_dtype, progress_bar, status,
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import COMPOSITES, COUNT, SEED, SHOTS, generate_composites
 from meteora_jax.evaluation.problems import Problem, load_composites, load_problems, load_queries
-from meteora_jax.evaluation.systems import Given, System, check_routes, make_system, skipped
+from meteora_jax.evaluation.systems import Given, System, check_routes, make_system, skipped, with_unseen
 from meteora_jax.retriever.index import Index
-from meteora_jax.routing import RoutingTrace
+from meteora_jax.routing import RoutingTrace, adapter_share
 
 _NAMED = 5  # problems that a message about many names
 
@@ -35,22 +35,25 @@ class Evaluate(Devices):
     tasks: Path
     """TASKS folder: TASKS/<task>/<split>.jsonl."""
     out: Path
-    """Folder of the run: records.jsonl, table.md, table.json, bars.png, radar.png."""
+    """Folder of the run: records.jsonl, table.md, table.json, bars.png, radar.png; with --index k.png (accuracy against
+    k), similarity.png and similarity.html (of all adapters, by cluster); with --throughput throughput.json and .png."""
     bank: Path | None = None
     """BANK folder."""
     gates: Path | None = None
     """GATES folder."""
     systems: str = "base,oracle,gates-top1,gates-top2"
-    """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topK, with --index
-    retrieval-selection, -mixture, -fusion and gates-within-topK, an adapter's name, or a name of --system-bank."""
+    """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topN, with --index
+    retrieval-selection, -mixture, -fusion and gates-within-topN, an adapter's name, or a name of --system-bank.
+    retrieval-mixture-k5 retrieves five; gates-top2-unseen has no adapter of a problem's own tasks."""
     system_bank: tuple[str, ...] = ()
     """NAME=FOLDER: a system with a bank of its own, as lora-f=BANK; a BANK folder of one adapter, or a PEFT folder."""
     index: Path | None = None
     """INDEX folder, for the systems that retrieve."""
     retrieve: int = 3
-    """Adapters that the index finds for a problem."""
+    """Adapters that the index finds for a problem, where the system's name does not say."""
     unseen: bool = False
-    """Hide each problem's own adapter from the index, as if its task were new."""
+    """Ask each system that chooses twice: as it is, and with the adapters of a problem's own tasks hidden from it, as
+    if they were new (NAME-unseen)."""
     only: str | None = None
     """Tasks, separated by commas, or "all" for one an adapter of the bank; all by default, none beside --composite or
     --queries."""
@@ -79,6 +82,11 @@ class Evaluate(Devices):
     """Longest answer."""
     batch_size: int = 16
     """Problems a batch."""
+    throughput: str | None = None
+    """Batch sizes, separated by commas, as 1,8,32: instead of scoring, time the systems on the problems, side by side,
+    --max-new-tokens each; figures are also given over the first system's."""
+    repeats: int = 5
+    """Measurements of each system and batch size of --throughput; medians count."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and activations: bfloat16 on an accelerator, float32 on a CPU unless given."""
     json: Path | None = None
@@ -95,8 +103,6 @@ def new_tokens(command: Evaluate, parts: int) -> int:
 def response_routing(trace: RoutingTrace) -> dict[str, float]:
     """Each adapter's share of the response's tokens, rounded; empty where nothing routed any (a response of one
     token that was never read back, or of none)."""
-    from meteora_jax.viz import adapter_share
-
     shares = np.sum(adapter_share(trace)[trace.prompt_length :], axis=0)
     shares /= max(float(shares.sum()), 1e-9)
     named = zip(trace.adapter_names, shares.tolist(), strict=True)
@@ -209,12 +215,13 @@ def gather_systems(command: Evaluate, model: Any, dtype: str) -> tuple[list[Syst
             raise InputError(f"--system-bank: expected NAME=FOLDER, each name once and no adapter's, found {entry!r}")
         folders[name] = Path(folder)
     names = list(dict.fromkeys([*names, *folders]))
+    names = with_unseen(names) if command.unseen else names
     if not names:
         raise InputError("--systems: expected at least one system, found none")
     loaded = {name: other_bank(model, name, folder, command.base, dtype) for name, folder in folders.items()}
     given = Given(
         model, {name: other for name, (other, _) in loaded.items()}, command.composite_temperature,
-        Index.load(command.index) if command.index else None, command.retrieve, command.unseen,
+        Index.load(command.index) if command.index else None, command.retrieve,
     )  # fmt: skip
     return [make_system(name, given) for name in names], {name: mark for name, (_, mark) in loaded.items()}
 
@@ -257,9 +264,10 @@ def evaluate(command: Evaluate) -> None:
     from meteora_jax.evaluation import runner
     from meteora_jax.model import load
 
-    for name in ("max_new_tokens", "batch_size", "limit", "composite_max_new_tokens", "retrieve"):
+    for name in ("max_new_tokens", "batch_size", "limit", "composite_max_new_tokens", "retrieve", "repeats"):
         if (value := getattr(command, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+    sizes = read_sizes(command)
     mesh = make_devices_mesh(command)
     dtype = default_dtype(command.dtype)
     with status.status("loading"):
@@ -268,12 +276,15 @@ def evaluate(command: Evaluate) -> None:
         problems = gather_problems(command, model)
         check_routes(systems, problems)
         check_lengths(command, model, problems)
+    if sizes:
+        time_systems(command, systems, problems, sizes)
+        return
     settings = {
         "base": fingerprint(command.base), "bank": fingerprint(command.bank), "gates": fingerprint(command.gates),
         "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype, "system banks": banks,
         "composite_temperature": command.composite_temperature,
         "composite_max_new_tokens": command.composite_max_new_tokens,
-        "index": fingerprint(command.index, "index.json"), "retrieve": command.retrieve, "unseen": command.unseen,
+        "index": fingerprint(command.index, "index.json"), "retrieve": command.retrieve,
     }  # fmt: skip
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None
@@ -288,14 +299,90 @@ def evaluate(command: Evaluate) -> None:
 def report(command: Evaluate, problems: Sequence[Problem], systems: Sequence[System], answers: Any, leave: Any) -> None:
     """Writes the run's table and pictures, and prints the table."""
     from meteora_jax.evaluation import charts
-    from meteora_jax.evaluation.table import markdown, tabulate
+    from meteora_jax.evaluation.table import markdown, retrieval_markdown, tabulate
 
     names = [s.name for s in systems]
     table = tabulate(problems, names, answers, leave)
     text = markdown(table, names, command.scoring)
+    if command.index is not None:
+        table["retrieval"] = retrieval = report_retrieval(command, problems, systems, table)
+        text += "\n" + retrieval_markdown(retrieval) if retrieval else ""
     (command.out / "table.md").write_text(text, encoding="utf-8")
     write_json(command.out / "table.json", table)
     write_json(command.json, table)
     charts.write_bars(table, names, command.out / "bars.png", command.scoring)
     charts.write_radar(table, names, command.out / "radar.png", command.scoring)
     console.print(Markdown(text))
+
+
+def report_retrieval(
+    command: Evaluate, problems: Sequence[Problem], systems: Sequence[System], table: Any
+) -> dict[str, Any]:
+    """What the index finds for the problems whose own adapter it knows, beside what was answered; draws it.
+
+    Returns:
+        as `retriever.evaluation.judge`; nothing if no problem's own adapter is in the index.
+    """
+    from meteora_jax.evaluation import charts
+    from meteora_jax.evaluation.table import mean_shares
+    from meteora_jax.retriever.evaluation import KS, MOST_DRAWN, Query, judge, write_heat_map
+
+    assert command.index is not None
+    index = Index.load(command.index)
+    queries = [Query(p.prompt, p.task, p.cluster) for p in problems if not p.tasks and p.task in index.names]
+    if len(index.names) <= MOST_DRAWN:
+        write_heat_map(index, queries, command.out)
+    else:
+        status.print(f"similarity.png: not drawn, {len(index.names)} adapters are more than {MOST_DRAWN}")
+    if not queries or len(index.names) < 2:
+        return {}
+    curve = judge(index, queries, range(1, min(len(index.names), 20) + 1))
+    answered: dict[str, dict[int, float]] = {}
+    for system in sorted(systems, key=lambda s: s.retrieves or 0):
+        share = mean_shares(table, command.scoring).get(system.name)
+        if system.retrieves is not None and share is not None:
+            answered.setdefault(system.kind, {})[system.retrieves] = 100 * share
+    panels = {
+        "own adapter among the first k": {"own adapter": curve["iid"], "own hidden: one of its cluster": curve["ood"]},
+        "mean accuracy of the answers": {kind: ks for kind, ks in answered.items() if len(ks) > 1},
+    }
+    panels = {title: {line: v for line, v in lines.items() if v} for title, lines in panels.items()}
+    charts.write_against_k(panels, command.out / "k.png")
+    return judge(index, queries, KS)
+
+
+# How fast
+
+
+def read_sizes(command: Evaluate) -> list[int]:
+    """The batch sizes of `--throughput`."""
+    sizes = [s for s in (command.throughput or "").split(",") if s]
+    if wrong := [s for s in sizes if not (s.isascii() and s.isdigit() and int(s) > 0)]:
+        raise InputError(f"--throughput: expected batch sizes of 1 or more, found {wrong[0]!r}")
+    return [int(s) for s in sizes]
+
+
+def time_systems(
+    command: Evaluate, systems: Sequence[System], problems: Sequence[Problem], sizes: Sequence[int]
+) -> None:
+    """Times the systems, writes throughput.json and throughput.png, and prints a table."""
+    import jax
+
+    from meteora_jax.evaluation.throughput import measure, throughput_markdown, write_throughput
+
+    plain = [p for p in problems if not p.tasks]
+    if not plain or command.max_new_tokens < 2:
+        raise InputError("--throughput: expected problems of one task each and 2 new tokens or more, found others")
+    first = is_first_process()
+    with progress_bar("throughput") if first else nullcontext(lambda *_: None) as progress:
+        records = measure(systems, plain, sizes, command.max_new_tokens, command.repeats, progress)
+    if not first:
+        return
+    device = jax.devices()[0]
+    about = {"device": device.device_kind, "devices": jax.device_count(), "dtype": default_dtype(command.dtype)}
+    command.out.mkdir(parents=True, exist_ok=True)
+    for path in (command.out / "throughput.json", command.json):
+        write_json(path, {**about, "jax": jax.__version__, "records": records})
+    write_throughput(records, command.out / "throughput.png")
+    console.print(f"{device.device_kind}, jax {jax.__version__}, {about['dtype']}", highlight=False)
+    console.print(Markdown(throughput_markdown(records)))

@@ -66,50 +66,27 @@ class Generate:
     """Write responses, token ids and finish reasons here too."""
 
 
-def parse_router(command: Generate, gates: Any) -> Any:
-    """`--router` as a router value; `gates` is the loaded model's GateConfig or None."""
-    from meteora_jax.routing.fixed import Fixed
-    from meteora_jax.routing.gates import Gates
+def parse_router(command: Generate, model: Any) -> Any:
+    """`--router` as a router of the loaded model."""
+    from meteora_jax.routing.named import gate_options, read_router
 
-    given = {(True, True): "gates-within", (True, False): "retrieval", (False, True): "gates", (False, False): "none"}
-    text = command.router or given[command.index is not None, gates is not None]
-    if text in ("retrieval", "gates-within"):
-        return parse_retrieval(command, text, gates)
-    if text != "gates" and (command.gate_top_k is not None or command.gate_temperature is not None):
-        raise InputError(f"--gate-top-k, --gate-temperature: expected --router gates, found {text!r}")
-    if text == "none":
-        return None
-    if text == "gates":
-        if gates is None:
-            raise InputError("--router: expected --gates beside 'gates', found none")
-        top_k = gates.top_k if command.gate_top_k is None else command.gate_top_k
-        return Gates(top_k, gates.temperature if command.gate_temperature is None else command.gate_temperature)
-    if "=" not in text:
-        return Fixed(text)
-    mixture: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, weight = part.partition("=")
-        try:
-            mixture[name] = float(weight)
-        except ValueError:
-            raise InputError(f"--router: expected NAME=WEIGHT, found {part!r}") from None
-    return Fixed(mixture)
-
-
-def parse_retrieval(command: Generate, text: str, gates: Any) -> Any:
-    """`--router retrieval | gates-within` as a router value."""
+    text, options = command.router, (command.gate_top_k, command.gate_temperature)
+    if text is None and command.index is not None:
+        text = "retrieval" if model.gates is None else "gates-within"
+    if text not in ("retrieval", "gates-within"):
+        return read_router(text, model.gates, model.adapter_names, *options)
     from meteora_jax.retriever.index import Index
     from meteora_jax.routing.retrieval import GatesWithin, Retrieval
 
     if command.index is None:
         raise InputError(f"--router: expected --index beside {text!r}, found none")
-    if text == "retrieval":
-        return Retrieval(Index.load(command.index), command.retrieve, command.compose, command.weights)
-    if gates is None:
-        raise InputError("--router: expected --gates beside 'gates-within', found none")
-    top_k = gates.top_k if command.gate_top_k is None else command.gate_top_k
-    temperature = gates.temperature if command.gate_temperature is None else command.gate_temperature
-    return GatesWithin(Index.load(command.index), command.retrieve, top_k, temperature)
+    if text == "gates-within":
+        if model.gates is None:
+            raise InputError("--router: expected --gates beside 'gates-within', found none")
+        return GatesWithin(Index.load(command.index), command.retrieve, *gate_options(model.gates, *options))
+    if options != (None, None):
+        raise InputError(f"--gate-top-k, --gate-temperature: expected --router gates, found {text!r}")
+    return Retrieval(Index.load(command.index), command.retrieve, command.compose, command.weights)
 
 
 def generate(command: Generate) -> None:
@@ -121,7 +98,7 @@ def generate(command: Generate) -> None:
         raise InputError([f"prompt {i}: expected a text, found an empty one" for i in empty])
     with status.status("loading"):
         model = load(command.base, command.bank, command.gates, dtype=default_dtype(command.dtype))
-    router = parse_router(command, model.gates)
+    router = parse_router(command, model)
     asked = [[{"role": "user", "content": p}] if command.chat else p for p in prompts]
     options: dict[str, Any] = dict(
         max_new_tokens=command.max_new_tokens, temperature=command.temperature, top_k=command.top_k,

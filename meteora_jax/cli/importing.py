@@ -174,6 +174,8 @@ class ImportEncoder:
     """sentence-transformers folder."""
     dest: tyro.conf.Positional[Path]
     """ENCODER folder to make."""
+    instructor: bool = False
+    """An Instructor: its pooling leaves out the instruction before a text, which its own folder does not say."""
     overwrite: bool = False
     """Replace DEST if it exists, once the new one is complete."""
     json: Path | None = None
@@ -186,7 +188,7 @@ def import_encoder(command: ImportEncoder) -> None:
 
     with progress_bar("import encoder") as bar:
         progress = lambda key, done, total: bar(done, total, key)  # noqa: E731
-        config = convert(command.src, command.dest, command.overwrite, progress)
+        config = convert(command.src, command.dest, command.overwrite, progress, command.instructor)
     console.print(
         f"{command.dest}: {config.family}, {config.num_layers} layers, vectors of {config.width}, {config.pooling} "
         f"pooling, at most {config.max_length} tokens", highlight=False

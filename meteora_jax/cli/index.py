@@ -97,7 +97,10 @@ class IndexEvaluate:
     index: tyro.conf.Positional[Path]
     """INDEX folder."""
     queries: tyro.conf.Positional[Path]
-    """A JSON file, a list of {"inputs": text, "task": adapter, "domain": cluster}."""
+    """A JSON file, a list of {"inputs": text, "task": adapter, "domain": cluster} ("domain" may be missing), or a TASKS
+    folder: the test problems of the index's adapters."""
+    limit: int | None = None
+    """At most so many queries an adapter, chosen by their hash."""
     paraphrases: Path | None = None
     """A JSON file {adapter: [instructions with {text}]}: adds the column of other words."""
     except_for: tuple[str, ...] = ()
@@ -158,9 +161,10 @@ def read_sources(command: IndexBuild | IndexAdd) -> dict[str, list[str]]:
 def report(index: Any, folder: Path, path: Path | None) -> None:
     """Says what an index holds now."""
     count = sum(map(len, index.profiles.values()))
-    console.print(f"{folder}: {len(index.names)} adapters, {count} inputs, scoring {index.scoring}", highlight=False)
+    how = f"{index.scoring} (means: too many inputs for a regression)" if index.large else index.scoring
+    console.print(f"{folder}: {len(index.names)} adapters, {count} inputs, scoring {how}", highlight=False)
     sizes = {name: len(inputs) for name, inputs in index.profiles.items()}
-    write_json(path, {"index": str(folder), "scoring": index.scoring, "inputs": sizes})
+    write_json(path, {"index": str(folder), "scoring": index.scoring, "large": index.large, "inputs": sizes})
 
 
 def index_build(command: IndexBuild) -> None:
@@ -218,13 +222,34 @@ def index_query(command: IndexQuery) -> None:
     write_json(command.json, [{"text": t, "names": list(n), "similarities": s.tolist()} for t, n, s in rows])
 
 
+def read_asked(command: IndexEvaluate, names: Sequence[str]) -> list[Any]:
+    """The queries of a JSON file, or of a TASKS folder's test splits."""
+    from meteora_jax.evaluation.problems import choose
+    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.retriever.evaluation import Query, read_queries
+
+    if command.limit is not None and command.limit < 1:
+        raise InputError(f"--limit: expected 1 or more, found {command.limit}")
+    if command.queries.is_dir():
+        # a task may state one prompt with several right answers: as a query it is one
+        prompts = [(name, dict.fromkeys(e.prompt for e in load_split(command.queries, name, "test"))) for name in names]
+        queries = [Query(prompt, name, "") for name, own in prompts for prompt in own]
+    else:
+        queries = read_queries(command.queries)
+    own = {name: [q for q in queries if q.adapter == name] for name in dict.fromkeys(q.adapter for q in queries)}
+    return [rows[i] for rows in own.values() for i in choose([q.text for q in rows], command.limit)]
+
+
 def index_evaluate(command: IndexEvaluate) -> None:
     """Runs `meteora index evaluate`."""
     from meteora_jax.retriever import evaluation
     from meteora_jax.retriever.index import Index
 
     index = Index.load(command.index)
-    queries = [q for q in evaluation.read_queries(command.queries) if q.adapter not in command.except_for]
+    if command.out and len(index.names) > evaluation.MOST_DRAWN:
+        most = evaluation.MOST_DRAWN
+        raise InputError(f"--out: expected at most {most} adapters in a similarity map, found {len(index.names)}")
+    queries = [q for q in read_asked(command, index.names) if q.adapter not in command.except_for]
     if not queries:
         raise InputError(f"{command.queries}: expected queries beside those of --except-for, found none")
     paraphrases = evaluation.read_paraphrases(command.paraphrases) if command.paraphrases else None
@@ -232,12 +257,18 @@ def index_evaluate(command: IndexEvaluate) -> None:
     for wording in evaluation.WORDINGS if paraphrases else evaluation.WORDINGS[:2]:
         with status.status(f"{wording} wording"):
             reworded = evaluation.reword(queries, index, wording, paraphrases)
+        if not reworded:
+            status.print(f"{wording} wording: no query says anything beside the profiles' wording", highlight=False)
+            continue
+        with status.status(f"{wording} wording"):
             figures[wording] = evaluation.judge(index, reworded)
     ks = list(next(iter(figures.values()))["iid"])
     title = f"{command.index}: {len(index.names)} adapters, scoring {index.scoring}; % found among the first k"
     table = Table("wording", "queries", "", *(f"k={k}" for k in ks), title=title, title_justify="left")
     for wording, row in figures.items():
         for kind, label in (("iid", "own adapter"), ("ood", "own masked: its cluster")):
+            if not row[kind]:
+                continue
             cells = [f"{row[kind][k]:.1f}" for k in row[kind]]
             table.add_row(wording if kind == "iid" else "", str(row["queries"]) if kind == "iid" else "", label, *cells)
     console.print(table)

@@ -47,7 +47,7 @@ def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path, sco
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right")
 
-    _save(draw, path)
+    save_picture(draw, path)
 
 
 def write_radar(table: Mapping[str, Any], systems: Sequence[str], path: Path, scoring: str = "meteora") -> None:
@@ -68,10 +68,30 @@ def write_radar(table: Mapping[str, Any], systems: Sequence[str], path: Path, sc
         axes.set_ylim(0, 100)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.05, 1.1))
 
-    _save(draw, path)
+    save_picture(draw, path)
 
 
-def _save(draw: Callable[[Any], None], path: Path) -> None:
+def write_against_k(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
+    """Per cent against the number of retrieved adapters: {panel: {line: {k: %}}}; empty panels are left out."""
+    panels = {title: lines for title, lines in panels.items() if lines}
+
+    def draw(figure: Any) -> None:
+        figure.set_size_inches(5.5 * len(panels), 4.2)
+        for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            for label, values in lines.items():
+                axes.plot(list(values), list(values.values()), marker="o", markersize=3, label=label)
+            ks = sorted({k for values in lines.values() for k in values})
+            if len(ks) <= 12:
+                axes.set_xticks(ks)
+            axes.set(title=title, xlabel="k, retrieved adapters", ylabel="%", ylim=(0, 102))
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=8)
+
+    save_picture(draw, path)
+
+
+def save_picture(draw: Callable[[Any], None], path: Path) -> None:
+    """Draws on a new figure and writes it as PNG, whole or not at all."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ class Problem:
     """One problem of the table's row `task`; `id` is its row, split and line (from 0) in its file.
 
     A composite problem also has its sub-questions' `tasks` and right `answers`; a query of LoraRetriever's
-    has the `metric` that its file names.
+    has the `metric` that its file names, and the `cluster` of tasks to which its own belongs.
     """
 
     id: str
@@ -30,6 +30,12 @@ class Problem:
     tasks: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     metric: str | None = None
+    cluster: str = ""
+
+    @property
+    def own_tasks(self) -> tuple[str, ...]:
+        """The tasks that it asks of: several in a composite problem."""
+        return self.tasks or (self.task,)
 
     @property
     def parts(self) -> int:
@@ -56,13 +62,13 @@ def load_problems(tasks_dir: Path, tasks: Sequence[str], split: str, limit: int 
         if not examples:
             raise InputError(f"{tasks_dir / task / f'{split}.jsonl'}: expected problems, found none")
         own = [Problem(f"{task}/{split}/{i}", task, e.prompt, e.response) for i, e in enumerate(examples)]
-        problems += choose(own, limit)
+        problems += _limited(own, limit)
     return problems
 
 
 def load_composites(path: Path, row: str, limit: int | None) -> list[Problem]:
     """The composite problems of a file, for the table's row of that name; see `read_composites`."""
-    return choose(
+    return _limited(
         [
             Problem(f"{row}/{path.stem}/{i}", row, c.prompt, c.response, c.tasks, c.answers)
             for i, c in enumerate(read_composites(path))
@@ -73,6 +79,8 @@ def load_composites(path: Path, row: str, limit: int | None) -> list[Problem]:
 
 def load_queries(path: Path, limit: int | None) -> list[Problem]:
     """LoraRetriever's queries, a JSON list of {"inputs", "targets", "task", "metric"}, by task; `limit` is a task's.
+
+    "domain", where an entry has one, is the cluster of its task.
 
     Raises:
         InputError: an entry lacks a text, names another metric than em, bleu and rouge, or two of one task differ.
@@ -90,12 +98,16 @@ def load_queries(path: Path, limit: int | None) -> list[Problem]:
         expected = [row[0].metric] if row else LORARETRIEVER_METRICS
         if metric not in expected:
             raise InputError(f"{path}: {i}: metric: expected {' or '.join(map(str, expected))}, found {metric!r}")
-        row.append(Problem(f"{task}/{path.stem}/{i}", task, prompt, response, metric=metric))
-    return [p for row in rows.values() for p in choose(row, limit)]
+        cluster = str(query.get("domain", ""))
+        row.append(Problem(f"{task}/{path.stem}/{i}", task, prompt, response, metric=metric, cluster=cluster))
+    return [p for row in rows.values() for p in _limited(row, limit)]
 
 
-def choose(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
-    """At most `limit` problems in their order, those with the smallest hashes: a larger limit keeps a smaller one's."""
-    digest: Callable[[int], bytes] = lambda i: hashlib.sha256(problems[i].prompt.encode()).digest()  # noqa: E731
-    order = sorted(range(len(problems)), key=digest)
-    return [problems[i] for i in sorted(order[:limit])]
+def _limited(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
+    return [problems[i] for i in choose([p.prompt for p in problems], limit)]
+
+
+def choose(texts: Sequence[str], limit: int | None) -> list[int]:
+    """The places of at most `limit` texts, those of the smallest hashes: a larger limit keeps a smaller one's."""
+    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].encode()).digest())
+    return sorted(order[:limit])

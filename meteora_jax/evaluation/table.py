@@ -60,8 +60,9 @@ def tabulate(
     """The table from the answers by (system, problem id); `skipped` are the (system, row) that were not asked.
 
     Returns:
-        {"tasks": {row: {system: scores}}, "mean accuracy": {system: over the tasks that have one},
-        "mean exact_match": likewise, by LoraRetriever's scoring}.
+        {"tasks": {row: {system: scores}}, "clusters": {cluster: {system: the mean of its tasks' scores}},
+        "mean accuracy": {system: over the tasks that have one}, "mean exact_match": likewise, by LoraRetriever's
+        scoring}.
     """
     rows: dict[str, list[Problem]] = {}
     for p in problems:
@@ -71,7 +72,26 @@ def tabulate(
         asked = [s for s in systems if (s, row) not in skipped]
         table[row] = {s: score_row(own, [answers[s, p.id] for p in own]) for s in asked}
     means = {f"mean {name}": _means(table, systems, name, scoring) for scoring, name in _MEANS.items()}
-    return {"tasks": table, **means}
+    clusters: dict[str, list[str]] = {}
+    for row, own in rows.items():
+        clusters.setdefault(own[0].cluster, []).append(row)
+    return {
+        "tasks": table,
+        "clusters": {c: _cluster([table[row] for row in members]) for c, members in clusters.items() if c},
+        **means,
+    }
+
+
+def _cluster(rows: Sequence[Mapping[str, Cell]]) -> dict[str, Cell]:
+    """Each system's mean scores over the rows of a cluster, every task weighing the same; problems are counted."""
+    cells: dict[str, Cell] = {}
+    for system in rows[0]:
+        own = [row[system]["loraretriever"] for row in rows]
+        names = dict.fromkeys(name for scores in own for name in scores)
+        found = {name: [scores[name] for scores in own if name in scores] for name in names}
+        means = {name: sum(values) / len(values) for name, values in found.items()}
+        cells[system] = {"loraretriever": means, "problems": sum(row[system]["problems"] for row in rows)}
+    return cells
 
 
 def _means(table: Mapping[str, Mapping[str, Cell]], systems: Sequence[str], name: str, scoring: str) -> dict:
@@ -85,18 +105,35 @@ def shown(cell: Mapping[str, Any], scoring: str) -> Mapping[str, Any]:
     return cell if scoring == "meteora" else cell.get("loraretriever", {})
 
 
+def mean_shares(table: Mapping[str, Any], scoring: Scoring = "meteora") -> dict[str, float]:
+    """{system: its mean accuracy over the tasks that have one, from 0 to 1}."""
+    return table[f"mean {_MEANS[scoring]}"]
+
+
 def markdown(table: Mapping[str, Any], systems: Sequence[str], scoring: Scoring = "meteora") -> str:
     """The table by one scoring: a line a task with its accuracy, or a line a metric where it has none."""
     lines = ["| task | problems | " + " | ".join(systems) + " |", "| --- " * (len(systems) + 2) + "|"]
-    for row, cells in table["tasks"].items():
+    groups = {**table["tasks"], **{f"cluster {name}": cells for name, cells in table["clusters"].items()}}
+    for row, cells in groups.items():
         count = next(iter(cells.values()))["problems"] if cells else 0
         for label, texts in _lines(row, cells, scoring):
             lines.append(f"| {label} | {count} | " + " | ".join(texts.get(s, UNDEFINED) for s in systems) + " |")
     name = _MEANS[scoring]
-    if means := table[f"mean {name}"]:
+    if means := mean_shares(table, scoring):
         texts = [f"{100 * means[s]:.1f}" if s in means else UNDEFINED for s in systems]
         lines.append(f"| mean {name.replace('_', ' ')} | | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n\n" + NOTE
+
+
+def retrieval_markdown(found: Mapping[str, Any]) -> str:
+    """How often an index finds the own adapter of a problem among the first k, from `retriever.evaluation.judge`."""
+    ks = list(found["iid"])
+    lines = ["| % found among the first | " + " | ".join(map(str, ks)) + " |", "| --- " * (len(ks) + 1) + "|"]
+    rows = {"all": found["iid"], **found["adapters"], **{f"cluster {c}": row for c, row in found["clusters"].items()}}
+    if found["ood"]:
+        rows["all, own adapter hidden: one of its cluster"] = found["ood"]
+    lines += [f"| {label} | " + " | ".join(f"{row[k]:.1f}" for k in ks) + " |" for label, row in rows.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _lines(row: str, cells: Mapping[str, Cell], scoring: Scoring) -> Iterator[tuple[str, dict[str, str]]]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from meteora_jax.config import InputError
 
 FORMAT = "meteora-encoder-1"
+_NONE = dataclasses.MISSING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class EncoderConfig:
     projection: int  # width of a linear map (no bias) after pooling; 0: none
     normalize: bool
     lower_case: bool
+    pool_instruction: bool = True  # False (Instructor): the mean leaves out the tokens of the instruction before a text
 
     @property
     def width(self) -> int:
@@ -75,6 +77,7 @@ class EncoderConfig:
         try:
             if raw["format"] != FORMAT:
                 raise InputError(f"{source}: format: expected {FORMAT!r}, found {raw['format']!r}")
-            return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls)})
+            # pool_instruction came later: a folder without it pools every token
+            return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw or f.default is _NONE})
         except (KeyError, TypeError) as e:
             raise InputError(f"{source}: expected an encoder's description, found a malformed one ({e!r})") from e

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meteora_jax.config import InputError, read_json
 from meteora_jax.retriever.config import EncoderConfig
+from meteora_jax.sharding import make_mesh, place_rows, rows_multiple
 
 WEIGHTS = "weights.safetensors"
 BATCH = 32
@@ -139,10 +139,12 @@ class SentenceEncoder(nnx.Module):
         self.norm = Norm(config)  # of the embeddings (bert) or of the last layer (t5)
         self.projection = Linear(d, config.projection, False, rngs) if config.projection else None
 
-    def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B E"]:
-        """Vectors float32 of int32 tokens padded on the right; mask is false on padding."""
+    def __call__(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], pooled: Bool[Array, "B T"]
+    ) -> Float[Array, "B E"]:
+        """Vectors float32 of int32 tokens padded on the right; mask is false on padding, pooled where a mean skips."""
         with jax.default_matmul_precision("highest"):
-            return self._pool(self._hidden(tokens, mask), mask)
+            return self._pool(self._hidden(tokens, mask), pooled)
 
     def _hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         config, length = self.config, tokens.shape[1]
@@ -161,11 +163,11 @@ class SentenceEncoder(nnx.Module):
         x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(graph, layer)(x, bias), None), x, weights)
         return x if config.family == "bert" else self.norm(x)
 
-    def _pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def _pool(self, x: jax.Array, pooled: jax.Array) -> jax.Array:
         if self.config.pooling == "cls":
             y = x[:, 0]
         else:
-            kept = mask[..., None].astype(jnp.float32)
+            kept = pooled[..., None].astype(jnp.float32)
             y = jnp.sum(x * kept, axis=1) / jnp.maximum(jnp.sum(kept, axis=1), 1.0)
         if self.projection is not None:
             y = self.projection(y)
@@ -175,8 +177,8 @@ class SentenceEncoder(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _encode(graph: Any, weights: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    return nnx.merge(graph, weights)(tokens, mask)
+def _encode(graph: Any, weights: Any, tokens: jax.Array, mask: jax.Array, pooled: jax.Array) -> jax.Array:
+    return nnx.merge(graph, weights)(tokens, mask, pooled)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -222,32 +224,40 @@ class TextEncoder:
         texts = [text.strip().lower() if self.config.lower_case else text.strip() for text in texts]
         return self.tokenizer(texts, truncation=True, max_length=self.config.max_length)["input_ids"]
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [N, D] of N texts: sorted by length, in batches of one padded length, over all devices."""
+    def skipped(self, instruction: str) -> int:
+        """How many of a text's first tokens the pooling leaves out: those of an instruction, if the encoder says so."""
+        if self.config.pool_instruction or not instruction:
+            return 0
+        instruction = instruction.lower() if self.config.lower_case else instruction
+        ids = self.tokenizer(instruction)["input_ids"]  # not stripped: its last space is no part of the text
+        return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
+
+    def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
+        """float32 [N, D] of N texts behind an instruction: sorted by length, in batches of one padded length, over all
+        devices of this host."""
         if not texts:
             return np.zeros((0, self.config.width), np.float32)
-        ids = self.tokenize(texts)
+        ids = self.tokenize([instruction + text for text in texts])
+        skip = self.skipped(instruction)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        devices = jax.devices()
-        # names of a mesh's axes belong to sharding.py; this one is local to the call
-        rows = NamedSharding(
-            jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data")
-        )
-        batch = -(-BATCH // len(devices)) * len(devices)
+        mesh = make_mesh(devices=jax.local_devices())
+        batch = -(-BATCH // rows_multiple(mesh)) * rows_multiple(mesh)
         vectors = np.zeros((len(ids), self.config.width), np.float32)
         pending: list[tuple[list[int], jax.Array]] = []
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            tokens, mask = pad([ids[i] for i in chosen], batch, self.config)
-            placed = jax.device_put((tokens, mask), rows)
+            placed = place_rows(pad([ids[i] for i in chosen], batch, self.config, skip), mesh)
             pending.append((chosen, _encode(self.graph, self.weights, *placed)))
         for chosen, result in pending:
             vectors[chosen] = np.asarray(result)[: len(chosen)]
         return vectors
 
 
-def pad(rows: Sequence[Sequence[int]], batch: int, config: EncoderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists -> int32 [batch, T] and mask bool [batch, T], T the bucket of the longest; missing rows are empty."""
+def pad(
+    rows: Sequence[Sequence[int]], batch: int, config: EncoderConfig, skip: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token lists -> int32 [batch, T], and bool [batch, T] which of them are none of the padding and which are pooled
+    (the first `skip` are not), T the bucket of the longest; missing rows are empty."""
     longest = max(len(row) for row in rows)
     length = next((n for n in LENGTHS if n >= longest), longest)
     length = min(length, max(config.max_length, longest))
@@ -255,7 +265,9 @@ def pad(rows: Sequence[Sequence[int]], batch: int, config: EncoderConfig) -> tup
     mask = np.zeros((batch, length), bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], mask[i, : len(row)] = row, True
-    return tokens, mask
+    pooled = mask.copy()
+    pooled[:, :skip] = False
+    return tokens, mask, pooled
 
 
 def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import dataclasses
 import html
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +19,13 @@ from meteora_jax.retriever.wording import Wording
 
 KS = (1, 3, 5, 8)
 WORDINGS = ("own", "removed", "paraphrased")
+MOST_DRAWN = 300  # adapters in a similarity map; names are unreadable beyond
 WordingKind = Literal["own", "removed", "paraphrased"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A request, the adapter that it belongs to, and that adapter's cluster (the kind of task)."""
+    """A request, the adapter that it belongs to, and that adapter's cluster (the kind of task; "" if unknown)."""
 
     text: str
     adapter: str
@@ -32,13 +33,24 @@ class Query:
 
 
 def read_queries(path: str | os.PathLike[str]) -> list[Query]:
-    """Queries of a JSON file, a list of {"inputs", "task", "domain"} as in LoraRetriever's release."""
-    try:
-        queries = [Query(str(q["inputs"]), str(q["task"]), str(q["domain"])) for q in read_json(path)]
-    except (KeyError, TypeError) as e:
-        raise InputError(f"{path}: expected a list of inputs, task and domain, found something else ({e!r})") from None
-    if not queries:
-        raise InputError(f"{path}: expected queries, found none")
+    """Queries of a JSON file, a list of {"inputs", "task", "domain"} as in LoraRetriever's release; a query without a
+    domain has no cluster.
+
+    Raises:
+        InputError: no list, an empty one, or an entry without those texts.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, list) or not raw:
+        found = "an empty one" if raw == [] else type(raw).__name__
+        raise InputError(f"{path}: expected a list of queries, found {found}")
+    queries = []
+    for i, query in enumerate(raw):
+        if not isinstance(query, dict):
+            raise InputError(f"{path}: query {i}: expected an object, found {type(query).__name__}")
+        for key, value in (("inputs", None), ("task", None), ("domain", "")):
+            if not isinstance(found := query.get(key, value), str):
+                raise InputError(f"{path}: query {i}: {key}: expected a text, found {found!r:.60}")
+        queries.append(Query(query["inputs"], query["task"], query.get("domain", "")))
     return queries
 
 
@@ -91,27 +103,42 @@ def judge(index: Index, queries: Sequence[Query], ks: Sequence[int] = KS) -> dic
 
     Returns:
         queries; iid {k: %}; ood {k: %}, the query's own adapter masked and any adapter of its cluster right (queries
-        whose cluster holds no other adapter are left out); clusters {cluster: {k: %}}, the iid figure by cluster.
+        whose cluster holds no other adapter are left out; no cluster is ""); clusters and adapters {name: {k: %}},
+        the iid figure of each.
+
+    Raises:
+        InputError: a query of an adapter that is not in the index, an index of one adapter, no queries.
     """
     names = index.names
+    if not queries:
+        raise InputError("queries: expected at least one, found none")
     if unknown := sorted({q.adapter for q in queries} - set(names)):
         raise InputError([f"queries: expected adapters of the index, found {name!r}" for name in unknown])
+    if len(names) < 2:
+        raise InputError(f"index: expected two adapters or more to tell apart, found {len(names)}")
     ks = [k for k in ks if k < len(names)]
     scores = index.scores([q.text for q in queries])
     own = [[q.adapter] for q in queries]
     found = top(scores, names, max(ks)).names
     masked = top(scores, names, max(ks), own).names
     cluster = {q.adapter: q.cluster for q in queries}
-    kin = [{a for a, c in cluster.items() if c == q.cluster and a != q.adapter} for q in queries]
+    kin = [{a for a, c in cluster.items() if c and c == q.cluster and a != q.adapter} for q in queries]
     hits = np.asarray([[q.adapter in row[:k] for k in ks] for q, row in zip(queries, found, strict=True)])
     others = np.asarray([[bool(s & set(r[:k])) for k in ks] for s, r in zip(kin, masked, strict=True) if s])
     percent = lambda rows: {k: round(100 * float(v), 2) for k, v in zip(ks, rows.mean(axis=0), strict=True)}  # noqa: E731
-    members = {c: [i for i, q in enumerate(queries) if q.cluster == c] for c in sorted(set(cluster.values()))}
+
+    def split(group: Callable[[Query], str]) -> dict[str, dict[int, float]]:
+        members = {
+            g: [i for i, q in enumerate(queries) if group(q) == g] for g in sorted({*map(group, queries)} - {""})
+        }
+        return {g: percent(hits[rows]) for g, rows in members.items()}
+
     return {
         "queries": len(queries),
         "iid": percent(hits),
         "ood": percent(others) if len(others) else {},
-        "clusters": {c: percent(hits[rows]) for c, rows in members.items()},
+        "clusters": split(lambda q: q.cluster),
+        "adapters": split(lambda q: q.adapter),
     }
 
 
@@ -124,10 +151,13 @@ def adapter_similarity(index: Index) -> np.ndarray:
     if index.encoder is not None:
         means = np.add.reduceat(unit(features.vectors()), starts, axis=0)
         return (unit(means) @ unit(means).T).astype(np.float32)
-    gram = (features.ngrams("words") @ features.ngrams("words").T).toarray()
-    sums = np.add.reduceat(np.add.reduceat(gram, starts, axis=0), starts, axis=1)
-    lengths = np.sqrt(np.maximum(np.diag(sums), 1e-12))
-    return (sums / np.outer(lengths, lengths)).astype(np.float32)
+    from scipy.sparse import csr_matrix
+
+    owner = np.repeat(np.arange(len(counts)), counts)
+    sums = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner))))) @ features.ngrams("words")
+    gram = (sums @ sums.T).toarray()
+    lengths = np.sqrt(np.maximum(np.diag(gram), 1e-12))
+    return (gram / np.outer(lengths, lengths)).astype(np.float32)
 
 
 def by_cluster(index: Index, queries: Sequence[Query]) -> tuple[list[str], list[str]]:
@@ -138,7 +168,9 @@ def by_cluster(index: Index, queries: Sequence[Query]) -> tuple[list[str], list[
 
 
 def write_heat_map(index: Index, queries: Sequence[Query], folder: str | os.PathLike[str]) -> list[Path]:
-    """similarity.png and similarity.html: all adapters against all, ordered by cluster."""
+    """similarity.png and similarity.html: all adapters against all, ordered by cluster; refuses over MOST_DRAWN."""
+    if len(index.names) > MOST_DRAWN:
+        raise InputError(f"{folder}: expected at most {MOST_DRAWN} adapters to draw, found {len(index.names)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names, clusters = by_cluster(index, queries)

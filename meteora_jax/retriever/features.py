@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from meteora_jax.config import InputError
 
 WIDTH = 2**20  # buckets of the hashed n-grams: a text of a thousand characters fills about three thousand of them
+SKETCH = 2**12  # buckets of a sketch, where a pool is too large for more
 EDGE = 150  # characters at each end of a text, where instructions stand
 
 
@@ -19,8 +20,8 @@ EDGE = 150  # characters at each end of a text, where instructions stand
 class Encoder(Protocol):
     """Text -> vector; `meteora_jax.retriever.encoder.TextEncoder` is one."""
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [N, D] of N texts."""
+    def encode(self, texts: Sequence[str], instruction: str) -> np.ndarray:
+        """float32 [N, D] of N texts, each behind the instruction."""
         ...
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -64,6 +65,22 @@ def ngrams(texts: Sequence[str], kind: str) -> Any:
     return counts
 
 
+def sketch(texts: Features, kinds: Mapping[str, float]) -> np.ndarray:
+    """float32 [N, SKETCH]: n-grams of several kinds folded into few buckets.
+
+    The inner product of two rows is the sum over `kinds` of weight times the n-grams' own, give or take 1/sqrt(SKETCH):
+    a count sketch (Charikar et al., 2002), the hash that has placed and signed the n-grams taken modulo SKETCH.
+    """
+    from scipy.sparse import csr_matrix
+
+    total = np.zeros((len(texts), SKETCH), np.float32)
+    for kind, weight in kinds.items():
+        rows = ngrams(texts.texts, kind)  # not kept: they are large, and a sketch is made once
+        folded = csr_matrix((rows.data, rows.indices % SKETCH, rows.indptr), shape=total.shape)
+        total += (np.sqrt(weight) * folded).toarray().astype(np.float32)
+    return total
+
+
 def unit(rows: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1; a row of zeros stays one."""
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
@@ -97,5 +114,5 @@ class Features:
         if self.computed_vectors is None:
             if self._encoder is None:
                 raise InputError("index: expected an encoder for this scoring, found an index without one")
-            self.computed_vectors = self._encoder.encode([self._instruction + text for text in self.texts])
+            self.computed_vectors = self._encoder.encode(self.texts, self._instruction)
         return self.computed_vectors

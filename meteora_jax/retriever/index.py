@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meteora_jax.config import InputError, read_json
-from meteora_jax.retriever.features import Encoder, Features
-from meteora_jax.retriever.scoring import Profile, make_scoring
+from meteora_jax.retriever.features import SKETCH, Encoder, Features
+from meteora_jax.retriever.scoring import Profile, is_large, make_scoring
 from meteora_jax.retriever.wording import Wording
 
 FORMAT = "meteora-index-1"
@@ -58,7 +58,8 @@ class Index:
 
     Adapters may be added and removed at any time; what was computed for the others stays. Whatever a scoring has to
     learn from the pool it learns at the next query. The default scoring is "hybrid" with an encoder, "lexical"
-    without: the ones that retrieve best (docs/results.md). `SCORINGS` in scoring.py lists all by name.
+    without: the ones that retrieve best (docs/results.md). Beyond 12,000 inputs (bare ones included; `large`) their
+    regression gives way to means under the same kernel, at a price in accuracy. `SCORINGS` lists all by name.
     """
 
     def __init__(self, scoring: str | None = None, encoder: Encoder | None = None, instruction: str = ""):
@@ -96,6 +97,11 @@ class Index:
     def names(self) -> tuple[str, ...]:
         """The adapters in the order they were added."""
         return tuple(self._profiles)
+
+    @property
+    def large(self) -> bool:
+        """Whether the scoring has a regression that the pool is too large for: its kernel's means then score."""
+        return self._scoring.uses_bare and is_large(list(self._profiles.values()))
 
     @property
     def profiles(self) -> dict[str, tuple[str, ...]]:
@@ -174,13 +180,18 @@ class Index:
             "encoder": self.encoder is not None,
             "adapters": [{"name": n, "inputs": list(p.inputs.texts), "bare": list(p.bare.texts)} for n, p in profiles],
         }  # fmt: skip
+        if self.large:
+            self.fit()  # for the sketches, which take long to make
         with _replacing(folder) as new:
             (new / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
             if self.encoder is not None:
                 self.encoder.save(new / ENCODER)
             parts = [v for _, p in profiles if (v := p.inputs.computed_vectors) is not None]
-            if parts and len(parts) == len(profiles):
-                save_file({"vectors": np.concatenate(parts).astype(np.float32)}, new / VECTORS)
+            kept = {"vectors": np.concatenate(parts).astype(np.float32)} if len(parts) == len(profiles) > 0 else {}
+            if self.large:
+                kept["sketches"] = np.stack([p.sketch for _, p in profiles if p.sketch is not None])
+            if kept:
+                save_file(kept, new / VECTORS)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Index:
@@ -212,18 +223,28 @@ class Index:
         return index
 
     def _restore_vectors(self, path: Path) -> None:
+        """Reads what was saved beside the texts: vectors [inputs, D], sketches [adapters, SKETCH], either or both."""
         features = [p.inputs for p in self._profiles.values()]
         total = sum(len(f) for f in features)
         try:
             with safe_open(path, "np") as file:
-                vectors = file.get_tensor("vectors")
+                kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as e:
             raise InputError(f"{path}: expected vectors in a complete safetensors file, found none ({e})") from None
-        if vectors.ndim != 2 or len(vectors) != total:
-            raise InputError(f"{path}: vectors: expected {total} rows (the inputs), found shape {vectors.shape}")
-        ends = np.cumsum([len(f) for f in features])[:-1]
-        for f, part in zip(features, np.split(vectors, ends), strict=True):
-            f.computed_vectors = part
+        if strange := sorted(kept.keys() - {"vectors", "sketches"}):
+            raise InputError(f"{path}: expected vectors and sketches, found {', '.join(strange)}")
+        if (vectors := kept.get("vectors")) is not None:
+            if vectors.ndim != 2 or len(vectors) != total:
+                raise InputError(f"{path}: vectors: expected {total} rows (the inputs), found shape {vectors.shape}")
+            ends = np.cumsum([len(f) for f in features])[:-1]
+            for f, part in zip(features, np.split(vectors, ends), strict=True):
+                f.computed_vectors = part
+        if (sketches := kept.get("sketches")) is not None:
+            if sketches.shape != (len(features), SKETCH):
+                expected = (len(features), SKETCH)
+                raise InputError(f"{path}: sketches: expected shape {expected}, found {sketches.shape}")
+            for p, row in zip(self._profiles.values(), sketches, strict=True):
+                p.sketch = row
 
 
 def top(

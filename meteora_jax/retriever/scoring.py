@@ -13,17 +13,29 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from meteora_jax.config import InputError
-from meteora_jax.retriever.features import Features, sklearn, unit
+from meteora_jax.retriever.features import Features, sketch, sklearn, unit
 
-MOST_RIDGE_INPUTS = 12_000  # a dense system of that many unknowns takes about ten seconds and 2 GB
+MOST_RIDGE_INPUTS = 12_000  # a dense system of that many unknowns takes about a minute of two cores and 3 GB
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+BARE_WEIGHT = 0.3  # of an input without the wording that it shares with its adapter's others; an input weighs 1
+
+
+@dataclasses.dataclass(eq=False)
 class Profile:
-    """One adapter's inputs, and the same without the wording that they share (empty ones left out)."""
+    """One adapter's inputs, and the same without the wording that they share (empty ones left out).
+
+    `sketch` float32 [SKETCH] is made when a pool is large, and saved with the index.
+    """
 
     inputs: Features
     bare: Features
+    sketch: np.ndarray | None = None
+
+
+def is_large(pool: Sequence[Profile]) -> bool:
+    """Whether a pool is too large for the regressions."""
+    return sum(len(p.inputs) + len(p.bare) for p in pool) > MOST_RIDGE_INPUTS
 
 
 @runtime_checkable
@@ -152,7 +164,7 @@ class Ridge:
     and penalty were chosen by cross-validation over profiles (docs/results.md).
     """
 
-    def __init__(self, kernel: Mapping[str, float], bare_weight: float = 0.3, penalty: float = 0.3):
+    def __init__(self, kernel: Mapping[str, float], bare_weight: float = BARE_WEIGHT, penalty: float = 0.3):
         self.needs_encoder = "vectors" in kernel
         self.uses_bare = not self.needs_encoder
         self._kernel, self._bare_weight, self._penalty = dict(kernel), bare_weight, penalty
@@ -166,7 +178,7 @@ class Ridge:
         if (total := sum(sizes)) > MOST_RIDGE_INPUTS:
             raise InputError(
                 f"index: expected at most {MOST_RIDGE_INPUTS} inputs (with their bare forms) for a regression, "
-                f"found {total}; a scoring of means has no such limit"
+                f"found {total}; lexical, hybrid and the scorings of means have no such limit"
             )
         self._gram, self._texts = self._update_gram(texts), texts
         targets = np.zeros((total, len(pool)))
@@ -213,6 +225,47 @@ class Ridge:
         return gram
 
 
+class Sketches:
+    """An adapter is the mean of its inputs' n-grams, bare inputs at a lower weight, folded; cosine.
+
+    The regression's kernel without the regression: one matrix product a query, nothing to learn from the pool.
+    """
+
+    needs_encoder, uses_bare = False, True
+
+    def __init__(self, kinds: Mapping[str, float]):
+        self._kinds = kinds
+
+    def fit(self, pool: Sequence[Profile]) -> None:
+        for p in pool:
+            if p.sketch is None:
+                total = sketch(p.inputs, self._kinds).sum(axis=0) + BARE_WEIGHT * sketch(p.bare, self._kinds).sum(
+                    axis=0
+                )
+                p.sketch = unit(total)
+        self._means = np.stack([p.sketch for p in pool if p.sketch is not None])
+
+    def score(self, requests: Features) -> np.ndarray:
+        return unit(sketch(requests, self._kinds)) @ self._means.T
+
+
+class Lexical:
+    """The regression, or in a pool too large for it (`is_large`: 300 adapters of 20 inputs) its kernel's means."""
+
+    needs_encoder, uses_bare = False, True
+
+    def __init__(self, kinds: Mapping[str, float]):
+        self._regression, self._means = Ridge(kinds), Sketches(kinds)
+        self._now: Scoring = self._regression
+
+    def fit(self, pool: Sequence[Profile]) -> None:
+        self._now = self._means if is_large(pool) else self._regression
+        self._now.fit(pool)
+
+    def score(self, requests: Features) -> np.ndarray:
+        return self._now.score(requests)
+
+
 def _columns(rows: Any) -> Any:
     """The transpose; a sparse one is sorted by row again, once, or every product with it would do so."""
     return rows.T if isinstance(rows, np.ndarray) else rows.T.tocsr()
@@ -251,9 +304,9 @@ SCORINGS: dict[str, Callable[[], Scoring]] = {
     "tfidf-words": Tfidf,
     "tfidf-characters": lambda: Tfidf(analyzer="char", ngram_range=(2, 5), sublinear_tf=True),
     "bm25": Bm25,
-    "lexical": lambda: Ridge(LEXICAL),
+    "lexical": lambda: Lexical(LEXICAL),
     "dense": lambda: Ridge({"vectors": 1.0}),
-    "hybrid": lambda: Sum([Ridge(LEXICAL), Whitened()], [1.0, 0.3]),
+    "hybrid": lambda: Sum([Lexical(LEXICAL), Whitened()], [1.0, 0.3]),
 }
 
 

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from meteora_jax.config import InputError
 from meteora_jax.retriever.encoder import TextEncoder, pad
 from meteora_jax.retriever.index import check_profile
 from meteora_jax.retriever.wording import Wording
+from meteora_jax.sharding import make_mesh, place_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def contrastive_loss(
 def train_step(
     graph: Any, weights: Any, state: Any, texts: Any, adapters: jax.Array, temperature: jax.Array, tx: Any, pairs: int
 ) -> tuple[Any, Any, jax.Array, jax.Array]:
-    """One update; texts (tokens, mask) and adapters int32 hold `pairs` anchors, their positives, hard negatives.
+    """One update; texts (of `pad`) and adapters int32 hold `pairs` anchors, their positives, hard negatives.
 
     Sharded over devices or not, every anchor meets the candidates of all of them.
     """
@@ -130,7 +130,7 @@ class PairSampler:
     @property
     def texts(self) -> list[str]:
         """All inputs, in the order that `search` expects their vectors."""
-        return [self._settings.instruction + self._inputs[a][i] for a, i in self._places]
+        return [self._inputs[a][i] for a, i in self._places]
 
     def search(self, vectors: np.ndarray, most: int = 10) -> None:
         """Finds the inputs of other adapters that are nearest to each input; vectors float32 [N, E]."""
@@ -202,13 +202,15 @@ def train_retriever(
     start, records, (weights, state), vectors = keeper.restore((weights, state))
     if vectors is not None:
         sampler.search(vectors)
+    mesh, skip = make_mesh(), short.skipped(settings.instruction)
     begun = time.perf_counter()
     for step in range(start, settings.steps):
         if settings.hard_negatives and step % settings.refresh == 0:
-            vectors = dataclasses.replace(short, weights=weights).encode(sampler.texts)
+            vectors = dataclasses.replace(short, weights=weights).encode(sampler.texts, settings.instruction)
             sampler.search(vectors)
         texts, adapters = sampler.batch(step)
-        placed = place(short, texts, adapters)
+        rows = pad(short.tokenize(texts), len(texts), short.config, skip)
+        placed = place_rows((rows, adapters), mesh)  # over all devices if they divide the batch
         weights, state, loss, accuracy = train_step(
             encoder.graph, weights, state, *placed, jnp.float32(settings.temperature), tx=tx, pairs=settings.batch_size
         )
@@ -226,16 +228,6 @@ def train_retriever(
     dataclasses.replace(encoder, weights=weights).save(dest)
     (Path(dest) / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
-
-
-def place(encoder: TextEncoder, texts: Sequence[str], adapters: np.ndarray) -> tuple[Any, jax.Array]:
-    """((tokens, mask), adapters) over all devices if they divide the batch, else on one."""
-    devices = jax.devices()
-    arrays = (pad(encoder.tokenize(texts), len(texts), encoder.config), adapters)
-    if len(texts) % len(devices):
-        return jax.tree.map(jnp.asarray, arrays)
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
-    return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
 
 
 class Checkpoints:

@@ -154,3 +154,25 @@ class RoutingTrace:
     indices: np.ndarray
     weights: np.ndarray
     retrieved: tuple[tuple[str, float], ...] = ()
+
+
+def adapter_share(trace: RoutingTrace) -> np.ndarray:
+    """Each adapter's share of a token's total weight over all layers and projections.
+
+    Where the weights of every projection sum to one, this is their average over layers and projections.
+
+    Returns:
+        float32 [T, A]: rows sum to one, or are zero where no adapter acted.
+    """
+    return weight_share(trace.indices, trace.weights, len(trace.adapter_names))
+
+
+def weight_share(indices: np.ndarray, weights: np.ndarray, num_adapters: int) -> np.ndarray:
+    """float32 [rows, A]: each adapter's share of a row's absolute weight; `indices` and `weights` are [rows, ..]."""
+    rows = len(indices)
+    indices, weights = indices.reshape(rows, -1), np.abs(weights).reshape(rows, -1)
+    acting = indices != NO_ADAPTER
+    slots = (np.arange(rows)[:, None] * num_adapters + indices)[acting]
+    summed = np.bincount(slots, weights[acting], minlength=rows * num_adapters).reshape(rows, num_adapters)
+    total = summed.sum(axis=1, keepdims=True)
+    return np.divide(summed, total, out=np.zeros(summed.shape, np.float32), where=total > 0)

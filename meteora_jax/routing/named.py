@@ -1,0 +1,54 @@
+"""A router by its name, as command lines and other programs give it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from meteora_jax.config import GateConfig, InputError
+from meteora_jax.routing.fixed import Fixed
+from meteora_jax.routing.gates import Gates
+
+
+def read_router(
+    text: str | None,
+    gates: GateConfig | None,
+    names: Sequence[str],
+    top_k: int | None = None,
+    temperature: float | None = None,
+) -> Gates | Fixed | None:
+    """The router of "gates", "none", an adapter's name, or a mixture NAME=WEIGHT,NAME=WEIGHT.
+
+    Args:
+        text: None is the gates if there are any, else none.
+        gates: of the loaded model. names: its adapters.
+        top_k, temperature: of the gates; by default as they were trained.
+
+    Raises:
+        InputError: gates asked for where there are none, options of gates beside another router, an unknown adapter.
+    """
+    text = text or ("none" if gates is None else "gates")
+    if text == "gates":
+        if gates is None:
+            raise InputError("router: expected gates beside 'gates', found none")
+        return Gates(*gate_options(gates, top_k, temperature))
+    if top_k is not None or temperature is not None:
+        raise InputError(f"top_k, temperature of gates: expected the router gates beside them, found {text!r}")
+    if text == "none":
+        return None
+    mixture: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, weight = part.partition("=")
+        if not names:
+            raise InputError(f"router: expected a bank of adapters beside {text!r}, found none")
+        if name not in names:
+            raise InputError(f"router: expected gates, none or one of {', '.join(names)}, found {name!r}")
+        try:
+            mixture[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise InputError(f"router: expected NAME=WEIGHT, found {part!r}") from None
+    return Fixed(mixture) if "=" in text else Fixed(text)
+
+
+def gate_options(gates: GateConfig, top_k: int | None, temperature: float | None) -> tuple[int, float]:
+    """Top-k and temperature, as the gates were trained where a caller says nothing."""
+    return gates.top_k if top_k is None else top_k, gates.temperature if temperature is None else temperature

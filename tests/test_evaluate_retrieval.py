@@ -1,0 +1,188 @@
+"""`meteora evaluate` with an index: unseen tasks, what is found beside what is answered, clusters, throughput."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny import edit_json
+from worlds import NAMES
+
+import converters
+import meteora_jax as mj
+from meteora_jax.cli import main
+from meteora_jax.config import InputError
+from meteora_jax.evaluation.problems import Problem
+from meteora_jax.evaluation.systems import Given, check_routes, make_system, with_unseen
+from meteora_jax.evaluation.tasks import Example, write_splits
+from meteora_jax.evaluation.throughput import choose_prompts, measure, throughput_markdown
+from meteora_jax.retriever.evaluation import Query, judge
+from meteora_jax.routing.gates import Gates
+
+CLUSTERS = {"apple": "fruit", "birch": "trees", "cedar": "trees", "daisy": "fruit"}
+METRICS = {"apple": "em", "birch": "rouge", "cedar": "rouge", "daisy": "em"}
+INDEX = {name: [f"so it is about the {name}", f"{name} once more"] for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def folders(world, tmp_path_factory):
+    root = tmp_path_factory.mktemp("retrieval")
+    index = mj.Index.build(INDEX)
+    index.save(root / "index")
+    queries = [
+        {"inputs": f"about the {name}, {'so ' * i}what?", "targets": f"{name} is {i}", "task": name,
+         "metric": METRICS[name], "domain": CLUSTERS[name]}
+        for name in NAMES for i in range(2)
+    ]  # fmt: skip
+    (root / "queries.json").write_text(json.dumps(queries))
+    return {**world, "root": root, "queries": queries, "index": index}
+
+
+def evaluate(folders, out, *more):
+    given = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(folders[k]))]
+    given += ["--tasks", str(folders["root"]), "--queries", str(folders["root"] / "queries.json"), "--scoring"]
+    given += ["loraretriever", "--index", str(folders["root"] / "index"), "--max-new-tokens", "4"]
+    main(["evaluate", *given, "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def run(folders):
+    out = folders["root"] / "run"
+    systems = "retrieval-mixture-k1,retrieval-mixture,gates-top2,gates-within-top2"
+    evaluate(folders, out, "--systems", systems, "--unseen", "--batch-size", "8")
+    return out
+
+
+def records_of(out):
+    return {(r["system"], r["id"]): r for r in map(json.loads, (out / "records.jsonl").read_text().splitlines())}
+
+
+def test_an_unseen_task_has_no_adapter_of_its_own(folders, run):
+    """Gates without the task's column answer as gates told to choose within the others."""
+    records = records_of(run)
+    model = folders["model"]
+    kinds = ("retrieval-mixture-k1", "retrieval-mixture", "gates-top2", "gates-within-top2")
+    assert {s for s, _ in records} == {kind + end for kind in kinds for end in ("", "-unseen")}
+    used = {False: set(), True: set()}
+    for (system, _), record in records.items():
+        used[system.endswith("-unseen")].add(record["task"] in record["routing"])
+        if system == "gates-top2-unseen":
+            others = tuple(n for n in NAMES if n != record["task"])
+            router = Gates(2, model.gates.temperature, others)
+            assert record["answer"] == model.generate([record["prompt"]], router, max_new_tokens=4)[0].text
+    assert True in used[False]
+    assert used[True] == {False}
+
+
+def test_all_tasks_of_a_composite_problem_are_hidden(folders):
+    given = Given(folders["model"], composite_temperature=5.0, index=folders["index"])
+    pair = Problem("pair/0", "pair", "p", "a@@@@\nb", ("apple", "cedar"), ("a", "b"))
+    assert make_system("gates-top2-unseen", given).route(pair) == Gates(2, 5.0, ("birch", "daisy"))
+    assert make_system("retrieval-fusion-k2-unseen", given).route(pair).exclude == ("apple", "cedar")
+    strange = Problem("elm/0", "elm", "p", "a")  # no adapter is its own: nothing to hide
+    assert make_system("gates-top2-unseen", given).route(strange) == Gates(2, folders["model"].gates.temperature)
+    names = ["base", "oracle", "gates-top1", "retrieval-selection-k5", "apple"]
+    assert with_unseen(names) == [
+        "base", "oracle", "gates-top1", "gates-top1-unseen", "retrieval-selection-k5", "retrieval-selection-k5-unseen",
+        "apple",
+    ]  # fmt: skip
+    assert make_system("retrieval-selection-k5-unseen", given).kind == "retrieval-selection-unseen"
+    with pytest.raises(InputError, match="retrieval-mixture-k3-unseen: expected to retrieve at most 2, found 3"):
+        check_routes([make_system("retrieval-mixture-k3-unseen", given)], [pair])
+    with pytest.raises(InputError, match="within: expected at least 3 adapters"):
+        check_routes([make_system("gates-top3-unseen", given)], [pair])
+
+
+def test_what_was_found_stands_beside_what_was_answered(folders, run):
+    table = json.loads((run / "table.json").read_text())
+    queries = [Query(q["inputs"], q["task"], q["domain"]) for q in folders["queries"]]
+    want = judge(folders["index"], queries)
+    assert table["retrieval"] == json.loads(json.dumps(want))
+    assert want["iid"][1] == 100
+    assert set(want["ood"]) == {1, 3}
+    text = (run / "table.md").read_text()
+    assert "| % found among the first | 1 | 3 |" in text
+    assert "| all, own adapter hidden: one of its cluster |" in text
+    assert "| cluster trees, ROUGE-L | 4 |" in text
+    for picture in ("k.png", "similarity.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert "trees" in (run / "similarity.html").read_text()
+
+
+def test_tasks_without_clusters_and_an_index_of_other_adapters(folders, tmp_path):
+    """MeteoRA's tasks have no clusters; problems whose adapter the index lacks are left out of what was found."""
+    bank = dict(zip(("winowhy", "birch"), NAMES[:2], strict=True))
+    edit = tmp_path / "base"
+    edit.symlink_to(folders["base"])
+    converters.import_adapters(tmp_path / "bank", edit, {n: folders["peft"][p] for n, p in bank.items()})
+    mj.Index.build({"winowhy": ["why, oh why"], "birch": ["a tree"]}).save(tmp_path / "index")
+    for task in ("winowhy", "object_counting"):
+        write_splits(tmp_path / "tasks" / task, {"test": [Example(f"{task[:4]} {i}? ", "a") for i in range(2)]})
+    main(
+        ["evaluate", "--base", str(edit), "--bank", str(tmp_path / "bank"), "--index", str(tmp_path / "index"),
+         "--tasks", str(tmp_path / "tasks"), "--only", "winowhy,object_counting", "--out", str(tmp_path / "run"),
+         "--systems", "retrieval-selection-k1", "--max-new-tokens", "2"]
+    )  # fmt: skip
+    found = json.loads((tmp_path / "run" / "table.json").read_text())["retrieval"]
+    assert (found["queries"], found["ood"], found["clusters"], list(found["adapters"])) == (2, {}, {}, ["winowhy"])
+
+
+def test_throughput_is_of_equal_work(folders, tmp_path):
+    evaluate(
+        folders, tmp_path / "run", "--throughput", "1,3", "--repeats", "2", "--max-new-tokens", "5",
+        "--systems", "apple,retrieval-mixture",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "run" / "throughput.json").read_text())
+    assert [(r["system"], r["batch"]) for r in report["records"]] == [
+        (s, n) for n in (1, 3) for s in ("apple", "retrieval-mixture")
+    ]
+    for r in report["records"]:
+        assert r["tokens_per_s"] == pytest.approx(5 * r["batch"] / (r["prefill_s"] + r["decoding_s"]))
+        assert r["decoding_tokens_per_s"] == pytest.approx(4 * r["batch"] / r["decoding_s"])
+        assert r["retrieval_s"] > 0
+    assert (tmp_path / "run" / "throughput.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "run" / "records.jsonl").exists()
+    text = throughput_markdown(report["records"])
+    assert text.splitlines()[0] == "| new tokens a second | batch 1 | batch 3 |"
+    assert text.count("(1.00)") >= 4
+
+
+def test_end_tokens_do_not_end_a_measurement(folders):
+    """Every token an end token: the responses are as long as asked for all the same."""
+    model = folders["model"]
+    ends = dataclasses.replace(
+        model, config=dataclasses.replace(model.config, eos_token_ids=tuple(range(model.config.vocab_size)))
+    )
+    (record,) = measure([make_system("base", Given(ends))], [Problem("a/0", "a", "so?", "")], [2], 6, 1)
+    assert record["new_tokens"] == 6
+
+
+def test_prompts_are_those_of_middling_length():
+    problems = [Problem(f"a/{n}", "a", "x" * n, "") for n in (9, 1, 5, 7, 3)]
+    assert [len(p.prompt) for p in choose_prompts(problems, 3)] == [3, 5, 7]
+    assert [len(p.prompt) for p in choose_prompts(problems, 7)] == [1, 3, 5, 7, 9, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--throughput", "1,x"], "--throughput: expected batch sizes of 1 or more, found 'x'"),
+        (["--throughput", "2", "--max-new-tokens", "1"], "--throughput: expected problems of one task each and 2"),
+        (["--systems", "retrieval-mixture-k9"], "retrieval-mixture-k9: expected to retrieve at most 4, found 9"),
+        (["--systems", "oracle-unseen"], "found 'oracle-unseen'"),
+    ],
+)
+def test_refusals(folders, tmp_path, capsys, more, said):
+    with pytest.raises(SystemExit) as refusal:
+        evaluate(folders, tmp_path / "run", *more)
+    assert refusal.value.code == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_its_index_or_not_at_all(folders, tmp_path):
+    out = tmp_path / "run"
+    evaluate(folders, out, "--systems", "retrieval-selection-k1", "--limit", "1")
+    edit_json(out / "run.json", index="another")
+    with pytest.raises(SystemExit):
+        evaluate(folders, out, "--systems", "retrieval-selection-k1", "--limit", "1")
