@@ -152,6 +152,9 @@ def _check_fit(config: LlamaConfig, adapter: BankAdapter) -> None:
         wanted, found = config.projection_shape(p), bank.base_shapes.get(p)
         if found != wanted:
             problems.append(f"{source}: base_shapes.{p}: expected {wanted} (the base's), found {found}")
+    if adapter.info.name in bank.at_ends:
+        found = f"{adapter.info.name}, which changes the embedding or the head (merging those is not supported)"
+        problems.append(f"{source}: expected an adapter of the layers, found {found}")
     if not problems:
         for module in list_modules(adapter):
             if "bias" in module.parts and not config.projection_bias(module.projection):

@@ -346,7 +346,7 @@ def export_gates(
 def _common_scale(source: Path, config: LlamaConfig, bank: BankConfig, reader: TensorReader) -> float:
     problems = [
         f"{source}: {what}: expected none (the original MeteoRA has no place for it), found {', '.join(found)}"
-        for what, found in (("dora", bank.dora), ("lora_bias", bank.lora_bias))
+        for what, found in (("dora", bank.dora), ("lora_bias", bank.lora_bias), ("ends", bank.at_ends))
         if found
     ]
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}

@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meteora_jax.adapters import AdapterBank
-from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
+from meteora_jax.config import ENDS, GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
+from meteora_jax.ends import end_tensors
 from meteora_jax.llama import Llama
 from meteora_jax.sharding import place, sharding
 
@@ -98,13 +99,20 @@ def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> 
                 f"{source}: base_shapes.{p}: expected {base.projection_shape(p)} (the base's), "
                 f"found {config.base_shapes.get(p)}"
             )
+    vocab = (base.vocab_size, base.hidden_size)
+    if config.vocab_shape not in (None, vocab):
+        problems.append(f"{source}: vocab_shape: expected {vocab} (the base's), found {config.vocab_shape}")
     if problems:
         raise InputError(problems)
     tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
+    ends: dict[str, dict[str, np.ndarray]] = {}
+    for end in config.ends:
+        held = {k: tensors[f"{end}.{k}"] for k in ("a", "b", "scale", "rows") if f"{end}.{k}" in tensors}
+        ends[end] = {k: t.astype(np.float32 if k == "scale" else dtype) for k, t in held.items()}
     part = lambda kind, dt: {p: tensors[f"{p}.{kind}"].astype(dt) for p in config.ranks}  # noqa: E731
     columns = lambda kind, ps: {p: tensors[f"{p}.{kind}"].astype(np.float32) for p in ps}  # noqa: E731
     dora, bias = columns("dora", config.dora), columns("bias", config.lora_bias)
-    return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config, dora, bias)
+    return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config, dora, bias, ends)
 
 
 def load_gates(
@@ -136,6 +144,7 @@ def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
 
     Each adapter's `sha256` becomes that of its own tensors here: they are from no file.
     """
+    assert not bank.ends, "a bank from training has adapters in the layers alone"
     parts = {"a": bank.a, "b": bank.b, "scale": bank.scale}
     tensors = {f"{p}.{k}": np.ascontiguousarray(v[p], np.float32) for k, v in parts.items() for p in bank.config.ranks}
     infos = []
@@ -209,6 +218,8 @@ def assemble(
     if bank is not None:
         for group in GROUPS:
             filled |= {("layers", group, k): v for k, v in (bank.group(group) or {}).items()}
+        for end in ENDS:
+            filled |= {(f"{end}_adapters", k): v for k, v in end_tensors(bank, end).items()}
     if gates is not None:
         filled |= gate_weights(gates)
     leaves = nnx.to_flat_state(state)

@@ -272,6 +272,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
     "bias": {"lora_bias": True, "target_modules": ["v_proj", "up_proj"]},
     "layers": {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]},
+    "ends": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "rows": {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [7]}},
 }
 
 
