@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from meteora_jax.sharding import place, sharding
 WEIGHTS = "weights.safetensors"
 
 
-def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Reads exactly the tensors `shapes` names.
+def open_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """A weight file that holds exactly the tensors `shapes` names, none of them read yet.
 
     Raises:
         InputError: the file is missing or damaged, or a tensor is missing, unknown or of another shape.
@@ -42,47 +42,80 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     if not path.is_file():
         raise InputError(f"{path}: expected a file, found none")
     try:
-        with safe_open(path, "np") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            problems = [
-                f"{path}: {k}: expected no such tensor, found {found[k]}" for k in sorted(found.keys() - shapes)
-            ]
-            for key, shape in shapes.items():
-                if found.get(key) != shape:
-                    problems.append(f"{path}: {key}: expected shape {shape}, found {found.get(key, 'no such tensor')}")
-            if problems:
-                raise InputError(problems)
-            return {key: file.get_tensor(key) for key in shapes}
+        file = safe_open(path, "np")
     except SafetensorError as e:
         raise InputError(f"{path}: expected a complete safetensors file, found a damaged one ({e})") from None
+    found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    problems = [f"{path}: {k}: expected no such tensor, found {found[k]}" for k in sorted(found.keys() - shapes)]
+    for key, shape in shapes.items():
+        if found.get(key) != shape:
+            problems.append(f"{path}: {key}: expected shape {shape}, found {found.get(key, 'no such tensor')}")
+    if problems:
+        raise InputError(problems)
+    return file
 
 
-def load_base(folder: str | os.PathLike[str], dtype: Any) -> tuple[LlamaConfig, dict[tuple[str, ...], np.ndarray]]:
-    """BASE/ -> its configuration and the model's base weights by path in the module tree."""
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Reads exactly the tensors `shapes` names. Raises InputError as `open_tensors`."""
+    file = open_tensors(path, shapes)
+    return {key: file.get_tensor(key) for key in shapes}
+
+
+class StoredArray:
+    """Tensors of a file side by side along their last axis, cast; indexing reads the part that is asked for, no more.
+
+    So a base of any size goes to its devices with one leaf on the host at a time, and where a mesh splits it with one
+    device's part of a leaf; a host never reads what none of its own devices holds.
+    """
+
+    def __init__(self, file: Any, keys: Sequence[str], dtype: Any):
+        self._parts = [file.get_slice(key) for key in keys]
+        widths = [part.get_shape()[-1] for part in self._parts]
+        self._starts = [sum(widths[:i]) for i in range(len(widths) + 1)]
+        self.shape = (*self._parts[0].get_shape()[:-1], sum(widths))
+        self.dtype = np.dtype(dtype)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        *rest, columns = (range(size)[s] for size, s in zip(self.shape, part, strict=True))
+        out = np.empty((*map(len, rest), len(columns)), self.dtype)
+        where = tuple(slice(r.start, r.stop) for r in rest)
+        for stored, start, stop in zip(self._parts, self._starts, self._starts[1:], strict=False):
+            first, last = max(columns.start, start), min(columns.stop, stop)
+            if first < last and out.size:
+                out[..., first - columns.start : last - columns.start] = stored[
+                    (*where, slice(first - start, last - start))
+                ]
+        return out
+
+    def first(self, count: int) -> np.ndarray:
+        """The first `count` values in row-major order, [count]; all where there are fewer."""
+        taken, part = 1, []
+        for size in reversed(self.shape):
+            part.append(slice(min(size, -(-count // taken))))
+            taken *= part[-1].stop
+        return self[tuple(reversed(part))].reshape(-1)[:count]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = self[(slice(None),) * len(self.shape)]
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+
+def load_base(folder: str | os.PathLike[str], dtype: Any) -> tuple[LlamaConfig, dict[tuple[str, ...], StoredArray]]:
+    """BASE/ -> its configuration and the model's base weights by path in the module tree, still on disk."""
     folder = Path(folder)
     config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
-    weights: dict[tuple[str, ...], np.ndarray] = {("embed",): tensors.pop("embed.embedding").astype(dtype)}
-    for group, projections in GROUPS.items():
-        for part in ("kernel", "bias"):
-            names = [f"layers.{p}.{part}" for p in projections]
-            if names[0] in tensors:
-                weights["layers", group, part] = _join([tensors.pop(n) for n in names], dtype)
-    for key, tensor in tensors.items():
-        path = ("lm_head",) if key == "lm_head.kernel" else tuple(key.split("."))
-        weights[path] = tensor.astype(dtype)
-    return config, weights
-
-
-def _join(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
-    """Columns side by side, cast on the way, with one destination and no second copy of it."""
-    width = sum(p.shape[-1] for p in parts)
-    joined = np.empty((*parts[0].shape[:-1], width), dtype)
-    start = 0
-    for part in parts:
-        joined[..., start : start + part.shape[-1]] = part
-        start += part.shape[-1]
-    return joined
+    shapes = config.weight_shapes()
+    file = open_tensors(folder / WEIGHTS, shapes)
+    joined = {
+        ("layers", group, part): [f"layers.{p}.{part}" for p in projections]
+        for group, projections in GROUPS.items()
+        for part in ("kernel", "bias")
+        if f"layers.{projections[0]}.{part}" in shapes
+    }
+    grouped = {key for keys in joined.values() for key in keys}
+    named = {"embed.embedding": ("embed",), "lm_head.kernel": ("lm_head",)}
+    joined |= {named.get(key, tuple(key.split("."))): [key] for key in shapes if key not in grouped}
+    return config, {path: StoredArray(file, keys, dtype) for path, keys in joined.items()}
 
 
 def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> AdapterBank:
@@ -209,7 +242,8 @@ def assemble(
 ) -> tuple[Any, Any]:
     """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced.
 
-    With a mesh every leaf goes from the host straight to the devices that hold a part of it.
+    With a mesh every leaf goes straight to the devices that hold a part of it; of a base that `load_base` left on disk
+    a host reads only those parts.
     """
     bank_config = bank.config if bank is not None else None
     abstract = nnx.eval_shape(lambda: Llama(config, bank_config, gates is not None, dtype, rngs=nnx.Rngs(0)))

@@ -9,6 +9,7 @@ base's size is needed on disk; all of it is deleted at the end.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -63,10 +64,14 @@ class BenchImport:
     """Write the figures here too."""
 
 
+@functools.cache
+def few_million_values() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(ml_dtypes.bfloat16)
+
+
 def random_values(count: int) -> np.ndarray:
     """bfloat16 values of about 0.02; the same few million again and again, since drawing 8 billion takes minutes."""
-    few = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(ml_dtypes.bfloat16)
-    return np.resize(few, count)
+    return np.resize(few_million_values(), count)
 
 
 def write_base(folder: Path, config: LlamaConfig) -> list[Path]:
