@@ -16,10 +16,11 @@ import numpy as np
 
 from converters.folders import new_folder, write_json
 from converters.hf_llama import INDEX, SINGLE, copy_tokenizer, llama_rules
+from converters.own_folders import read_base
 from converters.peft_export import BankAdapter, list_modules, open_adapter
 from converters.rules import AS_IS, Progress, Transform, copy_tensor
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
-from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
+from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
 
 SHARD_BYTES = 5_000_000_000
 _HF_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -91,9 +92,7 @@ def _export(
     progress: Progress | None,
     shard_bytes: int,
 ) -> LlamaConfig:
-    raw = read_json(base / "config.json")
-    config = LlamaConfig.from_hf(raw, str(base / "config.json"))
-    reader = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    config, reader = read_base(base)
     outputs = _list_outputs(config, reader, adapter)
     shards = _split(outputs, shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]

@@ -21,6 +21,7 @@ import numpy as np
 from converters.base_folder import OpenedBase, common_dtype, fill_base
 from converters.folders import new_folder, sha256, write_json
 from converters.hf_llama import copy_tokenizer, llama_rules, module_name, read_weights
+from converters.own_folders import read_bank, read_base
 from converters.rules import TRANSPOSE, Placement, Progress, Rule, copy_tensor, plan
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import (
@@ -179,7 +180,7 @@ def _fill(writer: TensorWriter, placements: Sequence[Placement], part: str, prog
 
 
 def _check_base(base: Path, config: LlamaConfig, placements: Sequence[Placement]) -> None:
-    reader = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    _, reader = read_base(base)
     problems = []
     for place in placements:
         if place.path not in config.weight_shapes():
@@ -199,13 +200,12 @@ def _match_bank(
 ) -> tuple[str, ...]:
     """The bank's name of each of the checkpoint's adapters, found by the values of A and B."""
     source = folder / "bank.json"
-    bank = BankConfig.from_json(read_json(source), str(source))
+    bank, reader = read_bank(folder)
     if len(bank.names) != adapters or bank.num_layers != config.num_layers:
         raise InputError(
             f"{source}: expected {adapters} adapters in {config.num_layers} layers (the checkpoint's), "
             f"found {len(bank.names)} in {bank.num_layers}"
         )
-    reader = TensorReader(folder / "weights.safetensors", bank.weight_shapes())
     fits = [set(range(adapters)) for _ in range(adapters)]
     for place in placements:
         p, _, part = place.path.rpartition(".lora_")
@@ -300,11 +300,9 @@ def export_gates(
             which the original knows.
     """
     base, bank, gates = Path(base), Path(bank), Path(gates)
-    config = LlamaConfig.from_hf(read_json(base / "config.json"), str(base / "config.json"))
-    held = BankConfig.from_json(read_json(bank / "bank.json"), str(bank / "bank.json"))
+    config, own = read_base(base)
+    held, adapters = read_bank(bank)
     gate_config = GateConfig.from_json(read_json(gates / "gates.json"), str(gates / "gates.json"))
-    own = TensorReader(base / "weights.safetensors", config.weight_shapes())
-    adapters = TensorReader(bank / "weights.safetensors", held.weight_shapes())
     count, rank = len(held.names), max(held.ranks.values(), default=0)
     columns = TensorReader(gates / "weights.safetensors", _gate_shapes(config, len(gate_config.names)))
     scale = _common_scale(bank / "bank.json", config, held, adapters)

@@ -17,10 +17,11 @@ import numpy as np
 
 from converters.folders import new_folder, write_json
 from converters.hf_llama import module_name
+from converters.own_folders import read_bank
 from converters.peft_settings import read_settings
 from converters.rules import Progress
 from converters.tensor_files import DTYPES, TensorReader, TensorWriter
-from meteora_jax.config import ENDS, PROJECTIONS, AdapterInfo, BankConfig, InputError, read_json
+from meteora_jax.config import ENDS, PROJECTIONS, AdapterInfo, BankConfig, InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _AT_ENDS = {
@@ -81,10 +82,9 @@ def open_adapter(bank: str | os.PathLike[str], name: str) -> BankAdapter:
         InputError: no such folder or adapter, or tensors that are not those of bank.json.
     """
     folder = Path(bank)
-    config = BankConfig.from_json(read_json(folder / "bank.json"), str(folder / "bank.json"))
+    config, reader = read_bank(folder)
     if name not in config.names:
         raise InputError(f"{folder / 'bank.json'}: adapters: expected one of {', '.join(config.names)}, found {name!r}")
-    reader = TensorReader(folder / "weights.safetensors", config.weight_shapes())
     return BankAdapter(folder, config, config.names.index(name), reader)
 
 

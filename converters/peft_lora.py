@@ -16,9 +16,10 @@ import numpy as np
 
 from converters.base_folder import common_dtype
 from converters.folders import new_folder, sha256, write_json
+from converters.own_folders import read_base
 from converters.peft_folder import PeftAdapter, read_adapter
 from converters.rules import Progress, TensorPlan, copy_tensor
-from converters.tensor_files import TensorReader, TensorWriter, dtype_name
+from converters.tensor_files import TensorWriter, dtype_name
 from meteora_jax.config import (
     ENDS,
     PROJECTIONS,
@@ -191,8 +192,7 @@ def _write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter) -> li
 
 def _write_dora(writer: TensorWriter, index: int, adapter: PeftAdapter, base: Path) -> list[str]:
     """Fills `p.dora`: magnitude / norm - 1 for each output column, the norm being that of W + scale A B."""
-    config = LlamaConfig.from_hf(read_json(base / "config.json"), str(base / "config.json"))
-    weights = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    _, weights = read_base(base)
     problems = []
     for layer, p in adapter.modules:
         a, b = (adapter.parts[layer, p, part].read().astype(np.float32) for part in ("a", "b"))
@@ -220,8 +220,7 @@ def _check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
     """Saved embeddings and heads are accepted where they are the base's own, value by value."""
     if not adapter.saved:
         return []
-    config = LlamaConfig.from_hf(read_json(base / "config.json"), str(base / "config.json"))
-    weights = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    config, weights = read_base(base)
     problems = []
     for name, tensor in adapter.saved.items():
         embedding = name == "model.embed_tokens" or config.tie_word_embeddings
