@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from converters import gguf_llama, hf_llama, meta_llama
+from converters import gguf_llama, hf_llama, meta_llama, meteora_torch
 from converters.base_folder import OpenedBase, describe_base, write_base
 from converters.hf_export import export_base, export_merged
 from converters.meteora_torch import export_gates, import_gates
@@ -38,10 +38,10 @@ def import_base(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Imports base weights from a Hugging Face folder, one of Meta's own, or a `.gguf` file into a BASE folder.
+    """Imports base weights into a BASE folder; killed, the same call goes on from the tensors that are on disk.
 
     Args:
-        src: what to import.
+        src: a Hugging Face folder, one of Meta's own, a checkpoint of the original MeteoRA, or a `.gguf` file.
         dest: the BASE folder to make.
         dtype: float32, bfloat16 or float16; None keeps the source's (float32 for quantised tensors).
         overwrite: replace a `dest` that holds something, once the new one is complete.
@@ -69,7 +69,7 @@ def open_base(src: str | os.PathLike[str]) -> OpenedBase:
     if path.is_dir() and meta_llama.is_meta_folder(path) and not (path / "config.json").exists():
         return meta_llama.open_base(path)
     if path.is_dir():
-        return hf_llama.open_base(path)
+        return (meteora_torch if meteora_torch.is_checkpoint(path) else hf_llama).open_base(path)
     if not path.exists():
         raise InputError(f"{path}: expected a Hugging Face folder, Meta's or a .gguf file, found nothing")
     if path.suffix.lower() == ".gguf":

@@ -7,15 +7,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from converters.folders import new_folder, sha256, write_json
-from converters.rules import Placement, Progress, Rule, TensorPlan, fill, plan
+from converters.folders import Journal, new_folder, sha256, write_json
+from converters.rules import Placement, Progress, Rule, TensorPlan, fill, find_rule, plan
 from converters.tensor_files import SourceTensor, TensorWriter, dtype_name
 from meteora_jax.config import InputError, LlamaConfig
 
@@ -55,7 +57,7 @@ class OpenedBase:
 def write_base(
     dest: str | os.PathLike[str], opened: OpenedBase, dtype: str | None, overwrite: bool, progress: Progress | None
 ) -> None:
-    """Converts a source of base weights into a new `dest`.
+    """Converts a source of base weights into a new `dest`; killed, the same call goes on where it was.
 
     Args:
         dest: the folder to make.
@@ -67,15 +69,36 @@ def write_base(
     Raises:
         InputError: as `plan`, `fill` and `new_folder`; then `dest` is as it was.
     """
-    placements, dtypes = opened.plan(dtype)
+    plans = opened.plan(dtype)
+    with new_folder(dest, overwrite, opened.inputs, _identity(opened, *plans)) as folder:
+        fill_base(folder, opened, *plans, progress, Journal(folder))
+
+
+def fill_base(
+    folder: Path,
+    opened: OpenedBase,
+    placements: Sequence[Placement],
+    dtypes: Mapping[str, np.dtype],
+    progress: Progress | None,
+    journal: Journal | None = None,
+) -> None:
+    """Writes all of a BASE into `folder`. Raises InputError as `fill`."""
     shapes = opened.config.weight_shapes()
-    with new_folder(dest, overwrite, opened.inputs) as folder:
-        opened.write_tokenizer(folder)
-        writer = TensorWriter(folder / "weights.safetensors", {p: (dtypes[p], shapes[p]) for p in shapes})
-        fill(placements, writer, progress)
-        source = [{"file": path.name, "sha256": sha256(path)} for path in opened.inputs]
-        meteora = {"format": "meteora-base-1", "source": source}
-        write_json(folder / "config.json", {**opened.config.to_hf(), "meteora": meteora})
+    opened.write_tokenizer(folder)
+    writer = TensorWriter(folder / "weights.safetensors", {p: (dtypes[p], shapes[p]) for p in shapes})
+    fill(placements, writer, progress, journal)
+    source = [{"file": path.name, "sha256": sha256(path)} for path in opened.inputs]
+    meteora = {"format": "meteora-base-1", "source": source}
+    write_json(folder / "config.json", {**opened.config.to_hf(), "meteora": meteora})
+
+
+def _identity(opened: OpenedBase, placements: Sequence[Placement], dtypes: Mapping[str, np.dtype]) -> str:
+    """A digest of the conversion: the files as they are now, and where which tensor goes in which type."""
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in opened.inputs]
+    moves = [(p.source.file, p.source.key, p.path, p.layer) for p in placements]
+    types = {path: str(dtype) for path, dtype in dtypes.items()}
+    text = json.dumps([files, moves, types, opened.config.to_hf()], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def describe_base(opened: OpenedBase, dtype: str | None) -> list[TensorPlan]:
@@ -86,7 +109,10 @@ def describe_base(opened: OpenedBase, dtype: str | None) -> list[TensorPlan]:
     for tensor in opened.tensors:
         place = placed.get(id(tensor))
         if place is None:
-            rows.append(TensorPlan(tensor.key, dtype_name(tensor.dtype), tensor.shape, None, None, "dropped: implied"))
+            rule, _ = find_rule(opened.rules, tensor.key)
+            assert rule is not None, "`plan` refuses a tensor without a rule"
+            how = f"dropped: {rule.why}"
+            rows.append(TensorPlan(tensor.key, dtype_name(tensor.dtype), tensor.shape, None, None, how))
             continue
         how = ["transposed"] if place.transform.transpose else []
         how += ["rows reordered"] if place.transform.rows else []

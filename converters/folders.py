@@ -14,18 +14,57 @@ from typing import Any
 
 from meteora_jax.config import InputError
 
+_JOURNAL = "journal"
+
+
+class Journal:
+    """How far a long write has come, kept in the hidden folder so that the same conversion, killed, goes on from there.
+
+    The first line names the conversion; the last whole one says how many tensors were on disk when it was written.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / _JOURNAL
+
+    @property
+    def conversion(self) -> str:
+        """What is being written; empty where there is no journal."""
+        return self._lines()[0] if self._path.is_file() else ""
+
+    @property
+    def done(self) -> int:
+        return int(self._lines()[-2]) if len(self._lines()) > 2 else 0
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+
+    def begin(self, conversion: str) -> None:
+        self._path.write_text(f"{conversion}\n", encoding="utf-8")
+
+    def note(self, done: int) -> None:
+        with open(self._path, "a", encoding="utf-8") as f:
+            f.write(f"{done}\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+    def end(self) -> None:
+        self._path.unlink()
+
 
 @contextlib.contextmanager
-def new_folder(dest: str | os.PathLike[str], overwrite: bool, sources: Iterable[Path]) -> Iterator[Path]:
+def new_folder(
+    dest: str | os.PathLike[str], overwrite: bool, sources: Iterable[Path], conversion: str = ""
+) -> Iterator[Path]:
     """A hidden sibling folder to write into; it becomes `dest` when the block ends without an exception.
 
     After any failure `dest` is what it was before and nothing new is left beside it; what a killed process left
-    behind is removed by the next import to the same place.
+    behind is removed by the next import to the same place, or gone on with if that is the same `conversion`.
 
     Args:
         dest: the folder to make; missing parents are made.
         overwrite: replace a `dest` that holds something; otherwise that is refused.
         sources: what is being read; `dest` must not hold any of it.
+        conversion: one line that names this very conversion, for those that keep a `Journal`.
 
     Raises:
         InputError: `dest` is a file, holds something, holds a source, cannot be written, or is being written.
@@ -36,8 +75,10 @@ def new_folder(dest: str | os.PathLike[str], overwrite: bool, sources: Iterable[
     partial = dest.parent / f".{dest.name}.partial"
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with _claimed(partial, dest):
+        with _claimed(partial, dest, conversion):
             yield partial
+            if conversion:
+                Journal(partial).end()
             _sync(partial)
             _replace(partial, dest)
     except BaseException as e:
@@ -62,18 +103,26 @@ def _check_destination(dest: Path, overwrite: bool, sources: Iterable[Path]) -> 
 
 
 @contextlib.contextmanager
-def _claimed(partial: Path, dest: Path) -> Iterator[None]:
-    """Makes the hidden folder, empty and locked by this process, and removes it after a failure."""
+def _claimed(partial: Path, dest: Path, conversion: str) -> Iterator[None]:
+    """Makes the hidden folder, locked by this process and empty or as the same conversion left it.
+
+    It is removed after a failure, but kept when the user interrupts a conversion that can go on.
+    """
     partial.mkdir(exist_ok=True)
     fd = os.open(partial, os.O_RDONLY)
     try:
         _lock(fd, partial, dest)
         try:
-            for leftover in partial.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            journal = Journal(partial)
+            if not conversion or journal.conversion != conversion:
+                for leftover in partial.iterdir():
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                if conversion:
+                    journal.begin(conversion)
             yield
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as e:
+            if not conversion or isinstance(e, Exception):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
     finally:
         os.close(fd)

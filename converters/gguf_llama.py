@@ -1,7 +1,9 @@
-"""A `.gguf` file of architecture llama, whole or split -> BASE: configuration and tokenizer are in its metadata.
+"""A `.gguf` file, whole or split -> BASE: configuration and tokenizer are in its metadata.
 
-Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#standardized-key-value-pairs. llama.cpp's converter
-interleaves the two rotary halves of each head's rows in q and k (`LlamaModel.permute`); the rules undo that.
+Architectures llama (Mistral's files too), qwen2 (Qwen 2 and 2.5) and qwen3. Keys:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#standardized-key-value-pairs. For architecture llama
+llama.cpp's converter interleaves the two rotary halves of each head's rows in q and k (`LlamaModel.permute`), and only
+there; the rules undo that.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from converters.rules import TRANSPOSE, Rule, Transform
 from meteora_jax.config import InputError, LlamaConfig
 
 ROPE_FACTORS = "rope_freqs.weight"
-# Each llama.* key that the importer reads or knows to change nothing; any other is refused by name.
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # transformers names these model types alike
+# Each key of the architecture's own that the importer reads or knows to change nothing; any other is refused by name.
 _READ = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
@@ -42,7 +45,7 @@ _LLAMA3 = (1.0, 4.0, 8192)
 
 
 def open_base(src: Path) -> OpenedBase:
-    """Reads the headers of a GGUF file of architecture llama.
+    """Reads the headers of a GGUF file.
 
     Args:
         src: the file; of a split one any part, the others beside it.
@@ -100,7 +103,9 @@ def gguf_rules(config: LlamaConfig) -> list[Rule]:
         Rule("blk.{layer}.ffn_norm.weight", "layers.mlp_norm.scale"),
         Rule(ROPE_FACTORS, None),  # read into rope_scaling
     ]
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.model_type == "llama" else {}
+    if config.qk_norm:
+        rules += [Rule(f"blk.{{layer}}.attn_{x}_norm.weight", f"layers.{x}_norm.scale") for x in "qk"]
     for name, p in _PROJECTIONS.items():
         rows = functools.partial(unpermuted_rows, heads[name]) if name in heads else None
         rules.append(Rule(f"blk.{{layer}}.{name}.weight", f"layers.{p}.kernel", Transform(transpose=True, rows=rows)))
@@ -130,36 +135,36 @@ def read_config(file: GgufFile) -> LlamaConfig:
 
 
 class _MetadataReader:
-    """Turns llama.* metadata into a Hugging Face config, which `LlamaConfig.from_hf` then checks value by value."""
+    """Turns metadata into a Hugging Face config, which `LlamaConfig.from_hf` then checks value by value."""
 
     def __init__(self, file: GgufFile):
         self.file, self.metadata = file.path.name, file.metadata
         self.tensors = {t.key: t for t in file.tensors}
         self.problems: list[str] = []
+        self.architecture = self.metadata.get("general.architecture")
 
     def refuse(self, key: str, expected: str, found: Any) -> None:
         self.problems.append(f"{self.file}: {key}: expected {expected}, found {found!r:.200}")
 
     def has(self, key: str) -> bool:
-        return f"llama.{key}" in self.metadata
+        return f"{self.architecture}.{key}" in self.metadata
 
     def get(self, key: str, kind: type = int, default: Any = None) -> Any:
-        """The value of `llama.<key>`; None (and a problem) where it is of another type, or absent without a default."""
-        value = self.metadata.get(f"llama.{key}", default)
+        """The architecture's `key`; None (and a problem) where it is of another type, or absent without a default."""
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            self.refuse(f"llama.{key}", f"a single {kind.__name__}", value)
+            self.refuse(f"{self.architecture}.{key}", f"a single {kind.__name__}", value)
             return None
         return value
 
     def read(self) -> dict[str, Any]:
-        architecture = self.metadata.get("general.architecture")
-        if architecture != "llama":
-            self.refuse("general.architecture", "'llama'", architecture)
+        if self.architecture not in _ARCHITECTURES:
+            self.refuse("general.architecture", ", ".join(_ARCHITECTURES), self.architecture)
             return {}
         self.check_keys()
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         config: dict[str, Any] = {
-            "model_type": "llama",
+            "model_type": self.architecture,
             "vocab_size": self.get("vocab_size", default=len(tokens) if isinstance(tokens, list) else None),
             "hidden_size": self.get("embedding_length"),
             "intermediate_size": self.get("feed_forward_length"),
@@ -186,7 +191,7 @@ class _MetadataReader:
     def check_keys(self) -> None:
         for key, value in self.metadata.items():
             prefix, _, name = key.partition(".")
-            if prefix != "llama" or name in _READ or name in _WITHOUT_EFFECT:
+            if prefix != self.architecture or name in _READ or name in _WITHOUT_EFFECT:
                 continue
             if name not in _NEUTRAL or value != _NEUTRAL[name]:
                 self.refuse(
@@ -197,7 +202,7 @@ class _MetadataReader:
         head_dim = self.get("attention.key_length", default=hidden // max(heads, 1))
         for key in ("attention.value_length", "rope.dimension_count"):
             if self.get(key, default=head_dim) != head_dim:
-                self.refuse(f"llama.{key}", f"the head dimension {head_dim}", self.get(key))
+                self.refuse(f"{self.architecture}.{key}", f"the head dimension {head_dim}", self.get(key))
         return head_dim
 
     def eos_ids(self) -> list[int] | None:
@@ -215,7 +220,7 @@ class _MetadataReader:
             factor = self.get(key, float)
             return {"rope_type": "linear", "factor": factor, "original_max_position_embeddings": original}
         if kind != "none":
-            self.refuse("llama.rope.scaling.type", f"none, or linear without {ROPE_FACTORS}", kind)
+            self.refuse(f"{self.architecture}.rope.scaling.type", f"none, or linear without {ROPE_FACTORS}", kind)
         elif factors is not None and factors.shape != (config["head_dim"] // 2,):
             self.refuse(ROPE_FACTORS, f"shape {(config['head_dim'] // 2,)}", factors.shape)
         elif factors is not None:

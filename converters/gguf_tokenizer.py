@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 # llama.cpp's token types
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+# Words, numbers, signs and spaces, as Llama 3 (up to three digits together) and Qwen 2 (one by one) split them.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _PLAIN = ("default", "gpt-2")
-_PRE_TOKENIZERS = (*_PLAIN, "smollm", *_LLAMA3)
+_QWEN2 = "qwen2"
+_PRE_TOKENIZERS = (*_PLAIN, "smollm", *_LLAMA3, _QWEN2)
 _ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 
 
@@ -137,13 +139,15 @@ def _read_vocabulary(metadata: Mapping[str, Any], file: str, vocab_size: int) ->
 
 
 def _byte_level(vocabulary: _Vocabulary, file: str) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     # Llama 3's tokenizer.json takes a whole word that is a token before it tries any merge.
     model = _bpe(
         models, vocabulary, _split_merges(vocabulary.merges, file), file, ignore_merges=vocabulary.pre in _LLAMA3
     )
     tokenizer = Tokenizer(model)
+    if vocabulary.pre == _QWEN2:  # as its own tokenizer.json; llama.cpp leaves it out
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(vocabulary)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -158,7 +162,8 @@ def _pre_tokenizer(vocabulary: _Vocabulary) -> pre_tokenizers.PreTokenizer:
     if vocabulary.pre == "smollm":
         first = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=space)])
-    first = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+    pattern = _SPLIT.replace("DIGITS", "" if vocabulary.pre == _QWEN2 else "{1,3}")
+    first = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False)])
 
 

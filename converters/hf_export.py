@@ -16,10 +16,11 @@ import numpy as np
 
 from converters.folders import new_folder, write_json
 from converters.hf_llama import INDEX, SINGLE, copy_tokenizer, llama_rules
+from converters.own_folders import read_base
 from converters.peft_export import BankAdapter, list_modules, open_adapter
 from converters.rules import AS_IS, Progress, Transform, copy_tensor
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
-from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
+from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
 
 SHARD_BYTES = 5_000_000_000
 _HF_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -91,9 +92,7 @@ def _export(
     progress: Progress | None,
     shard_bytes: int,
 ) -> LlamaConfig:
-    raw = read_json(base / "config.json")
-    config = LlamaConfig.from_hf(raw, str(base / "config.json"))
-    reader = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    config, reader = read_base(base)
     outputs = _list_outputs(config, reader, adapter)
     shards = _split(outputs, shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -152,6 +151,9 @@ def _check_fit(config: LlamaConfig, adapter: BankAdapter) -> None:
         wanted, found = config.projection_shape(p), bank.base_shapes.get(p)
         if found != wanted:
             problems.append(f"{source}: base_shapes.{p}: expected {wanted} (the base's), found {found}")
+    if adapter.info.name in bank.at_ends:
+        found = f"{adapter.info.name}, which changes the embedding or the head (merging those is not supported)"
+        problems.append(f"{source}: expected an adapter of the layers, found {found}")
     if not problems:
         for module in list_modules(adapter):
             if "bias" in module.parts and not config.projection_bias(module.projection):

@@ -2,12 +2,15 @@
 
 Layout (the release of arXiv 2405.13053): `model.safetensors`, single or sharded, every key behind `base_model.model.`;
 each projection holds `base_layer.weight` [O, I], `lora_A.weight` [A*R, I] and `lora_B.weight` [O, A*R], adapter after
-adapter, and `moe_gate.weight` [A, I]. Neither names nor scale are in it: names follow the training's task order, and
-the scale is alpha / R for every adapter.
+adapter, and `moe_gate.weight` [A, I]. That order is the release's own code's (github.com/NJUDeepEngine/meteora):
+`merge_lora_weights` joins the adapters' A by rows and their B by columns one after the other, and the layer reads
+rows i*R to (i+1)*R of A, and those columns of B, as adapter i. Neither names nor scale are in the file: names follow
+the training's task order, and the scale is alpha / R for every adapter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from converters.base_folder import common_dtype
+from converters.base_folder import OpenedBase, common_dtype, fill_base
 from converters.folders import new_folder, sha256, write_json
 from converters.hf_llama import copy_tokenizer, llama_rules, module_name, read_weights
+from converters.own_folders import read_bank, read_base
 from converters.rules import TRANSPOSE, Placement, Progress, Rule, copy_tensor, plan
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import (
@@ -32,6 +36,26 @@ from meteora_jax.config import (
 
 PREFIX = "base_model.model."
 _GATE = "moe_gate.weight"
+
+
+def is_checkpoint(src: Path) -> bool:
+    """Whether a folder's weights are those of the original MeteoRA: some projection has its gate."""
+    try:
+        return any(t.key.startswith(PREFIX) and t.key.endswith(_GATE) for t in read_weights(src)[1])
+    except InputError:
+        return False
+
+
+def open_base(src: Path) -> OpenedBase:
+    """The base inside a checkpoint; adapters and gates are left. Raises InputError as `hf_llama.open_base`."""
+    config = LlamaConfig.from_hf(read_json(src / "config.json"))
+    files, tensors = read_weights(src)
+    paths = config.weight_shapes()
+    rules = [
+        rule if rule.path is None or rule.path in paths else Rule(rule.pattern, None, why="not of the base")
+        for rule in meteora_rules(config)
+    ]
+    return OpenedBase(config, rules, tensors, [*files, src / "config.json"], lambda folder: copy_tokenizer(src, folder))
 
 
 def meteora_rules(config: LlamaConfig) -> list[Rule]:
@@ -82,7 +106,8 @@ def import_gates(
         bank: the BANK that the gates are for. Its adapters are found in the checkpoint by their values, whatever their
             order; a bank that does not exist is made from the checkpoint's own adapters, then `alpha` and `names` say
             what the checkpoint does not.
-        base: a BASE folder; the checkpoint's base weights must be its own. None: `config.json` lies in `src`.
+        base: a BASE folder; the checkpoint's base weights must be its own. One that does not exist is made from the
+            checkpoint. None: only `config.json`, which lies in `src`, is read.
         alpha: LoRA's alpha in training; every adapter's scale is alpha / rank.
         names: of the adapters, in the checkpoint's order.
         top_k: adapters for a token, as trained.
@@ -95,27 +120,33 @@ def import_gates(
             is then written.
     """
     src, folder = Path(src), Path(bank)
-    config_file = (Path(base) if base is not None else src) / "config.json"
+    given = Path(base) if base is not None and Path(base).exists() else None
+    config_file = (given or src) / "config.json"
     config = LlamaConfig.from_hf(read_json(config_file), str(config_file))
     files, tensors = read_weights(src)
     adapters, rank = _count(tensors, files[0].name)
     placements = plan(meteora_rules(config), tensors, _shapes(config, adapters, rank), files[0].name)
-    if base is not None:
-        _check_base(Path(base), config, placements)
+    if given is not None:
+        _check_base(given, config, placements)
     known = (folder / "bank.json").exists()
     if known:
         names = _match_bank(folder, config, placements, adapters, rank)
     else:
         _check_new_bank(folder, alpha, names, adapters)
     gates = GateConfig(tuple(names), top_k, temperature)
-    wanted = [p for p in placements if p.path.endswith(".gate") or (not known and ".lora_" in p.path)]
-    with new_folder(dest, overwrite, [*files, config_file]) as partial:
+    opened = open_base(src) if base is not None and given is None else None
+    inputs = [*files, config_file]
+    with contextlib.ExitStack() as stack:  # every folder is complete before the first of them appears
+        partial = stack.enter_context(new_folder(dest, overwrite, inputs))
         specs = {p: (np.dtype(np.float32), s) for p, s in _gate_shapes(config, adapters).items()}
-        _fill(TensorWriter(partial / "weights.safetensors", specs), wanted, ".gate", progress)
+        _fill(TensorWriter(partial / "weights.safetensors", specs), placements, ".gate", progress)
         write_json(partial / "gates.json", gates.to_json())
         if not known:
             assert alpha is not None, "checked above"
-            _write_bank(folder, config, wanted, names, rank, alpha, files, progress)
+            partial = stack.enter_context(new_folder(folder, False, files))
+            _write_bank(partial, config, placements, names, rank, alpha, files, progress)
+        if opened is not None and base is not None:
+            fill_base(stack.enter_context(new_folder(base, False, inputs)), opened, *opened.plan(None), progress)
     return gates
 
 
@@ -149,7 +180,7 @@ def _fill(writer: TensorWriter, placements: Sequence[Placement], part: str, prog
 
 
 def _check_base(base: Path, config: LlamaConfig, placements: Sequence[Placement]) -> None:
-    reader = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    _, reader = read_base(base)
     problems = []
     for place in placements:
         if place.path not in config.weight_shapes():
@@ -169,13 +200,12 @@ def _match_bank(
 ) -> tuple[str, ...]:
     """The bank's name of each of the checkpoint's adapters, found by the values of A and B."""
     source = folder / "bank.json"
-    bank = BankConfig.from_json(read_json(source), str(source))
+    bank, reader = read_bank(folder)
     if len(bank.names) != adapters or bank.num_layers != config.num_layers:
         raise InputError(
             f"{source}: expected {adapters} adapters in {config.num_layers} layers (the checkpoint's), "
             f"found {len(bank.names)} in {bank.num_layers}"
         )
-    reader = TensorReader(folder / "weights.safetensors", bank.weight_shapes())
     fits = [set(range(adapters)) for _ in range(adapters)]
     for place in placements:
         p, _, part = place.path.rpartition(".lora_")
@@ -219,7 +249,7 @@ def _check_new_bank(folder: Path, alpha: float | None, names: Sequence[str], ada
 
 
 def _write_bank(
-    folder: Path, config: LlamaConfig, placements: Sequence[Placement], names: Sequence[str], rank: int, alpha: float,
+    partial: Path, config: LlamaConfig, placements: Sequence[Placement], names: Sequence[str], rank: int, alpha: float,
     files: Sequence[Path], progress: Progress | None,
 ) -> None:  # fmt: skip
     mine = [p for p in placements if ".lora_" in p.path]
@@ -235,24 +265,21 @@ def _write_bank(
     )
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
-    with new_folder(folder, False, files) as partial:
-        kinds = {k: np.dtype(np.float32) if k.endswith(".scale") else dtype for k in bank.weight_shapes()}
-        writer = TensorWriter(
-            partial / "weights.safetensors", {k: (kinds[k], s) for k, s in bank.weight_shapes().items()}
-        )
-        problems: list[str] = []
-        for done, place in enumerate(mine, start=1):
-            assert place.layer is not None, "every adapter's tensors belong to a layer"
-            p, _, part = place.path.rpartition(".lora_")
-            out = writer.slice(f"{p}.{part}", place.layer)
-            out = out.reshape(len(names) * rank, -1)  # a view: the slice is contiguous
-            problems += copy_tensor(place.source, out if part == "a" else out.T)
-            writer.slice(f"{p}.scale", place.layer)[:] = alpha / rank
-            if progress is not None:
-                progress(place.source.key, done, len(mine))
-        if problems:
-            raise InputError(problems)
-        write_json(partial / "bank.json", bank.to_json())
+    kinds = {k: np.dtype(np.float32) if k.endswith(".scale") else dtype for k in bank.weight_shapes()}
+    writer = TensorWriter(partial / "weights.safetensors", {k: (kinds[k], s) for k, s in bank.weight_shapes().items()})
+    problems: list[str] = []
+    for done, place in enumerate(mine, start=1):
+        assert place.layer is not None, "every adapter's tensors belong to a layer"
+        p, _, part = place.path.rpartition(".lora_")
+        out = writer.slice(f"{p}.{part}", place.layer)
+        out = out.reshape(len(names) * rank, -1)  # a view: the slice is contiguous
+        problems += copy_tensor(place.source, out if part == "a" else out.T)
+        writer.slice(f"{p}.scale", place.layer)[:] = alpha / rank
+        if progress is not None:
+            progress(place.source.key, done, len(mine))
+    if problems:
+        raise InputError(problems)
+    write_json(partial / "bank.json", bank.to_json())
 
 
 def export_gates(
@@ -273,11 +300,9 @@ def export_gates(
             which the original knows.
     """
     base, bank, gates = Path(base), Path(bank), Path(gates)
-    config = LlamaConfig.from_hf(read_json(base / "config.json"), str(base / "config.json"))
-    held = BankConfig.from_json(read_json(bank / "bank.json"), str(bank / "bank.json"))
+    config, own = read_base(base)
+    held, adapters = read_bank(bank)
     gate_config = GateConfig.from_json(read_json(gates / "gates.json"), str(gates / "gates.json"))
-    own = TensorReader(base / "weights.safetensors", config.weight_shapes())
-    adapters = TensorReader(bank / "weights.safetensors", held.weight_shapes())
     count, rank = len(held.names), max(held.ranks.values(), default=0)
     columns = TensorReader(gates / "weights.safetensors", _gate_shapes(config, len(gate_config.names)))
     scale = _common_scale(bank / "bank.json", config, held, adapters)
@@ -319,7 +344,7 @@ def export_gates(
 def _common_scale(source: Path, config: LlamaConfig, bank: BankConfig, reader: TensorReader) -> float:
     problems = [
         f"{source}: {what}: expected none (the original MeteoRA has no place for it), found {', '.join(found)}"
-        for what, found in (("dora", bank.dora), ("lora_bias", bank.lora_bias))
+        for what, found in (("dora", bank.dora), ("lora_bias", bank.lora_bias), ("ends", bank.at_ends))
         if found
     ]
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}

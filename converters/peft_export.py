@@ -17,12 +17,18 @@ import numpy as np
 
 from converters.folders import new_folder, write_json
 from converters.hf_llama import module_name
+from converters.own_folders import read_bank
 from converters.peft_settings import read_settings
 from converters.rules import Progress
 from converters.tensor_files import DTYPES, TensorReader, TensorWriter
-from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, read_json
+from meteora_jax.config import ENDS, PROJECTIONS, AdapterInfo, BankConfig, InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_AT_ENDS = {
+    ("embed", "a"): "lora_embedding_A", ("embed", "b"): "lora_embedding_B", ("head", "a"): "lora_A.weight",
+    ("head", "b"): "lora_B.weight", ("embed", "rows"): "token_adapter.trainable_tokens_delta",
+    ("head", "rows"): "token_adapter.trainable_tokens_delta",
+}  # fmt: skip
 _TENSORS = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
 
 
@@ -76,10 +82,9 @@ def open_adapter(bank: str | os.PathLike[str], name: str) -> BankAdapter:
         InputError: no such folder or adapter, or tensors that are not those of bank.json.
     """
     folder = Path(bank)
-    config = BankConfig.from_json(read_json(folder / "bank.json"), str(folder / "bank.json"))
+    config, reader = read_bank(folder)
     if name not in config.names:
         raise InputError(f"{folder / 'bank.json'}: adapters: expected one of {', '.join(config.names)}, found {name!r}")
-    reader = TensorReader(folder / "weights.safetensors", config.weight_shapes())
     return BankAdapter(folder, config, config.names.index(name), reader)
 
 
@@ -109,15 +114,12 @@ def export_adapter(
     modules = list_modules(adapter)
     raw = adapter.info.peft_config or derive_settings(adapter, modules)
     dtype = DTYPES[adapter.info.dtype] if adapter.info.dtype else None
-    wanted = [(module, part) for module in modules for part in module.parts]
+    wanted = {_key(module, part): _read(adapter, module, part) for module in modules for part in module.parts}
+    wanted |= _read_ends(adapter)
     with new_folder(dest, overwrite, [adapter.folder / "bank.json"]) as partial:
-        specs = {}
-        for module, part in wanted:
-            kept = dtype or adapter.reader.dtype(f"{module.projection}.{part}")
-            specs[_key(module, part)] = (kept, _read(adapter, module, part).shape)
+        specs = {key: (dtype or values.dtype, values.shape) for key, values in wanted.items()}
         writer = TensorWriter(partial / WEIGHTS, specs)
-        for done, (module, part) in enumerate(wanted, start=1):
-            key, values = _key(module, part), _read(adapter, module, part)
+        for done, (key, values) in enumerate(wanted.items(), start=1):
             out = writer.slice(key)
             out[...] = values.astype(out.dtype)
             if not np.array_equal(out, values):
@@ -140,6 +142,37 @@ def _read(adapter: BankAdapter, module: Module, part: str) -> np.ndarray:
     if part == "a":
         return values[: module.rank]
     return values[: module.rank].T if part == "b" else values
+
+
+def _read_ends(adapter: BankAdapter) -> dict[str, np.ndarray]:
+    """{key: values} of what the adapter changes at embedding and head; which parts those are its settings say."""
+    bank, raw = adapter.bank, adapter.info.peft_config
+    if not raw or not bank.ends:
+        return {}
+    where = f"{adapter.folder / 'bank.json'}: {adapter.info.name}: peft_config"
+    settings = read_settings(raw, where)
+    found: dict[str, np.ndarray] = {}
+    problems = []
+    for end, module in ENDS.items():
+        held, ids = bank.ends.get(end), settings.tokens.get(end, ())
+        rank = settings.rank_of(module) if settings.adapts(end) else 0
+        own = held.tokens[adapter.index] if held else ()
+        if rank > (held.rank if held else 0) or (ids and own != ids):
+            problems.append(f"{where}: {module}: expected what the tensors hold, found rank {rank}, tokens {ids}")
+            continue
+        parts: dict[str, np.ndarray] = {}
+        if rank:
+            scale = float(adapter.reader.slice(f"{end}.scale", adapter.index)[0])
+            if np.float32(settings.scale_of(module)) != np.float32(scale):
+                problems.append(f"{where}: {module}: expected scale {scale}, found {settings.scale_of(module)}")
+            parts["a"] = adapter.reader.slice(f"{end}.a", adapter.index)[:rank]
+            parts["b"] = adapter.reader.slice(f"{end}.b", adapter.index)[:rank].T
+        if ids:
+            parts["rows"] = adapter.reader.slice(f"{end}.rows", adapter.index)[: len(ids)]
+        found |= {f"base_model.model.{module}.{_AT_ENDS[end, part]}": values for part, values in parts.items()}
+    if problems:
+        raise InputError(problems)
+    return found
 
 
 def list_modules(adapter: BankAdapter) -> list[Module]:
@@ -171,7 +204,7 @@ def list_modules(adapter: BankAdapter) -> list[Module]:
                 problems.append(f"{where}: target_modules: expected {name} among them (it has tensors), found none")
             elif rank:
                 modules.append(_describe(adapter, layer, p, rank))
-    if not modules and not problems:
+    if not modules and not problems and adapter.info.name not in bank.at_ends:
         problems.append(f"{adapter.folder}: {adapter.info.name}: expected tensors that are not zero, found none")
     if problems:
         raise InputError(problems)

@@ -1,9 +1,11 @@
 """One PEFT folder, read and checked: settings, tensor names, types, shapes, and whether they agree.
 
 Format: `adapter_config.json` (peft's `LoraConfig`) and `adapter_model.safetensors` or `.bin`; `lora_A` [r, I], `lora_B`
-[O, r], DoRA's `lora_magnitude_vector` [O], the bias of `lora_B` [O]. Key spellings: with `base_model.model.` in front
-or without, with the adapter's name `.default` inside or without. Tensors decide what an adapter holds; settings are
-cross-checked against them, and a setting that cannot be honoured is refused by name, whatever peft would make of it.
+[O, r], DoRA's `lora_magnitude_vector` [O], the bias of `lora_B` [O]; on the embedding `lora_embedding_A` [r, V] and
+`lora_embedding_B` [D, r]; retrained rows `token_adapter.trainable_tokens_delta` [n, D]. Key spellings: with
+`base_model.model.` in front or without, with the adapter's name `.default` inside or without. Tensors decide what an
+adapter holds; settings are cross-checked against them, and a setting that cannot be honoured is refused by name,
+whatever peft would make of it.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from converters.hf_llama import module_name
-from converters.peft_settings import LoraSettings, read_settings
+from converters.peft_settings import SAVED_MODULES, LoraSettings, read_settings
 from converters.pickle_files import read_pickle
 from converters.tensor_files import FLOATS, SourceTensor, dtype_name, read_safetensors
-from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
+from meteora_jax.config import ENDS, PROJECTIONS, InputError, LlamaConfig, read_json
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -31,16 +33,19 @@ _KEY = re.compile(
 _SAVED = re.compile(
     _PREFIX + r"(?P<name>model\.embed_tokens|lm_head)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.weight"
 )
-SAVED_MODULES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+_AT_END = re.compile(
+    _PREFIX + r"(?P<name>model\.embed_tokens|lm_head)\.(?:lora_embedding_(?P<embed>[AB])(?:\.default)?"
+    r"|lora_(?P<head>[AB])(?:\.default)?\.weight|token_adapter\.trainable_tokens_delta(?:\.default)?)"
+)
 _PROJECTION_OF = {module_name(p): p for p in PROJECTIONS}
 _UNSUPPORTED_TENSORS = {
-    "lora_embedding_": "adapters on embeddings are not supported: no router acts there",
-    "lm_head": "adapters on the head are not supported: no router acts there",
-    "trainable_tokens": "retrained token embeddings are not supported: no router acts there",
+    "embed_tokens.": "embeddings may have LoRA, retrained tokens and saved copies of the base's",
+    "lm_head.": "the head may have LoRA, retrained tokens and saved copies of the base's",
     "modules_to_save": "saved modules other than embed_tokens and lm_head are not supported",
     "base_layer": "an adapter file that holds base weights is not supported",
 }
 Slot = tuple[int, str, str]  # layer, projection, part: a, b, bias or magnitude
+EndSlot = tuple[str, str]  # embed or head, part: a, b or rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,13 @@ class PeftAdapter:
     settings: LoraSettings
     parts: dict[Slot, SourceTensor]
     saved: dict[str, SourceTensor]  # model.embed_tokens and lm_head: copies of the base's, to be compared with it
+    ends: dict[EndSlot, SourceTensor]
+    tokens: dict[str, tuple[int, ...]]  # embed, head: ids of the retrained rows; a tied head has the embedding's
+
+    @property
+    def trained(self) -> list[SourceTensor]:
+        """All tensors that act, base copies left out."""
+        return [*self.parts.values(), *self.ends.values()]
 
     @property
     def modules(self) -> list[tuple[int, str]]:
@@ -71,6 +83,10 @@ class PeftAdapter:
     def scale_of(self, layer: int, projection: str) -> float:
         return self.settings.scale_of(f"model.layers.{layer}.{module_name(projection)}")
 
+    def end_rank(self, end: str) -> int:
+        """LoRA's rank at an end; 0 where there is none."""
+        return self.ends[end, "a"].shape[0] if (end, "a") in self.ends else 0
+
 
 def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
     """One folder with its settings and headers checked.
@@ -87,7 +103,7 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
         problems += e.problems
     try:
         weights, tensors = read_tensors(folder)
-        parts, saved = _sort_tensors(tensors, config, settings)
+        parts, saved, ends = _sort_tensors(tensors, config, settings)
     except InputError as e:
         raise InputError([*problems, *e.problems]) from None
     if settings is not None:
@@ -96,9 +112,38 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
         for module in settings.saved:
             if SAVED_MODULES[module] not in saved:
                 problems.append(f"{folder / CONFIG}: modules_to_save: expected tensors of {module}, found none")
+        problems += _check_ends(settings, ends, config, f"{folder / CONFIG}")
     if problems or settings is None:
         raise InputError(problems)
-    return PeftAdapter(name, folder, weights, raw, settings, parts, saved)
+    tokens = dict(settings.tokens)
+    if config.tie_word_embeddings and "embed" in tokens and "head" not in tokens:
+        tokens["head"], ends["head", "rows"] = tokens["embed"], ends["embed", "rows"]
+    return PeftAdapter(name, folder, weights, raw, settings, parts, saved, ends, tokens)
+
+
+def _check_ends(
+    settings: LoraSettings, ends: Mapping[EndSlot, SourceTensor], config: LlamaConfig, file: str
+) -> list[str]:
+    """Where settings and tensors of embedding and head contradict each other, and what has no meaning there."""
+    problems = []
+    for end, module in ENDS.items():
+        held, wanted = {part for e, part in ends if e == end}, settings.adapts(end)
+        for part in ("a", "b"):
+            if (part in held) != wanted:
+                found = "tensors" if part in held else f"no lora_{part.upper()}"
+                problems.append(
+                    f"{file}: target_modules: expected {'LoRA' if wanted else 'none'} on {module}, found {found}"
+                )
+        ids = settings.tokens.get(end, ())
+        if ids and max(ids) >= config.vocab_size:
+            expected = f"token ids below {config.vocab_size}"
+            problems.append(f"{file}: trainable_token_indices: expected {expected}, found {max(ids)}")
+        if ids and "rows" not in held:  # the other way round is a wrong shape
+            problems.append(f"{file}: trainable_token_indices: expected {len(ids)} rows of {module}, found none")
+    if config.tie_word_embeddings and "embed" in settings.tokens and settings.adapts("head"):
+        found = "a LoRA of it"
+        problems.append(f"{file}: trainable_token_indices: expected a head tied to the retrained rows, found {found}")
+    return problems
 
 
 def read_tensors(folder: Path) -> tuple[Path, list[SourceTensor]]:
@@ -115,17 +160,24 @@ def read_tensors(folder: Path) -> tuple[Path, list[SourceTensor]]:
 
 def _sort_tensors(
     tensors: Sequence[SourceTensor], config: LlamaConfig, settings: LoraSettings | None
-) -> tuple[dict[Slot, SourceTensor], dict[str, SourceTensor]]:
-    """(parts, saved base tensors), every name, type and shape checked (ranks only where settings are sound)."""
+) -> tuple[dict[Slot, SourceTensor], dict[str, SourceTensor], dict[EndSlot, SourceTensor]]:
+    """(parts, saved base tensors, those of the ends); names, types and shapes checked, ranks if settings are sound."""
     problems: list[str] = []
     parts: dict[Slot, SourceTensor] = {}
     saved: dict[str, SourceTensor] = {}
+    ends: dict[EndSlot, SourceTensor] = {}
     for tensor in tensors:
         if match := _SAVED.fullmatch(tensor.key):
             if match["name"] in saved:
                 problems.append(f"{tensor.where}: expected once, found also in {saved[match['name']].key}")
             saved[match["name"]] = tensor
             problems += _check_header(tensor, (config.vocab_size, config.hidden_size))
+            continue
+        if (match := _AT_END.fullmatch(tensor.key)) and (at_end := _end_slot(match)):
+            if at_end in ends:
+                problems.append(f"{tensor.where}: expected once, found also in {ends[at_end].key}")
+            ends[at_end] = tensor
+            problems += _check_header(tensor, _end_shape(tensor, at_end, config, settings))
             continue
         match = _KEY.fullmatch(tensor.key)
         projection = _PROJECTION_OF.get(match["name"]) if match else None
@@ -144,11 +196,30 @@ def _sort_tensors(
             parts[slot] = tensor
             problems += _check_header(tensor, _expected_shape(tensor, slot, match["module"], config, settings))
     problems += _check_partners(parts, settings)
-    if not parts and not problems:
+    if not parts and not ends and not problems:
         problems.append(f"{tensors[0].file}: expected LoRA tensors, found none")
     if problems:
         raise InputError(problems)
-    return parts, saved
+    return parts, saved, ends
+
+
+def _end_slot(match: re.Match[str]) -> EndSlot | None:
+    """(end, part) of a tensor there; None for an embedding's tensor at the head or the other way round."""
+    end = "embed" if match["name"] == ENDS["embed"] else "head"
+    half = match["embed"] or match["head"]
+    return (end, half.lower() if half else "rows") if half is None or match[end] else None
+
+
+def _end_shape(
+    tensor: SourceTensor, slot: EndSlot, config: LlamaConfig, settings: LoraSettings | None
+) -> tuple[Any, ...]:
+    end, part = slot
+    vocab, width = config.vocab_size, config.hidden_size
+    if part == "rows":
+        return (len(settings.tokens.get(end, ())) if settings is not None else "n", width)
+    rank = settings.rank_of(ENDS[end]) if settings is not None else "r"
+    inputs, outputs = (vocab, width) if end == "embed" else (width, vocab)
+    return (rank, inputs) if part == "a" else (outputs, rank)
 
 
 def _why(tensor: SourceTensor) -> str:
@@ -215,7 +286,7 @@ def _cross_check(settings: LoraSettings, found: set[tuple[int, str]], config: Ll
             problems.append(f"{file}: target_modules: expected tensors of {name} in layers {missing}, found none")
         if extra := sorted(held - selected):
             problems.append(f"{file}: target_modules: expected no tensors of {name} in layers {extra}, found some")
-    others = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"]
+    others = ["model", "model.layers", "model.norm", "model.rotary_emb"]
     inner = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
     inner += (".self_attn.q_norm", ".self_attn.k_norm") if config.qk_norm else ()
     others += [f"model.layers.{n}{module}" for n in range(config.num_layers) for module in inner]

@@ -1,6 +1,8 @@
 """PEFT LoRA folders -> BANK: all adapters of one base, stacked and zero-padded to a common rank.
 
 y = x W^T + scale ((x A^T) B^T + bias)          DoRA: the sum of the first two, times magnitude / norm by column
+
+At the ends of the model LoRA on the embedding or the head, and rows of either that were retrained for some tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +16,20 @@ import numpy as np
 
 from converters.base_folder import common_dtype
 from converters.folders import new_folder, sha256, write_json
+from converters.own_folders import read_base
 from converters.peft_folder import PeftAdapter, read_adapter
 from converters.rules import Progress, TensorPlan, copy_tensor
-from converters.tensor_files import TensorReader, TensorWriter, dtype_name
-from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig, read_json
+from converters.tensor_files import TensorWriter, dtype_name
+from meteora_jax.config import (
+    ENDS,
+    PROJECTIONS,
+    AdapterInfo,
+    BankConfig,
+    EndConfig,
+    InputError,
+    LlamaConfig,
+    read_json,
+)
 
 Adapters: TypeAlias = Iterable[tuple[str, str | os.PathLike[str]]]  # (name, PEFT folder)
 _DORA_ROWS = 512  # of a kernel at a time
@@ -51,7 +63,7 @@ def import_adapters(
         raise InputError(problems)
     inputs = [base / "config.json", base / "weights.safetensors", *(path for a in loaded for path in a.inputs)]
     with new_folder(dest, overwrite, inputs) as partial:
-        dtype = common_dtype({t.dtype for a in loaded for t in a.parts.values()})
+        dtype = common_dtype({t.dtype for a in loaded for t in a.trained})
         shapes = bank.weight_shapes()
         # What is computed rather than copied stays float32.
         specs = {p: (np.dtype(np.float32) if p.endswith((".scale", ".dora")) else dtype, shapes[p]) for p in shapes}
@@ -102,7 +114,7 @@ def describe_adapters(
         InputError: as `import_adapters`, but for values, which only the import itself reads.
     """
     bank, loaded = plan_adapters(base, adapters)
-    stored = dtype_name(common_dtype({t.dtype for a in loaded for t in a.parts.values()}))
+    stored = dtype_name(common_dtype({t.dtype for a in loaded for t in a.trained}))
     plans: dict[str, list[TensorPlan]] = {}
     for index, adapter in enumerate(loaded):
         rows = []
@@ -110,6 +122,9 @@ def describe_adapters(
             how = f"scale {adapter.scale_of(layer, p):g}" if part == "b" else "as is"
             how = f"transposed, {how}" if part == "b" else how
             rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, f"{p}.{part}[{layer}, {index}]", stored, how))
+        for (end, part), t in adapter.ends.items():
+            how = f"transposed, scale {adapter.settings.scale_of(ENDS[end]):g}" if part == "b" else "as is"
+            rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, f"{end}.{part}[{index}]", stored, how))
         for t in adapter.saved.values():
             rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, None, None, "dropped: must equal the base's"))
         plans[adapter.name] = rows
@@ -131,12 +146,15 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
     infos = tuple(
         AdapterInfo(
             name=a.name,
-            rank=max(map(a.rank_of, PROJECTIONS)),
-            targets=tuple(p for p in PROJECTIONS if a.rank_of(p)),
+            rank=max(*map(a.rank_of, PROJECTIONS), *map(a.end_rank, ENDS)),
+            targets=(
+                *(p for p in PROJECTIONS if a.rank_of(p)),
+                *(module.rpartition(".")[2] for end, module in ENDS.items() if any(e == end for e, _ in a.ends)),
+            ),
             source=a.folder.resolve().name,
             sha256=sha256(a.weights),
             peft_config=a.raw,
-            dtype=dtype_name(common_dtype({t.dtype for t in a.parts.values()})),
+            dtype=dtype_name(common_dtype({t.dtype for t in a.trained})),
         )
         for a in adapters
     )
@@ -144,7 +162,14 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
     held = {(p, part) for a in adapters for _, p, part in a.parts}
     dora = tuple(p for p in PROJECTIONS if (p, "magnitude") in held)
     bias = tuple(p for p in PROJECTIONS if (p, "bias") in held)
-    return BankConfig(infos, {p: r for p, r in ranks.items() if r}, config.num_layers, base_shapes, dora, bias)
+    ends = {
+        end: EndConfig(max(a.end_rank(end) for a in adapters), tuple(a.tokens.get(end, ()) for a in adapters))
+        for end in ENDS
+        if any(e == end for a in adapters for e, _ in a.ends)
+    }
+    vocab_shape = (config.vocab_size, config.hidden_size) if ends else None
+    used = {p: r for p, r in ranks.items() if r}
+    return BankConfig(infos, used, config.num_layers, base_shapes, dora, bias, ends, vocab_shape)
 
 
 def _write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter) -> list[str]:
@@ -157,13 +182,17 @@ def _write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter) -> li
         problems += copy_tensor(tensor, out.T if part == "b" else out)
     for layer, p in adapter.modules:
         writer.slice(f"{p}.scale", layer, index)[0] = adapter.scale_of(layer, p)
+    for (end, part), tensor in adapter.ends.items():
+        out = writer.slice(f"{end}.{part}", index)[: tensor.shape[1 if part == "b" else 0]]
+        problems += copy_tensor(tensor, out.T if part == "b" else out)
+        if part == "a":
+            writer.slice(f"{end}.scale", index)[0] = adapter.settings.scale_of(ENDS[end])
     return problems
 
 
 def _write_dora(writer: TensorWriter, index: int, adapter: PeftAdapter, base: Path) -> list[str]:
     """Fills `p.dora`: magnitude / norm - 1 for each output column, the norm being that of W + scale A B."""
-    config = LlamaConfig.from_hf(read_json(base / "config.json"), str(base / "config.json"))
-    weights = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    _, weights = read_base(base)
     problems = []
     for layer, p in adapter.modules:
         a, b = (adapter.parts[layer, p, part].read().astype(np.float32) for part in ("a", "b"))
@@ -184,15 +213,14 @@ def _write_dora(writer: TensorWriter, index: int, adapter: PeftAdapter, base: Pa
 
 
 def _check_values(adapter: PeftAdapter) -> list[str]:
-    return [p for t in adapter.parts.values() for p in copy_tensor(t, np.empty(t.shape, t.dtype))]
+    return [p for t in adapter.trained for p in copy_tensor(t, np.empty(t.shape, t.dtype))]
 
 
 def _check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
     """Saved embeddings and heads are accepted where they are the base's own, value by value."""
     if not adapter.saved:
         return []
-    config = LlamaConfig.from_hf(read_json(base / "config.json"), str(base / "config.json"))
-    weights = TensorReader(base / "weights.safetensors", config.weight_shapes())
+    config, weights = read_base(base)
     problems = []
     for name, tensor in adapter.saved.items():
         embedding = name == "model.embed_tokens" or config.tie_word_embeddings

@@ -12,13 +12,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from meteora_jax.config import InputError
+from meteora_jax.config import ENDS, InputError
+
+SAVED_MODULES = {module.rpartition(".")[2]: module for module in ENDS.values()}  # as settings name them: full names
 
 # Settings that say how an adapter is computed, and are read below.
 _READ = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "task_type",
-    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save",
+    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
 )  # fmt: skip
 # Settings that leave a trained adapter's output as it is: notes, training, initialisation (`init_lora_weights` says
 # whether the base changed), and details of features that have a switch of their own.
@@ -29,7 +31,6 @@ _WITHOUT_EFFECT = (
 # Settings that change the output, with the values that mean "off" and the reason for a refusal.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bias": (("none",), "trained biases of the base are not supported"),
-    "trainable_token_indices": ((None,), "retrained token embeddings are not supported: no router acts there"),
     "ensure_weight_tying": ((False,), "adapters on tied embeddings are not supported"),
     "target_parameters": ((None, []), "adapters on bare parameters are not supported"),
     "layer_replication": ((None, []), "a base with replicated layers is another base"),
@@ -65,6 +66,7 @@ class LoraSettings:
     dora: bool
     lora_bias: bool
     saved: tuple[str, ...]  # embed_tokens, lm_head: saved copies of the base's
+    tokens: Mapping[str, tuple[int, ...]]  # embed, head: ids of the rows that were retrained there
 
     def rank_of(self, module: str) -> int:
         return _look_up(self.rank_pattern, module, self.rank)
@@ -82,6 +84,10 @@ class LoraSettings:
         if not _names(self.target, module):
             return False
         return self.layers is None or self._layer_of(module) in self.layers
+
+    def adapts(self, end: str) -> bool:
+        """Whether peft would put LoRA on the embedding or the head; all-linear leaves both out."""
+        return self.target != "all-linear" and self.selects(ENDS[end])
 
     def _layer_of(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){p}\.([0-9]+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.([0-9]+)\."]
@@ -141,8 +147,15 @@ class _SettingsReader:
             dora=self.flag("use_dora"),
             lora_bias=self.flag("lora_bias"),
             saved=self.saved(),
+            tokens=self.tokens(),
         )
         self.flag("fan_in_fan_out")  # without effect: peft itself turns it off for every nn.Linear
+        for end, module in ENDS.items():
+            if settings.adapts(end) and (settings.dora or settings.lora_bias):
+                switch = "use_dora" if settings.dora else "lora_bias"
+                self.refuse(switch, f"false beside an adapter on {module} (not supported there)", True)
+            if settings.adapts(end) and end in settings.tokens:
+                self.refuse("trainable_token_indices", f"none of {module} beside a LoRA on it", settings.tokens[end])
         if settings.dora and settings.lora_bias:
             self.refuse("lora_bias", "false beside use_dora, as in peft", True)
         if isinstance(target, str) and (settings.layers is not None or settings.layers_pattern):
@@ -202,10 +215,26 @@ class _SettingsReader:
     def saved(self) -> tuple[str, ...]:
         value = self.raw.get("modules_to_save") or []
         names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list) or any(name not in ("embed_tokens", "lm_head") for name in names):
+        if not isinstance(names, list) or any(name not in SAVED_MODULES for name in names):
             self.refuse("modules_to_save", "embed_tokens or lm_head, saved as the base has them", value)
             return ()
         return tuple(names)
+
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """Of a list (the embedding's) or an object by module."""
+        value = self.raw.get("trainable_token_indices")
+        by_module = {} if value is None else value if isinstance(value, Mapping) else {"embed_tokens": value}
+        places = {name: end for end, module in ENDS.items() for name in (module, module.rpartition(".")[2])}
+        tokens: dict[str, tuple[int, ...]] = {}
+        for module, ids in by_module.items():
+            sound = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+            if not sound or len(set(ids)) != len(ids) or not ids or min(ids) < 0:
+                self.refuse("trainable_token_indices", "different token ids", ids)
+            elif module not in places or places[module] in tokens:
+                self.refuse("trainable_token_indices", f"ids by {', '.join(SAVED_MODULES)}, each once", module)
+            else:
+                tokens[places[module]] = tuple(ids)
+        return tokens
 
     def layers(self) -> tuple[int, ...] | None:
         value = self.raw.get("layers_to_transform")

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from converters.folders import Journal
 from converters.tensor_files import FLOATS, SourceTensor, TensorWriter, dtype_name
 from meteora_jax.config import InputError
 
 _MOST_LISTED = 100  # missing layers of one tensor that are named one by one
 _ROWS_AT_ONCE = 64
+_SAVE_BYTES = 1 << 30  # what a killed import may have to do again, about
 Progress = Callable[[str, int, int], None]  # (what was just done, how many are done, how many in all)
 
 
@@ -44,14 +46,15 @@ class Rule:
     """One line of a conversion table.
 
     `pattern` is the source key, `{layer}` standing for the index that becomes the destination's leading axis.
-    A `path` of None drops a key that is known and carries nothing; with `same_as` it is dropped only if its values
-    equal that other key's.
+    A `path` of None drops a key that is known and carries nothing, for the reason `why`; with `same_as` it is dropped
+    only if its values equal that other key's.
     """
 
     pattern: str
     path: str | None
     transform: Transform = AS_IS
     same_as: str | None = None
+    why: str = "implied"
 
     def match(self, key: str) -> re.Match[str] | None:
         return re.fullmatch(re.escape(self.pattern).replace(r"\{layer\}", "(?P<layer>0|[1-9][0-9]*)"), key)
@@ -102,7 +105,7 @@ def plan(
     placements: list[Placement] = []
     by_key = {source.key: source for source in sources}
     for source in sources:
-        rule, layer = _find_rule(rules, source.key)
+        rule, layer = find_rule(rules, source.key)
         if rule is None:
             problems.append(f"{source.where}: expected no such tensor, found {_describe(source)}")
             continue
@@ -126,7 +129,8 @@ def plan(
     return placements
 
 
-def _find_rule(rules: Sequence[Rule], key: str) -> tuple[Rule | None, int | None]:
+def find_rule(rules: Sequence[Rule], key: str) -> tuple[Rule | None, int | None]:
+    """(the first rule that knows the key, its layer)."""
     for rule in rules:
         if match := rule.match(key):
             return rule, int(match["layer"]) if rule.layered else None
@@ -182,16 +186,37 @@ def _find_missing(
     return problems
 
 
-def fill(placements: Sequence[Placement], writer: TensorWriter, progress: Progress | None = None) -> None:
+def fill(
+    placements: Sequence[Placement],
+    writer: TensorWriter,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> None:
     """Streams every planned tensor into the file, a block of rows at a time.
+
+    Args:
+        placements: of `plan`, in an order that is always the same.
+        writer: the file; one that was found is filled from where the journal says that it was left.
+        progress: told about every tensor.
+        journal: of a conversion that can go on after it was killed.
 
     Raises:
         InputError: values that are not finite, or not finite any more in the destination's type; all tensors.
     """
     problems: list[str] = []
-    for done, placement in enumerate(placements, start=1):
+    if journal is not None and not writer.found:
+        journal.begin(journal.conversion)
+    first = journal.done if journal is not None else 0
+    unsaved = 0
+    for done, placement in enumerate(placements[first:], start=first + 1):
         index = () if placement.layer is None else (placement.layer,)
-        problems += copy_tensor(placement.source, writer.slice(placement.path, *index), placement.transform)
+        out = writer.slice(placement.path, *index)
+        problems += copy_tensor(placement.source, out, placement.transform)
+        unsaved += out.nbytes
+        if journal is not None and unsaved >= _SAVE_BYTES and not problems:
+            writer.sync()
+            journal.note(done)
+            unsaved = 0
         if progress is not None:
             progress(placement.source.key, done, len(placements))
     if problems:

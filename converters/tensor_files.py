@@ -236,7 +236,7 @@ class TensorWriter:
     """A safetensors file at its full size, zero-filled, whose tensors are then filled slice by slice.
 
     Args:
-        path: the file to create.
+        path: the file to create; one that this very header begins and that has its full size is kept (`found`).
         specs: {key: (dtype, shape)}.
 
     Raises:
@@ -259,13 +259,18 @@ class TensorWriter:
         self._starts = {
             key: 8 + len(text) + entry["data_offsets"][0] for key, entry in header.items() if key in self._specs
         }
+        text = len(text).to_bytes(8, "little") + text
+        size = len(text) + end
         try:
-            with open(path, "xb") as f:
-                f.write(len(text).to_bytes(8, "little") + text)
-                f.flush()
-                _reserve(f.fileno(), 8 + len(text) + end)
+            whole = path.exists() and path.stat().st_size == size
+            self.found = whole and read_bytes(path, 0, len(text)).tobytes() == text
+            if not self.found:
+                with open(path, "wb") as f:
+                    f.write(text)
+                    f.flush()
+                    _reserve(f.fileno(), size)
         except OSError as e:
-            raise InputError(f"{path}: cannot be written at {8 + len(text) + end} bytes ({e.strerror})") from None
+            raise InputError(f"{path}: cannot be written at {size} bytes ({e.strerror})") from None
 
     def slice(self, key: str, *index: int) -> np.ndarray:
         """Writable view of one tensor, or of its part at `index` along the leading axes; unmapped when dropped."""
@@ -273,6 +278,14 @@ class TensorWriter:
         offset, part = _part(key, shape, index)
         start = self._starts[key] + offset * dtype.itemsize
         return np.memmap(self._path, dtype=dtype, mode="r+", offset=start, shape=part)
+
+    def sync(self) -> None:
+        """Returns once all that was written so far is on disk."""
+        fd = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _reserve(fd: int, size: int) -> None:

@@ -51,6 +51,7 @@ class AdapterBank:
     config: BankConfig = dataclasses.field(metadata={"static": True})
     dora: dict[str, Any] = dataclasses.field(default_factory=dict)
     bias: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ends: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # as stored; see meteora_jax.ends
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meteora_jax.adapters import AdapterBank
-from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
+from meteora_jax.config import ENDS, GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
+from meteora_jax.ends import end_tensors
 from meteora_jax.llama import Llama
 from meteora_jax.sharding import place, sharding
 
 WEIGHTS = "weights.safetensors"
 
 
-def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Reads exactly the tensors `shapes` names.
+def open_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """A weight file that holds exactly the tensors `shapes` names, none of them read yet.
 
     Raises:
         InputError: the file is missing or damaged, or a tensor is missing, unknown or of another shape.
@@ -41,47 +42,80 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     if not path.is_file():
         raise InputError(f"{path}: expected a file, found none")
     try:
-        with safe_open(path, "np") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            problems = [
-                f"{path}: {k}: expected no such tensor, found {found[k]}" for k in sorted(found.keys() - shapes)
-            ]
-            for key, shape in shapes.items():
-                if found.get(key) != shape:
-                    problems.append(f"{path}: {key}: expected shape {shape}, found {found.get(key, 'no such tensor')}")
-            if problems:
-                raise InputError(problems)
-            return {key: file.get_tensor(key) for key in shapes}
+        file = safe_open(path, "np")
     except SafetensorError as e:
         raise InputError(f"{path}: expected a complete safetensors file, found a damaged one ({e})") from None
+    found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    problems = [f"{path}: {k}: expected no such tensor, found {found[k]}" for k in sorted(found.keys() - shapes)]
+    for key, shape in shapes.items():
+        if found.get(key) != shape:
+            problems.append(f"{path}: {key}: expected shape {shape}, found {found.get(key, 'no such tensor')}")
+    if problems:
+        raise InputError(problems)
+    return file
 
 
-def load_base(folder: str | os.PathLike[str], dtype: Any) -> tuple[LlamaConfig, dict[tuple[str, ...], np.ndarray]]:
-    """BASE/ -> its configuration and the model's base weights by path in the module tree."""
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Reads exactly the tensors `shapes` names. Raises InputError as `open_tensors`."""
+    file = open_tensors(path, shapes)
+    return {key: file.get_tensor(key) for key in shapes}
+
+
+class StoredArray:
+    """Tensors of a file side by side along their last axis, cast; indexing reads the part that is asked for, no more.
+
+    So a base of any size goes to its devices with one leaf on the host at a time, and where a mesh splits it with one
+    device's part of a leaf; a host never reads what none of its own devices holds.
+    """
+
+    def __init__(self, file: Any, keys: Sequence[str], dtype: Any):
+        self._parts = [file.get_slice(key) for key in keys]
+        widths = [part.get_shape()[-1] for part in self._parts]
+        self._starts = [sum(widths[:i]) for i in range(len(widths) + 1)]
+        self.shape = (*self._parts[0].get_shape()[:-1], sum(widths))
+        self.dtype = np.dtype(dtype)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        *rest, columns = (range(size)[s] for size, s in zip(self.shape, part, strict=True))
+        out = np.empty((*map(len, rest), len(columns)), self.dtype)
+        where = tuple(slice(r.start, r.stop) for r in rest)
+        for stored, start, stop in zip(self._parts, self._starts, self._starts[1:], strict=False):
+            first, last = max(columns.start, start), min(columns.stop, stop)
+            if first < last and out.size:
+                out[..., first - columns.start : last - columns.start] = stored[
+                    (*where, slice(first - start, last - start))
+                ]
+        return out
+
+    def first(self, count: int) -> np.ndarray:
+        """The first `count` values in row-major order, [count]; all where there are fewer."""
+        taken, part = 1, []
+        for size in reversed(self.shape):
+            part.append(slice(min(size, -(-count // taken))))
+            taken *= part[-1].stop
+        return self[tuple(reversed(part))].reshape(-1)[:count]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = self[(slice(None),) * len(self.shape)]
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+
+def load_base(folder: str | os.PathLike[str], dtype: Any) -> tuple[LlamaConfig, dict[tuple[str, ...], StoredArray]]:
+    """BASE/ -> its configuration and the model's base weights by path in the module tree, still on disk."""
     folder = Path(folder)
     config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
-    weights: dict[tuple[str, ...], np.ndarray] = {("embed",): tensors.pop("embed.embedding").astype(dtype)}
-    for group, projections in GROUPS.items():
-        for part in ("kernel", "bias"):
-            names = [f"layers.{p}.{part}" for p in projections]
-            if names[0] in tensors:
-                weights["layers", group, part] = _join([tensors.pop(n) for n in names], dtype)
-    for key, tensor in tensors.items():
-        path = ("lm_head",) if key == "lm_head.kernel" else tuple(key.split("."))
-        weights[path] = tensor.astype(dtype)
-    return config, weights
-
-
-def _join(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
-    """Columns side by side, cast on the way, with one destination and no second copy of it."""
-    width = sum(p.shape[-1] for p in parts)
-    joined = np.empty((*parts[0].shape[:-1], width), dtype)
-    start = 0
-    for part in parts:
-        joined[..., start : start + part.shape[-1]] = part
-        start += part.shape[-1]
-    return joined
+    shapes = config.weight_shapes()
+    file = open_tensors(folder / WEIGHTS, shapes)
+    joined = {
+        ("layers", group, part): [f"layers.{p}.{part}" for p in projections]
+        for group, projections in GROUPS.items()
+        for part in ("kernel", "bias")
+        if f"layers.{projections[0]}.{part}" in shapes
+    }
+    grouped = {key for keys in joined.values() for key in keys}
+    named = {"embed.embedding": ("embed",), "lm_head.kernel": ("lm_head",)}
+    joined |= {named.get(key, tuple(key.split("."))): [key] for key in shapes if key not in grouped}
+    return config, {path: StoredArray(file, keys, dtype) for path, keys in joined.items()}
 
 
 def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> AdapterBank:
@@ -98,13 +132,20 @@ def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> 
                 f"{source}: base_shapes.{p}: expected {base.projection_shape(p)} (the base's), "
                 f"found {config.base_shapes.get(p)}"
             )
+    vocab = (base.vocab_size, base.hidden_size)
+    if config.vocab_shape not in (None, vocab):
+        problems.append(f"{source}: vocab_shape: expected {vocab} (the base's), found {config.vocab_shape}")
     if problems:
         raise InputError(problems)
     tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
+    ends: dict[str, dict[str, np.ndarray]] = {}
+    for end in config.ends:
+        held = {k: tensors[f"{end}.{k}"] for k in ("a", "b", "scale", "rows") if f"{end}.{k}" in tensors}
+        ends[end] = {k: t.astype(np.float32 if k == "scale" else dtype) for k, t in held.items()}
     part = lambda kind, dt: {p: tensors[f"{p}.{kind}"].astype(dt) for p in config.ranks}  # noqa: E731
     columns = lambda kind, ps: {p: tensors[f"{p}.{kind}"].astype(np.float32) for p in ps}  # noqa: E731
     dora, bias = columns("dora", config.dora), columns("bias", config.lora_bias)
-    return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config, dora, bias)
+    return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config, dora, bias, ends)
 
 
 def load_gates(
@@ -136,6 +177,7 @@ def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
 
     Each adapter's `sha256` becomes that of its own tensors here: they are from no file.
     """
+    assert not bank.ends, "a bank from training has adapters in the layers alone"
     parts = {"a": bank.a, "b": bank.b, "scale": bank.scale}
     tensors = {f"{p}.{k}": np.ascontiguousarray(v[p], np.float32) for k, v in parts.items() for p in bank.config.ranks}
     infos = []
@@ -200,7 +242,8 @@ def assemble(
 ) -> tuple[Any, Any]:
     """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced.
 
-    With a mesh every leaf goes from the host straight to the devices that hold a part of it.
+    With a mesh every leaf goes straight to the devices that hold a part of it; of a base that `load_base` left on disk
+    a host reads only those parts.
     """
     bank_config = bank.config if bank is not None else None
     abstract = nnx.eval_shape(lambda: Llama(config, bank_config, gates is not None, dtype, rngs=nnx.Rngs(0)))
@@ -209,6 +252,8 @@ def assemble(
     if bank is not None:
         for group in GROUPS:
             filled |= {("layers", group, k): v for k, v in (bank.group(group) or {}).items()}
+        for end in ENDS:
+            filled |= {(f"{end}_adapters", k): v for k, v in end_tensors(bank, end).items()}
     if gates is not None:
         filled |= gate_weights(gates)
     leaves = nnx.to_flat_state(state)

@@ -48,6 +48,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "down": ("down_proj",),
 }
 PROJECTIONS: tuple[str, ...] = tuple(p for group in GROUPS.values() for p in group)
+# Where token ids become vectors and vectors logits; adapters may act there too.
+ENDS: dict[str, str] = {"embed": "model.embed_tokens", "head": "lm_head"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,11 +329,24 @@ class AdapterInfo:
 
     name: str
     rank: int  # largest rank over its projections; the stacked tensors are zero-padded to the bank's
-    targets: tuple[str, ...]  # projections it touches, in PROJECTIONS order
+    targets: tuple[str, ...]  # projections it touches, in PROJECTIONS order, then embed_tokens, lm_head
     source: str  # the PEFT folder's own name
     sha256: str  # of the adapter's weight file
     peft_config: dict[str, Any]  # adapter_config.json as found: what an export needs; {} where there was none
     dtype: str | None = None  # of its own tensors (F32, F16, BF16); None: the bank's, which may be wider
+
+
+@dataclasses.dataclass(frozen=True)
+class EndConfig:
+    """What a bank's adapters change at one of `ENDS`."""
+
+    rank: int  # R of the stacked LoRA tensors; 0: none
+    tokens: tuple[tuple[int, ...], ...]  # for each adapter the ids of the rows that it retrained
+
+    @property
+    def most(self) -> int:
+        """n of the stacked rows."""
+        return max(map(len, self.tokens), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,16 +359,25 @@ class BankConfig:
     base_shapes: dict[str, tuple[int, int]]  # projection -> (I, O) of the base it was imported for
     dora: tuple[str, ...] = ()  # projections at which some adapter has DoRA magnitudes
     lora_bias: tuple[str, ...] = ()  # projections at which some adapter's B has a bias
+    ends: dict[str, EndConfig] = dataclasses.field(default_factory=dict)  # of those that some adapter changes
+    vocab_shape: tuple[int, int] | None = None  # (V, D) of the base; None where no adapter changes an end
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(a.name for a in self.adapters)
+
+    @property
+    def at_ends(self) -> tuple[str, ...]:
+        """The adapters that change an end."""
+        return tuple(a.name for a in self.adapters if set(a.targets) & {m.rpartition(".")[2] for m in ENDS.values()})
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """{path: shape} of `BANK/weights.safetensors`.
 
         `p.a` [L, A, R, I], `p.b` [L, A, R, O], `p.scale` [L, A]; where an adapter has them `p.bias` [L, A, O],
         `p.magnitude` [L, A, O] (DoRA's own) and `p.dora` [L, A, O]: magnitude / norm of the adapted column - 1.
+        At an end `embed.a` [A, R, V], `embed.b` [A, R, D], `head.a` [A, R, D], `head.b` [A, R, V], `scale` [A], and
+        `rows` [A, n, D].
         """
         shapes: dict[str, tuple[int, ...]] = {}
         n, a = self.num_layers, len(self.adapters)
@@ -362,6 +386,13 @@ class BankConfig:
             shapes |= {f"{p}.a": (n, a, r, i), f"{p}.b": (n, a, r, o), f"{p}.scale": (n, a)}
             shapes |= {f"{p}.{part}": (n, a, o) for part in ("magnitude", "dora") if p in self.dora}
             shapes |= {f"{p}.bias": (n, a, o)} if p in self.lora_bias else {}
+        for end, held in self.ends.items():
+            assert self.vocab_shape is not None, "checked by from_json"
+            i, o = self.vocab_shape if end == "embed" else self.vocab_shape[::-1]
+            if held.rank:
+                shapes |= {f"{end}.a": (a, held.rank, i), f"{end}.b": (a, held.rank, o), f"{end}.scale": (a,)}
+            if held.most:
+                shapes[f"{end}.rows"] = (a, held.most, self.vocab_shape[1])
         return shapes
 
     def to_json(self) -> dict[str, Any]:
@@ -376,8 +407,18 @@ class BankConfig:
             shapes = {p: (int(i), int(o)) for p, (i, o) in raw["base_shapes"].items()}
             ranks = {p: int(r) for p, r in raw["ranks"].items()}
             dora, bias = tuple(raw.get("dora", ())), tuple(raw.get("lora_bias", ()))
-            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias)
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            ends = {
+                end: EndConfig(int(held["rank"]), tuple(tuple(map(int, ids)) for ids in held["tokens"]))
+                for end, held in raw.get("ends", {}).items()
+            }
+            vocab = raw.get("vocab_shape")
+            vocab = None if vocab is None else (int(vocab[0]), int(vocab[1]))
+            if not ends.keys() <= ENDS.keys() or bool(ends) != (vocab is not None):
+                raise ValueError("ends and vocab_shape")
+            if any(len(held.tokens) != len(adapters) for held in ends.values()):
+                raise ValueError("tokens of ends")
+            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 
 

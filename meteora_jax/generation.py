@@ -149,7 +149,7 @@ def prefill(
     state = Decoding(
         out.cache, jnp.zeros((batch, room), jnp.int32), zeros, lengths == 0, jnp.zeros((), jnp.int32), lengths, trace
     )
-    return _emit(state, model.logits(last), how, eos), out.observed
+    return _emit(state, model.logits(last, router), how, eos), out.observed
 
 
 @functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
@@ -174,7 +174,7 @@ def decode(
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.step - 1, axis=0)
             trace = tuple(put(kept, new[:, :, 0]) for kept, new in zip(trace, out.observed, strict=True))
         state = dataclasses.replace(state, cache=out.cache, trace=trace, positions=state.positions + 1)
-        return _emit(state, model.logits(out.hidden[:, 0]), how, eos)
+        return _emit(state, model.logits(out.hidden[:, 0], router), how, eos)
 
     return jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done), step, state)
 

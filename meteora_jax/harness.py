@@ -59,7 +59,7 @@ def _score(
 
     def part(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, target = chunk
-        logits = model.logits(h)
+        logits = model.logits(h, router)
         chosen = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
         return chosen - jax.nn.logsumexp(logits, axis=2), jnp.argmax(logits, axis=2) == target
 

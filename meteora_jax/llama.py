@@ -13,6 +13,7 @@ from flax import nnx
 
 from meteora_jax.adapters import AdaptedLinear, BaseParam, contract
 from meteora_jax.config import BankConfig, LlamaConfig
+from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.sharding import constrain
@@ -186,6 +187,11 @@ class Llama(nnx.Module):
         tied = config.tie_word_embeddings
         shape = (config.hidden_size, config.vocab_size)
         self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype), axes=("model", "vocab"))
+        self.at_ends = bank.at_ends if bank is not None else ()
+        ends = bank.ends if bank is not None else {}
+        self.embed_adapters, self.head_adapters = (
+            EndAdapters(bank, end, dtype) if bank is not None and end in ends else None for end in ("embed", "head")
+        )
 
     def __call__(
         self,
@@ -223,7 +229,11 @@ class Llama(nnx.Module):
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
         where = Where(*rotation(self.config, positions), mask[:, None])
-        x = constrain(self.embed[...][tokens], "batch", None, None)
+        x = self.embed[...][tokens]
+        acting = self._at_ends(router, x)
+        if acting is not None and self.embed_adapters is not None:
+            x = self.embed_adapters.embed(x, tokens, acting)
+        x = constrain(x, "batch", None, None)
         graph, weights = nnx.split(self.layers)
 
         def body(carry: tuple[jax.Array, KVCache | None], inputs: tuple[Any, jax.Array]):
@@ -240,9 +250,20 @@ class Llama(nnx.Module):
             cache = cache.advance(tokens.shape[1])
         return LlamaOutput(self.norm(x), cache, observed)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Next-token logits float32 [.., V] of hidden [.., D]."""
+    def _at_ends(self, router: BoundRouter | None, x: jax.Array) -> Routing | None:
+        """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
+        return request_routing(router, self.at_ends, x) if router is not None and self.at_ends else None
+
+    def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
+        """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""
         with matmul_precision(hidden.dtype):
             if self.lm_head is None:
-                return contract("...d,vd->...v", hidden, self.embed[...], 1).astype(jnp.float32)
-            return contract("...d,dv->...v", hidden, self.lm_head[...], 0).astype(jnp.float32)
+                plain = contract("...d,vd->...v", hidden, self.embed[...], 1).astype(jnp.float32)
+            else:
+                plain = contract("...d,dv->...v", hidden, self.lm_head[...], 0).astype(jnp.float32)
+            acting = self._at_ends(router, hidden)
+            if acting is None or self.head_adapters is None:
+                return plain
+            if hidden.ndim == 2:
+                return self.head_adapters.logits(plain[:, None], hidden[:, None], acting)[:, 0]
+            return self.head_adapters.logits(plain, hidden, acting)

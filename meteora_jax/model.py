@@ -213,7 +213,7 @@ def _logits(graph: Any, weights: Any, tokens: jax.Array, lengths: jax.Array, rou
     model = nnx.merge(graph, weights)
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
-    return model.logits(model(tokens, positions, router).hidden)
+    return model.logits(model(tokens, positions, router).hidden, router)
 
 
 def load(

@@ -92,7 +92,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(value: Any, where: NamedSharding, dtype: Any = None) -> jax.Array:
-    """A host array as a device array; every host holds all of `value` and hands over its own devices' parts."""
+    """A host array as a device array; every host can read all of `value` and hands over its own devices' parts."""
     dtype = value.dtype if dtype is None else dtype
     return jax.make_array_from_callback(value.shape, where, lambda part: np.asarray(value[part], dtype))
 

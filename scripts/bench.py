@@ -346,7 +346,7 @@ def training(graph: Any, weights: Any, router: Any, tokens: jax.Array, adapters:
     def bare(embed: Any, rest: Any) -> Any:
         def loss(embed: Any) -> jax.Array:
             model = nnx.merge(bare_graph, embed, rest)
-            logits = model.logits(model(tokens, columns, None, remat=True).hidden[:, :-1])
+            logits = model.logits(model(tokens, columns, None, remat=True).hidden[:, :-1], None)
             own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
             return -jnp.mean(own)
 

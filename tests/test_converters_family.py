@@ -31,15 +31,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(tmp_path: Path, name: str) -> tuple[Any, Path]:
-    """A random model of the family and the folder that it was saved to."""
+def tiny_model(tmp_path: Path, name: str, **changes: Any) -> tuple[Any, Path]:
+    """A random model of the family, its settings with `changes`, and the folder that it was saved to."""
     family, options = MODELS[name]
     settings: dict[str, Any] = dict(
         vocab_size=VOCAB_SIZE, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=2,
         tie_word_embeddings=False, attn_implementation="eager",
     )  # fmt: skip
-    config = getattr(transformers, f"{family}Config")(**{**settings, **options})
+    config = getattr(transformers, f"{family}Config")(**{**settings, **options, **changes})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     randomize(model, 3)
     model.save_pretrained(tmp_path / name)

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from converters import export_base, import_adapters, import_base
 from converters.hf_llama import module_name
-from meteora_jax.config import BankConfig, InputError, read_json
+from meteora_jax.config import ENDS, BankConfig, InputError, read_json
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 INDEX = "model.safetensors.index.json"
@@ -272,6 +272,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
     "bias": {"lora_bias": True, "target_modules": ["v_proj", "up_proj"]},
     "layers": {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]},
+    "ends": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "rows": {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [7]}},
 }
 
 
@@ -315,6 +317,13 @@ def bank_logits(model: LlamaForCausalLM, bank: Path) -> np.ndarray:
                     linear.weight *= 1 + part("dora")[:, None]
                 if p in config.lora_bias:
                     linear.bias += part("scale") * part("bias")
+        for end, held in config.ends.items():
+            weight: Any = model.get_submodule(ENDS[end]).weight  # [V, D]
+            if held.rank:
+                left, right = ("a", "b") if end == "embed" else ("b", "a")
+                weight += tensors[f"{end}.scale"][0] * tensors[f"{end}.{left}"][0].T @ tensors[f"{end}.{right}"][0]
+            for row, token in enumerate(held.tokens[0]):
+                weight[token] = tensors[f"{end}.rows"][0, row]
     return logits(model)
 
 

@@ -327,7 +327,9 @@ def test_linear_scaling(tmp_path: Path):
 
 
 SETTINGS = {
-    "architecture": ({"general.architecture": "qwen2"}, "general.architecture: expected 'llama', found 'qwen2'"),
+    "architecture": (
+        {"general.architecture": "qwen2moe"}, "general.architecture: expected llama, qwen2, qwen3, found 'qwen2moe'"
+    ),
     "yarn": ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type: expected none", "'yarn'"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count: expected 0, found 8"),
     "unknown": ({"llama.logit_scale": 2.0}, "llama.logit_scale: expected no such setting (not supported), found 2.0"),
@@ -335,7 +337,7 @@ SETTINGS = {
     "heads": ({"llama.attention.head_count": [4, 4, 4]}, "llama.attention.head_count: expected a single int"),
     "split": ({"split.count": 3}, "expected the name NAME-00001-of-00003.gguf (split.count), found another"),
     "absent": ({"llama.block_count": None}, "llama.block_count: expected a single int, found None"),
-    "pre": ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre: expected default", "found 'qwen2'"),
+    "pre": ({"tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre: expected default", "found 'viking'"),
     "model": ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model: expected 'gpt2' or 'llama', found 't5'"),
     "merges": ({"tokenizer.ggml.merges": ["a b c"]}, "tokenizer.ggml.merges: expected two tokens", "'a b c'"),
     "merge": ({"tokenizer.ggml.merges": ["zz yy"]}, "tokenizer.ggml.merges: expected merges of known tokens"),

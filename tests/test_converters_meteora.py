@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama, tiny_peft
+from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama, tiny_peft, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 import meteora_jax as mj
-from converters import export_gates, import_adapters, import_base, import_gates
+from converters import export_gates, import_adapters, import_base, import_gates, plan_base
 from meteora_jax.cli import main
 from meteora_jax.config import PROJECTIONS
 
@@ -134,6 +134,40 @@ def test_a_bank_in_another_order_is_recognised_by_its_values(tmp_path: Path):
     dest = tmp_path / "other"
     call = lambda: import_gates(folder, dest, bank)  # noqa: E731
     assert_refused(call, dest, "bank.json: adapters: expected one with the values of adapter 3 there, found none")
+
+
+def test_the_base_is_imported_from_the_checkpoint_too(tmp_path: Path):
+    _, hf, folder = write_original(tmp_path, torch.bfloat16)
+    tiny_tokenizer().save_pretrained(folder)  # as the original's training does
+    import_base(hf, tmp_path / "known")
+    import_base(folder, tmp_path / "alone")
+    import_gates(folder, tmp_path / "gates", tmp_path / "bank", base=tmp_path / "beside", alpha=ALPHA, names=NAMES)
+    for base in ("alone", "beside"):
+        ours, expected = (load_file(tmp_path / name / "weights.safetensors") for name in (base, "known"))
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[key], expected[key]) for key in ours)
+    mj.load(tmp_path / "beside", tmp_path / "bank", tmp_path / "gates")
+    _, rows = plan_base(folder)
+    how = {
+        row.key.rpartition("self_attn.q_proj.")[2]: row.how for row in rows if "layers.0.self_attn.q_proj" in row.key
+    }
+    assert how.pop("base_layer.weight") == "transposed"
+    assert how == dict.fromkeys(("lora_A.weight", "lora_B.weight", "moe_gate.weight"), "dropped: not of the base")
+    edit_safetensors(
+        folder / "model.safetensors", lambda t: t.pop(f"{PREFIX}model.layers.1.mlp.up_proj.base_layer.weight")
+    )
+    said = "up_proj.base_layer.weight: expected shape (80, 48), found no such tensor"
+    assert_refused(lambda: import_base(folder, tmp_path / "dest"), tmp_path / "dest", said)
+
+
+def test_a_fault_of_the_base_leaves_neither_bank_nor_gates(tmp_path: Path):
+    _, _, folder = write_original(tmp_path)
+    edit_safetensors(folder / "model.safetensors", lambda t: t[f"{PREFIX}model.norm.weight"].fill_(torch.nan))
+    base, bank, gates = (tmp_path / name for name in ("base", "bank", "gates"))
+    call = lambda: import_gates(folder, gates, bank, base=base, alpha=ALPHA, names=NAMES)  # noqa: E731
+    assert_refused(call, gates, "model.norm.weight: expected finite values")
+    assert not base.exists()
+    assert not bank.exists()
 
 
 def test_adapters_of_several_ranks_and_targets_are_padded(tmp_path: Path):

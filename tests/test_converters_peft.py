@@ -202,7 +202,7 @@ REFUSED_SETTINGS: dict[str, tuple[Any, str]] = {
     "lora_bias": ("all", "expected true or false"),
     "megatron_config": ({"x": 1}, "expected None"),
     "layer_replication": ([[0, 3]], "expected None"),
-    "trainable_token_indices": ([1, 2], "expected None"),
+    "trainable_token_indices": ([1, 2], "expected 2 rows of model.embed_tokens, found none"),
     "alora_invocation_tokens": ([1], "expected None"),
     "loftq_config": ({"loftq_bits": 4}, "LoftQ changes the base's weights"),
     "target_parameters": (["mlp.w"], "expected None"),
@@ -292,13 +292,16 @@ BROKEN_TENSORS = {
     ),
     "embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 320)}),
-        "(adapters on embeddings are not supported: no router acts there)",
+        "target_modules: expected none on model.embed_tokens, found tensors",
     ),
     "saved embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(320, 48)}),
         "embed_tokens.weight: expected the values of the base, found others",
     ),
-    "head": (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 48)}), "adapters on the head"),
+    "head": (
+        lambda t: t.update({"base_model.model.lm_head.lora_magnitude_vector": torch.ones(320)}),
+        "(the head may have LoRA, retrained tokens and saved copies of the base's)",
+    ),
     "unknown": (lambda t: t.update({"x": torch.ones(1)}), "x: expected lora_A or lora_B of", "(an unknown tensor)"),
     "module gone": (
         lambda t: [t.pop(f"{Q0}.lora_{half}.weight") for half in "AB"],

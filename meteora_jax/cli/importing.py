@@ -4,32 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from meteora_jax.cli.report import console, progress_bar, write_json
+from meteora_jax.cli.report import Conversion
 from meteora_jax.config import InputError, LlamaConfig, read_json
 from meteora_jax.evaluation.tasks import METEORA_TASKS
 
 
 @dataclass(frozen=True)
-class ImportBase:
+class ImportBase(Conversion):
     """Convert a LLaMA-family base model."""
 
     src: tyro.conf.Positional[Path]
-    """Hugging Face folder, one of Meta's own, or .gguf file."""
+    """Hugging Face folder, one of Meta's own, a checkpoint of the original MeteoRA, or .gguf file."""
     dest: tyro.conf.Positional[Path]
     """BASE folder to make."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Stored type; by default the source's own (float32 for quantised ones)."""
     dry_run: bool = False
     """Say what would be done, tensor by tensor, and write nothing."""
-    overwrite: bool = False
-    """Replace DEST if it exists, once the new one is complete."""
-    json: Path | None = None
-    """Write the report here too."""
 
 
 def import_base(command: ImportBase) -> None:
@@ -38,28 +35,20 @@ def import_base(command: ImportBase) -> None:
 
     if command.dry_run:
         config, rows = converters.plan_base(command.src, command.dtype)
-        show_plan(rows)
-        write_json(command.json, {"config": config.to_hf(), "tensors": [vars(row) for row in rows]})
+        command.tell(plan_lines(rows), {"config": config.to_hf(), "tensors": [vars(row) for row in rows]})
         return
-    with progress_bar("import base") as bar:
-        converters.import_base(
-            command.src,
-            command.dest,
-            dtype=command.dtype,
-            overwrite=command.overwrite,
-            progress=lambda key, done, total: bar(done, total, key),
-        )
+    command.run("import base", partial(converters.import_base, command.src, command.dest, command.dtype))
     config = LlamaConfig.from_hf(read_json(command.dest / "config.json"), str(command.dest / "config.json"))
     size = sum(f.stat().st_size for f in command.dest.iterdir())
-    console.print(
+    command.tell(
         f"{command.dest}: {config.num_layers} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size}, "
-        f"{size / 1e6:,.0f} MB", highlight=False
-    )  # fmt: skip
-    write_json(command.json, {"base": str(command.dest), "config": config.to_hf(), "bytes": size})
+        f"{size / 1e6:,.0f} MB",
+        {"base": str(command.dest), "config": config.to_hf(), "bytes": size},
+    )
 
 
 @dataclass(frozen=True)
-class ImportAdapters:
+class ImportAdapters(Conversion):
     """Convert PEFT LoRA folders into one bank."""
 
     dest: tyro.conf.Positional[Path]
@@ -70,19 +59,16 @@ class ImportAdapters:
     """BASE folder that the adapters were trained on."""
     dry_run: bool = False
     """Say what would be done, tensor by tensor, and write nothing."""
-    overwrite: bool = False
-    """Replace DEST if it exists, once the new one is complete."""
-    json: Path | None = None
-    """Write the report here too."""
 
 
-def show_plan(rows: Sequence[Any]) -> None:
-    """A line for each tensor of a dry run."""
+def plan_lines(rows: Sequence[Any]) -> list[str]:
+    """A line for each tensor of a dry run, and one for the sum."""
+    lines = []
     for row in rows:
         to = f"-> {row.to} {row.stored}, {row.how}" if row.to else f"-> {row.how}"
-        console.print(f"{row.key} {row.dtype} {row.shape} {to}", highlight=False, markup=False, soft_wrap=True)
+        lines.append(f"{row.key} {row.dtype} {row.shape} {to}")
     moved = sum(row.to is not None for row in rows)
-    console.print(f"{len(rows)} tensors: {moved} converted, {len(rows) - moved} dropped", highlight=False)
+    return [*lines, f"{len(rows)} tensors: {moved} converted, {len(rows) - moved} dropped"]
 
 
 def parse_adapters(pairs: Sequence[str]) -> list[tuple[str, Path]]:
@@ -100,27 +86,18 @@ def import_adapters(command: ImportAdapters) -> None:
 
     if command.dry_run:
         bank, plans = converters.describe_adapters(command.base, parse_adapters(command.adapters))
-        for name, rows in plans.items():
-            console.print(f"{name}:", highlight=False)
-            show_plan(rows)
+        lines = [line for name, rows in plans.items() for line in (f"{name}:", *plan_lines(rows))]
         tensors = {name: [vars(row) for row in rows] for name, rows in plans.items()}
-        write_json(command.json, {**bank.to_json(), "tensors": tensors})
+        command.tell(lines, {**bank.to_json(), "tensors": tensors})
         return
-    with progress_bar("import adapters") as bar:
-        bank = converters.import_adapters(
-            command.dest,
-            command.base,
-            parse_adapters(command.adapters),
-            overwrite=command.overwrite,
-            progress=lambda name, done, total: bar(done, total, name),
-        )
-    for a in bank.adapters:
-        console.print(f"{a.name}: rank {a.rank}, {' '.join(a.targets)}", highlight=False)
-    write_json(command.json, {"bank": str(command.dest), **bank.to_json()})
+    pairs = parse_adapters(command.adapters)
+    bank = command.run("import adapters", partial(converters.import_adapters, command.dest, command.base, pairs))
+    lines = [f"{a.name}: rank {a.rank}, {' '.join(a.targets)}" for a in bank.adapters]
+    command.tell(lines, {"bank": str(command.dest), **bank.to_json()})
 
 
 @dataclass(frozen=True)
-class ImportGates:
+class ImportGates(Conversion):
     """Convert a checkpoint of the original MeteoRA: its gates, and its adapters where there is no bank yet."""
 
     src: tyro.conf.Positional[Path]
@@ -130,7 +107,8 @@ class ImportGates:
     bank: Path
     """BANK folder that the gates are for; made from the checkpoint if it does not exist."""
     base: Path | None = None
-    """BASE folder whose weights the checkpoint must hold; by default only its own config.json is read."""
+    """BASE folder whose weights the checkpoint must hold; made from the checkpoint if it does not exist. None: only the
+    checkpoint's own config.json is read."""
     alpha: float | None = None
     """LoRA's alpha in training, which the checkpoint does not say; needed to make the bank."""
     names: tuple[str, ...] = METEORA_TASKS
@@ -139,35 +117,32 @@ class ImportGates:
     """Adapters for a token, as trained."""
     temperature: float = 1.0
     """Of the softmax over the chosen ones."""
-    overwrite: bool = False
-    """Replace DEST if it exists, once the new one is complete."""
-    json: Path | None = None
-    """Write the report here too."""
 
 
 def import_gates(command: ImportGates) -> None:
     """Runs `meteora import gates`."""
     import converters
 
-    with progress_bar("import gates") as bar:
-        gates = converters.import_gates(
-            command.src,
-            command.dest,
-            command.bank,
-            base=command.base,
-            alpha=command.alpha,
-            names=command.names,
-            top_k=command.top_k,
-            temperature=command.temperature,
-            overwrite=command.overwrite,
-            progress=lambda key, done, total: bar(done, total, key),
-        )
-    console.print(f"{command.dest}: gates of {len(gates.names)} adapters", highlight=False)
-    write_json(command.json, {"gates": str(command.dest), "bank": str(command.bank), **gates.to_json()})
+    convert = partial(
+        converters.import_gates,
+        command.src,
+        command.dest,
+        command.bank,
+        base=command.base,
+        alpha=command.alpha,
+        names=command.names,
+        top_k=command.top_k,
+        temperature=command.temperature,
+    )
+    gates = command.run("import gates", convert)
+    command.tell(
+        f"{command.dest}: gates of {len(gates.names)} adapters",
+        {"gates": str(command.dest), "bank": str(command.bank), **gates.to_json()},
+    )
 
 
 @dataclass(frozen=True)
-class ImportEncoder:
+class ImportEncoder(Conversion):
     """Convert a sentence encoder (BERT, RoBERTa, MPNet or T5 family) from a sentence-transformers folder."""
 
     src: tyro.conf.Positional[Path]
@@ -176,21 +151,16 @@ class ImportEncoder:
     """ENCODER folder to make."""
     instructor: bool = False
     """An Instructor: its pooling leaves out the instruction before a text, which its own folder does not say."""
-    overwrite: bool = False
-    """Replace DEST if it exists, once the new one is complete."""
-    json: Path | None = None
-    """Write the report here too."""
 
 
 def import_encoder(command: ImportEncoder) -> None:
     """Runs `meteora import encoder`."""
-    from converters.hf_encoder import import_encoder as convert
+    from converters.hf_encoder import import_encoder as into
 
-    with progress_bar("import encoder") as bar:
-        progress = lambda key, done, total: bar(done, total, key)  # noqa: E731
-        config = convert(command.src, command.dest, command.overwrite, progress, command.instructor)
-    console.print(
+    convert = partial(into, command.src, command.dest, instructor=command.instructor)
+    config = command.run("import encoder", convert)
+    command.tell(
         f"{command.dest}: {config.family}, {config.num_layers} layers, vectors of {config.width}, {config.pooling} "
-        f"pooling, at most {config.max_length} tokens", highlight=False
-    )  # fmt: skip
-    write_json(command.json, {"encoder": str(command.dest), "config": config.to_json()})
+        f"pooling, at most {config.max_length} tokens",
+        {"encoder": str(command.dest), "config": config.to_json()},
+    )

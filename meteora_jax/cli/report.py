@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+T = TypeVar("T")
 console = Console()
 status = Console(stderr=True)  # progress and remarks stay out of what a pipe reads
 
@@ -40,6 +42,27 @@ def progress_bar(what: str) -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What every command that converts files into a folder takes, and how it runs and reports."""
+
+    overwrite: bool = False
+    """Replace DEST if it exists, once the new one is complete."""
+    json: Path | None = None
+    """Write the report here too."""
+
+    def run(self, what: str, convert: Callable[..., T]) -> T:
+        """Calls a converter, which takes `overwrite` and `progress`, under a bar named `what`."""
+        with progress_bar(what) as bar:
+            return convert(overwrite=self.overwrite, progress=lambda note, done, total: bar(done, total, note))
+
+    def tell(self, lines: str | list[str], report: Any) -> None:
+        """Prints whole lines, however long, and writes the report to `json`."""
+        for line in [lines] if isinstance(lines, str) else lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        write_json(self.json, report)
 
 
 def default_dtype(dtype: str | None) -> str:

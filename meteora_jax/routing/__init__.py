@@ -55,7 +55,10 @@ class Routing:
 
 @runtime_checkable
 class BoundRouter(Protocol):
-    """A router made ready for one batch: a pytree whose leaves have B as their first axis."""
+    """A router made ready for one batch: a pytree whose leaves have B as their first axis.
+
+    One whose routing is the same for all tokens of a request, and reads neither x nor gate, says `per_request = True`.
+    """
 
     def route(self, x: jax.Array, gate: jax.Array | None) -> Routing: ...
 
@@ -82,6 +85,10 @@ class PerPrompt:
 
     which: Any
     routers: tuple[Any, ...]
+
+    @property
+    def per_request(self) -> bool:
+        return all(getattr(router, "per_request", False) for router in self.routers)
 
     def route(self, x: jax.Array, gate: jax.Array | None) -> Routing:
         routings = [r.route(x, gate) for r in self.routers]

@@ -53,6 +53,7 @@ class BoundRequests:
     indices: Any
     weights: Any
     fused: Any = None
+    per_request = True
 
     def route(self, x: jax.Array, gate: jax.Array | None) -> Routing:
         """Routing [B, 1, 1, C], which broadcasts over tokens and projections; x and gate are not read."""

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.adapters import AdapterParam, GateParam
 from meteora_jax.checkpoint import (
+    StoredArray,
     assemble,
     load_bank,
     load_base,
@@ -352,7 +353,7 @@ def _own_shards(layout: Layout, mesh: Mesh | None) -> list[int]:
 def _identity(
     config: LlamaConfig,
     bank: BankConfig,
-    weights: Mapping[Any, np.ndarray],
+    weights: Mapping[Any, StoredArray],
     tasks: Mapping[str, Sequence[Example]],
     settings: Training,
     kind: Any,
@@ -364,7 +365,7 @@ def _identity(
             digest.update(f"{name}\0{e.prompt}\0{e.response}\0".encode())
     sample = hashlib.sha256()
     for path in sorted(weights, key=str):  # a few rows of each weight tell one base from another
-        sample.update(np.ascontiguousarray(weights[path].reshape(-1)[:4096]).tobytes())
+        sample.update(weights[path].first(4096).tobytes())
     own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
     return {
         **own, "dtype": str(kind), "tasks": digest.hexdigest()[:16], "base": sample.hexdigest()[:16],

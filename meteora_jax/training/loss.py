@@ -127,7 +127,8 @@ def next_token_loss(model: Llama, hidden: jax.Array, batch: Batch) -> jax.Array:
     predicted = predicted.at[:, -1].set(False)
 
     def block(hidden: jax.Array, targets: jax.Array, predicted: jax.Array) -> jax.Array:
-        logits = constrain(model.logits(hidden), "batch", None, "vocab")
+        # what is trained acts in the layers alone, so the head needs no router
+        logits = constrain(model.logits(hidden, None), "batch", None, "vocab")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return jnp.sum(jnp.where(predicted, losses, 0.0))
 

@@ -1,0 +1,20 @@
+"""The project's own folders as converters read them: a description, and weights of which nothing is read yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters.tensor_files import TensorReader
+from meteora_jax.config import BankConfig, LlamaConfig, read_json
+
+
+def read_base(folder: Path) -> tuple[LlamaConfig, TensorReader]:
+    """A BASE folder. Raises InputError: a missing or damaged file, or tensors other than those of config.json."""
+    config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    return config, TensorReader(folder / "weights.safetensors", config.weight_shapes())
+
+
+def read_bank(folder: Path) -> tuple[BankConfig, TensorReader]:
+    """A BANK folder. Raises InputError: a missing or damaged file, or tensors other than those of bank.json."""
+    bank = BankConfig.from_json(read_json(folder / "bank.json"), str(folder / "bank.json"))
+    return bank, TensorReader(folder / "weights.safetensors", bank.weight_shapes())
