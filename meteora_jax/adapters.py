@@ -138,16 +138,13 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
 
 
 def routed_update(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, combine: jax.Array,
-    splits: tuple[int, ...],
-) -> jax.Array:  # fmt: skip
-    """What the routed adapters add to a group's output, float32 [B, T, O].
-
-    a, b, scale as in `AdaptedLinear`; combine float32 [B, T, P, A], every adapter's weight times its scale.
-    """
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, splits: tuple[int, ...]
+) -> jax.Array:
+    """What the routed adapters add to a group's output, float32 [B, T, O]; a, b, scale as in `AdaptedLinear`."""
     chosen = (routing.indices[:, 0, 0], routing.weights[:, 0, 0])
-    if routing.per_request:
+    if routing.per_request:  # nothing here may grow with the bank
         return request_lora(x, a, b, scale, *chosen, routing.fused, splits)
+    combine = routing.dense(scale.shape[1]) * scale[None, None]
     if routing.fused is None:
         return routed_lora(x, a, b, combine, splits)
     own = routing.fused[:, None, None, None]
@@ -231,12 +228,12 @@ class AdaptedLinear(nnx.Module):
             routing = router.route(x, self.gate[...] if self.gate is not None else None)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
                 scale = self.lora_scale[...]
-                weights = routing.dense(scale.shape[1])
-                combine = weights * scale[None, None]
-                update = routed_update(x, self.lora_a[...], self.lora_b[...], scale, routing, combine, self.splits)
+                update = routed_update(x, self.lora_a[...], self.lora_b[...], scale, routing, self.splits)
                 if self.lora_dora is not None:
+                    weights = routing.dense(scale.shape[1])
                     update += by_column(weights, self.lora_dora[...], self.splits) * plain.astype(jnp.float32)
                 if self.lora_bias is not None:
+                    combine = routing.dense(scale.shape[1]) * scale[None, None]
                     update += by_column(combine, self.lora_bias[...], self.splits)
                 y = (y.astype(jnp.float32) + update).astype(x.dtype)
         starts = [sum(self.splits[:i]) for i in range(1, len(self.splits))]

@@ -417,7 +417,7 @@ def main(bench: Bench) -> None:
         for source in sources:
             for record in source(bench, config, dtype, peak):
                 records.append(record)
-                if bench.json:  # at once: a lent machine may be taken away
+                if bench.json:  # at once: the machine may be taken away
                     bench.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
                 what = " ".join(str(record[k]) for k in ("what", "group", "implementation") if k in record)
                 error = (
