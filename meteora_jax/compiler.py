@@ -10,7 +10,7 @@ import jax
 
 # XLA's own Triton matrix products copy a layer's weights out of the stack before they read them (a decoding step of
 # Llama-3-8B takes 11.4 ms with them), and gave NaN in training; cuBLAS reads the stack where it lies.
-GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": True}
 
 
 def platform() -> str:
