@@ -72,8 +72,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-# What cuDNN's attention is used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences.
-FUSED_ATTENTION: tuple[Literal["prompt", "packed"], ...] = ("prompt",)
+# What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences,
+# "decode" steps that read the cache.
+Fused = Literal["prompt", "packed", "decode"]
+FUSED_ATTENTION: tuple[Fused, ...] = ("prompt",)
 
 
 class RmsNorm(nnx.Module):
@@ -142,19 +144,16 @@ class Layer(nnx.Module):
         return x + y, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, fused: Literal["prompt", "packed"] | None = None
-) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, fused: Fused | None = None) -> jax.Array:
     """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H].
 
-    Scores and softmax are float32. `fused`: by cuDNN, which never writes the scores; it has one for "prompt"s, padded
-    behind, whose mask it needs not read, and one for "packed" sequences. What stands at padding means nothing.
+    Scores and softmax are float32. `fused`: by cuDNN, which never writes the scores; see `FUSED_ATTENTION`. A prompt's
+    mask is causal, its padding behind it, and is not read. What stands at padding means nothing.
     jax.nn.dot_product_attention is not used elsewhere: it refuses float16 on a CPU.
     """
     if fused is not None:
-        y = jax.nn.dot_product_attention(
-            q, k, v, mask=mask if fused == "packed" else None, is_causal=True, implementation="cudnn"
-        )
+        mask_read, causal = None if fused == "prompt" else mask, fused != "decode"
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask_read, is_causal=causal, implementation="cudnn")
         return y.reshape(*y.shape[:2], -1)
     batch, length, heads, width = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
@@ -244,6 +243,8 @@ class Llama(nnx.Module):
         if self._has_fused_attention():
             if fresh and self.config.sliding_window is None and "prompt" in FUSED_ATTENTION:
                 fused = "prompt"
+            elif cache is not None and not fresh and "decode" in FUSED_ATTENTION:
+                fused = "decode"
             elif segments is not None and "packed" in FUSED_ATTENTION:
                 fused = "packed"
                 mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax

@@ -274,7 +274,10 @@ def test_prompts_by_cudnn_equal_prompts_by_xla(monkeypatch, router):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [4, 1])
-def test_a_gpu_decodes_and_compiles_once(rows):
+@pytest.mark.parametrize("fused", [(), ("prompt", "decode")])
+def test_a_gpu_decodes_and_compiles_once(monkeypatch, rows, fused):
+    monkeypatch.setattr(llama, "FUSED_ATTENTION", fused)
+    jax.clear_caches()
     decode_twice(rows)
 
 
