@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 FEW_ROWS = 64  # tokens for which a product's operands cost more than its operations
+ROUNDED_UPDATES = False  # round 16-bit updates before they are added: fewer bytes, one error more
 
 
 def einsum_float32(dtype: Any, equation: str, *operands: jax.Array) -> jax.Array:
@@ -66,9 +67,9 @@ def expand(h: Float[Array, "B T P A R"], b: Float[Array, "A R O"], splits: tuple
 def add_expanded(
     base: Float[Array, "*L O"], h: Float[Array, "*L P A R"], b: Float[Array, "A R O"], splits: tuple[int, ...]
 ) -> Float[Array, "*L O"]:
-    """base + `expand`, in base's dtype: 16-bit updates are never held in float32."""
-    lead, total = base.shape[:-1], base.shape[-1]
-    base, h = base.reshape(-1, total), h.reshape(-1, *h.shape[-3:])
+    """base + `expand`, in base's dtype."""
+    lead, width = base.shape[:-1], base.shape[-1]
+    base, h = base.reshape(-1, width), h.reshape(-1, *h.shape[-3:])
     if base.dtype == jnp.float32:
         y = base + expand(h[:, None], b, splits)[:, 0]
     elif base.shape[0] <= FEW_ROWS and len(splits) > 1:
@@ -77,12 +78,16 @@ def add_expanded(
         own = [wide[:, p, start:stop] for p, (start, stop) in enumerate(columns(splits))]
         y = (base.astype(jnp.float32) + jnp.concatenate(own, axis=-1)).astype(base.dtype)
     else:
-        parts = [
-            base[:, start:stop] + jnp.einsum("mar,aro->mo", h[:, p], b[:, :, start:stop])
-            for p, (start, stop) in enumerate(columns(splits))
-        ]
+        parts = []
+        for p, (start, stop) in enumerate(columns(splits)):
+            plain, update = base[:, start:stop], (h[:, p], b[:, :, start:stop])
+            if ROUNDED_UPDATES:
+                parts.append(plain + jnp.einsum("mar,aro->mo", *update))
+            else:
+                total = plain.astype(jnp.float32) + einsum_float32(b.dtype, "mar,aro->mo", *update)
+                parts.append(total.astype(base.dtype))
         y = jnp.concatenate(parts, axis=-1)
-    return y.reshape(*lead, total)
+    return y.reshape(*lead, width)
 
 
 def shrink(
