@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import constrain
-from pallas_kernels.routed_lora import routed_lora
+from pallas_kernels.routed_lora import add_routed_lora, gated, routed_lora
+from pallas_kernels.routed_lora.reference import add_expanded, einsum_float32, shrink
 
 
 class BaseParam(nnx.Param):
@@ -121,6 +125,7 @@ def by_column(combine: jax.Array, columns: jax.Array, splits: tuple[int, ...]) -
 
 
 CPU_BLOCK = 192
+GPU_ROWS = 1  # rows that a single token is padded to on a GPU; beyond 1 cuBLAS takes another kernel
 
 
 def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
@@ -131,6 +136,9 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
     therefore taken in blocks, which costs a few percent. GPUs and TPUs accumulate in blocks by themselves.
     """
     width = x.shape[-1]
+    if platform() == "gpu" and x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) == 1 and GPU_ROWS > 1:
+        padded = jnp.pad(x, [(0, GPU_ROWS - 1)] + [(0, 0)] * (x.ndim - 1))
+        return jnp.einsum(equation, padded, weight)[:1]
     if x.dtype != jnp.float32 or jax.default_backend() != "cpu" or width <= CPU_BLOCK:
         return jnp.einsum(equation, x, weight)
     blocks = [(start, min(start + CPU_BLOCK, width)) for start in range(0, width, CPU_BLOCK)]
@@ -138,17 +146,27 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
     return functools.reduce(jnp.add, parts)
 
 
-def routed_update(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, combine: jax.Array,
-    splits: tuple[int, ...],
-) -> jax.Array:  # fmt: skip
-    """What the routed adapters add to a group's output, float32 [B, T, O].
+def add_update(
+    y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, splits: tuple[int, ...]
+) -> jax.Array:
+    """y [B, T, O] + what the routed adapters add to it, in y's dtype; a, b, scale as in `AdaptedLinear`."""
+    requests, choices = routing.indices.shape[0], routing.indices.shape[-1]
+    # a batch whose requests name as many adapters as there are reads every one of them once
+    dense = not routing.per_request or requests * choices >= scale.shape[1]
+    if y.dtype == jnp.float32 or routing.fused is not None or not dense:
+        return (y.astype(jnp.float32) + routed_update(x, a, b, scale, routing, splits)).astype(y.dtype)
+    h = shrink(x, a, routing.dense(scale.shape[1]) * scale[None, None])
+    return add_expanded(y, h, b, splits)
 
-    a, b, scale as in `AdaptedLinear`; combine float32 [B, T, P, A], every adapter's weight times its scale.
-    """
+
+def routed_update(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, splits: tuple[int, ...]
+) -> jax.Array:
+    """What the routed adapters add to a group's output, float32 [B, T, O]; a, b, scale as in `AdaptedLinear`."""
     chosen = (routing.indices[:, 0, 0], routing.weights[:, 0, 0])
-    if routing.per_request:
+    if routing.per_request:  # nothing here may grow with the bank
         return request_lora(x, a, b, scale, *chosen, routing.fused, splits)
+    combine = routing.dense(scale.shape[1]) * scale[None, None]
     if routing.fused is None:
         return routed_lora(x, a, b, combine, splits)
     own = routing.fused[:, None, None, None]
@@ -192,7 +210,7 @@ class AdaptedLinear(nnx.Module):
 
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
     lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A];
-    lora_dora, lora_bias float32 [A, O], None where no adapter has any.
+    lora_dora, lora_bias float32 [A, O], None where no adapter has any; slim [P, N, I], see `prepare`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
 
@@ -222,24 +240,64 @@ class AdaptedLinear(nnx.Module):
         self.lora_dora = columns() if bank and any(p in bank.dora for p in GROUPS[group]) else None
         self.lora_bias = columns() if bank and any(p in bank.lora_bias for p in GROUPS[group]) else None
         self.gate = GateParam(jnp.zeros((width, count, adapters), jnp.float32), axes=(i, None, None)) if gates else None
+        self.slim: AdapterConstant | None = None
+
+    def prepare(self) -> None:
+        """Keeps the gates, and the A's of a bank that is not too wide, as one matrix in A's dtype beside them.
+
+        For inference on one device, on layers as they are stacked; where DoRA or biases act, nothing is kept.
+        """
+        if self.gate is None or self.lora_a is None or self.lora_dora is not None or self.lora_bias is not None:
+            return
+        a = self.lora_a[...]
+        if a.shape[-3] * a.shape[-2] > gated.DENSE_WIDTH:
+            a = a[..., :0, :]
+        slim = jax.jit(jax.vmap(gated.slim_matrix))(self.gate[...], a)
+        self.slim = nnx.data(AdapterConstant(slim, axes=(None, None, None)))  # was None, which NNX took for static
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:
         """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base)."""
         plain = contract("bti,io->bto", x, self.kernel[...], 0)
         y = plain if self.bias is None else plain + self.bias[...][None, None, :]
         routing = None
-        if router is not None:
+        if self.slim is not None and isinstance(router, BoundGates) and router.allowed is None:
+            y, routing = self._gated(x, y, self.slim[...], router)
+        elif router is not None:
             routing = router.route(x, self.gate[...] if self.gate is not None else None)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
                 scale = self.lora_scale[...]
-                weights = routing.dense(scale.shape[1])
-                combine = weights * scale[None, None]
-                update = routed_update(x, self.lora_a[...], self.lora_b[...], scale, routing, combine, self.splits)
+                y = add_update(y, x, self.lora_a[...], self.lora_b[...], scale, routing, self.splits)
                 if self.lora_dora is not None:
-                    update += by_column(weights, self.lora_dora[...], self.splits) * plain.astype(jnp.float32)
+                    weights = routing.dense(scale.shape[1])
+                    more = by_column(weights, self.lora_dora[...], self.splits) * plain.astype(jnp.float32)
+                    y = (y.astype(jnp.float32) + more).astype(x.dtype)
                 if self.lora_bias is not None:
-                    update += by_column(combine, self.lora_bias[...], self.splits)
-                y = (y.astype(jnp.float32) + update).astype(x.dtype)
+                    combine = routing.dense(scale.shape[1]) * scale[None, None]
+                    more = by_column(combine, self.lora_bias[...], self.splits)
+                    y = (y.astype(jnp.float32) + more).astype(x.dtype)
         starts = [sum(self.splits[:i]) for i in range(1, len(self.splits))]
         inner = "inner" if self.sides[1] == "inner" else None  # the residual stream stays whole along D
         return [constrain(part, "batch", None, inner) for part in jnp.split(y, starts, axis=-1)], routing
+
+    def _gated(self, x: jax.Array, base: jax.Array, slim: jax.Array, router: BoundGates) -> tuple[jax.Array, Routing]:
+        """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits."""
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        assert self.lora_scale is not None
+        a, b, scale = self.lora_a[...], self.lora_b[...], self.lora_scale[...]
+        batch, length, _ = x.shape
+        rows = batch * length
+        flat = lambda z: z.reshape(rows, *z.shape[2:])  # noqa: E731
+        by_row = lambda z: jnp.broadcast_to(z[:, None], (batch, length)).reshape(rows)  # noqa: E731
+        choice = by_row(router.counts), by_row(router.temperatures)
+        if a.shape[1] * a.shape[2] <= gated.DENSE_WIDTH:
+            y, *routing = gated.gated_lora(
+                flat(x), slim, b, scale, *choice, flat(base), self.splits, router.max_k,
+                implementation=gated.choose(platform(), rows),
+            )  # fmt: skip
+        else:
+            logits = einsum_float32(x.dtype, "mi,pni->mpn", flat(x), slim)[..., : scale.shape[1]]
+            routing = gated.choose_adapters(logits, *choice, router.max_k)
+            y = add_routed_lora(flat(x), a, b, *routing, scale, flat(base), self.splits)
+        indices, weights = (z.reshape(batch, length, *z.shape[1:]) for z in routing)
+        return y.reshape(base.shape), Routing(indices, weights)

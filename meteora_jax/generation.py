@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from meteora_jax.compiler import jit
 from meteora_jax.config import GROUPS, InputError, LlamaConfig
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import NO_ADAPTER, BoundRouter, Routing
@@ -114,7 +115,7 @@ def _emit(state: Decoding, logits: jax.Array, how: dict[str, jax.Array], eos: ja
     return dataclasses.replace(state, tokens=tokens, counts=counts, done=state.done | ended, step=state.step + 1)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "room"))
+@jit(static_argnames=("graph", "room"))
 def prefill(
     graph: Any,
     weights: Any,
@@ -152,7 +153,7 @@ def prefill(
     return _emit(state, model.logits(last, router), how, eos), out.observed
 
 
-@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
+@jit(static_argnames=("graph",), donate_argnames=("state",))
 def decode(
     graph: Any,
     weights: Any,

@@ -9,7 +9,6 @@ own. What is asked, and how a text becomes tokens, is as in the harness' `hf` mo
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from meteora_jax.compiler import jit
 from meteora_jax.config import InputError
 from meteora_jax.generation import bucket, pad_prompts
 from meteora_jax.kv_cache import EMPTY
@@ -40,7 +40,7 @@ _CHUNK = 8  # positions whose logits exist at once; `bucket` gives multiples of 
 Request = tuple[Any, list[int], list[int]]
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
+@jit(static_argnames=("graph",))
 def _score(
     graph: Any,
     weights: Any,

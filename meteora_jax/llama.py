@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meteora_jax.adapters import AdaptedLinear, BaseParam, contract
+from meteora_jax.compiler import platform
 from meteora_jax.config import BankConfig, LlamaConfig
 from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.sharding import constrain
+from pallas_kernels.routed_lora.reference import einsum_float32
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
 Observer = Callable[[tuple[Routing, ...]], Any]
@@ -71,6 +73,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return turned.astype(x.dtype)
 
 
+# What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences,
+# "decode" steps that read the cache.
+Fused = Literal["prompt", "packed", "decode"]
+FUSED_ATTENTION: tuple[Fused, ...] = ("prompt",)
+
+
 class RmsNorm(nnx.Module):
     """x / rms(x) * scale, in float32."""
 
@@ -87,11 +95,13 @@ class RmsNorm(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2], mask bool [B, 1, T, S]."""
+    """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2], mask bool [B, 1, T, S], and
+    `attend`'s `fused`."""
 
     cos: Any
     sin: Any
     mask: Any
+    fused: Any = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Layer(nnx.Module):
@@ -128,21 +138,27 @@ class Layer(nnx.Module):
             cache = cache.write(index, k, v)
             if not fresh:
                 k, v = cache.layer(index)
-        (y,), r_o = self.o(attend(q, k, v, where.mask), router)
+        (y,), r_o = self.o(attend(q, k, v, where.mask, where.fused), router)
         x = x + y
         (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router)
         (y,), r_down = self.down(jax.nn.silu(gate) * up, router)
         return x + y, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, fused: Fused | None = None) -> jax.Array:
     """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H].
 
-    Scores and softmax are float32. jax.nn.dot_product_attention is not used: it refuses float16 on a CPU.
+    Scores and softmax are float32. `fused`: by cuDNN, which never writes the scores; see `FUSED_ATTENTION`. A prompt's
+    mask is causal, its padding behind it, and is not read. What stands at padding means nothing.
+    jax.nn.dot_product_attention is not used elsewhere: it refuses float16 on a CPU.
     """
+    if fused is not None:
+        mask_read, causal = None if fused == "prompt" else mask, fused != "decode"
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask_read, is_causal=causal, implementation="cudnn")
+        return y.reshape(*y.shape[:2], -1)
     batch, length, heads, width = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * width**-0.5
+    scores = einsum_float32(q.dtype, "btkgh,bskh->bkgts", q, k) * width**-0.5
     # finite, so that the rows of padding, which see nobody, stay numbers
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     y = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
@@ -210,7 +226,8 @@ class Llama(nnx.Module):
         Args:
             tokens: int32 [B, T]. positions: int32 [B, T], each token's place in its own sequence, EMPTY for
                 padding, which nobody attends to.
-            cache: read and extended; `fresh` says that it is still empty, so that only the new keys are read.
+            cache: read and extended; `fresh` says that it is still empty, so that only the new keys are read, and that
+                each row is one sequence from position 0 on, its padding behind it.
             segments: int32 [B, T] for packed sequences (no cache): a token sees its own segment only.
             observe: see `Observer`; its result is stacked, layers first.
             remat: recompute each layer in the backward pass instead of keeping its activations; "dots" keeps the
@@ -228,7 +245,16 @@ class Llama(nnx.Module):
             mask &= keys[:, None, :] > positions[:, :, None] - self.config.sliding_window
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
-        where = Where(*rotation(self.config, positions), mask[:, None])
+        fused = None
+        if self._has_fused_attention():
+            if fresh and self.config.sliding_window is None and "prompt" in FUSED_ATTENTION:
+                fused = "prompt"
+            elif cache is not None and not fresh and "decode" in FUSED_ATTENTION:
+                fused = "decode"
+            elif segments is not None and "packed" in FUSED_ATTENTION:
+                fused = "packed"
+                mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
+        where = Where(*rotation(self.config, positions), mask[:, None], fused)
         x = self.embed[...][tokens]
         acting = self._at_ends(router, x)
         if acting is not None and self.embed_adapters is not None:
@@ -250,6 +276,14 @@ class Llama(nnx.Module):
             cache = cache.advance(tokens.shape[1])
         return LlamaOutput(self.norm(x), cache, observed)
 
+    def _has_fused_attention(self) -> bool:
+        """Whether cuDNN's attention serves this model here: 16 bit on one GPU since Ampere, head dims it knows."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if platform() != "gpu" or self.embed.dtype.itemsize != 2 or not (mesh.empty or mesh.size == 1):
+            return False
+        recent = float(jax.devices()[0].compute_capability) >= 8.0
+        return recent and self.config.head_dim % 8 == 0 and self.config.head_dim <= 128
+
     def _at_ends(self, router: BoundRouter | None, x: jax.Array) -> Routing | None:
         """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
         return request_routing(router, self.at_ends, x) if router is not None and self.at_ends else None
@@ -267,3 +301,11 @@ class Llama(nnx.Module):
             if hidden.ndim == 2:
                 return self.head_adapters.logits(plain[:, None], hidden[:, None], acting)[:, 0]
             return self.head_adapters.logits(plain, hidden, acting)
+
+
+def prepare_gates(graph: Any, weights: Any) -> tuple[Any, Any]:
+    """The model with `AdaptedLinear.prepare` done to every group: what `mj.load` gives a GPU in 16 bit."""
+    model = nnx.merge(graph, weights)
+    for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
+        linear.prepare()
+    return nnx.split(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -14,9 +13,11 @@ import numpy as np
 from flax import nnx
 
 from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates
+from meteora_jax.compiler import jit, platform
 from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig
 from meteora_jax.generation import Generator, Sampling, check_prompts, pad_batch
 from meteora_jax.kv_cache import EMPTY
+from meteora_jax.llama import prepare_gates
 from meteora_jax.routing import BoundRouter, RoutingTrace, bind
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.retrieval import Found, look_up
@@ -208,7 +209,7 @@ def _is_token_ids(prompt: Any) -> bool:
     return not isinstance(prompt, str) and all(isinstance(t, int | np.integer) for t in prompt)
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
+@jit(static_argnames=("graph",))
 def _logits(graph: Any, weights: Any, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None) -> jax.Array:
     model = nnx.merge(graph, weights)
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -241,4 +242,6 @@ def load(
     loaded = load_bank(bank, config, kind) if bank is not None else None
     gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
     graph, state = assemble(config, weights, loaded, columns, kind, mesh)
+    if platform() == "gpu" and mesh is None and kind.itemsize == 2:
+        graph, state = prepare_gates(graph, state)
     return Meteora(config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh)

@@ -32,9 +32,10 @@ from rich.table import Table
 
 import meteora_jax as mj
 from meteora_jax.adapters import GateParam
+from meteora_jax.compiler import jit, platform
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.generation import Sampling, decode, prefill
-from meteora_jax.llama import Llama
+from meteora_jax.llama import Llama, prepare_gates
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.routed_lora import add_routed_lora
@@ -67,7 +68,8 @@ class Bench:
     rank: tuple[int, ...] = (8,)
     top_k: int = 2
     routing: Literal["gates", "given", "request"] = "gates"
-    """`kernel` only: tokens routed by gates (which are timed too), by indices given beforehand, or one a request."""
+    """Tokens routed by gates (which are timed too), `kernel` only: by indices given beforehand, or a mixture of
+    --top-k adapters for each request."""
     implementation: tuple[str, ...] = ()
     """`kernel` only: which to time; all that this device has, if none is named."""
     group: tuple[Group, ...] = ("qkv", "o", "gate_up", "down")
@@ -272,7 +274,7 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
 
 
 def random_model(config: LlamaConfig, adapters: int, rank: int, dtype: Any) -> tuple[Any, Any, tuple[str, ...]]:
-    """(graph, weights, names) of a model with a bank and gates."""
+    """(graph, weights, names) of a model with a bank and gates, as training has it."""
     infos = tuple(AdapterInfo(f"adapter_{i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
@@ -286,10 +288,10 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
     size = jnp.dtype(dtype).itemsize
     for adapters, rank in ((a, r) for a in bench.adapters for r in bench.rank):
         graph, weights, names = random_model(config, adapters, rank, dtype)
+        ready = prepare_gates(graph, weights) if platform() == "gpu" and size == 2 else (graph, weights)
         choices = min(bench.top_k, adapters)
         for batch, length in ((b, s) for b in bench.batch for s in bench.sequence):
-            gates = mj.Gates(top_k=choices)
-            routers = {"bare": None, "adapted": gates.bind([gates] * batch, names)}
+            routers = {"bare": None, "adapted": bound_router(bench.routing, choices, batch, names)}
             tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size, jnp.int32)
             for what in (w for w in bench.what if w != "kernel"):
                 rows = batch if what == "decode" else batch * length
@@ -298,20 +300,29 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
                 work = Work(0, 0)
                 for group in GROUPS:
                     work += group_work(config, group, rows, size)
-                    work += adapter_work(config, group, rows, min(adapters, rows * choices), choices, rank, size)
+                    named = batch if bench.routing == "request" else rows
+                    work += adapter_work(config, group, rows, min(adapters, named * choices), choices, rank, size)
                 work = work.scaled(config.num_layers) + (head.scaled(length) if what == "train" else head)
                 if what == "train":
                     work = Work(3 * work.flops, 3 * work.bytes)  # forward, again for lack of memory, backward
                     contenders = training(graph, weights, routers["adapted"], tokens, adapters)
                 else:
-                    contenders = {
-                        name: generating(what, graph, weights, router, tokens) for name, router in routers.items()
-                    }
+                    contenders = {name: generating(what, *ready, router, tokens) for name, router in routers.items()}
                 times = alternate(contenders, bench.seconds)
                 yield measured(
                     bench, what, times["adapted"], times["bare"], work, peak, adapters=adapters, rank=rank,
-                    batch=batch, sequence=length,
+                    batch=batch, sequence=length, routing=bench.routing,
                 )  # fmt: skip
+
+
+def bound_router(routing: str, choices: int, batch: int, names: tuple[str, ...]) -> Any:
+    """Gates for every token, or for request i a mixture of the adapters i * choices, i * choices + 1, ..."""
+    if routing == "gates":
+        gates = mj.Gates(top_k=choices)
+        return gates.bind([gates] * batch, names)
+    mixed = [[names[(i * choices + c) % len(names)] for c in range(choices)] for i in range(batch)]
+    requests = [mj.Fixed(dict.fromkeys(row, 1 / choices)) for row in mixed]
+    return requests[0].bind(requests, names)
 
 
 def generating(what: str, graph: Any, weights: Any, router: Any, tokens: jax.Array, steps: int = 32) -> Timed:
@@ -342,7 +353,7 @@ def training(graph: Any, weights: Any, router: Any, tokens: jax.Array, adapters:
     step = lambda s: update(frozen, s, batch, router)  # noqa: E731
     bare_graph, embed, rest = nnx.split(model, nnx.PathContains("embed"), ...)
 
-    @jax.jit
+    @jit()
     def bare(embed: Any, rest: Any) -> Any:
         def loss(embed: Any) -> jax.Array:
             model = nnx.merge(bare_graph, embed, rest)
@@ -402,6 +413,10 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 def main(bench: Bench) -> None:
     """Measures, prints, and keeps what was asked for; records measured before an error are kept too."""
     config = llama(bench.shape)
+    if bench.routing != "gates" and "train" in bench.what:
+        raise InputError(f"--what train: expected --routing gates, found {bench.routing}")
+    if bench.routing == "given" and set(bench.what) != {"kernel"}:
+        raise InputError(f"--routing given: expected --what kernel, found {', '.join(bench.what)}")
     if bench.layers is not None:
         config = dataclasses.replace(config, num_layers=bench.layers)
     cpu = jax.default_backend() == "cpu"
@@ -417,7 +432,7 @@ def main(bench: Bench) -> None:
         for source in sources:
             for record in source(bench, config, dtype, peak):
                 records.append(record)
-                if bench.json:  # at once: a lent machine may be taken away
+                if bench.json:  # at once: the machine may be taken away
                     bench.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
                 what = " ".join(str(record[k]) for k in ("what", "group", "implementation") if k in record)
                 error = (

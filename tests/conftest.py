@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import beartype
@@ -27,8 +28,11 @@ def check_types(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if function.__name__ == "__init__" else beartype.beartype(function)
 
 
-# Every annotated function of these packages checks its arguments and result, shapes included.
-install_import_hook(("meteora_jax", "converters", "pallas_kernels"), f"{__name__}.check_types")
+# Every annotated function of these packages checks its arguments and result, shapes included. What Triton compiles
+# from source is left as it is written: rewritten functions have lost the module's globals.
+kernels = sorted(Path(__file__).parents[1].glob("pallas_kernels/*/*.py"))
+kernels = [f"pallas_kernels.{path.parent.name}.{path.stem}" for path in kernels if path.stem != "triton_kernels"]
+install_import_hook(("meteora_jax", "converters", *kernels), f"{__name__}.check_types")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

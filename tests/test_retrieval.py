@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,8 +69,21 @@ def test_compositions_equal_the_formula(chosen, adapters, rank, seed):
     # the same requests in a batch that holds token-level choices as well: axes T and P are written out
     wide = lambda z: jnp.broadcast_to(z[:, None, None], (3, 5, 2, chosen))  # noqa: E731
     routing = Routing(wide(jnp.asarray(indices)), wide(f32(weights)), fused=jnp.asarray(fused))
-    combine = routing.dense(adapters) * f32(scale)[None, None]
-    assert np.abs(np.asarray(routed_update(*arguments, routing, combine, splits)) - ours).max() <= 1e-4
+    assert np.abs(np.asarray(routed_update(*arguments, routing, splits)) - ours).max() <= 1e-4
+
+
+def test_a_request_s_adapters_cost_the_same_in_any_bank():
+    def operations(adapters: int) -> float:
+        shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+        update = lambda x, a, b, scale, i, w: routed_update(x, a, b, scale, Routing(i, w), (48, 16))  # noqa: E731
+        arguments = (
+            shape(4, 3, 32), shape(2, adapters, 8, 32), shape(adapters, 8, 64), shape(2, adapters),
+            shape(4, 1, 1, 3, dtype=jnp.int32), shape(4, 1, 1, 3),
+        )  # fmt: skip
+        costs = jax.jit(update).lower(*arguments).compile().cost_analysis()
+        return costs["flops"]
+
+    assert operations(400) == operations(4)
 
 
 def torch_composed_logits(world, row, adapters, fused) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from meteora_jax.config import InputError
 from meteora_jax.routing import NO_ADAPTER, Routing
+from pallas_kernels.routed_lora.reference import einsum_float32
 
 
 def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -84,7 +85,7 @@ class BoundGates:
 
     def route(self, x: jax.Array, gate: jax.Array) -> Routing:
         """x [B, T, I], gate float32 [I, P, A] -> Routing [B, T, P, max_k], with its logits."""
-        logits = jnp.einsum("bti,ipa->btpa", x, gate.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = einsum_float32(x.dtype, "bti,ipa->btpa", x, gate.astype(x.dtype))
         eligible = logits
         if self.allowed is not None:
             eligible = jnp.where(self.allowed[:, None, None, :], logits, -jnp.inf)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from meteora_jax.adapters import AdapterParam, GateParam
+from meteora_jax.compiler import Jit
 from meteora_jax.routing import BoundRouter
 from meteora_jax.sharding import constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
@@ -100,10 +101,10 @@ def make_step(
         return TrainState(params, moments), losses
 
     if mesh is None:
-        return jax.jit(step, donate_argnums=1)
+        return Jit(step, donate_argnums=1)
     # outputs lie where the inputs did: else the second call would find another layout and compile again
     kept = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=1, out_shardings=(kept, replicated(mesh)))
+    return Jit(step, donate_argnums=1, out_shardings=(kept, replicated(mesh)))
 
 
 def gradients(

@@ -9,11 +9,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+FEW_ROWS = 64  # tokens for which a product's operands cost more than its operations
+ROUNDED_UPDATES = False  # round 16-bit updates before they are added: fewer bytes, one error more
+
 
 def einsum_float32(dtype: Any, equation: str, *operands: jax.Array) -> jax.Array:
     """einsum of operands of `dtype`, accumulated in float32; float32 operands are not rounded to fewer bits."""
+    if dtype == jnp.bfloat16 and len(operands) == 2:
+        return _einsum_bfloat16(equation, *operands)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum_bfloat16(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A float32 product of bfloat16 operands whose backward products are of bfloat16 operands as well.
+
+    By itself JAX multiplies the float32 gradient with the other operand, and XLA widens that one to float32.
+    """
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _einsum_forward(equation, x, y):
+    return _einsum_bfloat16(equation, x, y), (x, y)
+
+
+def _einsum_backward(equation, kept, dz):
+    _, pull = jax.vjp(functools.partial(jnp.einsum, equation), *kept)
+    return pull(dz.astype(jnp.bfloat16))
+
+
+_einsum_bfloat16.defvjp(_einsum_forward, _einsum_backward)
 
 
 def columns(splits: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -38,6 +64,40 @@ def expand(h: Float[Array, "B T P A R"], b: Float[Array, "A R O"], splits: tuple
     return jnp.concatenate(updates, axis=-1)
 
 
+def add_expanded(
+    base: Float[Array, "*L O"], h: Float[Array, "*L P A R"], b: Float[Array, "A R O"], splits: tuple[int, ...]
+) -> Float[Array, "*L O"]:
+    """base + `expand`, in base's dtype."""
+    lead, width = base.shape[:-1], base.shape[-1]
+    base, h = base.reshape(-1, width), h.reshape(-1, *h.shape[-3:])
+    if base.dtype == jnp.float32:
+        y = base + expand(h[:, None], b, splits)[:, 0]
+    elif base.shape[0] <= FEW_ROWS and len(splits) > 1:
+        # every column for every projection, and then the own ones: b cut by columns would be copied
+        wide = jnp.einsum("mpar,aro->mpo", h, b, preferred_element_type=jnp.float32)
+        own = [wide[:, p, start:stop] for p, (start, stop) in enumerate(columns(splits))]
+        y = (base.astype(jnp.float32) + jnp.concatenate(own, axis=-1)).astype(base.dtype)
+    else:
+        parts = []
+        for p, (start, stop) in enumerate(columns(splits)):
+            plain, update = base[:, start:stop], (h[:, p], b[:, :, start:stop])
+            if ROUNDED_UPDATES:
+                parts.append(plain + jnp.einsum("mar,aro->mo", *update))
+            else:
+                total = plain.astype(jnp.float32) + einsum_float32(b.dtype, "mar,aro->mo", *update)
+                parts.append(total.astype(base.dtype))
+        y = jnp.concatenate(parts, axis=-1)
+    return y.reshape(*lead, width)
+
+
+def shrink(
+    x: Float[Array, "B T I"], a: Float[Array, "P A R I"], combine: Float[Array, "B T1 P1 A"]
+) -> Float[Array, "B T P A R"]:
+    """x through every A, times the weights of `routed_lora`, in x's dtype."""
+    h = einsum_float32(x.dtype, "bti,pari->btpar", x, a)
+    return (h * combine[..., None].astype(jnp.float32)).astype(x.dtype)
+
+
 def routed_lora(
     x: Float[Array, "B T I"],
     a: Float[Array, "P A R I"],
@@ -59,6 +119,4 @@ def routed_lora(
     Returns:
         float32. Products are accumulated in float32; the weighted shrink is rounded to x's dtype.
     """
-    h = einsum_float32(x.dtype, "bti,pari->btpar", x, a)
-    h = (h * combine[..., None].astype(jnp.float32)).astype(x.dtype)
-    return expand(h, b, splits)
+    return expand(shrink(x, a, combine), b, splits)

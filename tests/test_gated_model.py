@@ -1,0 +1,288 @@
+"""What a GPU runs in 16 bit: gates and shrinks in one matrix, sums in the model's dtype, cuDNN, XLA's options."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import meteora_jax as mj
+from meteora_jax import compiler, llama
+from meteora_jax.adapters import add_update
+from meteora_jax.compiler import Jit
+from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, GateConfig, LlamaConfig
+from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
+from meteora_jax.kv_cache import EMPTY, KVCache
+from meteora_jax.llama import Llama, prepare_gates
+from meteora_jax.routing import NO_ADAPTER, Routing
+from meteora_jax.sharding import make_mesh, use_mesh
+from pallas_kernels.routed_lora import gated, reference
+
+ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90)), [200]]
+NAMES = ("apple", "birch", "cedar", "daisy")
+HALF = (jnp.bfloat16, jnp.float16)
+
+
+def prepared(model: mj.Meteora) -> mj.Meteora:
+    graph, weights = prepare_gates(model.graph, model.weights)
+    return dataclasses.replace(model, graph=graph, weights=weights)
+
+
+def run(model: mj.Meteora, router: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, and every token's indices and weights, of the longest of ROWS."""
+    tokens = jnp.asarray([ROWS[2]])
+    module = nnx.merge(model.graph, model.weights)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    out = module(tokens, positions, model.bind(router, 1), observe=observe_routing)
+    indices, weights = out.observed
+    return np.asarray(module.logits(out.hidden, None)), np.asarray(indices), np.asarray(weights)
+
+
+@pytest.mark.parametrize("width", [gated.DENSE_WIDTH, 1], ids=["gates and shrinks", "gates alone"])
+@pytest.mark.parametrize("router", [mj.Gates(2), mj.Gates(1), mj.Gates(3, temperature=4.0)])
+def test_the_slim_matrix_routes_and_computes_as_gates_and_adapters_do(world, monkeypatch, router, width):
+    monkeypatch.setattr(gated, "DENSE_WIDTH", width)
+    model, slim = world["model"], prepared(world["model"])
+    held = nnx.merge(slim.graph, slim.weights).layers.qkv
+    assert held.slim[...].shape[1:] == (3, 256, held.kernel.shape[1])
+    assert bool(jnp.any(held.slim[...][:, :, 32:] != 0)) == (width > 1)
+    wanted, found = run(model, router), run(slim, router)
+    assert np.abs(found[0] - wanted[0]).max() <= 1e-4 * np.abs(wanted[0]).max()
+    assert np.array_equal(found[1], wanted[1])
+    assert np.allclose(found[2], wanted[2], atol=1e-4)
+
+
+def test_generation_with_the_slim_matrix_tells_the_same_story(world):
+    model = world["model"]
+    routers = [mj.Gates(2), mj.Gates(1), mj.Gates(3), None]
+    wanted = model.generate(ROWS, routers, max_new_tokens=12)
+    for a, b in zip(prepared(model).generate(ROWS, routers, max_new_tokens=12), wanted, strict=True):
+        assert (a.token_ids, a.text) == (b.token_ids, b.text)
+        assert np.array_equal(a.routing.indices, b.routing.indices)
+        assert np.allclose(a.routing.weights, b.routing.weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("router", [mj.Fixed("cedar"), mj.Gates(1, within=("apple", "birch")), [mj.Gates(1)], None])
+def test_other_routers_are_served_beside_the_slim_matrix(world, router):
+    wanted, found = (m.logits([ROWS[0]], router) for m in (world["model"], prepared(world["model"])))
+    assert np.allclose(np.asarray(found), np.asarray(wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize("slim", [False, True])
+def test_half_precision_is_as_near_to_float32_as_its_rounding(world, slim):
+    """With every adapter chosen: a choice that rounding turns is no small error."""
+    model = mj.load(world["base"], world["bank"], world["gates"], dtype="bfloat16")
+    model = prepared(model) if slim else model
+    exact, found = run(world["model"], mj.Gates(4, 20.0))[0], run(model, mj.Gates(4, 20.0))[0]
+    assert np.linalg.norm(found - exact) <= 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("rows", [1, reference.FEW_ROWS, reference.FEW_ROWS + 1])
+def test_a_16_bit_sum_equals_the_formula(dtype, rows):
+    rng = np.random.default_rng(rows)
+    splits, adapters, rank = (24, 8, 8), 5, 3
+    base, h, b = (rng.standard_normal(s) for s in ((rows, 40), (rows, 3, adapters, rank), (adapters, rank, 40)))
+    half = [jnp.asarray(z, dtype) for z in (base, h, b)]
+    base, h, b = (np.asarray(z, np.float64) for z in half)
+    starts = np.cumsum((0, *splits))
+    update = [np.einsum("mar,aro->mo", h[:, p], b[:, :, starts[p] : starts[p + 1]]) for p in range(3)]
+    wanted = base + np.concatenate(update, 1)
+    found = reference.add_expanded(*half, splits)
+    assert found.dtype == dtype
+    rounding = float(jnp.finfo(dtype).eps)
+    assert np.abs(np.asarray(found, np.float64) - wanted).max() <= 2 * rounding * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("requests", [1, 2, 4])  # times two choices, against four adapters
+def test_requests_that_name_every_adapter_read_the_bank_once(requests):
+    rng = np.random.default_rng(requests)
+    make = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.bfloat16)  # noqa: E731
+    x, a, b, y = make(requests, 3, 16), make(2, 4, 3, 16), make(4, 3, 24), make(requests, 3, 24)
+    scale = jnp.asarray(rng.uniform(0.5, 2, (2, 4)), jnp.float32)
+    indices = np.array([[rng.permutation(4)[:2]] for _ in range(requests)])[:, :, None].astype(np.int32)
+    indices[-1, 0, 0, 1] = NO_ADAPTER
+    weights = np.where(indices == NO_ADAPTER, 0, 0.7).astype(np.float32)
+    routing = Routing(jnp.asarray(indices), jnp.asarray(weights))
+    found = add_update(y, x, a, b, scale, routing, (16, 8))
+    f64 = lambda z: np.asarray(z, np.float64)  # noqa: E731
+    wanted = f64(y)
+    for i in range(requests):
+        for index, weight in zip(indices[i, 0, 0], weights[i, 0, 0], strict=True):
+            for p, cut in enumerate((slice(0, 16), slice(16, 24))):
+                h = weight * float(scale[p, index]) * f64(x)[i] @ f64(a)[p, index].T
+                wanted[i, :, cut] += h @ f64(b)[index][:, cut]
+    assert np.abs(f64(found) - wanted).max() <= 0.02 * np.abs(wanted).max()
+
+
+def test_gradients_of_bfloat16_products_are_products_of_bfloat16():
+    rng = np.random.default_rng(0)
+    x, a = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((2, 5, 16), (3, 4, 2, 16)))
+    loss = lambda x, a: jnp.sum(jnp.sin(reference.einsum_float32(x.dtype, "bti,pari->btpar", x, a)))  # noqa: E731
+    found = jax.grad(loss, (0, 1))(x, a)
+    exact = jax.grad(loss, (0, 1))(x.astype(jnp.float32), a.astype(jnp.float32))
+    for got, want in zip(found, exact, strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert np.abs(np.asarray(got, np.float64) - np.asarray(want)).max() <= 0.02 * np.abs(np.asarray(want)).max()
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, a).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all(line.count("xbf16>") >= 2 for line in products)
+
+
+def test_options_reach_the_compiler_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(compiler, "GPU_OPTIONS", {"xla_no_such_option": True})
+    double = Jit(lambda x: x * 2)
+    assert double(3) == 6
+    assert double._cache_size() == 1
+    monkeypatch.setattr(compiler, "platform", lambda: "gpu")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        double(3)
+
+
+def test_the_platform_is_that_of_the_mesh():
+    assert compiler.platform() == jax.default_backend()
+    with use_mesh(make_mesh(devices=jax.devices("cpu")[:1])):
+        assert compiler.platform() == "cpu"
+
+
+def test_the_implementation_follows_the_table():
+    assert gated.choose("cpu", 1) == gated.choose("tpu", 1) == "reference"
+    assert gated.choose("gpu", gated.TRITON_ROWS + 1) == "reference"
+    assert gated.choose("gpu", 1) == ("triton" if gated._has_triton() else "reference")
+
+
+# ---- on a GPU, where neither transformers nor a tokenizer need be installed
+
+
+def small(dtype: str) -> mj.Meteora:
+    """A random model with four adapters and gates; its weights do not depend on the dtype but for their rounding."""
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64,
+        rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=256,
+        tie_word_embeddings=False, attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_ids=(),
+    )  # fmt: skip
+    infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
+    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
+    bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)
+    graph, state = nnx.split(Llama(config, bank, gates=True, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    draw = lambda key, x: (0.1 * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)  # noqa: E731
+    weights = jax.tree.unflatten(tree, [draw(k, x) for k, x in zip(keys, leaves, strict=True)])
+    return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0), None, graph, weights)
+
+
+def prompt_hidden(model: mj.Meteora, router: Any = None) -> np.ndarray:
+    """Hidden states of a ragged batch of prompts, zero at padding."""
+    tokens, lengths = np.zeros((4, 64), np.int32), np.array([len(r) for r in ROWS])
+    for row, prompt in zip(tokens, ROWS, strict=True):
+        row[: len(prompt)] = prompt
+    real = np.arange(64)[None] < lengths[:, None]
+    positions = jnp.asarray(np.where(real, np.arange(64), EMPTY), jnp.int32)
+    bound = model.bind(router, 4)
+
+    def call(weights: Any) -> jax.Array:
+        module = nnx.merge(model.graph, weights)
+        cache = KVCache.create(model.config, 4, 64, module.embed.dtype)
+        return module(jnp.asarray(tokens), positions, bound, cache=cache, fresh=True).hidden
+
+    return np.asarray(Jit(call)(model.weights), np.float64) * real[:, :, None]
+
+
+def compare_prompts(monkeypatch: pytest.MonkeyPatch, router: Any) -> None:
+    """The fused attention and the slim matrix against neither, both in bfloat16."""
+    model = prepared(small("bfloat16"))
+    fused = prompt_hidden(model, router)
+    monkeypatch.setattr(llama, "FUSED_ATTENTION", ())
+    plain = prompt_hidden(small("bfloat16"), router)
+    assert np.isfinite(fused).all()
+    assert np.linalg.norm(fused - plain) <= 0.05 * np.linalg.norm(plain)
+
+
+def decode_twice(rows: int) -> None:
+    """Two runs of one batch: nothing compiled for the second, and the same tokens and routing."""
+    model = prepared(small("bfloat16"))
+    runs, compiled = [], []
+    for _ in range(2):
+        batch = Generator(
+            model.graph, model.weights, model.config, ROWS[:rows], model.bind(mj.Gates(2), rows), Sampling(), 12
+        )
+        batch.advance(12)
+        lengths = [len(t) for t in batch.tokens()]
+        runs.append((batch.tokens(), batch.routing([n - 1 for n in lengths], lengths)))
+        compiled.append((prefill._cache_size(), decode._cache_size()))
+    assert compiled[0] == compiled[1]
+    assert runs[0][0] == runs[1][0]
+    assert runs[0][1] is not None
+    for (indices, weights), (again, _) in zip(runs[0][1], runs[1][1], strict=True):
+        assert np.array_equal(indices, again)
+        assert np.isfinite(weights).all()
+        assert (indices[:-1] >= 0).all()
+
+
+def packed_gradient(dtype: str) -> tuple[float, np.ndarray]:
+    """A loss over two sequences in a row with padding behind, and its gradient by the embedding."""
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(3, 300, (2, 64)), jnp.int32)
+    segments = jnp.asarray([[1] * 30 + [2] * 20 + [0] * 14, [1] * 64], jnp.int32)
+    positions = np.array([[*range(30), *range(20), *[EMPTY] * 14], [*range(64)]], np.int32)
+    real = jnp.asarray(positions != EMPTY)
+    model = small(dtype)
+    router = model.bind(mj.Gates(4, 20.0), 2)  # every adapter: no choice for rounding to turn
+
+    def loss(weights: Any) -> jax.Array:
+        module = nnx.merge(model.graph, weights)
+        hidden = module(tokens, jnp.asarray(positions), router, segments=segments, remat=True).hidden
+        return jnp.sum(jnp.where(real[:, :, None], jnp.sin(hidden.astype(jnp.float32)), 0.0))
+
+    value, grads = Jit(jax.value_and_grad(loss))(model.weights)
+    (embed,) = (leaf[...] for path, leaf in nnx.to_flat_state(grads) if path == ("embed",))
+    return float(value), np.asarray(embed, np.float64)
+
+
+def compare_packed() -> None:
+    (_, wanted), (value, found) = packed_gradient("float32"), packed_gradient("bfloat16")
+    assert np.isfinite(value)
+    assert np.isfinite(found).all()
+    assert np.linalg.norm(found - wanted) <= 0.1 * np.linalg.norm(wanted)
+
+
+# The same three on any device: here they keep the GPU's tests alive, and prove bfloat16's own gradients.
+def test_prompts_with_the_slim_matrix(monkeypatch):
+    compare_prompts(monkeypatch, mj.Gates(4, 20.0))
+
+
+def test_decoding_with_the_slim_matrix_compiles_once():
+    decode_twice(2)
+
+
+def test_packed_training_in_bfloat16():
+    compare_packed()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("router", [None, mj.Gates(4, 20.0), mj.Fixed("cedar")])
+def test_prompts_by_cudnn_equal_prompts_by_xla(monkeypatch, router):
+    compare_prompts(monkeypatch, router)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [4, 1])
+@pytest.mark.parametrize("fused", [(), ("prompt", "decode")])
+def test_a_gpu_decodes_and_compiles_once(monkeypatch, rows, fused):
+    monkeypatch.setattr(llama, "FUSED_ATTENTION", fused)
+    jax.clear_caches()
+    decode_twice(rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [(), ("prompt", "packed")])
+def test_packed_training_on_a_gpu(monkeypatch, fused):
+    monkeypatch.setattr(llama, "FUSED_ATTENTION", fused)
+    compare_packed()
