@@ -155,6 +155,7 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
             sha256=sha256(a.weights),
             peft_config=a.raw,
             dtype=dtype_name(common_dtype({t.dtype for t in a.trained})),
+            invocation=a.settings.invocation,
         )
         for a in adapters
     )

@@ -16,6 +16,7 @@ from meteora_jax.config import BankConfig, LlamaConfig
 from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing.invoked import Invoked
 from meteora_jax.sharding import constrain
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -229,6 +230,7 @@ class Llama(nnx.Module):
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
         where = Where(*rotation(self.config, positions), mask[:, None])
+        router = router.at(positions) if isinstance(router, Invoked) else router
         x = self.embed[...][tokens]
         acting = self._at_ends(router, x)
         if acting is not None and self.embed_adapters is not None:
