@@ -11,7 +11,7 @@ from pathlib import Path
 from converters import gguf_llama, hf_llama, meta_llama, meteora_torch
 from converters.base_folder import OpenedBase, describe_base, write_base
 from converters.hf_export import export_base, export_merged
-from converters.meteora_torch import export_gates, import_gates
+from converters.meteora_torch import describe_gates, export_gates, import_gates
 from converters.peft_export import export_adapter
 from converters.peft_lora import describe_adapters, import_adapters
 from converters.rules import Progress, TensorPlan
@@ -19,6 +19,7 @@ from meteora_jax.config import InputError, LlamaConfig
 
 __all__ = [
     "describe_adapters",
+    "describe_gates",
     "export_adapter",
     "export_base",
     "export_gates",

@@ -92,7 +92,8 @@ def import_adapters(command: ImportAdapters) -> None:
         return
     pairs = parse_adapters(command.adapters)
     bank = command.run("import adapters", partial(converters.import_adapters, command.dest, command.base, pairs))
-    lines = [f"{a.name}: rank {a.rank}, {' '.join(a.targets)}" for a in bank.adapters]
+    since = lambda a: f", from tokens {' '.join(map(str, a.invocation))} on" if a.invocation else ""  # noqa: E731
+    lines = [f"{a.name}: rank {a.rank}, {' '.join(a.targets)}{since(a)}" for a in bank.adapters]
     command.tell(lines, {"bank": str(command.dest), **bank.to_json()})
 
 
@@ -117,12 +118,20 @@ class ImportGates(Conversion):
     """Adapters for a token, as trained."""
     temperature: float = 1.0
     """Of the softmax over the chosen ones."""
+    dry_run: bool = False
+    """Say what would be done, tensor by tensor, and write nothing."""
 
 
 def import_gates(command: ImportGates) -> None:
     """Runs `meteora import gates`."""
     import converters
 
+    if command.dry_run:
+        rows = converters.describe_gates(
+            command.src, command.bank, base=command.base, alpha=command.alpha, names=command.names
+        )
+        command.tell(plan_lines(rows), {"tensors": [vars(row) for row in rows]})
+        return
     convert = partial(
         converters.import_gates,
         command.src,
