@@ -228,7 +228,7 @@ def _check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
         own = weights.slice("embed.embedding") if embedding else weights.slice("lm_head.kernel").T
         if not all(np.array_equal(block, own[rows]) for rows, block in tensor.blocks()):
             problems.append(
-                f"{tensor.where}: expected the values of the base, found others (a base that changes with the adapter "
-                "is not supported)"
+                f"{tensor.where}: expected the values of the base, found others (a bank has one base: meteora import "
+                f"base SRC DEST --replace {adapter.folder} makes the one that has them)"
             )
     return problems

@@ -25,6 +25,8 @@ class ImportBase(Conversion):
     """BASE folder to make."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Stored type; by default the source's own (float32 for quantised ones)."""
+    replace: Path | None = None
+    """PEFT folder whose saved embedding and head take the place of the source's: the base that this adapter needs."""
     dry_run: bool = False
     """Say what would be done, tensor by tensor, and write nothing."""
 
@@ -34,10 +36,11 @@ def import_base(command: ImportBase) -> None:
     import converters
 
     if command.dry_run:
-        config, rows = converters.plan_base(command.src, command.dtype)
+        config, rows = converters.plan_base(command.src, command.dtype, command.replace)
         command.tell(plan_lines(rows), {"config": config.to_hf(), "tensors": [vars(row) for row in rows]})
         return
-    command.run("import base", partial(converters.import_base, command.src, command.dest, command.dtype))
+    convert = partial(converters.import_base, command.src, command.dest, command.dtype, replace=command.replace)
+    command.run("import base", convert)
     config = LlamaConfig.from_hf(read_json(command.dest / "config.json"), str(command.dest / "config.json"))
     size = sum(f.stat().st_size for f in command.dest.iterdir())
     command.tell(
