@@ -11,14 +11,16 @@ from pathlib import Path
 from converters import gguf_llama, hf_llama, meta_llama, meteora_torch
 from converters.base_folder import OpenedBase, describe_base, write_base
 from converters.hf_export import export_base, export_merged
-from converters.meteora_torch import export_gates, import_gates
+from converters.meteora_torch import describe_gates, export_gates, import_gates
 from converters.peft_export import export_adapter
 from converters.peft_lora import describe_adapters, import_adapters
+from converters.peft_saved import replace_ends
 from converters.rules import Progress, TensorPlan
 from meteora_jax.config import InputError, LlamaConfig
 
 __all__ = [
     "describe_adapters",
+    "describe_gates",
     "export_adapter",
     "export_base",
     "export_gates",
@@ -37,6 +39,7 @@ def import_base(
     dtype: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    replace: str | os.PathLike[str] | None = None,
 ) -> None:
     """Imports base weights into a BASE folder; killed, the same call goes on from the tensors that are on disk.
 
@@ -46,20 +49,28 @@ def import_base(
         dtype: float32, bfloat16 or float16; None keeps the source's (float32 for quantised tensors).
         overwrite: replace a `dest` that holds something, once the new one is complete.
         progress: called after each tensor with (key, done, total).
+        replace: a PEFT folder whose saved embedding and head take the place of the source's.
 
     Raises:
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
-    write_base(dest, open_base(src), dtype, overwrite, progress)
+    write_base(dest, _opened(src, replace), dtype, overwrite, progress)
 
 
-def plan_base(src: str | os.PathLike[str], dtype: str | None = None) -> tuple[LlamaConfig, list[TensorPlan]]:
+def _opened(src: str | os.PathLike[str], replace: str | os.PathLike[str] | None) -> OpenedBase:
+    opened = open_base(src)
+    return opened if replace is None else replace_ends(opened, replace)
+
+
+def plan_base(
+    src: str | os.PathLike[str], dtype: str | None = None, replace: str | os.PathLike[str] | None = None
+) -> tuple[LlamaConfig, list[TensorPlan]]:
     """What `import_base` would make: (configuration, every tensor's way). Reads headers only, so it takes seconds.
 
     Raises:
         InputError: as `import_base`, but for values that are not finite, which only the import itself finds.
     """
-    opened = open_base(src)
+    opened = _opened(src, replace)
     return opened.config, describe_base(opened, dtype)
 
 

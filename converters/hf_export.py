@@ -154,6 +154,9 @@ def _check_fit(config: LlamaConfig, adapter: BankAdapter) -> None:
     if adapter.info.name in bank.at_ends:
         found = f"{adapter.info.name}, which changes the embedding or the head (merging those is not supported)"
         problems.append(f"{source}: expected an adapter of the layers, found {found}")
+    if adapter.info.invocation:
+        found = f"{adapter.info.name}, which acts from its invocation on (weights act on every token)"
+        problems.append(f"{source}: expected an adapter that acts on every token, found {found}")
     if not problems:
         for module in list_modules(adapter):
             if "bias" in module.parts and not config.projection_bias(module.projection):

@@ -11,6 +11,7 @@ the training's task order, and the scale is alpha / R for every adapter.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from converters.base_folder import OpenedBase, common_dtype, fill_base
 from converters.folders import new_folder, sha256, write_json
 from converters.hf_llama import copy_tokenizer, llama_rules, module_name, read_weights
 from converters.own_folders import read_bank, read_base
-from converters.rules import TRANSPOSE, Placement, Progress, Rule, copy_tensor, plan
+from converters.rules import TRANSPOSE, Placement, Progress, Rule, TensorPlan, copy_tensor, plan
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import (
     PROJECTIONS,
@@ -85,6 +86,78 @@ def _shapes(config: LlamaConfig, adapters: int, rank: int) -> dict[str, tuple[in
     return shapes
 
 
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint after its headers were checked; `given` is the BASE that it must agree with."""
+
+    config: LlamaConfig
+    config_file: Path
+    given: Path | None
+    files: Sequence[Path]
+    tensors: Sequence[SourceTensor]
+    adapters: int
+    rank: int
+    placements: Sequence[Placement]
+
+
+def _read_checkpoint(src: Path, base: str | os.PathLike[str] | None) -> _Checkpoint:
+    given = Path(base) if base is not None and Path(base).exists() else None
+    config_file = (given or src) / "config.json"
+    config = LlamaConfig.from_hf(read_json(config_file), str(config_file))
+    files, tensors = read_weights(src)
+    adapters, rank = _count(tensors, files[0].name)
+    placements = plan(meteora_rules(config), tensors, _shapes(config, adapters, rank), files[0].name)
+    return _Checkpoint(config, config_file, given, files, tensors, adapters, rank, placements)
+
+
+def describe_gates(
+    src: str | os.PathLike[str],
+    bank: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
+    names: Sequence[str] = (),
+) -> list[TensorPlan]:
+    """What `import_gates` would do, tensor by tensor, from headers alone; arguments as there.
+
+    Raises:
+        InputError: as `import_gates`, but for values: those that are not finite, and those that an existing bank or
+            base does not have.
+    """
+    folder = Path(bank)
+    found = _read_checkpoint(Path(src), base)
+    known = (folder / "bank.json").exists()
+    if known:
+        _check_count(folder, read_bank(folder)[0], found.config, found.adapters)
+    else:
+        _check_new_bank(folder, alpha, names, found.adapters)
+    lora = dtype_name(common_dtype({p.source.dtype for p in found.placements if ".lora_" in p.path}))
+    makes_base = base is not None and found.given is None
+    own = open_base(Path(src)).plan(None)[1] if makes_base else {}
+    placed = {id(p.source): p for p in found.placements}
+    rows = []
+    for tensor in found.tensors:
+        to, stored, how = None, None, "dropped: implied"
+        if place := placed.get(id(tensor)):
+            at = "" if place.layer is None else f"[{place.layer}]"
+            how = "transposed" if place.transform.transpose else "as is"
+            part = place.path.rpartition(".")[2]
+            if part == "gate":
+                to, stored = f"gates {place.path.removesuffix('.gate')}{at}", "F32"
+            elif part in ("lora_a", "lora_b"):
+                how = f"split into {found.adapters} adapters" + (", transposed" if part == "lora_b" else "")
+                to, stored = f"bank {place.path.replace('.lora_', '.')}{at}", lora
+                if known:
+                    to, stored, how = None, None, f"dropped: must be those of {folder}"
+            elif makes_base:
+                to, stored = f"base {place.path}{at}", dtype_name(own[place.path])
+            else:
+                why = "no base asked for" if found.given is None else f"must equal that of {found.given}"
+                to, stored, how = None, None, f"dropped: {why}"
+        rows.append(TensorPlan(tensor.key, dtype_name(tensor.dtype), tensor.shape, to, stored, how))
+    return rows
+
+
 def import_gates(
     src: str | os.PathLike[str],
     dest: str | os.PathLike[str],
@@ -120,22 +193,19 @@ def import_gates(
             is then written.
     """
     src, folder = Path(src), Path(bank)
-    given = Path(base) if base is not None and Path(base).exists() else None
-    config_file = (given or src) / "config.json"
-    config = LlamaConfig.from_hf(read_json(config_file), str(config_file))
-    files, tensors = read_weights(src)
-    adapters, rank = _count(tensors, files[0].name)
-    placements = plan(meteora_rules(config), tensors, _shapes(config, adapters, rank), files[0].name)
-    if given is not None:
-        _check_base(given, config, placements)
+    found = _read_checkpoint(src, base)
+    config, files, placements = found.config, found.files, found.placements
+    adapters, rank = found.adapters, found.rank
+    if found.given is not None:
+        _check_base(found.given, config, placements)
     known = (folder / "bank.json").exists()
     if known:
         names = _match_bank(folder, config, placements, adapters, rank)
     else:
         _check_new_bank(folder, alpha, names, adapters)
     gates = GateConfig(tuple(names), top_k, temperature)
-    opened = open_base(src) if base is not None and given is None else None
-    inputs = [*files, config_file]
+    opened = open_base(src) if base is not None and found.given is None else None
+    inputs = [*files, found.config_file]
     with contextlib.ExitStack() as stack:  # every folder is complete before the first of them appears
         partial = stack.enter_context(new_folder(dest, overwrite, inputs))
         specs = {p: (np.dtype(np.float32), s) for p, s in _gate_shapes(config, adapters).items()}
@@ -201,11 +271,7 @@ def _match_bank(
     """The bank's name of each of the checkpoint's adapters, found by the values of A and B."""
     source = folder / "bank.json"
     bank, reader = read_bank(folder)
-    if len(bank.names) != adapters or bank.num_layers != config.num_layers:
-        raise InputError(
-            f"{source}: expected {adapters} adapters in {config.num_layers} layers (the checkpoint's), "
-            f"found {len(bank.names)} in {bank.num_layers}"
-        )
+    _check_count(folder, bank, config, adapters)
     fits = [set(range(adapters)) for _ in range(adapters)]
     for place in placements:
         p, _, part = place.path.rpartition(".lora_")
@@ -235,6 +301,14 @@ def _match_bank(
     if problems:
         raise InputError(problems)
     return tuple(names)
+
+
+def _check_count(folder: Path, bank: BankConfig, config: LlamaConfig, adapters: int) -> None:
+    if len(bank.names) != adapters or bank.num_layers != config.num_layers:
+        raise InputError(
+            f"{folder / 'bank.json'}: expected {adapters} adapters in {config.num_layers} layers (the checkpoint's), "
+            f"found {len(bank.names)} in {bank.num_layers}"
+        )
 
 
 def _check_new_bank(folder: Path, alpha: float | None, names: Sequence[str], adapters: int) -> None:
@@ -344,7 +418,12 @@ def export_gates(
 def _common_scale(source: Path, config: LlamaConfig, bank: BankConfig, reader: TensorReader) -> float:
     problems = [
         f"{source}: {what}: expected none (the original MeteoRA has no place for it), found {', '.join(found)}"
-        for what, found in (("dora", bank.dora), ("lora_bias", bank.lora_bias), ("ends", bank.at_ends))
+        for what, found in (
+            ("dora", bank.dora),
+            ("lora_bias", bank.lora_bias),
+            ("ends", bank.at_ends),
+            ("invocation", bank.invoked),
+        )
         if found
     ]
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}

@@ -185,6 +185,9 @@ def list_modules(adapter: BankAdapter) -> list[Module]:
     where = f"{adapter.folder / 'bank.json'}: {adapter.info.name}: peft_config"
     settings = read_settings(raw, where) if raw else None
     problems: list[str] = []
+    if settings is not None and settings.invocation != adapter.info.invocation:
+        expected, found = list(adapter.info.invocation), list(settings.invocation)
+        problems.append(f"{where}: alora_invocation_tokens: expected {expected} (the bank's), found {found}")
     modules: list[Module] = []
     for layer in range(bank.num_layers):
         for p in PROJECTIONS:
@@ -244,4 +247,5 @@ def derive_settings(adapter: BankAdapter, modules: Sequence[Module]) -> dict[str
         "use_rslora": False,
         "use_dora": any("magnitude" in m.parts for m in modules),
         "lora_bias": any("bias" in m.parts for m in modules),
+        "alora_invocation_tokens": list(adapter.info.invocation) or None,
     }

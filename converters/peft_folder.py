@@ -113,6 +113,9 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
             if SAVED_MODULES[module] not in saved:
                 problems.append(f"{folder / CONFIG}: modules_to_save: expected tensors of {module}, found none")
         problems += _check_ends(settings, ends, config, f"{folder / CONFIG}")
+        if max(settings.invocation, default=0) >= config.vocab_size:
+            expected, found = f"token ids below {config.vocab_size}", max(settings.invocation)
+            problems.append(f"{folder / CONFIG}: alora_invocation_tokens: expected {expected}, found {found}")
     if problems or settings is None:
         raise InputError(problems)
     tokens = dict(settings.tokens)

@@ -155,6 +155,7 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
             sha256=sha256(a.weights),
             peft_config=a.raw,
             dtype=dtype_name(common_dtype({t.dtype for t in a.trained})),
+            invocation=a.settings.invocation,
         )
         for a in adapters
     )
@@ -227,7 +228,7 @@ def _check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
         own = weights.slice("embed.embedding") if embedding else weights.slice("lm_head.kernel").T
         if not all(np.array_equal(block, own[rows]) for rows, block in tensor.blocks()):
             problems.append(
-                f"{tensor.where}: expected the values of the base, found others (a base that changes with the adapter "
-                "is not supported)"
+                f"{tensor.where}: expected the values of the base, found others (a bank has one base: meteora import "
+                f"base SRC DEST --replace {adapter.folder} makes the one that has them)"
             )
     return problems

@@ -20,7 +20,7 @@ SAVED_MODULES = {module.rpartition(".")[2]: module for module in ENDS.values()} 
 _READ = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "task_type",
-    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
+    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens",
 )  # fmt: skip
 # Settings that leave a trained adapter's output as it is: notes, training, initialisation (`init_lora_weights` says
 # whether the base changed), and details of features that have a switch of their own.
@@ -34,7 +34,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ensure_weight_tying": ((False,), "adapters on tied embeddings are not supported"),
     "target_parameters": ((None, []), "adapters on bare parameters are not supported"),
     "layer_replication": ((None, []), "a base with replicated layers is another base"),
-    "alora_invocation_tokens": ((None,), "adapters that a token switches on are not supported"),
     "arrow_config": ((None,), "Arrow routing between adapters is not supported"),
     "kasa_config": ((None,), "KaSA's singular values are not supported"),
     "monteclora_config": ((None,), "MonteCLoRA's sampled weights are not supported"),
@@ -67,6 +66,7 @@ class LoraSettings:
     lora_bias: bool
     saved: tuple[str, ...]  # embed_tokens, lm_head: saved copies of the base's
     tokens: Mapping[str, tuple[int, ...]]  # embed, head: ids of the rows that were retrained there
+    invocation: tuple[int, ...]  # token ids from which on the adapter acts; empty: everywhere
 
     def rank_of(self, module: str) -> int:
         return _look_up(self.rank_pattern, module, self.rank)
@@ -148,6 +148,7 @@ class _SettingsReader:
             lora_bias=self.flag("lora_bias"),
             saved=self.saved(),
             tokens=self.tokens(),
+            invocation=self.invocation(),
         )
         self.flag("fan_in_fan_out")  # without effect: peft itself turns it off for every nn.Linear
         for end, module in ENDS.items():
@@ -156,6 +157,11 @@ class _SettingsReader:
                 self.refuse(switch, f"false beside an adapter on {module} (not supported there)", True)
             if settings.adapts(end) and end in settings.tokens:
                 self.refuse("trainable_token_indices", f"none of {module} beside a LoRA on it", settings.tokens[end])
+        if settings.invocation:
+            changed = [module for end, module in ENDS.items() if settings.adapts(end) or end in settings.tokens]
+            if changed or settings.dora:
+                beside = " and ".join([*(["use_dora"] if settings.dora else []), *changed])
+                self.refuse("alora_invocation_tokens", f"none beside {beside}", list(settings.invocation))
         if settings.dora and settings.lora_bias:
             self.refuse("lora_bias", "false beside use_dora, as in peft", True)
         if isinstance(target, str) and (settings.layers is not None or settings.layers_pattern):
@@ -235,6 +241,13 @@ class _SettingsReader:
             else:
                 tokens[places[module]] = tuple(ids)
         return tokens
+
+    def invocation(self) -> tuple[int, ...]:
+        value = self.raw.get("alora_invocation_tokens") or []
+        if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value):
+            self.refuse("alora_invocation_tokens", "token ids", value)
+            return ()
+        return tuple(value)
 
     def layers(self) -> tuple[int, ...] | None:
         value = self.raw.get("layers_to_transform")

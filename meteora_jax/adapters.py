@@ -163,7 +163,7 @@ def routed_update(
     x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, splits: tuple[int, ...]
 ) -> jax.Array:
     """What the routed adapters add to a group's output, float32 [B, T, O]; a, b, scale as in `AdaptedLinear`."""
-    chosen = (routing.indices[:, 0, 0], routing.weights[:, 0, 0])
+    chosen = (routing.indices[:, 0, 0], routing.weights[:, :, 0])
     if routing.per_request:  # nothing here may grow with the bank
         return request_lora(x, a, b, scale, *chosen, routing.fused, splits)
     combine = routing.dense(scale.shape[1]) * scale[None, None]
@@ -186,15 +186,17 @@ def request_lora(
         mixture (selection: C = 1)   y = sum_c w_c s_c (x A_c) B_c
         fusion                       y = (x sum_c w_c A_c) (sum_c w_c s_c B_c)
 
-    Source: LoraRetriever (arXiv 2402.09997), section 3.3. indices int32 and weights float32 [B, C]; fused bool [B].
+    Source: LoraRetriever (arXiv 2402.09997), section 3.3. indices int32 [B, C], weights float32 [B, T, C] (T may be 1);
+    fused bool [B].
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     chosen = jnp.maximum(indices, 0)  # NO_ADAPTER has weight 0
     h = einsum("bti,pbcri->btpcr", x, jnp.take(a, chosen, axis=1))
-    outer = (weights[None] * jnp.take(scale, chosen, axis=1)).transpose(1, 0, 2)[:, None, :, :, None]  # [B, 1, P, C, 1]
+    scales = jnp.take(scale, chosen, axis=1).transpose(1, 0, 2)
+    outer = (weights[:, :, None] * scales[:, None])[..., None]  # [B, T or 1, P, C, 1]
     if fused is not None:
-        mean = jnp.sum(h * weights[:, None, None, :, None], axis=3, keepdims=True)
+        mean = jnp.sum(h * weights[:, :, None, :, None], axis=3, keepdims=True)
         h = jnp.where(fused[:, None, None, None, None], mean, h)
     h = (h * outer).astype(x.dtype)
     columns = jnp.take(b, chosen, axis=0)  # [B, C, R, O]

@@ -334,6 +334,7 @@ class AdapterInfo:
     sha256: str  # of the adapter's weight file
     peft_config: dict[str, Any]  # adapter_config.json as found: what an export needs; {} where there was none
     dtype: str | None = None  # of its own tensors (F32, F16, BF16); None: the bank's, which may be wider
+    invocation: tuple[int, ...] = ()  # token ids from whose last occurrence in a prompt on it acts; empty: everywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,6 +372,11 @@ class BankConfig:
         """The adapters that change an end."""
         return tuple(a.name for a in self.adapters if set(a.targets) & {m.rpartition(".")[2] for m in ENDS.values()})
 
+    @property
+    def invoked(self) -> tuple[str, ...]:
+        """The adapters that act from an invocation on."""
+        return tuple(a.name for a in self.adapters if a.invocation)
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """{path: shape} of `BANK/weights.safetensors`.
 
@@ -403,7 +409,10 @@ class BankConfig:
         try:
             if raw["format"] != "meteora-bank-1":
                 raise InputError(f"{source}: format: expected 'meteora-bank-1', found {raw['format']!r}")
-            adapters = tuple(AdapterInfo(**{**a, "targets": tuple(a["targets"])}) for a in raw["adapters"])
+            adapters = []
+            for a in raw["adapters"]:
+                invocation = tuple(map(int, a.get("invocation", ())))  # older banks have none
+                adapters.append(AdapterInfo(**{**a, "targets": tuple(a["targets"]), "invocation": invocation}))
             shapes = {p: (int(i), int(o)) for p, (i, o) in raw["base_shapes"].items()}
             ranks = {p: int(r) for p, r in raw["ranks"].items()}
             dora, bias = tuple(raw.get("dora", ())), tuple(raw.get("lora_bias", ()))
@@ -417,7 +426,7 @@ class BankConfig:
                 raise ValueError("ends and vocab_shape")
             if any(len(held.tokens) != len(adapters) for held in ends.values()):
                 raise ValueError("tokens of ends")
-            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab)
+            return cls(tuple(adapters), ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 

@@ -300,4 +300,5 @@ class Generator:
                 said = response[: lengths[b], :, b].copy()
                 said[fed[b] :] = fill
                 row.append(np.concatenate([read, said]))
-        return [(indices, weights) for indices, weights in rows]
+        # a choice that waits for its invocation is no adapter yet
+        return [(np.where(weights == 0, NO_ADAPTER, indices), weights) for indices, weights in rows]

@@ -183,7 +183,7 @@ class MeteoraLM(TemplateLM):
                 np.asarray,
                 _score(
                     self.model.graph, self.model.weights, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(at),
-                    jnp.asarray(targets), self.model.bind(self.router, len(rows)),
+                    jnp.asarray(targets), self.model.bind(self.router, len(rows), rows),
                 ),
             )  # fmt: skip
             sizes = [len(target) for _, _, target in part]

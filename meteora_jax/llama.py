@@ -17,6 +17,7 @@ from meteora_jax.config import BankConfig, LlamaConfig
 from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing.invoked import Invoked
 from meteora_jax.sharding import constrain
 from pallas_kernels.routed_lora.reference import einsum_float32
 
@@ -255,6 +256,7 @@ class Llama(nnx.Module):
                 fused = "packed"
                 mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
         where = Where(*rotation(self.config, positions), mask[:, None], fused)
+        router = router.at(positions) if isinstance(router, Invoked) else router
         x = self.embed[...][tokens]
         acting = self._at_ends(router, x)
         if acting is not None and self.embed_adapters is not None:

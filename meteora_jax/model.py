@@ -20,6 +20,7 @@ from meteora_jax.kv_cache import EMPTY
 from meteora_jax.llama import prepare_gates
 from meteora_jax.routing import BoundRouter, RoutingTrace, bind
 from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.invoked import watch
 from meteora_jax.routing.retrieval import Found, look_up
 from meteora_jax.sharding import place_rows, use_mesh
 from meteora_jax.text import TextStream, load_tokenizer
@@ -70,11 +71,11 @@ class Meteora:
         """The bank's adapters in its order; empty without a bank."""
         return self.bank.names if self.bank else ()
 
-    def bind(self, router: Any, batch: int) -> BoundRouter | None:
-        """A caller's `router=` made ready for a batch."""
+    def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None:
+        """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""
         if isinstance(router, str) and router == "gates if loaded":
             router = Gates(self.gates.top_k, self.gates.temperature) if self.gates else None
-        return bind(router, self.adapter_names, batch, self.gates is not None)
+        return watch(bind(router, self.adapter_names, batch, self.gates is not None), self.bank, prompts)
 
     def request_text(self, prompt: Prompt | Sequence[int]) -> str:
         """What a retrieval reads: the text itself, what the user said in messages, or the text of token ids."""
@@ -97,7 +98,7 @@ class Meteora:
         rows = [list(map(int, row)) for row in token_ids]
         check_prompts(rows, self.config, 0)
         router, _ = look_up(router, len(rows), lambda: [self.decode(row) for row in rows])
-        tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows)), self.mesh)
+        tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows), rows), self.mesh)
         with use_mesh(self.mesh):
             batch = place_rows((tokens, lengths), self.mesh)
             logits = _logits(self.graph, self.weights, *batch, bound)
@@ -163,9 +164,8 @@ class Meteora:
         if not ids:
             raise InputError("prompts: expected at least one, found none")
         router, retrieved = look_up(router, len(ids), lambda: [self.request_text(p) for p in prompts])
-        batch = Generator(
-            self.graph, self.weights, self.config, ids, self.bind(router, len(ids)), sampling, max_new_tokens, self.mesh
-        )
+        bound = self.bind(router, len(ids), ids)
+        batch = Generator(self.graph, self.weights, self.config, ids, bound, sampling, max_new_tokens, self.mesh)
         streams = [TextStream(self.decode, stop) for _ in ids]
         seen = [0] * len(ids)
         running = True

@@ -203,7 +203,7 @@ REFUSED_SETTINGS: dict[str, tuple[Any, str]] = {
     "megatron_config": ({"x": 1}, "expected None"),
     "layer_replication": ([[0, 3]], "expected None"),
     "trainable_token_indices": ([1, 2], "expected 2 rows of model.embed_tokens, found none"),
-    "alora_invocation_tokens": ([1], "expected None"),
+    "alora_invocation_tokens": ([1, -2], "expected token ids, found [1, -2]"),
     "loftq_config": ({"loftq_bits": 4}, "LoftQ changes the base's weights"),
     "target_parameters": (["mlp.w"], "expected None"),
     "arrow_config": ({"top_k": 3}, "expected None"),

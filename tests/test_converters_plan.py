@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_converters_meteora import NAMES, write_original
 from tiny import edit_safetensors, hf_weights, tiny_llama, tiny_peft
 
 from converters import import_adapters, import_base, plan_base
@@ -125,3 +126,43 @@ def test_the_plan_of_a_large_base_reads_no_weights(tmp_path: Path):
     assert len(rows) == len(shapes)
     assert {row.stored for row in rows} == {"BF16"}
     assert end > 10**10
+
+
+def test_gates_are_planned_as_they_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _, _, folder = write_original(tmp_path, torch.bfloat16)
+    base, bank, dest, report = (tmp_path / name for name in ("base", "bank", "gates", "report.json"))
+    words = ["import", "gates", str(folder), str(dest), "--bank", str(bank), "--base", str(base)]
+    words += ["--alpha", "6", "--names", *NAMES]
+
+    def plan() -> dict[str, Any]:
+        main([*words, "--dry-run", "--json", str(report)])
+        return {row["key"]: row for row in json.loads(report.read_text())["tensors"]}
+
+    rows = plan()
+    assert not any(path.exists() for path in (base, bank, dest))
+    assert "mlp.up_proj.moe_gate.weight BF16 (4, 48) -> gates up_proj[0] F32, transposed" in capsys.readouterr().out
+    state = load_file(folder / "model.safetensors")
+    assert rows.keys() == state.keys()
+    main(words)
+    written = {path.name: load_file(path / "weights.safetensors") for path in (base, bank, dest)}
+    for key, row in rows.items():
+        kind, _, place = row["to"].partition(" ")
+        path, _, layer = place.rstrip("]").partition("[")
+        found = written[kind][path][int(layer)] if layer else written[kind][path]
+        source = state[key]
+        assert found.dtype == TYPES[row["stored"]]
+        assert [*source.shape] == row["shape"]
+        source = source.T if "transposed" in row["how"] else source
+        assert torch.equal(found, source.reshape(found.shape).to(found.dtype))
+
+    again = plan()  # bank and base are there now, and compared
+    kinds = {"lora_A.weight": str(bank), "lora_B.weight": str(bank), "moe_gate.weight": None}
+    for key, row in again.items():
+        where = next((value for part, value in kinds.items() if key.endswith(part)), str(base))
+        assert (row["to"] is None and where in row["how"]) if where else row["to"].startswith("gates ")
+    words[words.index("--bank") + 1] = str(tmp_path / "none")
+    words[words.index("--alpha") : words.index("--names")] = []
+    with pytest.raises(SystemExit) as status:
+        plan()
+    assert status.value.code == 1
+    assert "none: expected a bank, or alpha to make one from the checkpoint, found neither" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_compositions_equal_the_formula(chosen, adapters, rank, seed):
     fused = np.asarray([True, False, bool(seed % 2)])
     f32 = lambda z: jnp.asarray(z, jnp.float32)  # noqa: E731
     arguments = (f32(x), f32(a), f32(b), f32(scale))
-    ours = np.asarray(request_lora(*arguments, jnp.asarray(indices), f32(weights), jnp.asarray(fused), splits))
+    ours = np.asarray(request_lora(*arguments, jnp.asarray(indices), f32(weights)[:, None], jnp.asarray(fused), splits))
     columns = np.split(b, [6], axis=2)
     for row in range(2):
         args = (indices[row], weights[row], fused[row])

@@ -25,6 +25,8 @@ class ImportBase(Conversion):
     """BASE folder to make."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Stored type; by default the source's own (float32 for quantised ones)."""
+    replace: Path | None = None
+    """PEFT folder whose saved embedding and head take the place of the source's: the base that this adapter needs."""
     dry_run: bool = False
     """Say what would be done, tensor by tensor, and write nothing."""
 
@@ -34,10 +36,11 @@ def import_base(command: ImportBase) -> None:
     import converters
 
     if command.dry_run:
-        config, rows = converters.plan_base(command.src, command.dtype)
+        config, rows = converters.plan_base(command.src, command.dtype, command.replace)
         command.tell(plan_lines(rows), {"config": config.to_hf(), "tensors": [vars(row) for row in rows]})
         return
-    command.run("import base", partial(converters.import_base, command.src, command.dest, command.dtype))
+    convert = partial(converters.import_base, command.src, command.dest, command.dtype, replace=command.replace)
+    command.run("import base", convert)
     config = LlamaConfig.from_hf(read_json(command.dest / "config.json"), str(command.dest / "config.json"))
     size = sum(f.stat().st_size for f in command.dest.iterdir())
     command.tell(
@@ -92,7 +95,8 @@ def import_adapters(command: ImportAdapters) -> None:
         return
     pairs = parse_adapters(command.adapters)
     bank = command.run("import adapters", partial(converters.import_adapters, command.dest, command.base, pairs))
-    lines = [f"{a.name}: rank {a.rank}, {' '.join(a.targets)}" for a in bank.adapters]
+    since = lambda a: f", from tokens {' '.join(map(str, a.invocation))} on" if a.invocation else ""  # noqa: E731
+    lines = [f"{a.name}: rank {a.rank}, {' '.join(a.targets)}{since(a)}" for a in bank.adapters]
     command.tell(lines, {"bank": str(command.dest), **bank.to_json()})
 
 
@@ -117,12 +121,20 @@ class ImportGates(Conversion):
     """Adapters for a token, as trained."""
     temperature: float = 1.0
     """Of the softmax over the chosen ones."""
+    dry_run: bool = False
+    """Say what would be done, tensor by tensor, and write nothing."""
 
 
 def import_gates(command: ImportGates) -> None:
     """Runs `meteora import gates`."""
     import converters
 
+    if command.dry_run:
+        rows = converters.describe_gates(
+            command.src, command.bank, base=command.base, alpha=command.alpha, names=command.names
+        )
+        command.tell(plan_lines(rows), {"tensors": [vars(row) for row in rows]})
+        return
     convert = partial(
         converters.import_gates,
         command.src,

@@ -37,7 +37,7 @@ def time_generation(system: System, problems: Sequence[Problem], new_tokens: int
     start = time.perf_counter()
     router, _ = look_up([system.route(p) for p in problems], len(problems), lambda: [p.prompt for p in problems])
     found = time.perf_counter()
-    bound = model.bind(router, len(problems))
+    bound = model.bind(router, len(problems), ids)
     endless = dataclasses.replace(model.config, eos_token_ids=())
     begin = time.perf_counter()
     batch = Generator(model.graph, model.weights, endless, ids, bound, Sampling(), new_tokens, model.mesh)

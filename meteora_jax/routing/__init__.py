@@ -34,7 +34,7 @@ class Routing:
     logits: float32 [B, T, P, A], the gates' own, for the router that has them; what gate training reads.
     fused: bool [B], the requests whose chosen adapters act as one, their matrices averaged by the weights, cross
     terms included (LoraRetriever's fusion); None: nobody's. Such a request's choice is the same at every T and P.
-    Axes T and P may be 1 and then broadcast.
+    Axes T and P of each array may be 1 and then broadcast.
     """
 
     indices: Any
@@ -44,7 +44,7 @@ class Routing:
 
     @property
     def per_request(self) -> bool:
-        """Whether one choice serves all tokens and projections of a request: axes T and P are 1."""
+        """Whether one choice serves all tokens and projections of a request (its weights may still differ by token)."""
         return self.indices.shape[1] == self.indices.shape[2] == 1
 
     def dense(self, num_adapters: int) -> jax.Array:

@@ -173,6 +173,9 @@ def train_gates(
     columns = _extended(extend, config, names, zeros) if extend is not None else None
     if settings.train_adapters and (loaded.config.dora or loaded.config.lora_bias):
         raise InputError(f"{bank}: train_adapters: expected plain LoRA, found an adapter with DoRA or a bias")
+    if loaded.config.invoked:
+        found = ", ".join(loaded.config.invoked)
+        raise InputError(f"{bank}: expected adapters that act on every token (gates choose for each), found {found}")
     labels = {name: i for i, name in enumerate(names)}
     trained = (GateParam, AdapterParam) if settings.train_adapters else GateParam
     router = Gates(settings.top_k, settings.temperature)
