@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from meteora_jax.config import InputError, read_json
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
@@ -205,9 +205,9 @@ class Index:
             if self.large:
                 kept["sketches"] = np.stack([p.sketch for _, p in profiles if p.sketch is not None])
             if kept:
-                save_file(kept, new / VECTORS)
+                (new / VECTORS).write_bytes(save(kept))  # save_file's are for their owner's eyes alone
             if self._profiles and (fitted := self._scoring.fitted()):
-                save_file({key: np.ascontiguousarray(value) for key, value in fitted.items()}, new / FIT)
+                (new / FIT).write_bytes(save({key: np.ascontiguousarray(value) for key, value in fitted.items()}))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Index:
