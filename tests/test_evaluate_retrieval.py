@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 from tiny import edit_json
 from worlds import NAMES
@@ -14,7 +15,8 @@ from meteora_jax.config import InputError
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import Given, check_routes, make_system, with_unseen
 from meteora_jax.evaluation.tasks import Example, write_splits
-from meteora_jax.evaluation.throughput import choose_prompts, measure, throughput_markdown
+from meteora_jax.evaluation.throughput import choose_prompts, measure, throughput_markdown, time_generation
+from meteora_jax.generation import Generator
 from meteora_jax.retriever.evaluation import Query, judge
 from meteora_jax.routing.gates import Gates
 
@@ -144,6 +146,56 @@ def test_throughput_is_of_equal_work(folders, tmp_path):
     text = throughput_markdown(report["records"])
     assert text.splitlines()[0] == "| new tokens a second | batch 1 | batch 3 |"
     assert text.count("(1.00)") >= 4
+
+
+def test_throughput_is_warm_in_turns_and_a_median(folders, monkeypatch, caplog):
+    """One untimed run a system and batch size compiles; none of the others does, and they alternate."""
+    problems = [Problem(f"{n}/0", n, f"about the {n}", "") for n in NAMES]
+    names = ["base", "apple", "retrieval-selection-k1", "retrieval-fusion", "retrieval-mixture"]
+    systems = [make_system(name, Given(folders["model"], index=folders["index"])) for name in names]
+    calls, compiled = [], []
+
+    def timed(system, chosen, new_tokens):
+        caplog.clear()
+        spent = time_generation(system, chosen, new_tokens)
+        compiled.append(len([r for r in caplog.records if r.getMessage().startswith("Compiling")]))
+        calls.append((len(chosen), system.name))
+        turn = calls.count(calls[-1])  # 1: the untimed one, an hour; then 1, 2 and 9 seconds
+        return {part: [3600.0, 1.0, 2.0, 9.0][turn - 1] for part in spent}
+
+    monkeypatch.setattr("meteora_jax.evaluation.throughput.time_generation", timed)
+    with jax.log_compiles():
+        records = measure(systems, problems, [1, 3], 7, 3)
+    assert calls == [(size, name) for size in (1, 3) for _ in range(4) for name in names]
+    warm = [count for i, count in enumerate(compiled) if i % 20 >= len(names)]
+    assert sum(compiled) > 0
+    assert sum(warm) == 0
+    for record in records:
+        assert (record["retrieval_s"], record["prefill_s"], record["decoding_s"]) == (2, 2, 2)
+        assert record["tokens_per_s"] == record["batch"] * 7 / 4
+
+
+def test_what_is_timed_is_the_system(folders, monkeypatch):
+    """A system named like an adapter is that adapter for every request; the others compose what each request finds."""
+    model = folders["model"]
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=()))
+    problems, generated = [Problem(f"{n}/0", n, f"about the {n}", "") for n in NAMES], []
+
+    class Kept(Generator):
+        def advance(self, tokens):
+            more = super().advance(tokens)
+            generated.append(self.tokens())
+            return more
+
+    monkeypatch.setattr("meteora_jax.evaluation.throughput.Generator", Kept)
+    index, prompts = folders["index"], [p.prompt for p in problems]
+    routers = {"base": None, "apple": mj.Fixed("apple")}
+    routers |= {f"retrieval-{how}-k2": mj.Retrieval(index, 2, how) for how in ("selection", "fusion", "mixture")}
+    for name, router in routers.items():
+        time_generation(make_system(name, Given(model, index=index)), problems, 9)
+        want = model.generate(prompts, router, max_new_tokens=9)
+        assert generated[-1] == [completion.token_ids for completion in want]
+    assert len({str(tokens) for tokens in generated}) == len(routers)  # no two of them are the same work
 
 
 def test_end_tokens_do_not_end_a_measurement(folders):

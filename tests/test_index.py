@@ -5,14 +5,15 @@ import time
 
 import numpy as np
 import pytest
-from sklearn.feature_extraction.text import TfidfVectorizer
+from safetensors.numpy import load_file, save_file
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfVectorizer
 from sklearn.kernel_ridge import KernelRidge
 
 import meteora_jax as mj
 from meteora_jax.config import InputError
-from meteora_jax.retriever.features import Features, ngrams
+from meteora_jax.retriever.features import Features, damp, ngrams
 from meteora_jax.retriever.index import Index, read_profiles, read_training_file, spread, top
-from meteora_jax.retriever.scoring import SCORINGS
+from meteora_jax.retriever.scoring import SCORINGS, Lexical
 from meteora_jax.retriever.wording import Wording
 
 PROFILES = {
@@ -178,6 +179,93 @@ def test_a_saved_index_answers_the_same(tmp_path):
     assert loaded.profiles == index.profiles
     assert np.array_equal(loaded.scores(QUERIES), index.scores(QUERIES))
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
+
+
+def spoil_fit(monkeypatch):
+    """From here on a regression that is fitted is a failure."""
+    monkeypatch.setattr("meteora_jax.retriever.scoring.Ridge.fit", lambda *_: 1 / 0)
+
+
+@pytest.mark.parametrize("scoring", ["lexical", "hybrid", "dense", "cosine+lexical"])
+def test_a_saved_fit_is_read_and_not_made_again(tmp_path, monkeypatch, caplog, scoring):
+    """The same bits, from the index that was fitted, the folder it was saved in and the folder that one is saved in."""
+    many = {f"{n}{i}": [f"{t} {i} {'very ' * 300 * i}" for t in own] for n, own in PROFILES.items() for i in range(2)}
+    monkeypatch.setattr(Letters, "save", lambda self, folder: folder.mkdir())
+    monkeypatch.setattr("meteora_jax.retriever.encoder.TextEncoder.load", lambda folder: Letters())
+    index = Index.build(many, scoring, Letters())
+    want = index.scores(QUERIES)
+    index.save(tmp_path / "index")
+    spoil_fit(monkeypatch)
+    loaded = Index.load(tmp_path / "index")
+    assert np.array_equal(loaded.scores(QUERIES), want)
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again" / "fit.safetensors").read_bytes() == (
+        tmp_path / "index" / "fit.safetensors"
+    ).read_bytes()
+    assert np.array_equal(Index.load(tmp_path / "again").scores(QUERIES), want)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("change", ["input", "order", "setting", "hash", "part", "none", "format"])
+def test_a_fit_of_something_else_is_made_again_and_said(tmp_path, monkeypatch, caplog, change):
+    folder = tmp_path / "index"
+    Index.build(PROFILES).save(folder)
+    path, fit = folder / "index.json", folder / "fit.safetensors"
+    raw = json.loads(path.read_text())
+    if change == "input":
+        raw["adapters"][0]["inputs"][0] += "?"
+    elif change == "order":
+        raw["adapters"].reverse()
+    elif change == "setting":
+        monkeypatch.setitem(SCORINGS, "lexical", lambda: Lexical({"words": 0.5, "edges": 0.25, "characters": 0.25}))
+    elif change == "hash":  # as another version of the library that hashes might
+        monkeypatch.setattr("meteora_jax.retriever.features._hasher", lambda kind: HashingVectorizer(norm=None))
+    elif change == "format":
+        monkeypatch.setattr("meteora_jax.retriever.scoring.FIT_FORMAT", 2)
+    elif change == "part":
+        kept = load_file(fit)
+        del kept["edges.lengths"]
+        save_file(kept, fit)
+    else:
+        fit.unlink()
+    path.write_text(json.dumps(raw))
+    inputs = {a["name"]: a["inputs"] for a in raw["adapters"]}
+    loaded = Index.load(folder)
+    scores = loaded.scores(QUERIES)
+    assert len(caplog.records) == 1
+    said = "found none" if change == "none" else "found that of others"
+    assert f"fit.safetensors: expected the fit of these profiles, {said}: fitting again" in caplog.text
+    if change == "input":  # what its adapter's inputs share was settled when it joined
+        assert not np.array_equal(scores, Index.build(PROFILES).scores(QUERIES))
+    else:
+        assert np.array_equal(scores, Index.build(inputs).scores(QUERIES))
+    caplog.clear()
+    loaded.save(folder)
+    spoil_fit(monkeypatch)
+    assert np.array_equal(Index.load(folder).scores(QUERIES), scores)
+    assert not caplog.records
+
+
+def test_adapters_join_and_leave_a_saved_fit(tmp_path, caplog):
+    """In a loaded index nothing of the saved fit stays, and nothing is said: it was its own."""
+    Index.build(PROFILES).save(tmp_path / "index")
+    index = Index.load(tmp_path / "index")
+    index.scores(QUERIES)
+    index.add({"poem": ["Write a poem about the sea", "Write a poem about tea"]})
+    index.remove(["count"])
+    left = {n: PROFILES[n] for n in ("translate", "sentiment")}
+    fresh = Index.build({**left, "poem": index.profiles["poem"]})
+    assert np.allclose(index.scores(QUERIES), fresh.scores(QUERIES), atol=1e-6)
+    index.save(tmp_path / "index")
+    assert np.array_equal(Index.load(tmp_path / "index").scores(QUERIES), index.scores(QUERIES))
+    (tmp_path / "index" / "fit.safetensors").write_bytes(b"\x08\x00")
+    with pytest.raises(InputError, match=r"fit\.safetensors: expected a complete safetensors file"):
+        Index.load(tmp_path / "index")
+    assert not caplog.records
+
+
+def test_counts_beyond_a_narrow_type_keep_their_sign():
+    assert np.allclose(damp(np.asarray([-128, 127, 0, 1], np.int8)), [-1 - np.log(128), 1 + np.log(127), 0, 1])
 
 
 def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):

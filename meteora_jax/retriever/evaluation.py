@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from meteora_jax.config import InputError, read_json
-from meteora_jax.retriever.features import Features, unit
+from meteora_jax.retriever.features import Features, ngrams, unit
 from meteora_jax.retriever.index import Index, top
 from meteora_jax.retriever.wording import Wording
 
@@ -154,7 +154,7 @@ def adapter_similarity(index: Index) -> np.ndarray:
     from scipy.sparse import csr_matrix
 
     owner = np.repeat(np.arange(len(counts)), counts)
-    sums = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner))))) @ features.ngrams("words")
+    sums = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner))))) @ ngrams(features.texts, "words")
     gram = (sums @ sums.T).toarray()
     lengths = np.sqrt(np.maximum(np.diag(gram), 1e-12))
     return (gram / np.outer(lengths, lengths)).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from meteora_jax.config import InputError, read_json
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
@@ -23,7 +24,8 @@ from meteora_jax.retriever.wording import Wording
 FORMAT = "meteora-index-1"
 INSTRUCTION = "Represent the sentence for similar task retrieval: "  # LoraRetriever's own (section 3.2)
 MOST_INPUTS = 20  # an adapter's profile; the paper used up to that many
-VECTORS, ENCODER = "vectors.safetensors", "encoder"
+VECTORS, FIT, ENCODER = "vectors.safetensors", "fit.safetensors", "encoder"
+LOG = logging.getLogger(__name__)
 
 
 class Retrieved(NamedTuple):
@@ -57,9 +59,10 @@ class Index:
     """Profiles of adapters under one scoring.
 
     Adapters may be added and removed at any time; what was computed for the others stays. Whatever a scoring has to
-    learn from the pool it learns at the next query. The default scoring is "hybrid" with an encoder, "lexical"
-    without: the ones that retrieve best (docs/results.md). Beyond 12,000 inputs (bare ones included; `large`) their
-    regression gives way to means under the same kernel, at a price in accuracy. `SCORINGS` lists all by name.
+    learn from the pool it learns at the next query or when the index is saved; the folder keeps a regression, so that
+    loading it learns nothing. The default scoring is "hybrid" with an encoder, "lexical" without: those that retrieve
+    best (docs/results.md). Beyond 12,000 inputs (bare ones included; `large`) their regression gives way to means under
+    the same kernel, at a price in accuracy. `SCORINGS` lists all by name.
     """
 
     def __init__(self, scoring: str | None = None, encoder: Encoder | None = None, instruction: str = ""):
@@ -70,6 +73,7 @@ class Index:
             raise InputError(f"scoring {self.scoring!r}: expected an encoder, found none")
         self._profiles: dict[str, Profile] = {}
         self._fitted = False
+        self._saved_fit: tuple[Path, dict[str, np.ndarray]] | None = None  # read, not yet compared with the pool
 
     @classmethod
     def build(
@@ -124,7 +128,7 @@ class Index:
         if self._scoring.needs_encoder and added:
             self._encode([p.inputs for p in added.values()])
         self._profiles |= added
-        self._fitted = False
+        self._fitted, self._saved_fit = False, None
 
     def _features(self, texts: Sequence[str]) -> Features:
         return Features(texts, self.encoder, self.instruction)
@@ -143,15 +147,25 @@ class Index:
         if unknown := [n for n in names if n not in self._profiles]:
             raise InputError([f"remove: expected an adapter of the index, found {n!r}" for n in unknown])
         self._profiles = {n: p for n, p in self._profiles.items() if n not in set(names)}
-        self._fitted = False
+        self._fitted, self._saved_fit = False, None
 
     def fit(self) -> None:
-        """Makes the scoring ready for the pool as it is; a query does it by itself when adapters came or went."""
+        """Makes the scoring ready for the pool as it is; a query does it by itself when adapters came or went.
+
+        What the folder of a loaded index keeps stands in for it, unless that is of other inputs or settings: then a
+        warning is logged.
+        """
         if not self._profiles:
             raise InputError("index: expected at least one adapter, found none")
-        if not self._fitted:
-            self._scoring.fit(list(self._profiles.values()))
-            self._fitted = True
+        if self._fitted:
+            return
+        pool, saved = list(self._profiles.values()), self._saved_fit
+        if saved is None or not self._scoring.restore(pool, saved[1]):
+            if saved is not None:
+                found = "that of others" if saved[1] else "none"
+                LOG.warning("%s: expected the fit of these profiles, found %s: fitting again", saved[0], found)
+            self._scoring.fit(pool)
+        self._fitted, self._saved_fit = True, None
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [B, A]: every adapter's similarity to every text, adapters in the order of `names`."""
@@ -172,7 +186,7 @@ class Index:
         return top(self.scores(texts), self.names, k, exclude)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes INDEX/ whole or not at all; an existing index is replaced only once the new one is complete."""
+        """Writes INDEX/, fitted, whole or not at all; an existing one is replaced only once the new one is complete."""
         folder = Path(folder)
         profiles = self._profiles.items()
         description = {
@@ -180,8 +194,8 @@ class Index:
             "encoder": self.encoder is not None,
             "adapters": [{"name": n, "inputs": list(p.inputs.texts), "bare": list(p.bare.texts)} for n, p in profiles],
         }  # fmt: skip
-        if self.large:
-            self.fit()  # for the sketches, which take long to make
+        if self._profiles:
+            self.fit()
         with _replacing(folder) as new:
             (new / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
             if self.encoder is not None:
@@ -191,7 +205,9 @@ class Index:
             if self.large:
                 kept["sketches"] = np.stack([p.sketch for _, p in profiles if p.sketch is not None])
             if kept:
-                save_file(kept, new / VECTORS)
+                (new / VECTORS).write_bytes(save(kept))  # save_file's are for their owner's eyes alone
+            if self._profiles and (fitted := self._scoring.fitted()):
+                (new / FIT).write_bytes(save({key: np.ascontiguousarray(value) for key, value in fitted.items()}))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Index:
@@ -220,17 +236,15 @@ class Index:
         index._profiles = {n: Profile(index._features(i), index._features(b)) for n, i, b in listed}
         if (folder / VECTORS).exists():
             index._restore_vectors(folder / VECTORS)
+        fit = folder / FIT
+        index._saved_fit = fit, _read_tensors(fit) if fit.exists() else {}
         return index
 
     def _restore_vectors(self, path: Path) -> None:
         """Reads what was saved beside the texts: vectors [inputs, D], sketches [adapters, SKETCH], either or both."""
         features = [p.inputs for p in self._profiles.values()]
         total = sum(len(f) for f in features)
-        try:
-            with safe_open(path, "np") as file:
-                kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{path}: expected vectors in a complete safetensors file, found none ({e})") from None
+        kept = _read_tensors(path)
         if strange := sorted(kept.keys() - {"vectors", "sketches"}):
             raise InputError(f"{path}: expected vectors and sketches, found {', '.join(strange)}")
         if (vectors := kept.get("vectors")) is not None:
@@ -245,6 +259,14 @@ class Index:
                 raise InputError(f"{path}: sketches: expected shape {expected}, found {sketches.shape}")
             for p, row in zip(self._profiles.values(), sketches, strict=True):
                 p.sketch = row
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, "np") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: expected a complete safetensors file, found none ({e})") from None
 
 
 def top(

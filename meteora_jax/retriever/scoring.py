@@ -7,17 +7,33 @@ profiles are ever fitted on.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from meteora_jax.config import InputError
-from meteora_jax.retriever.features import Features, sketch, sklearn, unit
+from meteora_jax.retriever.features import (
+    EDGE,
+    WIDTH,
+    Features,
+    count_ngrams,
+    damp,
+    row_lengths,
+    sketch,
+    sklearn,
+    unit,
+    weigh,
+)
 
 MOST_RIDGE_INPUTS = 12_000  # a dense system of that many unknowns takes about a minute of two cores and 3 GB
 
 
+FIT_FORMAT = 1  # of what `Ridge.fitted` gives
+COLUMN_PARTS = ("sizes", "inputs", "counts", "lengths")
+PROBE = "Ends, in 2 wörter: don't stop?\n- yes"  # whatever counts its n-grams otherwise is no reader of a saved fit
 BARE_WEIGHT = 0.3  # of an input without the wording that it shares with its adapter's others; an input weighs 1
 
 
@@ -38,8 +54,7 @@ def is_large(pool: Sequence[Profile]) -> bool:
     return sum(len(p.inputs) + len(p.bare) for p in pool) > MOST_RIDGE_INPUTS
 
 
-@runtime_checkable
-class Scoring(Protocol):
+class Scoring:
     """What an index asks of a scoring."""
 
     needs_encoder: bool
@@ -47,14 +62,25 @@ class Scoring(Protocol):
 
     def fit(self, pool: Sequence[Profile]) -> None:
         """Learns the pool; called again, with the same objects where nothing changed, when adapters come or go."""
-        ...
+        raise NotImplementedError
 
     def score(self, requests: Features) -> np.ndarray:
         """float32 [B, A], adapters in the pool's order."""
-        ...
+        raise NotImplementedError
+
+    def fitted(self) -> dict[str, np.ndarray]:
+        """Of what a fit learnt, that which is worth saving: nothing where fitting again is as quick as reading."""
+        return {}
+
+    def restore(self, pool: Sequence[Profile], saved: Mapping[str, np.ndarray]) -> bool:
+        """Stands in for `fit` by what `fitted` gave; False, and nothing done, where that is not of this pool."""
+        if saved:
+            return False
+        self.fit(pool)
+        return True
 
 
-class Means:
+class Means(Scoring):
     """An adapter is the mean of its inputs' vectors; cosine, or the bare inner product as in the paper's baseline."""
 
     needs_encoder, uses_bare = True, False
@@ -73,7 +99,7 @@ class Means:
         return (unit(vectors) if self._cosine else vectors) @ self._means.T
 
 
-class Whitened:
+class Whitened(Scoring):
     """Means after whitening with the covariance within adapters: what varies inside a task counts less."""
 
     needs_encoder, uses_bare = True, False
@@ -98,7 +124,7 @@ class Whitened:
         return (unit((vectors - self._centre) @ self._whiten) @ self._means.T).astype(np.float32)
 
 
-class Tfidf:
+class Tfidf(Scoring):
     """Mean TF-IDF of words or characters, cosine; untrained, and still ahead of the paper's encoders."""
 
     needs_encoder, uses_bare = False, False
@@ -127,7 +153,7 @@ def _averages(pool: Sequence[Profile]) -> Any:
     return csr_matrix((values, (owner, np.arange(len(owner)))), shape=(len(pool), len(owner)))
 
 
-class Bm25:
+class Bm25(Scoring):
     """BM25 (Robertson et al.) over words; an adapter is one document, its inputs in a row."""
 
     needs_encoder, uses_bare = False, False
@@ -155,7 +181,7 @@ def _bm25s() -> Any:
     return bm25s
 
 
-class Ridge:
+class Ridge(Scoring):
     """Discriminative: kernel ridge regression from an input to its adapter, one target an adapter.
 
     The kernel is a weighted sum of cosines: n-grams of words, of both ends and of characters, or vectors. Every
@@ -170,10 +196,15 @@ class Ridge:
         self._kernel, self._bare_weight, self._penalty = dict(kernel), bare_weight, penalty
         self._texts: list[Features] = []
         self._gram = np.zeros((0, 0))
+        self._saved: Mapping[str, np.ndarray] | None = None
+
+    def _inputs(self, pool: Sequence[Profile]) -> list[Features]:
+        """Two an adapter, the second of them its bare inputs."""
+        nothing = Features([], None)
+        return [f for p in pool for f in (p.inputs, p.bare if self.uses_bare else nothing)]
 
     def fit(self, pool: Sequence[Profile]) -> None:
-        nothing = Features([], None)
-        texts = [f for p in pool for f in (p.inputs, p.bare if self.uses_bare else nothing)]
+        texts = self._inputs(pool)
         sizes = [len(f) for f in texts]
         if (total := sum(sizes)) > MOST_RIDGE_INPUTS:
             raise InputError(
@@ -194,6 +225,57 @@ class Ridge:
         system = self._gram + np.diag(self._penalty / weights)
         self._dual = cho_solve(cho_factor(system, lower=True, overwrite_a=True), targets)
         self._columns = {part: _columns(self._rows(texts, part)) for part in self._kernel}
+        self._saved = None
+
+    def fitted(self) -> dict[str, np.ndarray]:
+        """The dual coefficients float64 [N, A] and, for every kind of n-gram, those of the N inputs by column.
+
+        The counts rather than their weights: three bytes an n-gram instead of twelve, and the same bits once weighed.
+        """
+        if self._saved is not None:
+            return dict(self._saved)
+        kept = {"digest": self._digest(self._texts), "dual": self._dual}
+        for kind in self._kernel.keys() - {"vectors"}:
+            rows = _counts(self._texts, kind)
+            columns = rows.T.tocsr()
+            kept |= {
+                f"{kind}.sizes": _narrow(np.diff(columns.indptr)), f"{kind}.inputs": _narrow(columns.indices),
+                f"{kind}.counts": _narrow(columns.data), f"{kind}.lengths": row_lengths(rows),
+            }  # fmt: skip
+        return kept
+
+    def restore(self, pool: Sequence[Profile], saved: Mapping[str, np.ndarray]) -> bool:
+        from scipy.sparse import csr_matrix
+
+        texts = self._inputs(pool)
+        kinds = self._kernel.keys() - {"vectors"}
+        names = {"digest", "dual", *(f"{kind}.{part}" for kind in kinds for part in COLUMN_PARTS)}
+        if saved.keys() != names or not np.array_equal(saved["digest"], self._digest(texts)):
+            return False
+        total, columns = sum(map(len, texts)), {}
+        for kind in self._kernel:
+            if kind == "vectors":
+                columns[kind] = _columns(self._rows(texts, kind))
+                continue
+            sizes, inputs, counts, lengths = (saved[f"{kind}.{part}"] for part in COLUMN_PARTS)
+            ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int32)])
+            columns[kind] = csr_matrix((damp(counts) / lengths[inputs], inputs.astype(np.int32), ends), (WIDTH, total))
+        self._dual, self._columns = saved["dual"], columns
+        self._texts, self._gram, self._saved = [], np.zeros((0, 0)), saved
+        return True
+
+    def _digest(self, texts: Sequence[Features]) -> np.ndarray:
+        """uint8 [32], of all that a fit depends on: settings, inputs, and what this machine makes n-grams of."""
+        digest = hashlib.sha256()
+        settings = [FIT_FORMAT, sorted(self._kernel.items()), self._bare_weight, self._penalty, WIDTH, EDGE]
+        digest.update(json.dumps([settings, [f.texts for f in texts]]).encode())
+        for kind in sorted(self._kernel):
+            if kind == "vectors":
+                digest.update(np.concatenate([f.vectors() for f in texts if len(f)]).astype("<f4").tobytes())
+            else:
+                probe = count_ngrams([PROBE], kind)
+                digest.update(np.stack([probe.indices, probe.data]).astype("<i4").tobytes())
+        return np.frombuffer(digest.digest(), np.uint8)
 
     def score(self, requests: Features) -> np.ndarray:
         similarity = sum(
@@ -204,9 +286,7 @@ class Ridge:
     def _rows(self, texts: Sequence[Features], part: str) -> Any:
         if part == "vectors":
             return np.concatenate([unit(f.vectors()) for f in texts if len(f)]).astype(np.float64)
-        from scipy.sparse import vstack
-
-        return vstack([f.ngrams(part) for f in texts if len(f)]).tocsr()
+        return weigh(_counts(texts, part))
 
     def _update_gram(self, texts: Sequence[Features]) -> np.ndarray:
         """The kernel between all inputs; only rows and columns of inputs that were not there are computed."""
@@ -225,7 +305,7 @@ class Ridge:
         return gram
 
 
-class Sketches:
+class Sketches(Scoring):
     """An adapter is the mean of its inputs' n-grams, bare inputs at a lower weight, folded; cosine.
 
     The regression's kernel without the regression: one matrix product a query, nothing to learn from the pool.
@@ -249,7 +329,7 @@ class Sketches:
         return unit(sketch(requests, self._kinds)) @ self._means.T
 
 
-class Lexical:
+class Lexical(Scoring):
     """The regression, or in a pool too large for it (`is_large`: 300 adapters of 20 inputs) its kernel's means."""
 
     needs_encoder, uses_bare = False, True
@@ -265,6 +345,25 @@ class Lexical:
     def score(self, requests: Features) -> np.ndarray:
         return self._now.score(requests)
 
+    def fitted(self) -> dict[str, np.ndarray]:
+        return self._now.fitted()
+
+    def restore(self, pool: Sequence[Profile], saved: Mapping[str, np.ndarray]) -> bool:
+        self._now = self._means if is_large(pool) else self._regression
+        return self._now.restore(pool, saved)
+
+
+def _counts(texts: Sequence[Features], kind: str) -> Any:
+    from scipy.sparse import vstack
+
+    return vstack([f.counts(kind) for f in texts if len(f)]).tocsr()
+
+
+def _narrow(whole: np.ndarray) -> np.ndarray:
+    """The same numbers in the smallest integer type that holds them."""
+    ends = (int(whole.min(initial=0)), int(whole.max(initial=0)))
+    return whole.astype(np.result_type(*map(np.min_scalar_type, ends)))
+
 
 def _columns(rows: Any) -> Any:
     """The transpose; a sparse one is sorted by row again, once, or every product with it would do so."""
@@ -275,7 +374,7 @@ def _dense(product: Any) -> np.ndarray:
     return product if isinstance(product, np.ndarray) else product.toarray()
 
 
-class Sum:
+class Sum(Scoring):
     """Several scorings added: with `weights` as they are; without, each brought to mean 0 and deviation 1 a request."""
 
     def __init__(self, parts: Sequence[Scoring], weights: Sequence[float] | None = None):
@@ -286,6 +385,18 @@ class Sum:
     def fit(self, pool: Sequence[Profile]) -> None:
         for part in self._parts:
             part.fit(pool)
+
+    def fitted(self) -> dict[str, np.ndarray]:
+        return {f"{i}.{key}": value for i, part in enumerate(self._parts) for key, value in part.fitted().items()}
+
+    def restore(self, pool: Sequence[Profile], saved: Mapping[str, np.ndarray]) -> bool:
+        own: list[dict[str, np.ndarray]] = [{} for _ in self._parts]
+        for key, value in saved.items():
+            i, _, name = key.partition(".")
+            if not i.isdecimal() or int(i) >= len(own):
+                return False
+            own[int(i)][name] = value
+        return all(part.restore(pool, kept) for part, kept in zip(self._parts, own, strict=True))
 
     def score(self, requests: Features) -> np.ndarray:
         scores = [part.score(requests) for part in self._parts]
