@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 # XLA's own Triton matrix products copy a layer's weights out of the stack before they read them (a decoding step of
 # Llama-3-8B takes 11.4 ms with them), and gave NaN in training; cuBLAS reads the stack where it lies.
@@ -20,22 +21,26 @@ def platform() -> str:
 
 
 class Jit:
-    """`jax.jit` of a function, with `GPU_OPTIONS` where the program is for a GPU."""
+    """`jax.jit` of a function, with `GPU_OPTIONS` where the program is for a GPU.
+
+    Inside another traced function the options are that one's to give: JAX takes them at the top alone.
+    """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         functools.update_wrapper(self, function)
         self._plain = jax.jit(function, **options)
         self._gpu = functools.cache(lambda: jax.jit(function, compiler_options=GPU_OPTIONS, **options))
 
-    def _compiled(self) -> Any:
-        return self._gpu() if platform() == "gpu" else self._plain
+    def _compiled(self, *given: Any) -> Any:
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(given))
+        return self._gpu() if platform() == "gpu" and not traced else self._plain
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._compiled()(*args, **kwargs)
+        return self._compiled(args, kwargs)(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit`'s."""
-        return self._compiled().lower(*args, **kwargs)
+        return self._compiled(args, kwargs).lower(*args, **kwargs)
 
     def _cache_size(self) -> int:
         return self._compiled()._cache_size()

@@ -143,6 +143,7 @@ def test_options_reach_the_compiler_on_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(compiler, "platform", lambda: "gpu")
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         double(3)
+    assert jax.eval_shape(double, jnp.arange(3)).shape == (3,)  # JAX refuses options below the top
 
 
 def test_the_platform_is_that_of_the_mesh():
