@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -125,7 +124,6 @@ def by_column(combine: jax.Array, columns: jax.Array, splits: tuple[int, ...]) -
 
 
 CPU_BLOCK = 192
-GPU_ROWS = 1  # rows that a single token is padded to on a GPU; beyond 1 cuBLAS takes another kernel
 
 
 def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
@@ -136,9 +134,6 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
     therefore taken in blocks, which costs a few percent. GPUs and TPUs accumulate in blocks by themselves.
     """
     width = x.shape[-1]
-    if platform() == "gpu" and x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) == 1 and GPU_ROWS > 1:
-        padded = jnp.pad(x, [(0, GPU_ROWS - 1)] + [(0, 0)] * (x.ndim - 1))
-        return jnp.einsum(equation, padded, weight)[:1]
     if x.dtype != jnp.float32 or jax.default_backend() != "cpu" or width <= CPU_BLOCK:
         return jnp.einsum(equation, x, weight)
     blocks = [(start, min(start + CPU_BLOCK, width)) for start in range(0, width, CPU_BLOCK)]
