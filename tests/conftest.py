@@ -42,6 +42,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda"))
 
 
+MAPS = 40_000  # of the 65,530 memory maps that Linux allows a process by default
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Drops compiled programs before there are too many: each keeps maps, and XLA crashes when it can have no more."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
     """A test that reaches for another machine fails at once, on whatever machine it runs."""
