@@ -184,8 +184,7 @@ def request_lora(
     Source: LoraRetriever (arXiv 2402.09997), section 3.3. indices int32 [B, C], weights float32 [B, T, C] (T may be 1);
     fused bool [B].
     """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    einsum = functools.partial(einsum_float32, x.dtype)
     chosen = jnp.maximum(indices, 0)  # NO_ADAPTER has weight 0
     h = einsum("bti,pbcri->btpcr", x, jnp.take(a, chosen, axis=1))
     scales = jnp.take(scale, chosen, axis=1).transpose(1, 0, 2)

@@ -22,6 +22,7 @@ from flax import nnx
 from meteora_jax.adapters import AdapterBank, AdapterConstant, AdapterParam
 from meteora_jax.config import BankConfig, InputError
 from meteora_jax.routing import BoundRouter, Routing
+from pallas_kernels.routed_lora.reference import einsum_float32
 
 
 class EndAdapters(nnx.Module):
@@ -55,7 +56,7 @@ class EndAdapters(nnx.Module):
             mine = self.ids[...][chosen][:, None] == tokens[:, :, None, None]  # [B, T, C, n]
             share = jnp.where(mine, weights[:, None, :, None], 0.0)
             rows = self.rows[...][chosen].astype(jnp.float32)
-            y += _einsum("btcn,bcnd->btd", share, rows)
+            y += einsum_float32(share.dtype, "btcn,bcnd->btd", share, rows)
             y -= jnp.sum(share, axis=(2, 3))[..., None] * x.astype(jnp.float32)
         return y.astype(x.dtype)
 
@@ -64,12 +65,12 @@ class EndAdapters(nnx.Module):
         chosen, weights = _chosen(routing)
         y = plain
         if self.lora_a is not None:
-            h = _einsum("btd,bcrd->btcr", hidden, self.lora_a[...][chosen])
+            h = einsum_float32(hidden.dtype, "btd,bcrd->btcr", hidden, self.lora_a[...][chosen])
             y += self._expand(h, chosen, weights, routing.fused)
         if self.rows is not None and self.ids is not None:
             ids = self.ids[...][chosen]  # [B, C, n]
             base = jnp.take_along_axis(plain, ids.reshape(len(ids), 1, -1), axis=2, mode="clip")
-            own = _einsum("btd,bcnd->btcn", hidden, self.rows[...][chosen])
+            own = einsum_float32(hidden.dtype, "btd,bcnd->btcn", hidden, self.rows[...][chosen])
             change = weights[:, None, :, None] * (own - base.reshape(own.shape))
             batch, steps = jnp.arange(plain.shape[0]), jnp.arange(plain.shape[1])
             at = batch[:, None, None, None], steps[None, :, None, None], ids[:, None]
@@ -86,12 +87,7 @@ class EndAdapters(nnx.Module):
             h = jnp.where(fused[:, None, None, None], mean, h)
         h = h * (weights * self.lora_scale[...][chosen])[:, None, :, None]
         b = self.lora_b[...][chosen]
-        return _einsum("btcr,bcro->bto", h.astype(b.dtype), b)
-
-
-def _einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+        return einsum_float32(b.dtype, "btcr,bcro->bto", h.astype(b.dtype), b)
 
 
 def _chosen(routing: Routing) -> tuple[jax.Array, jax.Array]:
