@@ -1,5 +1,6 @@
 """What holds for every test: no network, one CPU device, strict shapes, strict types, strict dtypes."""
 
+import gc
 import os
 
 # Before the first import of jax or transformers: both read these once.
