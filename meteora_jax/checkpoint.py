@@ -28,6 +28,7 @@ from meteora_jax.adapters import AdapterBank
 from meteora_jax.config import ENDS, GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
 from meteora_jax.ends import end_tensors
 from meteora_jax.llama import Llama
+from meteora_jax.origin import BaseOrigin, misfits
 from meteora_jax.sharding import place, sharding
 
 WEIGHTS = "weights.safetensors"
@@ -118,24 +119,20 @@ def load_base(folder: str | os.PathLike[str], dtype: Any) -> tuple[LlamaConfig, 
     return config, {path: StoredArray(file, keys, dtype) for path, keys in joined.items()}
 
 
-def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> AdapterBank:
-    """BANK/ -> the bank, refused if it was imported for a base of another shape."""
+def read_origin(folder: str | os.PathLike[str]) -> BaseOrigin | None:
+    """Which model a BASE/ is; None if it records nothing. Raises InputError: a missing or malformed config.json."""
+    path = Path(folder) / "config.json"
+    return BaseOrigin.of_base(read_json(path), str(path))
+
+
+def load_bank(
+    folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any, origin: BaseOrigin | None = None
+) -> AdapterBank:
+    """BANK/ -> the bank, refused if it was imported for a base of another shape, or other norms than `origin`'s."""
     folder = Path(folder)
     source = str(folder / "bank.json")
     config = BankConfig.from_json(read_json(folder / "bank.json"), source)
-    problems = []
-    if config.num_layers != base.num_layers:
-        problems.append(f"{source}: num_layers: expected {base.num_layers} (the base's), found {config.num_layers}")
-    for p in PROJECTIONS:
-        if config.base_shapes.get(p) != base.projection_shape(p):
-            problems.append(
-                f"{source}: base_shapes.{p}: expected {base.projection_shape(p)} (the base's), "
-                f"found {config.base_shapes.get(p)}"
-            )
-    vocab = (base.vocab_size, base.hidden_size)
-    if config.vocab_shape not in (None, vocab):
-        problems.append(f"{source}: vocab_shape: expected {vocab} (the base's), found {config.vocab_shape}")
-    if problems:
+    if problems := misfits(config, base, origin, source):
         raise InputError(problems)
     tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
     ends: dict[str, dict[str, np.ndarray]] = {}

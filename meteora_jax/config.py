@@ -362,6 +362,7 @@ class BankConfig:
     lora_bias: tuple[str, ...] = ()  # projections at which some adapter's B has a bias
     ends: dict[str, EndConfig] = dataclasses.field(default_factory=dict)  # of those that some adapter changes
     vocab_shape: tuple[int, int] | None = None  # (V, D) of the base; None where no adapter changes an end
+    base: dict[str, Any] | None = None  # what the base's own record said (see origin.py); None: there was none
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -426,7 +427,8 @@ class BankConfig:
                 raise ValueError("ends and vocab_shape")
             if any(len(held.tokens) != len(adapters) for held in ends.values()):
                 raise ValueError("tokens of ends")
-            return cls(tuple(adapters), ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab)
+            base = None if raw.get("base") is None else dict(raw["base"])
+            return cls(tuple(adapters), ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab, base)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 

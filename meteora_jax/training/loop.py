@@ -24,6 +24,7 @@ from meteora_jax.checkpoint import (
     load_bank,
     load_base,
     load_gates,
+    read_origin,
     save_bank,
     save_gates,
     split_bank,
@@ -163,7 +164,7 @@ def train_gates(
         raise InputError("adapter_learning_rate: expected train_adapters beside it, found adapters frozen")
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
-    loaded = load_bank(bank, config, kind)
+    loaded = load_bank(bank, config, kind, read_origin(base))
     names = loaded.names
     if settings.top_k > len(names):
         raise InputError(f"top_k: expected at most {len(names)} (the bank's adapters), found {settings.top_k}")
@@ -225,7 +226,8 @@ def train_adapter(
     """Trains one adapter on all `tasks` and writes it to `dest` as a BANK of one. Otherwise as `train_gates`."""
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
-    bank = fresh_adapter(config, settings.name, settings.rank, settings.alpha, settings.targets, settings.seed)
+    shape = settings.rank, settings.alpha, settings.targets, settings.seed
+    bank = fresh_adapter(config, settings.name, *shape, read_origin(base))
     router = Fixed(settings.name)
     flops = dict(chosen=1, gates=False, train_adapters=True)
     state, final = _fit(
