@@ -8,6 +8,9 @@ At the ends of the model LoRA on the embedding or the head, and rows of either t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +18,9 @@ from typing import TypeAlias, cast
 
 import numpy as np
 
+from converters import rules
 from converters.base_folder import common_dtype
-from converters.folders import new_folder, sha256, write_json
+from converters.folders import Journal, new_folder, sha256, write_json
 from converters.own_folders import read_base
 from converters.peft_folder import CONFIG, PeftAdapter, read_adapter
 from converters.rules import Progress, TensorPlan, copy_tensor
@@ -46,7 +50,7 @@ def import_adapters(
     any_base: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> BankConfig:
-    """Imports PEFT folders into one bank, in the order given.
+    """Imports PEFT folders into one bank, in the order given; killed, the same call goes on from what is on disk.
 
     Args:
         dest: the BANK folder to make.
@@ -68,22 +72,37 @@ def import_adapters(
     if problems:
         raise InputError(problems)
     inputs = [base / "config.json", base / "weights.safetensors", *(path for a in loaded for path in a.inputs)]
-    with new_folder(dest, overwrite, inputs) as partial:
+    with new_folder(dest, overwrite, inputs, _identity(bank, inputs)) as partial:
         dtype = common_dtype({t.dtype for a in loaded for t in a.trained})
         shapes = bank.weight_shapes()
         # What is computed rather than copied stays float32.
         specs = {p: (np.dtype(np.float32) if p.endswith((".scale", ".dora")) else dtype, shapes[p]) for p in shapes}
         writer = TensorWriter(partial / "weights.safetensors", specs)
-        for index, adapter in enumerate(loaded):
+        journal = Journal(partial)
+        if not writer.found:
+            journal.begin(journal.conversion)
+        first, unsaved = journal.done, 0
+        for index, adapter in enumerate(loaded[first:], start=first):
             problems += _write_adapter(writer, index, adapter)
             if adapter.settings.dora and not problems:
                 problems += _write_dora(writer, index, adapter, base)
+            unsaved += sum(math.prod(t.shape) * t.dtype.itemsize for t in adapter.trained)
+            if unsaved >= rules.SAVE_BYTES and not problems:
+                writer.sync()
+                journal.note(index + 1)
+                unsaved = 0
             if progress is not None:
                 progress(adapter.name, index + 1, len(loaded))
         if problems:
             raise InputError(problems)
         write_json(partial / "bank.json", bank.to_json())
     return bank
+
+
+def _identity(bank: BankConfig, inputs: Iterable[Path]) -> str:
+    """A digest of the import: what the bank will hold, and the files as they are now."""
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+    return hashlib.sha256(json.dumps([bank.to_json(), files], sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def plan_adapters(
@@ -117,8 +136,9 @@ def plan_adapters(
     if problems:
         # The values of the sound folders are read too: one error then holds all there is to mend.
         raise InputError(problems + [p for adapter in loaded for p in _check_values(adapter)])
-    for line in remarks if tell else ():
-        tell(line)
+    if tell is not None:
+        for line in remarks:
+            tell(line)
     return dataclasses.replace(_describe_bank(loaded, config), base=origin and dataclasses.asdict(origin)), loaded
 
 
