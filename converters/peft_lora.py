@@ -101,7 +101,7 @@ def import_adapters(
 
 def _identity(bank: BankConfig, inputs: Iterable[Path]) -> str:
     """A digest of the import: what the bank will hold, and the files as they are now."""
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs if path.exists()]
     return hashlib.sha256(json.dumps([bank.to_json(), files], sort_keys=True).encode("utf-8")).hexdigest()
 
 

@@ -224,6 +224,9 @@ class _HfReader:
         holder = new if "rope_theta" in new else self.raw
         theta = self.get("rope_theta", float, default=10000.0, raw=holder, low=1e-6)
         params = new or old
+        kinds = {str(p.get("rope_type", p.get("type")) or "default") for p in (new, old) if p}
+        if len(kinds) > 1:
+            self.problems.append(f"{self.source}: rope_scaling: expected what rope_parameters say, found {old!r:.200}")
         kind = params.get("rope_type", params.get("type", "default"))
         if kind in (None, "default"):
             return theta, None
@@ -458,6 +461,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Parses a JSON file; a missing or malformed one is an InputError that names it."""
     path = Path(path)
     try:
+        if path.is_fifo():  # its reader would wait for ever
+            raise InputError(f"{path}: expected a file, found a pipe")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: expected a file, found none") from None

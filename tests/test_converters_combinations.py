@@ -60,7 +60,7 @@ by_end = st.dictionaries(st.sampled_from(ENDS), ids, min_size=1)
 @settings(
     deadline=None,
     max_examples=60,
-    phases=(Phase.generate,),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(

@@ -38,6 +38,16 @@ def assert_base_holds(base: Path, expected: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("shards", ["single", "sharded"])
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_two_rope_scalings_that_differ_are_refused(tmp_path: Path):
+    """transformers would take the older spelling, and a reader of the newer one would never know."""
+    _, folder = tiny_llama(tmp_path)
+    edit_json(folder / "config.json", rope_scaling={"type": "yarn", "factor": 2.0})
+    dest = tmp_path / "base"
+    assert_refused(lambda: import_base(folder, dest), dest, "rope_scaling: expected what rope_parameters say, found")
+    edit_json(folder / "config.json", rope_scaling={"type": "default"})
+    import_base(folder, dest)
+
+
 def test_values_equal_the_state_dict(tmp_path: Path, variant: str, shards: str):
     size = "50GB" if shards == "single" else 30_000
     model, folder = tiny_llama(tmp_path, max_shard_size=size, **VARIANTS[variant])
