@@ -104,6 +104,16 @@ def group_rank(bank: BankConfig | None, group: str) -> int:
     return 0 if bank is None else max((bank.ranks.get(p, 0) for p in GROUPS[group]), default=0)
 
 
+def column_shards(config: LlamaConfig, group: str, tensor: int) -> int:
+    """Parts in which a group's columns are stored on a mesh of that tensor axis, each with whole heads (or F's share) of
+    every projection; 1: in the order of the projections, as on one device and wherever the mesh would cut a head.
+    """
+    if len(GROUPS[group]) == 1:
+        return 1
+    sizes = (config.num_heads, config.num_kv_heads) if group == "qkv" else (config.intermediate_size,)
+    return tensor if all(n % tensor == 0 for n in sizes) else 1
+
+
 # The input and output side of each group's kernel; see sharding.LOGICAL_AXES.
 GROUP_SIDES = {
     "qkv": ("model", "inner"), "o": ("inner", "model"), "gate_up": ("model", "inner"), "down": ("inner", "model"),
@@ -207,6 +217,7 @@ class AdaptedLinear(nnx.Module):
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
     lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A];
     lora_dora, lora_bias float32 [A, O], None where no adapter has any; slim [P, N, I], see `prepare`.
+    O's columns lie in `shards` parts of equal width, each with its share of every projection: `sharding.shard_order`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
 
@@ -214,7 +225,7 @@ class AdaptedLinear(nnx.Module):
         self, config: LlamaConfig, group: str, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs
     ):
         shapes = [config.projection_shape(p) for p in GROUPS[group]]
-        width, self.splits = shapes[0][0], tuple(o for _, o in shapes)
+        width, self.splits, self.shards = shapes[0][0], tuple(o for _, o in shapes), 1
         total, count, rank = sum(self.splits), len(self.splits), group_rank(bank, group)
         adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
@@ -261,19 +272,43 @@ class AdaptedLinear(nnx.Module):
         elif router is not None:
             routing = router.route(x, self.gate[...] if self.gate is not None else None)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
-                scale = self.lora_scale[...]
-                y = add_update(y, x, self.lora_a[...], self.lora_b[...], scale, routing, self.splits)
-                if self.lora_dora is not None:
-                    weights = routing.dense(scale.shape[1])
-                    more = by_column(weights, self.lora_dora[...], self.splits) * plain.astype(jnp.float32)
-                    y = (y.astype(jnp.float32) + more).astype(x.dtype)
-                if self.lora_bias is not None:
-                    combine = routing.dense(scale.shape[1]) * scale[None, None]
-                    more = by_column(combine, self.lora_bias[...], self.splits)
-                    y = (y.astype(jnp.float32) + more).astype(x.dtype)
-        starts = [sum(self.splits[:i]) for i in range(1, len(self.splits))]
+                y = self._adapted(x, plain, y, routing)
+        return self._split(y), routing
+
+    def _adapted(self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing) -> jax.Array:
+        """y [B, T, O], the base's output, + what the routed adapters add; plain is y without the base's bias."""
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        assert self.lora_scale is not None
+        a, scale, splits = self.lora_a[...], self.lora_scale[...], tuple(o // self.shards for o in self.splits)
+
+        def part(plain: jax.Array, y: jax.Array, b: jax.Array, dora: Any, bias: Any) -> jax.Array:
+            y = add_update(y, x, a, b, scale, routing, splits)
+            if dora is not None:
+                more = by_column(routing.dense(scale.shape[1]), dora, splits) * plain.astype(jnp.float32)
+                y = (y.astype(jnp.float32) + more).astype(x.dtype)
+            if bias is not None:
+                more = by_column(routing.dense(scale.shape[1]) * scale[None, None], bias, splits)
+                y = (y.astype(jnp.float32) + more).astype(x.dtype)
+            return y
+
+        columns = self.lora_b[...], *(None if z is None else z[...] for z in (self.lora_dora, self.lora_bias))
+        if self.shards == 1:
+            return part(plain, y, *columns)
+        cut = lambda z: z.reshape(*z.shape[:-1], self.shards, -1)  # noqa: E731
+        parts = jax.tree.map(cut, (plain, y, *columns))
+        return jax.vmap(part, in_axes=-2, out_axes=-2)(*parts).reshape(y.shape)
+
+    def _split(self, y: jax.Array) -> list[jax.Array]:
+        """y [B, T, O] -> each projection's [B, T, O_p]; on a mesh every device cuts what it holds."""
+        starts = [sum(self.splits[:i]) // self.shards for i in range(1, len(self.splits))]
         inner = "inner" if self.sides[1] == "inner" else None  # the residual stream stays whole along D
-        return [constrain(part, "batch", None, inner) for part in jnp.split(y, starts, axis=-1)], routing
+        if self.shards == 1:
+            return [constrain(part, "batch", None, inner) for part in jnp.split(y, starts, axis=-1)]
+        y = constrain(y.reshape(*y.shape[:2], self.shards, -1), "batch", None, inner, None)
+        return [
+            constrain(part.reshape(*y.shape[:2], -1), "batch", None, inner) for part in jnp.split(y, starts, axis=-1)
+        ]
 
     def _gated(self, x: jax.Array, base: jax.Array, slim: jax.Array, router: BoundGates) -> tuple[jax.Array, Routing]:
         """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits."""

@@ -188,7 +188,7 @@ def train_gates(
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
     if jax.process_index() == 0:
         if new_bank is not None:
-            save_bank(new_bank, split_bank(loaded, flat))
+            save_bank(new_bank, split_bank(loaded, flat, config, mesh))
         save_gates(Path(dest), GateConfig(names, settings.top_k, settings.temperature), split_gates(flat))
     return final
 
@@ -236,7 +236,7 @@ def train_adapter(
     )  # fmt: skip
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
     if jax.process_index() == 0:
-        save_bank(dest, split_bank(bank, flat))
+        save_bank(dest, split_bank(bank, flat, config, mesh))
     return final
 
 
