@@ -15,9 +15,9 @@ from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
-from meteora_jax.sharding import constrain
+from meteora_jax.sharding import constrain, splits_inner
 from pallas_kernels.routed_lora import add_routed_lora, gated, routed_lora
-from pallas_kernels.routed_lora.reference import add_expanded, einsum_float32, shrink
+from pallas_kernels.routed_lora.reference import FEW_ROWS, add_expanded, einsum_float32, shrink
 
 
 class BaseParam(nnx.Param):
@@ -152,13 +152,17 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
 
 
 def add_update(
-    y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, splits: tuple[int, ...]
-) -> jax.Array:
-    """y [B, T, O] + what the routed adapters add to it, in y's dtype; a, b, scale as in `AdaptedLinear`."""
+    y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing,
+    splits: tuple[int, ...], every: bool = False,
+) -> jax.Array:  # fmt: skip
+    """y [B, T, O] + what the routed adapters add to it, in y's dtype; a, b, scale as in `AdaptedLinear`.
+
+    every: shrink by every adapter, whichever the routing chose.
+    """
     requests, choices = routing.indices.shape[0], routing.indices.shape[-1]
     # a batch whose requests name as many adapters as there are reads every one of them once
-    dense = not routing.per_request or requests * choices >= scale.shape[1]
-    if y.dtype == jnp.float32 or routing.fused is not None or not dense:
+    dense = every or not routing.per_request or requests * choices >= scale.shape[1]
+    if routing.fused is not None or not dense or (y.dtype == jnp.float32 and not every):
         return (y.astype(jnp.float32) + routed_update(x, a, b, scale, routing, splits)).astype(y.dtype)
     h = shrink(x, a, routing.dense(scale.shape[1]) * scale[None, None])
     return add_expanded(y, h, b, splits)
@@ -264,32 +268,38 @@ class AdaptedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:
         """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base)."""
-        plain = contract("bti,io->bto", x, self.kernel[...], 0)
-        y = plain if self.bias is None else plain + self.bias[...][None, None, :]
+        # y, logits and shrinks of few tokens cross devices as one float32 sum: a second one would take as long again
+        joined = self.sides[0] == "inner" and splits_inner(x.shape[-1]) and x.shape[0] * x.shape[1] <= FEW_ROWS
+        if joined and x.dtype != jnp.float32:
+            plain = einsum_float32(x.dtype, "bti,io->bto", x, self.kernel[...])
+        else:
+            plain = contract("bti,io->bto", x, self.kernel[...], 0)
+        y = plain if self.bias is None else plain + self.bias[...].astype(plain.dtype)[None, None, :]
         routing = None
         if self.slim is not None and isinstance(router, BoundGates) and router.allowed is None:
             y, routing = self._gated(x, y, self.slim[...], router)
         elif router is not None:
             routing = router.route(x, self.gate[...] if self.gate is not None else None)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
-                y = self._adapted(x, plain, y, routing)
-        return self._split(y), routing
+                y = self._adapted(x, plain, y, routing, joined)
+        return self._split(y.astype(x.dtype)), routing
 
-    def _adapted(self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing) -> jax.Array:
+    def _adapted(self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing, joined: bool) -> jax.Array:
         """y [B, T, O], the base's output, + what the routed adapters add; plain is y without the base's bias."""
         assert self.lora_a is not None
         assert self.lora_b is not None
         assert self.lora_scale is not None
         a, scale, splits = self.lora_a[...], self.lora_scale[...], tuple(o // self.shards for o in self.splits)
+        every = joined and a.shape[1] * a.shape[2] <= gated.DENSE_WIDTH
 
         def part(plain: jax.Array, y: jax.Array, b: jax.Array, dora: Any, bias: Any) -> jax.Array:
-            y = add_update(y, x, a, b, scale, routing, splits)
+            y = add_update(y, x, a, b, scale, routing, splits, every)
             if dora is not None:
                 more = by_column(routing.dense(scale.shape[1]), dora, splits) * plain.astype(jnp.float32)
-                y = (y.astype(jnp.float32) + more).astype(x.dtype)
+                y = (y.astype(jnp.float32) + more).astype(y.dtype)
             if bias is not None:
                 more = by_column(routing.dense(scale.shape[1]) * scale[None, None], bias, splits)
-                y = (y.astype(jnp.float32) + more).astype(x.dtype)
+                y = (y.astype(jnp.float32) + more).astype(y.dtype)
             return y
 
         columns = self.lora_b[...], *(None if z is None else z[...] for z in (self.lora_dora, self.lora_bias))

@@ -178,6 +178,12 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+def splits_inner(width: int) -> bool:
+    """Whether the mesh of `use_mesh` cuts an "inner" dimension of that width: sums over it cross devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["tensor"] > 1 and width % mesh.shape["tensor"] == 0
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tells the compiler how an activation lies on the mesh of `use_mesh`; without one it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
