@@ -105,8 +105,8 @@ def group_rank(bank: BankConfig | None, group: str) -> int:
 
 
 def column_shards(config: LlamaConfig, group: str, tensor: int) -> int:
-    """Parts in which a group's columns are stored on a mesh of that tensor axis, each with whole heads (or F's share) of
-    every projection; 1: in the order of the projections, as on one device and wherever the mesh would cut a head.
+    """Parts in which a group's columns are stored on a mesh of that tensor axis, each with whole heads (or its share of
+    F) of every projection; 1: in the projections' own order, as on one device and where the mesh would cut a head.
     """
     if len(GROUPS[group]) == 1:
         return 1

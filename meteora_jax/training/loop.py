@@ -21,6 +21,7 @@ from meteora_jax.adapters import AdapterParam, GateParam
 from meteora_jax.checkpoint import (
     StoredArray,
     assemble,
+    column_orders,
     load_bank,
     load_base,
     load_gates,
@@ -35,7 +36,7 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
-from meteora_jax.sharding import fetch, local_rows, place_rows, rows_multiple, use_mesh
+from meteora_jax.sharding import fetch, local_rows, place_rows, rows_multiple, tensor_shards, use_mesh
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_adapter
 from meteora_jax.training.charts import write_accuracy_map, write_curves
@@ -258,7 +259,8 @@ def _fit(
     if columns is not None:
         old = hashlib.sha256(b"".join(np.ascontiguousarray(gates[p]).tobytes() for p in PROJECTIONS))
         identity |= {"extended": old.hexdigest()[:16]}
-    checkpoints = Checkpoints(run.path / "checkpoints", run.keep, identity) if run else None
+    orders = column_orders(config, tensor_shards(mesh))
+    checkpoints = Checkpoints(run.path / "checkpoints", run.keep, identity, orders) if run else None
     if checkpoints and run and not run.resume:
         checkpoints.clear()
     graph, full = assemble(config, weights, bank, gates, kind, mesh)
