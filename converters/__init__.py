@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from converters import gguf_llama, hf_llama, meta_llama, meteora_torch
-from converters.base_folder import OpenedBase, describe_base, write_base
+from converters.base_folder import OpenedBase, describe_base, named, write_base
 from converters.hf_export import export_base, export_merged
 from converters.meteora_torch import describe_gates, export_gates, import_gates
 from converters.peft_export import export_adapter
@@ -40,6 +40,7 @@ def import_base(
     overwrite: bool = False,
     progress: Progress | None = None,
     replace: str | os.PathLike[str] | None = None,
+    name: str | None = None,
 ) -> None:
     """Imports base weights into a BASE folder; killed, the same call goes on from the tensors that are on disk.
 
@@ -50,11 +51,13 @@ def import_base(
         overwrite: replace a `dest` that holds something, once the new one is complete.
         progress: called after each tensor with (key, done, total).
         replace: a PEFT folder whose saved embedding and head take the place of the source's.
+        name: which model it is (`meta-llama/Meta-Llama-3-8B`, perhaps with `@COMMIT`), in place of what the source
+            says: adapters that were trained on another are refused by `import_adapters`.
 
     Raises:
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
-    write_base(dest, _opened(src, replace), dtype, overwrite, progress)
+    write_base(dest, named(_opened(src, replace), name), dtype, overwrite, progress)
 
 
 def _opened(src: str | os.PathLike[str], replace: str | os.PathLike[str] | None) -> OpenedBase:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,7 @@ from converters.folders import Journal, new_folder, sha256, write_json
 from converters.rules import Placement, Progress, Rule, TensorPlan, fill, find_rule, plan
 from converters.tensor_files import SourceTensor, TensorWriter, dtype_name
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.origin import GIVEN, BaseOrigin, normalized, split_name
 
 _DTYPES = {
     "float32": np.dtype(np.float32),
@@ -34,6 +36,7 @@ class OpenedBase:
 
     inputs: the files read, the one that lists the tensors first; their SHA-256 goes into `config.json`.
     write_tokenizer: writes the tokenizer's files into the folder it is given.
+    names, revision: what the source says about itself, as `BaseOrigin` has them.
     """
 
     config: LlamaConfig
@@ -41,6 +44,8 @@ class OpenedBase:
     tensors: Sequence[SourceTensor]
     inputs: Sequence[Path]
     write_tokenizer: Callable[[Path], None]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    revision: str | None = None
 
     def plan(self, dtype: str | None) -> tuple[list[Placement], dict[str, np.dtype]]:
         """(where each tensor goes, the type each destination is stored in); `dtype` None keeps the source's.
@@ -88,8 +93,39 @@ def fill_base(
     writer = TensorWriter(folder / "weights.safetensors", {p: (dtypes[p], shapes[p]) for p in shapes})
     fill(placements, writer, progress, journal)
     source = [{"file": path.name, "sha256": sha256(path)} for path in opened.inputs]
-    meteora = {"format": "meteora-base-1", "source": source}
+    origin = BaseOrigin(dict(opened.names), opened.revision, norms_sha256(placements))
+    meteora = {"format": "meteora-base-1", "source": source, "origin": dataclasses.asdict(origin)}
     write_json(folder / "config.json", {**opened.config.to_hf(), "meteora": meteora})
+
+
+def norms_sha256(placements: Sequence[Placement]) -> str:
+    """`BaseOrigin.norms_sha256` of a source: conversions keep norms, and quantisation leaves them in float32."""
+    norms = sorted((p for p in placements if p.path.endswith(".scale")), key=lambda p: (p.path, p.layer or 0))
+    digest = hashlib.sha256()
+    for place in norms:
+        digest.update(np.ascontiguousarray(place.source.read().astype(ml_dtypes.bfloat16)).tobytes())
+    return digest.hexdigest()
+
+
+def own_names(path: Path, **said: Any) -> tuple[dict[str, str], str | None]:
+    """(names, revision) of a source: what its metadata `said`, by key, and the name of the file or folder itself."""
+    names = {key: value.strip() for key, value in said.items() if isinstance(value, str) and value.strip()}
+    name, revision = split_name(str(Path(os.path.abspath(path))))
+    return names | {"path": name}, revision
+
+
+def named(opened: OpenedBase, name: str | None) -> OpenedBase:
+    """The source with the name that the user gives it, `NAME` or `NAME@COMMIT`; None leaves it as it is.
+
+    Raises:
+        InputError: a name of which nothing is left to compare.
+    """
+    if name is None:
+        return opened
+    name, _, revision = name.partition("@")
+    if not normalized(name):
+        raise InputError(f"name: expected a model's name, found {name!r}")
+    return dataclasses.replace(opened, names={**opened.names, GIVEN: name}, revision=revision or opened.revision)
 
 
 def _identity(opened: OpenedBase, placements: Sequence[Placement], dtypes: Mapping[str, np.dtype]) -> str:

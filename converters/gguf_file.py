@@ -113,6 +113,8 @@ def _open_tensor(path: Path, info: _TensorInfo, data_start: int, file_size: int)
 def _read_header(path: Path) -> tuple[dict[str, Any], list[_TensorInfo], int, int]:
     """(metadata, tensor infos, offset of the data, size of the file)."""
     try:
+        if path.is_fifo():  # its reader would wait for ever
+            raise InputError(f"{path.name}: expected a file, found a pipe")
         with open(path, "rb") as f:
             size = path.stat().st_size
             if size < 24:

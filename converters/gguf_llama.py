@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from converters.base_folder import OpenedBase
+from converters.base_folder import OpenedBase, own_names
 from converters.gguf_file import GgufFile, read_gguf
 from converters.gguf_tokenizer import build_tokenizer
 from converters.rules import TRANSPOSE, Rule, Transform
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.origin import is_known
 
 ROPE_FACTORS = "rope_freqs.weight"
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # transformers names these model types alike
@@ -56,7 +57,18 @@ def open_base(src: Path) -> OpenedBase:
     file, files = read_split(src)
     config = read_config(file)
     tokenizer = build_tokenizer(file.metadata, file.path.name, config.vocab_size, config.max_position_embeddings)
-    return OpenedBase(config, gguf_rules(config), file.tensors, files, tokenizer.write)
+    return OpenedBase(config, gguf_rules(config), file.tensors, files, tokenizer.write, *_names(file))
+
+
+def _names(file: GgufFile) -> tuple[dict[str, str], str | None]:
+    """What the metadata calls the model; its parts only where its name says nothing of them."""
+    general = {k.removeprefix("general."): v for k, v in file.metadata.items() if k.startswith("general.")}
+    said = {"general.name": general.get("name")}
+    parts = [general.get(k) for k in ("basename", "size_label", "finetune", "version")]
+    if isinstance(parts[0], str) and not is_known(str(said["general.name"])):
+        said["general.basename"] = "-".join(p for p in parts if isinstance(p, str) and p)
+    match = _SPLIT.fullmatch(file.path.name)
+    return own_names(file.path.with_name(match["name"]) if match else file.path, **said)
 
 
 def read_split(src: Path) -> tuple[GgufFile, list[Path]]:

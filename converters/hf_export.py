@@ -16,11 +16,12 @@ import numpy as np
 
 from converters.folders import new_folder, write_json
 from converters.hf_llama import INDEX, SINGLE, copy_tokenizer, llama_rules
-from converters.own_folders import read_base
+from converters.own_folders import read_base, read_origin
 from converters.peft_export import BankAdapter, list_modules, open_adapter
 from converters.rules import AS_IS, Progress, Transform, copy_tensor
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
+from meteora_jax.origin import BaseOrigin, misfits
 
 SHARD_BYTES = 5_000_000_000
 _HF_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -93,6 +94,9 @@ def _export(
     shard_bytes: int,
 ) -> LlamaConfig:
     config, reader = read_base(base)
+    origin = read_origin(base)
+    if adapter is not None:
+        _check_fit(config, origin, adapter)
     outputs = _list_outputs(config, reader, adapter)
     shards = _split(outputs, shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -116,13 +120,13 @@ def _export(
             total = sum(o.size for o in outputs)
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         dtype = _HF_DTYPES[dtype_name(reader.dtype("embed.embedding"))]
-        write_json(partial / "config.json", {**config.to_hf(), "torch_dtype": dtype})
+        # a base with an adapter in its weights is no longer the model of that name
+        name = {"_name_or_path": origin.name} if origin and origin.name and adapter is None else {}
+        write_json(partial / "config.json", {**name, **config.to_hf(), "torch_dtype": dtype})
     return config
 
 
 def _list_outputs(config: LlamaConfig, reader: TensorReader, adapter: BankAdapter | None) -> list[_Output]:
-    if adapter is not None:
-        _check_fit(config, adapter)
     places = {f"layers.{p}.{part}": (p, part) for p in PROJECTIONS for part in ("kernel", "bias")}
     held = set() if adapter is None else {(m.layer, m.projection) for m in list_modules(adapter)}
     outputs = []
@@ -142,15 +146,9 @@ def _list_outputs(config: LlamaConfig, reader: TensorReader, adapter: BankAdapte
     return outputs
 
 
-def _check_fit(config: LlamaConfig, adapter: BankAdapter) -> None:
+def _check_fit(config: LlamaConfig, origin: BaseOrigin | None, adapter: BankAdapter) -> None:
     bank, source = adapter.bank, adapter.folder / "bank.json"
-    problems = []
-    if bank.num_layers != config.num_layers:
-        problems.append(f"{source}: num_layers: expected {config.num_layers} (the base's), found {bank.num_layers}")
-    for p in PROJECTIONS:
-        wanted, found = config.projection_shape(p), bank.base_shapes.get(p)
-        if found != wanted:
-            problems.append(f"{source}: base_shapes.{p}: expected {wanted} (the base's), found {found}")
+    problems = misfits(bank, config, origin, str(source))
     if adapter.info.name in bank.at_ends:
         found = f"{adapter.info.name}, which changes the embedding or the head (merging those is not supported)"
         problems.append(f"{source}: expected an adapter of the layers, found {found}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.base_folder import OpenedBase
+from converters.base_folder import OpenedBase, own_names
 from converters.pickle_files import read_pickle
 from converters.rules import TRANSPOSE, Rule
 from converters.tensor_files import SourceTensor, read_safetensors
@@ -35,14 +35,17 @@ def open_base(src: Path) -> OpenedBase:
     Raises:
         InputError: everything that is wrong with configuration, tokenizer and headers.
     """
-    config = add_end_tokens(LlamaConfig.from_hf(read_json(src / "config.json")), src / "generation_config.json")
+    raw = read_json(src / "config.json")
+    config = add_end_tokens(LlamaConfig.from_hf(raw), src / "generation_config.json")
     files, tensors = read_weights(src)
+    said = {"config.json _name_or_path": raw.get("_name_or_path")}
     return OpenedBase(
         config,
         llama_rules(config),
         tensors,
         [*files, src / "config.json"],
         lambda folder: copy_tokenizer(src, folder),
+        *own_names(src, **said),
     )
 
 

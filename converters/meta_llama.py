@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.base_folder import OpenedBase
+from converters.base_folder import OpenedBase, own_names
 from converters.gguf_llama import unpermuted_rows
 from converters.meta_tokenizer import read_tokenizer
 from converters.pickle_files import read_pickle
@@ -63,7 +63,7 @@ def open_base(src: Path) -> OpenedBase:
         raise InputError(f"{src / 'tokenizer.model'}: expected a file here or in the folder above, found none")
     tokenizer, ids = read_tokenizer(found, config.vocab_size, config.max_position_embeddings)
     config = dataclasses.replace(config, bos_token_id=ids["bos"], eos_token_ids=ids["eos"])
-    return OpenedBase(config, rules, tensors, [*files, src / PARAMS, found], tokenizer.write)
+    return OpenedBase(config, rules, tensors, [*files, src / PARAMS, found], tokenizer.write, *own_names(src))
 
 
 def open_folder(src: Path) -> tuple[LlamaConfig, list[Rule], list[SourceTensor], list[Path]]:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from converters.base_folder import OpenedBase, common_dtype, fill_base
+from converters.base_folder import OpenedBase, common_dtype, fill_base, norms_sha256
 from converters.folders import new_folder, sha256, write_json
 from converters.hf_llama import copy_tokenizer, llama_rules, module_name, read_weights
-from converters.own_folders import read_bank, read_base
+from converters.own_folders import read_bank, read_base, read_origin
 from converters.rules import TRANSPOSE, Placement, Progress, Rule, TensorPlan, copy_tensor, plan
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import (
@@ -34,6 +34,7 @@ from meteora_jax.config import (
     LlamaConfig,
     read_json,
 )
+from meteora_jax.origin import BaseOrigin, misfits
 
 PREFIX = "base_model.model."
 _GATE = "moe_gate.weight"
@@ -49,14 +50,22 @@ def is_checkpoint(src: Path) -> bool:
 
 def open_base(src: Path) -> OpenedBase:
     """The base inside a checkpoint; adapters and gates are left. Raises InputError as `hf_llama.open_base`."""
-    config = LlamaConfig.from_hf(read_json(src / "config.json"))
+    raw = read_json(src / "config.json")
+    config = LlamaConfig.from_hf(raw)
     files, tensors = read_weights(src)
     paths = config.weight_shapes()
     rules = [
         rule if rule.path is None or rule.path in paths else Rule(rule.pattern, None, why="not of the base")
         for rule in meteora_rules(config)
     ]
-    return OpenedBase(config, rules, tensors, [*files, src / "config.json"], lambda folder: copy_tokenizer(src, folder))
+    inputs, tokenizer = [*files, src / "config.json"], lambda folder: copy_tokenizer(src, folder)
+    return OpenedBase(config, rules, tensors, inputs, tokenizer, _base_names(raw))
+
+
+def _base_names(raw: Any) -> dict[str, str]:
+    """What config.json calls the base; the folder's own name is the checkpoint's."""
+    name = raw.get("_name_or_path") if isinstance(raw, dict) else None
+    return {"config.json _name_or_path": name} if isinstance(name, str) else {}
 
 
 def meteora_rules(config: LlamaConfig) -> list[Rule]:
@@ -214,7 +223,10 @@ def import_gates(
         if not known:
             assert alpha is not None, "checked above"
             partial = stack.enter_context(new_folder(folder, False, files))
-            _write_bank(partial, config, placements, names, rank, alpha, files, progress)
+            raw = read_json(found.config_file)
+            origin = BaseOrigin.of_base(raw, str(found.config_file)) if found.given else None
+            origin = origin or BaseOrigin(_base_names(raw), None, norms_sha256(placements))
+            _write_bank(partial, config, placements, names, rank, alpha, files, progress, origin)
         if opened is not None and base is not None:
             fill_base(stack.enter_context(new_folder(base, False, inputs)), opened, *opened.plan(None), progress)
     return gates
@@ -324,13 +336,14 @@ def _check_new_bank(folder: Path, alpha: float | None, names: Sequence[str], ada
 
 def _write_bank(
     partial: Path, config: LlamaConfig, placements: Sequence[Placement], names: Sequence[str], rank: int, alpha: float,
-    files: Sequence[Path], progress: Progress | None,
+    files: Sequence[Path], progress: Progress | None, origin: BaseOrigin,
 ) -> None:  # fmt: skip
     mine = [p for p in placements if ".lora_" in p.path]
     dtype = common_dtype({p.source.dtype for p in mine})
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "r": rank, "lora_alpha": alpha,
         "lora_dropout": 0.0, "bias": "none", "target_modules": list(PROJECTIONS),
+        "base_model_name_or_path": origin.name,
     }  # fmt: skip
     digest = sha256(files[0])
     infos = tuple(
@@ -338,7 +351,9 @@ def _write_bank(
         for j, name in enumerate(names)
     )
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
+    bank = BankConfig(
+        infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes, base=dataclasses.asdict(origin)
+    )
     kinds = {k: np.dtype(np.float32) if k.endswith(".scale") else dtype for k in bank.weight_shapes()}
     writer = TensorWriter(partial / "weights.safetensors", {k: (kinds[k], s) for k, s in bank.weight_shapes().items()})
     problems: list[str] = []
@@ -375,11 +390,12 @@ def export_gates(
     """
     base, bank, gates = Path(base), Path(bank), Path(gates)
     config, own = read_base(base)
+    origin = read_origin(base)
     held, adapters = read_bank(bank)
     gate_config = GateConfig.from_json(read_json(gates / "gates.json"), str(gates / "gates.json"))
     count, rank = len(held.names), max(held.ranks.values(), default=0)
     columns = TensorReader(gates / "weights.safetensors", _gate_shapes(config, len(gate_config.names)))
-    scale = _common_scale(bank / "bank.json", config, held, adapters)
+    scale = _common_scale(bank / "bank.json", config, origin, held, adapters)
     if sorted(gate_config.names) != sorted(held.names):
         raise InputError(f"{gates / 'gates.json'}: names: expected the bank's adapters, found {gate_config.names}")
     order = [gate_config.names.index(name) for name in held.names]
@@ -411,11 +427,14 @@ def export_gates(
             if progress is not None:
                 progress(key, done, len(jobs))
         copy_tokenizer(base, partial)
-        write_json(partial / "config.json", config.to_hf())
+        name = {"_name_or_path": origin.name} if origin and origin.name else {}
+        write_json(partial / "config.json", {**name, **config.to_hf()})
     return {"names": list(held.names), "rank": rank, "alpha": scale * rank}
 
 
-def _common_scale(source: Path, config: LlamaConfig, bank: BankConfig, reader: TensorReader) -> float:
+def _common_scale(
+    source: Path, config: LlamaConfig, origin: BaseOrigin | None, bank: BankConfig, reader: TensorReader
+) -> float:
     problems = [
         f"{source}: {what}: expected none (the original MeteoRA has no place for it), found {', '.join(found)}"
         for what, found in (
@@ -426,9 +445,7 @@ def _common_scale(source: Path, config: LlamaConfig, bank: BankConfig, reader: T
         )
         if found
     ]
-    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    if bank.num_layers != config.num_layers or bank.base_shapes != shapes:
-        problems.append(f"{source}: base_shapes: expected the base's, found those of another")
+    problems += misfits(bank, config, origin, str(source))
     scales = np.unique(np.concatenate([reader.slice(f"{p}.scale").ravel() for p in bank.ranks]))
     scales = scales[scales != 0]
     if len(scales) != 1:

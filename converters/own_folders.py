@@ -6,12 +6,18 @@ from pathlib import Path
 
 from converters.tensor_files import TensorReader
 from meteora_jax.config import BankConfig, LlamaConfig, read_json
+from meteora_jax.origin import BaseOrigin
 
 
 def read_base(folder: Path) -> tuple[LlamaConfig, TensorReader]:
     """A BASE folder. Raises InputError: a missing or damaged file, or tensors other than those of config.json."""
     config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     return config, TensorReader(folder / "weights.safetensors", config.weight_shapes())
+
+
+def read_origin(folder: Path) -> BaseOrigin | None:
+    """Which model a BASE folder is; None if it records nothing. Raises InputError: a malformed record."""
+    return BaseOrigin.of_base(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def read_bank(folder: Path) -> tuple[BankConfig, TensorReader]:

@@ -22,6 +22,7 @@ from converters.peft_settings import read_settings
 from converters.rules import Progress
 from converters.tensor_files import DTYPES, TensorReader, TensorWriter
 from meteora_jax.config import ENDS, PROJECTIONS, AdapterInfo, BankConfig, InputError
+from meteora_jax.origin import BaseOrigin
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _AT_ENDS = {
@@ -226,6 +227,8 @@ def _describe(adapter: BankAdapter, layer: int, p: str, rank: int) -> Module:
 
 def derive_settings(adapter: BankAdapter, modules: Sequence[Module]) -> dict[str, Any]:
     """An `adapter_config.json` for tensors that came without one."""
+    record = adapter.bank.base
+    origin = BaseOrigin.from_json(record, f"{adapter.folder / 'bank.json'}: base") if record else None
     alphas = {m.name: adapter.scale(m.layer, m.projection) * m.rank for m in modules}
     ranks = {m.name: m.rank for m in modules}
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
@@ -248,4 +251,5 @@ def derive_settings(adapter: BankAdapter, modules: Sequence[Module]) -> dict[str
         "use_dora": any("magnitude" in m.parts for m in modules),
         "lora_bias": any("bias" in m.parts for m in modules),
         "alora_invocation_tokens": list(adapter.info.invocation) or None,
+        "base_model_name_or_path": origin.name if origin else None,
     }

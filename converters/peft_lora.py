@@ -7,17 +7,22 @@ At the ends of the model LoRA on the embedding or the head, and rows of either t
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, cast
 
 import numpy as np
 
+from converters import rules
 from converters.base_folder import common_dtype
-from converters.folders import new_folder, sha256, write_json
+from converters.folders import Journal, new_folder, sha256, write_json
 from converters.own_folders import read_base
-from converters.peft_folder import PeftAdapter, read_adapter
+from converters.peft_folder import CONFIG, PeftAdapter, read_adapter
 from converters.rules import Progress, TensorPlan, copy_tensor
 from converters.tensor_files import TensorWriter, dtype_name
 from meteora_jax.config import (
@@ -30,6 +35,7 @@ from meteora_jax.config import (
     LlamaConfig,
     read_json,
 )
+from meteora_jax.origin import BaseOrigin, compare
 
 Adapters: TypeAlias = Iterable[tuple[str, str | os.PathLike[str]]]  # (name, PEFT folder)
 _DORA_ROWS = 512  # of a kernel at a time
@@ -41,8 +47,10 @@ def import_adapters(
     adapters: Mapping[str, str | os.PathLike[str]] | Adapters,
     overwrite: bool = False,
     progress: Progress | None = None,
+    any_base: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> BankConfig:
-    """Imports PEFT folders into one bank, in the order given.
+    """Imports PEFT folders into one bank, in the order given; killed, the same call goes on from what is on disk.
 
     Args:
         dest: the BANK folder to make.
@@ -51,27 +59,38 @@ def import_adapters(
         adapters: {name: PEFT folder}, or (name, PEFT folder) pairs.
         overwrite: replace a `dest` that holds something, once the new one is complete.
         progress: called after each adapter with (name, done, total).
+        any_base: take adapters whose settings name another base.
+        tell: called with a line about what could not be compared, or agrees only in part.
 
     Raises:
         InputError: everything that is wrong with the names, settings and tensors of all folders; `dest` is then as
             it was.
     """
-    bank, loaded = plan_adapters(base, adapters)
+    bank, loaded = plan_adapters(base, adapters, any_base, tell)
     base = Path(base)
     problems = [p for adapter in loaded for p in _check_saved(base, adapter)]
     if problems:
         raise InputError(problems)
     inputs = [base / "config.json", base / "weights.safetensors", *(path for a in loaded for path in a.inputs)]
-    with new_folder(dest, overwrite, inputs) as partial:
+    with new_folder(dest, overwrite, inputs, _identity(bank, inputs)) as partial:
         dtype = common_dtype({t.dtype for a in loaded for t in a.trained})
         shapes = bank.weight_shapes()
         # What is computed rather than copied stays float32.
         specs = {p: (np.dtype(np.float32) if p.endswith((".scale", ".dora")) else dtype, shapes[p]) for p in shapes}
         writer = TensorWriter(partial / "weights.safetensors", specs)
-        for index, adapter in enumerate(loaded):
+        journal = Journal(partial)
+        if not writer.found:
+            journal.begin(journal.conversion)
+        first, unsaved = journal.done, 0
+        for index, adapter in enumerate(loaded[first:], start=first):
             problems += _write_adapter(writer, index, adapter)
             if adapter.settings.dora and not problems:
                 problems += _write_dora(writer, index, adapter, base)
+            unsaved += sum(math.prod(t.shape) * t.dtype.itemsize for t in adapter.trained)
+            if unsaved >= rules.SAVE_BYTES and not problems:
+                writer.sync()
+                journal.note(index + 1)
+                unsaved = 0
             if progress is not None:
                 progress(adapter.name, index + 1, len(loaded))
         if problems:
@@ -80,16 +99,29 @@ def import_adapters(
     return bank
 
 
+def _identity(bank: BankConfig, inputs: Iterable[Path]) -> str:
+    """A digest of the import: what the bank will hold, and the files as they are now."""
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs if path.exists()]
+    return hashlib.sha256(json.dumps([bank.to_json(), files], sort_keys=True).encode("utf-8")).hexdigest()
+
+
 def plan_adapters(
-    base: str | os.PathLike[str], adapters: Mapping[str, str | os.PathLike[str]] | Adapters
+    base: str | os.PathLike[str],
+    adapters: Mapping[str, str | os.PathLike[str]] | Adapters,
+    any_base: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[BankConfig, list[PeftAdapter]]:
     """What `import_adapters` would make, from settings and headers alone: the bank and the folders that fill it.
+
+    `any_base` and `tell` as there.
 
     Raises:
         InputError: everything that is wrong with the names, settings and tensors of all folders.
     """
     config_file = Path(base) / "config.json"
-    config = LlamaConfig.from_hf(read_json(config_file), str(config_file))
+    raw = read_json(config_file)
+    config = LlamaConfig.from_hf(raw, str(config_file))
+    origin = BaseOrigin.of_base(raw, str(config_file))
     pairs = cast("Adapters", adapters.items() if isinstance(adapters, Mapping) else adapters)
     named = [(name, Path(folder)) for name, folder in pairs]
     problems = _check_names([name for name, _ in named])
@@ -99,21 +131,51 @@ def plan_adapters(
             loaded.append(read_adapter(name, folder, config))
         except InputError as e:
             problems += e.problems
+    wrong, remarks = _compare_bases(loaded, origin)
+    problems += [] if any_base else wrong
     if problems:
         # The values of the sound folders are read too: one error then holds all there is to mend.
         raise InputError(problems + [p for adapter in loaded for p in _check_values(adapter)])
-    return _describe_bank(loaded, config), loaded
+    if tell is not None:
+        for line in remarks:
+            tell(line)
+    return dataclasses.replace(_describe_bank(loaded, config), base=origin and dataclasses.asdict(origin)), loaded
+
+
+def _compare_bases(adapters: Sequence[PeftAdapter], origin: BaseOrigin | None) -> tuple[list[str], list[str]]:
+    """(what tells that adapters are another base's, what cannot be told: a line for all of whom the same is said)."""
+    problems: list[str] = []
+    remarks: dict[str, list[str]] = {}
+    for adapter in adapters:
+        file, said = adapter.folder / CONFIG, {}
+        for key in ("base_model_name_or_path", "revision"):
+            said[key] = adapter.raw.get(key)
+            if not isinstance(said[key], str | None):
+                problems.append(f"{file}: {key}: expected a name, found {said[key]!r:.200}")
+                said[key] = None
+        verdict = compare(origin, said["base_model_name_or_path"] or None, said["revision"])
+        if verdict.expected is not None:
+            problems.append(
+                f"{file}: {verdict.key}: expected {verdict.expected} (this base), found {said[verdict.key]} "
+                "(meteora import adapters --any-base takes it all the same)"
+            )
+        elif verdict.remark is not None:
+            remarks.setdefault(verdict.remark, []).append(adapter.name)
+    return problems, [f"{', '.join(names)}: {remark}; taken for this base's" for remark, names in remarks.items()]
 
 
 def describe_adapters(
-    base: str | os.PathLike[str], adapters: Mapping[str, str | os.PathLike[str]] | Adapters
+    base: str | os.PathLike[str],
+    adapters: Mapping[str, str | os.PathLike[str]] | Adapters,
+    any_base: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[BankConfig, dict[str, list[TensorPlan]]]:
     """What `import_adapters` would do, from headers alone: (the bank, {adapter: every tensor's way}).
 
     Raises:
         InputError: as `import_adapters`, but for values, which only the import itself reads.
     """
-    bank, loaded = plan_adapters(base, adapters)
+    bank, loaded = plan_adapters(base, adapters, any_base, tell)
     stored = dtype_name(common_dtype({t.dtype for a in loaded for t in a.trained}))
     plans: dict[str, list[TensorPlan]] = {}
     for index, adapter in enumerate(loaded):

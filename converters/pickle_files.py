@@ -243,6 +243,8 @@ def read_pickle(path: Path, file: str | None = None) -> list[SourceTensor]:
     """
     file = file or path.name
     try:
+        if path.is_fifo():  # its reader would wait for ever
+            raise InputError(f"{file}: expected a file, found a pipe")
         with zipfile.ZipFile(path) as archive:
             raw, data = _open_archive(archive, path, file)
         with warnings.catch_warnings():

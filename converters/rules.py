@@ -18,7 +18,7 @@ from meteora_jax.config import InputError
 
 _MOST_LISTED = 100  # missing layers of one tensor that are named one by one
 _ROWS_AT_ONCE = 64
-_SAVE_BYTES = 1 << 30  # what a killed import may have to do again, about
+SAVE_BYTES = 1 << 30  # what a killed import may have to do again, about
 Progress = Callable[[str, int, int], None]  # (what was just done, how many are done, how many in all)
 
 
@@ -213,7 +213,7 @@ def fill(
         out = writer.slice(placement.path, *index)
         problems += copy_tensor(placement.source, out, placement.transform)
         unsaved += out.nbytes
-        if journal is not None and unsaved >= _SAVE_BYTES and not problems:
+        if journal is not None and unsaved >= SAVE_BYTES and not problems:
             writer.sync()
             journal.note(done)
             unsaved = 0

@@ -118,6 +118,8 @@ def read_safetensors(path: Path, file: str | None = None) -> list[SourceTensor]:
 def _read_header(path: Path, file: str) -> tuple[dict[str, Any], int, int]:
     """(header, offset of the data, bytes of data)."""
     try:
+        if path.is_fifo():  # its reader would wait for ever
+            raise InputError(f"{file}: expected a file, found a pipe")
         size = path.stat().st_size
         with open(path, "rb") as f:
             start = f.read(8)

@@ -15,9 +15,9 @@ from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
-from meteora_jax.sharding import constrain
+from meteora_jax.sharding import constrain, splits_inner
 from pallas_kernels.routed_lora import add_routed_lora, gated, routed_lora
-from pallas_kernels.routed_lora.reference import add_expanded, einsum_float32, shrink
+from pallas_kernels.routed_lora.reference import FEW_ROWS, add_expanded, einsum_float32, shrink
 
 
 class BaseParam(nnx.Param):
@@ -104,6 +104,16 @@ def group_rank(bank: BankConfig | None, group: str) -> int:
     return 0 if bank is None else max((bank.ranks.get(p, 0) for p in GROUPS[group]), default=0)
 
 
+def column_shards(config: LlamaConfig, group: str, tensor: int) -> int:
+    """Parts in which a group's columns are stored on a mesh of that tensor axis, each with whole heads (or its share of
+    F) of every projection; 1: in the projections' own order, as on one device and where the mesh would cut a head.
+    """
+    if len(GROUPS[group]) == 1:
+        return 1
+    sizes = (config.num_heads, config.num_kv_heads) if group == "qkv" else (config.intermediate_size,)
+    return tensor if all(n % tensor == 0 for n in sizes) else 1
+
+
 # The input and output side of each group's kernel; see sharding.LOGICAL_AXES.
 GROUP_SIDES = {
     "qkv": ("model", "inner"), "o": ("inner", "model"), "gate_up": ("model", "inner"), "down": ("inner", "model"),
@@ -142,13 +152,17 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
 
 
 def add_update(
-    y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing, splits: tuple[int, ...]
-) -> jax.Array:
-    """y [B, T, O] + what the routed adapters add to it, in y's dtype; a, b, scale as in `AdaptedLinear`."""
+    y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing,
+    splits: tuple[int, ...], every: bool = False,
+) -> jax.Array:  # fmt: skip
+    """y [B, T, O] + what the routed adapters add to it, in y's dtype; a, b, scale as in `AdaptedLinear`.
+
+    every: shrink by every adapter, whichever the routing chose.
+    """
     requests, choices = routing.indices.shape[0], routing.indices.shape[-1]
     # a batch whose requests name as many adapters as there are reads every one of them once
-    dense = not routing.per_request or requests * choices >= scale.shape[1]
-    if y.dtype == jnp.float32 or routing.fused is not None or not dense:
+    dense = every or not routing.per_request or requests * choices >= scale.shape[1]
+    if routing.fused is not None or not dense or (y.dtype == jnp.float32 and not every):
         return (y.astype(jnp.float32) + routed_update(x, a, b, scale, routing, splits)).astype(y.dtype)
     h = shrink(x, a, routing.dense(scale.shape[1]) * scale[None, None])
     return add_expanded(y, h, b, splits)
@@ -207,6 +221,7 @@ class AdaptedLinear(nnx.Module):
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
     lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A];
     lora_dora, lora_bias float32 [A, O], None where no adapter has any; slim [P, N, I], see `prepare`.
+    O's columns lie in `shards` parts of equal width, each with its share of every projection: `sharding.shard_order`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
 
@@ -214,7 +229,7 @@ class AdaptedLinear(nnx.Module):
         self, config: LlamaConfig, group: str, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs
     ):
         shapes = [config.projection_shape(p) for p in GROUPS[group]]
-        width, self.splits = shapes[0][0], tuple(o for _, o in shapes)
+        width, self.splits, self.shards = shapes[0][0], tuple(o for _, o in shapes), 1
         total, count, rank = sum(self.splits), len(self.splits), group_rank(bank, group)
         adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
@@ -253,27 +268,57 @@ class AdaptedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:
         """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base)."""
-        plain = contract("bti,io->bto", x, self.kernel[...], 0)
-        y = plain if self.bias is None else plain + self.bias[...][None, None, :]
+        # y, logits and shrinks of few tokens cross devices as one float32 sum: a second one would take as long again
+        joined = self.sides[0] == "inner" and splits_inner(x.shape[-1]) and x.shape[0] * x.shape[1] <= FEW_ROWS
+        if joined and x.dtype != jnp.float32:
+            plain = einsum_float32(x.dtype, "bti,io->bto", x, self.kernel[...])
+        else:
+            plain = contract("bti,io->bto", x, self.kernel[...], 0)
+        y = plain if self.bias is None else plain + self.bias[...].astype(plain.dtype)[None, None, :]
         routing = None
         if self.slim is not None and isinstance(router, BoundGates) and router.allowed is None:
             y, routing = self._gated(x, y, self.slim[...], router)
         elif router is not None:
             routing = router.route(x, self.gate[...] if self.gate is not None else None)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
-                scale = self.lora_scale[...]
-                y = add_update(y, x, self.lora_a[...], self.lora_b[...], scale, routing, self.splits)
-                if self.lora_dora is not None:
-                    weights = routing.dense(scale.shape[1])
-                    more = by_column(weights, self.lora_dora[...], self.splits) * plain.astype(jnp.float32)
-                    y = (y.astype(jnp.float32) + more).astype(x.dtype)
-                if self.lora_bias is not None:
-                    combine = routing.dense(scale.shape[1]) * scale[None, None]
-                    more = by_column(combine, self.lora_bias[...], self.splits)
-                    y = (y.astype(jnp.float32) + more).astype(x.dtype)
-        starts = [sum(self.splits[:i]) for i in range(1, len(self.splits))]
+                y = self._adapted(x, plain, y, routing, joined)
+        return self._split(y.astype(x.dtype)), routing
+
+    def _adapted(self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing, joined: bool) -> jax.Array:
+        """y [B, T, O], the base's output, + what the routed adapters add; plain is y without the base's bias."""
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        assert self.lora_scale is not None
+        a, scale, splits = self.lora_a[...], self.lora_scale[...], tuple(o // self.shards for o in self.splits)
+        every = joined and a.shape[1] * a.shape[2] <= gated.DENSE_WIDTH
+
+        def part(plain: jax.Array, y: jax.Array, b: jax.Array, dora: Any, bias: Any) -> jax.Array:
+            y = add_update(y, x, a, b, scale, routing, splits, every)
+            if dora is not None:
+                more = by_column(routing.dense(scale.shape[1]), dora, splits) * plain.astype(jnp.float32)
+                y = (y.astype(jnp.float32) + more).astype(y.dtype)
+            if bias is not None:
+                more = by_column(routing.dense(scale.shape[1]) * scale[None, None], bias, splits)
+                y = (y.astype(jnp.float32) + more).astype(y.dtype)
+            return y
+
+        columns = self.lora_b[...], *(None if z is None else z[...] for z in (self.lora_dora, self.lora_bias))
+        if self.shards == 1:
+            return part(plain, y, *columns)
+        cut = lambda z: z.reshape(*z.shape[:-1], self.shards, -1)  # noqa: E731
+        parts = jax.tree.map(cut, (plain, y, *columns))
+        return jax.vmap(part, in_axes=-2, out_axes=-2)(*parts).reshape(y.shape)
+
+    def _split(self, y: jax.Array) -> list[jax.Array]:
+        """y [B, T, O] -> each projection's [B, T, O_p]; on a mesh every device cuts what it holds."""
+        starts = [sum(self.splits[:i]) // self.shards for i in range(1, len(self.splits))]
         inner = "inner" if self.sides[1] == "inner" else None  # the residual stream stays whole along D
-        return [constrain(part, "batch", None, inner) for part in jnp.split(y, starts, axis=-1)], routing
+        if self.shards == 1:
+            return [constrain(part, "batch", None, inner) for part in jnp.split(y, starts, axis=-1)]
+        y = constrain(y.reshape(*y.shape[:2], self.shards, -1), "batch", None, inner, None)
+        return [
+            constrain(part.reshape(*y.shape[:2], -1), "batch", None, inner) for part in jnp.split(y, starts, axis=-1)
+        ]
 
     def _gated(self, x: jax.Array, base: jax.Array, slim: jax.Array, router: BoundGates) -> tuple[jax.Array, Routing]:
         """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits."""

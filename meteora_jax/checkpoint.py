@@ -24,11 +24,12 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from meteora_jax.adapters import AdapterBank
+from meteora_jax.adapters import AdapterBank, column_shards
 from meteora_jax.config import ENDS, GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
 from meteora_jax.ends import end_tensors
-from meteora_jax.llama import Llama
-from meteora_jax.sharding import place, sharding
+from meteora_jax.llama import Llama, lay_out
+from meteora_jax.origin import BaseOrigin, misfits
+from meteora_jax.sharding import place, shard_order, sharding, tensor_shards
 
 WEIGHTS = "weights.safetensors"
 
@@ -68,23 +69,31 @@ class StoredArray:
     device's part of a leaf; a host never reads what none of its own devices holds.
     """
 
-    def __init__(self, file: Any, keys: Sequence[str], dtype: Any):
-        self._parts = [file.get_slice(key) for key in keys]
-        widths = [part.get_shape()[-1] for part in self._parts]
-        self._starts = [sum(widths[:i]) for i in range(len(widths) + 1)]
-        self.shape = (*self._parts[0].get_shape()[:-1], sum(widths))
+    def __init__(self, file: Any, keys: Sequence[str], dtype: Any, shards: int = 1):
+        self._source = file, keys, dtype
+        parts = [file.get_slice(key) for key in keys]
+        widths = [part.get_shape()[-1] // shards for part in parts]
+        # (tensor, its first column here, how many): as they follow each other in `shard_order`
+        self._pieces = [(p, i * w, w) for i in range(shards) for p, w in zip(parts, widths, strict=True)]
+        self.shape = (*parts[0].get_shape()[:-1], shards * sum(widths))
         self.dtype = np.dtype(dtype)
+
+    def in_shards(self, shards: int) -> StoredArray:
+        """The same with its columns in so many parts, each with its share of every tensor."""
+        return StoredArray(*self._source, shards)
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
         *rest, columns = (range(size)[s] for size, s in zip(self.shape, part, strict=True))
         out = np.empty((*map(len, rest), len(columns)), self.dtype)
         where = tuple(slice(r.start, r.stop) for r in rest)
-        for stored, start, stop in zip(self._parts, self._starts, self._starts[1:], strict=False):
-            first, last = max(columns.start, start), min(columns.stop, stop)
+        start = 0
+        for stored, offset, width in self._pieces:
+            first, last = max(columns.start, start), min(columns.stop, start + width)
             if first < last and out.size:
                 out[..., first - columns.start : last - columns.start] = stored[
-                    (*where, slice(first - start, last - start))
+                    (*where, slice(offset + first - start, offset + last - start))
                 ]
+            start += width
         return out
 
     def first(self, count: int) -> np.ndarray:
@@ -118,24 +127,20 @@ def load_base(folder: str | os.PathLike[str], dtype: Any) -> tuple[LlamaConfig, 
     return config, {path: StoredArray(file, keys, dtype) for path, keys in joined.items()}
 
 
-def load_bank(folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any) -> AdapterBank:
-    """BANK/ -> the bank, refused if it was imported for a base of another shape."""
+def read_origin(folder: str | os.PathLike[str]) -> BaseOrigin | None:
+    """Which model a BASE/ is; None if it records nothing. Raises InputError: a missing or malformed config.json."""
+    path = Path(folder) / "config.json"
+    return BaseOrigin.of_base(read_json(path), str(path))
+
+
+def load_bank(
+    folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any, origin: BaseOrigin | None = None
+) -> AdapterBank:
+    """BANK/ -> the bank, refused if it was imported for a base of another shape, or other norms than `origin`'s."""
     folder = Path(folder)
     source = str(folder / "bank.json")
     config = BankConfig.from_json(read_json(folder / "bank.json"), source)
-    problems = []
-    if config.num_layers != base.num_layers:
-        problems.append(f"{source}: num_layers: expected {base.num_layers} (the base's), found {config.num_layers}")
-    for p in PROJECTIONS:
-        if config.base_shapes.get(p) != base.projection_shape(p):
-            problems.append(
-                f"{source}: base_shapes.{p}: expected {base.projection_shape(p)} (the base's), "
-                f"found {config.base_shapes.get(p)}"
-            )
-    vocab = (base.vocab_size, base.hidden_size)
-    if config.vocab_shape not in (None, vocab):
-        problems.append(f"{source}: vocab_shape: expected {vocab} (the base's), found {config.vocab_shape}")
-    if problems:
+    if problems := misfits(config, base, origin, source):
         raise InputError(problems)
     tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
     ends: dict[str, dict[str, np.ndarray]] = {}
@@ -218,9 +223,15 @@ def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     return {p: np.asarray(state["layers", g, "gate"])[:, :, i] for g, ps in GROUPS.items() for i, p in enumerate(ps)}
 
 
-def split_bank(bank: AdapterBank, state: Mapping[tuple[str, ...], Any]) -> AdapterBank:
-    """The bank with the a and b of a module tree: the inverse of `AdapterBank.group`."""
-    a, b = {}, {}
+def split_bank(
+    bank: AdapterBank, state: Mapping[tuple[str, ...], Any], config: LlamaConfig, mesh: Mesh | None
+) -> AdapterBank:
+    """The bank with the a and b of a module tree that lay on `mesh`: the inverse of `AdapterBank.group`."""
+    a, b, orders = {}, {}, column_orders(config, tensor_shards(mesh))
+    state = {path: np.asarray(value) for path, value in state.items()}
+    for group, order in orders.items():
+        if (path := ("layers", group, "lora_b")) in state:
+            state[path] = state[path][..., np.argsort(order)]
     for group, projections in GROUPS.items():
         start = 0
         for i, p in enumerate(projections):
@@ -230,6 +241,23 @@ def split_bank(bank: AdapterBank, state: Mapping[tuple[str, ...], Any]) -> Adapt
                 b[p] = np.asarray(state["layers", group, "lora_b"])[:, :, :rank, start : start + o]
             start += o
     return dataclasses.replace(bank, a=a, b=b)
+
+
+COLUMNS = ("kernel", "bias", "lora_b", "lora_dora", "lora_bias")  # what of a group has its output's columns
+
+
+def column_orders(config: LlamaConfig, tensor: int) -> dict[str, np.ndarray]:
+    """`shard_order` of the groups whose columns are not stored in the projections' own order on such a mesh."""
+    widths = {group: [config.projection_shape(p)[1] for p in projections] for group, projections in GROUPS.items()}
+    shards = {group: column_shards(config, group, tensor) for group in GROUPS}
+    return {group: shard_order(widths[group], n) for group, n in shards.items() if n > 1}
+
+
+def _in_shards(value: Any, order: np.ndarray, shards: int) -> Any:
+    """Columns in a group's order on a mesh; a model's own arrays lie so already."""
+    if isinstance(value, StoredArray):
+        return value.in_shards(shards)
+    return value if isinstance(value, jax.Array) else value[..., order]
 
 
 def assemble(
@@ -247,6 +275,7 @@ def assemble(
     """
     bank_config = bank.config if bank is not None else None
     abstract = nnx.eval_shape(lambda: Llama(config, bank_config, gates is not None, dtype, rngs=nnx.Rngs(0)))
+    lay_out(abstract, tensor_shards(mesh))
     graph, state = nnx.split(abstract)
     filled = dict(weights)
     if bank is not None:
@@ -256,6 +285,10 @@ def assemble(
             filled |= {(f"{end}_adapters", k): v for k, v in end_tensors(bank, end).items()}
     if gates is not None:
         filled |= gate_weights(gates)
+    for group, order in column_orders(config, tensor_shards(mesh)).items():
+        for path in (("layers", group, part) for part in COLUMNS):
+            if path in filled:
+                filled[path] = _in_shards(filled[path], order, tensor_shards(mesh))
     leaves = nnx.to_flat_state(state)
     loaded = [
         (path, leaf.replace(_placed(path, leaf, filled.pop(tuple(map(str, path))), mesh))) for path, leaf in leaves

@@ -224,6 +224,9 @@ class _HfReader:
         holder = new if "rope_theta" in new else self.raw
         theta = self.get("rope_theta", float, default=10000.0, raw=holder, low=1e-6)
         params = new or old
+        kinds = {str(p.get("rope_type", p.get("type")) or "default") for p in (new, old) if p}
+        if len(kinds) > 1:
+            self.problems.append(f"{self.source}: rope_scaling: expected what rope_parameters say, found {old!r:.200}")
         kind = params.get("rope_type", params.get("type", "default"))
         if kind in (None, "default"):
             return theta, None
@@ -362,6 +365,7 @@ class BankConfig:
     lora_bias: tuple[str, ...] = ()  # projections at which some adapter's B has a bias
     ends: dict[str, EndConfig] = dataclasses.field(default_factory=dict)  # of those that some adapter changes
     vocab_shape: tuple[int, int] | None = None  # (V, D) of the base; None where no adapter changes an end
+    base: dict[str, Any] | None = None  # what the base's own record said (see origin.py); None: there was none
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -426,7 +430,8 @@ class BankConfig:
                 raise ValueError("ends and vocab_shape")
             if any(len(held.tokens) != len(adapters) for held in ends.values()):
                 raise ValueError("tokens of ends")
-            return cls(tuple(adapters), ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab)
+            base = None if raw.get("base") is None else dict(raw["base"])
+            return cls(tuple(adapters), ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab, base)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 
@@ -456,6 +461,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Parses a JSON file; a missing or malformed one is an InputError that names it."""
     path = Path(path)
     try:
+        if path.is_fifo():  # its reader would wait for ever
+            raise InputError(f"{path}: expected a file, found a pipe")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: expected a file, found none") from None

@@ -50,14 +50,14 @@ class EndAdapters(nnx.Module):
         """x [B, T, D], the base's embedding of tokens int32 [B, T] -> the adapted one."""
         chosen, weights = _chosen(routing)
         y = x.astype(jnp.float32)
-        if self.lora_a is not None:
-            y += self._expand(self.lora_a[...][chosen[:, None], tokens[:, :, None]], chosen, weights, routing.fused)
         if self.rows is not None and self.ids is not None:
             mine = self.ids[...][chosen][:, None] == tokens[:, :, None, None]  # [B, T, C, n]
             share = jnp.where(mine, weights[:, None, :, None], 0.0)
             rows = self.rows[...][chosen].astype(jnp.float32)
+            y *= 1 - jnp.sum(share, axis=(2, 3))[..., None]  # a row that takes the base's place takes all of it
             y += einsum_float32(share.dtype, "btcn,bcnd->btd", share, rows)
-            y -= jnp.sum(share, axis=(2, 3))[..., None] * x.astype(jnp.float32)
+        if self.lora_a is not None:
+            y += self._expand(self.lora_a[...][chosen[:, None], tokens[:, :, None]], chosen, weights, routing.fused)
         return y.astype(x.dtype)
 
     def logits(self, plain: jax.Array, hidden: jax.Array, routing: Routing) -> jax.Array:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meteora_jax.adapters import AdaptedLinear, BaseParam, contract
+from meteora_jax.adapters import AdaptedLinear, BaseParam, column_shards, contract
 from meteora_jax.compiler import platform
-from meteora_jax.config import BankConfig, LlamaConfig
+from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
@@ -303,6 +303,12 @@ class Llama(nnx.Module):
             if hidden.ndim == 2:
                 return self.head_adapters.logits(plain[:, None], hidden[:, None], acting)[:, 0]
             return self.head_adapters.logits(plain, hidden, acting)
+
+
+def lay_out(model: Llama, tensor: int) -> None:
+    """Says how the groups' columns will lie on a mesh of that tensor axis; their weights must be placed so."""
+    for group in GROUPS:
+        getattr(model.layers, group).shards = column_shards(model.config, group, tensor)
 
 
 def prepare_gates(graph: Any, weights: Any) -> tuple[Any, Any]:

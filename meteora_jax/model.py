@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates
+from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
 from meteora_jax.compiler import jit, platform
 from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig
 from meteora_jax.generation import Generator, Sampling, check_prompts, pad_batch
@@ -239,7 +239,7 @@ def load(
         raise InputError(f"{gates}: gates: expected a bank beside them, found none")
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
-    loaded = load_bank(bank, config, kind) if bank is not None else None
+    loaded = load_bank(bank, config, kind, read_origin(base)) if bank is not None else None
     gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
     graph, state = assemble(config, weights, loaded, columns, kind, mesh)
     if platform() == "gpu" and mesh is None and kind.itemsize == 2:

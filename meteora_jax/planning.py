@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from meteora_jax.adapters import GateParam
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.generation import Sampling, decode, prefill
-from meteora_jax.llama import Llama
+from meteora_jax.llama import Llama, lay_out
 from meteora_jax.routing.gates import BoundGates
-from meteora_jax.sharding import replicated, rows_multiple, sharding, use_mesh
+from meteora_jax.sharding import replicated, rows_multiple, sharding, tensor_shards, use_mesh
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import TrainState, make_step, optimizer
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
@@ -125,6 +125,7 @@ def plan_training(
             f"rows: expected a multiple of data x fsdp x accumulate = {rows_multiple(mesh) * accumulate}, found {rows}"
         )
     abstract, bank = abstract_model(config, adapters, rank)
+    lay_out(abstract, tensor_shards(mesh))
     graph, params, frozen = nnx.split(abstract, GateParam, ...)
     params, frozen = spread(params, mesh), spread(frozen, mesh)
     tx = optimizer(1000, 5e-4, 0.005, 0.3)
@@ -167,6 +168,7 @@ def plan_generation(
     if rows % rows_multiple(mesh):
         raise InputError(f"rows: expected a multiple of data x fsdp = {rows_multiple(mesh)}, found {rows}")
     abstract, bank = abstract_model(config, adapters, rank)
+    lay_out(abstract, tensor_shards(mesh))
     graph, weights = nnx.split(abstract)
     weights = spread(weights, mesh)
     whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))  # noqa: E731

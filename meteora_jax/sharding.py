@@ -36,6 +36,23 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 
 
+def shard_order(widths: Sequence[int], shards: int) -> np.ndarray:
+    """Where the columns of matrices that lie side by side come from, int [sum of widths], when each of `shards` parts
+    of equal width is to hold its share of every matrix: [q | k | v] becomes [q0 k0 v0 | q1 k1 v1 | ...].
+
+    A device that holds such a part cuts it into projections without asking another. Each width is a multiple of
+    `shards`.
+    """
+    starts = np.cumsum([0, *widths[:-1]])
+    parts = [start + np.arange(width).reshape(shards, -1) for start, width in zip(starts, widths, strict=True)]
+    return np.concatenate(parts, axis=1).reshape(-1)
+
+
+def tensor_shards(mesh: Mesh | None) -> int:
+    """How many devices share a projection's work."""
+    return 1 if mesh is None else mesh.shape["tensor"]
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (of all hosts) or those given; one axis may be -1 and takes what the others leave.
 
@@ -159,6 +176,12 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
         return
     with jax.set_mesh(mesh):
         yield
+
+
+def splits_inner(width: int) -> bool:
+    """Whether the mesh of `use_mesh` cuts an "inner" dimension of that width: sums over it cross devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["tensor"] > 1 and width % mesh.shape["tensor"] == 0
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

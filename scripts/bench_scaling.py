@@ -30,6 +30,7 @@ from rich.table import Table
 
 from meteora_jax.adapters import GateParam
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.llama import lay_out
 from meteora_jax.planning import SHAPES, abstract_model, collectives, shape_of, spread
 from meteora_jax.routing.gates import Gates
 from meteora_jax.sharding import make_mesh, place_rows, rows_multiple, use_mesh
@@ -97,6 +98,7 @@ def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: P
     """Times training on one mesh."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     abstract, bank = abstract_model(config, s.adapters, s.rank)
+    lay_out(abstract, sizes[2])
     graph, state = nnx.split(abstract)
     weights = random_on(spread(state, mesh), 0)
     graph, params, frozen = nnx.split(nnx.merge(graph, weights), GateParam, ...)

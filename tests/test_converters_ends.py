@@ -43,9 +43,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def write_adapter(
-    tmp_path: Path, hf: Path, name: str, seed: int = 1, lora: bool = True, **options: Any
+    tmp_path: Path, hf: Path, name: str, seed: int = 1, lora: float = 1.0, **options: Any
 ) -> tuple[Any, Path]:
-    """(peft's model, its folder); retrained rows are random too, and LoRA unless told otherwise."""
+    """(peft's model, its folder); retrained rows are random too, and LoRA, `lora` times as large (0: none)."""
     settings: dict[str, Any] = {"r": 3, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     base = LlamaForCausalLM.from_pretrained(hf, attn_implementation="eager")
     with warnings.catch_warnings():
@@ -55,7 +55,7 @@ def write_adapter(
     with torch.no_grad():
         for key, p in model.named_parameters():
             if "lora_" in key and lora:
-                p.copy_(torch.randn(p.shape, generator=generator) / p.shape[0] ** 0.5)
+                p.copy_(lora * torch.randn(p.shape, generator=generator) / p.shape[0] ** 0.5)
             elif "trainable_tokens" in key:
                 p.copy_(torch.randn(p.shape, generator=generator))
     with warnings.catch_warnings():
@@ -157,7 +157,7 @@ def test_compositions_follow_their_formulas(world: dict[str, Any], fused: bool):
 
 def test_retrained_rows_mix_by_weight(world: dict[str, Any], tmp_path: Path):
     """Half of an adapter's rows and half of the base's, at both ends."""
-    _, folder = write_adapter(tmp_path, world["hf"], "rows", 3, lora=False, **OPTIONS["dict"])
+    _, folder = write_adapter(tmp_path, world["hf"], "rows", 3, lora=0.0, **OPTIONS["dict"])
     found = load_file(folder / WEIGHTS)
     rows = {key.partition("base_model.model.")[2]: t for key, t in found.items()}
     model = LlamaForCausalLM.from_pretrained(world["hf"], attn_implementation="eager").eval()

@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from tiny import assert_refused, tiny_llama
 
+from converters import import_base
 from converters.folders import new_folder
 from converters.tensor_files import DTYPES, TensorWriter, read_safetensors
 from meteora_jax.config import InputError
@@ -29,6 +31,16 @@ def write_raw(path: Path, header: bytes, data: bytes = b"", length: int | None =
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8), **others) -> bytes:
     return json.dumps({"x": {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}, **others}).encode()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", "model.gguf"])
+def test_pipes_are_refused(tmp_path: Path, name: str):
+    """Reading one would wait for ever."""
+    _, folder = tiny_llama(tmp_path)
+    (folder / ("model.safetensors" if name.endswith(".bin") else name)).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    source, dest = folder / name if name.endswith(".gguf") else folder, tmp_path / "base"
+    assert_refused(lambda: import_base(source, dest), dest, f"{name}: expected a file, found a pipe")
 
 
 def test_writer_fills_slices_that_others_read(tmp_path: Path):

@@ -359,3 +359,13 @@ def test_end_tokens_of_the_generation_config_join_the_base(tmp_path):
     assert read_json(tmp_path / "base" / "config.json")["eos_token_id"] == [2, 7]
     edit_json(folder / "generation_config.json", eos_token_id="end")
     assert_refused(lambda: import_base(folder, tmp_path / "other"), tmp_path / "other", "eos_token_id", "'end'")
+
+
+def test_two_rope_scalings_that_differ_are_refused(tmp_path: Path):
+    """transformers would take the older spelling, and a reader of the newer one would never know."""
+    _, folder = tiny_llama(tmp_path)
+    edit_json(folder / "config.json", rope_scaling={"type": "yarn", "factor": 2.0})
+    dest = tmp_path / "base"
+    assert_refused(lambda: import_base(folder, dest), dest, "rope_scaling: expected what rope_parameters say, found")
+    edit_json(folder / "config.json", rope_scaling={"type": "default"})
+    import_base(folder, dest)

@@ -96,39 +96,6 @@ def test_logits_equal_pefts(tmp_path: Path, hf: Path, base: Path, plain: Path, o
     assert np.array_equal(peft_logits(hf, tmp_path / "out"), expected)
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    kind=st.sampled_from(["use_dora", "lora_bias", "neither"]),
-    rank=st.integers(1, 6),
-    alpha=st.integers(1, 24),
-    rslora=st.booleans(),
-    targets=st.lists(st.sampled_from(PROJECTIONS), min_size=1, unique=True),
-    layers=st.none() | st.lists(st.integers(0, LAYERS - 1), min_size=1, unique=True),
-    ranks=st.dictionaries(st.sampled_from(["q_proj", "layers.1.*", ".*up_proj"]), st.integers(1, 9)),
-    alphas=st.dictionaries(st.sampled_from(["v_proj", "layers.0.*", ".*down_proj"]), st.integers(1, 9)),
-    fan=st.booleans(),
-    pickled=st.booleans(),
-)
-def test_any_combination_equals_peft_and_returns(
-    tmp_path_factory: pytest.TempPathFactory, hf: Path, base: Path, plain: Path,
-    kind, rank, alpha, rslora, targets, layers, ranks, alphas, fan, pickled,
-):  # fmt: skip
-    folder = tmp_path_factory.mktemp("any")
-    config = {
-        "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "target_modules": targets, "layers_to_transform": layers,
-        "rank_pattern": dict(sorted(ranks.items())), "alpha_pattern": dict(sorted(alphas.items())),
-        "fan_in_fan_out": fan, "use_dora": kind == "use_dora", "lora_bias": kind == "lora_bias",
-    }  # fmt: skip
-    adapter = tiny_peft(folder, hf, "a", **config)
-    if pickled:
-        pickle_weights(adapter)
-    import_adapters(folder / "bank", base, {"plain": plain, "a": adapter})
-    expected = peft_logits(hf, adapter)
-    assert np.abs(logits(base, folder / "bank", mj.Fixed("a")) - expected).max() <= 1e-4
-    export_adapter(folder / "bank", "a", folder / "out")
-    assert np.array_equal(peft_logits(hf, folder / "out"), expected)
-
-
 class Mixed(torch.nn.Module):
     """A projection that adds to the base's output each adapter's weighted difference from it, as peft computes them."""
 

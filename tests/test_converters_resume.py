@@ -1,22 +1,23 @@
-"""Imports of bases that were killed go on: the result is the same bit for bit, and what was done is not done again."""
+"""Imports that were killed go on: the result is the same bit for bit, and what was done is not done again."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_peft
 
-from converters import import_base, rules
+from converters import import_adapters, import_base, rules
 
 KILLED_AT = 9  # tensors, of which two are saved at a time
 SCRIPT = """
 import os, signal, sys
 from converters import import_base, rules
 
-rules._SAVE_BYTES = int(sys.argv[3])
+rules.SAVE_BYTES = int(sys.argv[3])
 stop = lambda key, done, total: done == int(sys.argv[4]) and os.kill(os.getpid(), signal.SIGKILL)
 import_base(sys.argv[1], sys.argv[2], progress=stop)
 """
@@ -100,7 +101,7 @@ def test_an_interrupted_import_keeps_its_work_and_a_refused_one_does_not(
     tmp_path: Path, monkeypatch, copied: list[str]
 ):
     _, hf = tiny_llama(tmp_path)
-    monkeypatch.setattr(rules, "_SAVE_BYTES", 1)
+    monkeypatch.setattr(rules, "SAVE_BYTES", 1)
 
     def stop(error: type[BaseException]):
         def progress(key: str, done: int, total: int) -> None:
@@ -119,3 +120,36 @@ def test_an_interrupted_import_keeps_its_work_and_a_refused_one_does_not(
         first = len(copied)
         import_base(hf, tmp_path / f"{error.__name__} whole")
         assert len(copied) - first == first + kept
+
+
+ADAPTERS = """
+import os, signal, sys
+from converters import import_adapters, rules
+
+rules.SAVE_BYTES = 1
+stop = lambda name, done, total: done == 2 and os.kill(os.getpid(), signal.SIGKILL)
+import_adapters(sys.argv[1], sys.argv[2], [(str(i), f) for i, f in enumerate(sys.argv[3:])], progress=stop)
+"""
+
+
+def test_a_killed_import_of_adapters_goes_on(tmp_path: Path):
+    _, hf = tiny_llama(tmp_path)
+    base, bank = tmp_path / "base", tmp_path / "bank"
+    import_base(hf, base)
+    folders = [tiny_peft(tmp_path, hf, f"a{i}", seed=i, r=2 + i, use_dora=i == 1) for i in range(3)]
+    adapters = [(str(i), folder) for i, folder in enumerate(folders)]
+    import_adapters(tmp_path / "whole", base, adapters)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    told: list[str] = []
+    for pairs, expected in ((adapters, ["2"]), (adapters[::-1], ["2", "1", "0"])):
+        command = [sys.executable, "-c", ADAPTERS, str(bank), str(base), *map(str, folders)]
+        assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+        assert not bank.exists()
+        told.clear()
+        import_adapters(bank, base, pairs, progress=lambda name, done, total: told.append(name))
+        assert told == expected
+        assert sorted(p.name for p in bank.iterdir()) == ["bank.json", "weights.safetensors"]
+        if pairs is adapters:
+            for name in ("bank.json", "weights.safetensors"):
+                assert (bank / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        shutil.rmtree(bank)

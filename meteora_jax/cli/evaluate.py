@@ -233,14 +233,14 @@ def other_bank(model: Any, name: str, folder: Path, base: Path, dtype: str) -> t
     """
     import converters
     from meteora_jax.adapters import BaseParam
-    from meteora_jax.checkpoint import assemble, load_bank
+    from meteora_jax.checkpoint import assemble, load_bank, read_origin
 
     with tempfile.TemporaryDirectory() as temporary:
         bank_folder = folder
         if (folder / "adapter_config.json").is_file():
             bank_folder = Path(temporary) / "bank"
             converters.import_adapters(bank_folder, base, {name: folder})
-        bank = load_bank(bank_folder, model.config, np.dtype(dtype))
+        bank = load_bank(bank_folder, model.config, np.dtype(dtype), read_origin(base))
         mark = fingerprint(bank_folder)
     if len(bank.names) != 1:
         raise InputError(f"{folder}: expected a bank of one adapter, found {', '.join(bank.names)}")

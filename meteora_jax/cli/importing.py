@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from meteora_jax.cli.report import Conversion
+from meteora_jax.cli.report import Conversion, status
 from meteora_jax.config import InputError, LlamaConfig, read_json
 from meteora_jax.evaluation.tasks import METEORA_TASKS
 
@@ -27,6 +27,9 @@ class ImportBase(Conversion):
     """Stored type; by default the source's own (float32 for quantised ones)."""
     replace: Path | None = None
     """PEFT folder whose saved embedding and head take the place of the source's: the base that this adapter needs."""
+    name: str | None = None
+    """Which model it is, as ORGANISATION/MODEL or ORGANISATION/MODEL@COMMIT, in place of what the source says itself.
+    Adapters name the base they were trained on, and those of another are refused."""
     dry_run: bool = False
     """Say what would be done, tensor by tensor, and write nothing."""
 
@@ -39,7 +42,9 @@ def import_base(command: ImportBase) -> None:
         config, rows = converters.plan_base(command.src, command.dtype, command.replace)
         command.tell(plan_lines(rows), {"config": config.to_hf(), "tensors": [vars(row) for row in rows]})
         return
-    convert = partial(converters.import_base, command.src, command.dest, command.dtype, replace=command.replace)
+    convert = partial(
+        converters.import_base, command.src, command.dest, command.dtype, replace=command.replace, name=command.name
+    )
     command.run("import base", convert)
     config = LlamaConfig.from_hf(read_json(command.dest / "config.json"), str(command.dest / "config.json"))
     size = sum(f.stat().st_size for f in command.dest.iterdir())
@@ -60,6 +65,8 @@ class ImportAdapters(Conversion):
     """NAME=PEFT_DIR, one an adapter; the bank keeps their order."""
     base: Path
     """BASE folder that the adapters were trained on."""
+    any_base: bool = False
+    """Take adapters whose settings name another base than this one."""
     dry_run: bool = False
     """Say what would be done, tensor by tensor, and write nothing."""
 
@@ -72,6 +79,12 @@ def plan_lines(rows: Sequence[Any]) -> list[str]:
         lines.append(f"{row.key} {row.dtype} {row.shape} {to}")
     moved = sum(row.to is not None for row in rows)
     return [*lines, f"{len(rows)} tensors: {moved} converted, {len(rows) - moved} dropped"]
+
+
+def say(remarks: Sequence[str]) -> None:
+    """What should be known of an import that went through, a line each, beside what a pipe reads."""
+    for line in remarks:
+        status.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def parse_adapters(pairs: Sequence[str]) -> list[tuple[str, Path]]:
@@ -87,14 +100,22 @@ def import_adapters(command: ImportAdapters) -> None:
     """Runs `meteora import adapters`."""
     import converters
 
+    remarks: list[str] = []
     if command.dry_run:
-        bank, plans = converters.describe_adapters(command.base, parse_adapters(command.adapters))
+        bank, plans = converters.describe_adapters(
+            command.base, parse_adapters(command.adapters), command.any_base, remarks.append
+        )
+        say(remarks)
         lines = [line for name, rows in plans.items() for line in (f"{name}:", *plan_lines(rows))]
         tensors = {name: [vars(row) for row in rows] for name, rows in plans.items()}
         command.tell(lines, {**bank.to_json(), "tensors": tensors})
         return
     pairs = parse_adapters(command.adapters)
-    bank = command.run("import adapters", partial(converters.import_adapters, command.dest, command.base, pairs))
+    convert = partial(
+        converters.import_adapters, command.dest, command.base, pairs, any_base=command.any_base, tell=remarks.append
+    )
+    bank = command.run("import adapters", convert)
+    say(remarks)
     since = lambda a: f", from tokens {' '.join(map(str, a.invocation))} on" if a.invocation else ""  # noqa: E731
     lines = [f"{a.name}: rank {a.rank}, {' '.join(a.targets)}{since(a)}" for a in bank.adapters]
     command.tell(lines, {"bank": str(command.dest), **bank.to_json()})

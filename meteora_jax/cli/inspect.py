@@ -58,7 +58,7 @@ def describe(path: Path) -> dict[str, Any]:
         bank = BankConfig.from_json(read_json(path / "bank.json"), str(path / "bank.json"))
         TensorReader(path / WEIGHTS, bank.weight_shapes())
         adapters = [vars(a) for a in bank.adapters]
-        about = {"adapters": len(adapters), "layers": bank.num_layers, "stacked ranks": bank.ranks}
+        about = {"adapters": len(adapters), "layers": bank.num_layers, "stacked ranks": bank.ranks, "base": bank.base}
         return {"kind": "bank", "about": about, "adapters": adapters}
     if (path / "gates.json").exists():
         gates = GateConfig.from_json(read_json(path / "gates.json"), str(path / "gates.json"))
@@ -76,9 +76,11 @@ def describe(path: Path) -> dict[str, Any]:
 
         return {"kind": "encoder", "about": TextEncoder.load(path).config.to_json()}
     if (path / CONFIG).exists():
-        settings = read_settings(read_json(path / CONFIG), str(path / CONFIG))
+        raw = read_json(path / CONFIG)
+        settings = read_settings(raw, str(path / CONFIG))
         weights, tensors = read_tensors(path)
-        about = {**vars(settings), "weights": weights.name, "tensors": len(tensors)}
+        named = {key: raw.get(key) for key in ("base_model_name_or_path", "revision")}
+        about = {**vars(settings), **named, "weights": weights.name, "tensors": len(tensors)}
         listing = [{"key": t.key, "dtype": dtype_name(t.dtype), "shape": t.shape} for t in tensors]
         return {"kind": "PEFT adapter", "about": about, "tensors": listing}
     raw = read_json(path / "config.json") if (path / "config.json").exists() else {}
@@ -87,11 +89,12 @@ def describe(path: Path) -> dict[str, Any]:
         reader = TensorReader(path / WEIGHTS, config.weight_shapes())
         sizes = config.weight_shapes().values()
         dtype = str(reader.dtype("embed.embedding"))
-        about = _about(config, sum(map(math.prod, sizes))) | {"dtype": dtype, "source": raw["meteora"].get("source")}
+        about = _about(config, sum(map(math.prod, sizes))) | {"dtype": dtype}
+        about |= {key: raw["meteora"].get(key) for key in ("origin", "source")}
         return {"kind": "base", "about": about}
     if path.suffix.lower() == ".gguf" or raw or (path / "params.json").exists():
         config, rows = converters.plan_base(path)
-        about = _about(config, sum(math.prod(row.shape) for row in rows))
+        about = _about(config, sum(math.prod(row.shape) for row in rows)) | {"names": converters.open_base(path).names}
         return {"kind": "source of a base", "about": about, "tensors": [vars(row) for row in rows]}
     raise InputError(
         f"{path}: expected config.json, bank.json, gates.json, index.json or encoder.json, found none of them"

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from meteora_jax.adapters import AdapterBank
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.origin import BaseOrigin
 
 
 def fresh_adapter(
-    config: LlamaConfig, name: str, rank: int, alpha: float, targets: Sequence[str], seed: int
+    config: LlamaConfig,
+    name: str,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    origin: BaseOrigin | None = None,
 ) -> AdapterBank:
     """A random, B zero, scale alpha / rank, so that it changes nothing yet.
 
-    A is uniform in +-1/sqrt(I), what PEFT's kaiming_uniform(a=sqrt(5)) gives (Hu et al., arXiv 2106.09685).
+    A is uniform in +-1/sqrt(I), what PEFT's kaiming_uniform(a=sqrt(5)) gives (Hu et al., arXiv 2106.09685). `origin`
+    is the base's.
     """
     problems = [
         f"targets: expected some of {', '.join(PROJECTIONS)}, found {t!r}" for t in targets if t not in PROJECTIONS
@@ -38,7 +47,9 @@ def fresh_adapter(
     peft = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0,
         "bias": "none", "use_rslora": False, "target_modules": list(ordered),
+        "base_model_name_or_path": origin.name if origin else None,
     }  # fmt: skip
     info = AdapterInfo(name, rank, ordered, "trained", "", peft)
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    return AdapterBank(a, b, scale, BankConfig((info,), dict.fromkeys(ordered, rank), n, shapes))
+    record = dataclasses.asdict(origin) if origin else None
+    return AdapterBank(a, b, scale, BankConfig((info,), dict.fromkeys(ordered, rank), n, shapes, base=record))

@@ -56,13 +56,21 @@ class Checkpoints:
 
     Args:
         identity: what a run must have in common with the checkpoints that it goes on from.
+        orders: of the groups whose columns the run's mesh holds in another order than the projections' own
+            (`checkpoint.column_orders`); what is saved is in their own, so that another mesh can read it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep: int,
+        identity: Mapping[str, Any],
+        orders: Mapping[str, np.ndarray] | None = None,
+    ):
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-        self.folder, self._identity = Path(folder).absolute(), dict(identity)
+        self.folder, self._identity, self._orders = Path(folder).absolute(), dict(identity), dict(orders or {})
         self._fingerprints = jax.jit(_prints)
         self._args = ocp.args
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +98,7 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, layout: Layout, position: Mapping[int, str]) -> None:
         """Writes the state after `step` in the background; the device arrays may be donated once this returns."""
-        leaves = _named(state)
+        leaves = self._reordered(_named(state), np.argsort)
         run = {
             "identity": self._identity, "layout": dataclasses.asdict(layout), "leaves": sorted(leaves),
             "position": {str(k): v for k, v in _gathered(position, layout.shards).items()},
@@ -170,7 +178,17 @@ class Checkpoints:
         wrong = [name for name, a, b in zip(names, expected, found, strict=True) if a != b]
         if wrong:
             raise ValueError(f"{wrong[0]} is not what was saved")
+        restored = self._reordered(restored, np.asarray)
         return jax.tree.unflatten(jax.tree.structure(like), [restored[k] for k in _keys(like)])
+
+    def _reordered(self, leaves: Mapping[str, jax.Array], to: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+        """The arrays, B's columns and their moments' (the only trained ones that a group shares) taken in an order."""
+        found = dict(leaves)
+        for group, order in self._orders.items():
+            for key in (k for k in found if f"['{group}']['lora_b']" in k):
+                take = jax.jit(lambda x, order: x[..., order], out_shardings=found[key].sharding)
+                found[key] = take(found[key], to(order))
+        return found
 
     def _set_aside(self, step: int, error: Exception) -> str:
         """Renames a damaged checkpoint, so that its step can be saved again; says what was wrong."""

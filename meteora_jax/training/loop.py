@@ -21,9 +21,11 @@ from meteora_jax.adapters import AdapterParam, GateParam
 from meteora_jax.checkpoint import (
     StoredArray,
     assemble,
+    column_orders,
     load_bank,
     load_base,
     load_gates,
+    read_origin,
     save_bank,
     save_gates,
     split_bank,
@@ -34,7 +36,7 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
-from meteora_jax.sharding import fetch, local_rows, place_rows, rows_multiple, use_mesh
+from meteora_jax.sharding import fetch, local_rows, place_rows, rows_multiple, tensor_shards, use_mesh
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_adapter
 from meteora_jax.training.charts import write_accuracy_map, write_curves
@@ -163,7 +165,7 @@ def train_gates(
         raise InputError("adapter_learning_rate: expected train_adapters beside it, found adapters frozen")
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
-    loaded = load_bank(bank, config, kind)
+    loaded = load_bank(bank, config, kind, read_origin(base))
     names = loaded.names
     if settings.top_k > len(names):
         raise InputError(f"top_k: expected at most {len(names)} (the bank's adapters), found {settings.top_k}")
@@ -187,7 +189,7 @@ def train_gates(
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
     if jax.process_index() == 0:
         if new_bank is not None:
-            save_bank(new_bank, split_bank(loaded, flat))
+            save_bank(new_bank, split_bank(loaded, flat, config, mesh))
         save_gates(Path(dest), GateConfig(names, settings.top_k, settings.temperature), split_gates(flat))
     return final
 
@@ -225,7 +227,8 @@ def train_adapter(
     """Trains one adapter on all `tasks` and writes it to `dest` as a BANK of one. Otherwise as `train_gates`."""
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
-    bank = fresh_adapter(config, settings.name, settings.rank, settings.alpha, settings.targets, settings.seed)
+    shape = settings.rank, settings.alpha, settings.targets, settings.seed
+    bank = fresh_adapter(config, settings.name, *shape, read_origin(base))
     router = Fixed(settings.name)
     flops = dict(chosen=1, gates=False, train_adapters=True)
     state, final = _fit(
@@ -234,7 +237,7 @@ def train_adapter(
     )  # fmt: skip
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
     if jax.process_index() == 0:
-        save_bank(dest, split_bank(bank, flat))
+        save_bank(dest, split_bank(bank, flat, config, mesh))
     return final
 
 
@@ -256,7 +259,8 @@ def _fit(
     if columns is not None:
         old = hashlib.sha256(b"".join(np.ascontiguousarray(gates[p]).tobytes() for p in PROJECTIONS))
         identity |= {"extended": old.hexdigest()[:16]}
-    checkpoints = Checkpoints(run.path / "checkpoints", run.keep, identity) if run else None
+    orders = column_orders(config, tensor_shards(mesh))
+    checkpoints = Checkpoints(run.path / "checkpoints", run.keep, identity, orders) if run else None
     if checkpoints and run and not run.resume:
         checkpoints.clear()
     graph, full = assemble(config, weights, bank, gates, kind, mesh)

@@ -1,0 +1,189 @@
+"""Tensor parallelism: what crosses devices, and that nothing of the layout shows in results or files.
+
+Run as a script it is the process that has the devices.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_sharding import devices
+from tiny import tiny_llama, tiny_peft
+
+import meteora_jax as mj
+from converters import import_adapters, import_base
+from meteora_jax.adapters import column_shards
+from meteora_jax.checkpoint import save_gates
+from meteora_jax.config import PROJECTIONS, GateConfig, LlamaConfig, read_json
+from meteora_jax.evaluation.tasks import Example
+from meteora_jax.planning import COLLECTIVES
+from meteora_jax.sharding import shard_order
+
+SHAPE = dict(hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+ROWS = [[5, 6, 7, 8, 9, 300, 17], [7, 7, 40, 41, 319, 5, 0, 3]]
+BANK, PLAIN = ("dora", "plain", "biased"), ("plain", "small")  # gradients of DoRA and biases are not trained
+MESHES = {"1x1x4": (1, 1, 4), "2x1x2": (2, 1, 2)}
+TASKS = {n: [Example(f"{n} {i} and more\n", f"{i} {n}") for i in range(8)] for n in PLAIN}
+STEPS = 4
+# peft warns of biases where the base has none, and mistakes them for tensors that were lost
+pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")
+
+
+def test_columns_are_dealt_out_to_the_parts():
+    assert shard_order((4, 2, 2), 2).tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
+    assert shard_order((3,), 1).tolist() == [0, 1, 2]
+    config = LlamaConfig.from_hf({"model_type": "llama", "vocab_size": 320, "num_hidden_layers": 3, **SHAPE})
+    cuts = {t: [column_shards(config, group, t) for group in ("qkv", "o", "gate_up", "down")] for t in (1, 2, 4, 8, 5)}
+    # eight devices would share four kv heads; five divide nothing
+    assert cuts == {1: [1] * 4, 2: [2, 1, 2, 1], 4: [4, 1, 4, 1], 8: [1, 1, 8, 1], 5: [1] * 4}
+
+
+# In the process with the devices
+
+
+def answers(folder: Path, mesh: Any) -> dict[str, np.ndarray]:
+    """Logits by every kind of router, and tokens decoded after a prompt, in float32; logits in bfloat16."""
+    from meteora_jax.routing.retrieval import Composed
+
+    load = lambda dtype: mj.load(folder / "base", folder / "bank", folder / "gates", mesh=mesh, dtype=dtype)  # noqa: E731
+    model, found = load("float32"), {}
+    fusion = Composed((("plain", 0.4), ("biased", 0.6)), True)
+    routers = {"gates": mj.Gates(2), "requests": [mj.Fixed(dict.fromkeys(BANK, 1 / 3)), fusion]}
+    for name, router in routers.items():
+        logits = model.logits(ROWS, router)
+        found[name] = np.concatenate([np.asarray(row)[: len(ids)] for row, ids in zip(logits, ROWS, strict=True)])
+    found["said"] = np.asarray([c.token_ids for c in model.generate(ROWS, routers["gates"], 8)])
+    found["half"] = np.asarray(load("bfloat16").logits(ROWS[:1], routers["gates"]))[0]
+    return found
+
+
+def train(folder: Path, mesh: Any, dest: Path, run: Path | None = None) -> None:
+    """Gates and adapters together, into `dest`; with a `run` its checkpoints are kept, and gone on from."""
+    from meteora_jax.training.loop import GateTraining, RunFolder, train_gates
+
+    settings = GateTraining(steps=STEPS, batch_size=4, rows=4, learning_rate=2e-3, train_adapters=True, max_length=60)
+    keep = RunFolder(run, every=2, keep=9) if run else None
+    train_gates(
+        folder / "base", folder / "trainable", TASKS, dest / "gates", settings, dtype="float32", mesh=mesh, run=keep,
+        new_bank=dest / "bank",
+    )  # fmt: skip
+
+
+def crossings(compiled: Any) -> dict[str, list[int]]:
+    """{collective: [in the layers' forward, recomputed or backward, elsewhere]}."""
+    found = {name: [0, 0, 0] for name in COLLECTIVES}
+    for line in compiled.as_text().splitlines():
+        match = re.search(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
+        if match is None:
+            continue
+        name = (re.search(r'op_name="([^"]*)"', line) or [""])[0]
+        layers = "closed_call" in name
+        found[match[1]][0 if layers and "transpose" not in name else 1 if layers else 2] += 1
+    return found
+
+
+def counts(mesh: Any) -> dict[str, dict[str, list[int]]]:
+    from meteora_jax import planning
+
+    seen: list[dict[str, list[int]]] = []
+    plain, planning.collectives = planning.collectives, lambda c: (seen.append(crossings(c)), dict(Counter()))[1]
+    config = LlamaConfig.from_hf({"model_type": "llama", "vocab_size": 320, "num_hidden_layers": 3, **SHAPE})
+    planning.plan_training(config, 4, 4, mesh, rows=4, width=32, mfu=0.5)
+    planning.plan_generation(config, 4, 4, mesh, rows=4, width=32, mfu=0.5)
+    planning.collectives = plain
+    return dict(zip(("training", "prefill", "decoding"), seen, strict=True))
+
+
+def main(folder: Path) -> None:
+    import jax
+
+    from meteora_jax.sharding import make_mesh
+
+    meshes = {name: make_mesh(*shape, devices=jax.devices()[:4]) for name, shape in MESHES.items()}
+    (folder / "counts.json").write_text(json.dumps({name: counts(mesh) for name, mesh in meshes.items()}))
+    np.savez(folder / "answers.npz", **answers(folder, meshes["1x1x4"]))
+    train(folder, meshes["1x1x4"], folder / "trained", folder / "run")
+
+
+# In the tests
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose heads four devices share, two banks, gates, and what `main` wrote beside them."""
+    folder = tmp_path_factory.mktemp("parallel")
+    hf = tiny_llama(folder, attention_bias=True, **SHAPE)[1]
+    import_base(hf, folder / "base")
+    options = {
+        "dora": {"use_dora": True, "r": 3},
+        "plain": {},
+        "biased": {"lora_bias": True, "r": 6},
+        "small": {"r": 2},
+    }
+    peft = {name: tiny_peft(folder, hf, name, seed=i, **o) for i, (name, o) in enumerate(options.items())}
+    import_adapters(folder / "bank", folder / "base", {name: peft[name] for name in BANK})
+    import_adapters(folder / "trainable", folder / "base", {name: peft[name] for name in PLAIN})
+    config, rng = LlamaConfig.from_hf(read_json(folder / "base" / "config.json")), np.random.default_rng(0)
+    shape = lambda p: (3, config.projection_shape(p)[0], 3)  # noqa: E731
+    gates = {p: (0.2 * rng.standard_normal(shape(p))).astype(np.float32) for p in PROJECTIONS}
+    save_gates(folder / "gates", GateConfig(BANK, 2, 1.0), gates)
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=devices(4), capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def test_a_tensor_axis_computes_what_one_device_does(folder: Path):
+    found = np.load(folder / "answers.npz")
+    for name, want in answers(folder, None).items():
+        if name == "said":
+            assert np.array_equal(found[name], want)
+        else:
+            assert np.abs(found[name] - want).max() <= (0.15 if name == "half" else 1e-5), name
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_crosses_devices(folder: Path, mesh: str):
+    """One all-reduce a row-parallel group forward, one a column-parallel group backward; nothing is moved about."""
+    found = json.loads((folder / "counts.json").read_text())[mesh]
+    for what, crossings in found.items():
+        assert crossings["all-to-all"] == crossings["collective-permute"] == crossings["reduce-scatter"] == [0, 0, 0]
+        assert crossings["all-gather"][:2] == [0, 0], what
+        forward, backward, _ = crossings["all-reduce"]
+        judged = mesh == "2x1x2" and what == "training"  # the gate's loss and gradient are summed over the batch
+        assert forward == 2 + judged, what
+        # o and down once more, and two of the backward pass
+        assert backward == (4 + judged if what == "training" else 0), what
+
+
+def test_trained_adapters_are_saved_in_the_projections_order(folder: Path, tmp_path: Path):
+    train(folder, None, tmp_path)
+    for kind in ("bank", "gates"):
+        ours, want = (load_file(f / kind / "weights.safetensors") for f in (folder / "trained", tmp_path))
+        assert ours.keys() == want.keys()
+        assert all(np.abs(ours[key] - want[key]).max() <= 1e-5 for key in want), kind
+    start, end = (load_file(f / "weights.safetensors") for f in (folder / "trainable", tmp_path / "bank"))
+    assert np.abs(end["k_proj.b"] - start["k_proj.b"]).max() > 1e-3
+
+
+def test_a_run_goes_on_without_the_tensor_axis(folder: Path, tmp_path: Path):
+    last = folder / "run" / "checkpoints" / str(STEPS)
+    last.rename(folder / "run" / "checkpoints" / "moved")
+    (folder / "run" / "checkpoints" / "moved").rename(tmp_path / "moved")
+    train(folder, None, tmp_path, folder / "run")
+    ours, want = (load_file(f / "bank" / "weights.safetensors") for f in (tmp_path, folder / "trained"))
+    assert all(np.abs(ours[key] - want[key]).max() <= 1e-5 for key in want)
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  (the same strictness as in every test)
+
+    main(Path(sys.argv[1]))
