@@ -276,9 +276,11 @@ def join_gates(
             known = found.setdefault(name, column)
             if known.keys() == column.keys() and any(not np.array_equal(known[k], column[k]) for k in known):
                 problems.append(f"{source}: {name}: expected the column that an earlier folder has, found another")
+    if first is None or texts is None:
+        raise InputError("gates: expected at least one GATES folder, found none")
     problems += [f"{bank}: {n}: expected a column in one of the folders, found none" for n in names if n not in found]
-    if problems or first is None or texts is None:
-        raise InputError(problems or "gates: expected at least one GATES folder, found none")
+    if problems:
+        raise InputError(problems)
     joined = {key: np.stack([found[n][key] for n in names], axis=-1) for key in found[names[0]]}
     save_gates(dest, dataclasses.replace(first, names=names), joined, texts)
     return [n for n in found if n not in names]

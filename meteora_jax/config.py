@@ -478,11 +478,11 @@ class GateConfig:
             if raw["format"] not in ("meteora-gates-1", "meteora-gates-2"):
                 raise InputError(f"{source}: format: expected 'meteora-gates-1' or '-2', found {raw['format']!r}")
             form = GateForm(**raw["form"]) if raw["format"] == "meteora-gates-2" else GateForm()
-            flags = all(isinstance(x, bool) for x in (form.carry, form.shared, form.bias))
-            if form.input not in ("token", "prefix-mean") or not flags:
-                raise ValueError(f"form: {raw['form']}")
+            flags, mark = all(isinstance(x, bool) for x in (form.carry, form.shared, form.bias)), raw.get("background")
+            if form.input not in ("token", "prefix-mean") or not flags or not isinstance(mark, str | None):
+                raise ValueError(f"{form}, background {mark!r}")
             top_k, temperature = int(raw["top_k"]), float(raw["temperature"])
-            return cls(tuple(raw["names"]), top_k, temperature, form, raw.get("background"))
+            return cls(tuple(raw["names"]), top_k, temperature, form, mark)
         except (KeyError, TypeError, ValueError) as e:
             raise InputError(f"{source}: expected a description of gates, found a malformed one ({e!r})") from e
 
