@@ -385,8 +385,8 @@ def export_gates(
         What the layout has no place for: {"names": in the checkpoint's order, "rank", "alpha"}.
 
     Raises:
-        InputError: damaged folders or ones that do not belong together; DoRA, biases, or scales that differ, none of
-            which the original knows.
+        InputError: damaged folders or ones that do not belong together; DoRA, biases, scales that differ, or gates
+            of another form, none of which the original knows.
     """
     base, bank, gates = Path(base), Path(bank), Path(gates)
     config, own = read_base(base)
@@ -394,7 +394,7 @@ def export_gates(
     held, adapters = read_bank(bank)
     gate_config = GateConfig.from_json(read_json(gates / "gates.json"), str(gates / "gates.json"))
     count, rank = len(held.names), max(held.ranks.values(), default=0)
-    columns = TensorReader(gates / "weights.safetensors", _gate_shapes(config, len(gate_config.names)))
+    columns = _open_gates(gates, config, gate_config)
     scale = _common_scale(bank / "bank.json", config, origin, held, adapters)
     if sorted(gate_config.names) != sorted(held.names):
         raise InputError(f"{gates / 'gates.json'}: names: expected the bank's adapters, found {gate_config.names}")
@@ -430,6 +430,20 @@ def export_gates(
         name = {"_name_or_path": origin.name} if origin and origin.name else {}
         write_json(partial / "config.json", {**name, **config.to_hf()})
     return {"names": list(held.names), "rank": rank, "alpha": scale * rank}
+
+
+def _open_gates(folder: Path, config: LlamaConfig, gates: GateConfig) -> TensorReader:
+    """The gates' columns; refused where the original's layout has no place for their form or a bias."""
+    source, changes = folder / "gates.json", {k: v for k, v in gates.form.changes.items() if k != "bias"}
+    if changes:
+        raise InputError(f"{source}: form: expected MeteoRA's (its layout has no place for another), found {changes}")
+    shapes = _gate_shapes(config, len(gates.names))
+    biases = {f"{p}.bias": (s[0], s[2]) for p, s in shapes.items()} if gates.form.bias else {}
+    columns = TensorReader(folder / "weights.safetensors", shapes | biases)
+    if acting := [key for key in biases if np.any(columns.slice(key))]:
+        found = ", ".join(acting)
+        raise InputError(f"{folder}: expected biases of 0 (MeteoRA's layout has no place for others), found {found}")
+    return columns
 
 
 def _common_scale(

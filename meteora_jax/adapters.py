@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from meteora_jax.compiler import platform
-from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
+from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
+from meteora_jax.routing.memory import FormedGate
 from meteora_jax.sharding import constrain, splits_inner
 from pallas_kernels.routed_lora import add_routed_lora, gated, routed_lora
 from pallas_kernels.routed_lora.reference import FEW_ROWS, add_expanded, einsum_float32, shrink
@@ -219,15 +220,17 @@ class AdaptedLinear(nnx.Module):
     """One projection group: the projections that read the same input, their adapters and their gates.
 
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
-    lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A];
+    lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A] (P = 1 if shared);
+    gate_mean float32 [I, P, A] and gate_bias float32 [P, A], None where the gates' form has none;
     lora_dora, lora_bias float32 [A, O], None where no adapter has any; slim [P, N, I], see `prepare`.
     O's columns lie in `shards` parts of equal width, each with its share of every projection: `sharding.shard_order`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
 
     def __init__(
-        self, config: LlamaConfig, group: str, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs
-    ):
+        self, config: LlamaConfig, group: str, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs,
+        form: GateForm = METEORA_FORM,
+    ):  # fmt: skip
         shapes = [config.projection_shape(p) for p in GROUPS[group]]
         width, self.splits, self.shards = shapes[0][0], tuple(o for _, o in shapes), 1
         total, count, rank = sum(self.splits), len(self.splits), group_rank(bank, group)
@@ -250,20 +253,31 @@ class AdaptedLinear(nnx.Module):
         columns = lambda: AdapterConstant(jnp.zeros((adapters, total), jnp.float32), axes=(None, o))  # noqa: E731
         self.lora_dora = columns() if bank and any(p in bank.dora for p in GROUPS[group]) else None
         self.lora_bias = columns() if bank and any(p in bank.lora_bias for p in GROUPS[group]) else None
-        self.gate = GateParam(jnp.zeros((width, count, adapters), jnp.float32), axes=(i, None, None)) if gates else None
+        self.group, self.form = group, form
+        own = 1 if form.shared else count
+        gate = lambda: GateParam(jnp.zeros((width, own, adapters), jnp.float32), axes=(i, None, None))  # noqa: E731
+        self.gate = gate() if gates else None
+        self.gate_mean = gate() if gates and form.input == "prefix-mean" else None
+        self.gate_bias = (
+            GateParam(jnp.zeros((own, adapters), jnp.float32), axes=(None, None)) if gates and form.bias else None
+        )
         self.slim: AdapterConstant | None = None
 
     def prepare(self) -> None:
         """Keeps the gates, and the A's of a bank that is not too wide, as one matrix in A's dtype beside them.
 
-        For inference on one device, on layers as they are stacked; where DoRA or biases act, nothing is kept.
+        For inference on one device, on layers as they are stacked. Nothing is kept, and gates and adapters stay apart,
+        where DoRA or biases act, and for gates that remember (prefix-mean, carry).
         """
         if self.gate is None or self.lora_a is None or self.lora_dora is not None or self.lora_bias is not None:
+            return
+        if self.form.remembers:
             return
         a = self.lora_a[...]
         if a.shape[-3] * a.shape[-2] > gated.DENSE_WIDTH:
             a = a[..., :0, :]
-        slim = jax.jit(jax.vmap(gated.slim_matrix))(self.gate[...], a)
+        gate = jnp.broadcast_to(self.gate[...], (*self.gate.shape[:2], len(self.splits), self.gate.shape[3]))
+        slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a)
         self.slim = nnx.data(AdapterConstant(slim, axes=(None, None, None)))  # was None, which NNX took for static
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:
@@ -279,7 +293,7 @@ class AdaptedLinear(nnx.Module):
         if self.slim is not None and isinstance(router, BoundGates) and router.allowed is None:
             y, routing = self._gated(x, y, self.slim[...], router)
         elif router is not None:
-            routing = router.route(x, self.gate[...] if self.gate is not None else None)
+            routing = router.route(x, self._gate())
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
                 y = self._adapted(x, plain, y, routing, joined)
         return self._split(y.astype(x.dtype)), routing
@@ -320,6 +334,13 @@ class AdaptedLinear(nnx.Module):
             constrain(part.reshape(*y.shape[:2], -1), "batch", None, inner) for part in jnp.split(y, starts, axis=-1)
         ]
 
+    def _gate(self) -> Any:
+        """The gate as routers take it."""
+        if self.gate is None or not self.form.changes:
+            return None if self.gate is None else self.gate[...]
+        mean, bias = (None if part is None else part[...] for part in (self.gate_mean, self.gate_bias))
+        return FormedGate(self.gate[...], mean, bias, self.group)
+
     def _gated(self, x: jax.Array, base: jax.Array, slim: jax.Array, router: BoundGates) -> tuple[jax.Array, Routing]:
         """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits."""
         assert self.lora_a is not None
@@ -331,13 +352,15 @@ class AdaptedLinear(nnx.Module):
         flat = lambda z: z.reshape(rows, *z.shape[2:])  # noqa: E731
         by_row = lambda z: jnp.broadcast_to(z[:, None], (batch, length)).reshape(rows)  # noqa: E731
         choice = by_row(router.counts), by_row(router.temperatures)
+        bias = None if self.gate_bias is None else jnp.broadcast_to(self.gate_bias[...], scale.shape)
         if a.shape[1] * a.shape[2] <= gated.DENSE_WIDTH:
             y, *routing = gated.gated_lora(
-                flat(x), slim, b, scale, *choice, flat(base), self.splits, router.max_k,
+                flat(x), slim, b, scale, *choice, flat(base), self.splits, router.max_k, bias=bias,
                 implementation=gated.choose(platform(), rows),
             )  # fmt: skip
         else:
             logits = einsum_float32(x.dtype, "mi,pni->mpn", flat(x), slim)[..., : scale.shape[1]]
+            logits = logits if bias is None else logits + bias[None]
             routing = gated.choose_adapters(logits, *choice, router.max_k)
             y = add_routed_lora(flat(x), a, b, *routing, scale, flat(base), self.splits)
         indices, weights = (z.reshape(batch, length, *z.shape[1:]) for z in routing)

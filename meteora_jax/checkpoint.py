@@ -25,13 +25,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meteora_jax.adapters import AdapterBank, column_shards
-from meteora_jax.config import ENDS, GROUPS, PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
+from meteora_jax.config import (
+    ENDS,
+    GROUPS,
+    METEORA_FORM,
+    BankConfig,
+    GateConfig,
+    GateForm,
+    InputError,
+    LlamaConfig,
+    read_json,
+)
 from meteora_jax.ends import end_tensors
 from meteora_jax.llama import Llama, lay_out
 from meteora_jax.origin import BaseOrigin, misfits
 from meteora_jax.sharding import place, shard_order, sharding, tensor_shards
 
 WEIGHTS = "weights.safetensors"
+BACKGROUND = "background.json"  # of independent gates: the tokens that they were trained against
 
 
 def open_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -153,10 +164,22 @@ def load_bank(
     return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config, dora, bias, ends)
 
 
+def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of `GATES/weights.safetensors`: a gate [L, I, A] named like its projection, or like its group where
+    the projections of a group share one; `NAME.mean` [L, I, A] and `NAME.bias` [L, A] where the form has them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group, projections in GROUPS.items():
+        for name in (group,) if form.shared else projections:
+            shapes[name] = (base.num_layers, base.projection_shape(projections[0])[0], adapters)
+            shapes |= {f"{name}.mean": shapes[name]} if form.input == "prefix-mean" else {}
+            shapes |= {f"{name}.bias": (base.num_layers, adapters)} if form.bias else {}
+    return shapes
+
+
 def load_gates(
     folder: str | os.PathLike[str], base: LlamaConfig, names: tuple[str, ...]
 ) -> tuple[GateConfig, dict[str, np.ndarray]]:
-    """GATES/ -> its configuration and {projection: float32 [L, I, A]}, columns in the bank's order."""
+    """GATES/ -> its configuration and float32 tensors as `gate_shapes` has them, columns in the bank's order."""
     folder = Path(folder)
     source = str(folder / "gates.json")
     config = GateConfig.from_json(read_json(folder / "gates.json"), source)
@@ -165,16 +188,46 @@ def load_gates(
     if missing or unknown:
         wrong = [f"no gate for {n!r}" for n in missing] + [f"a gate for {n!r}" for n in unknown]
         raise InputError(f"{source}: names: expected the bank's adapters, found {', '.join(wrong)}")
-    shapes = {p: (base.num_layers, base.projection_shape(p)[0], len(names)) for p in PROJECTIONS}
-    tensors = read_tensors(folder / WEIGHTS, shapes)
+    tensors = read_tensors(folder / WEIGHTS, gate_shapes(config.form, base, len(names)))
     order = [config.names.index(n) for n in names]
     return config, {p: np.ascontiguousarray(t[..., order].astype(np.float32)) for p, t in tensors.items()}
 
 
-def save_gates(folder: str | os.PathLike[str], config: GateConfig, gates: Mapping[str, np.ndarray]) -> None:
-    """Writes GATES/ whole or not at all; an existing folder is replaced only once the new one is complete."""
+def digest(texts: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of a background's tokens."""
+    return hashlib.sha256(json.dumps([list(map(int, t)) for t in texts]).encode()).hexdigest()
+
+
+def load_background(folder: str | os.PathLike[str]) -> list[list[int]]:
+    """The tokens that the columns of GATES/ were trained against.
+
+    Raises:
+        InputError: gates that were trained together have none; the tokens are not those that gates.json names.
+    """
+    source, path = Path(folder) / "gates.json", Path(folder) / BACKGROUND
+    mark = GateConfig.from_json(read_json(source), str(source)).background
+    if mark is None:
+        raise InputError(f"{source}: background: expected gates trained with --independent, found none")
+    texts = read_json(path)
+    lists = isinstance(texts, list) and all(isinstance(t, list) and t for t in texts) and texts
+    if not lists or not all(isinstance(token, int) for t in texts for token in t) or digest(texts) != mark:
+        raise InputError(f"{path}: expected the tokens that {source.name} names (SHA-256 {mark[:12]}), found others")
+    return texts
+
+
+def save_gates(
+    folder: str | os.PathLike[str],
+    config: GateConfig,
+    gates: Mapping[str, np.ndarray],
+    background: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Writes GATES/ whole or not at all; an existing folder is replaced only once the new one is complete.
+
+    background: of independent columns, stored beside them.
+    """
     tensors = {p: np.ascontiguousarray(g, np.float32) for p, g in gates.items()}
-    _write_folder(Path(folder), "gates.json", config.to_json(), tensors)
+    beside = {} if background is None else {BACKGROUND: background}
+    _write_folder(Path(folder), "gates.json", config.to_json(), tensors, beside)
 
 
 def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
@@ -195,12 +248,58 @@ def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
     _write_folder(Path(folder), "bank.json", config.to_json(), tensors)
 
 
-def _write_folder(folder: Path, name: str, description: Any, tensors: dict[str, np.ndarray]) -> None:
+def join_gates(
+    folders: Sequence[str | os.PathLike[str]],
+    dest: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    bank: str | os.PathLike[str],
+) -> list[str]:
+    """Writes GATES/ for a bank from independent columns of several GATES/, and returns the names left out.
+
+    Raises:
+        InputError: gates that were trained together, or against another background; an adapter without a column, or
+            with columns that differ.
+    """
+    config = LlamaConfig.from_hf(read_json(Path(base) / "config.json"), str(Path(base) / "config.json"))
+    names = BankConfig.from_json(read_json(Path(bank) / "bank.json"), str(Path(bank) / "bank.json")).names
+    found: dict[str, dict[str, np.ndarray]] = {}
+    problems: list[str] = []
+    first, texts = None, None
+    for folder in map(Path, folders):
+        source = folder / "gates.json"
+        described = GateConfig.from_json(read_json(source), str(source))
+        texts = load_background(folder) if texts is None or first is None else texts
+        first = described if first is None else first
+        for key in ("background", "form", "top_k", "temperature"):
+            wanted, own = getattr(first, key), getattr(described, key)
+            if wanted != own:
+                problems.append(f"{source}: {key}: expected {wanted!r} (as {folders[0]} has it), found {own!r}")
+        _, tensors = load_gates(folder, config, described.names)
+        for i, name in enumerate(described.names):
+            column = {key: tensor[..., i] for key, tensor in tensors.items()}
+            known = found.setdefault(name, column)
+            if known.keys() == column.keys() and any(not np.array_equal(known[k], column[k]) for k in known):
+                problems.append(f"{source}: {name}: expected the column that an earlier folder has, found another")
+    if first is None or texts is None:
+        raise InputError("gates: expected at least one GATES folder, found none")
+    problems += [f"{bank}: {n}: expected a column in one of the folders, found none" for n in names if n not in found]
+    if problems:
+        raise InputError(problems)
+    joined = {key: np.stack([found[n][key] for n in names], axis=-1) for key in found[names[0]]}
+    save_gates(dest, dataclasses.replace(first, names=names), joined, texts)
+    return [n for n in found if n not in names]
+
+
+def _write_folder(
+    folder: Path, name: str, description: Any, tensors: dict[str, np.ndarray], beside: Mapping[str, Any] | None = None
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         save_file(tensors, temporary / WEIGHTS)
         (temporary / name).write_text(json.dumps(description, indent=1) + "\n")
+        for file, content in (beside or {}).items():
+            (temporary / file).write_text(json.dumps(content) + "\n")
         os.chmod(temporary, 0o755)
         if folder.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -213,14 +312,33 @@ def _write_folder(folder: Path, name: str, description: Any, tensors: dict[str, 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+# The parts of a gate, and the axis of the module tree's own along which the projections are stacked.
+_GATE_PARTS = {"": 2, ".mean": 2, ".bias": 1}
+
+
 def gate_weights(gates: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], np.ndarray]:
-    """{projection: [L, I, A]} -> the module tree's gates, [L, I, P, A] a group."""
-    return {("layers", g, "gate"): np.stack([gates[p] for p in ps], axis=2) for g, ps in GROUPS.items()}
+    """Gates as `gate_shapes` has them -> the module tree's, [L, I, P, A] a group (biases [L, P, A])."""
+    weights = {}
+    for group, projections in GROUPS.items():
+        names = (group,) if group in gates else projections
+        for part, axis in _GATE_PARTS.items():
+            if f"{names[0]}{part}" in gates:
+                stacked = np.stack([gates[f"{name}{part}"] for name in names], axis=axis)
+                weights["layers", group, f"gate{part.replace('.', '_')}"] = stacked
+    return weights
 
 
 def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     """The inverse of `gate_weights`."""
-    return {p: np.asarray(state["layers", g, "gate"])[:, :, i] for g, ps in GROUPS.items() for i, p in enumerate(ps)}
+    gates = {}
+    for group, projections in GROUPS.items():
+        shared = state["layers", "qkv", "gate"].shape[2] == 1  # of several projections
+        for part, axis in _GATE_PARTS.items():
+            stacked = state.get(("layers", group, f"gate{part.replace('.', '_')}"))
+            if stacked is not None:
+                for i, name in enumerate((group,) if shared else projections):
+                    gates[f"{name}{part}"] = np.take(np.asarray(stacked), i, axis=axis)
+    return gates
 
 
 def split_bank(
@@ -267,6 +385,7 @@ def assemble(
     gates: Mapping[str, np.ndarray] | None,
     dtype: Any,
     mesh: Mesh | None = None,
+    form: GateForm = METEORA_FORM,
 ) -> tuple[Any, Any]:
     """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced.
 
@@ -274,7 +393,7 @@ def assemble(
     a host reads only those parts.
     """
     bank_config = bank.config if bank is not None else None
-    abstract = nnx.eval_shape(lambda: Llama(config, bank_config, gates is not None, dtype, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Llama(config, bank_config, gates is not None, dtype, rngs=nnx.Rngs(0), form=form))
     lay_out(abstract, tensor_shards(mesh))
     graph, state = nnx.split(abstract)
     filled = dict(weights)

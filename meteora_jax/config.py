@@ -437,22 +437,57 @@ class BankConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GateForm:
+    """What gates read and share; the defaults are MeteoRA's. docs/words.md has the formula of each."""
+
+    input: Literal["token", "prefix-mean"] = "token"  # prefix-mean: the mean of the sequence so far beside the token
+    carry: bool = False  # the logits of the layer before are added
+    shared: bool = False  # one gate serves all projections of a group
+    bias: bool = False  # each adapter's logit has one
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a token's logits need more than its own input at its own layer."""
+        return self.input == "prefix-mean" or self.carry
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that are not MeteoRA's."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(GateForm, k)}
+
+
+METEORA_FORM = GateForm()
+
+
+@dataclasses.dataclass(frozen=True)
 class GateConfig:
     """`GATES/gates.json`: which adapters the gate columns stand for, and how they were trained to be read."""
 
     names: tuple[str, ...]  # adapter of each gate column
     top_k: int  # C that training used
     temperature: float
+    form: GateForm = METEORA_FORM
+    background: str | None = None  # SHA-256 of the tokens that independent columns were trained against
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": "meteora-gates-1", **dataclasses.asdict(self)}
+        plain = {"names": self.names, "top_k": self.top_k, "temperature": self.temperature}
+        own = {"background": self.background} if self.background is not None else {}
+        if not self.form.changes:
+            return {"format": "meteora-gates-1", **plain, **own}
+        # its own format: what reads MeteoRA's gates alone must refuse them
+        return {"format": "meteora-gates-2", **plain, "form": self.form.changes, **own}
 
     @classmethod
     def from_json(cls, raw: Any, source: str) -> GateConfig:
         try:
-            if raw["format"] != "meteora-gates-1":
-                raise InputError(f"{source}: format: expected 'meteora-gates-1', found {raw['format']!r}")
-            return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]))
+            if raw["format"] not in ("meteora-gates-1", "meteora-gates-2"):
+                raise InputError(f"{source}: format: expected 'meteora-gates-1' or '-2', found {raw['format']!r}")
+            form = GateForm(**raw["form"]) if raw["format"] == "meteora-gates-2" else GateForm()
+            flags, mark = all(isinstance(x, bool) for x in (form.carry, form.shared, form.bias)), raw.get("background")
+            if form.input not in ("token", "prefix-mean") or not flags or not isinstance(mark, str | None):
+                raise ValueError(f"{form}, background {mark!r}")
+            top_k, temperature = int(raw["top_k"]), float(raw["temperature"])
+            return cls(tuple(raw["names"]), top_k, temperature, form, mark)
         except (KeyError, TypeError, ValueError) as e:
             raise InputError(f"{source}: expected a description of gates, found a malformed one ({e!r})") from e
 

@@ -20,7 +20,8 @@ class KVCache:
     """Keys and values of every layer, in slots shared by the batch.
 
     keys, values: [L, B, S, K, H]. positions: int32 [B, S], the position that a slot's token has in its
-    own sequence, EMPTY for none. length: int32 [], slots written so far.
+    own sequence, EMPTY for none. length: int32 [], slots written so far. sums: `routing.memory.GateMemory`'s, of gates
+    that read their sequence's mean.
 
     Prompts of different length are padded on the right and every later token takes the next slot in all
     rows at once: one slice is written, never a scatter, and padding is told apart by its EMPTY position.
@@ -30,6 +31,7 @@ class KVCache:
     values: Any
     positions: Any
     length: Any
+    sums: Any = None
 
     @classmethod
     def create(cls, config: LlamaConfig, batch: int, slots: int, dtype: Any) -> KVCache:

@@ -13,11 +13,12 @@ from flax import nnx
 
 from meteora_jax.adapters import AdaptedLinear, BaseParam, column_shards, contract
 from meteora_jax.compiler import platform
-from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
+from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
 from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
+from meteora_jax.routing.memory import GateMemory
 from meteora_jax.sharding import constrain
 from pallas_kernels.routed_lora.reference import einsum_float32
 
@@ -108,13 +109,15 @@ class Where:
 class Layer(nnx.Module):
     """One transformer layer."""
 
-    def __init__(self, config: LlamaConfig, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs, form: GateForm
+    ):
         self.config = config
         norm = config.hidden_size, config.rms_norm_eps, dtype
         self.attention_norm, self.mlp_norm = RmsNorm(*norm), RmsNorm(*norm)
         head_norm = config.head_dim, config.rms_norm_eps, dtype
         self.q_norm, self.k_norm = (RmsNorm(*head_norm) if config.qk_norm else None for _ in "qk")
-        linear = lambda group: AdaptedLinear(config, group, bank, gates, dtype, rngs)  # noqa: E731
+        linear = lambda group: AdaptedLinear(config, group, bank, gates, dtype, rngs, form)  # noqa: E731
         self.qkv, self.o = linear("qkv"), linear("o")
         self.gate_up, self.down = linear("gate_up"), linear("down")
 
@@ -187,8 +190,10 @@ class Llama(nnx.Module):
         dtype: Any = jnp.float32,
         *,
         rngs: nnx.Rngs,
+        form: GateForm = METEORA_FORM,
     ):
-        self.config = config
+        self.config, self.form = config, form
+        self.adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
         self.embed = BaseParam(
             init(rngs.params(), (config.vocab_size, config.hidden_size), dtype), axes=("vocab", "model")
@@ -197,7 +202,7 @@ class Llama(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
         def stack(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, bank, gates, dtype, rngs)
+            return Layer(config, bank, gates, dtype, rngs, form)
 
         self.layers = stack(rngs)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -262,20 +267,30 @@ class Llama(nnx.Module):
         if acting is not None and self.embed_adapters is not None:
             x = self.embed_adapters.embed(x, tokens, acting)
         x = constrain(x, "batch", None, None)
+        memory, kept = None, None
+        if self.form.remembers:
+            kept = None if cache is None or fresh else cache.sums
+            memory = GateMemory.create(self.form, router, positions, self.config.num_layers, self.adapters, kept)
+            later = memory is not None and cache is not None and not fresh
+            assert not later or kept is not None or self.form.input == "token", "a cache's first call is fresh"
+            cache = cache if cache is None else dataclasses.replace(cache, sums=None)  # they pass through the layers
         graph, weights = nnx.split(self.layers)
 
-        def body(carry: tuple[jax.Array, KVCache | None], inputs: tuple[Any, jax.Array]):
-            x, cache = carry
-            layer = nnx.merge(graph, inputs[0])
-            x, cache, routings = layer(x, where, cache, inputs[1], fresh, router)
-            return (x, cache), None if observe is None else observe(routings)
+        def body(carry: tuple[jax.Array, KVCache | None, GateMemory | None], inputs: tuple[Any, jax.Array]):
+            x, cache, memory = carry
+            layer, index = nnx.merge(graph, inputs[0]), inputs[1]
+            here = router if memory is None or router is None else memory.at(index, router)
+            x, cache, routings = layer(x, where, cache, index, fresh, here)
+            memory = None if memory is None else memory.after(index, routings)
+            return (x, cache, memory), None if observe is None else observe(routings)
 
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy) if remat else body
         order = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, cache), observed = jax.lax.scan(body, (x, cache), (weights, order))
+        (x, cache, memory), observed = jax.lax.scan(body, (x, cache, memory), (weights, order))
         if cache is not None:
             cache = cache.advance(tokens.shape[1])
+            cache = cache if memory is None else dataclasses.replace(cache, sums=memory.sums)
         return LlamaOutput(self.norm(x), cache, observed)
 
     def _has_fused_attention(self) -> bool:

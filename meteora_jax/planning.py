@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.adapters import GateParam
-from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.config import METEORA_FORM, PROJECTIONS, AdapterInfo, BankConfig, GateForm, InputError, LlamaConfig
 from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.llama import Llama, lay_out
 from meteora_jax.routing.gates import BoundGates
@@ -118,13 +118,14 @@ def plan_training(
     top_k: int = 2,
     accumulate: int = 1,
     remat: Any = True,
+    form: GateForm = METEORA_FORM,
 ) -> Plan:
     """Compiles one step of gate training in bfloat16 for `mesh`, whose devices need not exist."""
     if rows % (rows_multiple(mesh) * accumulate):
         raise InputError(
             f"rows: expected a multiple of data x fsdp x accumulate = {rows_multiple(mesh) * accumulate}, found {rows}"
         )
-    abstract, bank = abstract_model(config, adapters, rank)
+    abstract, bank = abstract_model(config, adapters, rank, form)
     lay_out(abstract, tensor_shards(mesh))
     graph, params, frozen = nnx.split(abstract, GateParam, ...)
     params, frozen = spread(params, mesh), spread(frozen, mesh)
@@ -146,7 +147,7 @@ def plan_training(
     )
     with use_mesh(mesh):
         compiled = step.lower(frozen, state, batch, router).compile()
-    per_token = flops_per_token(config, bank, chosen=top_k, gates=True, train_adapters=False)
+    per_token = flops_per_token(config, bank, chosen=top_k, gates=form, train_adapters=False)
     flops = rows * width * (per_token + flops_per_pair(config) * (width + 1) / 2)
     return _figures("training", compiled, mesh, rows, width, flops, mfu)
 
@@ -162,12 +163,13 @@ def plan_generation(
     mfu: float,
     new_tokens: int = 64,
     top_k: int = 2,
+    form: GateForm = METEORA_FORM,
 ) -> tuple[Plan, Plan]:
     """Compiles what evaluation runs, in bfloat16 with routing traces: the prefill of `rows` prompts of `width` tokens,
     and the loop that decodes `new_tokens` more."""
     if rows % rows_multiple(mesh):
         raise InputError(f"rows: expected a multiple of data x fsdp = {rows_multiple(mesh)}, found {rows}")
-    abstract, bank = abstract_model(config, adapters, rank)
+    abstract, bank = abstract_model(config, adapters, rank, form)
     lay_out(abstract, tensor_shards(mesh))
     graph, weights = nnx.split(abstract)
     weights = spread(weights, mesh)
@@ -185,7 +187,8 @@ def plan_generation(
     # forward alone, and no gate's gradient: a third of attention's count, and of 4 or 6 a weight 2 remain
     per_token = flops_per_token(config, None, chosen=0, gates=False, train_adapters=False) / 2
     gated = flops_per_token(config, bank, chosen=top_k, gates=False, train_adapters=False) / 2 - per_token
-    gates = 2.0 * config.num_layers * adapters * sum(config.projection_shape(p)[0] for p in PROJECTIONS)
+    gates = flops_per_token(config, bank, chosen=0, gates=form, train_adapters=False) / 3
+    gates -= flops_per_token(config, bank, chosen=0, gates=False, train_adapters=False) / 3
     layers = per_token - 2.0 * config.hidden_size * config.vocab_size + gated + gates
     pair = flops_per_pair(config) / 3
     head = 2.0 * config.hidden_size * config.vocab_size
@@ -197,12 +200,14 @@ def plan_generation(
     )
 
 
-def abstract_model(config: LlamaConfig, adapters: int, rank: int) -> tuple[Any, BankConfig]:
+def abstract_model(
+    config: LlamaConfig, adapters: int, rank: int, form: GateForm = METEORA_FORM
+) -> tuple[Any, BankConfig]:
     """The model in bfloat16 with a bank of such adapters and its gates, shapes only; and the bank."""
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     info = tuple(AdapterInfo(f"adapter {i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
     bank = BankConfig(info, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
-    return nnx.eval_shape(lambda: Llama(config, bank, True, jnp.bfloat16, rngs=nnx.Rngs(0))), bank
+    return nnx.eval_shape(lambda: Llama(config, bank, True, jnp.bfloat16, rngs=nnx.Rngs(0), form=form)), bank
 
 
 def _rowwise(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

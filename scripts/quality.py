@@ -1,10 +1,18 @@
 """The judgement of the MeteoRA paper on one base: adapters, gates and baselines trained, then everything scored.
 
-    python scripts/quality.py --base runs/base --tasks runs/tasks --out runs/quality --gpus 0 1 2 3 --per-gpu 2
+    python scripts/quality.py --base runs/base --tasks runs/tasks --out runs/quality --gpus 0 1 2 3
 
-One `meteora` command a job, several side by side; a job whose result is there is not repeated, so a run that was
-stopped goes on. OUT gets adapters/<task> (BANKs of one), peft/<task>, bank, gates*, lora-*, evaluation/<part>, and
-jobs.jsonl: every command with its seconds. `--dry-run` prints the commands in an order that works.
+One `meteora` command a job, one a GPU side by side; a job whose result is there is not repeated, so a run that was
+stopped goes on. OUT gets adapters/<task> (BANKs of one), peft/<task>, bank, gates*, lora-*, evaluation/<part>,
+jobs.jsonl (every command with its seconds), and of all that is judged table.md and records.json. `--dry-run` prints the
+commands in an order that works. Systems in the table:
+
+    gates-topN             the default recipe           gates-original-topN     without composite sequences
+    gates-response-topN    prompts without LM loss      gates-beta-5-topN       a tenth of beta
+    gates-mean-topN        --gate-input prefix-mean     gates-carry-topN        --carry-logits
+    gates-shared-topN      --shared-gates               gates-all-topN          these three together
+    gates-independent-topN --independent                gates-grown-topN        four adapters by --extend
+    gates-grown-bias-topN  and with --extend-bias       oracle, base, lora-f-rR, lora-b-rR
 """
 
 import json
@@ -30,6 +38,16 @@ METEORA = ("-m", "meteora_jax.cli")
 BASELINES = ("lora-f", "lora-b")  # one LoRA on all data as it comes; on a balanced mixture
 BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
 HELD_OUT = 4  # adapters that a bank grows by
+SHARES = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL")  # from 0 to 1 in table.json, percent in records
+ABLATIONS: dict[str, tuple[str, ...]] = {  # of training, beside the composite sequences that the default has
+    "gates-original": ("--composite", "0"),
+    "gates-response": ("--composite", "0.3", "--no-prompt-loss"),
+    "gates-beta-5": ("--composite", "0.3", "--beta", "5"),
+}
+MEAN, CARRY, SHARED = ("--gate-input", "prefix-mean"), ("--carry-logits",), ("--shared-gates",)
+FORMS: dict[str, tuple[str, ...]] = {
+    "gates-mean": MEAN, "gates-carry": CARRY, "gates-shared": SHARED, "gates-all": (*MEAN, *CARRY, *SHARED)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,15 @@ class Quality:
     """Tasks; all folders of TASKS with a train file, if none is named."""
     gpus: tuple[int, ...] = ()
     """CUDA devices; none: the CPU."""
-    per_gpu: int = 2
+    per_gpu: int = 1
     """Jobs side by side on each."""
+    device: str = ""
+    """What records.json calls them."""
     adapter_steps: tuple[int, int] = (120, 500)
     """Fewest and most steps of an adapter; between them four epochs."""
     gate_steps: int = 800
+    independent_samples: int = 500
+    """Examples of a task that an independent column is made from."""
     baseline_steps: int = 2000
     batch_size: int = 32
     limit: int = 100
@@ -61,7 +83,7 @@ class Quality:
     max_length: int = 2048
     """Tokens of a training sequence."""
     evaluation_batch: int = 50
-    parts: tuple[str, ...] = ("single", "composite", "growth", "ablations")
+    parts: tuple[str, ...] = ("single", "composite", "growth", "ablations", "forms", "independent")
     """What is judged beside each other."""
     dry_run: bool = False
 
@@ -111,13 +133,22 @@ def plan(q: Quality, tasks: dict[str, int]) -> list[Job]:
             *more, makes=out / name / "gates.json", after=(bank, *after))  # fmt: skip
 
     gates("gates", "--composite", "0.3")
-    if "ablations" in q.parts:
-        gates("gates-original", "--composite", "0")
-        gates("gates-response", "--composite", "0.3", "--no-prompt-loss")
-        gates("gates-beta-5", "--composite", "0.3", "--beta", "5")
+    variants: list[str] = []  # beside the default, judged as it is
+    for name, options in ABLATIONS.items() if "ablations" in q.parts else ():
+        gates(name, *options)
+        variants.append(name)
+    for name, options in FORMS.items() if "forms" in q.parts else ():
+        gates(name, "--composite", "0.3", *options)
+        variants.append(name)
+    if "independent" in q.parts:
+        gates("gates-independent", "--independent", "--samples-per-task", q.independent_samples)
+        variants.append("gates-independent")
     if "growth" in q.parts and held:
         gates("gates-small", "--composite", "0.3", bank="bank-small")
-        gates("gates-grown", "--composite", "0.3", "--extend", out / "gates-small", after=("gates-small",))
+        for name, options in {"gates-grown": (), "gates-grown-bias": ("--extend-bias",)}.items():
+            extend = ("--extend", out / "gates-small", *options)
+            gates(name, "--composite", "0.3", *extend, after=("gates-small",))
+            variants.append(name)
     for name in BASELINES:
         for rank in (8, 8 * len(names)):
             mixture = ("natural",) if name == "lora-f" else ("balanced", "--samples-per-task", BALANCED_SAMPLES)
@@ -136,17 +167,63 @@ def plan(q: Quality, tasks: dict[str, int]) -> list[Job]:
     given = [x for lora in loras for x in ("--system-bank", f"{lora}={out / lora}")]
     evaluate("single", "base,oracle,gates-top1,gates-top2")
     evaluate("baselines", "", *given, after=tuple(loras))
+    composite = ("--composite", q.composite, "--composite-count", q.composite_count, "--composite-temperature")
     if "composite" in q.parts:
-        composite = ("--composite", q.composite, "--composite-count", q.composite_count, "--composite-temperature")
         evaluate("composite", "gates-top1,gates-top2", *composite, 1)
         evaluate("composite-warm", "gates-top2", *composite, 15)
         evaluate("composite-baselines", "base", *composite, 1, *given, after=tuple(loras))
-    if "ablations" in q.parts:
-        for name in ("gates-original", "gates-response", "gates-beta-5"):
-            evaluate(name, "gates-top1,gates-top2", gates=name)
-    if "growth" in q.parts and held:
-        evaluate("grown", "gates-top1,gates-top2", gates="gates-grown")
+    for name in variants:
+        evaluate(name, "gates-top1,gates-top2", gates=name)
+        if "composite" in q.parts:
+            evaluate(f"{name}-composite", "gates-top2", *composite, 1, gates=name)
     return jobs
+
+
+def collect(q: Quality, jobs: list[Job]) -> list[dict[str, Any]]:
+    """A record for every figure of every evaluation that is there."""
+    records = []
+    for job in jobs:
+        if job.arguments[0] != "evaluate" or not job.makes.is_file():
+            continue
+        option = dict(zip(job.arguments, job.arguments[1:], strict=False))
+        gates, warm = Path(option["--gates"]).name, option.get("--composite-temperature", "1")
+        common = {
+            "split": "test", "base": q.base.name, "adapters": sum(j.name.startswith("adapter ") for j in jobs),
+            "device": q.device, "date": time.strftime("%Y-%m-%d", time.gmtime(job.makes.stat().st_mtime)),
+            "command": shlex.join(["meteora", *job.arguments]),
+        }  # fmt: skip
+        for task, cells in json.loads(job.makes.read_text(encoding="utf-8"))["tasks"].items():
+            for system, cell in cells.items():
+                named = system.replace("gates", gates, 1) if system.startswith("gates-") else system
+                named += f" at temperature {warm}" if warm != "1" else ""
+                for metric, value in cell.items():
+                    if isinstance(value, int | float) and metric != "problems":
+                        value = round(100 * value, 2) if metric in SHARES else value
+                        record = {"system": named, "task": task, "metric": metric, "value": value}
+                        records.append({**record, "n": cell["problems"], **common})
+    return records
+
+
+def tell(q: Quality, records: list[dict[str, Any]]) -> None:
+    """Writes records.json, and table.md: each system's mean accuracy over the tasks, and its composite problems."""
+    (q.out / "records.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    accuracies: dict[str, list[float]] = {}
+    composites: dict[str, dict[str, str]] = {}
+    for r in records:
+        if r["metric"] == "accuracy":
+            accuracies.setdefault(r["system"], []).append(r["value"])
+        if r["metric"] in ("attempted", "correct"):
+            composites.setdefault(r["system"], {})[f"{r['task']}, {r['metric']}"] = f"{r['value']:g}"
+    columns = sorted({c for row in composites.values() for c in row})
+    lines = [
+        "| system | " + " | ".join(["tasks", "mean accuracy", *columns]) + " |",
+        "| --- " * (len(columns) + 3) + "|",
+    ]
+    for system in dict.fromkeys([*accuracies, *composites]):
+        own, row = accuracies.get(system), composites.get(system, {})
+        mean = [str(len(own)), f"{sum(own) / len(own):.1f}"] if own else ["", ""]
+        lines.append("| " + " | ".join([system, *mean, *(row.get(c, "") for c in columns)]) + " |")
+    (q.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 class Runner:
@@ -217,6 +294,7 @@ def main(q: Quality) -> int:
             print(shlex.join(["meteora", *job.arguments]))
         return 0
     failed = Runner(q).run(jobs)
+    tell(q, collect(q, jobs))
     for name in failed:
         console.print(f"not done: {name}")
     return bool(failed)

@@ -33,10 +33,18 @@ def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, fl
     return found
 
 
+SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up",
+          "up_proj": "gate_up", "down_proj": "down"}  # fmt: skip
+
+
 def loss_and_gradients(
-    world: dict[str, Any], gates: dict[str, Any], sequences: Sequence[Any], beta: float, top_k: int
+    world: dict[str, Any], gates: dict[str, Any], sequences: Sequence[Any], beta: float, top_k: int, carry: bool = False
 ) -> tuple[float, float, dict[str, Any]]:
-    """(LM term, gate term, {projection: gradient of lm + beta * gate [L, I, A]}) over whole sequences."""
+    """(LM term, gate term, {gate: gradient of lm + beta * gate [L, I, A]}) over whole sequences.
+
+    The gates' names say their form: "qkv" serves q k v, "q_proj.mean" reads the mean of the inputs so far,
+    "q_proj.bias" [L, A] is added; carry adds the logits of the layer before.
+    """
     hf = world["hf"]
     state = {k: v.double() for k, v in hf.state_dict().items()}
     config, heads, kv = hf.config, hf.config.num_attention_heads, hf.config.num_key_value_heads
@@ -53,6 +61,7 @@ def loss_and_gradients(
         length = len(tokens)
         has_task = tasks >= 0
         judged += int(has_task.sum())
+        before: dict[str, torch.Tensor] = {}
         angles = torch.arange(length).double()[:, None] / 10000.0 ** (torch.arange(0, width, 2).double() / width)
         cos, sin = torch.cos(angles), torch.sin(angles)
 
@@ -60,10 +69,21 @@ def loss_and_gradients(
             a, b = x[..., : width // 2], x[..., width // 2 :]
             return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-        def linear(x: torch.Tensor, layer: int, block: str, p: str, has_task=has_task, tasks=tasks) -> torch.Tensor:
+        def linear(
+            x: torch.Tensor, layer: int, block: str, p: str, has_task=has_task, tasks=tasks, before=before
+        ) -> torch.Tensor:
             nonlocal gate
             y = x @ state[f"model.layers.{layer}.{block}.{p}.weight"].T
-            g = x @ columns[p][layer]
+            name = p if p in columns else SHARED[p]
+            g = x @ columns[name][layer]
+            if f"{name}.mean" in columns:
+                mean = torch.cumsum(x, 0) / torch.arange(1, len(x) + 1, dtype=torch.float64)[:, None]
+                g = g + mean @ columns[f"{name}.mean"][layer]
+            if f"{name}.bias" in columns:
+                g = g + columns[f"{name}.bias"][layer]
+            if carry:
+                g = g + before.get(p, 0)
+                before[p] = g
             if has_task.any():
                 chosen = torch.log_softmax(g, -1)[has_task].gather(1, tasks[has_task][:, None])
                 gate = gate - chosen.sum() / (config.num_hidden_layers * 7)

@@ -107,8 +107,7 @@ def main() -> None:
             array((width, len(splits), adapters), jnp.float32),
             array((len(splits), adapters, rank, width), jnp.bfloat16),
         )
-        lower(
-            functools.partial(gated.gated_lora, splits=splits, top_k=2, implementation=name),
+        arrays = (
             array((rows, width), jnp.bfloat16),
             slim,
             array((adapters, rank, sum(splits)), jnp.bfloat16),
@@ -117,6 +116,10 @@ def main() -> None:
             array((rows,), jnp.float32),
             array((rows, sum(splits)), jnp.bfloat16),
         )
+        run = functools.partial(gated.gated_lora, splits=splits, top_k=2, implementation=name)
+        lower(run, *arrays)
+        if rows == 1:
+            lower(lambda *z, run=run: run(*z[:-1], bias=z[-1]), *arrays, array((len(splits), adapters), jnp.float32))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from meteora_jax.cli.index import (
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
-from meteora_jax.cli.train import TrainAdapter, TrainGates, train_adapter, train_gates
+from meteora_jax.cli.train import Join, TrainAdapter, TrainGates, join, train_adapter, train_gates
 from meteora_jax.cli.train_retriever import TrainRetriever, train_retriever
 from meteora_jax.config import PREEMPTED, InputError, Preempted
 
@@ -101,6 +101,7 @@ Command = (
     | Annotated[IndexCommand, sub("index")]
     | Annotated[Prepare, sub("prepare")]
     | Annotated[Train, sub("train")]
+    | Annotated[Join, sub("join")]
     | Annotated[Plan, sub("plan")]
     | Annotated[Generate, sub("generate")]
     | Annotated[Evaluate, sub("evaluate")]
@@ -125,6 +126,7 @@ ACTIONS = {
     Prepare: prepare,
     TrainGates: train_gates,
     TrainAdapter: train_adapter,
+    Join: join,
     Plan: plan,
     TrainRetriever: train_retriever,
     Generate: generate,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from meteora_jax.cli.report import console, status, write_json
-from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.config import GateForm, InputError, LlamaConfig, read_json
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class Plan:
     """Parts that a step's batch is worked off in."""
     remat: bool = True
     """Recompute activations in the backward pass."""
+    gate_input: Literal["token", "prefix-mean"] = "token"
+    """As of `meteora train gates`; so are the next two."""
+    carry_logits: bool = False
+    """Add the logits of the layer before."""
+    shared_gates: bool = False
+    """One gate for the projections that read the same input."""
     mfu: float = 0.4
     """Share of the peak FLOP/s that the expected time supposes."""
     json: Path | None = None
@@ -63,7 +69,8 @@ def plan(command: Plan) -> None:
     config = LlamaConfig.from_hf(read_json(file), str(file)) if file.is_file() else shape_of(command.base)
     mesh = make_mesh(command.data, command.fsdp, command.tensor, topology_devices(command.topology))
     status.print("compiling; this takes minutes", highlight=False)
-    shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k)
+    form = GateForm(command.gate_input, command.carry_logits, command.shared_gates)
+    shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k, form=form)
     of = config, command.adapters, command.rank, mesh
     if command.what == "train":
         rows = command.rows or rows_multiple(mesh) * command.accumulate

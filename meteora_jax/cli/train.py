@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from meteora_jax.cli.devices import Devices, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
-from meteora_jax.config import BankConfig, read_json
+from meteora_jax.config import BankConfig, GateConfig, InputError, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ class _Train(Devices):
 class TrainGates(_Train):
     """Train the gates of a bank on its adapters' tasks; base and adapters stay frozen.
 
+    With --independent each column is made from its own task alone, in closed form: --steps batches of it at most.
+
     Stopped by SIGTERM it saves and exits with status 75; the same command goes on from the last checkpoint.
     """
 
@@ -94,6 +98,23 @@ class TrainGates(_Train):
     """BANK folder for the adapters that --train-adapters trains."""
     extend: Path | None = None
     """GATES of a part of the bank: their columns keep every bit, only the other adapters' are trained."""
+    extend_bias: bool = False
+    """With --extend, also train one scalar a layer and projection, added to the logits of all new columns."""
+    gate_input: Literal["token", "prefix-mean"] = "token"
+    """What a gate reads: a token's own input, or the mean of the sequence's inputs so far beside it."""
+    carry_logits: bool = False
+    """Add the logits of the layer before to each layer's."""
+    shared_gates: bool = False
+    """One gate for the projections that read the same input (q k v; gate up)."""
+    independent: bool = False
+    """Make each adapter's column from its own task and a background of texts that the base writes, never from another
+    adapter's task. `meteora join` puts columns of several runs with one background together. Run again if killed."""
+    background: Path | None = None
+    """With --independent: GATES whose background to take, so that the columns can be joined with theirs."""
+    background_texts: int = 256
+    """Texts that the base writes for the background."""
+    background_length: int = 128
+    """Tokens of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +148,16 @@ def train_gates(command: TrainGates) -> None:
     from meteora_jax.training.loop import GateTraining
     from meteora_jax.training.loop import train_gates as train
 
+    if command.independent:
+        check_independent(command)
+    elif command.background is not None:
+        raise InputError("--background: expected --independent beside it")
     mesh = make_devices_mesh(command)
     names = BankConfig.from_json(read_json(command.bank / "bank.json"), str(command.bank / "bank.json")).names
     tasks = {name: load_split(command.tasks, name, "train") for name in names}
+    if command.independent:
+        train_independent(command, tasks, mesh)
+        return
     settings = GateTraining(**_settings(command, GateTraining))
     with _progress("train gates", command.steps) as progress:
         final = train(
@@ -138,6 +166,70 @@ def train_gates(command: TrainGates) -> None:
             extend=command.extend, log=command.log, progress=progress,
         )  # fmt: skip
     _report(command, settings, final, {"gates": str(command.out)})
+
+
+def check_independent(command: TrainGates) -> None:
+    """Refuses what has no meaning for columns that know no other adapter."""
+    wanted = {
+        "extend": None, "extend_bias": False, "train_adapters": False, "new_bank": None, "composite": 0.0,
+        "gate_input": "token", "carry_logits": False, "adapter_learning_rate": None,
+    }  # fmt: skip
+    given = [k for k, v in wanted.items() if getattr(command, k) != v]
+    if given:
+        raise InputError([f"--{k.replace('_', '-')}: expected none beside --independent" for k in given])
+
+
+def train_independent(command: TrainGates, tasks: Any, mesh: Any) -> None:
+    """`meteora train gates --independent`."""
+    from meteora_jax.training.independent import IndependentTraining, train_independent_gates
+
+    settings = IndependentTraining(
+        batch_size=command.batch_size, batches=command.steps, samples_per_task=command.samples_per_task,
+        max_length=command.max_length, texts=command.background_texts, length=command.background_length,
+        top_k=command.top_k, temperature=command.temperature, seed=command.seed,
+    )  # fmt: skip
+    with progress_bar("train gates") as bar:
+        found = train_independent_gates(
+            command.base, command.bank, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,
+            background=command.background, progress=lambda name, number, count: bar(number, count, name),
+        )  # fmt: skip
+    if not is_first_process():
+        return
+    for name, column in found["columns"].items():
+        console.print(
+            f"{name}: {column['tokens']:,} tokens, {column['distance']:.2f} deviations from the background",
+            highlight=False,
+        )
+    console.print(f"{command.out}: background {found['background'][:12]}", highlight=False, soft_wrap=True)
+    write_json(command.json, {"gates": str(command.out), "settings": vars(settings), **found})
+
+
+@dataclass(frozen=True)
+class Join:
+    """Put independent gate columns of several runs side by side, for a bank of those adapters; nothing is trained."""
+
+    dest: tyro.conf.Positional[Path]
+    """GATES folder to write; replaced once the new one is complete."""
+    gates: tyro.conf.Positional[tuple[Path, ...]]
+    """GATES folders of `meteora train gates --independent`, all with one background."""
+    base: Path
+    """BASE folder."""
+    bank: Path
+    """BANK folder; each of its adapters has a column somewhere, and the columns come in its order."""
+    json: Path | None = None
+    """Write the names here too."""
+
+
+def join(command: Join) -> None:
+    """Runs `meteora join`."""
+    from meteora_jax.checkpoint import join_gates
+
+    left_out = join_gates(command.gates, command.dest, command.base, command.bank)
+    names = GateConfig.from_json(read_json(command.dest / "gates.json"), str(command.dest / "gates.json")).names
+    console.print(f"{command.dest}: {' '.join(names)}", highlight=False, soft_wrap=True)
+    if left_out:
+        console.print(f"not in the bank, left out: {' '.join(left_out)}", highlight=False, soft_wrap=True)
+    write_json(command.json, {"gates": str(command.dest), "names": list(names), "left out": left_out})
 
 
 def train_adapter(command: TrainAdapter) -> None:

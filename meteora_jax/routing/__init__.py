@@ -3,7 +3,7 @@
 A router as the caller writes it (`Gates`, `Fixed`, a list of them, None) is *bound* to a bank's names and
 a batch of prompts; what comes out is a small pytree with one method,
 
-    route(x [B, T, I], gate [I, P, A] | None) -> Routing [B, T, P, C]
+    route(x [B, T, I], gate [I, P, A] | FormedGate | None) -> Routing [B, T, P, C]
 
 called once for each projection group (P projections read the same x). Request-level routers were told
 their routing beforehand and ignore x; their Routing has size 1 on the T and P axes and broadcasts.
@@ -34,6 +34,7 @@ class Routing:
     logits: float32 [B, T, P, A], the gates' own, for the router that has them; what gate training reads.
     fused: bool [B], the requests whose chosen adapters act as one, their matrices averaged by the weights, cross
     terms included (LoraRetriever's fusion); None: nobody's. Such a request's choice is the same at every T and P.
+    sums: float32 [B, P, A], what the gates of routing.memory remember of each sequence behind its last token.
     Axes T and P of each array may be 1 and then broadcast.
     """
 
@@ -41,6 +42,7 @@ class Routing:
     weights: Any
     logits: Any = None
     fused: Any = None
+    sums: Any = None
 
     @property
     def per_request(self) -> bool:
@@ -60,7 +62,7 @@ class BoundRouter(Protocol):
     One whose routing is the same for all tokens of a request, and reads neither x nor gate, says `per_request = True`.
     """
 
-    def route(self, x: jax.Array, gate: jax.Array | None) -> Routing: ...
+    def route(self, x: jax.Array, gate: Any) -> Routing: ...
 
 
 @runtime_checkable
@@ -90,7 +92,7 @@ class PerPrompt:
     def per_request(self) -> bool:
         return all(getattr(router, "per_request", False) for router in self.routers)
 
-    def route(self, x: jax.Array, gate: jax.Array | None) -> Routing:
+    def route(self, x: jax.Array, gate: Any) -> Routing:
         routings = [r.route(x, gate) for r in self.routers]
         shape = jnp.broadcast_shapes(*(r.indices.shape[:-1] for r in routings))
         width = max(r.indices.shape[-1] for r in routings)

@@ -55,7 +55,7 @@ class BoundRequests:
     fused: Any = None
     per_request = True
 
-    def route(self, x: jax.Array, gate: jax.Array | None) -> Routing:
+    def route(self, x: jax.Array, gate: Any) -> Routing:
         """Routing [B, 1, 1, C], which broadcasts over tokens and projections; x and gate are not read."""
         del x, gate
         return Routing(self.indices[:, None, None, :], self.weights[:, None, None, :], fused=self.fused)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from meteora_jax.config import InputError
 from meteora_jax.routing import NO_ADAPTER, Routing
+from meteora_jax.routing.memory import FormedGate
 from pallas_kernels.routed_lora.reference import einsum_float32
 
 
@@ -83,9 +84,12 @@ class BoundGates:
     allowed: Any
     max_k: int = dataclasses.field(metadata={"static": True})
 
-    def route(self, x: jax.Array, gate: jax.Array) -> Routing:
-        """x [B, T, I], gate float32 [I, P, A] -> Routing [B, T, P, max_k], with its logits."""
-        logits = einsum_float32(x.dtype, "bti,ipa->btpa", x, gate.astype(x.dtype))
+    def route(self, x: jax.Array, gate: jax.Array | FormedGate) -> Routing:
+        """x [B, T, I], gate float32 [I, P, A] or of another form -> Routing [B, T, P, max_k], with its logits."""
+        if isinstance(gate, FormedGate):
+            logits = gate.logits(x)
+        else:
+            logits = einsum_float32(x.dtype, "bti,ipa->btpa", x, gate.astype(x.dtype))
         eligible = logits
         if self.allowed is not None:
             eligible = jnp.where(self.allowed[:, None, None, :], logits, -jnp.inf)

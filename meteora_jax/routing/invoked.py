@@ -46,7 +46,7 @@ class Invoked:
         """The same for a call that reads the tokens at `positions`."""
         return dataclasses.replace(self, positions=positions)
 
-    def route(self, x: jax.Array, gate: jax.Array | None) -> Routing:
+    def route(self, x: jax.Array, gate: Any) -> Routing:
         """indices [B, 1, 1, C], weights [B, T, 1, C]: 0 on the tokens before a choice's start."""
         routing = self.router.route(x, gate)
         if self.positions is None:

@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import answer_pieces, question_pieces
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.kv_cache import EMPTY
+from meteora_jax.sharding import local_rows
 
 NO_TASK = -1  # a token that no gate is judged on
 WIDTH_STEP = 64  # a row's width is a multiple of this
@@ -209,6 +211,12 @@ def plan(
         rows = int(np.ceil(batch_size * float(mean) / (FILL * width))) if packing else batch_size
     multiple = int(np.lcm(multiple, shards))
     return Layout(-(-rows // multiple) * multiple, width, shards, packing)
+
+
+def own_shards(layout: Layout, mesh: Mesh | None) -> list[int]:
+    """The shards whose rows lie on this host's devices."""
+    own = local_rows(mesh, layout.rows)
+    return sorted({row * layout.shards // layout.rows for row in own})
 
 
 class Batches(Iterator[Batch]):

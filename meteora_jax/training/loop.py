@@ -22,6 +22,7 @@ from meteora_jax.checkpoint import (
     StoredArray,
     assemble,
     column_orders,
+    gate_shapes,
     load_bank,
     load_base,
     load_gates,
@@ -31,17 +32,27 @@ from meteora_jax.checkpoint import (
     split_bank,
     split_gates,
 )
-from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, Preempted, read_json
+from meteora_jax.config import (
+    METEORA_FORM,
+    PROJECTIONS,
+    BankConfig,
+    GateConfig,
+    GateForm,
+    InputError,
+    LlamaConfig,
+    Preempted,
+    read_json,
+)
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
-from meteora_jax.sharding import fetch, local_rows, place_rows, rows_multiple, tensor_shards, use_mesh
+from meteora_jax.sharding import fetch, place_rows, rows_multiple, tensor_shards, use_mesh
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_adapter
 from meteora_jax.training.charts import write_accuracy_map, write_curves
 from meteora_jax.training.checkpoints import Checkpoints, preemption
-from meteora_jax.training.data import Batches, Layout, Mixture, plan
+from meteora_jax.training.data import Batches, Layout, Mixture, own_shards, plan
 from meteora_jax.training.loss import Losses
 from meteora_jax.training.step import TrainState, initial_state, make_step, optimizer
 from meteora_jax.training.watch import Recorder, flops_per_pair, flops_per_token
@@ -88,13 +99,26 @@ class Training:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateTraining(Training):
-    """How gates are trained; the defaults are the original's, batch and steps aside."""
+    """How gates are trained; the defaults are the original's, batch and steps aside.
+
+    gate_input, carry_logits, shared_gates: the gates' form. extend_bias: beside an extension, one scalar for each layer
+    and projection is trained that raises or lowers all new columns against the old ones.
+    """
 
     beta: float = 50.0
     top_k: int = 2
     temperature: float = 1.0
     train_adapters: bool = False
     adapter_learning_rate: float | None = None
+    gate_input: Literal["token", "prefix-mean"] = "token"
+    carry_logits: bool = False
+    shared_gates: bool = False
+    extend_bias: bool = False
+
+    @property
+    def form(self) -> GateForm:
+        """Of the gates that are trained."""
+        return GateForm(self.gate_input, self.carry_logits, self.shared_gates, self.extend_bias)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +185,8 @@ def train_gates(
     """
     if settings.train_adapters != (new_bank is not None):
         raise InputError("train_adapters: expected a new bank to write exactly if adapters are trained")
+    if settings.extend_bias and extend is None:
+        raise InputError("extend_bias: expected gates to extend beside it, found none")
     if settings.adapter_learning_rate is not None and not settings.train_adapters:
         raise InputError("adapter_learning_rate: expected train_adapters beside it, found adapters frozen")
     kind = jnp.dtype(dtype)
@@ -169,9 +195,8 @@ def train_gates(
     names = loaded.names
     if settings.top_k > len(names):
         raise InputError(f"top_k: expected at most {len(names)} (the bank's adapters), found {settings.top_k}")
-    zeros = {
-        p: np.zeros((config.num_layers, config.projection_shape(p)[0], len(names)), np.float32) for p in PROJECTIONS
-    }
+    form = settings.form if extend is None else _extended_form(extend, settings)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, config, len(names)).items()}
     columns = _extended(extend, config, names, zeros) if extend is not None else None
     if settings.train_adapters and (loaded.config.dora or loaded.config.lora_bias):
         raise InputError(f"{bank}: train_adapters: expected plain LoRA, found an adapter with DoRA or a bias")
@@ -181,17 +206,27 @@ def train_gates(
     labels = {name: i for i, name in enumerate(names)}
     trained = (GateParam, AdapterParam) if settings.train_adapters else GateParam
     router = Gates(settings.top_k, settings.temperature)
-    flops = dict(chosen=settings.top_k, gates=True, train_adapters=settings.train_adapters)
+    flops = dict(chosen=settings.top_k, gates=form, train_adapters=settings.train_adapters)
     state, final = _fit(
         base, config, weights, loaded, zeros, trained, router, labels, tasks, settings, flops, columns=columns,
-        kind=kind, mesh=mesh, run=run, log=log, progress=progress,
+        form=form, kind=kind, mesh=mesh, run=run, log=log, progress=progress,
     )  # fmt: skip
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
     if jax.process_index() == 0:
         if new_bank is not None:
             save_bank(new_bank, split_bank(loaded, flat, config, mesh))
-        save_gates(Path(dest), GateConfig(names, settings.top_k, settings.temperature), split_gates(flat))
+        save_gates(Path(dest), GateConfig(names, settings.top_k, settings.temperature, form), split_gates(flat))
     return final
+
+
+def _extended_form(folder: str | os.PathLike[str], settings: GateTraining) -> GateForm:
+    """The form of gates that extend those of GATES/: theirs, with a bias if they have one or it is asked for."""
+    source = Path(folder) / "gates.json"
+    old = GateConfig.from_json(read_json(source), str(source)).form
+    asked = dataclasses.replace(settings.form, bias=False)
+    if asked.changes and asked != dataclasses.replace(old, bias=False):
+        raise InputError(f"{source}: form: expected {asked.changes} (as asked for), found {old.changes}")
+    return dataclasses.replace(old, bias=old.bias or settings.extend_bias)
 
 
 def _extended(
@@ -207,8 +242,8 @@ def _extended(
         raise InputError(f"{source}: names: expected a part of the bank's adapters, found all of them")
     _, trained = load_gates(folder, config, old)
     at = [names.index(n) for n in old]
-    for p, columns in trained.items():
-        gates[p][..., at] = columns
+    for name, columns in trained.items():
+        gates[name][..., at] = columns
     return ~np.isin(np.arange(len(names)), at)
 
 
@@ -242,8 +277,8 @@ def train_adapter(
 
 
 def _fit(
-    base, config, weights, bank, gates, trained, router, labels, tasks, settings, flops, *, columns=None, kind,
-    mesh, run, log, progress,
+    base, config, weights, bank, gates, trained, router, labels, tasks, settings, flops, *, columns=None,
+    form=METEORA_FORM, kind, mesh, run, log, progress,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """The run itself: data, state (fresh, or where a run left off), the loop, the pictures."""
     if not config.eos_token_ids:
@@ -257,13 +292,13 @@ def _fit(
     chosen = mixture.chosen()
     identity = _identity(config, bank.config, weights, tasks, settings, kind)
     if columns is not None:
-        old = hashlib.sha256(b"".join(np.ascontiguousarray(gates[p]).tobytes() for p in PROJECTIONS))
+        old = hashlib.sha256(b"".join(np.ascontiguousarray(gates[name]).tobytes() for name in gates))
         identity |= {"extended": old.hexdigest()[:16]}
     orders = column_orders(config, tensor_shards(mesh))
     checkpoints = Checkpoints(run.path / "checkpoints", run.keep, identity, orders) if run else None
     if checkpoints and run and not run.resume:
         checkpoints.clear()
-    graph, full = assemble(config, weights, bank, gates, kind, mesh)
+    graph, full = assemble(config, weights, bank, gates, kind, mesh, form)
     del weights
     graph, params, frozen = nnx.split(nnx.merge(graph, full), trained, ...)
     tx = optimizer(
@@ -273,7 +308,7 @@ def _fit(
     state = initial_state(params, tx, mesh)
     restored = checkpoints.restore(state) if checkpoints else None
     layout = _layout(mixture, chosen, settings, mesh, checkpoints if restored else None)
-    batches = Batches(mixture, chosen, layout, _own_shards(layout, mesh))
+    batches = Batches(mixture, chosen, layout, own_shards(layout, mesh))
     if restored:
         state = restored.state
         batches.seek(restored.position)
@@ -282,7 +317,7 @@ def _fit(
     bound = place_rows(jax.tree.map(np.asarray, router.bind([router] * part, bank.names)), mesh)
     step = make_step(
         graph, state, tx, beta=getattr(settings, "beta", 0.0), dtype=kind, remat=settings.remat,
-        accumulate=settings.accumulate, columns=columns, mesh=mesh,
+        accumulate=settings.accumulate, columns=columns, bias=getattr(settings, "extend_bias", False), mesh=mesh,
     )  # fmt: skip
     path = Path(log) if log else run.path / "log.jsonl" if run else None
     recorder = Recorder(
@@ -351,12 +386,6 @@ def _layout(
     return layout
 
 
-def _own_shards(layout: Layout, mesh: Mesh | None) -> list[int]:
-    """The shards whose rows lie on this host's devices."""
-    own = local_rows(mesh, layout.rows)
-    return sorted({row * layout.shards // layout.rows for row in own})
-
-
 def _identity(
     config: LlamaConfig,
     bank: BankConfig,
@@ -374,6 +403,9 @@ def _identity(
     for path in sorted(weights, key=str):  # a few rows of each weight tell one base from another
         sample.update(weights[path].first(4096).tobytes())
     own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+    for key in ("gate_input", "carry_logits", "shared_gates", "extend_bias"):
+        if own.get(key) == getattr(GateTraining, key):
+            own.pop(key, None)  # runs that were begun before there was a choice go on
     return {
         **own, "dtype": str(kind), "tasks": digest.hexdigest()[:16], "base": sample.hexdigest()[:16],
         "base_shape": [config.num_layers, config.hidden_size, config.vocab_size],

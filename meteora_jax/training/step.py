@@ -77,6 +77,7 @@ def make_step(
     remat: Remat,
     accumulate: int = 1,
     columns: np.ndarray | None = None,
+    bias: bool = False,
     mesh: Mesh | None = None,
 ) -> Step:
     """The compiled update (frozen, state, batch, router) -> (state, the losses before it); the state is donated.
@@ -86,7 +87,8 @@ def make_step(
         dtype: of base, adapters and activations; trained adapters are cast to it, gates stay float32.
         accumulate: the batch is worked off in so many parts, whose gradients add up to the whole batch's; the router
             is bound for the rows of one part.
-        columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit.
+        columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit. bias: one
+            scalar for each gate is trained with them, the bias of all of these columns; else biases stay as they are.
     """
 
     def step(frozen: Any, state: TrainState, batch: Batch, router: BoundRouter) -> tuple[TrainState, Losses]:
@@ -94,10 +96,12 @@ def make_step(
             graph, frozen, state.params, batch, router, beta, dtype=dtype, remat=remat, accumulate=accumulate
         )
         if columns is not None:
-            grads = _only(grads, columns)  # before the optimiser: the clipped norm is that of what is trained
+            grads = _only(grads, columns, bias)  # before the optimiser: the clipped norm is that of what is trained
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the rest of the program says
             updates, moments = tx.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
+        if columns is not None and bias:
+            params = _level(params, columns)
         return TrainState(params, moments), losses
 
     if mesh is None:
@@ -147,11 +151,34 @@ def gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _only(grads: Any, columns: np.ndarray) -> Any:
-    """Gate gradients [.., A] with zeros outside `columns`; AdamW without decay leaves such entries alone."""
-    flat = nnx.to_flat_state(grads)
-    keep = lambda leaf: leaf.replace(jnp.where(columns, leaf[...], 0)) if isinstance(leaf, GateParam) else leaf  # noqa: E731
-    return nnx.from_flat_state([(path, keep(leaf)) for path, leaf in flat])
+def _only(grads: Any, columns: np.ndarray, bias: bool) -> Any:
+    """Gate gradients [.., A] with zeros outside `columns`; AdamW without decay leaves such entries alone.
+
+    The one scalar of all these columns' biases stands in the first of them, with the sum of their gradients.
+    """
+
+    def keep(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, GateParam):
+            return leaf
+        own = jnp.where(columns, leaf[...], 0)
+        if path[-1] != "gate_bias":
+            return leaf.replace(own)
+        first = bias & (np.arange(len(columns)) == np.argmax(columns))
+        return leaf.replace(jnp.where(first, jnp.sum(own, axis=-1, keepdims=True), 0))
+
+    return nnx.from_flat_state([(path, keep(path, leaf)) for path, leaf in nnx.to_flat_state(grads)])
+
+
+def _level(params: Any, columns: np.ndarray) -> Any:
+    """Gives all of `columns` the bias of the first of them."""
+
+    def level(path: Any, leaf: Any) -> Any:
+        if path[-1] != "gate_bias":
+            return leaf
+        first = leaf[...][..., int(np.argmax(columns)), None]
+        return leaf.replace(jnp.where(columns, first, leaf[...]))
+
+    return nnx.from_flat_state([(path, level(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
 
 
 def _computed(params: Any, dtype: Any) -> Any:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from meteora_jax.adapters import group_rank
-from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig
+from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, GateForm, InputError, LlamaConfig
 from meteora_jax.training.loss import Losses
 
 # Dense bfloat16 FLOP/s of one device, by the beginning of its `device_kind` (the makers' data sheets).
@@ -31,7 +31,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def flops_per_token(
-    config: LlamaConfig, bank: BankConfig | None, *, chosen: int, gates: bool, train_adapters: bool
+    config: LlamaConfig, bank: BankConfig | None, *, chosen: int, gates: bool | GateForm, train_adapters: bool
 ) -> float:
     """FLOPs that one token of training needs beside attention, whatever a program spends.
 
@@ -45,7 +45,9 @@ def flops_per_token(
         base += config.num_layers * sum(i * o for i, o in shapes)
         adapters += config.num_layers * chosen * group_rank(bank, group) * sum(i + o for i, o in shapes)
         if gates and bank is not None:
-            gate += config.num_layers * len(bank.names) * sum(i for i, _ in shapes)
+            form = gates if isinstance(gates, GateForm) else GateForm()
+            inputs = sum(i for i, _ in shapes[: 1 if form.shared else None]) * (2 if form.input == "prefix-mean" else 1)
+            gate += config.num_layers * len(bank.names) * inputs
     return 4.0 * base + (6.0 if train_adapters else 4.0) * adapters + 6.0 * gate
 
 

@@ -85,6 +85,7 @@ def gated_lora(
     splits: tuple[int, ...],
     top_k: int,
     *,
+    bias: Float[Array, "P A"] | None = None,
     implementation: Implementation = "reference",
 ) -> tuple[Float[Array, "M O"], Int32[Array, "M P C"], Float[Array, "M P C"]]:
     """(base + update, indices, weights) of tokens routed by gates (MeteoRA, section 3).
@@ -92,6 +93,7 @@ def gated_lora(
     Args:
         slim: from `slim_matrix`. b, scale, base, splits: as `api.add_routed_lora` has them.
         counts: how many adapters each token takes, at most `top_k`. temperatures: float32, of its softmax.
+        bias: float32, added to the gates' logits.
         implementation: "reference" in XLA; "triton" the slim product by XLA and one launch; "triton_slim" two
             launches, the slim product too cut over the whole chip (few tokens).
     """
@@ -107,9 +109,10 @@ def gated_lora(
     if implementation != "reference":
         from pallas_kernels.routed_lora import triton_gpu
 
-        return triton_gpu.gated_expand(h, b, scale, counts, temperatures, base, splits, top_k, first)
+        return triton_gpu.gated_expand(h, b, scale, counts, temperatures, base, splits, top_k, first, bias)
     h = h.reshape(-1, projections, rows)
-    indices, weights = choose_adapters(h[..., :adapters], counts, temperatures, top_k)
+    logits = h[..., :adapters] if bias is None else h[..., :adapters] + bias[None]
+    indices, weights = choose_adapters(logits, counts, temperatures, top_k)
     combine = dense_weights(indices, weights, adapters) * scale[None]
     h = h[..., first : first + adapters * rank].reshape(-1, projections, adapters, rank)
     h = (h * combine[..., None]).astype(x.dtype)

@@ -282,6 +282,7 @@ def gated_expand_kernel(
     h_ptr,  # float32 [PARTS, M, P, W]: the gates' logits in columns 0 .. A, the shrink from column FIRST on
     b_ptr,  # [K, O], K = A * R
     scale_ptr,  # float32 [P, A]
+    bias_ptr,  # float32 [P, A], added to the logits if BIASED
     count_ptr,  # int32 [M]: how many adapters a row takes
     temperature_ptr,  # float32 [M]
     base_ptr,  # [M, O]
@@ -300,6 +301,7 @@ def gated_expand_kernel(
     FIRST: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
+    BIASED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -315,6 +317,8 @@ def gated_expand_kernel(
     logits = tl.zeros((BM, AP), tl.float32)
     for part in range(PARTS):
         logits += tl.load(h_ptr + (part * M + rows)[:, None] * (P * W) + scores[None, :], mask=inside, other=0.0)
+    if BIASED:
+        logits += tl.load(bias_ptr + p * A + scores, mask=scores < A, other=0.0)[None, :]
     logits = tl.where((scores < A)[None, :], logits, float("-inf"))
     count = tl.load(count_ptr + rows, mask=rows < M, other=0)
     temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)

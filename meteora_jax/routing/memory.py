@@ -1,0 +1,139 @@
+"""Gates of other forms than MeteoRA's: what a token's logits take beside its own input at its own layer.
+
+    z[l, t] = x[l, t] Wg[l] + b[l]                                      one Wg for a group's projections if shared
+              + 1/(t+1) sum_{s <= t} x[l, s] Wm[l]                      prefix-mean, over the token's own sequence
+              + z[l-1, t]                                               carry, the same projection one layer before
+
+The mean is taken of the products x Wm, which is the product of the mean: so what decoding carries along is a sum of A
+numbers a projection, not of I.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from meteora_jax.config import GROUPS, GateForm
+from meteora_jax.routing import BoundRouter, Routing
+from pallas_kernels.routed_lora.reference import einsum_float32
+
+STARTS = {g: sum(len(GROUPS[h]) for h in list(GROUPS)[:i]) for i, g in enumerate(GROUPS)}  # of the projections of each
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FormedGate:
+    """A group's gate in another form: weight and mean float32 [I, P, A] (P = 1: shared), bias float32 [P or 1, A];
+    what the form has not is None. more: float32 [B, T, P, A], added to the logits."""
+
+    weight: Any
+    mean: Any
+    bias: Any
+    group: str = dataclasses.field(metadata={"static": True})
+    more: Any = None
+
+    def product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """x [B, T, I] times a weight, float32 [B, T, P, A] for all projections of the group."""
+        z = einsum_float32(x.dtype, "bti,ipa->btpa", x, weight.astype(x.dtype))
+        return jnp.broadcast_to(z, (*z.shape[:2], len(GROUPS[self.group]), z.shape[3]))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """float32 [B, T, P, A] of x [B, T, I]."""
+        z = self.product(x, self.weight)
+        if self.bias is not None:
+            z = z + self.bias[None, None]
+        return z if self.more is None else z + self.more
+
+
+def prefix_sums(values: jax.Array, positions: jax.Array, before: jax.Array) -> jax.Array:
+    """Sums float32 [B, T, ..] of each token's sequence up to it; a token at position 0 starts a sequence.
+
+    Args: values float32 [B, T, ..], positions int32 [B, T] (negative for padding, which counts for nothing), before
+    float32 [B, ..], the sum that the first tokens' sequences bring along.
+    """
+    wide = lambda x: x.reshape(*x.shape, *(1,) * (values.ndim - x.ndim))  # noqa: E731
+    starts = wide(positions == 0)
+    values = jnp.where(wide(positions < 0), 0.0, values)
+    values = values.at[:, 0].add(jnp.where(starts[:, 0], 0.0, before))
+    if values.shape[1] == 1:
+        return values
+
+    def add(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jnp.where(right[1], right[0], left[0] + right[0]), left[1] | right[1]
+
+    # a tree of sums, each of one sequence's own tokens: nothing of a neighbour in the row is added and taken off again
+    return jax.lax.associative_scan(add, (values, starts), axis=1)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GateMemory:
+    """What passes from layer to layer, and from call to call, beside the residual stream.
+
+    positions: int32 [B, T]. carried: float32 [B, T, 7, A], the logits of the layer before, all projections side by
+    side; None if nothing is carried. sums: float32 [L, B, 7, A], of the products with the means' weights over each
+    sequence so far; None if no mean is read. The cache keeps the sums between calls.
+    """
+
+    positions: Any
+    carried: Any
+    sums: Any
+
+    @classmethod
+    def create(
+        cls, form: GateForm, router: BoundRouter | None, positions: jax.Array, layers: int, adapters: int, sums: Any
+    ) -> GateMemory | None:
+        """At the first layer of a call; sums: of an earlier call, None at the start. None where nothing is remembered:
+        gates of MeteoRA's form, and routers that no gate takes part in."""
+        if not form.remembers or router is None or getattr(router, "per_request", False):
+            return None
+        batch, length = positions.shape
+        count = sum(map(len, GROUPS.values()))
+        carried = jnp.zeros((batch, length, count, adapters), jnp.float32) if form.carry else None
+        if form.input == "prefix-mean" and sums is None:
+            sums = jnp.zeros((layers, batch, count, adapters), jnp.float32)
+        return cls(positions, carried, sums)
+
+    def at(self, layer: jax.Array, router: BoundRouter) -> Remembering:
+        """The router for one layer."""
+        sums = None if self.sums is None else jax.lax.dynamic_index_in_dim(self.sums, layer, keepdims=False)
+        return Remembering(router, self.positions, self.carried, sums)
+
+    def after(self, layer: jax.Array, routings: tuple[Routing, ...]) -> GateMemory:
+        """Once a layer has routed all its groups."""
+        carried, sums = self.carried, self.sums
+        if carried is not None:
+            carried = jnp.concatenate([r.logits for r in routings], axis=2)
+        if sums is not None:
+            own = jnp.concatenate([r.sums for r in routings], axis=1)
+            sums = jax.lax.dynamic_update_index_in_dim(sums, own, layer, 0)
+        return dataclasses.replace(self, carried=carried, sums=sums)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Remembering:
+    """A router with what one layer's gates remember: carried [B, T, 7, A] and sums [B, 7, A] of `GateMemory`."""
+
+    router: Any
+    positions: Any
+    carried: Any
+    sums: Any
+
+    def route(self, x: jax.Array, gate: FormedGate) -> Routing:
+        """As the router's own; the Routing also has the sums behind the last token, float32 [B, P, A]."""
+        start, stop = STARTS[gate.group], STARTS[gate.group] + len(GROUPS[gate.group])
+        more, last = None, None
+        if self.carried is not None:
+            more = self.carried[:, :, start:stop]
+        if self.sums is not None:
+            sums = prefix_sums(gate.product(x, gate.mean), self.positions, self.sums[:, start:stop])
+            last = sums[:, -1]
+            count = jnp.maximum(self.positions + 1, 1).astype(jnp.float32)
+            mean = sums / count[:, :, None, None]
+            more = mean if more is None else more + mean
+        routing = self.router.route(x, dataclasses.replace(gate, more=more))
+        return dataclasses.replace(routing, sums=last)

@@ -1,0 +1,320 @@
+"""Gates that read their sequence's mean, take the logits of the layer before, or serve a group: against torch in
+float64, packed, ragged, cached and on a mesh. Run as a script it is a process with the devices.
+"""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from gate_gradients import SHARED, loss_and_gradients
+from test_sharding import devices
+from test_training import TASKS
+from test_training_mesh import BETA, ROWS, packed, sequences
+from tiny import edit_json
+from worlds import NAMES
+
+import converters
+import meteora_jax as mj
+from meteora_jax.adapters import GateParam
+from meteora_jax.checkpoint import gate_shapes, load_gates, save_gates, split_gates
+from meteora_jax.config import PROJECTIONS, GateConfig, GateForm, InputError
+from meteora_jax.generation import observe_routing
+from meteora_jax.kv_cache import EMPTY
+from meteora_jax.llama import prepare_gates
+from meteora_jax.routing.memory import prefix_sums
+from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
+from meteora_jax.training.loop import GateTraining, train_gates
+from meteora_jax.training.step import gradients
+
+FORMS = {
+    "mean": GateForm(input="prefix-mean"),
+    "carry": GateForm(carry=True),
+    "shared": GateForm(shared=True),
+    "bias": GateForm(bias=True),
+    "all": GateForm("prefix-mean", True, True, True),
+}
+PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 75)), [200]]
+
+
+def arrays_of(form, config, seed=9):
+    """Small enough that rounding does not blow up in their softmax, biases so large that they decide."""
+    rng = np.random.default_rng(seed)
+    draw = lambda key, shape: (1.0 if key.endswith("bias") else 0.2) * rng.standard_normal(shape)  # noqa: E731
+    return {key: draw(key, shape).astype(np.float32) for key, shape in gate_shapes(form, config, len(NAMES)).items()}
+
+
+@pytest.fixture(scope="module")
+def formed(world, tmp_path_factory):
+    """{name: (GATES folder, its arrays, the model)} of every form."""
+    folder, made = tmp_path_factory.mktemp("forms"), {}
+    for name, form in FORMS.items():
+        arrays = arrays_of(form, world["model"].config)
+        save_gates(folder / name, GateConfig(NAMES, 2, 1.0, form), arrays)
+        made[name] = folder / name, arrays, mj.load(world["base"], world["bank"], folder / name, dtype="float32")
+    return made
+
+
+def computed(model, mesh=None, accumulate=1, remat=True):
+    """Losses and the gates' gradients of two sequences a row."""
+    graph, params, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
+    router = place_rows(jax.tree.map(np.asarray, model.bind(mj.Gates(2), ROWS // accumulate)), mesh)
+    run = jax.jit(
+        lambda frozen, params, batch, router: gradients(
+            graph, frozen, params, batch, router, BETA, dtype=jnp.float32, remat=remat, accumulate=accumulate
+        )
+    )
+    with use_mesh(mesh):
+        losses, grads = run(frozen, params, place_rows(packed(), mesh), router)
+    flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(grads)}
+    return {"lm": fetch(losses.lm), "gate": fetch(losses.gate), **split_gates(flat)}
+
+
+def check(found, expected):
+    lm, gate, grads = expected
+    assert abs(float(found["lm"]) - lm) <= 1e-5
+    assert abs(float(found["gate"]) - gate) <= 1e-5
+    assert found.keys() - {"lm", "gate"} == grads.keys()
+    for name, grad in grads.items():
+        assert np.abs(grad).max() > 1e-3
+        assert np.abs(found[name] - grad).max() <= 1e-5 * max(1.0, np.abs(grad).max()), name
+
+
+@pytest.fixture(scope="module")
+def expected(world, formed):
+    return {
+        name: loss_and_gradients(world, arrays, sequences(), BETA, 2, carry=FORMS[name].carry)
+        for name, (_, arrays, _) in formed.items()
+    }
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_loss_and_gradients_of_packed_rows_equal_torch_sequence_by_sequence(formed, expected, name):
+    check(computed(formed[name][2]), expected[name])
+
+
+def test_in_parts_and_without_recomputing_it_is_the_same(formed, expected):
+    check(computed(formed["all"][2], accumulate=4, remat=False), expected["all"])
+
+
+def main(base: str, bank: str, gates: str, dest: str) -> None:
+    mesh = make_mesh(2, 2, 2)
+    model = mj.load(base, bank, gates, mesh=mesh, dtype="float32")
+    np.savez(dest, **computed(model, mesh))
+    said = [c.token_ids for c in model.generate(PROMPTS, mj.Gates(2), max_new_tokens=8)]
+    Path(dest).with_suffix(".json").write_text(json.dumps(said))
+
+
+def test_eight_devices_compute_and_generate_as_one(world, formed, expected, tmp_path):
+    folder, _, model = formed["all"]
+    command = [sys.executable, __file__, *map(str, (world["base"], world["bank"], folder, tmp_path / "found.npz"))]
+    done = subprocess.run(command, env=devices(8), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    check(np.load(tmp_path / "found.npz"), expected["all"])
+    alone = [c.token_ids for c in model.generate(PROMPTS, mj.Gates(2), max_new_tokens=8)]
+    assert json.loads((tmp_path / "found.json").read_text()) == alone
+
+
+LONGEST = 48
+
+
+def whole(model, tokens, router):
+    """Indices, weights [T, L, P, C] and logits [T, V] of a sequence that is read at once, alone."""
+    tokens, bound = np.pad(tokens, (0, LONGEST - len(tokens)), constant_values=EMPTY), model.bind(router, 1)
+    at = np.where(tokens == EMPTY, EMPTY, np.arange(LONGEST))
+    args = jnp.asarray(np.maximum(tokens, 0)[None], jnp.int32), jnp.asarray(at[None], jnp.int32)
+    indices, weights, logits = read(model.graph, model.weights, *args, bound)
+    indices, weights = (np.moveaxis(np.asarray(x)[:, 0], 1, 0) for x in (indices, weights))
+    return indices, weights, np.asarray(logits)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(graph, weights, tokens, at, router):
+    module = nnx.merge(graph, weights)
+    out = module(tokens, at, router, observe=observe_routing)
+    return *out.observed, module.logits(out.hidden, None)
+
+
+@pytest.mark.parametrize("name", ["mean", "carry", "all"])
+def test_a_ragged_batch_decoded_with_the_cache_routes_as_each_sequence_at_once(formed, name):
+    model = formed[name][2]
+    routers = [mj.Gates(2), mj.Gates(2, 5.0), mj.Gates(2), mj.Gates(2, within=("birch", "daisy", "apple"))]
+    done = model.generate(PROMPTS, routers, max_new_tokens=10)
+    for prompt, router, c in zip(PROMPTS, routers, done, strict=True):
+        sequence = prompt + c.token_ids
+        indices, weights, logits = whole(model, sequence, router)
+        fed = len(sequence) - (c.finish_reason == "length")
+        assert np.array_equal(c.routing.indices[:fed], indices[:fed])
+        assert np.allclose(c.routing.weights[:fed], weights[:fed], atol=1e-5)
+        said = logits[len(prompt) - 1 : len(sequence) - 1].argmax(-1).tolist()
+        assert said == c.token_ids
+
+
+def test_gates_beside_other_routers_in_one_batch(formed):
+    model = formed["all"][2]
+    routers = [mj.Gates(2), mj.Fixed("cedar"), None, mj.Gates(1)]
+    together = model.generate(PROMPTS, routers, max_new_tokens=6)
+    alone = {i: model.generate(PROMPTS, routers[i], max_new_tokens=6)[i] for i in range(4)}
+    assert [c.token_ids for c in together] == [alone[i].token_ids for i in range(4)]
+
+
+@pytest.mark.parametrize("name", ["bias", "shared", "all"])
+def test_the_slim_matrix_serves_the_forms_that_read_their_own_token(formed, name):
+    """The others keep gates and adapters apart."""
+    model = formed[name][2]
+    graph, weights = prepare_gates(model.graph, model.weights)
+    assert (nnx.merge(graph, weights).layers.qkv.slim is not None) == (not FORMS[name].remembers)
+    found = whole(dataclasses.replace(model, graph=graph, weights=weights), PROMPTS[2], mj.Gates(2))
+    expected = whole(model, PROMPTS[2], mj.Gates(2))
+    n = len(PROMPTS[2])
+    assert np.array_equal(found[0][:n], expected[0][:n])
+    assert np.allclose(found[1][:n], expected[1][:n], atol=1e-4)
+    assert np.allclose(found[2][:n], expected[2][:n], atol=1e-4 * np.abs(expected[2]).max())
+
+
+def test_prefix_sums_equal_numpy():
+    rng = np.random.default_rng(0)
+    values, before = rng.standard_normal((3, 9, 2)), rng.standard_normal((3, 2))
+    positions = np.asarray([[0, 1, 2, 3, 0, 1, 0, -1, -1], [5, 6, 7, 0, 1, 2, 3, 4, 5], [4, -1, -1, *[-1] * 6]])
+    expected = np.zeros(values.shape)
+    for b in range(3):
+        total = before[b]
+        for t in range(9):
+            total = 0 if positions[b, t] == 0 else total
+            total = total + values[b, t] * (positions[b, t] >= 0)
+            expected[b, t] = total
+    args = jnp.asarray(values, jnp.float32), jnp.asarray(positions, jnp.int32), jnp.asarray(before, jnp.float32)
+    assert np.allclose(prefix_sums(*args), expected, atol=1e-6)
+    one = prefix_sums(*(x[:, 1:2] if x.ndim > 1 and x.shape[1] == 9 else x for x in args))
+    assert np.allclose(one[:, 0], np.where(positions[:, 1:2] >= 0, values[:, 1], 0) + before, atol=1e-6)
+
+
+SETTINGS = dict(steps=4, batch_size=8, learning_rate=3e-2, max_length=100, beta=5.0)
+
+
+def test_training_writes_the_form_and_learns(tmp_path, world):
+    how = dict(gate_input="prefix-mean", carry_logits=True, shared_gates=True)
+    settings = GateTraining(**{**SETTINGS, "steps": 30}, **how)
+    final = train_gates(world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32",
+                        log=tmp_path / "log.jsonl")  # fmt: skip
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert final["gate"] < 0.7 * first["gate"]
+    described = json.loads((tmp_path / "gates" / "gates.json").read_text())
+    assert described["format"] == "meteora-gates-2"
+    assert described["form"] == {"input": "prefix-mean", "carry": True, "shared": True}
+    config, _ = load_gates(tmp_path / "gates", world["model"].config, NAMES)
+    assert config.form == settings.form
+    # what extends them is of their form, or refused
+    save_gates(tmp_path / "one", GateConfig(NAMES[:1], 2, 1.0, config.form), {
+        k: v[..., :1] for k, v in arrays_of(config.form, world["model"].config).items()
+    })  # fmt: skip
+    for other, said in ((dict(carry_logits=True), "carry"), (dict(gate_input="prefix-mean"), "prefix-mean")):
+        other = GateTraining(steps=1, batch_size=2, **other)
+        with pytest.raises(InputError, match=f"form: expected .*{said}.*as asked for"):
+            train_gates(
+                world["base"], world["bank"], TASKS, tmp_path / "x", other, dtype="float32", extend=tmp_path / "one"
+            )
+
+
+@pytest.mark.parametrize("form", [GateForm(), FORMS["all"]], ids=["original", "all"])
+def test_an_extension_may_raise_all_new_columns_by_one_scalar(tmp_path, world, form):
+    config, at, new = world["model"].config, [2, 0], [1, 3]
+    old = {k: np.ascontiguousarray(0.3 * v[..., at]) for k, v in arrays_of(form, config).items()}
+    save_gates(tmp_path / "old", GateConfig(("cedar", "apple"), 2, 1.0, form), old)
+    settings = GateTraining(**SETTINGS, extend_bias=True)
+    train = lambda dest, how: train_gates(  # noqa: E731
+        world["base"], world["bank"], TASKS, dest, how, dtype="float32", extend=tmp_path / "old"
+    )
+    train(tmp_path / "new", settings)
+    grown, tensors = load_gates(tmp_path / "new", config, NAMES)
+    assert grown.form == GateForm(form.input, form.carry, form.shared, True)
+    for name, columns in tensors.items():
+        if not name.endswith(".bias"):
+            assert np.array_equal(columns[..., at], old[name])
+            continue
+        assert np.array_equal(columns[..., at], old[name] if form.bias else np.zeros_like(columns[..., at]))
+        assert np.array_equal(columns[:, 1], columns[:, 3])
+        assert np.abs(columns[:, new]).min() > 0
+    # one scalar: the sum of the new columns' gradients moves it
+    with pytest.raises(InputError, match="extend_bias: expected gates to extend"):
+        train_gates(world["base"], world["bank"], TASKS, tmp_path / "x", settings, dtype="float32")
+    # without it the old biases stay, and new columns have none
+    train(tmp_path / "plain", GateTraining(**SETTINGS))
+    plain, tensors = load_gates(tmp_path / "plain", config, NAMES)
+    assert plain.form == form
+    for name, columns in tensors.items():
+        assert np.array_equal(columns[..., at], old[name])
+        assert name.endswith(".bias") == (not columns[..., new].any())
+
+
+def test_a_scalar_of_all_new_columns_has_the_gradient_of_one(world, formed):
+    """One step of plain descent on the scalar, by finite differences of the loss."""
+    from meteora_jax.training.step import _level, _only
+
+    model = formed["bias"][2]
+    graph, params, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
+    batch, router = jax.tree.map(jnp.asarray, packed()), model.bind(mj.Gates(4), ROWS)
+    columns = np.asarray([False, True, False, True])
+    loss = lambda p: gradients(graph, frozen, p, batch, router, BETA, dtype=jnp.float32, remat=True)[0].loss  # noqa: E731
+    _, grads = gradients(graph, frozen, params, batch, router, BETA, dtype=jnp.float32, remat=True)
+    only = _only(grads, columns, True)
+
+    def moved(e):
+        flat, raised = nnx.to_flat_state(params), e * columns[None, None]
+        return nnx.from_flat_state(
+            [(p, leaf.replace(leaf[...] + raised) if p[-1] == "gate_bias" else leaf) for p, leaf in flat]
+        )
+
+    slope = (float(loss(moved(1e-2))) - float(loss(moved(-1e-2)))) / 2e-2
+    found = [leaf[...] for path, leaf in nnx.to_flat_state(only) if path[-1] == "gate_bias"]
+    assert sum(float(jnp.sum(x)) for x in found) == pytest.approx(slope, rel=1e-2)
+    assert not any(np.asarray(x)[..., [0, 2, 3]].any() for x in found)
+    levelled = [leaf[...] for path, leaf in nnx.to_flat_state(_level(moved(0.0), columns)) if path[-1] == "gate_bias"]
+    assert all(np.array_equal(x[..., 1], x[..., 3]) for x in map(np.asarray, levelled))
+
+
+def test_the_originals_layout_refuses_other_forms_by_name(tmp_path, world, formed):
+    """(A bank that is the original's own in all else.)"""
+    model = world["model"]
+    zeros = {k: 0.0 * v for k, v in arrays_of(FORMS["bias"], model.config).items()}
+    save_gates(tmp_path / "zero", GateConfig(NAMES, 2, 1.0, FORMS["bias"]), zeros)
+    for folder, said in (
+        (formed["mean"][0], "form: expected MeteoRA's"),
+        (formed["carry"][0], "'carry': True"),
+        (formed["shared"][0], "'shared': True"),
+        (formed["bias"][0], "biases of 0"),
+        (tmp_path / "zero", "scale: expected one for all adapters"),  # the bank's own, beyond the gates
+    ):
+        with pytest.raises(InputError, match=said):
+            converters.export_gates(world["base"], world["bank"], folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_gates_of_the_original_form_are_written_as_ever(tmp_path):
+    described = GateConfig(NAMES, 2, 1.0).to_json()
+    assert described == {"format": "meteora-gates-1", "names": NAMES, "top_k": 2, "temperature": 1.0}
+    assert set(SHARED) == set(PROJECTIONS)
+    for change, said in (
+        ({"form": {"input": "sideways"}}, "malformed"),
+        ({"form": {"carry": 1}}, "malformed"),
+        ({"form": {"kind": "x"}}, "malformed"),
+        ({"format": "meteora-gates-3"}, "expected 'meteora-gates-1' or '-2'"),
+    ):
+        path = tmp_path / "gates.json"
+        path.write_text(json.dumps({**GateConfig(NAMES, 2, 1.0, FORMS["all"]).to_json()}))
+        edit_json(path, **change)
+        with pytest.raises(InputError, match=said):
+            GateConfig.from_json(json.loads(path.read_text()), str(path))
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  (the same strictness as in every test)
+
+    main(*sys.argv[1:])
