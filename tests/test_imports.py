@@ -1,6 +1,6 @@
 """The arrows between the rooms, and two habits of the house, read off the source of every module.
 
-    config, compiler, sharding -> retriever -> routing -> kv_cache, adapters -> ends -> llama -> checkpoint, text
+    config, compiler, sharding -> retriever -> routing -> kv_cache, adapters -> decoding, ends -> llama -> checkpoint, text
         -> generation, evaluation, training, viz -> planning
         -> model (with meteora_jax itself, the public API) -> harness, cli
 
@@ -22,7 +22,8 @@ NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function
 
 # The rooms of meteora_jax in the order in which they may import each other; "" is meteora_jax/__init__.
 ROOMS = [
-    *("config", "compiler", "sharding", "retriever", "routing", "kv_cache", "adapters", "ends", "llama", "checkpoint"),
+    *("config", "compiler", "sharding", "retriever", "routing", "kv_cache", "adapters"),
+    *("decoding", "ends", "llama", "checkpoint"),
     *("text", "generation", "evaluation", "training", "viz", "planning", "model", "", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
