@@ -12,6 +12,8 @@ BH columns, `pair` says which two; products and sums are float32 in a fixed orde
 import triton
 import triton.language as tl
 
+from pallas_kernels.routed_lora.triton_kernels import choose
+
 
 @triton.jit
 def pair(block, TAIL: tl.constexpr, O: tl.constexpr, H: tl.constexpr, BH: tl.constexpr):
@@ -89,37 +91,6 @@ def stream_slim(
     if NORM:
         y *= tl.rsqrt(tl.sum(squares, axis=1) / I + EPS)[:, None]
     return y
-
-
-@triton.jit
-def choose(
-    logit_ptr, count_ptr, temperature_ptr, rows, M: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """(adapters, weights), each [BM, CP]: the C largest logits, ties to the lowest index, and their softmax."""
-    scores = tl.arange(0, AP)
-    inside = (rows < M)[:, None] & (scores < A)[None, :]
-    logits = tl.zeros((BM, AP), tl.float32)
-    for part in range(PARTS):
-        place = (part * M + rows)[:, None] * ROW + scores[None, :]
-        logits += tl.load(logit_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
-    logits = tl.where((scores < A)[None, :], logits, float("-inf"))
-    count = tl.load(count_ptr + rows, mask=rows < M, other=0)
-    temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)
-    which = tl.arange(0, CP)
-    adapters = tl.full((BM, CP), -1, tl.int32)
-    values = tl.full((BM, CP), float("-inf"), tl.float32)
-    best = tl.max(logits, axis=1)
-    for c in tl.static_range(C):
-        value = tl.max(logits, axis=1)
-        adapter = tl.min(tl.where(logits == value[:, None], scores[None, :], AP), axis=1)
-        logits = tl.where(scores[None, :] == adapter[:, None], float("-inf"), logits)
-        here = (which == c)[None, :] & (count > c)[:, None]
-        adapters = tl.where(here, adapter[:, None], adapters)
-        values = tl.where(here, ((value - best) / temperature)[:, None], values)
-    weights = tl.exp(values)
-    total = tl.sum(weights, axis=1)
-    return adapters, weights / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit
