@@ -48,7 +48,12 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
     if not gates and router.route(jnp.zeros((rows, 1, 1)), None).fused is not None:
         return "fusion"
     for linear in linears:
-        if linear.lora_a is None or linear.lora_b is None or linear.lora_dora is not None or linear.lora_bias is not None:
+        if (
+            linear.lora_a is None
+            or linear.lora_b is None
+            or linear.lora_dora is not None
+            or linear.lora_bias is not None
+        ):
             return "a group without adapters, DoRA or biases of adapters"
         if linear.slim is None and (gates or not _wide(linear)):
             return "adapters without a slim matrix"

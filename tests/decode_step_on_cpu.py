@@ -101,7 +101,9 @@ def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict
                     rank = g.b.shape[2]
                     h = f(g.a)[layer, p, i] @ x[m] * factor[m] if g.a is not None else slim[g.first + i * rank :][:rank]
                     y[m, columns] += w * f(g.scale)[layer, p, i] * h @ f(g.b)[layer, i][:, columns]
-                    size[m, columns] += abs(w * f(g.scale)[layer, p, i]) * np.abs(h) @ np.abs(f(g.b)[layer, i][:, columns])
+                    size[m, columns] += (
+                        abs(w * f(g.scale)[layer, p, i]) * np.abs(h) @ np.abs(f(g.b)[layer, i][:, columns])
+                    )
     if tail == "silu":
         gate, up = np.split(y, 2, -1)
         return gate / (1 + np.exp(-gate)) * up, routed, float(size.max()) * max(1.0, np.abs(y).max())
@@ -121,7 +123,9 @@ def random_group(rng, kind, layers, width, splits, adapters, rank, wide, norm, g
     p, total = len(splits), sum(splits)
     a = jnp.asarray(rng.standard_normal((layers, p, adapters, rank, width)) / np.sqrt(width), kind)
     gate = np.round(2 * rng.standard_normal((layers, width, p, adapters)))  # with x and norm below, exact; ties
-    slim = jnp.stack([gated.slim_matrix(jnp.asarray(g, jnp.float32), z[..., :0, :] if wide else z) for g, z in zip(gate, a)])
+    slim = jnp.stack(
+        [gated.slim_matrix(jnp.asarray(g, jnp.float32), z[..., :0, :] if wide else z) for g, z in zip(gate, a)]
+    )
     return Group(
         draw(layers, width, total), jnp.asarray(rng.choice([0.5, 1, 2], (layers, width)), kind) if norm else None,
         slim if gates or not wide else None, a if wide else None, draw(layers, adapters, rank, total),
@@ -142,7 +146,11 @@ def one_case(seed: int, launches: list[str]) -> None:
     adapters, rank, top_k = int(rng.integers(2, 40)), int(rng.choice([1, 3, 8])), int(rng.integers(1, 4))
     top_k = min(top_k, adapters)
     kv = int(rng.integers(1, 3))
-    splits = {"rope": (2 * kv * head, kv * head, kv * head), "silu": (96, 96), "residual": (int(rng.choice([32, 64])),)}[tail]
+    splits = {
+        "rope": (2 * kv * head, kv * head, kv * head),
+        "silu": (96, 96),
+        "residual": (int(rng.choice([32, 64])),),
+    }[tail]
     g = random_group(rng, kind, layers, width, splits, adapters, rank, wide, tail != "residual", how == "gates")
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)), kind)
     layer, slots, slot = int(rng.integers(layers)), 5, 3
@@ -197,7 +205,11 @@ def attention(q, keys, values, own, positions, heads: int, head: int) -> np.ndar
     """float64: every row's heads over the slots that it sees; 0 where it sees none."""
     f = lambda z: np.asarray(z, np.float64)  # noqa: E731
     rows, slots, kv = keys.shape
-    q, k, v = f(q).reshape(rows, heads, head), f(keys).reshape(rows, slots, -1, head), f(values).reshape(rows, slots, -1, head)
+    q, k, v = (
+        f(q).reshape(rows, heads, head),
+        f(keys).reshape(rows, slots, -1, head),
+        f(values).reshape(rows, slots, -1, head),
+    )
     out = np.zeros_like(q)
     for m, n in np.ndindex(rows, heads):
         seen = (positions[m] != triton_gpu.EMPTY) & (positions[m] <= own[m])

@@ -114,7 +114,9 @@ def tiles(rows: int, width: int, total: int, tail: Tail, head: int, itemsize: in
     else:
         bh = divisor(total // 2, 64, 32, 16)
     if not bh:
-        raise NotImplementedError(f"decode_step: expected columns of {tail} in blocks of 16, found {total} ({head} a head)")
+        raise NotImplementedError(
+            f"decode_step: expected columns of {tail} in blocks of 16, found {total} ({head} a head)"
+        )
     blocks = total // (2 * bh)
     parts = 1
     if tail == "residual" and not whole:
@@ -164,12 +166,16 @@ def group_step(
     adapt = choice is not None
     wide = adapt and group.a is not None
     if adapt and not wide and group.slim is None:
-        raise NotImplementedError("decode_step: expected gates and A's as one slim matrix, or A's of a wide bank, found neither")
+        raise NotImplementedError(
+            "decode_step: expected gates and A's as one slim matrix, or A's of a wide bank, found neither"
+        )
     whole = form.whole and not wide
     size = tiles(rows, width, total, tail, head, x.dtype.itemsize, whole)
     parts, bm, bh = size.pop("PARTS"), size["BM"], size["BH"]
     gates = choice is not None and choice.counts is not None
-    slim_rows = 0 if not adapt or group.slim is None or (wide and not gates) else group.slim.shape[1] * group.slim.shape[2]
+    slim_rows = (
+        0 if not adapt or group.slim is None or (wide and not gates) else group.slim.shape[1] * group.slim.shape[2]
+    )
     block = 16 if whole else 32
     call = functools.partial(launch, KERNELS, capturable=form.captured)
     shape, none = jax.ShapeDtypeStruct, layer  # a parameter that is not looked at
@@ -283,7 +289,9 @@ def _shrink(
     projections, rank, c, parts = len(group.splits), sizes["R"], choice.top_k, sizes["HPARTS"]
     gates = choice.counts is not None
     traces = (carried.indices, carried.weights) if gates else (layer, layer)
-    given = (choice.counts, choice.temperatures, layer, layer) if gates else (layer, layer, choice.indices, choice.weights)
+    given = (
+        (choice.counts, choice.temperatures, layer, layer) if gates else (layer, layer, choice.indices, choice.weights)
+    )
     inputs = (layer, x, layer if group.norm is None else group.norm, group.a, sums, *given, *traces)
     shape = jax.ShapeDtypeStruct
     h, indices, weights = call(

@@ -173,7 +173,9 @@ def expand(
         for c in tl.static_range(C):
             for k in range(0, M * R, BE):
                 ks = k + tl.arange(0, BE)
-                h, source, real = gathered(h0_ptr, adapters0, weights0, rows, ks, c, M, A, R, C, CP, ROW, PARTS, COMPACT)
+                h, source, real = gathered(
+                    h0_ptr, adapters0, weights0, rows, ks, c, M, A, R, C, CP, ROW, PARTS, COMPACT
+                )
                 b_row = b_ptr + source[:, None].to(tl.int64) * O
                 b = tl.load(b_row + (first + columns)[None, :], mask=real[:, None], other=0.0)
                 y0 = tl.dot(h.to(b.dtype), b, y0, input_precision="ieee")
