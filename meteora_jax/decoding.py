@@ -72,8 +72,8 @@ def group_weights(linear: AdaptedLinear, norm: Any, adapt: bool) -> Group:
     a = read(linear.lora_a) if adapt and _wide(linear) else None
     first = gated.first_shrink(linear.lora_b.shape[1]) if adapt and linear.lora_b is not None else 0
     return Group(
-        linear.kernel[...], scale, read(linear.slim), a, read(linear.lora_b), read(linear.lora_scale), linear.splits, eps,
-        first,
+        linear.kernel[...], scale, read(linear.slim), a, read(linear.lora_b), read(linear.lora_scale), linear.splits,
+        eps, first,
     )  # fmt: skip
 
 

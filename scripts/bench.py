@@ -387,9 +387,10 @@ def show(records: list[dict[str, Any]]) -> None:
         if what not in SETTINGS:
             continue
         best = min(rows, key=lambda r: r["ms"])
+        setting = best["setting"]
         console.print(
-            f"{what} {batch}x{sequence}, {adapters} of rank {rank}: fastest adapted by {best['setting']}, {best['ms']:.4g} "
-            f"ms, {best['ratio']:.3f} of the fastest bare; to make it the default: {SETTINGS[what][best['setting']].switch}",
+            f"{what} {batch}x{sequence}, {adapters} of rank {rank}: fastest adapted by {setting}, {best['ms']:.4g} ms, "
+            f"{best['ratio']:.3f} of the fastest bare; to make it the default: {SETTINGS[what][setting].switch}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
 

@@ -147,7 +147,7 @@ def generating(
 def training(
     graph: Any, weights: Any, router: Any, tokens: jax.Array, adapters: int, setting: Setting
 ) -> dict[str, Timed]:
-    """One step of gate training under a setting; bare: loss and gradient of the base's own embedding, through the same layers."""
+    """One step of gate training under a setting; bare: loss and gradient of the embedding, through the same layers."""
     model = nnx.merge(graph, weights)
     split, gates, frozen = nnx.split(model, GateParam, ...)
     tx = optimizer(1000, 1e-4, 0.1, 1.0)

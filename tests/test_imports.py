@@ -1,7 +1,7 @@
 """The arrows between the rooms, and two habits of the house, read off the source of every module.
 
-    config, compiler, sharding -> retriever -> routing -> kv_cache, adapters -> decoding, ends -> llama -> checkpoint, text
-        -> generation, evaluation, training, viz -> planning
+    config, compiler, sharding -> retriever -> routing -> kv_cache, adapters -> decoding, ends -> llama
+        -> checkpoint, text -> generation, evaluation, training, viz -> planning
         -> model (with meteora_jax itself, the public API) -> harness, cli
 
 A room of meteora_jax may import the rooms to its left in ROOMS, and itself. pallas_kernels and converters

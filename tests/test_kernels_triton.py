@@ -51,7 +51,8 @@ def test_numerics_on_random_shapes_by_triton_s_interpreter():
 @needs_gpu_extra
 def test_every_kernel_compiles_for_hopper():
     out = program("triton_lowering.py")
-    for kernel in ("fused", "gathered_shrink", "gathered_expand", "dense_expand", "slim", "gated_expand"):
+    routed = ("fused", "gathered_shrink", "gathered_expand", "dense_expand", "slim", "gated_expand", "add_tiles")
+    for kernel in (*routed, "gated_mask", "product", "tail", "whole", "shrink", "attend", "combine"):
         assert f"  {kernel}_kernel: " in out
     half = out.split("triton_dense 2048x1")[1]
     assert "wgmma" in half.splitlines()[1], "the expand of a long prompt does not use Hopper's tensor cores"

@@ -1,1 +1,1 @@
-"""One token a row through the layers of a LLaMA, with few launches: what a GPU spends on a step is launches and bytes."""
+"""One token a row through the layers of a LLaMA in few launches: a GPU's step is made of launches and bytes."""

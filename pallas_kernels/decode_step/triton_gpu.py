@@ -23,6 +23,7 @@ from pallas_kernels.routed_lora.triton_gpu import power
 from pallas_kernels.triton_launch import launch
 
 KERNELS = "pallas_kernels.decode_step.triton_kernels"
+ATTENTION = "pallas_kernels.decode_step.attention_kernels"
 Tail = Literal["plain", "rope", "silu", "residual"]
 EMPTY = -1  # position of a slot that holds no token
 MAX_ROWS = 64
@@ -34,7 +35,7 @@ POLLS = 1 << 21  # looks at a flag, about a second, before a program gives up
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a step is launched. `whole`: a group is one launch where it can be. `captured`: by the entry for CUDA graphs."""
+    """How a step is launched. `whole`: a group is one launch where it can be; `captured`: by CUDA graphs' entry."""
 
     whole: bool = False
     captured: bool = False
@@ -49,8 +50,8 @@ class Form:
 class Group:
     """A projection group's weights, stacked over layers.
 
-    w [L, I, O]; norm [L, I], the scale of the RMS norm before it; slim [L, P, W, I], gates and A's as rows, A's from row
-    `first` on, or gates alone beside a [L, P, A, R, I]; b [L, A, R, O]; scale float32 [L, P, A]. None: has none.
+    w [L, I, O]; norm [L, I], the scale of the RMS norm before it; slim [L, P, W, I], gates and A's as rows, A's from
+    row `first` on, or gates alone beside a [L, P, A, R, I]; b [L, A, R, O]; scale float32 [L, P, A]. None: has none.
     """
 
     w: Any
@@ -71,7 +72,7 @@ class Group:
 )
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Who acts: gates, with int32 [M] counts and float32 [M] temperatures; or what was given, [M, C], for all groups."""
+    """Who acts: gates, with int32 [M] counts and float32 [M] temperatures; or indices and weights given, [M, C]."""
 
     top_k: int
     counts: Any = None
@@ -237,8 +238,8 @@ def group_step(
 
 
 def _adapters(
-    group: Group, choice: Choice | None, carried: Carried, rows: int, total: int, slim_rows: int, whole: bool, parts: int,
-    first_projection: int,
+    group: Group, choice: Choice | None, carried: Carried, rows: int, total: int, slim_rows: int, whole: bool,
+    parts: int, first_projection: int,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """(b, scale, counts, temperatures, indices, weights) and the constants that say how they are read."""
     none = carried.flags
@@ -337,8 +338,8 @@ def attend(
     """Attention of one token a row over its cache, [M, N H].
 
     Args:
-        q: [M, N H], turned. own: int32 [M], the tokens' positions. positions: int32 [M, S], those of the slots, EMPTY for
-            none. used: int32 [1], slots written. heads: N. head: H, a power of two.
+        q: [M, N H], turned. own: int32 [M], the tokens' positions. positions: int32 [M, S], those of the slots,
+            EMPTY for none. used: int32 [1], slots written. heads: N. head: H, a power of two.
     """
     rows, slots, kv = carried.keys.shape[1:]
     if head < 16 or head & (head - 1):
@@ -352,7 +353,7 @@ def attend(
     sizes = dict(M=rows, N=heads, H=head, PARTS=parts)
     shape = jax.ShapeDtypeStruct
     y = launch(
-        KERNELS, "attend_kernel", layer, q, carried.keys, carried.values, own, positions, used,
+        ATTENTION, "attend_kernel", layer, q, carried.keys, carried.values, own, positions, used,
         out=shape((rows, heads * head), q.dtype) if parts == 1 else shape((parts, rows, heads, head + 2), jnp.float32),
         grid=(rows, groups, parts), capturable=form.captured, S=slots, KV=kv, G=heads // groups,
         GP=max(16, power(heads // groups)), PART=part, EMPTY=EMPTY, FACTOR=head**-0.5, BS=block, STAGES=3, **sizes,
@@ -360,6 +361,6 @@ def attend(
     if parts == 1:
         return y
     return launch(
-        KERNELS, "combine_kernel", y, out=shape((rows, heads * head), q.dtype), grid=(rows * heads,),
+        ATTENTION, "combine_kernel", y, out=shape((rows, heads * head), q.dtype), grid=(rows * heads,),
         capturable=form.captured, **sizes,
     )  # fmt: skip

@@ -211,7 +211,7 @@ def add_tiles(
     base: Float[Array, "M O"], h: Float[Array, "M P K"], b: Float[Array, "A R O"], splits: tuple[int, ...]
 ) -> Float[Array, "M O"]:
     """base + h B, each projection through its own columns: one pass over base, in its place."""
-    rows, projections, inner = h.shape
+    rows, _, inner = h.shape
     total, size = b.shape[2], base.dtype.itemsize
     deep = max(16, power(inner))
     tokens, columns = (64, 128) if deep * size <= 512 else (32, 64)
