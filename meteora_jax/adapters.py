@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from meteora_jax import compiler
 from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.routing import BoundRouter, Routing
@@ -243,12 +244,17 @@ class AdaptedLinear(nnx.Module):
 
         For inference on one device, on layers as they are stacked; where DoRA or biases act, nothing is kept.
         """
-        if self.gate is None or self.lora_a is None or self.lora_dora is not None or self.lora_bias is not None:
+        if self.lora_a is None or self.lora_dora is not None or self.lora_bias is not None:
             return
         a = self.lora_a[...]
-        if a.shape[-3] * a.shape[-2] > gated.DENSE_WIDTH:
-            a = a[..., :0, :]
-        slim = jax.jit(jax.vmap(gated.slim_matrix))(self.gate[...], a)
+        wide = a.shape[-3] * a.shape[-2] > gated.DENSE_WIDTH
+        if self.gate is None and (
+            wide or not compiler.STEPS
+        ):  # without gates only the kernels of decoding steps read it
+            return
+        layers, projections, adapters, _, width = a.shape
+        gate = jnp.zeros((layers, width, projections, adapters), a.dtype) if self.gate is None else self.gate[...]
+        slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a[..., :0, :] if wide else a)
         self.slim = nnx.data(AdapterConstant(slim, axes=(None, None, None)))  # was None, which NNX took for static
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:

@@ -34,8 +34,8 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
             return "biases"
         for whole in (False, True):
             try:
-                size = (*kernel.shape[1:], tail, config.head_dim, kernel.dtype.itemsize, whole)
-                triton_gpu.tiles(rows, *size)
+                _, width, total = kernel.shape
+                triton_gpu.tiles(rows, width, total, tail, config.head_dim, kernel.dtype.itemsize, whole)
             except NotImplementedError as e:
                 return str(e)
     if router is None:

@@ -309,8 +309,8 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
         """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""
         with matmul_precision(hidden.dtype):
-            step = step_form(hidden.shape[0]) if hidden.ndim == 2 and self.lm_head is not None else None
-            if step is not None and step.head:
+            step = step_form(hidden.shape[0]) if hidden.ndim == 2 else None
+            if self.lm_head is not None and step is not None and step.head:
                 plain = head_logits(hidden, self.lm_head[...], Form(captured=step.captured))
             elif self.lm_head is None:
                 plain = contract("...d,vd->...v", hidden, self.embed[...], 1).astype(jnp.float32)

@@ -6,13 +6,11 @@ import functools
 import importlib
 from typing import Any
 
-import jax
-
 CAPTURABLE = "triton_kernel_call_ffi"  # jaxlib's second entry to the same launcher, the one that may be captured
 
 
 def launch(
-    module: str, kernel: str, *arrays: jax.Array, out: Any, grid: tuple[int, ...], warps: int = 4,
+    module: str, kernel: str, *arrays: Any, out: Any, grid: tuple[int, ...], warps: int = 4,
     aliases: dict[int, int] | None = None, capturable: bool = False, **constants: Any,
 ) -> Any:  # fmt: skip
     """Launches a kernel by its module's and its own name.

@@ -75,7 +75,7 @@ def softmax_of_largest(logits: np.ndarray, count: int, temperature: float) -> tu
 
 
 def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict[str, Any]) -> tuple[Any, Any, float]:
-    """(result, [[(adapters, weights) by projection] by row], size of the sums) in float64; extra: residual, cos, sin."""
+    """(result, [[(adapters, weights) by projection] by row], size of the sums), float64; extra: residual, cos, sin."""
     f = lambda z: np.asarray(z, np.float64)  # noqa: E731
     x, starts, factor = f(x), np.cumsum((0, *g.splits)), np.ones(len(x))
     if g.norm is not None:
@@ -124,7 +124,10 @@ def random_group(rng, kind, layers, width, splits, adapters, rank, wide, norm, g
     a = jnp.asarray(rng.standard_normal((layers, p, adapters, rank, width)) / np.sqrt(width), kind)
     gate = np.round(2 * rng.standard_normal((layers, width, p, adapters)))  # with x and norm below, exact; ties
     slim = jnp.stack(
-        [gated.slim_matrix(jnp.asarray(g, jnp.float32), z[..., :0, :] if wide else z) for g, z in zip(gate, a)]
+        [
+            gated.slim_matrix(jnp.asarray(g, jnp.float32), z[..., :0, :] if wide else z)
+            for g, z in zip(gate, a, strict=True)
+        ]
     )
     return Group(
         draw(layers, width, total), jnp.asarray(rng.choice([0.5, 1, 2], (layers, width)), kind) if norm else None,
@@ -270,8 +273,11 @@ def whole_model(launches: list[str]) -> None:
         found, routing = generate(model, router, step)
         assert ("whole_kernel" if step.launches == "one" else "tail_kernel") in launches, launches
         assert found == wanted, (router, step)
-        assert (routing is None) == (traced is None)
-        for (i, w), (j, v) in zip(routing or (), traced or (), strict=True):
+        if traced is None:
+            assert routing is None
+            continue
+        assert routing is not None
+        for (i, w), (j, v) in zip(routing, traced, strict=True):
             np.testing.assert_array_equal(i, j)
             np.testing.assert_allclose(w, v, atol=1e-4)
 

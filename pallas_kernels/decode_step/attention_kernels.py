@@ -1,6 +1,6 @@
 """Attention of a decoding step in Triton: one token a row, the cache a whole stack of layers; see `triton_kernels`."""
 
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # (Triton is optional, and a kernel is not Python: constants are upper case, blocks are no plain values)
 

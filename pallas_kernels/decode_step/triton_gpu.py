@@ -27,7 +27,6 @@ ATTENTION = "pallas_kernels.decode_step.attention_kernels"
 Tail = Literal["plain", "rope", "silu", "residual"]
 EMPTY = -1  # position of a slot that holds no token
 MAX_ROWS = 64
-GATHER_SHARE = 2  # the chosen rows of B are gathered where they are at most 1 / this of all
 STAGE_BYTES = 96 * 1024  # shared memory for the loads in flight: two programs fit on a multiprocessor
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 POLLS = 1 << 21  # looks at a flag, about a second, before a program gives up
@@ -99,7 +98,7 @@ def divisor(total: int, *candidates: int) -> int:
     return next((c for c in candidates if total % c == 0), 0)
 
 
-def tiles(rows: int, width: int, total: int, tail: Tail, head: int, itemsize: int, whole: bool) -> dict[str, int]:
+def tiles(rows: int, width: int, total: int, tail: Tail, head: int, itemsize: int, whole: bool) -> dict[str, Any]:
     """Tiles of a product [rows, width] x [width, total]: BM rows, two blocks of BH columns, BK deep, PARTS of the sum.
 
     Raises:
@@ -178,7 +177,7 @@ def group_step(
         0 if not adapt or group.slim is None or (wide and not gates) else group.slim.shape[1] * group.slim.shape[2]
     )
     block = 16 if whole else 32
-    call = functools.partial(launch, KERNELS, capturable=form.captured)
+    call: Any = functools.partial(launch, KERNELS, capturable=form.captured)
     shape, none = jax.ShapeDtypeStruct, layer  # a parameter that is not looked at
     norm = dict(NORM=group.norm is not None, EPS=group.eps)
     product = dict(M=rows, I=width, O=total, N=slim_rows, H=head, TAIL=tail, BN=block, **norm, **size)
@@ -252,7 +251,7 @@ def _adapters(
     adapters, rank = group.b.shape[1:3]
     gates, wide = choice.counts is not None, group.a is not None
     c, projections = choice.top_k, len(group.splits)
-    gather = wide or rows * c * GATHER_SHARE <= adapters
+    gather = wide or rows * c <= adapters  # the chosen rows of B are no more than all
     row = carried.indices.shape[2] * c if gates else 1
     deep = power(rows * rank) if gather else power(adapters * rank)
     constants = dict(
@@ -346,7 +345,7 @@ def attend(
         raise NotImplementedError(f"decode_step: expected heads of a power of two, 16 or wider, found {head}")
     groups = kv // head
     # a part is long enough to be worth a program, and there are enough programs to fill the chip
-    parts = max(1, min(slots // 256, math.ceil(PROGRAMS / (rows * groups))))
+    parts = max(1, min(slots // 128, math.ceil(PROGRAMS / (rows * groups))))
     block = 64 if head <= 128 else 32
     part = math.ceil(slots / (parts * block)) * block
     parts = math.ceil(slots / part)

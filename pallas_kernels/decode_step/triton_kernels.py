@@ -5,7 +5,7 @@ memory and finds it by its own offset, so that nobody copies a layer out of a st
 BH columns, `pair` says which two; products and sums are float32 in a fixed order. Arrays are dense, sizes constants.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # (Triton is optional, and a kernel is not Python: constants are upper case, blocks are no plain values)
 

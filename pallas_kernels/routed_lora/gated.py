@@ -112,10 +112,10 @@ def gated_lora(
     if implementation in ("tiles", "masked_diagonal"):
         from pallas_kernels.routed_lora import triton_gpu
 
-        masked, *routing = triton_gpu.masked_shrink(h[0], rank, x.dtype, scale, counts, temperatures, top_k, first)
-        if implementation == "tiles":
-            return triton_gpu.add_tiles(base, masked, b, splits), *routing
-        return add_diagonal(base, masked, b, splits), *routing
+        made = triton_gpu.masked_shrink(h[0], rank, x.dtype, scale, counts, temperatures, top_k, first)
+        masked, indices, weights = made
+        add = triton_gpu.add_tiles if implementation == "tiles" else add_diagonal
+        return add(base, masked, b, splits), indices, weights
     if implementation in ("triton", "triton_slim"):
         from pallas_kernels.routed_lora import triton_gpu
 

@@ -44,7 +44,7 @@ def parts_of(total: int, programs: int, block: int) -> tuple[int, int]:
     return -(-total // columns), columns
 
 
-launch = functools.partial(triton_launch.launch, "pallas_kernels.routed_lora.triton_kernels")
+launch: Any = functools.partial(triton_launch.launch, "pallas_kernels.routed_lora.triton_kernels")
 
 
 def fused_lora(
