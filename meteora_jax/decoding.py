@@ -128,8 +128,12 @@ def run_layers(
         y, carried = run("gate_up", x, carried)
         return run("down", y, carried, residual=x), None
 
-    order = jnp.arange(depth, dtype=jnp.int32)
-    (x, carried), _ = jax.lax.scan(body, (x, carried), order, unroll=min(step.unroll, depth))
+    if depth <= step.unroll:
+        for layer in range(depth):  # a layer's number is a constant here, which no launch has to compute
+            (x, carried), _ = body((x, carried), jnp.asarray(layer, jnp.int32))
+    else:
+        order = jnp.arange(depth, dtype=jnp.int32)
+        (x, carried), _ = jax.lax.scan(body, (x, carried), order, unroll=step.unroll)
     keys, values = (z.reshape(cache.keys.shape) for z in (carried.keys, carried.values))
     routings: tuple[Routing, ...] = ()
     if choice is not None:

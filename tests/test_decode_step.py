@@ -49,6 +49,21 @@ def slim_model(dtype: str = "bfloat16") -> mj.Meteora:
     return prepared(plain_model(dtype))
 
 
+def has_cuda_compiler() -> bool:
+    parts = ("jax_cuda13_plugin", "jax_plugins", "jax_plugins.xla_cuda13")
+    return all(importlib.util.find_spec(part) is not None for part in parts)  # a package before what is in it
+
+
+@pytest.mark.skipif(not has_cuda_compiler(), reason="the extra gpu is not installed")
+def test_xla_for_an_h200_copies_nothing_and_adds_few_launches():
+    result = subprocess.run(
+        [sys.executable, str(HERE / "gpu_compile.py")], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert "one, adapted, 1 rows: 6 launches a layer" in result.stdout
+
+
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Launches that give zeros and are written down."""
     launches: list[str] = []

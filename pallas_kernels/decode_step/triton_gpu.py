@@ -184,7 +184,7 @@ def group_step(
     streams = (x, none if group.norm is None else group.norm, group.w, group.slim if slim_rows else x)
     programs = total // (2 * bh)
 
-    routed, sizes = _adapters(group, choice, carried, rows, total, slim_rows, whole, parts, first_projection)
+    routed, sizes = _adapters(none, group, choice, carried, rows, total, slim_rows, whole, parts, first_projection)
     out = shape((rows, {"rope": group.splits[0], "silu": total // 2}.get(tail, total)), x.dtype)
     held = (carried.keys, carried.values) if tail == "rope" else (none, none)
     traces = (carried.indices, carried.weights) if gates and not wide else (none, none)
@@ -237,11 +237,10 @@ def group_step(
 
 
 def _adapters(
-    group: Group, choice: Choice | None, carried: Carried, rows: int, total: int, slim_rows: int, whole: bool,
-    parts: int, first_projection: int,
+    none: jax.Array, group: Group, choice: Choice | None, carried: Carried, rows: int, total: int, slim_rows: int,
+    whole: bool, parts: int, first_projection: int,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """(b, scale, counts, temperatures, indices, weights) and the constants that say how they are read."""
-    none = carried.flags
     if choice is None:
         constants = dict.fromkeys(
             ("A", "AP", "R", "C", "CP", "ROW", "HPARTS", "CHOICE_ROW", "CHOICE_P", "CHOICE_LAYER", "TRACE_ROW"), 1
