@@ -125,6 +125,7 @@ class Timed:
     call: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
     calls: int = 1  # what one call counts for: layers or decoding steps
+    shown: Callable[[Any], Any] | None = None  # of a result: what every setting must agree on, up to rounding
 
 
 def generating(
@@ -136,12 +137,13 @@ def generating(
     start = (weights, tokens, lengths, router, how, NO_END)
     if what == "prefill":
         call = compiled(prefill, setting, graph, *start, room=2 * steps, static=("graph", "room"))
-        return Timed(lambda _: call(*start)[0])
+        return Timed(lambda _: call(*start)[0], shown=lambda state: state.cache.keys[:, :, tokens.shape[1] - 1])
     state = prefill(graph, *start, room=2 * steps)[0]
     copy = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731 - a call donates its state
     rest = (router, how, NO_END, jnp.int32(steps + 1))
     call = compiled(decode, setting, graph, weights, state, *rest, static=("graph",), donate=("state",))
-    return Timed(lambda s: call(weights, s, *rest), copy, calls=steps)
+    keys = lambda state: state.cache.keys[:, :, tokens.shape[1]]  # noqa: E731 - of the first step, which all are given
+    return Timed(lambda s: call(weights, s, *rest), copy, calls=steps, shown=keys)
 
 
 def training(
