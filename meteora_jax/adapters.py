@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from meteora_jax import compiler
 from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
 from meteora_jax.routing import BoundRouter, Routing
@@ -269,15 +270,18 @@ class AdaptedLinear(nnx.Module):
         For inference on one device, on layers as they are stacked. Nothing is kept, and gates and adapters stay apart,
         where DoRA or biases act, and for gates that remember (prefix-mean, carry).
         """
-        if self.gate is None or self.lora_a is None or self.lora_dora is not None or self.lora_bias is not None:
+        if self.lora_a is None or self.lora_dora is not None or self.lora_bias is not None:
             return
         if self.form.remembers:
             return
         a = self.lora_a[...]
-        if a.shape[-3] * a.shape[-2] > gated.DENSE_WIDTH:
-            a = a[..., :0, :]
-        gate = jnp.broadcast_to(self.gate[...], (*self.gate.shape[:2], len(self.splits), self.gate.shape[3]))
-        slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a)
+        wide = a.shape[-3] * a.shape[-2] > gated.DENSE_WIDTH
+        if self.gate is None and (wide or not compiler.STEPS):
+            return  # without gates only the kernels of decoding steps read it
+        layers, _, adapters, _, width = a.shape
+        shape = layers, width, len(self.splits), adapters
+        gate = jnp.zeros(shape, a.dtype) if self.gate is None else jnp.broadcast_to(self.gate[...], shape)
+        slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a[..., :0, :] if wide else a)
         self.slim = nnx.data(AdapterConstant(slim, axes=(None, None, None)))  # was None, which NNX took for static
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.core import Tracer
@@ -12,6 +13,30 @@ from jax.core import Tracer
 # XLA's own Triton matrix products copy a layer's weights out of the stack before they read them (a decoding step of
 # Llama-3-8B takes 11.4 ms with them), and gave NaN in training; cuBLAS reads the stack where it lies.
 GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": True}
+
+
+class Step(NamedTuple):
+    """How a GPU takes a decoding step of at most `rows` rows, in Triton kernels instead of XLA's."""
+
+    rows: int
+    launches: Literal["one", "two"]  # a projection group
+    captured: bool = False  # launches may become part of CUDA graphs
+    unroll: int = 32  # layers written out in the program; more than that are a loop over so many
+    head: bool = False  # the logits' product, too
+
+
+# The first that fits serves a step; none: XLA does. Entered from `scripts/bench.py --what step`, and not before.
+STEPS: tuple[Step, ...] = ()
+
+
+def step_form(rows: int) -> Step | None:
+    """The entry of `STEPS` for a batch of one token a row, on one GPU with the extra `gpu`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not STEPS or platform() != "gpu" or not (mesh.empty or mesh.size == 1):
+        return None
+    if not all(map(importlib.util.find_spec, ("jax_triton", "triton"))):
+        return None
+    return next((step for step in STEPS if rows <= step.rows), None)
 
 
 def platform() -> str:

@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meteora_jax.adapters import AdaptedLinear, BaseParam, column_shards, contract
-from meteora_jax.compiler import platform
+from meteora_jax.compiler import Step, platform, step_form
 from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
+from meteora_jax.decoding import refusal, run_layers
 from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
 from meteora_jax.routing.memory import GateMemory
 from meteora_jax.sharding import constrain
+from pallas_kernels.decode_step.triton_gpu import Form, head_logits
 from pallas_kernels.routed_lora.reference import einsum_float32
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -267,6 +269,10 @@ class Llama(nnx.Module):
         if acting is not None and self.embed_adapters is not None:
             x = self.embed_adapters.embed(x, tokens, acting)
         x = constrain(x, "batch", None, None)
+        one = cache is not None and not fresh and tokens.shape[1] == 1 and segments is None
+        step = step_form(tokens.shape[0]) if one else None
+        if step is not None and refusal(self.layers, self.config, router, tokens.shape[0]) is None:
+            return self._step(x, positions, cache, router, where, observe, step)
         memory, kept = None, None
         if self.form.remembers:
             kept = None if cache is None or fresh else cache.sums
@@ -293,6 +299,16 @@ class Llama(nnx.Module):
             cache = cache if memory is None else dataclasses.replace(cache, sums=memory.sums)
         return LlamaOutput(self.norm(x), cache, observed)
 
+    def _step(self, x, positions, cache, router, where, observe, step: Step) -> LlamaOutput:
+        """The layers of one token a row by Triton; see meteora_jax.decoding."""
+        angles = where.cos[:, 0, 0], where.sin[:, 0, 0]
+        rows = (jnp.broadcast_to(z, (x.shape[0], z.shape[1])) for z in angles)
+        x, cache, routings = run_layers(
+            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step
+        )
+        observed = None if observe is None else jax.vmap(observe)(routings)
+        return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
+
     def _has_fused_attention(self) -> bool:
         """Whether cuDNN's attention serves this model here: 16 bit on one GPU since Ampere, head dims it knows."""
         mesh = jax.sharding.get_abstract_mesh()
@@ -308,7 +324,10 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
         """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""
         with matmul_precision(hidden.dtype):
-            if self.lm_head is None:
+            step = step_form(hidden.shape[0]) if hidden.ndim == 2 else None
+            if self.lm_head is not None and step is not None and step.head:
+                plain = head_logits(hidden, self.lm_head[...], Form(captured=step.captured))
+            elif self.lm_head is None:
                 plain = contract("...d,vd->...v", hidden, self.embed[...], 1).astype(jnp.float32)
             else:
                 plain = contract("...d,dv->...v", hidden, self.lm_head[...], 0).astype(jnp.float32)

@@ -19,7 +19,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,18 +29,16 @@ import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from settings import ADAPTED_ONLY, ANYWHERE, SETTINGS, Timed, generating, kernels_of, training
 
 import meteora_jax as mj
-from meteora_jax.adapters import GateParam
-from meteora_jax.compiler import jit, platform
+from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
-from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.llama import Llama, prepare_gates
-from meteora_jax.training.data import Batch
-from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.routed_lora import add_routed_lora
 from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
 
+LABELS = ("what", "model", "setting", "group", "implementation")
 Group = Literal["qkv", "o", "gate_up", "down"]
 XLA = ("reference", "gathered", "grouped")
 TRITON = ("triton_fused", "triton_gathered", "triton_dense")
@@ -50,7 +48,6 @@ AVAILABLE = {
     "gpu": (*XLA, *TRITON, *GATED),
     "tpu": (*XLA, "tpu_gathered", "tpu_dense", "gated_reference"),
 }
-NO_END = jnp.asarray((-1,), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +71,11 @@ class Bench:
     """`kernel` only: which to time; all that this device has, if none is named."""
     group: tuple[Group, ...] = ("qkv", "o", "gate_up", "down")
     """`kernel` only: which projection groups to time."""
+    settings: tuple[str, ...] = ()
+    """Not `kernel`: switches of settings.py to time side by side, each bare and adapted; "all" for every one that this
+    device has. The last table says which to make the default."""
+    profile: bool = False
+    """Also list the kernels of each setting's fastest call that take longest: name, launches, microseconds."""
     layers: int | None = None
     """Layers of the model, or for `kernel` how many layers' weights take turns."""
     seconds: float = 2.0
@@ -137,15 +139,6 @@ def adapter_work(config: LlamaConfig, group: str, tokens: int, distinct: int, ch
     """The chosen adapters' products; `distinct` adapters are read at each projection."""
     widths = sum(i + o for i, o in (config.projection_shape(p) for p in GROUPS[group]))
     return Work(2.0 * tokens * choices * rank * widths, size * distinct * rank * widths)
-
-
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """A function to time: `prepare` (not timed) makes what a call consumes; `inner` calls go into one measurement."""
-
-    call: Callable[[Any], Any]
-    prepare: Callable[[], Any] = lambda: None
-    calls: int = 1  # what one call counts for: layers or decoding steps
 
 
 def alternate(contenders: dict[str, Timed], seconds: float) -> dict[str, float]:
@@ -291,7 +284,7 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
         ready = prepare_gates(graph, weights) if platform() == "gpu" and size == 2 else (graph, weights)
         choices = min(bench.top_k, adapters)
         for batch, length in ((b, s) for b in bench.batch for s in bench.sequence):
-            routers = {"bare": None, "adapted": bound_router(bench.routing, choices, batch, names)}
+            routers: dict[str, Any] = {"bare": None, "adapted": bound_router(bench.routing, choices, batch, names)}
             tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size, jnp.int32)
             for what in (w for w in bench.what if w != "kernel"):
                 rows = batch if what == "decode" else batch * length
@@ -305,14 +298,82 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
                 work = work.scaled(config.num_layers) + (head.scaled(length) if what == "train" else head)
                 if what == "train":
                     work = Work(3 * work.flops, 3 * work.bytes)  # forward, again for lack of memory, backward
-                    contenders = training(graph, weights, routers["adapted"], tokens, adapters)
-                else:
-                    contenders = {name: generating(what, *ready, router, tokens) for name, router in routers.items()}
+                contenders: dict[str, Timed] = {}
+                agreed: dict[str, Any] = {}
+                for name in chosen_settings(bench, what):
+                    setting = SETTINGS[what][name]
+                    try:
+                        if what == "train":
+                            made = training(graph, weights, routers["adapted"], tokens, adapters, setting)
+                        else:
+                            made = {
+                                kind: generating(what, *ready, router, tokens, setting)
+                                for kind, router in routers.items()
+                                if kind == "adapted" or name not in ADAPTED_ONLY
+                            }
+                        for kind, timed in made.items():
+                            compare(f"{what} {batch}x{length} {kind} {name}", kind, timed, agreed)
+                    except Exception as e:  # whatever it is, the other settings are worth their time on the device
+                        if name == "today":
+                            raise
+                        reason = f"{type(e).__name__}: {e}".splitlines()[0][:300]
+                        console.print(f"{what} {batch}x{length} {name}: not timed: {reason}", markup=False)
+                        continue
+                    contenders |= {f"{kind} {name}": timed for kind, timed in made.items()}
                 times = alternate(contenders, bench.seconds)
-                yield measured(
-                    bench, what, times["adapted"], times["bare"], work, peak, adapters=adapters, rank=rank,
-                    batch=batch, sequence=length, routing=bench.routing,
-                )  # fmt: skip
+                bare = min(ms for name, ms in times.items() if name.startswith("bare "))
+                for name, ms in times.items():
+                    kind, setting = name.split(" ")
+                    if kind == "bare" and not bench.settings:
+                        continue
+                    more = dict(setting=setting, model=kind) if bench.settings else {}
+                    yield measured(
+                        bench, what, ms, bare, work, peak, adapters=adapters, rank=rank, batch=batch, sequence=length,
+                        routing=bench.routing, **more,
+                    )  # fmt: skip
+                if bench.profile:
+                    for name, timed in contenders.items():
+                        list_kernels(f"{what} {batch}x{length} {name}", timed)
+
+
+def chosen_settings(bench: Bench, what: str) -> tuple[str, ...]:
+    """Names of `SETTINGS[what]`; today's is always among them."""
+    here = [n for n in SETTINGS[what] if jax.default_backend() == "gpu" or n in ANYWHERE]
+    if not bench.settings:
+        return ("today",)
+    named = here if "all" in bench.settings else [n for n in bench.settings if n in SETTINGS[what]]
+    known = {n for group in SETTINGS.values() for n in group} | {"all"}
+    if wrong := sorted((set(bench.settings) - known) | (set(named) - set(here))):
+        raise InputError(f"--settings: expected all or some of {', '.join(here)}; found {', '.join(wrong)}")
+    return tuple(dict.fromkeys(("today", *named)))
+
+
+def compare(title: str, kind: str, timed: Timed, agreed: dict[str, Any]) -> None:
+    """Runs a contender once and says how far its result is from today's; NaN is an error.
+
+    A choice of adapters that rounding turns is a difference too: a few percent are no alarm.
+    """
+    result = jax.block_until_ready(timed.call(timed.prepare()))
+    if timed.shown is None:
+        return
+    shown = timed.shown(result).astype(jnp.float32)
+    first = agreed.setdefault(kind, shown)
+    error = float(jnp.linalg.norm(shown - first) / jnp.linalg.norm(first))
+    if not error < 0.5:
+        raise ValueError(f"its keys differ from today's by {error:.2g}")
+    if first is not shown:
+        console.print(f"[dim]{title}: keys differ from today's by {error:.1e}")
+
+
+def list_kernels(title: str, timed: Timed) -> None:
+    """The kernels of one call, the ten that take longest by name."""
+    made = jax.block_until_ready(timed.prepare())
+    rows = kernels_of(lambda: timed.call(made))
+    table = Table("kernel", "launches", "us", "us each", title=f"{title}: {sum(r[2] for r in rows):.0f} us in "
+                  f"{sum(r[1] for r in rows)} launches, {timed.calls} steps a call")  # fmt: skip
+    for name, count, us in rows[:14]:
+        table.add_row(name[:90], str(count), f"{us:.0f}", f"{us / count:.2f}")
+    console.print(table)
 
 
 def bound_router(routing: str, choices: int, batch: int, names: tuple[str, ...]) -> Any:
@@ -325,52 +386,11 @@ def bound_router(routing: str, choices: int, batch: int, names: tuple[str, ...])
     return requests[0].bind(requests, names)
 
 
-def generating(what: str, graph: Any, weights: Any, router: Any, tokens: jax.Array, steps: int = 32) -> Timed:
-    """A prefill, or `steps` decoding steps behind one."""
-    lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    how = Sampling().traced
-    start = lambda: prefill(graph, weights, tokens, lengths, router, how, NO_END, room=2 * steps)[0]  # noqa: E731
-    if what == "prefill":
-        return Timed(lambda _: start())
-    state = start()
-    copy = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731 - a call donates its state
-    return Timed(lambda s: decode(graph, weights, s, router, how, NO_END, jnp.int32(steps + 1)), copy, calls=steps)
-
-
-def training(graph: Any, weights: Any, router: Any, tokens: jax.Array, adapters: int) -> dict[str, Timed]:
-    """One step of gate training; bare: loss and gradient of the base's own embedding, through the same layers."""
-    model = nnx.merge(graph, weights)
-    split, gates, frozen = nnx.split(model, GateParam, ...)
-    tx = optimizer(1000, 1e-4, 0.1, 1.0)
-    everywhere = jnp.ones(tokens.shape, bool)
-    columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    batch = Batch(
-        tokens=tokens, positions=columns, loss=everywhere, tasks=tokens % adapters, segments=jnp.ones_like(tokens)
-    )
-    state = initial_state(gates, tx, None)
-    copy = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731 - a step donates its state
-    update = make_step(split, state, tx, beta=50.0, dtype=model.embed.dtype, remat=True)
-    step = lambda s: update(frozen, s, batch, router)  # noqa: E731
-    bare_graph, embed, rest = nnx.split(model, nnx.PathContains("embed"), ...)
-
-    @jit()
-    def bare(embed: Any, rest: Any) -> Any:
-        def loss(embed: Any) -> jax.Array:
-            model = nnx.merge(bare_graph, embed, rest)
-            logits = model.logits(model(tokens, columns, None, remat=True).hidden[:, :-1], None)
-            own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
-            return -jnp.mean(own)
-
-        return jax.value_and_grad(loss)(embed)
-
-    return {"bare": Timed(lambda _: bare(embed, rest)), "adapted": Timed(step, copy)}
-
-
 def show(records: list[dict[str, Any]]) -> None:
     """The records as a table, and the fastest implementation of every shape."""
     table = Table("what", "shape", "tokens", "A x R", "ms", "bare", "ratio", "GB/s", "TFLOP/s", "roofline")
     for r in records:
-        what = " ".join(str(r[k]) for k in ("what", "group", "implementation") if k in r)
+        what = " ".join(str(r[k]) for k in LABELS if k in r)
         numbers = (f"{r['ms']:.4g}", f"{r['ms_bare']:.4g}", f"{r['ratio']:.3f}", f"{r['gb_per_s']:.0f}",
                    f"{r['tflop_per_s']:.2f}", f"{r['roofline']:.0%}")  # fmt: skip
         table.add_row(what, r["shape"], f"{r['batch']}x{r['sequence']}", f"{r['adapters']}x{r['rank']}", *numbers)
@@ -384,6 +404,19 @@ def show(records: list[dict[str, Any]]) -> None:
         ranking = ", ".join(f"{r['implementation']} {r['ratio']:.3f}" for r in best)
         console.print(f"fastest for {group} {batch}x{sequence}, {adapters} of rank {rank}: {ranking}")
 
+    for r in (r for r in records if r.get("model") == "adapted"):
+        shapes.setdefault(tuple(r[k] for k in ("what", "batch", "sequence", "adapters", "rank")), []).append(r)
+    for (what, batch, sequence, adapters, rank), rows in shapes.items():
+        if what not in SETTINGS:
+            continue
+        best = min(rows, key=lambda r: r["ms"])
+        setting = best["setting"]
+        console.print(
+            f"{what} {batch}x{sequence}, {adapters} of rank {rank}: fastest adapted by {setting}, {best['ms']:.4g} ms, "
+            f"{best['ratio']:.3f} of the fastest bare; to make it the default: {SETTINGS[what][setting].switch}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """Time over the bare model's, one bar a record."""
@@ -392,8 +425,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.24 * len(records)), layout="constrained")
     axes = figure.add_subplot()
     labels = [
-        f"{r['what']} {r.get('group', '')} {r.get('implementation', '')} {r['batch']}x{r['sequence']} "
-        f"A={r['adapters']} R={r['rank']}"
+        f"{' '.join(str(r[k]) for k in LABELS if k in r)} {r['batch']}x{r['sequence']} A={r['adapters']} R={r['rank']}"
         for r in records
     ]
     bars = axes.barh(range(len(records)), [r["ratio"] for r in records], color="#4878a8")
@@ -434,7 +466,7 @@ def main(bench: Bench) -> None:
                 records.append(record)
                 if bench.json:  # at once: the machine may be taken away
                     bench.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-                what = " ".join(str(record[k]) for k in ("what", "group", "implementation") if k in record)
+                what = " ".join(str(record[k]) for k in LABELS if k in record)
                 error = (
                     f"  differs from the reference by {record['error']:.1e} of the update" if "error" in record else ""
                 )

@@ -32,7 +32,7 @@ def check_types(function: Callable[..., Any]) -> Callable[..., Any]:
 # Every annotated function of these packages checks its arguments and result, shapes included. What Triton compiles
 # from source is left as it is written: rewritten functions have lost the module's globals.
 kernels = sorted(Path(__file__).parents[1].glob("pallas_kernels/*/*.py"))
-kernels = [f"pallas_kernels.{path.parent.name}.{path.stem}" for path in kernels if path.stem != "triton_kernels"]
+kernels = [f"pallas_kernels.{path.parent.name}.{path.stem}" for path in kernels if not path.stem.endswith("_kernels")]
 install_import_hook(("meteora_jax", "converters", *kernels), f"{__name__}.check_types")
 
 

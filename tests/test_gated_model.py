@@ -254,6 +254,34 @@ def compare_packed() -> None:
     assert np.linalg.norm(found - wanted) <= 0.1 * np.linalg.norm(wanted)
 
 
+def packed_attention(fused: Any, dtype: Any) -> list[np.ndarray]:
+    """Attention to two packed rows with padding behind, and its gradients by q, k and v; padding weighs nothing."""
+    rng = np.random.default_rng(0)
+    q, k, v, dy = (jnp.asarray(rng.standard_normal((2, 64, n, 64)), jnp.bfloat16) for n in (4, 2, 2, 4))
+    segments = jnp.asarray([[1] * 30 + [2] * 20 + [0] * 14, [1] * 64], jnp.int32)
+    real = segments > 0
+    place = jnp.arange(64, dtype=jnp.int32)
+    mask = (segments[:, None, :] == segments[:, :, None]) & (place[None, :] <= place[:, None])[None]
+    mask &= real[:, None, :]
+    if fused is not None:
+        mask |= ~real[:, :, None]  # as the model does
+    dy = jnp.where(real[:, :, None, None], dy, 0).reshape(2, 64, -1).astype(dtype)
+    call = Jit(lambda q, k, v, dy: (lambda y, pull: (y, *pull(dy)))(*jax.vjp(
+        lambda q, k, v: llama.attend(q, k, v, mask[:, None], fused) * real[:, :, None].astype(dtype), q, k, v
+    )))  # fmt: skip
+    return [np.asarray(z, np.float64) for z in call(*(z.astype(dtype) for z in (q, k, v)), dy)]
+
+
+def compare_packed_attention() -> None:
+    """cuDNN's gradients are as near to float32's as XLA's in the same 16 bits, up to a factor of two."""
+    exact = packed_attention(None, jnp.float32)
+    plain, fused = packed_attention(None, jnp.bfloat16), packed_attention("packed", jnp.bfloat16)
+    for name, want, other, found in zip(("y", "dq", "dk", "dv"), exact, plain, fused, strict=True):
+        assert np.isfinite(found).all(), name
+        error, usual = (np.linalg.norm(z - want) / np.linalg.norm(want) for z in (found, other))
+        assert error <= 2 * usual + 1e-3, f"{name}: {error:.1e}, by XLA {usual:.1e}"
+
+
 # The same three on any device: here they keep the GPU's tests alive, and prove bfloat16's own gradients.
 def test_prompts_with_the_slim_matrix(monkeypatch):
     compare_prompts(monkeypatch, mj.Gates(4, 20.0))
@@ -280,6 +308,27 @@ def test_a_gpu_decodes_and_compiles_once(monkeypatch, rows, fused):
     monkeypatch.setattr(llama, "FUSED_ATTENTION", fused)
     jax.clear_caches()
     decode_twice(rows)
+
+
+def test_packed_attention_with_a_stand_in_for_cudnn(monkeypatch):
+    """The mask that cuDNN is given, and the comparison itself; a mask that forgets segments is found."""
+    attention = jax.nn.dot_product_attention
+
+    def stand_in(*given, implementation, **more):
+        assert implementation == "cudnn"
+        return attention(*given, implementation="xla", **more)
+
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own formula is not strict
+        monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+        compare_packed_attention()
+        monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *z, mask, **more: stand_in(*z, mask=None, **more))
+        with pytest.raises(AssertionError, match="y: "):
+            compare_packed_attention()
+
+
+@pytest.mark.gpu
+def test_packed_attention_by_cudnn_has_the_gradients_of_xla():
+    compare_packed_attention()
 
 
 @pytest.mark.gpu

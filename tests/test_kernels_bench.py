@@ -35,6 +35,27 @@ def test_records_and_picture(tmp_path: Path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_settings_side_by_side(tmp_path: Path):
+    records = tmp_path / "records.json"
+    small = ("--batch", "2", "--sequence", "8", "--adapters", "3", "--json", str(records), "--profile")
+    result = bench("--what", "prefill", "decode", "--settings", "diagonal", "cudnn", *small)
+    assert result.returncode == 0, result.stderr
+    assert 'to make it the default: gated.PROMPTS = "diagonal"' in result.stdout or "default: nothing" in result.stdout
+    assert "us each" in result.stdout
+    found = [(r["what"], r["model"], r["setting"]) for r in json.loads(records.read_text())]
+    assert sorted(found) == sorted([
+        ("prefill", "bare", "today"), ("prefill", "adapted", "today"), ("prefill", "adapted", "diagonal"),
+        ("decode", "bare", "today"), ("decode", "adapted", "today"), ("decode", "bare", "cudnn"),
+        ("decode", "adapted", "cudnn"),
+    ])  # fmt: skip
+
+
+def test_a_setting_of_another_device_is_refused_in_a_line():
+    result = bench("--what", "decode", "--settings", "one")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: --settings: expected all or some of today")
+
+
 def test_an_implementation_of_another_device_is_refused_in_a_line():
     result = bench("--what", "kernel", "--implementation", "triton_dense")
     assert result.returncode == 1

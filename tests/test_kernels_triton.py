@@ -44,14 +44,15 @@ def test_numerics_on_random_shapes_by_triton_s_interpreter():
     out = program("triton_on_cpu.py", "6", TRITON_INTERPRET="1")
     assert [line.partition(":")[0] for line in out.splitlines()] == [
         *("triton_fused", "triton_gathered", "triton_dense"),
-        *("gated, reference", "gated, triton", "gated, triton_slim"),
+        *(f"gated, {name}" for name in get_args(gated.Implementation)),
     ]
 
 
 @needs_gpu_extra
 def test_every_kernel_compiles_for_hopper():
     out = program("triton_lowering.py")
-    for kernel in ("fused", "gathered_shrink", "gathered_expand", "dense_expand", "slim", "gated_expand"):
+    routed = ("fused", "gathered_shrink", "gathered_expand", "dense_expand", "slim", "gated_expand", "add_tiles")
+    for kernel in (*routed, "gated_mask", "product", "tail", "whole", "shrink", "attend", "combine"):
         assert f"  {kernel}_kernel: " in out
     half = out.split("triton_dense 2048x1")[1]
     assert "wgmma" in half.splitlines()[1], "the expand of a long prompt does not use Hopper's tensor cores"
@@ -84,8 +85,8 @@ def test_on_a_gpu(name: str, dtype: str, tokens: int):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 8, 40])
-@pytest.mark.parametrize("name", ["triton", "triton_slim"])
+@pytest.mark.parametrize("rows", [1, 8, 40, 1000])
+@pytest.mark.parametrize("name", get_args(gated.Implementation)[1:])
 def test_gated_on_a_gpu(name: str, rows: int):
     rng = np.random.default_rng(rows)
     adapters, rank, width, splits = 28, 8, 576, (576, 192, 192)

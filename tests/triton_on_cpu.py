@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +48,17 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     return jnp.array(tensor.numpy())
 
 
-def launch(kernel: str, *arrays: Any, out: Any, grid: tuple[int, ...], warps: int = 4, **constants: Any) -> Any:
-    """`triton_gpu.launch` on CPU tensors; outputs start as NaN, or as a wild index."""
+def launch(
+    kernel: str, *arrays: Any, out: Any, grid: tuple[int, ...], warps: int = 4, aliases: Any = None, **constants: Any
+) -> Any:
+    """`triton_gpu.launch` on CPU tensors; outputs start as NaN, or as a wild index, or as the input they alias."""
     LAUNCHES.append(kernel)
     several = isinstance(out, tuple)
-    results = []
-    for shape in out if several else (out,):
+    results, inputs = [], {place: i for i, place in (aliases or {}).items()}
+    for place, shape in enumerate(out if several else (out,)):
         wild = np.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 10**6
-        results.append(to_torch(np.full(shape.shape, wild, shape.dtype)))
+        start = arrays[inputs[place]] if place in inputs else np.full(shape.shape, wild, shape.dtype)
+        results.append(to_torch(start))
     getattr(triton_kernels, kernel)[grid](*map(to_torch, arrays), *results, **constants)
     results = tuple(map(to_jax, results))
     return results if several else results[0]
@@ -173,7 +176,7 @@ def main(examples: int) -> None:
                         name,
                     )
         print(f"{name}: {examples} random shapes")
-    for name in ("reference", "triton", "triton_slim"):
+    for name in get_args(gated.Implementation):
         random_gated_shapes(name, examples)
         print(f"gated, {name}: {examples} random shapes")
     # one launch, two launches

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.routed_lora.reference import add_expanded, dense_weights, einsum_float32
+from pallas_kernels.routed_lora.reference import add_expanded, columns, dense_weights, einsum_float32
 
 GATES = 32  # the gates' rows of a projection are padded to a multiple of this ...
 ROWS = 256  # ... and all its rows to a multiple of this: matrix units want whole tiles
@@ -22,13 +22,16 @@ DENSE_WIDTH = 512  # A * R up to which every shrink is taken
 # Tokens up to which the Triton kernel follows the slim product on a GPU; a prompt's kernel took 17 ms of 62 on an H200.
 TRITON_ROWS = 64
 
-Implementation = Literal["reference", "triton", "triton_slim"]
+Implementation = Literal["reference", "triton", "triton_slim", "diagonal", "masked_diagonal", "tiles"]
+# What serves more tokens than that on a GPU: XLA until `scripts/bench.py --what prefill --settings` has said otherwise.
+PROMPTS: Implementation = "reference"
 
 
 def choose(platform: str, rows: int) -> Implementation:
     """The implementation of `gated_lora` for so many tokens; without the extra `gpu` it is always XLA's."""
-    kernel = platform == "gpu" and rows <= TRITON_ROWS and _has_triton()
-    return "triton" if kernel else "reference"
+    if platform != "gpu" or not _has_triton():
+        return "reference"
+    return "triton" if rows <= TRITON_ROWS else PROMPTS
 
 
 @functools.cache
@@ -95,7 +98,9 @@ def gated_lora(
         counts: how many adapters each token takes, at most `top_k`. temperatures: float32, of its softmax.
         bias: float32, added to the gates' logits.
         implementation: "reference" in XLA; "triton" the slim product by XLA and one launch; "triton_slim" two
-            launches, the slim product too cut over the whole chip (few tokens).
+            launches, the slim product too cut over the whole chip (few tokens). For many tokens: "tiles" mask and
+            expand as two launches, the latter one pass over the output; "diagonal" the expand as one cuBLAS product
+            that adds in place, B's block-diagonal; "masked_diagonal" that behind the mask's launch.
     """
     projections, rows, width = slim.shape
     adapters, rank, _ = b.shape
@@ -106,7 +111,16 @@ def gated_lora(
         h = triton_gpu.slim_product(x, flat)
     else:
         h = einsum_float32(x.dtype, "mi,ni->mn", x, flat)[None]
-    if implementation != "reference":
+    if implementation in ("tiles", "masked_diagonal"):
+        if bias is not None:
+            h = h + jnp.pad(bias, ((0, 0), (0, rows - adapters))).reshape(-1)[None, None]
+        from pallas_kernels.routed_lora import triton_gpu
+
+        made = triton_gpu.masked_shrink(h[0], rank, x.dtype, scale, counts, temperatures, top_k, first)
+        masked, indices, weights = made
+        add = triton_gpu.add_tiles if implementation == "tiles" else add_diagonal
+        return add(base, masked, b, splits), indices, weights
+    if implementation in ("triton", "triton_slim"):
         from pallas_kernels.routed_lora import triton_gpu
 
         return triton_gpu.gated_expand(h, b, scale, counts, temperatures, base, splits, top_k, first, bias)
@@ -116,4 +130,22 @@ def gated_lora(
     combine = dense_weights(indices, weights, adapters) * scale[None]
     h = h[..., first : first + adapters * rank].reshape(-1, projections, adapters, rank)
     h = (h * combine[..., None]).astype(x.dtype)
+    if implementation == "diagonal":
+        return add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits), indices, weights
     return add_expanded(base, h, b, splits), indices, weights
+
+
+def add_diagonal(
+    base: Float[Array, "M O"], h: Float[Array, "M P K"], b: Float[Array, "A R O"], splits: tuple[int, ...]
+) -> Float[Array, "M O"]:
+    """base + h B as one product: B's columns of each projection on a diagonal of blocks, zeros beside them.
+
+    P times the operations, but no slices of base and no concatenation, and the sum is the product's own (cuBLAS adds to
+    float32 and rounds once; elsewhere the update is rounded to base's dtype first).
+    """
+    rows, projections, inner = h.shape
+    total = b.shape[2]
+    flat = b.reshape(inner, total)
+    pieces = [jnp.pad(flat[:, i:j], ((0, 0), (i, total - j))) for i, j in columns(splits)]
+    wide = flat if projections == 1 else jnp.concatenate(pieces, axis=0)
+    return base + jnp.einsum("mk,ko->mo", h.reshape(rows, projections * inner), wide)

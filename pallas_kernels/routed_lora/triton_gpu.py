@@ -12,6 +12,7 @@ Tiles are chosen here from the shape alone; nothing is tuned at run time.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import triton_launch
 from pallas_kernels.routed_lora.grouped import spread
 from pallas_kernels.routed_lora.reference import einsum_float32
 
@@ -42,20 +44,7 @@ def parts_of(total: int, programs: int, block: int) -> tuple[int, int]:
     return -(-total // columns), columns
 
 
-def launch(kernel: str, *arrays: jax.Array, out: Any, grid: tuple[int, ...], warps: int = 4, **constants: Any) -> Any:
-    """Launches a kernel of `triton_kernels` by name; `out` is a ShapeDtypeStruct or a tuple of them."""
-    try:
-        import jax_triton  # pyright: ignore[reportMissingImports]  # the extra gpu
-
-        from pallas_kernels.routed_lora import triton_kernels
-    except ImportError as e:
-        raise NotImplementedError(
-            f"Triton kernels: expected the extra `gpu` (pip install meteora-jax[gpu]), found no {e.name}"
-        ) from e
-    return jax_triton.triton_call(
-        *arrays, kernel=getattr(triton_kernels, kernel), out_shape=out, grid=grid, num_warps=warps, name=kernel,
-        **constants,
-    )  # fmt: skip
+launch: Any = functools.partial(triton_launch.launch, "pallas_kernels.routed_lora.triton_kernels")
 
 
 def fused_lora(
@@ -190,6 +179,52 @@ def gated_expand(
         warps=4 if tiles["BM"] <= 64 else 8,
         M=rows, O=total, A=adapters, AP=power(adapters), K=adapters * rank, R=rank, C=top_k, CP=power(top_k),
         W=columns // projections, FIRST=first, SPLITS=splits, PARTS=parts, BIASED=bias is not None, **tiles,
+    )  # fmt: skip
+
+
+def masked_shrink(
+    h: Float[Array, "M N"],
+    rank: int,
+    dtype: Any,
+    scale: Float[Array, "P A"],
+    counts: Int32[Array, " M"],
+    temperatures: Float[Array, " M"],
+    top_k: int,
+    first: int,
+) -> tuple[Float[Array, "M P K"], Int32[Array, "M P C"], Float[Array, "M P C"]]:
+    """(the shrinks of all adapters times their weights, in `dtype`; indices, weights) of many tokens' slim product."""
+    rows, columns = h.shape
+    projections, adapters = scale.shape
+    shape, routing = jax.ShapeDtypeStruct, (rows, projections, top_k)
+    inner = adapters * rank
+    return launch(
+        "gated_mask_kernel", h, scale, counts, temperatures,
+        out=(
+            shape((rows, projections, inner), dtype),
+            shape(routing, jnp.int32),
+            shape(routing, jnp.float32),
+        ),
+        grid=(-(-rows // 16), projections), M=rows, A=adapters, AP=power(adapters), K=inner, KP=power(inner), R=rank,
+        C=top_k, CP=power(top_k), P=projections, W=columns // projections, FIRST=first, BM=16,
+    )  # fmt: skip
+
+
+def add_tiles(
+    base: Float[Array, "M O"], h: Float[Array, "M P K"], b: Float[Array, "A R O"], splits: tuple[int, ...]
+) -> Float[Array, "M O"]:
+    """base + h B, each projection through its own columns: one pass over base, in its place."""
+    rows, _, inner = h.shape
+    total, size = b.shape[2], base.dtype.itemsize
+    deep = max(16, power(inner))
+    tokens, columns = (64, 128) if deep * size <= 512 else (32, 64)
+    blocks = column_blocks(splits, columns)
+    # as many tokens a program as leave two programs to a multiprocessor
+    walks = max(1, -(-rows // tokens) * blocks // PROGRAMS)
+    walk = tokens * min(walks, -(-rows // tokens))
+    return launch(
+        "add_tiles_kernel", h, b.reshape(inner, total), base, out=jax.ShapeDtypeStruct(base.shape, base.dtype),
+        aliases={2: 0}, grid=(blocks, -(-rows // walk)), M=rows, O=total, K=inner, KP=deep, SPLITS=splits, ROWS=walk,
+        BM=tokens, BN=columns, STAGES=3, warps=8,
     )  # fmt: skip
 
 

@@ -278,6 +278,40 @@ def dense_expand_kernel(
 
 
 @triton.jit
+def choose(
+    logit_ptr, count_ptr, temperature_ptr, rows, M: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, bias_ptr=None,
+    BIASED: tl.constexpr = False,
+):  # fmt: skip
+    """(adapters, weights), each [BM, CP]: the C largest logits, ties to the lowest index, and their softmax."""
+    scores = tl.arange(0, AP)
+    inside = (rows < M)[:, None] & (scores < A)[None, :]
+    logits = tl.zeros((BM, AP), tl.float32)
+    for part in range(PARTS):
+        place = (part * M + rows)[:, None] * ROW + scores[None, :]
+        logits += tl.load(logit_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+    if BIASED:
+        logits += tl.load(bias_ptr + scores, mask=scores < A, other=0.0)[None, :]
+    logits = tl.where((scores < A)[None, :], logits, float("-inf"))
+    count = tl.load(count_ptr + rows, mask=rows < M, other=0)
+    temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)
+    which = tl.arange(0, CP)
+    adapters = tl.full((BM, CP), -1, tl.int32)
+    values = tl.full((BM, CP), float("-inf"), tl.float32)
+    best = tl.max(logits, axis=1)
+    for c in tl.static_range(C):
+        value = tl.max(logits, axis=1)
+        adapter = tl.min(tl.where(logits == value[:, None], scores[None, :], AP), axis=1)
+        logits = tl.where(scores[None, :] == adapter[:, None], float("-inf"), logits)
+        here = (which == c)[None, :] & (count > c)[:, None]
+        adapters = tl.where(here, adapter[:, None], adapters)
+        values = tl.where(here, ((value - best) / temperature)[:, None], values)
+    weights = tl.exp(values)
+    total = tl.sum(weights, axis=1)
+    return adapters, weights / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
 def gated_expand_kernel(
     h_ptr,  # float32 [PARTS, M, P, W]: the gates' logits in columns 0 .. A, the shrink from column FIRST on
     b_ptr,  # [K, O], K = A * R
@@ -312,30 +346,10 @@ def gated_expand_kernel(
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = first + tl.arange(0, BN)
     h_ptr += p * W
-    scores = tl.arange(0, AP)
-    inside = (rows < M)[:, None] & (scores < A)[None, :]
-    logits = tl.zeros((BM, AP), tl.float32)
-    for part in range(PARTS):
-        logits += tl.load(h_ptr + (part * M + rows)[:, None] * (P * W) + scores[None, :], mask=inside, other=0.0)
-    if BIASED:
-        logits += tl.load(bias_ptr + p * A + scores, mask=scores < A, other=0.0)[None, :]
-    logits = tl.where((scores < A)[None, :], logits, float("-inf"))
-    count = tl.load(count_ptr + rows, mask=rows < M, other=0)
-    temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)
+    adapters, weights = choose(
+        h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, P * W, PARTS, BM, bias_ptr + p * A, BIASED
+    )
     which = tl.arange(0, CP)
-    adapters = tl.full((BM, CP), -1, tl.int32)
-    values = tl.full((BM, CP), float("-inf"), tl.float32)
-    best = tl.max(logits, axis=1)
-    for c in tl.static_range(C):
-        value = tl.max(logits, axis=1)
-        adapter = tl.min(tl.where(logits == value[:, None], scores[None, :], AP), axis=1)
-        logits = tl.where(scores[None, :] == adapter[:, None], float("-inf"), logits)
-        here = (which == c)[None, :] & (count > c)[:, None]
-        adapters = tl.where(here, adapter[:, None], adapters)
-        values = tl.where(here, ((value - best) / temperature)[:, None], values)
-    weights = tl.exp(values)
-    total = tl.sum(weights, axis=1)
-    weights = weights / tl.where(total > 0, total, 1.0)[:, None]
     choice = (rows[:, None] * P + p) * C + which[None, :]
     inside = (rows < M)[:, None] & (which < C)[None, :] & (first == start)  # one block writes
     tl.store(index_ptr + choice, adapters, mask=inside)
@@ -348,3 +362,86 @@ def gated_expand_kernel(
         y, h_ptr + FIRST, b_ptr, adapters, weights, rows, columns, end, M, O, K, R, C, CP, P * W, PARTS, BM, BK
     )
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_mask_kernel(
+    h_ptr,  # float32 [M, P, W]: the gates' logits in columns 0 .. A, the shrink from column FIRST on
+    scale_ptr,  # float32 [P, A]
+    count_ptr,  # int32 [M]
+    temperature_ptr,  # float32 [M]
+    masked_ptr,  # [M, P, K], K = A * R, written
+    index_ptr,  # int32 [M, P, C], written
+    weight_ptr,  # float32 [M, P, C], written; without the scale
+    M: tl.constexpr,
+    A: tl.constexpr,
+    AP: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    P: tl.constexpr,
+    W: tl.constexpr,
+    FIRST: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Top-k, softmax and mask of many tokens: the slim product is read once and leaves in 16 bits."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    p = tl.program_id(1)
+    h_ptr += p * W
+    adapters, weights = choose(h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, P * W, 1, BM)
+    which = tl.arange(0, CP)
+    choice = (rows[:, None] * P + p) * C + which[None, :]
+    inside = (rows < M)[:, None] & (which < C)[None, :]
+    tl.store(index_ptr + choice, adapters, mask=inside)
+    tl.store(weight_ptr + choice, weights, mask=inside)
+    weights *= tl.load(scale_ptr + p * A + tl.maximum(adapters, 0))
+    ks = tl.arange(0, KP)
+    weight = tl.zeros((BM, KP), tl.float32)
+    for c in tl.static_range(C):
+        adapter = tl.sum(tl.where(which[None, :] == c, adapters, 0), axis=1)
+        own = tl.sum(tl.where(which[None, :] == c, weights, 0.0), axis=1)
+        weight += tl.where((ks // R)[None, :] == adapter[:, None], own[:, None], 0.0)
+    inside = (rows < M)[:, None] & (ks < K)[None, :]
+    h = tl.load(h_ptr + FIRST + rows[:, None].to(tl.int64) * (P * W) + ks[None, :], mask=inside, other=0.0)
+    place = masked_ptr + (rows[:, None].to(tl.int64) * P + p) * K + ks[None, :]
+    tl.store(place, (h * weight).to(masked_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_tiles_kernel(
+    h_ptr,  # [M, P, K], masked
+    b_ptr,  # [K, O]
+    base_ptr,  # [M, O]
+    y_ptr,  # [M, O], the same memory
+    M: tl.constexpr,
+    O: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y += h B in one pass over y: a program keeps its columns of B and walks down ROWS tokens."""
+    p, first, _, end = project(tl.program_id(0), SPLITS, BN)
+    P: tl.constexpr = len(SPLITS)
+    columns = first + tl.arange(0, BN)
+    ks = tl.arange(0, KP)
+    b = tl.load(
+        b_ptr + ks[:, None] * O + columns[None, :], mask=(ks < K)[:, None] & (columns < end)[None, :], other=0.0
+    )
+    for m in tl.range(0, ROWS, BM, num_stages=STAGES):
+        rows = tl.program_id(1) * ROWS + m + tl.arange(0, BM)
+        inside = (rows < M)[:, None] & (columns < end)[None, :]
+        place = rows[:, None].to(tl.int64) * O + columns[None, :]
+        y = tl.load(base_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(
+            h_ptr + (rows[:, None].to(tl.int64) * P + p) * K + ks[None, :],
+            mask=(rows < M)[:, None] & (ks < K)[None, :],
+            other=0.0,
+        )
+        y = tl.dot(h, b, y, input_precision="ieee")
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,152 @@
+"""A decoding step by Triton: one token a row through all layers, read where they are stacked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from meteora_jax.adapters import AdaptedLinear
+from meteora_jax.compiler import Step
+from meteora_jax.config import GROUPS, LlamaConfig
+from meteora_jax.kv_cache import KVCache
+from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing.gates import BoundGates
+from pallas_kernels.decode_step import triton_gpu
+from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Form, Group, Tail
+from pallas_kernels.routed_lora import gated
+
+TAILS: dict[str, Tail] = {"qkv": "rope", "o": "residual", "gate_up": "silu", "down": "residual"}
+FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
+
+
+def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: int) -> str | None:
+    """Why this model or router is left to XLA; None where the kernels serve both."""
+    if config.qk_norm or config.sliding_window is not None:
+        return "head norms or a sliding window"
+    if rows > triton_gpu.MAX_ROWS or config.head_dim < 32 or config.head_dim & (config.head_dim - 1):
+        return "rows or heads that no tile has"
+    linears: list[AdaptedLinear] = [getattr(layers, name) for name in GROUPS]
+    for linear, tail in zip(linears, TAILS.values(), strict=True):
+        kernel = linear.kernel[...]
+        if linear.bias is not None:
+            return "biases"
+        for whole in (False, True):
+            try:
+                _, width, total = kernel.shape
+                triton_gpu.tiles(rows, width, total, tail, config.head_dim, kernel.dtype.itemsize, whole)
+            except NotImplementedError as e:
+                return str(e)
+    if router is None:
+        return None
+    gates = isinstance(router, BoundGates)
+    if gates and router.allowed is not None:
+        return "gates within a set"
+    if not gates and not getattr(router, "per_request", False):
+        return "a router that is neither gates nor one routing a request"
+    if not gates and router.route(jnp.zeros((rows, 1, 1)), None).fused is not None:
+        return "fusion"
+    for linear in linears:
+        if (
+            linear.lora_a is None
+            or linear.lora_b is None
+            or linear.lora_dora is not None
+            or linear.lora_bias is not None
+        ):
+            return "a group without adapters, DoRA or biases of adapters"
+        if gates and linear.form.changes:
+            return "gates of another form than MeteoRA's"
+        if linear.slim is None and (gates or not _wide(linear)):
+            return "adapters without a slim matrix"
+    return None
+
+
+def _wide(linear: AdaptedLinear) -> bool:
+    assert linear.lora_a is not None
+    return linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > gated.DENSE_WIDTH
+
+
+def group_weights(linear: AdaptedLinear, norm: Any, adapt: bool) -> Group:
+    """The stacked weights of a group; `norm` is the RmsNorm before it."""
+    read = lambda z: None if z is None or not adapt else z[...]  # noqa: E731
+    eps, scale = (1.0, None) if norm is None else (norm.eps, norm.scale[...])
+    a = read(linear.lora_a) if adapt and _wide(linear) else None
+    first = gated.first_shrink(linear.lora_b.shape[1]) if adapt and linear.lora_b is not None else 0
+    return Group(
+        linear.kernel[...], scale, read(linear.slim), a, read(linear.lora_b), read(linear.lora_scale), linear.splits,
+        eps, first,
+    )  # fmt: skip
+
+
+def run_layers(
+    layers: Any,
+    config: LlamaConfig,
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    cache: KVCache,
+    positions: jax.Array,
+    router: BoundRouter | None,
+    step: Step,
+) -> tuple[jax.Array, KVCache, tuple[Routing, ...]]:
+    """All layers of one step, the cache's slot claimed already.
+
+    Args:
+        layers: the stacked `Layer`. x [B, D]. angles: cosines and sines float32 [B, H/2]. positions int32 [B].
+
+    Returns:
+        x [B, D], the cache with the slot written, each group's routing with layers first: [L, B, 1, P or 1, C].
+    """
+    rows, depth = x.shape[0], config.num_layers
+    form = Form(step.launches == "one", step.captured)
+    choice = None
+    traced = jnp.full((1,), -1, jnp.int32), jnp.zeros((1,), jnp.float32)
+    if isinstance(router, BoundGates):
+        choice = Choice(router.max_k, router.counts, router.temperatures)
+        shape = (depth, rows, sum(map(len, GROUPS.values())), router.max_k)
+        traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
+    elif router is not None:
+        given = router.route(x[:, None], None)
+        choice = Choice(given.indices.shape[-1], indices=given.indices[:, 0, 0], weights=given.weights[:, 0, 0])
+    norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
+    groups = {g: group_weights(getattr(layers, g), norms.get(g), choice is not None) for g in GROUPS}
+    flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
+    carried = Carried(flat(cache.keys), flat(cache.values), *traced, jnp.zeros((2,), jnp.int32))
+    slot, used = cache.length[None], cache.length[None] + 1
+
+    def body(carry: tuple[jax.Array, Carried], layer: jax.Array) -> tuple[tuple[jax.Array, Carried], None]:
+        x, carried = carry
+
+        def run(group: str, x: jax.Array, carried: Carried, **more: Any) -> tuple[jax.Array, Carried]:
+            return triton_gpu.group_step(
+                layer[None], x, groups[group], TAILS[group], carried, choice, head=config.head_dim,
+                first_projection=FIRST[group], form=form, **more,
+            )  # fmt: skip
+
+        q, carried = run("qkv", x, carried, angles=angles, slot=slot)
+        heads = config.num_heads, config.head_dim
+        y = triton_gpu.attend(layer[None], q, carried, positions, cache.positions, used, *heads, form=form)
+        x, carried = run("o", y, carried, residual=x)
+        y, carried = run("gate_up", x, carried)
+        return run("down", y, carried, residual=x), None
+
+    if depth <= step.unroll:
+        for layer in range(depth):  # a layer's number is a constant here, which no launch has to compute
+            (x, carried), _ = body((x, carried), jnp.asarray(layer, jnp.int32))
+    else:
+        order = jnp.arange(depth, dtype=jnp.int32)
+        (x, carried), _ = jax.lax.scan(body, (x, carried), order, unroll=step.unroll)
+    keys, values = (z.reshape(cache.keys.shape) for z in (carried.keys, carried.values))
+    routings: tuple[Routing, ...] = ()
+    if choice is not None:
+        routings = tuple(_routing(carried, choice, g, depth) for g in GROUPS)
+    return x, KVCache(keys, values, cache.positions, cache.length), routings
+
+
+def _routing(carried: Carried, choice: Choice, group: str, depth: int) -> Routing:
+    """What acted in a group, layers first."""
+    if choice.counts is not None:
+        own = slice(FIRST[group], FIRST[group] + len(GROUPS[group]))
+        return Routing(carried.indices[:, :, None, own], carried.weights[:, :, None, own])
+    spread = lambda z: jnp.broadcast_to(z[None, :, None, None], (depth, z.shape[0], 1, 1, z.shape[1]))  # noqa: E731
+    return Routing(spread(choice.indices), spread(choice.weights))

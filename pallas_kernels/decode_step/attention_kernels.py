@@ -1,0 +1,87 @@
+"""Attention of a decoding step in Triton: one token a row, the cache a whole stack of layers; see `triton_kernels`."""
+
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+# pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# (Triton is optional, and a kernel is not Python: constants are upper case, blocks are no plain values)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend_kernel(
+    layer_ptr,  # int32 [1]
+    q_ptr,  # [M, N H]
+    keys_ptr,  # [L, M, S, KV]
+    values_ptr,  # [L, M, S, KV]
+    own_ptr,  # int32 [M]: the position of each row's token
+    position_ptr,  # int32 [M, S]: those of its slots, EMPTY for none
+    used_ptr,  # int32 [1]: slots to look at
+    y_ptr,  # [M, N H], or float32 [PARTS, M, N, H + 2]: sums, then maximum and total
+    M: tl.constexpr, S: tl.constexpr, N: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    GP: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EMPTY: tl.constexpr, FACTOR: tl.constexpr,
+    BS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention of one token a row: a program a row, group of G heads that share keys, and part of the slots."""
+    layer = tl.load(layer_ptr).to(tl.int64)
+    m = tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    used = tl.load(used_ptr)
+    own = tl.load(own_ptr + m)
+    group = tl.arange(0, GP)
+    inside = (group < G)[:, None]
+    width = tl.arange(0, H)
+    q = tl.load(q_ptr + m * (N * H) + (head * G + group)[:, None] * H + width[None, :], mask=inside, other=0.0)
+    keys_ptr += (layer * M + m) * (S * KV) + head * H
+    values_ptr += (layer * M + m) * (S * KV) + head * H
+    largest = tl.full((GP,), -1e30, tl.float32)
+    total = tl.zeros((GP,), tl.float32)
+    y = tl.zeros((GP, H), tl.float32)
+    for s in tl.range(part * PART, tl.minimum(used, part * PART + PART), BS, num_stages=STAGES):
+        slots = s + tl.arange(0, BS)
+        position = tl.load(position_ptr + m * S + slots, mask=slots < used, other=EMPTY)
+        seen = (position != EMPTY) & (position <= own)
+        k = tl.load(keys_ptr + slots[None, :] * KV + width[:, None], mask=(slots < used)[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * FACTOR
+        scores = tl.where(seen[None, :], scores, -1e30)
+        now = tl.maximum(largest, tl.max(scores, axis=1))
+        weights = tl.where(seen[None, :], tl.exp(scores - now[:, None]), 0.0)
+        kept = tl.exp(largest - now)
+        total = total * kept + tl.sum(weights, axis=1)
+        v = tl.load(values_ptr + slots[:, None] * KV + width[None, :], mask=(slots < used)[:, None], other=0.0)
+        y = tl.dot(weights.to(v.dtype), v, y * kept[:, None], input_precision="ieee")
+        largest = now
+    heads = head * G + group
+    if PARTS == 1:
+        y = y / tl.where(total > 0, total, 1.0)[:, None]
+        place = y_ptr + m * (N * H) + heads[:, None] * H + width[None, :]
+        tl.store(place, y.to(y_ptr.dtype.element_ty), mask=inside)
+    else:
+        place = y_ptr + ((part * M + m) * N + heads) * (H + 2)
+        tl.store(place[:, None] + width[None, :], y, mask=inside)
+        tl.store(place + H, largest, mask=group < G)
+        tl.store(place + H + 1, total, mask=group < G)
+
+
+@triton.jit
+def combine_kernel(
+    parts_ptr,  # float32 [PARTS, M, N, H + 2]
+    y_ptr,  # [M, N H]
+    M: tl.constexpr, N: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The parts of an attention, added: a program a row and head."""
+    place = tl.program_id(0)
+    width = tl.arange(0, H)
+    largest = -1e30
+    for part in range(PARTS):
+        largest = tl.maximum(largest, tl.load(parts_ptr + (part * M * N + place) * (H + 2) + H))
+    y = tl.zeros((H,), tl.float32)
+    total = 0.0
+    for part in range(PARTS):
+        source = parts_ptr + (part * M * N + place) * (H + 2)
+        weight = tl.exp(tl.load(source + H) - largest)
+        total += weight * tl.load(source + H + 1)
+        y += weight * tl.load(source + width)
+    y = y / tl.where(total > 0, total, 1.0)
+    tl.store(y_ptr + place * H + width, y.to(y_ptr.dtype.element_ty))

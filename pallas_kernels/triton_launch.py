@@ -1,0 +1,68 @@
+"""Launches Triton kernels through jax-triton (the extra `gpu`), also so that XLA may put them into CUDA graphs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+CAPTURABLE = "triton_kernel_call_ffi"  # jaxlib's second entry to the same launcher, the one that may be captured
+
+
+def launch(
+    module: str, kernel: str, *arrays: Any, out: Any, grid: tuple[int, ...], warps: int = 4,
+    aliases: dict[int, int] | None = None, capturable: bool = False, **constants: Any,
+) -> Any:  # fmt: skip
+    """Launches a kernel by its module's and its own name.
+
+    Args:
+        out: a ShapeDtypeStruct or a tuple of them; the kernel's last parameters.
+        aliases: {input: output}: the output starts as that input, in its place.
+        capturable: through the entry that CUDA graphs know.
+
+    Raises:
+        NotImplementedError: the extra `gpu` is not installed.
+    """
+    try:
+        import jax_triton  # pyright: ignore[reportMissingImports]  # the extra gpu
+
+        kernels = importlib.import_module(module)
+    except ImportError as e:
+        raise NotImplementedError(
+            f"Triton kernels: expected the extra `gpu` (pip install meteora-jax[gpu]), found no {e.name}"
+        ) from e
+    if capturable:
+        _lower_capturable()
+        constants["custom_call_target_name"] = CAPTURABLE
+    return jax_triton.triton_call(
+        *arrays, kernel=getattr(kernels, kernel), out_shape=out, grid=grid, num_warps=warps, name=kernel,
+        input_output_aliases=aliases, **constants,
+    )  # fmt: skip
+
+
+@functools.cache
+def _lower_capturable() -> None:
+    """jax-triton 0.3.1 knows the older entry alone: its calls of the other are given what that one reads.
+
+    Source of the attributes: jaxlib's own use of the entry (jax/_src/pallas/triton/pallas_call_registration.py).
+    """
+    from jax.interpreters import mlir
+    from jax_triton import triton_lib  # pyright: ignore[reportMissingImports]
+
+    ir: Any = importlib.import_module("jaxlib.mlir.ir")
+    lower = functools.partial(triton_lib.triton_kernel_call_lowering, triton_lib.get_cuda_backend)
+
+    def rule(ctx: Any, *arguments: Any, **params: Any) -> Any:
+        results = lower(ctx, *arguments, **params)
+        if params["custom_call_target_name"] == CAPTURABLE:
+            first = results[0]
+            call = (first[0] if isinstance(first, list | tuple) else first).owner
+            opaque = ir.StringAttr(call.attributes["backend_config"]).value_bytes
+            call.attributes["backend_config"] = ir.StringAttr.get("")
+            call.attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 1)
+            call.attributes["mhlo.backend_config"] = ir.DictAttr.get(
+                {"name": ir.StringAttr.get(params["name"]), "opaque": ir.StringAttr.get(opaque)}
+            )
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, rule, platform="cuda")

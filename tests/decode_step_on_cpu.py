@@ -1,0 +1,304 @@
+"""Run as a program with TRITON_INTERPRET=1: a decoding step's Triton kernels on CPU tensors against float64 NumPy.
+
+Everything but the last call is the package's own code. Prints a line a number of cases, exits 1 on the first wrong
+one. tests/test_decode_step.py starts it, and imports `group` and `attention`, the formulas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from test_gated_model import small
+
+import meteora_jax as mj
+from meteora_jax import llama
+from meteora_jax.compiler import Step
+from meteora_jax.generation import Generator, Sampling
+from pallas_kernels.decode_step import triton_gpu
+from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Form, Group
+from pallas_kernels.routed_lora import gated
+
+EPS = {"float32": 2.0**-22, "bfloat16": 2.0**-7}
+
+
+def interpret() -> list[str]:
+    """Launches run in Triton's interpreter from here on; the names of the kernels are added to the list returned."""
+    from triton.runtime import interpreter
+    from triton_on_cpu import to_jax, to_torch
+
+    launches: list[str] = []
+
+    def launch(module, kernel, *arrays, out, grid, warps=4, aliases=None, capturable=False, **constants):
+        launches.append(kernel)
+        several = isinstance(out, tuple)
+        shapes = out if several else (out,)
+        aliases = {o: i for i, o in (aliases or {}).items()}
+
+        def run(*arrays):
+            results = []
+            for place, shape in enumerate(shapes):
+                wild = np.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 10**6
+                start = arrays[aliases[place]] if place in aliases else np.full(shape.shape, wild, shape.dtype)
+                results.append(to_torch(np.array(start)))
+            getattr(importlib.import_module(module), kernel)[grid](*map(to_torch, arrays), *results, **constants)
+            return tuple(np.asarray(to_jax(r)) for r in results)
+
+        results = jax.pure_callback(run, tuple(shapes), *arrays)
+        return results if several else results[0]
+
+    triton_gpu.launch = launch
+    # a loop's bound that was read from memory is an array of one element there, which NumPy takes for no number
+    patched = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(np.reshape(self.handle.data, ())))
+
+    interpreter._patch_lang_tensor = patch
+    return launches
+
+
+def softmax_of_largest(logits: np.ndarray, count: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(-logits, kind="stable")[:count]
+    values = np.exp((logits[order] - logits[order[:1]]) / temperature)
+    return order, values / values.sum() if count else values
+
+
+def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict[str, Any]) -> tuple[Any, Any, float]:
+    """(result, [[(adapters, weights) by projection] by row], size of the sums), float64; extra: residual, cos, sin."""
+    f = lambda z: np.asarray(z, np.float64)  # noqa: E731
+    x, starts, factor = f(x), np.cumsum((0, *g.splits)), np.ones(len(x))
+    if g.norm is not None:
+        factor = 1 / np.sqrt((x * x).mean(-1) + g.eps)
+        x = x * f(g.norm)[layer]
+    y = factor[:, None] * (x @ f(g.w)[layer])
+    size = factor[:, None] * (np.abs(x) @ np.abs(f(g.w)[layer]))
+    routed = []
+    for m in range(len(x)) if choice is not None else ():
+        routed.append([])
+        for p in range(len(g.splits)):
+            # the factor last: equal logits stay equal
+            slim = f(g.slim)[layer, p] @ x[m] * factor[m] if g.slim is not None else None
+            if choice.counts is not None:
+                adapters = g.b.shape[1]
+                chosen = softmax_of_largest(slim[:adapters], int(choice.counts[m]), float(choice.temperatures[m]))
+            else:
+                chosen = np.asarray(choice.indices)[m], f(choice.weights)[m]
+            routed[-1].append(chosen)
+            columns = slice(starts[p], starts[p + 1])
+            for i, w in zip(*chosen, strict=True):
+                if 0 <= i < g.b.shape[1]:
+                    rank = g.b.shape[2]
+                    h = f(g.a)[layer, p, i] @ x[m] * factor[m] if g.a is not None else slim[g.first + i * rank :][:rank]
+                    y[m, columns] += w * f(g.scale)[layer, p, i] * h @ f(g.b)[layer, i][:, columns]
+                    size[m, columns] += (
+                        abs(w * f(g.scale)[layer, p, i]) * np.abs(h) @ np.abs(f(g.b)[layer, i][:, columns])
+                    )
+    if tail == "silu":
+        gate, up = np.split(y, 2, -1)
+        return gate / (1 + np.exp(-gate)) * up, routed, float(size.max()) * max(1.0, np.abs(y).max())
+    if tail == "residual":
+        return f(extra["residual"]) + y, routed, float(size.max()) + np.abs(f(extra["residual"])).max()
+    q, k, v = (y[:, starts[p] : starts[p + 1]].reshape(len(y), -1, extra["head"]) for p in range(3))
+    turn = lambda z: np.concatenate(  # noqa: E731
+        [z[..., 0::1][..., : extra["head"] // 2] * cos - z[..., extra["head"] // 2 :] * sin,
+         z[..., extra["head"] // 2 :] * cos + z[..., : extra["head"] // 2] * sin], -1
+    )  # fmt: skip
+    cos, sin = f(extra["cos"])[:, None], f(extra["sin"])[:, None]
+    return tuple(z.reshape(len(y), -1) for z in (turn(q), turn(k), v)), routed, 2 * float(size.max())
+
+
+def random_group(rng, kind, layers, width, splits, adapters, rank, wide, norm, gates) -> Group:
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s) / np.sqrt(s[-2]), kind)  # noqa: E731
+    p, total = len(splits), sum(splits)
+    a = jnp.asarray(rng.standard_normal((layers, p, adapters, rank, width)) / np.sqrt(width), kind)
+    gate = np.round(2 * rng.standard_normal((layers, width, p, adapters)))  # with x and norm below, exact; ties
+    slim = jnp.stack(
+        [
+            gated.slim_matrix(jnp.asarray(g, jnp.float32), z[..., :0, :] if wide else z)
+            for g, z in zip(gate, a, strict=True)
+        ]
+    )
+    return Group(
+        draw(layers, width, total), jnp.asarray(rng.choice([0.5, 1, 2], (layers, width)), kind) if norm else None,
+        slim if gates or not wide else None, a if wide else None, draw(layers, adapters, rank, total),
+        jnp.asarray(rng.uniform(0.5, 2, (layers, p, adapters)), jnp.float32), splits, 1e-5,
+        gated.first_shrink(adapters),
+    )  # fmt: skip
+
+
+def one_case(seed: int, launches: list[str]) -> None:
+    """A random group, routing, tail and form."""
+    rng = np.random.default_rng(seed)
+    tail, how = ("rope", "silu", "residual")[seed % 3], ("none", "gates", "given")[seed // 3 % 3]
+    kind = ("float32", "bfloat16")[(seed // 9 + seed) % 2]
+    wide, form = bool((seed // 9 + seed // 3) % 2), Form(whole=bool((seed // 18 + seed // 9 + seed) % 2))
+    rows, layers, head = int(rng.choice([1, 2, 3, 8, 17])), 2, int(rng.choice([32, 64]))
+    width = int(rng.choice([16, 64, 96, 128]))
+    adapters, rank, top_k = int(rng.integers(2, 40)), int(rng.choice([1, 3, 8])), int(rng.integers(1, 4))
+    top_k = min(top_k, adapters)
+    kv = int(rng.integers(1, 3))
+    splits = {
+        "rope": (2 * kv * head, kv * head, kv * head),
+        "silu": (96, 96),
+        "residual": (int(rng.choice([32, 64])),),
+    }[tail]
+    g = random_group(rng, kind, layers, width, splits, adapters, rank, wide, tail != "residual", how == "gates")
+    x = jnp.asarray(rng.integers(-2, 3, (rows, width)), kind)
+    layer, slots, slot = int(rng.integers(layers)), 5, 3
+    empty = lambda: jnp.asarray(rng.standard_normal((layers, rows, slots, kv * head)), kind)  # noqa: E731
+    traced = how == "gates"
+    carried = Carried(
+        empty(), empty(), jnp.full((layers, rows, 7, top_k) if traced else (1,), 99, jnp.int32),
+        jnp.zeros((layers, rows, 7, top_k) if traced else (1,), jnp.float32), jnp.zeros((2,), jnp.int32),
+    )  # fmt: skip
+    choice = None
+    if how == "gates":
+        choice = Choice(top_k, jnp.asarray(rng.integers(0, top_k + 1, rows), jnp.int32),
+                        jnp.asarray(rng.uniform(5, 20, rows), jnp.float32))  # fmt: skip
+    elif how == "given":
+        choice = Choice(top_k, indices=jnp.asarray(rng.integers(-1, adapters, (rows, top_k)), jnp.int32),
+                        weights=jnp.asarray(rng.standard_normal((rows, top_k)), jnp.float32))  # fmt: skip
+    angle = rng.uniform(0, 6, (rows, head // 2))
+    extra = dict(residual=jnp.asarray(rng.standard_normal((rows, splits[0])), kind), head=head,
+                 cos=jnp.asarray(np.cos(angle), jnp.float32), sin=jnp.asarray(np.sin(angle), jnp.float32))  # fmt: skip
+    at = {"rope": 0, "residual": 3, "silu": 4}[tail]
+    launches.clear()
+    out, after = triton_gpu.group_step(
+        jnp.asarray([layer], jnp.int32), x, g, tail, carried, choice, head=head, first_projection=at,
+        residual=extra["residual"] if tail == "residual" else None,
+        angles=(extra["cos"], extra["sin"]) if tail == "rope" else None, slot=jnp.asarray([slot], jnp.int32), form=form,
+    )  # fmt: skip
+    middle = ["shrink_kernel"] if wide and choice is not None else []
+    expected = ["whole_kernel"] if form.whole and not middle else ["product_kernel", *middle, "tail_kernel"]
+    assert launches == expected, launches
+    wanted, routed, size = group(x, g, layer, tail, choice, extra)
+    found = (out, after.keys[layer, :, slot], after.values[layer, :, slot]) if tail == "rope" else (out,)
+    for one, other in zip(found, wanted if tail == "rope" else (wanted,), strict=True):
+        error = np.abs(np.asarray(one, np.float64) - other).max() / size
+        assert error <= 4 * EPS[kind], f"seed {seed}: {kind} {tail} {how} {form} wide={wide}: {error}"
+    np.testing.assert_array_equal(after.flags, 0)
+    if traced:
+        for m, row in enumerate(routed):
+            for p, (indices, weights) in enumerate(row):
+                taken = after.indices[layer, m, at + p]
+                np.testing.assert_array_equal(taken, [*indices, *[-1] * (top_k - len(indices))])
+                np.testing.assert_allclose(after.weights[layer, m, at + p][: len(indices)], weights, atol=2e-2)
+        others = np.delete(np.asarray(after.indices), layer, 0)
+        assert (others == 99).all(), "another layer's trace was written"
+    if tail == "rope":  # nothing but the slot
+        for before, now in ((carried.keys, after.keys), (carried.values, after.values)):
+            kept = np.ones(before.shape[:3], bool)
+            kept[layer, :, slot] = False
+            np.testing.assert_array_equal(np.asarray(now)[kept], np.asarray(before)[kept])
+
+
+def attention(q, keys, values, own, positions, heads: int, head: int) -> np.ndarray:
+    """float64: every row's heads over the slots that it sees; 0 where it sees none."""
+    f = lambda z: np.asarray(z, np.float64)  # noqa: E731
+    rows, slots, kv = keys.shape
+    q, k, v = (
+        f(q).reshape(rows, heads, head),
+        f(keys).reshape(rows, slots, -1, head),
+        f(values).reshape(rows, slots, -1, head),
+    )
+    out = np.zeros_like(q)
+    for m, n in np.ndindex(rows, heads):
+        seen = (positions[m] != triton_gpu.EMPTY) & (positions[m] <= own[m])
+        if seen.any():
+            share = n // (heads * head // kv)
+            scores = k[m, seen, share] @ q[m, n] * head**-0.5
+            weights = np.exp(scores - scores.max())
+            out[m, n] = weights / weights.sum() @ v[m, seen, share]
+    return out.reshape(rows, -1)
+
+
+def one_attention(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kind = ("float32", "bfloat16")[seed % 2]
+    rows, groups, ratio, head = int(rng.integers(1, 4)), int(rng.integers(1, 3)), int(rng.choice([1, 3, 4])), 32
+    slots = int(rng.choice([5, 70, 600]))
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s), kind)  # noqa: E731
+    keys, values = draw(2, rows, slots, groups * head), draw(2, rows, slots, groups * head)
+    q, used = draw(rows, groups * ratio * head), int(rng.integers(1, slots + 1))
+    positions = np.full((rows, slots), triton_gpu.EMPTY, np.int32)
+    positions[:, :used] = np.arange(used)
+    positions[0, used // 2 : used - 1] = triton_gpu.EMPTY  # padding behind a prompt
+    own = positions[:, used - 1].copy()
+    own[-1] = rng.choice([own[-1], triton_gpu.EMPTY])
+    nothing = jnp.zeros((1,), jnp.int32)
+    y = triton_gpu.attend(
+        jnp.asarray([1], jnp.int32), q, Carried(keys, values, nothing, nothing, nothing), jnp.asarray(own),
+        jnp.asarray(positions), jnp.asarray([used], jnp.int32), groups * ratio, head,
+    )  # fmt: skip
+    wanted = attention(q, keys[1], values[1], own, positions, groups * ratio, head)
+    error = np.abs(np.asarray(y, np.float64) - wanted).max()
+    assert error <= 8 * EPS[kind] * max(1, np.abs(wanted).max()), f"seed {seed}: {error}"
+
+
+def generate(model: Any, router: Any, step: Step | None) -> tuple[list[list[int]], Any]:
+    """Greedy tokens, and routing, of a ragged batch; `step` as the table of steps would have it."""
+    llama.step_form = lambda rows: step
+    jax.clear_caches()
+    rows = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], [200]]
+    batch = Generator(model.graph, model.weights, model.config, rows, model.bind(router, 3), Sampling(), 3)
+    batch.advance(3)
+    return batch.tokens(), batch.routing([2, 2, 2], [3, 3, 3])
+
+
+def whole_model(launches: list[str]) -> None:
+    """Generation by the kernels tells what generation by XLA does."""
+    gated.ROWS = 64  # fewer blocks of zeros to interpret
+    model = small("float32")
+    graph, weights = llama.prepare_gates(model.graph, model.weights)
+    model = dataclasses.replace(model, graph=graph, weights=weights)
+    for router, step in (
+        (None, Step(64, "one")),
+        (mj.Gates(2), Step(64, "one", unroll=1)),
+        ([mj.Gates(1, 3.0), mj.Gates(2), None], Step(64, "two", head=True)),
+        ([mj.Fixed({"cedar": 0.7, "apple": 0.4}), None, mj.Fixed("birch")], Step(64, "two", unroll=2)),
+    ):
+        wanted, traced = generate(model, router, None)
+        launches.clear()
+        found, routing = generate(model, router, step)
+        assert ("whole_kernel" if step.launches == "one" else "tail_kernel") in launches, launches
+        assert found == wanted, (router, step)
+        if traced is None:
+            assert routing is None
+            continue
+        assert routing is not None
+        for (i, w), (j, v) in zip(routing, traced, strict=True):
+            np.testing.assert_array_equal(i, j)
+            np.testing.assert_allclose(w, v, atol=1e-4)
+
+
+def main(examples: int) -> None:
+    launches = interpret()
+    whole_model(launches)
+    print("whole model")
+    for seed in range(examples):
+        one_case(seed, launches)
+    print(f"groups: {examples} cases")
+    for seed in range(max(4, examples // 8)):
+        one_attention(seed)
+    print("attention")
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 64), (64, 96)))
+    found = triton_gpu.head_logits(x, w)
+    wanted = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    print("head")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

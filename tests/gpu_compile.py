@@ -1,0 +1,121 @@
+"""Run as a program: compiles decoding steps of Llama-3-8B for an H200 that is not there, and reads the program.
+
+    JAX_PLATFORMS=cpu python tests/gpu_compile.py
+
+Needs the extra `gpu` (XLA's CUDA compiler), no GPU and no Triton: a launch is any custom call with the same operands,
+results and aliases. Prints what one layer takes; exits 1 where XLA copies what a launch changes in place.
+tests/test_decode_step.py starts it where the extra is installed.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # it would ask a driver
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import meteora_jax as mj
+from meteora_jax import compiler, llama
+from meteora_jax.compiler import Step
+from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
+from meteora_jax.generation import Decoding, decode
+from meteora_jax.kv_cache import KVCache
+from meteora_jax.llama import Llama
+from pallas_kernels.decode_step import triton_gpu
+
+# What the compiler asks of a GPU; source: the vendor's data sheet and CUDA's device properties.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 151397597184 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } device_description_str: "NVIDIA H200"
+"""
+LAYERS = 4
+
+
+def stand_in(module: str, kernel: str, *arrays: Any, out: Any, aliases: Any = None, **rest: Any) -> Any:
+    call = jax.ffi.ffi_call(
+        "triton_kernel_call", jax.tree.leaves(out), input_output_aliases=aliases or {}, custom_call_api_version=2,
+        legacy_backend_config=kernel,
+    )  # fmt: skip
+    results = call(*arrays)
+    return tuple(results) if isinstance(out, tuple) else results[0]
+
+
+def program(device: Any, step: Step, router: Any, rows: int) -> str:
+    """The optimised program of `decode`."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=LAYERS, num_heads=32, num_kv_heads=8,
+        head_dim=128, rms_norm_eps=1e-5, rope_theta=500000.0, rope_scaling=None, max_position_embeddings=8192,
+        tie_word_embeddings=False, attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_ids=(),
+    )  # fmt: skip
+    infos = tuple(AdapterInfo(f"adapter_{i}", 8, PROJECTIONS, "", "", {}) for i in range(28))
+    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
+    bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), LAYERS, shapes)
+
+    def make() -> Llama:
+        model = Llama(config, bank, gates=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        for group in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
+            group.prepare()
+        return model
+
+    graph, weights = nnx.split(nnx.eval_shape(make))
+    bound = router.bind([router] * rows, bank.names) if router is not None else None
+    array = jax.ShapeDtypeStruct
+    trace = None
+    if bound is not None:
+        routed = (64, LAYERS, rows, 7, bound.max_k)
+        trace = (array(routed, jnp.int32), array(routed, jnp.float32))
+    cache = jax.eval_shape(lambda: KVCache.create(config, rows, 576, jnp.bfloat16))
+    counted = array((rows,), jnp.int32)
+    state = Decoding(
+        cache, array((rows, 64), jnp.int32), counted, array((rows,), bool), array((), jnp.int32), counted, trace
+    )
+    llama.step_form = lambda rows: step
+    place = lambda tree: jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), tree)  # noqa: E731
+    jitted = jax.jit(decode.__wrapped__, static_argnames=("graph",), donate_argnames=("state",))
+    rest = (place(bound), {}, place(array((1,), jnp.int32)), place(array((), jnp.int32)))
+    lowered = jitted.trace(graph, place(weights), place(state), *rest).lower(lowering_platforms=("cuda",))
+    text = lowered.compile(compiler_options=compiler.GPU_OPTIONS | {"xla_gpu_autotune_level": 0}).as_text()
+    assert text is not None
+    return text
+
+
+def main() -> None:
+    (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
+    triton_gpu.launch = stand_in
+    for step, router, rows, a_layer in (
+        (Step(64, "one"), None, 1, 6),
+        (Step(64, "one"), mj.Gates(2), 1, 6),
+        (Step(64, "two"), mj.Gates(2), 8, 10),
+        (Step(64, "two"), mj.Gates(2), 32, 9),
+    ):
+        text = program(device, step, router, rows)
+        (body,) = [part for part in re.split(r"\n(?=%|ENTRY)", text) if "triton_kernel_call" in part]
+        names = re.findall(r" (fusion|copy|while|custom-call)\(", body)
+        launches = len(re.findall('custom_call_target="triton_kernel_call"', body))
+        what = f"{step.launches}, {'bare' if router is None else 'adapted'}, {rows} rows"
+        print(f"{what}: {launches / LAYERS:g} launches a layer, {len(names) - launches} beside the layers")
+        assert launches == a_layer * LAYERS, what
+        assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
+        assert len(names) - launches <= 24, what
+
+
+if __name__ == "__main__":
+    main()
