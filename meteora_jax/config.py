@@ -28,11 +28,10 @@ class InputError(Exception):
         super().__init__("; ".join(shown) + (f"; and {rest} more problems" if rest else ""))
 
 
-PREEMPTED = 75  # exit status of a run that SIGTERM ended after saving (EX_TEMPFAIL of sysexits.h)
-
-
 class Preempted(Exception):
-    """SIGTERM came: the run saved its state after `step` in `folder` and ended. The CLI exits with PREEMPTED."""
+    """SIGTERM came: the run saved its state after `step` in `folder` and ended. The CLI exits with `status`."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
 
     def __init__(self, step: int, folder: Path):
         self.step = step
@@ -173,9 +172,8 @@ class LlamaConfig:
             return {}
         if self.model_type == "mistral":
             return {"sliding_window": self.sliding_window}
-        windowed = self.sliding_window is not None
-        layers = 0 if windowed else self.num_layers
-        return {"use_sliding_window": windowed, "sliding_window": self.sliding_window, "max_window_layers": layers}
+        window, layers = self.sliding_window, self.num_layers if self.sliding_window is None else 0
+        return {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": layers}
 
 
 MODEL_TYPES = {
@@ -413,10 +411,9 @@ class BankConfig:
         try:
             if raw["format"] != "meteora-bank-1":
                 raise InputError(f"{source}: format: expected 'meteora-bank-1', found {raw['format']!r}")
-            adapters = []
-            for a in raw["adapters"]:
-                invocation = tuple(map(int, a.get("invocation", ())))  # older banks have none
-                adapters.append(AdapterInfo(**{**a, "targets": tuple(a["targets"]), "invocation": invocation}))
+            invoked = lambda a: tuple(map(int, a.get("invocation", ())))  # older banks have none  # noqa: E731
+            own = ({**a, "targets": tuple(a["targets"]), "invocation": invoked(a)} for a in raw["adapters"])
+            adapters = tuple(AdapterInfo(**a) for a in own)
             shapes = {p: (int(i), int(o)) for p, (i, o) in raw["base_shapes"].items()}
             ranks = {p: int(r) for p, r in raw["ranks"].items()}
             dora, bias = tuple(raw.get("dora", ())), tuple(raw.get("lora_bias", ()))
@@ -424,14 +421,12 @@ class BankConfig:
                 end: EndConfig(int(held["rank"]), tuple(tuple(map(int, ids)) for ids in held["tokens"]))
                 for end, held in raw.get("ends", {}).items()
             }
-            vocab = raw.get("vocab_shape")
-            vocab = None if vocab is None else (int(vocab[0]), int(vocab[1]))
-            if not ends.keys() <= ENDS.keys() or bool(ends) != (vocab is not None):
-                raise ValueError("ends and vocab_shape")
-            if any(len(held.tokens) != len(adapters) for held in ends.values()):
-                raise ValueError("tokens of ends")
+            vocab = None if raw.get("vocab_shape") is None else (int(raw["vocab_shape"][0]), int(raw["vocab_shape"][1]))
+            uneven = any(len(held.tokens) != len(adapters) for held in ends.values())
+            if uneven or not ends.keys() <= ENDS.keys() or bool(ends) != (vocab is not None):
+                raise ValueError("ends, their tokens and vocab_shape")
             base = None if raw.get("base") is None else dict(raw["base"])
-            return cls(tuple(adapters), ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab, base)
+            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab, base)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 
@@ -470,12 +465,11 @@ class GateConfig:
     background: str | None = None  # SHA-256 of the tokens that independent columns were trained against
 
     def to_json(self) -> dict[str, Any]:
-        plain = {"names": self.names, "top_k": self.top_k, "temperature": self.temperature}
-        own = {"background": self.background} if self.background is not None else {}
-        if not self.form.changes:
-            return {"format": "meteora-gates-1", **plain, **own}
-        # its own format: what reads MeteoRA's gates alone must refuse them
-        return {"format": "meteora-gates-2", **plain, "form": self.form.changes, **own}
+        own: dict[str, Any] = {"names": self.names, "top_k": self.top_k, "temperature": self.temperature}
+        own |= {"background": self.background} if self.background is not None else {}
+        own |= {"form": self.form.changes} if self.form.changes else {}
+        # another format for another form: what reads MeteoRA's gates alone must refuse it
+        return {"format": f"meteora-gates-{2 if self.form.changes else 1}", **own}
 
     @classmethod
     def from_json(cls, raw: Any, source: str) -> GateConfig:
@@ -486,8 +480,7 @@ class GateConfig:
             flags, mark = all(isinstance(x, bool) for x in (form.carry, form.shared, form.bias)), raw.get("background")
             if form.input not in ("token", "prefix-mean") or not flags or not isinstance(mark, str | None):
                 raise ValueError(f"{form}, background {mark!r}")
-            top_k, temperature = int(raw["top_k"]), float(raw["temperature"])
-            return cls(tuple(raw["names"]), top_k, temperature, form, mark)
+            return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]), form, mark)
         except (KeyError, TypeError, ValueError) as e:
             raise InputError(f"{source}: expected a description of gates, found a malformed one ({e!r})") from e
 

@@ -23,7 +23,7 @@ from test_sharding import devices
 from test_training_mesh import free_port, together
 from worlds import NAMES
 
-from meteora_jax.config import PREEMPTED, InputError
+from meteora_jax.config import InputError, Preempted
 from meteora_jax.training.checkpoints import Checkpoints
 from meteora_jax.training.data import Layout
 
@@ -188,7 +188,7 @@ def test_sigterm_saves_and_says_so(place):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     message = process.communicate(timeout=120)[1].decode()
-    assert process.returncode == PREEMPTED == 75
+    assert process.returncode == Preempted.status == 75
     (saved,) = [p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
     assert f"preempted: step {saved} is saved in" in message
     assert not (folder / "ended").exists()

@@ -54,7 +54,7 @@ from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.train import Join, TrainAdapter, TrainGates, join, train_adapter, train_gates
 from meteora_jax.cli.train_retriever import TrainRetriever, train_retriever
-from meteora_jax.config import PREEMPTED, InputError, Preempted
+from meteora_jax.config import InputError, Preempted
 
 sub = tyro.conf.subcommand
 
@@ -149,7 +149,7 @@ def main(args: Sequence[str] | None = None) -> None:
         ACTIONS[type(command)](command)
     except Preempted as e:
         print(e, file=sys.stderr)
-        sys.exit(PREEMPTED)
+        sys.exit(Preempted.status)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)

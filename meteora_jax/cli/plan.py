@@ -60,6 +60,7 @@ class Plan:
 
 def plan(command: Plan) -> None:
     """Runs `meteora plan train | evaluate`."""
+    from meteora_jax.adapters import column_shards
     from meteora_jax.planning import plan_generation, plan_training, shape_of, topology_devices
     from meteora_jax.sharding import make_mesh, rows_multiple
 
@@ -68,6 +69,10 @@ def plan(command: Plan) -> None:
     file = Path(command.base) / "config.json"
     config = LlamaConfig.from_hf(read_json(file), str(file)) if file.is_file() else shape_of(command.base)
     mesh = make_mesh(command.data, command.fsdp, command.tensor, topology_devices(command.topology))
+    if uncut := [g for g in ("qkv", "gate_up") if command.tensor > 1 and column_shards(config, g, command.tensor) == 1]:
+        why = f"{config.num_heads} heads, {config.num_kv_heads} kv heads and {config.intermediate_size} units"
+        line = f"columns of {' and '.join(uncut)} will cross devices: tensor {command.tensor} does not divide {why}"
+        status.print(line, highlight=False, soft_wrap=True)
     status.print("compiling; this takes minutes", highlight=False)
     form = GateForm(command.gate_input, command.carry_logits, command.shared_gates)
     shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k, form=form)
