@@ -92,7 +92,9 @@ def program(device: Any, step: Step, router: Any, rows: int) -> str:
     jitted = jax.jit(decode.__wrapped__, static_argnames=("graph",), donate_argnames=("state",))
     rest = (place(bound), {}, place(array((1,), jnp.int32)), place(array((), jnp.int32)))
     lowered = jitted.trace(graph, place(weights), place(state), *rest).lower(lowering_platforms=("cuda",))
-    return lowered.compile(compiler_options=compiler.GPU_OPTIONS | {"xla_gpu_autotune_level": 0}).as_text()
+    text = lowered.compile(compiler_options=compiler.GPU_OPTIONS | {"xla_gpu_autotune_level": 0}).as_text()
+    assert text is not None
+    return text
 
 
 def main() -> None:
