@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.routed_lora.api import NO_ADAPTER, Implementation, add_routed_lora
@@ -27,7 +27,7 @@ def routed_product(
     weights: Float[Array, "B T1 P1 C"],
     scale: Float[Array, "P A"],
     splits: tuple[int, ...],
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     rows: str | None = None,
     inputs: str | None = None,
