@@ -21,6 +21,7 @@ from test_gated_model import ROWS, prepared, small
 import meteora_jax as mj
 from meteora_jax import compiler, decoding, llama
 from meteora_jax.compiler import Step
+from meteora_jax.config import GateForm
 from meteora_jax.generation import Generator, Sampling
 from pallas_kernels.decode_step import triton_gpu
 
@@ -119,6 +120,14 @@ def test_who_is_served(change, router, reason):
     config = dataclasses.replace(model.config, **change)
     found = decoding.refusal(module.layers, config, model.bind(router, 2), 2)
     assert found == reason or (reason is not None and reason in found)
+
+
+def test_gates_of_another_form_are_left_to_xla():
+    model = slim_model()
+    module = nnx.merge(model.graph, model.weights)
+    module.layers.down.form = GateForm(bias=True)
+    assert "form" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 2), 2))
+    assert decoding.refusal(module.layers, model.config, model.bind(mj.Fixed("cedar"), 2), 2) is None
 
 
 def test_a_model_without_its_slim_matrix_is_refused():
