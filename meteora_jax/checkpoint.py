@@ -166,14 +166,34 @@ def load_bank(
 
 def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, tuple[int, ...]]:
     """{path: shape} of `GATES/weights.safetensors`: a gate [L, I, A] named like its projection, or like its group where
-    the projections of a group share one; `NAME.mean` [L, I, A] and `NAME.bias` [L, A] where the form has them."""
+    the projections of a group share one; `NAME.mean` [L, I, A] and `NAME.bias` [L, A] where the form has them, and so
+    `STREAM`'s three: `stream.read` [L, D, 4, E] and `stream.own` [L, E, 3, E] serve all adapters, `stream.out`
+    [L, E, 7, A]."""
     shapes: dict[str, tuple[int, ...]] = {}
     for group, projections in GROUPS.items():
         for name in (group,) if form.shared else projections:
             shapes[name] = (base.num_layers, base.projection_shape(projections[0])[0], adapters)
             shapes |= {f"{name}.mean": shapes[name]} if form.input == "prefix-mean" else {}
             shapes |= {f"{name}.bias": (base.num_layers, adapters)} if form.bias else {}
+    if e := form.stream:
+        count = sum(map(len, GROUPS.values()))
+        parts = {"read": (base.hidden_size, 4, e), "own": (e, 3, e), "out": (e, count, adapters)}
+        shapes |= {f"stream.{part}": (base.num_layers, *shape) for part, shape in parts.items()}
     return shapes
+
+
+STREAM = ("stream.read", "stream.own", "stream.out")
+SHARED_BY_ADAPTERS = STREAM[:2]  # of a gate's tensors those whose last axis is not the adapters'
+
+
+def fresh_gates(form: GateForm, base: LlamaConfig, adapters: int, seed: int) -> dict[str, np.ndarray]:
+    """Gates before their training, float32 as `gate_shapes` has them: zeros, but for what only the stream's own
+    products give a gradient, which is normal with 1 over the square root of its inputs."""
+    gates = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, base, adapters).items()}
+    rng = np.random.default_rng(seed)
+    for name in SHARED_BY_ADAPTERS if form.stream else ():
+        gates[name] = rng.standard_normal(gates[name].shape).astype(np.float32) * gates[name].shape[1] ** -0.5
+    return gates
 
 
 def load_gates(
@@ -190,7 +210,8 @@ def load_gates(
         raise InputError(f"{source}: names: expected the bank's adapters, found {', '.join(wrong)}")
     tensors = read_tensors(folder / WEIGHTS, gate_shapes(config.form, base, len(names)))
     order = [config.names.index(n) for n in names]
-    return config, {p: np.ascontiguousarray(t[..., order].astype(np.float32)) for p, t in tensors.items()}
+    tensors = {p: t if p in SHARED_BY_ADAPTERS else t[..., order] for p, t in tensors.items()}
+    return config, {p: np.ascontiguousarray(t.astype(np.float32)) for p, t in tensors.items()}
 
 
 def digest(texts: Sequence[Sequence[int]]) -> str:
@@ -325,7 +346,7 @@ def gate_weights(gates: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], np.nd
             if f"{names[0]}{part}" in gates:
                 stacked = np.stack([gates[f"{name}{part}"] for name in names], axis=axis)
                 weights["layers", group, f"gate{part.replace('.', '_')}"] = stacked
-    return weights
+    return weights | {("layers", "gate_stream", n.removeprefix("stream.")): gates[n] for n in STREAM if n in gates}
 
 
 def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
@@ -338,7 +359,8 @@ def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
             if stacked is not None:
                 for i, name in enumerate((group,) if shared else projections):
                     gates[f"{name}{part}"] = np.take(np.asarray(stacked), i, axis=axis)
-    return gates
+    found = {name: state.get(("layers", "gate_stream", name.removeprefix("stream."))) for name in STREAM}
+    return gates | {name: np.asarray(value) for name, value in found.items() if value is not None}
 
 
 def split_bank(

@@ -1,7 +1,5 @@
-"""The configurations that files own: the base (`LlamaConfig`), the bank and the gates.
-
-Nothing here has a default for a value that a checkpoint owns; where Hugging Face's format itself
-documents a default for an absent key, `LlamaConfig.from_hf` applies it, and only there.
+"""The configurations that files own: the base (`LlamaConfig`), the bank and the gates. No value that a checkpoint owns
+has a default, but where Hugging Face's format itself documents one for an absent key (`LlamaConfig.from_hf`).
 """
 
 from __future__ import annotations
@@ -439,11 +437,12 @@ class GateForm:
     carry: bool = False  # the logits of the layer before are added
     shared: bool = False  # one gate serves all projections of a group
     bias: bool = False  # each adapter's logit has one
+    stream: int = 0  # width of the gates' own residual stream, which looks back over the sequence; 0: none
 
     @property
     def remembers(self) -> bool:
         """Whether a token's logits need more than its own input at its own layer."""
-        return self.input == "prefix-mean" or self.carry
+        return self.input == "prefix-mean" or self.carry or self.stream > 0
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -478,7 +477,8 @@ class GateConfig:
                 raise InputError(f"{source}: format: expected 'meteora-gates-1' or '-2', found {raw['format']!r}")
             form = GateForm(**raw["form"]) if raw["format"] == "meteora-gates-2" else GateForm()
             flags, mark = all(isinstance(x, bool) for x in (form.carry, form.shared, form.bias)), raw.get("background")
-            if form.input not in ("token", "prefix-mean") or not flags or not isinstance(mark, str | None):
+            width = type(form.stream) is int and form.stream in range(0, 4096, 8)
+            if form.input not in ("token", "prefix-mean") or not (flags and width) or not isinstance(mark, str | None):
                 raise ValueError(f"{form}, background {mark!r}")
             return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]), form, mark)
         except (KeyError, TypeError, ValueError) as e:

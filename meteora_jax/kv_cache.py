@@ -21,7 +21,7 @@ class KVCache:
 
     keys, values: [L, B, S, K, H]. positions: int32 [B, S], the position that a slot's token has in its
     own sequence, EMPTY for none. length: int32 [], slots written so far. sums: `routing.memory.GateMemory`'s, of gates
-    that read their sequence's mean.
+    that read their sequence's mean. stream: keys and values [L, B, S, 1, E] of the gates' own stream.
 
     Prompts of different length are padded on the right and every later token takes the next slot in all
     rows at once: one slice is written, never a scatter, and padding is told apart by its EMPTY position.
@@ -32,6 +32,7 @@ class KVCache:
     positions: Any
     length: Any
     sums: Any = None
+    stream: Any = None
 
     @classmethod
     def create(cls, config: LlamaConfig, batch: int, slots: int, dtype: Any) -> KVCache:
@@ -40,6 +41,11 @@ class KVCache:
         positions = jnp.full((batch, slots), EMPTY, jnp.int32)
         empty = lambda: constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None)  # noqa: E731
         return cls(empty(), empty(), constrain(positions, "batch", None), jnp.zeros((), jnp.int32))
+
+    def with_stream(self, width: int) -> KVCache:
+        """With an empty cache for the gates' stream of that width, which shares slots, positions and length."""
+        zeros = constrain(jnp.zeros((*self.keys.shape[:3], 1, width), self.keys.dtype), None, "batch", None, None, None)
+        return dataclasses.replace(self, stream=KVCache(zeros, zeros, None, None))
 
     def claim(self, positions: jax.Array) -> KVCache:
         """Enters the positions int32 [B, T] of the tokens about to be written; `length` stays until `advance`."""
@@ -64,3 +70,8 @@ class KVCache:
     def advance(self, tokens: int) -> KVCache:
         """Counts `tokens` slots as written."""
         return dataclasses.replace(self, length=self.length + tokens)
+
+    def look_back(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KVCache, jax.Array, jax.Array]:
+        """Writes one layer's keys and values [B, T, 1, E] of the gates' stream; all of them, [B, S, 1, E] each."""
+        own = dataclasses.replace(self.stream, length=self.length).write(layer, k, v)
+        return dataclasses.replace(self, stream=dataclasses.replace(own, length=None)), *own.layer(layer)

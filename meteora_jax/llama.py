@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meteora_jax.adapters import AdaptedLinear, BaseParam, column_shards, contract
+from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, column_shards, contract
 from meteora_jax.compiler import Step, platform, step_form
 from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
 from meteora_jax.decoding import refusal, run_layers
@@ -100,12 +100,54 @@ class RmsNorm(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Where:
     """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2], mask bool [B, 1, T, S], and
-    `attend`'s `fused`."""
+    `attend`'s `fused`; stream: the rotary angles [B, T, 1, E/2] of the gates' stream, None without one."""
 
     cos: Any
     sin: Any
     mask: Any
     fused: Any = dataclasses.field(default=None, metadata={"static": True})
+    stream: Any = None
+
+
+class GateStream(nnx.Module):
+    """A layer's part of the gates' own residual stream; see meteora_jax.routing.memory.
+
+    read float32 [D, 4, E]: of the layer's input x to queries, keys, values, and straight into the stream. own float32
+    [E, 3, E]: of the stream to queries, keys, values. out float32 [E, 7, A]: of the stream to logits.
+    """
+
+    def __init__(self, config: LlamaConfig, width: int, adapters: int):
+        count = sum(map(len, GROUPS.values()))
+        weight = lambda axes, *shape: GateParam(jnp.zeros(shape, jnp.float32), axes=axes)  # noqa: E731
+        self.read = weight(("model", None, None), config.hidden_size, 4, width)
+        self.own = weight((None, None, None), width, 3, width)
+        self.out = weight((None, None, None), width, count, adapters)
+
+    def __call__(
+        self, x: jax.Array, u: jax.Array, where: Where, cache: KVCache | None, index: jax.Array, fresh: bool
+    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
+        """x [B, T, D] as q k v read it, u float32 [B, T, E] -> u, what logits gain [B, T, 7, A], the cache."""
+        seen = einsum_float32(x.dtype, "btd,dpe->btpe", x, self.read[...].astype(x.dtype))
+        own = einsum_float32(x.dtype, "btd,dpe->btpe", _rms(u).astype(x.dtype), self.own[...].astype(x.dtype))
+        q, k, v = (z.astype(x.dtype) for z in jnp.split(seen[:, :, :3] + own, 3, axis=2))  # [B, T, 1, E]: one head
+        q, k = rotate(q, *where.stream), rotate(k, *where.stream)
+        if cache is not None:
+            cache, *kept = cache.look_back(index, k, v)
+            k, v = (k, v) if fresh else kept
+        u = u + seen[:, :, 3] + attend(q, k, v, where.mask, where.fused).astype(jnp.float32)
+        out = self.out[...].astype(x.dtype)
+        return u, einsum_float32(x.dtype, "bte,epa->btpa", _rms(u).astype(x.dtype), out), cache
+
+
+def _rms(u: jax.Array) -> jax.Array:
+    return u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + 1e-6)
+
+
+def stream_rotation(width: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines float32 [B, T, 1, E/2] of the gates' stream: wavelengths up to 10,000, whatever the base's."""
+    frequencies = 10000.0 ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 class Layer(nnx.Module):
@@ -122,6 +164,17 @@ class Layer(nnx.Module):
         linear = lambda group: AdaptedLinear(config, group, bank, gates, dtype, rngs, form)  # noqa: E731
         self.qkv, self.o = linear("qkv"), linear("o")
         self.gate_up, self.down = linear("gate_up"), linear("down")
+        self.gate_stream = GateStream(config, form.stream, len(bank.names)) if gates and form.stream and bank else None
+
+    def look_back(
+        self, x: jax.Array, where: Where, cache: KVCache | None, index: jax.Array, fresh: bool, memory: GateMemory
+    ) -> tuple[GateMemory, KVCache | None]:
+        """The gates' memory with the stream taken through this layer, before the layer itself; x [B, T, D]."""
+        if self.gate_stream is None:
+            return memory, cache
+        given = self.attention_norm(x), memory.stream, where, cache, index, fresh
+        u, seen, cache = self.gate_stream(*given)
+        return dataclasses.replace(memory, stream=u, seen=seen), cache
 
     def __call__(
         self,
@@ -280,12 +333,18 @@ class Llama(nnx.Module):
             later = memory is not None and cache is not None and not fresh
             assert not later or kept is not None or self.form.input == "token", "a cache's first call is fresh"
             cache = cache if cache is None else dataclasses.replace(cache, sums=None)  # they pass through the layers
+            if memory is not None and self.form.stream:
+                where = dataclasses.replace(where, stream=stream_rotation(self.form.stream, positions))
+                cache = cache.with_stream(self.form.stream) if cache is not None and fresh else cache
         graph, weights = nnx.split(self.layers)
 
         def body(carry: tuple[jax.Array, KVCache | None, GateMemory | None], inputs: tuple[Any, jax.Array]):
             x, cache, memory = carry
             layer, index = nnx.merge(graph, inputs[0]), inputs[1]
-            here = router if memory is None or router is None else memory.at(index, router)
+            here = router
+            if memory is not None and router is not None:
+                memory, cache = layer.look_back(x, where, cache, index, fresh, memory)
+                here = memory.at(index, router)
             x, cache, routings = layer(x, where, cache, index, fresh, here)
             memory = None if memory is None else memory.after(index, routings)
             return (x, cache, memory), None if observe is None else observe(routings)

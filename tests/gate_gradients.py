@@ -33,6 +33,7 @@ def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, fl
     return found
 
 
+FLAT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up",
           "up_proj": "gate_up", "down_proj": "down"}  # fmt: skip
 
@@ -43,7 +44,8 @@ def loss_and_gradients(
     """(LM term, gate term, {gate: gradient of lm + beta * gate [L, I, A]}) over whole sequences.
 
     The gates' names say their form: "qkv" serves q k v, "q_proj.mean" reads the mean of the inputs so far,
-    "q_proj.bias" [L, A] is added; carry adds the logits of the layer before.
+    "q_proj.bias" [L, A] is added; carry adds the logits of the layer before; "stream.read", "stream.own" and
+    "stream.out" are those of the gates' own residual stream.
     """
     hf = world["hf"]
     state = {k: v.double() for k, v in hf.state_dict().items()}
@@ -62,6 +64,7 @@ def loss_and_gradients(
         has_task = tasks >= 0
         judged += int(has_task.sum())
         before: dict[str, torch.Tensor] = {}
+        streamed: dict[str, torch.Tensor] = {}
         angles = torch.arange(length).double()[:, None] / 10000.0 ** (torch.arange(0, width, 2).double() / width)
         cos, sin = torch.cos(angles), torch.sin(angles)
 
@@ -70,7 +73,14 @@ def loss_and_gradients(
             return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
         def linear(
-            x: torch.Tensor, layer: int, block: str, p: str, has_task=has_task, tasks=tasks, before=before
+            x: torch.Tensor,
+            layer: int,
+            block: str,
+            p: str,
+            has_task=has_task,
+            tasks=tasks,
+            before=before,
+            streamed=streamed,
         ) -> torch.Tensor:
             nonlocal gate
             y = x @ state[f"model.layers.{layer}.{block}.{p}.weight"].T
@@ -81,6 +91,8 @@ def loss_and_gradients(
                 g = g + mean @ columns[f"{name}.mean"][layer]
             if f"{name}.bias" in columns:
                 g = g + columns[f"{name}.bias"][layer]
+            if streamed:
+                g = g + unit(streamed["u"]) @ columns["stream.out"][layer][:, FLAT.index(p)]
             if carry:
                 g = g + before.get(p, 0)
                 before[p] = g
@@ -95,9 +107,30 @@ def loss_and_gradients(
                     y = y + weights[:, i : i + 1] * scale * (x @ a.T @ b.T)
             return y
 
+        def unit(u: torch.Tensor) -> torch.Tensor:
+            return u / torch.sqrt((u * u).mean(-1, keepdim=True) + 1e-6)
+
+        def look_back(x: torch.Tensor, u: torch.Tensor, layer: int, length=length) -> torch.Tensor:
+            read, own = columns["stream.read"][layer], columns["stream.own"][layer]
+            e = own.shape[0]
+            turns = torch.arange(length).double()[:, None] / 10000.0 ** (torch.arange(0, e, 2).double() / e)
+
+            def turn(z: torch.Tensor) -> torch.Tensor:
+                a, b = z[:, : e // 2], z[:, e // 2 :]
+                cos, sin = torch.cos(turns), torch.sin(turns)
+                return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+            q, k, v = (x @ read[:, i] + unit(u) @ own[:, i] for i in range(3))
+            scores = turn(q) @ turn(k).T / math.sqrt(e)
+            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
+            return u + x @ read[:, 3] + torch.softmax(scores, -1) @ v
+
         x = state["model.embed_tokens.weight"][tokens]
+        u = torch.zeros(length, columns["stream.own"].shape[1] if "stream.own" in columns else 0, dtype=torch.float64)
         for layer in range(config.num_hidden_layers):
             h = norm(x, f"model.layers.{layer}.input_layernorm.weight")
+            if "stream.own" in columns:
+                streamed["u"] = u = look_back(h, u, layer)
             q, k, v = (
                 linear(h, layer, "self_attn", p).reshape(length, -1, width).transpose(0, 1)
                 for p in ("q_proj", "k_proj", "v_proj")

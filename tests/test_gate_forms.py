@@ -1,5 +1,6 @@
-"""Gates that read their sequence's mean, take the logits of the layer before, or serve a group: against torch in
-float64, packed, ragged, cached and on a mesh. Run as a script it is a process with the devices.
+"""Gates that read their sequence's mean, look back through a stream of their own, take the logits of the layer before,
+or serve a group: against torch in float64, packed, ragged, cached and on a mesh. Run as a script it is a process with
+the devices.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from worlds import NAMES
 import converters
 import meteora_jax as mj
 from meteora_jax.adapters import GateParam
-from meteora_jax.checkpoint import gate_shapes, load_gates, save_gates, split_gates
+from meteora_jax.checkpoint import SHARED_BY_ADAPTERS, gate_shapes, load_gates, save_gates, split_gates
 from meteora_jax.config import PROJECTIONS, GateConfig, GateForm, InputError
 from meteora_jax.generation import observe_routing
 from meteora_jax.kv_cache import EMPTY
@@ -39,7 +40,8 @@ FORMS = {
     "carry": GateForm(carry=True),
     "shared": GateForm(shared=True),
     "bias": GateForm(bias=True),
-    "all": GateForm("prefix-mean", True, True, True),
+    "stream": GateForm(stream=16),
+    "all": GateForm("prefix-mean", True, True, True, 8),
 }
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 75)), [200]]
 
@@ -47,7 +49,8 @@ PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 75)), [200]]
 def arrays_of(form, config, seed=9):
     """Small enough that rounding does not blow up in their softmax, biases so large that they decide."""
     rng = np.random.default_rng(seed)
-    draw = lambda key, shape: (1.0 if key.endswith("bias") else 0.2) * rng.standard_normal(shape)  # noqa: E731
+    size = lambda key: 1.0 if key.endswith("bias") else 0.4 if key.startswith("stream") else 0.2  # noqa: E731
+    draw = lambda key, shape: size(key) * rng.standard_normal(shape)  # noqa: E731
     return {key: draw(key, shape).astype(np.float32) for key, shape in gate_shapes(form, config, len(NAMES)).items()}
 
 
@@ -142,7 +145,7 @@ def read(graph, weights, tokens, at, router):
     return *out.observed, module.logits(out.hidden, None)
 
 
-@pytest.mark.parametrize("name", ["mean", "carry", "all"])
+@pytest.mark.parametrize("name", ["mean", "carry", "stream", "all"])
 def test_a_ragged_batch_decoded_with_the_cache_routes_as_each_sequence_at_once(formed, name):
     model = formed[name][2]
     routers = [mj.Gates(2), mj.Gates(2, 5.0), mj.Gates(2), mj.Gates(2, within=("birch", "daisy", "apple"))]
@@ -196,11 +199,16 @@ def test_prefix_sums_equal_numpy():
     assert np.allclose(one[:, 0], np.where(positions[:, 1:2] >= 0, values[:, 1], 0) + before, atol=1e-6)
 
 
+def part(arrays, at):
+    """The columns `at` of gates; what all adapters share stays whole."""
+    return {k: v if k in SHARED_BY_ADAPTERS else np.ascontiguousarray(v[..., at]) for k, v in arrays.items()}
+
+
 SETTINGS = dict(steps=4, batch_size=8, learning_rate=3e-2, max_length=100, beta=5.0)
 
 
 def test_training_writes_the_form_and_learns(tmp_path, world):
-    how = dict(gate_input="prefix-mean", carry_logits=True, shared_gates=True)
+    how = dict(gate_input="prefix-mean", carry_logits=True, shared_gates=True, gate_stream=8)
     settings = GateTraining(**{**SETTINGS, "steps": 30}, **how)
     final = train_gates(world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32",
                         log=tmp_path / "log.jsonl")  # fmt: skip
@@ -208,13 +216,14 @@ def test_training_writes_the_form_and_learns(tmp_path, world):
     assert final["gate"] < 0.7 * first["gate"]
     described = json.loads((tmp_path / "gates" / "gates.json").read_text())
     assert described["format"] == "meteora-gates-2"
-    assert described["form"] == {"input": "prefix-mean", "carry": True, "shared": True}
-    config, _ = load_gates(tmp_path / "gates", world["model"].config, NAMES)
+    assert described["form"] == {"input": "prefix-mean", "carry": True, "shared": True, "stream": 8}
+    model_config = world["model"].config
+    config, _ = load_gates(tmp_path / "gates", model_config, NAMES)
     assert config.form == settings.form
     # what extends them is of their form, or refused
-    save_gates(tmp_path / "one", GateConfig(NAMES[:1], 2, 1.0, config.form), {
-        k: v[..., :1] for k, v in arrays_of(config.form, world["model"].config).items()
-    })  # fmt: skip
+    save_gates(
+        tmp_path / "one", GateConfig(NAMES[:1], 2, 1.0, config.form), part(arrays_of(config.form, model_config), [0])
+    )
     for other, said in ((dict(carry_logits=True), "carry"), (dict(gate_input="prefix-mean"), "prefix-mean")):
         other = GateTraining(steps=1, batch_size=2, **other)
         with pytest.raises(InputError, match=f"form: expected .*{said}.*as asked for"):
@@ -226,7 +235,7 @@ def test_training_writes_the_form_and_learns(tmp_path, world):
 @pytest.mark.parametrize("form", [GateForm(), FORMS["all"]], ids=["original", "all"])
 def test_an_extension_may_raise_all_new_columns_by_one_scalar(tmp_path, world, form):
     config, at, new = world["model"].config, [2, 0], [1, 3]
-    old = {k: np.ascontiguousarray(0.3 * v[..., at]) for k, v in arrays_of(form, config).items()}
+    old = {k: 0.3 * v for k, v in part(arrays_of(form, config), at).items()}
     save_gates(tmp_path / "old", GateConfig(("cedar", "apple"), 2, 1.0, form), old)
     settings = GateTraining(**SETTINGS, extend_bias=True)
     train = lambda dest, how: train_gates(  # noqa: E731
@@ -234,7 +243,9 @@ def test_an_extension_may_raise_all_new_columns_by_one_scalar(tmp_path, world, f
     )
     train(tmp_path / "new", settings)
     grown, tensors = load_gates(tmp_path / "new", config, NAMES)
-    assert grown.form == GateForm(form.input, form.carry, form.shared, True)
+    assert grown.form == dataclasses.replace(form, bias=True)
+    for name in SHARED_BY_ADAPTERS if form.stream else ():  # what the old columns read keeps every bit, too
+        assert np.array_equal(tensors.pop(name), old[name])
     for name, columns in tensors.items():
         if not name.endswith(".bias"):
             assert np.array_equal(columns[..., at], old[name])
@@ -250,6 +261,9 @@ def test_an_extension_may_raise_all_new_columns_by_one_scalar(tmp_path, world, f
     plain, tensors = load_gates(tmp_path / "plain", config, NAMES)
     assert plain.form == form
     for name, columns in tensors.items():
+        if name in SHARED_BY_ADAPTERS:
+            assert np.array_equal(columns, old[name])
+            continue
         assert np.array_equal(columns[..., at], old[name])
         assert name.endswith(".bias") == (not columns[..., new].any())
 
@@ -304,6 +318,7 @@ def test_gates_of_the_original_form_are_written_as_ever(tmp_path):
     for change, said in (
         ({"form": {"input": "sideways"}}, "malformed"),
         ({"form": {"carry": 1}}, "malformed"),
+        ({"form": {"stream": 12}}, "malformed"),
         ({"form": {"kind": "x"}}, "malformed"),
         ({"format": "meteora-gates-3"}, "expected 'meteora-gates-1' or '-2'"),
     ):

@@ -47,11 +47,13 @@ class Plan:
     remat: bool = True
     """Recompute activations in the backward pass."""
     gate_input: Literal["token", "prefix-mean"] = "token"
-    """As of `meteora train gates`; so are the next two."""
+    """As of `meteora train gates`; so are the next three."""
     carry_logits: bool = False
     """Add the logits of the layer before."""
     shared_gates: bool = False
     """One gate for the projections that read the same input."""
+    gate_stream: int = 0
+    """Width of the gates' own residual stream."""
     mfu: float = 0.4
     """Share of the peak FLOP/s that the expected time supposes."""
     json: Path | None = None
@@ -74,7 +76,7 @@ def plan(command: Plan) -> None:
         line = f"columns of {' and '.join(uncut)} will cross devices: tensor {command.tensor} does not divide {why}"
         status.print(line, highlight=False, soft_wrap=True)
     status.print("compiling; this takes minutes", highlight=False)
-    form = GateForm(command.gate_input, command.carry_logits, command.shared_gates)
+    form = GateForm(command.gate_input, command.carry_logits, command.shared_gates, stream=command.gate_stream)
     shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k, form=form)
     of = config, command.adapters, command.rank, mesh
     if command.what == "train":

@@ -106,6 +106,8 @@ class TrainGates(_Train):
     """Add the logits of the layer before to each layer's."""
     shared_gates: bool = False
     """One gate for the projections that read the same input (q k v; gate up)."""
+    gate_stream: int = 0
+    """Width (a multiple of 8) of a residual stream of the gates' own that looks back over the sequence; 0: none."""
     independent: bool = False
     """Make each adapter's column from its own task and a background of texts that the base writes, never from another
     adapter's task. `meteora join` puts columns of several runs with one background together. Run again if killed."""
@@ -172,7 +174,7 @@ def check_independent(command: TrainGates) -> None:
     """Refuses what has no meaning for columns that know no other adapter."""
     wanted = {
         "extend": None, "extend_bias": False, "train_adapters": False, "new_bank": None, "composite": 0.0,
-        "gate_input": "token", "carry_logits": False, "adapter_learning_rate": None,
+        "gate_input": "token", "carry_logits": False, "gate_stream": 0, "adapter_learning_rate": None,
     }  # fmt: skip
     given = [k for k, v in wanted.items() if getattr(command, k) != v]
     if given:

@@ -3,6 +3,15 @@
     z[l, t] = x[l, t] Wg[l] + b[l]                                      one Wg for a group's projections if shared
               + 1/(t+1) sum_{s <= t} x[l, s] Wm[l]                      prefix-mean, over the token's own sequence
               + z[l-1, t]                                               carry, the same projection one layer before
+              + rms(u[l, t]) Wu[l]                                      stream
+
+The stream u [E] is a second, narrow residual stream that only gates read, with one attention head a layer:
+
+    c = [x[l], rms(u[l-1])]                 x: what q k v read; E inputs more of the stream itself
+    u[l] = u[l-1] + x[l] Ws + softmax(rot(c Wq) rot(c Wk)' / sqrt(E)) c Wv        causal, over the token's own sequence
+
+so a gate can look up what stands elsewhere, such as which task an answer's number belongs to, which a frozen base need
+not bring to the token that asks. It is a ladder side network (Sung et al., arXiv 2206.06522) as wide as one head.
 
 The mean is taken of the products x Wm, which is the product of the mean: so what decoding carries along is a sum of A
 numbers a projection, not of I.
@@ -11,6 +20,7 @@ numbers a projection, not of I.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -75,12 +85,15 @@ class GateMemory:
 
     positions: int32 [B, T]. carried: float32 [B, T, 7, A], the logits of the layer before, all projections side by
     side; None if nothing is carried. sums: float32 [L, B, 7, A], of the products with the means' weights over each
-    sequence so far; None if no mean is read. The cache keeps the sums between calls.
+    sequence so far; None if no mean is read; the cache keeps them between calls, as it keeps the stream's keys and
+    values. stream: float32 [B, T, E], u behind the layer at hand; None without one.
     """
 
     positions: Any
     carried: Any
     sums: Any
+    stream: Any = None
+    seen: Any = None  # float32 [B, T, 7, A], what the stream gives the logits of the layer at hand
 
     @classmethod
     def create(
@@ -95,12 +108,14 @@ class GateMemory:
         carried = jnp.zeros((batch, length, count, adapters), jnp.float32) if form.carry else None
         if form.input == "prefix-mean" and sums is None:
             sums = jnp.zeros((layers, batch, count, adapters), jnp.float32)
-        return cls(positions, carried, sums)
+        stream = jnp.zeros((batch, length, form.stream), jnp.float32) if form.stream else None
+        return cls(positions, carried, sums, stream)
 
     def at(self, layer: jax.Array, router: BoundRouter) -> Remembering:
         """The router for one layer."""
         sums = None if self.sums is None else jax.lax.dynamic_index_in_dim(self.sums, layer, keepdims=False)
-        return Remembering(router, self.positions, self.carried, sums)
+        more = [z for z in (self.carried, self.seen) if z is not None]
+        return Remembering(router, self.positions, functools.reduce(jnp.add, more) if more else None, sums)
 
     def after(self, layer: jax.Array, routings: tuple[Routing, ...]) -> GateMemory:
         """Once a layer has routed all its groups."""
@@ -110,25 +125,26 @@ class GateMemory:
         if sums is not None:
             own = jnp.concatenate([r.sums for r in routings], axis=1)
             sums = jax.lax.dynamic_update_index_in_dim(sums, own, layer, 0)
-        return dataclasses.replace(self, carried=carried, sums=sums)
+        return dataclasses.replace(self, carried=carried, sums=sums, seen=None)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Remembering:
-    """A router with what one layer's gates remember: carried [B, T, 7, A] and sums [B, 7, A] of `GateMemory`."""
+    """A router with what one layer's gates remember: more [B, T, 7, A] is added to the logits, sums [B, 7, A] are
+    `GateMemory`'s."""
 
     router: Any
     positions: Any
-    carried: Any
+    more: Any
     sums: Any
 
     def route(self, x: jax.Array, gate: FormedGate) -> Routing:
         """As the router's own; the Routing also has the sums behind the last token, float32 [B, P, A]."""
         start, stop = STARTS[gate.group], STARTS[gate.group] + len(GROUPS[gate.group])
         more, last = None, None
-        if self.carried is not None:
-            more = self.carried[:, :, start:stop]
+        if self.more is not None:
+            more = self.more[:, :, start:stop]
         if self.sums is not None:
             sums = prefix_sums(gate.product(x, gate.mean), self.positions, self.sums[:, start:stop])
             last = sums[:, -1]

@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 
 from meteora_jax.adapters import AdapterParam, GateParam
 from meteora_jax.checkpoint import (
+    SHARED_BY_ADAPTERS,
     StoredArray,
     assemble,
     column_orders,
-    gate_shapes,
+    fresh_gates,
     load_bank,
     load_base,
     load_gates,
@@ -101,8 +102,8 @@ class Training:
 class GateTraining(Training):
     """How gates are trained; the defaults are the original's, batch and steps aside.
 
-    gate_input, carry_logits, shared_gates: the gates' form. extend_bias: beside an extension, one scalar for each layer
-    and projection is trained that raises or lowers all new columns against the old ones.
+    gate_input, carry_logits, shared_gates, gate_stream: the gates' form. extend_bias: beside an extension, one scalar
+    for each layer and projection is trained that raises or lowers all new columns against the old ones.
     """
 
     beta: float = 50.0
@@ -113,12 +114,13 @@ class GateTraining(Training):
     gate_input: Literal["token", "prefix-mean"] = "token"
     carry_logits: bool = False
     shared_gates: bool = False
+    gate_stream: int = 0
     extend_bias: bool = False
 
     @property
     def form(self) -> GateForm:
         """Of the gates that are trained."""
-        return GateForm(self.gate_input, self.carry_logits, self.shared_gates, self.extend_bias)
+        return GateForm(self.gate_input, self.carry_logits, self.shared_gates, self.extend_bias, self.gate_stream)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,8 +198,10 @@ def train_gates(
     if settings.top_k > len(names):
         raise InputError(f"top_k: expected at most {len(names)} (the bank's adapters), found {settings.top_k}")
     form = settings.form if extend is None else _extended_form(extend, settings)
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, config, len(names)).items()}
-    columns = _extended(extend, config, names, zeros) if extend is not None else None
+    if form.stream % 8 or form.stream < 0:
+        raise InputError(f"gate_stream: expected 0 or a multiple of 8, found {form.stream}")
+    fresh = fresh_gates(form, config, len(names), settings.seed)
+    columns = _extended(extend, config, names, fresh) if extend is not None else None
     if settings.train_adapters and (loaded.config.dora or loaded.config.lora_bias):
         raise InputError(f"{bank}: train_adapters: expected plain LoRA, found an adapter with DoRA or a bias")
     if loaded.config.invoked:
@@ -208,7 +212,7 @@ def train_gates(
     router = Gates(settings.top_k, settings.temperature)
     flops = dict(chosen=settings.top_k, gates=form, train_adapters=settings.train_adapters)
     state, final = _fit(
-        base, config, weights, loaded, zeros, trained, router, labels, tasks, settings, flops, columns=columns,
+        base, config, weights, loaded, fresh, trained, router, labels, tasks, settings, flops, columns=columns,
         form=form, kind=kind, mesh=mesh, run=run, log=log, progress=progress,
     )  # fmt: skip
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
@@ -243,7 +247,10 @@ def _extended(
     _, trained = load_gates(folder, config, old)
     at = [names.index(n) for n in old]
     for name, columns in trained.items():
-        gates[name][..., at] = columns
+        if name in SHARED_BY_ADAPTERS:
+            gates[name] = columns
+        else:
+            gates[name][..., at] = columns
     return ~np.isin(np.arange(len(names)), at)
 
 
@@ -403,7 +410,7 @@ def _identity(
     for path in sorted(weights, key=str):  # a few rows of each weight tell one base from another
         sample.update(weights[path].first(4096).tobytes())
     own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
-    for key in ("gate_input", "carry_logits", "shared_gates", "extend_bias"):
+    for key in ("gate_input", "carry_logits", "shared_gates", "gate_stream", "extend_bias"):
         if own.get(key) == getattr(GateTraining, key):
             own.pop(key, None)  # runs that were begun before there was a choice go on
     return {

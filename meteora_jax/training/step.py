@@ -160,6 +160,8 @@ def _only(grads: Any, columns: np.ndarray, bias: bool) -> Any:
     def keep(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, GateParam):
             return leaf
+        if path[-2:] in (("gate_stream", "read"), ("gate_stream", "own")):  # the old columns read them too
+            return leaf.replace(jnp.zeros_like(leaf[...]))
         own = jnp.where(columns, leaf[...], 0)
         if path[-1] != "gate_bias":
             return leaf.replace(own)

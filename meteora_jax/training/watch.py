@@ -48,6 +48,8 @@ def flops_per_token(
             form = gates if isinstance(gates, GateForm) else GateForm()
             inputs = sum(i for i, _ in shapes[: 1 if form.shared else None]) * (2 if form.input == "prefix-mean" else 1)
             gate += config.num_layers * len(bank.names) * inputs
+            more = 4 * config.hidden_size + 3 * form.stream + len(PROJECTIONS) * len(bank.names)
+            gate += config.num_layers * form.stream * more
     return 4.0 * base + (6.0 if train_adapters else 4.0) * adapters + 6.0 * gate
 
 
