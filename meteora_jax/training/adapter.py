@@ -67,5 +67,5 @@ def fresh_bank(
     """A `fresh_adapter` of each name, each with an A of its own, side by side."""
     banks = [fresh_adapter(config, name, rank, alpha, targets, [seed, i], origin) for i, name in enumerate(names)]
     side_by_side = lambda part: {p: np.concatenate([getattr(b, part)[p] for b in banks], 1) for p in banks[0].a}  # noqa: E731
-    config = dataclasses.replace(banks[0].config, adapters=tuple(b.config.adapters[0] for b in banks))
-    return AdapterBank(side_by_side("a"), side_by_side("b"), side_by_side("scale"), config)
+    whole = dataclasses.replace(banks[0].config, adapters=tuple(b.config.adapters[0] for b in banks))
+    return AdapterBank(side_by_side("a"), side_by_side("b"), side_by_side("scale"), whole)
