@@ -269,6 +269,29 @@ def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
     _write_folder(Path(folder), "bank.json", config.to_json(), tensors)
 
 
+def take_adapters(folder: str | os.PathLike[str], dest: str | os.PathLike[str], names: Sequence[str]) -> None:
+    """Writes BANK/ with some of another's adapters, bit for bit, in the order given.
+
+    Raises:
+        InputError: a name twice, none at all, or none of the bank's; a bank with adapters at the embedding or the head.
+    """
+    source = Path(folder) / "bank.json"
+    config = BankConfig.from_json(read_json(source), str(source))
+    problems = [f"{source}: expected an adapter {n!r}, found {', '.join(config.names)}" for n in names
+                if n not in config.names]  # fmt: skip
+    if not names or len(set(names)) < len(names):
+        problems.append(f"{source}: expected adapters to take, each once, found {' '.join(names) or 'none'}")
+    if config.ends:
+        problems.append(f"{source}: expected adapters in the layers alone, found {', '.join(config.at_ends)} at an end")
+    if problems:
+        raise InputError(problems)
+    at = [config.names.index(n) for n in names]
+    tensors = read_tensors(Path(folder) / WEIGHTS, config.weight_shapes())
+    taken = {key: np.ascontiguousarray(tensor[:, at]) for key, tensor in tensors.items()}  # [L, A, ..]
+    config = dataclasses.replace(config, adapters=tuple(config.adapters[i] for i in at))
+    _write_folder(Path(dest), "bank.json", config.to_json(), taken)
+
+
 def join_gates(
     folders: Sequence[str | os.PathLike[str]],
     dest: str | os.PathLike[str],

@@ -2,10 +2,11 @@
 
     python scripts/quality.py --base runs/base --tasks runs/tasks --out runs/quality --gpus 0 1 2 3
 
-One `meteora` command a job, one a GPU side by side; a job whose result is there is not repeated, so a run that was
-stopped goes on. OUT gets adapters/<task> (BANKs of one), peft/<task>, bank, gates*, lora-*, evaluation/<part>,
-jobs.jsonl (every command with its seconds), and of all that is judged table.md and records.json. `--dry-run` prints the
-commands in an order that works. Systems in the table:
+One `meteora` command a job, one a GPU side by side, the first in the plan first; a job whose result is there is not
+repeated, so a run that was stopped goes on. OUT gets bank (all adapters, trained in one job), bank-small (without the
+last four), gates*, lora-*, index, evaluation/<part>, jobs.jsonl (every command with its seconds), cache (compiled
+programs), and of all that is judged table.md and records.json. `--dry-run` prints the commands in an order that works.
+Systems in the table:
 
     gates-topN             the default recipe           gates-original-topN     without composite sequences
     gates-response-topN    prompts without LM loss      gates-beta-5-topN       a tenth of beta
@@ -13,6 +14,8 @@ commands in an order that works. Systems in the table:
     gates-shared-topN      --shared-gates               gates-all-topN          these three together
     gates-independent-topN --independent                gates-grown-topN        four adapters by --extend
     gates-grown-bias-topN  and with --extend-bias       oracle, base, lora-f-rR, lora-b-rR
+    retrieval-COMPOSE      of k adapters by the index   gates-within-topN       gates among them
+    NAME-unseen            without the adapters of a problem's own task
 """
 
 import json
@@ -22,22 +25,26 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 
 from meteora_jax.config import InputError
-from meteora_jax.evaluation.tasks import load_split
+from meteora_jax.evaluation.table import retrieval_markdown
 
 METEORA = ("-m", "meteora_jax.cli")
 BASELINES = ("lora-f", "lora-b")  # one LoRA on all data as it comes; on a balanced mixture
 BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
 HELD_OUT = 4  # adapters that a bank grows by
+PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent")
+LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--composite", "0.3")
+COMPOSITE = ("--composite", "0.3")
+RETRIEVAL = "retrieval-selection,retrieval-mixture,retrieval-fusion,gates-top2,gates-within-top2"
 SHARES = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL")  # from 0 to 1 in table.json, percent in records
 ABLATIONS: dict[str, tuple[str, ...]] = {  # of training, beside the composite sequences that the default has
     "gates-original": ("--composite", "0"),
@@ -66,136 +73,201 @@ class Quality:
     """CUDA devices; none: the CPU."""
     per_gpu: int = 1
     """Jobs side by side on each."""
+    bank_gpus: int = 1
+    """GPUs that the job of the adapters is spread over; the others train baselines meanwhile."""
     device: str = ""
     """What records.json calls them."""
-    adapter_steps: tuple[int, int] = (120, 500)
-    """Fewest and most steps of an adapter; between them four epochs."""
-    gate_steps: int = 800
+    max_length: int = 1024
+    """Tokens of a training sequence, and the width of a batch."""
+    bank_steps: int = 850
+    bank_rows: int = 64
+    bank_tokens: int = 2_500_000
+    """As of `meteora train bank --tokens`."""
+    bank_epochs: float = 8.0
+    """As of `meteora train bank --epochs`."""
+    gate_steps: int = 750
+    gate_rows: int = 16
     independent_samples: int = 500
     """Examples of a task that an independent column is made from."""
-    baseline_steps: int = 2000
-    batch_size: int = 32
+    baseline_steps: int = 470
+    baseline_rows: int = 32
+    rank: int = 8
+    """Of the adapters and the small baselines."""
+    accumulate: int = 1
+    """Of every training."""
+    remat: Literal["all", "dots", "none"] = "all"
+    """What every training computes twice instead of keeping it: all, all but the matmuls, nothing."""
+    save_every: int = 250
+    """Steps between checkpoints."""
     limit: int = 100
     """Test problems a task."""
+    max_prompt: int = 2048
+    """Longer prompts are left out."""
     composite: str = "3,5"
     """As of `meteora evaluate`."""
     composite_count: int = 100
-    max_length: int = 2048
-    """Tokens of a training sequence."""
-    evaluation_batch: int = 50
-    parts: tuple[str, ...] = ("single", "composite", "growth", "ablations", "forms", "independent")
-    """What is judged beside each other."""
+    composite_shots: int = 2
+    evaluation_batch: int = 400
+    """Problems a batch; every length of prompts costs a compilation, so few large ones are best."""
+    composite_batch: int = 50
+    retrieve: int = 3
+    """Adapters that the index finds for a problem."""
+    dtype: str | None = None
+    """Of training and evaluation; `meteora`'s own default unless given."""
+    parts: tuple[str, ...] = PARTS
+    """What is judged: single (base, oracle, gates on each task), baselines, composite, retrieval, growth, ablations,
+    forms, independent."""
     dry_run: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command; `makes` is there once it is done, `after` names the jobs that it needs."""
+    """A command; `makes` is there once it is done, `after` names the jobs that it needs, gpus is how many it takes (0:
+    it runs on the CPU, beside everything else)."""
 
     name: str
     arguments: tuple[str, ...]
     makes: Path
     after: tuple[str, ...] = ()
-    device: bool = True
+    gpus: int = 1
 
 
-def plan(q: Quality, tasks: dict[str, int]) -> list[Job]:
-    """All jobs, each after those that it needs. tasks: {name: train examples}."""
-    out, names = q.out, list(tasks)
-    common = ("--base", str(q.base), "--tasks", str(q.tasks), "--max-length", str(q.max_length))
-    lora = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--batch-size", str(q.batch_size))
-    jobs: list[Job] = []
+class Plan:
+    """The jobs in the order of their importance; each comes after those that it needs."""
 
-    def add(name: str, *arguments: Any, makes: Path, after: tuple[str, ...] = (), device: bool = True) -> None:
-        jobs.append(Job(name, tuple(map(str, arguments)), makes, after, device))
+    def __init__(self, q: Quality, names: Sequence[str]):
+        self.q, self.names, self.jobs = q, tuple(names), []
+        self.held = self.names[-HELD_OUT:] if len(names) > HELD_OUT else ()
+        self.loras = tuple(f"{name}-r{rank}" for name in BASELINES for rank in (q.rank, q.rank * len(names)))
 
-    for task, examples in tasks.items():
-        low, high = q.adapter_steps
-        steps, bank, peft = (
-            min(high, max(low, 4 * examples // q.batch_size)),
-            out / "adapters" / task,
-            out / "peft" / task,
-        )
-        add(f"adapter {task}", "train", "adapter", *common, *lora, "--task", task, "--name", task, "--steps", steps,
-            "--out", bank, makes=bank / "bank.json")  # fmt: skip
-        add(f"export {task}", "export", "adapter", bank, task, peft, "--overwrite",
-            makes=peft / "adapter_config.json", after=(f"adapter {task}",), device=False)  # fmt: skip
-    held = names[-HELD_OUT:] if len(names) > HELD_OUT else []
-    banks = {"bank": names, "bank-small": names[: len(names) - len(held)]}
-    for bank, inside in banks.items():
-        add(bank, "import", "adapters", out / bank, *(f"{n}={out / 'peft' / n}" for n in inside), "--base", q.base,
-            "--overwrite", makes=out / bank / "bank.json", after=tuple(f"export {n}" for n in inside),
-            device=False)  # fmt: skip
+    def add(self, name: str, *arguments: Any, makes: Path, after: Sequence[str] = (), gpus: int = 1) -> None:
+        self.jobs.append(Job(name, tuple(map(str, arguments)), makes, tuple(after), gpus))
 
-    def gates(name: str, *more: Any, bank: str = "bank", after: tuple[str, ...] = ()) -> None:
-        add(name, "train", "gates", *common, "--bank", out / bank, "--out", out / name, "--learning-rate", "2e-3",
-            "--warmup", "0.03", "--batch-size", q.batch_size, "--steps", q.gate_steps, "--log", out / f"{name}.jsonl",
-            *more, makes=out / name / "gates.json", after=(bank, *after))  # fmt: skip
+    def common(self, rows: int, steps: int) -> tuple[Any, ...]:
+        """Options of every training."""
+        q = self.q
+        remat = {"all": (), "dots": ("--remat-keeps", "dots"), "none": ("--no-remat",)}[q.remat]
+        dtype = () if q.dtype is None else ("--dtype", q.dtype)
+        return ("--base", q.base, "--tasks", q.tasks, "--max-length", q.max_length, "--rows", rows, "--steps", steps,
+                "--accumulate", q.accumulate, "--save-every", q.save_every, "--keep", 1, *remat, *dtype)  # fmt: skip
 
-    gates("gates", "--composite", "0.3")
-    variants: list[str] = []  # beside the default, judged as it is
-    for name, options in ABLATIONS.items() if "ablations" in q.parts else ():
-        gates(name, *options)
-        variants.append(name)
-    for name, options in FORMS.items() if "forms" in q.parts else ():
-        gates(name, "--composite", "0.3", *options)
-        variants.append(name)
-    if "independent" in q.parts:
-        gates("gates-independent", "--independent", "--samples-per-task", q.independent_samples)
-        variants.append("gates-independent")
-    if "growth" in q.parts and held:
-        gates("gates-small", "--composite", "0.3", bank="bank-small")
-        for name, options in {"gates-grown": (), "gates-grown-bias": ("--extend-bias",)}.items():
-            extend = ("--extend", out / "gates-small", *options)
-            gates(name, "--composite", "0.3", *extend, after=("gates-small",))
-            variants.append(name)
-    for name in BASELINES:
-        for rank in (8, 8 * len(names)):
-            mixture = ("natural",) if name == "lora-f" else ("balanced", "--samples-per-task", BALANCED_SAMPLES)
-            folder = out / f"{name}-r{rank}"
-            add(folder.name, "train", "adapter", *common, *lora, "--composite", "0.3", "--task", *names, "--name",
-                folder.name, "--rank", rank, "--steps", q.baseline_steps, "--mixture", *mixture, "--out", folder,
-                makes=folder / "bank.json")  # fmt: skip
+    def bank(self) -> None:
+        """All adapters, and the bank that is to grow."""
+        q, out = self.q, self.q.out
+        self.add("bank", "train", "bank", *self.common(q.bank_rows, q.bank_steps), *LORA, "--rank", q.rank, "--tokens",
+                 q.bank_tokens, "--epochs", q.bank_epochs, "--task", *self.names, "--out", out / "bank", "--log",
+                 out / "bank.jsonl", makes=out / "bank" / "bank.json", gpus=q.bank_gpus)  # fmt: skip
+        if "growth" in q.parts and self.held:
+            inside = [n for n in self.names if n not in self.held]
+            self.add("bank-small", "export", "bank", out / "bank", out / "bank-small", *inside,
+                     makes=out / "bank-small" / "bank.json", after=("bank",), gpus=0)  # fmt: skip
 
-    def evaluate(name: str, systems: str, *more: Any, gates: str = "gates", after: tuple[str, ...] = ()) -> None:
-        folder = out / "evaluation" / name
-        add(f"evaluate {name}", "evaluate", "--base", q.base, "--bank", out / "bank", "--gates", out / gates,
-            "--tasks", q.tasks, "--systems", systems, "--limit", q.limit, "--batch-size", q.evaluation_batch,
-            "--out", folder, *more, makes=folder / "table.json", after=(gates, *after))  # fmt: skip
+    def gates(self, name: str, *more: Any, bank: str = "bank", after: Sequence[str] = ()) -> None:
+        q, out = self.q, self.q.out
+        self.add(name, "train", "gates", *self.common(q.gate_rows, q.gate_steps), "--bank", out / bank, "--out",
+                 out / name, "--learning-rate", "2e-3", "--warmup", "0.03", "--log", out / f"{name}.jsonl", *more,
+                 makes=out / name / "gates.json", after=(bank, *after))  # fmt: skip
 
-    loras = [f"{name}-r{rank}" for name in BASELINES for rank in (8, 8 * len(names))]
-    given = [x for lora in loras for x in ("--system-bank", f"{lora}={out / lora}")]
-    evaluate("single", "base,oracle,gates-top1,gates-top2")
-    evaluate("baselines", "", *given, after=tuple(loras))
-    composite = ("--composite", q.composite, "--composite-count", q.composite_count, "--composite-temperature")
+    def variants(self) -> None:
+        """Gates beside the default ones, each judged as these are."""
+        q = self.q
+        made: dict[str, tuple[Any, ...]] = {}
+        made |= ABLATIONS if "ablations" in q.parts else {}
+        made |= {n: (*COMPOSITE, *options) for n, options in FORMS.items()} if "forms" in q.parts else {}
+        if "independent" in q.parts:
+            made["gates-independent"] = ("--independent", "--samples-per-task", q.independent_samples)
+        for name, options in made.items():
+            self.gates(name, *options)
+            self.evaluate_variant(name)
+        if "growth" in q.parts and self.held:
+            self.gates("gates-small", *COMPOSITE, bank="bank-small")
+            for name, options in {"gates-grown": (), "gates-grown-bias": ("--extend-bias",)}.items():
+                self.gates(name, *COMPOSITE, "--extend", q.out / "gates-small", *options, after=("gates-small",))
+                self.evaluate_variant(name)
+
+    def baselines(self) -> None:
+        q, out = self.q, self.q.out
+        for lora in self.loras:
+            mixture = (
+                ("natural",) if lora.startswith("lora-f") else ("balanced", "--samples-per-task", BALANCED_SAMPLES)
+            )
+            self.add(lora, "train", "adapter", *self.common(q.baseline_rows, q.baseline_steps), *LORA, "--task",
+                     *self.names, "--name", lora, "--rank", lora.rpartition("-r")[2], "--mixture", *mixture, "--out",
+                     out / lora, "--log", out / f"{lora}.jsonl", makes=out / lora / "bank.json")  # fmt: skip
+
+    def evaluate(self, name: str, systems: str, *more: Any, gates: str | None = "gates", after: Sequence[str] = (),
+                 batch: int | None = None) -> None:  # fmt: skip
+        q, out = self.q, self.q.out
+        folder, dtype = out / "evaluation" / name, () if q.dtype is None else ("--dtype", q.dtype)
+        given = () if gates is None else ("--gates", out / gates)
+        self.add(f"evaluate {name}", "evaluate", "--base", q.base, "--bank", out / "bank", *given, "--tasks", q.tasks,
+                 "--systems", systems, "--limit", q.limit, "--max-prompt", q.max_prompt, "--batch-size",
+                 batch or q.evaluation_batch, *dtype, "--out", folder, *more, makes=folder / "table.json",
+                 after=(gates or "bank", *after))  # fmt: skip
+
+    def evaluate_composites(self, name: str, systems: str, *more: Any, temperature: int = 1, **how: Any) -> None:
+        q = self.q
+        self.evaluate(name, systems, "--composite", q.composite, "--composite-count", q.composite_count,
+                      "--composite-shots", q.composite_shots, "--composite-temperature", temperature, *more,
+                      batch=q.composite_batch, **how)  # fmt: skip
+
+    def evaluate_variant(self, name: str) -> None:
+        self.evaluate(name, "gates-top1,gates-top2", gates=name)
+        if "composite" in self.q.parts:
+            self.evaluate_composites(f"{name}-composite", "gates-top2", gates=name)
+
+
+def plan(q: Quality, names: Sequence[str]) -> list[Job]:
+    """All jobs of the parts asked for, the most important first, each after those that it needs."""
+    p = Plan(q, names)
+    if unknown := sorted(set(q.parts) - set(PARTS)):
+        raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {', '.join(unknown)}")
+    p.bank()
+    if set(q.parts) & {"single", "composite", "retrieval"}:
+        p.gates("gates", *COMPOSITE)
+    if "single" in q.parts:
+        p.evaluate("single", "base,oracle,gates-top1,gates-top2")
+    if "retrieval" in q.parts:
+        p.add("index", "index", "build", q.out / "index", "--tasks", q.tasks, "--only", *names,
+              makes=q.out / "index" / "index.json", gpus=0)  # fmt: skip
+    given = [x for lora in p.loras for x in ("--system-bank", f"{lora}={q.out / lora}")]
+    if "baselines" in q.parts:
+        p.baselines()
+        p.evaluate("baselines", "", *given, gates=None, after=p.loras)
+    if "retrieval" in q.parts:
+        p.evaluate("retrieval", RETRIEVAL, "--index", q.out / "index", "--retrieve", min(q.retrieve, len(names) - 1),
+                   "--unseen", after=("index",))  # fmt: skip
     if "composite" in q.parts:
-        evaluate("composite", "gates-top1,gates-top2", *composite, 1)
-        evaluate("composite-warm", "gates-top2", *composite, 15)
-        evaluate("composite-baselines", "base", *composite, 1, *given, after=tuple(loras))
-    for name in variants:
-        evaluate(name, "gates-top1,gates-top2", gates=name)
-        if "composite" in q.parts:
-            evaluate(f"{name}-composite", "gates-top2", *composite, 1, gates=name)
-    return jobs
+        p.evaluate_composites("composite", "base,gates-top1,gates-top2")
+        if "baselines" in q.parts:
+            p.evaluate_composites("composite-baselines", "", *given, gates=None, after=p.loras)
+    p.variants()
+    if "composite" in q.parts:
+        p.evaluate_composites("composite-warm", "gates-top2", temperature=15)
+    return p.jobs
 
 
-def collect(q: Quality, jobs: list[Job]) -> list[dict[str, Any]]:
-    """A record for every figure of every evaluation that is there."""
-    records = []
+def collect(q: Quality, jobs: list[Job], adapters: int) -> list[dict[str, Any]]:
+    """A record for every figure of every evaluation that is there; of a system that two of them judged on a row, the
+    first one's."""
+    records, known = [], set()
     for job in jobs:
         if job.arguments[0] != "evaluate" or not job.makes.is_file():
             continue
         option = dict(zip(job.arguments, job.arguments[1:], strict=False))
-        gates, warm = Path(option["--gates"]).name, option.get("--composite-temperature", "1")
+        gates, warm = Path(option.get("--gates", "gates")).name, option.get("--composite-temperature", "1")
         common = {
-            "split": "test", "base": q.base.name, "adapters": sum(j.name.startswith("adapter ") for j in jobs),
-            "device": q.device, "date": time.strftime("%Y-%m-%d", time.gmtime(job.makes.stat().st_mtime)),
+            "split": "test", "base": q.base.name, "adapters": adapters, "device": q.device,
+            "date": time.strftime("%Y-%m-%d", time.gmtime(job.makes.stat().st_mtime)),
             "command": shlex.join(["meteora", *job.arguments]),
         }  # fmt: skip
         for task, cells in json.loads(job.makes.read_text(encoding="utf-8"))["tasks"].items():
             for system, cell in cells.items():
                 named = system.replace("gates", gates, 1) if system.startswith("gates-") else system
                 named += f" at temperature {warm}" if warm != "1" else ""
+                if (named, task) in known:
+                    continue
+                known.add((named, task))
                 for metric, value in cell.items():
                     if isinstance(value, int | float) and metric != "problems":
                         value = round(100 * value, 2) if metric in SHARES else value
@@ -204,9 +276,19 @@ def collect(q: Quality, jobs: list[Job]) -> list[dict[str, Any]]:
     return records
 
 
-def tell(q: Quality, records: list[dict[str, Any]]) -> None:
-    """Writes records.json, and table.md: each system's mean accuracy over the tasks, and its composite problems."""
+def tell(q: Quality, jobs: list[Job], records: list[dict[str, Any]]) -> None:
+    """Writes records.json, and table.md: each system's means and composites, every task, what the index found."""
     (q.out / "records.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    tables = [means_table(records), tasks_table(records)]
+    for job in jobs:
+        if job.name == "evaluate retrieval" and job.makes.is_file():
+            found = json.loads(job.makes.read_text(encoding="utf-8")).get("retrieval")
+            tables.append(retrieval_markdown(found) if found else "")
+    (q.out / "table.md").write_text("\n".join(t for t in tables if t), encoding="utf-8")
+
+
+def means_table(records: list[dict[str, Any]]) -> str:
+    """Each system's mean accuracy over the tasks that have one, and its composite problems."""
     accuracies: dict[str, list[float]] = {}
     composites: dict[str, dict[str, str]] = {}
     for r in records:
@@ -223,54 +305,101 @@ def tell(q: Quality, records: list[dict[str, Any]]) -> None:
         own, row = accuracies.get(system), composites.get(system, {})
         mean = [str(len(own)), f"{sum(own) / len(own):.1f}"] if own else ["", ""]
         lines.append("| " + " | ".join([system, *mean, *(row.get(c, "") for c in columns)]) + " |")
-    (q.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
+
+
+def tasks_table(records: list[dict[str, Any]]) -> str:
+    """Every task by base, oracle, gates and baselines: its accuracy, or ROUGE-L where it has none; and the means."""
+    cells: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for r in records:
+        cells.setdefault(r["task"], {})[r["system"], r["metric"]] = r
+    wanted = ("base", "oracle", "gates-top1", "gates-top2")
+    present = list(dict.fromkeys(r["system"] for r in records))
+    systems = [*(s for s in wanted if s in present), *(s for s in present if s.startswith(BASELINES))]
+    lines = ["| task | problems | " + " | ".join(systems) + " |", "| --- " * (len(systems) + 2) + "|"]
+    sums: dict[str, list[float]] = {}
+    for task, row in cells.items():
+        metric = next((m for m in ("accuracy", "rougeL") if any((s, m) in row for s in systems)), None)
+        if metric is None:
+            continue
+        found = {s: row[s, metric] for s in systems if (s, metric) in row}
+        if metric == "accuracy":
+            for s, r in found.items():
+                sums.setdefault(s, []).append(r["value"])
+        label = task if metric == "accuracy" else f"{task}, ROUGE-L"
+        texts = [f"{found[s]['value']:.1f}" if s in found else "" for s in systems]
+        lines.append(f"| {label} | {next(iter(found.values()))['n']} | " + " | ".join(texts) + " |")
+    means = [f"{sum(sums[s]) / len(sums[s]):.1f}" if s in sums else "" for s in systems]
+    lines.append("| mean accuracy | | " + " | ".join(means) + " |")
+    return "\n".join(lines) + "\n" if systems else ""
 
 
 class Runner:
-    """Runs jobs, each once those that it needs are done; a failed one fails what needs it."""
+    """Runs jobs: on free GPUs the first in the plan whose needs are met; a failed one fails what needs it."""
 
     def __init__(self, q: Quality):
         self.q = q
-        self.slots: Queue[int | None] = Queue()
-        for _ in range(q.per_gpu if q.gpus else 1):
-            for gpu in q.gpus or (None,):
-                self.slots.put(gpu)
+        self.free: list[int | None] = [gpu for _ in range(q.per_gpu if q.gpus else 1) for gpu in q.gpus or (None,)]
         self.lock = threading.Lock()
-        self.done: dict[str, Future] = {}
+        self.done: dict[str, bool] = {}
 
     def run(self, jobs: list[Job]) -> list[str]:
-        """The names of the jobs that failed."""
+        """The names of the jobs that failed, or that needed one that did."""
         (self.q.out / "logs").mkdir(parents=True, exist_ok=True)
+        waiting, running = list(jobs), {}
         with ThreadPoolExecutor(len(jobs)) as pool:
-            for job in jobs:
-                self.done[job.name] = pool.submit(self._job, job)
-        return [name for name, future in self.done.items() if not future.result()]
+            while waiting or running:
+                self._start(waiting, running, pool)
+                if not running:
+                    continue
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, slots = running.pop(future)
+                    self.free += slots
+                    self.done[job.name] = future.result()
+        return [job.name for job in jobs if not self.done[job.name]]
 
-    def _job(self, job: Job) -> bool:
-        if not all([self.done[name].result() for name in job.after]):
-            return False
-        if job.makes.exists():
-            return True
-        gpu = self.slots.get() if job.device else None
+    def _start(self, waiting: list[Job], running: dict[Future, tuple[Job, list[int | None]]], pool: Any) -> None:
+        """Starts what can start; a job that waits for more GPUs lets no later one have them."""
+        reserved = False
+        for job in list(waiting):
+            needs = [self.done.get(name) for name in job.after]
+            if None in needs:
+                continue
+            if not all(needs) or job.makes.exists():
+                self.done[job.name] = all(needs)
+                waiting.remove(job)
+                self._start(waiting, running, pool)
+                return
+            if job.gpus and (reserved or len(set(self.free)) < min(job.gpus, len(self.q.gpus) or 1)):
+                reserved = True
+                continue
+            slots = list(dict.fromkeys(self.free))[: min(job.gpus, len(self.q.gpus) or 1)]
+            for slot in slots:
+                self.free.remove(slot)
+            waiting.remove(job)
+            running[pool.submit(self._job, job, slots)] = (job, slots)
+
+    def _job(self, job: Job, slots: list[int | None]) -> bool:
         started = time.monotonic()
-        try:
-            log = self.q.out / "logs" / f"{job.name.replace(' ', '-')}.log"
-            with log.open("w", encoding="utf-8") as said:
-                status = subprocess.run(
-                    [sys.executable, *METEORA, *job.arguments], env=self._environment(gpu, job.device), stdout=said,
-                    stderr=subprocess.STDOUT, check=False,
-                ).returncode  # fmt: skip
-        finally:
-            if job.device:
-                self.slots.put(gpu)
+        log = self.q.out / "logs" / f"{job.name.replace(' ', '-')}.log"
+        with log.open("w", encoding="utf-8") as said:
+            status = subprocess.run(
+                [sys.executable, *METEORA, *job.arguments], env=self._environment(slots), stdout=said,
+                stderr=subprocess.STDOUT, check=False,
+            ).returncode  # fmt: skip
         self._record(job, status, time.monotonic() - started, log)
         return status == 0
 
-    def _environment(self, gpu: int | None, device: bool) -> dict[str, str]:
-        if gpu is None:
-            return {**os.environ, "JAX_PLATFORMS": "cpu"} if self.q.gpus or not device else dict(os.environ)
+    def _environment(self, slots: list[int | None]) -> dict[str, str]:
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str((self.q.out / "cache").absolute()),  # jobs of one kind compile once
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        }
+        if not slots or slots == [None]:
+            return {**cache, **os.environ, **({"JAX_PLATFORMS": "cpu"} if self.q.gpus or not slots else {})}
         share = str(0.9 / self.q.per_gpu)
-        return {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slots)), "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+        return {**cache, **os.environ, **own}
 
     def _record(self, job: Job, status: int, seconds: float, log: Path) -> None:
         command = shlex.join(["meteora", *job.arguments])
@@ -288,13 +417,13 @@ def main(q: Quality) -> int:
     names = q.only or tuple(sorted(f.parent.name for f in q.tasks.glob("*/train.jsonl")))
     if len(names) < 2:
         raise InputError(f"{q.tasks}: expected two tasks or more, found {len(names)}")
-    jobs = plan(q, {name: len(load_split(q.tasks, name, "train")) for name in names})
+    jobs = plan(q, names)
     if q.dry_run:
         for job in jobs:
             print(shlex.join(["meteora", *job.arguments]))
         return 0
     failed = Runner(q).run(jobs)
-    tell(q, collect(q, jobs))
+    tell(q, jobs, collect(q, jobs, len(names)))
     for name in failed:
         console.print(f"not done: {name}")
     return bool(failed)

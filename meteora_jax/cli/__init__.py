@@ -17,10 +17,12 @@ from meteora_jax.cli.demo import Demo, demo
 from meteora_jax.cli.evaluate import Evaluate, evaluate
 from meteora_jax.cli.export import (
     ExportAdapter,
+    ExportBank,
     ExportBase,
     ExportGates,
     ExportMerged,
     export_adapter,
+    export_bank,
     export_base,
     export_gates,
     export_merged,
@@ -52,7 +54,16 @@ from meteora_jax.cli.index import (
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
-from meteora_jax.cli.train import Join, TrainAdapter, TrainGates, join, train_adapter, train_gates
+from meteora_jax.cli.train import (
+    Join,
+    TrainAdapter,
+    TrainBank,
+    TrainGates,
+    join,
+    train_adapter,
+    train_bank,
+    train_gates,
+)
 from meteora_jax.cli.train_retriever import TrainRetriever, train_retriever
 from meteora_jax.config import InputError, Preempted
 
@@ -73,23 +84,25 @@ class Import:
 
 @dataclass(frozen=True)
 class Export:
-    """Convert this project's folders into the formats of others."""
+    """Convert this project's folders into the formats of others, or take some adapters out of a bank."""
 
     what: (
         Annotated[ExportAdapter, sub("adapter")]
         | Annotated[ExportMerged, sub("merged")]
         | Annotated[ExportBase, sub("base")]
         | Annotated[ExportGates, sub("gates")]
+        | Annotated[ExportBank, sub("bank")]
     )
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train gates, one adapter, or the retriever's encoder."""
+    """Train gates, one adapter, all adapters of a bank, or the retriever's encoder."""
 
     what: (
         Annotated[TrainGates, sub("gates")]
         | Annotated[TrainAdapter, sub("adapter")]
+        | Annotated[TrainBank, sub("bank")]
         | Annotated[TrainRetriever, sub("retriever")]
     )
 
@@ -117,6 +130,7 @@ ACTIONS = {
     ExportMerged: export_merged,
     ExportBase: export_base,
     ExportGates: export_gates,
+    ExportBank: export_bank,
     Inspect: inspect,
     IndexBuild: index_build,
     IndexAdd: index_add,
@@ -126,6 +140,7 @@ ACTIONS = {
     Prepare: prepare,
     TrainGates: train_gates,
     TrainAdapter: train_adapter,
+    TrainBank: train_bank,
     Join: join,
     Plan: plan,
     TrainRetriever: train_retriever,

@@ -78,6 +78,9 @@ class Evaluate(Devices):
     """Holdout is scored once, for a release."""
     limit: int | None = None
     """At most so many problems a task, chosen by their hash."""
+    max_prompt: int | None = None
+    """Leave out problems of one task whose prompt has more tokens, of those that --limit chose; the table counts those
+    that are left."""
     max_new_tokens: int = 64
     """Longest answer."""
     batch_size: int = 16
@@ -164,7 +167,14 @@ def gather_problems(command: Evaluate, model: Any) -> list[Problem]:
         raise InputError("--only, --composite: expected at least one task or composite, found none")
     if twice := sorted({row for row in rows if rows.count(row) > 1}):
         raise InputError(f"--only, --composite, --queries: expected each name once, found twice: {', '.join(twice)}")
-    return problems
+    if command.max_prompt is None:
+        return problems
+    short = [p for p in problems if p.tasks or len(model.encode(p.prompt)) <= command.max_prompt]
+    if gone := set(rows) - {p.task for p in short}:
+        raise InputError(f"--max-prompt: expected room for a problem of every row, found none for {', '.join(gone)}")
+    if left := len(problems) - len(short):
+        status.print(f"{left} problems of more than {command.max_prompt} tokens left out", highlight=False)
+    return short
 
 
 def composite_file(command: Evaluate, model: Any, what: str) -> Path:
@@ -264,7 +274,8 @@ def evaluate(command: Evaluate) -> None:
     from meteora_jax.evaluation import runner
     from meteora_jax.model import load
 
-    for name in ("max_new_tokens", "batch_size", "limit", "composite_max_new_tokens", "retrieve", "repeats"):
+    counts = ("max_new_tokens", "batch_size", "limit", "max_prompt", "composite_max_new_tokens", "retrieve", "repeats")
+    for name in counts:
         if (value := getattr(command, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
     sizes = read_sizes(command)

@@ -1,4 +1,4 @@
-"""`meteora export adapter | merged | base | gates`."""
+"""`meteora export adapter | merged | base | gates | bank`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from meteora_jax.cli.report import Conversion
+from meteora_jax.cli.report import Conversion, console, write_json
 
 
 @dataclass(frozen=True)
@@ -104,3 +104,26 @@ def export_gates(command: ExportGates) -> None:
     lines = [f"{command.dest}: rank {told['rank']}, alpha {told['alpha']:g}"]
     lines += [f"adapters in its order: {' '.join(told['names'])}"]
     command.tell(lines, {"checkpoint": str(command.dest), **told})
+
+
+@dataclass(frozen=True)
+class ExportBank:
+    """Write some of a bank's adapters as a bank of their own."""
+
+    bank: tyro.conf.Positional[Path]
+    """BANK folder."""
+    dest: tyro.conf.Positional[Path]
+    """BANK folder to write; one that is there is replaced once the new one is complete."""
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """The adapters, in the order that they shall have."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+def export_bank(command: ExportBank) -> None:
+    """Runs `meteora export bank`."""
+    from meteora_jax.checkpoint import take_adapters
+
+    take_adapters(command.bank, command.dest, command.names)
+    console.print(f"{command.dest}: {' '.join(command.names)}", highlight=False, soft_wrap=True)
+    write_json(command.json, {"bank": str(command.dest), "names": list(command.names)})

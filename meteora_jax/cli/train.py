@@ -1,4 +1,4 @@
-"""`meteora train gates` and `meteora train adapter`."""
+"""`meteora train gates`, `meteora train adapter` and `meteora train bank`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from meteora_jax.config import BankConfig, GateConfig, InputError, read_json
 
 @dataclass(frozen=True, kw_only=True)
 class _Train(Devices):
-    """What both commands share."""
+    """What these commands share."""
 
     base: Path
     """BASE folder."""
@@ -144,6 +144,43 @@ class TrainAdapter(_Train):
     """Whether prompt tokens count in the loss."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainBank(_Train):
+    """Train an adapter (LoRA) for each of many tasks, all side by side in one run, and write them as a BANK.
+
+    Every token is routed to its own task's adapter; loss and clipping are each adapter's own. A random cut of each
+    task's examples is held back, and the bank holds each adapter as it was when it served them best. Stopped by SIGTERM
+    it saves and exits with status 75.
+    """
+
+    out: Path
+    """BANK folder to write; replaced once the adapters are complete."""
+    task: tuple[str, ...] = ()
+    """Tasks, each of which gets an adapter of its name; all folders of TASKS with a train file unless given."""
+    rank: int = 8
+    """Of A and B."""
+    alpha: float | None = None
+    """The scale is alpha / rank; twice the rank unless given."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Projections that the adapters touch."""
+    clip: float = 1.0
+    """Largest gradient norm of each adapter."""
+    prompt_loss: bool = False
+    """Whether prompt tokens count in the loss."""
+    tokens: int = 2_500_000
+    """How often tasks are drawn: each for so many tokens, but ..."""
+    epochs: float = 8.0
+    """... none more than so many times over. Shares only: --steps says how long the run is."""
+    validations: int = 8
+    """Times a run that the held-back examples are scored."""
+    held_back: float = 0.05
+    """Share of a task's examples that is held back ..."""
+    held_least: int = 8
+    """... no fewer than these ..."""
+    held_most: int = 64
+    """... and no more than these."""
+
+
 def train_gates(command: TrainGates) -> None:
     """Runs `meteora train gates`."""
     from meteora_jax.evaluation.tasks import load_split
@@ -250,6 +287,40 @@ def train_adapter(command: TrainAdapter) -> None:
             run=_run(command), log=command.log, progress=progress,
         )  # fmt: skip
     _report(command, settings, final, {"bank": str(command.out), "tasks": list(command.task)})
+
+
+def train_bank(command: TrainBank) -> None:
+    """Runs `meteora train bank`."""
+    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.training.bank import BankTraining
+    from meteora_jax.training.bank import train_bank as train
+
+    mesh = make_devices_mesh(command)
+    names = command.task or tuple(sorted(file.parent.name for file in command.tasks.glob("*/train.jsonl")))
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"{command.tasks}: expected tasks, each once, found {' '.join(names) or 'none'}")
+    tasks = {name: load_split(command.tasks, name, "train") for name in names}
+    alpha = 2.0 * command.rank if command.alpha is None else command.alpha
+    settings = BankTraining(**{**_settings(command, BankTraining), "alpha": alpha})
+
+    def told(record: dict[str, Any]) -> None:
+        if is_first_process():
+            figures = f"exact {record['exact']:.1%}, loss {record['loss']:.4f}"
+            better = sum(task["better"] for task in record["tasks"].values())
+            status.print(
+                f"step {record['step']}, held back: {figures}; {better} of {len(names)} better", highlight=False
+            )
+
+    with _progress("train bank", command.steps) as progress:
+        final = train(
+            command.base, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,
+            run=_run(command), log=command.log, progress=progress, told=told,
+        )  # fmt: skip
+    if is_first_process():
+        for name, kept in final["kept"].items():
+            line = f"{name}: step {kept['step']}, exact {kept['exact']:.1%}, loss {kept['loss']:.4f}"
+            console.print(line, highlight=False, soft_wrap=True)
+    _report(command, settings, final, {"bank": str(command.out), "tasks": list(names)})
 
 
 def _settings(command: _Train, kind: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A LoRA before its training, as a bank of one."""
+"""LoRAs before their training, as banks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fresh_adapter(
     rank: int,
     alpha: float,
     targets: Sequence[str],
-    seed: int,
+    seed: int | Sequence[int],
     origin: BaseOrigin | None = None,
 ) -> AdapterBank:
     """A random, B zero, scale alpha / rank, so that it changes nothing yet.
@@ -53,3 +53,19 @@ def fresh_adapter(
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     record = dataclasses.asdict(origin) if origin else None
     return AdapterBank(a, b, scale, BankConfig((info,), dict.fromkeys(ordered, rank), n, shapes, base=record))
+
+
+def fresh_bank(
+    config: LlamaConfig,
+    names: Sequence[str],
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    origin: BaseOrigin | None = None,
+) -> AdapterBank:
+    """A `fresh_adapter` of each name, each with an A of its own, side by side."""
+    banks = [fresh_adapter(config, name, rank, alpha, targets, [seed, i], origin) for i, name in enumerate(names)]
+    side_by_side = lambda part: {p: np.concatenate([getattr(b, part)[p] for b in banks], 1) for p in banks[0].a}  # noqa: E731
+    whole = dataclasses.replace(banks[0].config, adapters=tuple(b.config.adapters[0] for b in banks))
+    return AdapterBank(side_by_side("a"), side_by_side("b"), side_by_side("scale"), whole)

@@ -68,13 +68,24 @@ class Layout:
 
 def encode(example: Example, task: int, tokenizer: Any, end: int, *, prompt_loss: bool) -> Tokenized:
     """prompt + response + end token; prompt and response are tokenized apart, as generation will see them."""
-    prompt = list(tokenizer(example.prompt)["input_ids"])
-    response = [*tokenizer(example.response, add_special_tokens=False)["input_ids"], end]
-    tokens = np.asarray(prompt + response, np.int32)
-    loss = np.full(len(tokens), prompt_loss)
-    loss[len(prompt) :] = True
-    loss[0] = False  # nothing predicts the first token
-    return Tokenized(tokens, loss, np.full(len(tokens), task, np.int32))
+    return encode_all([example], task, tokenizer, end, prompt_loss=prompt_loss)[0]
+
+
+def encode_all(
+    examples: Sequence[Example], task: int, tokenizer: Any, end: int, *, prompt_loss: bool
+) -> list[Tokenized]:
+    """`encode` of each; one call to the tokenizer, which spreads it over the cores."""
+    ids = lambda texts, **how: tokenizer(texts, return_attention_mask=False, **how)["input_ids"]  # noqa: E731
+    prompts = ids([e.prompt for e in examples])
+    responses = ids([e.response for e in examples], add_special_tokens=False)
+    sequences = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        tokens = np.asarray([*prompt, *response, end], np.int32)
+        loss = np.full(len(tokens), prompt_loss)
+        loss[len(prompt) :] = True
+        loss[0] = False  # nothing predicts the first token
+        sequences.append(Tokenized(tokens, loss, np.full(len(tokens), task, np.int32)))
+    return sequences
 
 
 def compose(parts: Sequence[tuple[Example, int]], tokenizer: Any, end: int, *, prompt_loss: bool) -> Tokenized:
@@ -127,8 +138,9 @@ class Mixture:
     """Where a run's sequences come from.
 
     tasks: {name: training examples}. labels: the adapter of each task, int. composite: share of the sequences that
-    hold three tasks. balanced: every task equally often, else as often as it has examples. samples_per_task: a random
-    choice of so many examples of each. max_length: longer sequences are passed over.
+    hold three tasks. balanced: every task equally often, else as often as it has examples; shares {name: float}: as
+    often as they say, inside composites too. samples_per_task: a random choice of so many examples of each. max_length:
+    longer sequences are passed over.
     """
 
     tasks: Mapping[str, Sequence[Example]]
@@ -141,6 +153,7 @@ class Mixture:
     mixture: Literal["balanced", "natural"] = "balanced"
     samples_per_task: int | None = None
     seed: int = 0
+    shares: Mapping[str, float] | None = None
 
     def __post_init__(self):
         empty = [n for n in self.labels if not self.tasks.get(n)]
@@ -159,8 +172,10 @@ class Mixture:
             if self.samples_per_task is not None and len(examples) > self.samples_per_task:
                 rng = np.random.default_rng([self.seed, i])
                 examples = [examples[j] for j in sorted(rng.permutation(len(examples))[: self.samples_per_task])]
-            pairs = [(e, encode(e, label, self.tokenizer, self.end, prompt_loss=self.prompt_loss)) for e in examples]
-            chosen[name] = [(e, s) for e, s in pairs if len(s.tokens) <= self.max_length]
+            sequences = encode_all(examples, label, self.tokenizer, self.end, prompt_loss=self.prompt_loss)
+            chosen[name] = [
+                (e, s) for e, s in zip(examples, sequences, strict=True) if len(s.tokens) <= self.max_length
+            ]
         none = [n for n, pairs in chosen.items() if not pairs]
         if none:
             raise InputError(
@@ -173,8 +188,9 @@ class Mixture:
     ) -> Tokenized:
         """Three tasks (fewer if there are fewer) in one sequence of at most `limit` tokens."""
         names = list(self.labels)
+        p = None if self.shares is None else np.asarray([self.shares[n] for n in names]) / sum(self.shares.values())
         for _ in range(DRAWS):
-            picked = [names[i] for i in rng.choice(len(names), size=min(3, len(names)), replace=False)]
+            picked = [names[i] for i in rng.choice(len(names), size=min(3, len(names)), replace=False, p=p)]
             parts = [(chosen[n][int(rng.integers(len(chosen[n])))][0], self.labels[n]) for n in picked]
             s = compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss)
             if len(s.tokens) <= limit:
@@ -200,7 +216,10 @@ def plan(
     lengths = {name: [len(s.tokens) for _, s in pairs] for name, pairs in chosen.items()}
     every = list(itertools.chain(*lengths.values()))
     longest = max(every)
-    mean = np.mean(every) if mixture.mixture == "natural" else np.mean([np.mean(n) for n in lengths.values()])
+    if mixture.shares is not None:
+        mean = np.average([np.mean(n) for n in lengths.values()], weights=[mixture.shares[n] for n in lengths])
+    else:
+        mean = np.mean(every) if mixture.mixture == "natural" else np.mean([np.mean(n) for n in lengths.values()])
     if mixture.composite > 0:
         rng = np.random.default_rng(mixture.seed)
         drawn = [len(mixture.draw_composite(chosen, rng, mixture.max_length).tokens) for _ in range(64)]
@@ -278,9 +297,10 @@ def _stream(mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Token
         return source.seed(seed).shuffle().repeat(None)
 
     first = 1000 * (1000 * mixture.seed + shard)
-    if mixture.mixture == "balanced":
+    if mixture.mixture == "balanced" or mixture.shares is not None:
         singles = [endless(pairs, first + i) for i, pairs in enumerate(chosen.values(), 1)]
-        sequences = grain.MapDataset.mix(singles) if len(singles) > 1 else singles[0]
+        weights = None if mixture.shares is None else [mixture.shares[name] for name in chosen]
+        sequences = grain.MapDataset.mix(singles, weights) if len(singles) > 1 else singles[0]
     else:
         sequences = endless(list(itertools.chain(*chosen.values())), first + 1)
     if mixture.composite > 0:

@@ -55,6 +55,7 @@ from meteora_jax.training.charts import write_accuracy_map, write_curves
 from meteora_jax.training.checkpoints import Checkpoints, preemption
 from meteora_jax.training.data import Batches, Layout, Mixture, own_shards, plan
 from meteora_jax.training.loss import Losses
+from meteora_jax.training.side_by_side import shares_of
 from meteora_jax.training.step import TrainState, initial_state, make_step, optimizer
 from meteora_jax.training.watch import Recorder, flops_per_pair, flops_per_token
 
@@ -211,7 +212,7 @@ def train_gates(
     trained = (GateParam, AdapterParam) if settings.train_adapters else GateParam
     router = Gates(settings.top_k, settings.temperature)
     flops = dict(chosen=settings.top_k, gates=form, train_adapters=settings.train_adapters)
-    state, final = _fit(
+    state, final = fit(
         base, config, weights, loaded, fresh, trained, router, labels, tasks, settings, flops, columns=columns,
         form=form, kind=kind, mesh=mesh, run=run, log=log, progress=progress,
     )  # fmt: skip
@@ -273,7 +274,7 @@ def train_adapter(
     bank = fresh_adapter(config, settings.name, *shape, read_origin(base))
     router = Fixed(settings.name)
     flops = dict(chosen=1, gates=False, train_adapters=True)
-    state, final = _fit(
+    state, final = fit(
         base, config, weights, bank, None, AdapterParam, router, dict.fromkeys(tasks, 0), tasks, settings, flops,
         kind=kind, mesh=mesh, run=run, log=log, progress=progress,
     )  # fmt: skip
@@ -283,11 +284,14 @@ def train_adapter(
     return final
 
 
-def _fit(
+def fit(
     base, config, weights, bank, gates, trained, router, labels, tasks, settings, flops, *, columns=None,
-    form=METEORA_FORM, kind, mesh, run, log, progress,
+    form=METEORA_FORM, kind, mesh, run, log, progress, validation=None,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
-    """The run itself: data, state (fresh, or where a run left off), the loop, the pictures."""
+    """The run itself: data, state (fresh, or where a run left off), the loop, the pictures.
+
+    validation: what scores held-back sequences between steps, a `bank.Validation`; clipping is then each adapter's own.
+    """
     if not config.eos_token_ids:
         raise InputError(f"{base}: eos_token_id: expected an end token, found none")
     mixture = Mixture(
@@ -297,6 +301,9 @@ def _fit(
         seed=settings.seed,
     )  # fmt: skip
     chosen = mixture.chosen()
+    if validation is not None:
+        lengths = {name: np.asarray([len(s.tokens) for _, s in pairs]) for name, pairs in chosen.items()}
+        mixture = dataclasses.replace(mixture, shares=shares_of(lengths, settings.tokens, float(settings.epochs)))
     identity = _identity(config, bank.config, weights, tasks, settings, kind)
     if columns is not None:
         old = hashlib.sha256(b"".join(np.ascontiguousarray(gates[name]).tobytes() for name in gates))
@@ -310,9 +317,10 @@ def _fit(
     graph, params, frozen = nnx.split(nnx.merge(graph, full), trained, ...)
     tx = optimizer(
         settings.steps, settings.learning_rate, settings.warmup, settings.clip,
-        getattr(settings, "adapter_learning_rate", None),
+        getattr(settings, "adapter_learning_rate", None), each=validation is not None,
     )  # fmt: skip
     state = initial_state(params, tx, mesh)
+    state = state if validation is None else validation.first(state, mesh)
     restored = checkpoints.restore(state) if checkpoints else None
     layout = _layout(mixture, chosen, settings, mesh, checkpoints if restored else None)
     batches = Batches(mixture, chosen, layout, own_shards(layout, mesh))
@@ -326,6 +334,8 @@ def _fit(
         graph, state, tx, beta=getattr(settings, "beta", 0.0), dtype=kind, remat=settings.remat,
         accumulate=settings.accumulate, columns=columns, bias=getattr(settings, "extend_bias", False), mesh=mesh,
     )  # fmt: skip
+    if validation is not None:
+        validation.begin(graph, state, layout, kind, mesh, run.path if run else None, start)
     path = Path(log) if log else run.path / "log.jsonl" if run else None
     recorder = Recorder(
         bank.names, path, run.path / "tensorboard" if run else None, start=start, progress=progress,
@@ -333,7 +343,19 @@ def _fit(
     )  # fmt: skip
     try:
         state = _loop(
-            step, frozen, state, bound, batches, layout, settings.steps, start, recorder, checkpoints, run, mesh
+            step,
+            frozen,
+            state,
+            bound,
+            batches,
+            layout,
+            settings.steps,
+            start,
+            recorder,
+            checkpoints,
+            run,
+            mesh,
+            validation,
         )
     finally:
         recorder.close()
@@ -350,7 +372,7 @@ def _fit(
 
 def _loop(
     step, frozen, state, router: BoundRouter, batches: Batches, layout: Layout, steps: int, start: int,
-    recorder: Recorder, checkpoints: Checkpoints | None, run: RunFolder | None, mesh: Mesh | None,
+    recorder: Recorder, checkpoints: Checkpoints | None, run: RunFolder | None, mesh: Mesh | None, validation: Any,
 ) -> TrainState:  # fmt: skip
     late: tuple[int, Losses] | None = None  # a step's figures are read while the next one runs
     with use_mesh(mesh), preemption() if checkpoints else nullcontext(lambda _: False) as asked:
@@ -360,11 +382,16 @@ def _loop(
             if late:
                 recorder.add(*late)
             late = (number, losses)
+            if validation is not None and validation.due(number):
+                recorder.add(*late)
+                late = None
+                state = validation.judge(number, frozen, state)
             if checkpoints is None or run is None:
                 continue
             stop = asked(number)
             if stop or number % run.every == 0 or number == steps:
-                recorder.add(*late)  # first: a loss that is no number must not be saved
+                if late:
+                    recorder.add(*late)  # first: a loss that is no number must not be saved
                 late = None
                 checkpoints.save(number, state, layout, batches.position())
             if stop and number < steps:

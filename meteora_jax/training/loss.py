@@ -116,31 +116,56 @@ def _judge(batch: Batch, counts: Counts) -> Any:
     return observe
 
 
-def next_token_loss(model: Llama, hidden: jax.Array, batch: Batch) -> jax.Array:
+def next_token_loss(model: Llama, hidden: jax.Array, batch: Batch, share: jax.Array | None = None) -> jax.Array:
     """Sum of the negative log-probabilities of the predicted tokens; hidden [B, T, D].
 
     Logits are made block by block of T, and again in the backward pass, where all at once would be too many.
+    share: float32 [B, T], what each predicted token counts; 1 unless given.
     """
-    rows, length, _ = hidden.shape
     # the first token of a sequence is never predicted, so nothing leaks from one sequence of a row into the next
     targets, predicted = jnp.roll(batch.tokens, -1, axis=1), jnp.roll(batch.loss, -1, axis=1)
     predicted = predicted.at[:, -1].set(False)
+    share = jnp.ones(batch.tokens.shape, jnp.float32) if share is None else jnp.roll(share, -1, axis=1)
 
-    def block(hidden: jax.Array, targets: jax.Array, predicted: jax.Array) -> jax.Array:
+    def block(hidden: jax.Array, targets: jax.Array, predicted: jax.Array, share: jax.Array) -> jax.Array:
         # what is trained acts in the layers alone, so the head needs no router
         logits = constrain(model.logits(hidden, None), "batch", None, "vocab")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return jnp.sum(jnp.where(predicted, losses, 0.0))
+        return jnp.sum(jnp.where(predicted, losses * share, 0.0))
 
-    vocabulary = model.config.vocab_size
-    fits = lambda n: length % n == 0 and rows * (length // n) * vocabulary <= LOGITS_AT_ONCE  # noqa: E731
-    blocks = next((n for n in range(1, length + 1) if fits(n)), length)
-    if blocks == 1:
-        return block(hidden, targets, predicted)
-    cut = lambda x: jnp.moveaxis(x.reshape(rows, blocks, length // blocks, *x.shape[2:]), 1, 0)  # noqa: E731
+    whole = hidden, targets, predicted, share
+    if _blocks(model, hidden) == 1:
+        return block(*whole)
 
     def add(total: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + jax.checkpoint(block)(*parts), None
 
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, zero, (cut(hidden), cut(targets), cut(predicted)))[0]
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), _cut(whole, _blocks(model, hidden)))[0]
+
+
+def token_scores(model: Llama, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Of every token but a row's first: its negative log-probability float32 [B, T], and whether it was the likeliest
+    one, bool [B, T]; hidden [B, T, D]. Not for gradients."""
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+
+    def block(parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = constrain(model.logits(parts[0], None), "batch", None, "vocab")
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, parts[1])
+        return losses, jnp.argmax(logits, axis=-1) == parts[1]
+
+    found = jax.lax.map(block, _cut((hidden, targets), _blocks(model, hidden)))
+    join = lambda x: jnp.roll(jnp.moveaxis(x, 0, 1).reshape(targets.shape), 1, axis=1)  # noqa: E731
+    return join(found[0]), join(found[1])
+
+
+def _blocks(model: Llama, hidden: jax.Array) -> int:
+    """Parts of T whose logits are held together."""
+    rows, length, _ = hidden.shape
+    fits = lambda n: length % n == 0 and rows * (length // n) * model.config.vocab_size <= LOGITS_AT_ONCE  # noqa: E731
+    return next((n for n in range(1, length + 1) if fits(n)), length)
+
+
+def _cut(tree: Any, blocks: int) -> Any:
+    """Arrays [B, T, ..] as [blocks, B, T / blocks, ..]."""
+    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], blocks, x.shape[1] // blocks, *x.shape[2:]), 1, 0)  # noqa: E731
+    return jax.tree.map(cut, tree)

@@ -19,6 +19,7 @@ from meteora_jax.routing import BoundRouter
 from meteora_jax.sharding import constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
 from meteora_jax.training.loss import Counts, Losses, Remat, gate_training_loss
+from meteora_jax.training.side_by_side import ByTask, OwnCounts, clip_each, side_by_side_loss
 
 Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
 
@@ -26,10 +27,12 @@ Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes: the trained parameters (float32) and the optimiser's moments."""
+    """What training changes: the trained parameters (float32), the optimiser's moments, and, where a run keeps it, the
+    best so far (`bank.Best`), which a step passes on."""
 
     params: Any
     optimizer: Any
+    best: Any = None
 
 
 def schedule(steps: int, learning_rate: float, warmup: float) -> optax.Schedule:
@@ -38,13 +41,17 @@ def schedule(steps: int, learning_rate: float, warmup: float) -> optax.Schedule:
 
 
 def optimizer(
-    steps: int, learning_rate: float, warmup: float, clip: float, adapter_learning_rate: float | None = None
-) -> optax.GradientTransformation:
+    steps: int, learning_rate: float, warmup: float, clip: float, adapter_learning_rate: float | None = None,
+    each: bool = False,
+) -> optax.GradientTransformation:  # fmt: skip
     """AdamW with the gradient's global norm clipped: the original's recipe.
 
     adapter_learning_rate: the adapters' peak where they are trained beside gates; otherwise the same.
+    each: the norm is each adapter's own.
     """
     adamw = optax.adamw(schedule(steps, learning_rate, warmup), weight_decay=0.0)
+    if each:
+        return optax.chain(clip_each(clip), adamw)
     if adapter_learning_rate is None:
         return optax.chain(optax.clip_by_global_norm(clip), adamw)
     slower = optax.masked(optax.scale(adapter_learning_rate / learning_rate), _adapters)
@@ -102,7 +109,7 @@ def make_step(
             params = optax.apply_updates(state.params, updates)
         if columns is not None and bias:
             params = _level(params, columns)
-        return TrainState(params, moments), losses
+        return TrainState(params, moments, state.best), losses
 
     if mesh is None:
         return Jit(step, donate_argnums=1)
@@ -123,12 +130,18 @@ def gradients(
     remat: Remat,
     accumulate: int = 1,
 ) -> tuple[Losses, Any]:
-    """The losses of a batch and the gradients of `params`."""
-    counts = Counts.of(batch)
+    """The losses of a batch and the gradients of `params`; with the router `ByTask` those of adapters side by side."""
+    if isinstance(router, ByTask):
+        counts = OwnCounts.of(batch, nnx.merge(graph, params, frozen).adapters)
+    else:
+        counts = Counts.of(batch)
 
     def loss(params: Any, part: Batch) -> tuple[jax.Array, Losses]:
-        model = nnx.merge(graph, _computed(params, dtype), frozen)
-        losses = gate_training_loss(model, part, router, beta, remat=remat, counts=counts)
+        model = nnx.merge(graph, computed(params, dtype), frozen)
+        if isinstance(counts, OwnCounts):
+            losses = side_by_side_loss(model, part, counts, remat=remat)
+        else:
+            losses = gate_training_loss(model, part, router, beta, remat=remat, counts=counts)
         return losses.loss, losses
 
     differentiate = jax.grad(loss, has_aux=True)
@@ -183,7 +196,7 @@ def _level(params: Any, columns: np.ndarray) -> Any:
     return nnx.from_flat_state([(path, level(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
 
 
-def _computed(params: Any, dtype: Any) -> Any:
+def computed(params: Any, dtype: Any) -> Any:
     """The parameters as the model computes with them: adapters in its dtype, gates in float32."""
     flat = nnx.to_flat_state(params)
     cast = lambda leaf: leaf.replace(leaf[...].astype(dtype)) if isinstance(leaf, AdapterParam) else leaf  # noqa: E731

@@ -76,7 +76,7 @@ class Recorder:
         start: int,
         progress: Callable[[int, dict[str, Any]], None] | None,
     ):
-        self.records = _kept(log, start) if log else []
+        self.records = kept_records(log, start) if log else []
         self._start = start
         self._names, self._progress, self._flops = tuple(names), progress, flops
         self._before = self.records[-1]["seconds"] if self.records else 0.0
@@ -163,7 +163,7 @@ class Recorder:
                 file.close()
 
 
-def _kept(log: Path, start: int) -> list[dict[str, Any]]:
+def kept_records(log: Path, start: int) -> list[dict[str, Any]]:
     """The records of the first `start` steps; a last line that a kill cut short is dropped."""
     if start == 0 or not log.is_file():
         return []

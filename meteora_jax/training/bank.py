@@ -1,0 +1,283 @@
+"""All adapters of a bank trained in one run, and of each the state that served its held-back examples best.
+
+Small tasks are learnt by heart long before large ones are learnt, so adapters that share a run must not share its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from meteora_jax.adapters import AdapterParam
+from meteora_jax.checkpoint import load_base, read_origin, save_bank, split_bank
+from meteora_jax.compiler import Jit
+from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
+from meteora_jax.evaluation.tasks import Example
+from meteora_jax.sharding import fetch, place_rows, place_whole, replicated, use_mesh
+from meteora_jax.text import load_tokenizer
+from meteora_jax.training.adapter import fresh_bank
+from meteora_jax.training.data import Batch, Layout, Tokenized, collate, encode
+from meteora_jax.training.loop import Progress, RunFolder, Training, fit
+from meteora_jax.training.loss import token_scores
+from meteora_jax.training.side_by_side import BoundTasks, ByTask, along_adapters
+from meteora_jax.training.step import TrainState, computed
+from meteora_jax.training.watch import kept_records
+
+Told = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BankTraining(Training):
+    """How the adapters of a bank are trained, one a task: each W x + alpha / rank * B A x at every projection in
+    `targets`.
+
+    tokens, epochs: how often a task's sequences are drawn. Every task for as many tokens (`tokens`), but none more
+    often than `epochs` times over; `steps` says how long the run is, whatever these add up to. validations: how often a
+    run scores what is held back: of each task the share `held_back` of its examples, no fewer than `held_least` and no
+    more than `held_most`.
+    """
+
+    prompt_loss: bool = False
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = PROJECTIONS
+    tokens: int = 2_500_000
+    epochs: float = 8.0
+    validations: int = 8
+    held_back: float = 0.05
+    held_least: int = 8
+    held_most: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        low = {"tokens": 1, "validations": 1, "held_least": 1, "held_most": self.held_least}
+        problems = [
+            f"{k}: expected at least {n}, found {getattr(self, k)}" for k, n in low.items() if getattr(self, k) < n
+        ]
+        if self.epochs <= 0:
+            problems.append(f"epochs: expected more than 0, found {self.epochs}")
+        if not 0 <= self.held_back < 1:
+            problems.append(f"held_back: expected a share from 0 to below 1, found {self.held_back}")
+        if problems:
+            raise InputError(problems)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """Each adapter's best parameters so far, the step that left them (int32 [A]), and their scores on what is held
+    back: the share of sequences whose response tokens are all the likeliest, and the mean loss (float32 [A])."""
+
+    params: Any
+    step: Any
+    exact: Any
+    loss: Any
+
+
+def hold_back(
+    tasks: Mapping[str, Sequence[Example]], settings: BankTraining, tokenizer: Any, end: int, max_length: int
+) -> tuple[dict[str, list[Example]], dict[str, list[Tokenized]]]:
+    """Each task's examples without a random cut of them, and that cut as sequences whose responses are predicted.
+
+    A prompt is on one side only. Sequences beyond max_length are not held back: no training would learn for them.
+    """
+    left, held, problems = {}, {}, []
+    for i, (name, examples) in enumerate(tasks.items()):
+        wanted = min(settings.held_most, max(settings.held_least, round(settings.held_back * len(examples))))
+        prompts: set[str] = set()
+        held[name] = []
+        for j in np.random.default_rng([settings.seed, i, 1]).permutation(len(examples)):
+            if len(held[name]) == wanted:
+                break
+            if examples[j].prompt in prompts:
+                continue
+            sequence = encode(examples[j], i, tokenizer, end, prompt_loss=False)
+            if len(sequence.tokens) <= max_length:
+                held[name].append(sequence)
+                prompts.add(examples[j].prompt)
+        left[name] = [e for e in examples if e.prompt not in prompts]
+        if len(held[name]) < settings.held_least or not left[name]:
+            problems.append(
+                f"tasks: {name}: expected more than {settings.held_least} examples of at most {max_length} tokens, "
+                f"found {len(held[name])} to hold back and {len(left[name])} to train on"
+            )
+    if problems:
+        raise InputError(problems)
+    return left, held
+
+
+def packed(sequences: Sequence[Tokenized], layout: Layout) -> list[Batch]:
+    """All sequences in as few batches of that layout as first-fit needs, every token with its sequence's number (from
+    1) as its segment; the last batch is filled up with empty rows."""
+    rows: list[tuple[int, list[int]]] = []  # tokens so far, sequences
+    for number, s in enumerate(sequences):
+        room = (k for k, (used, _) in enumerate(rows) if used + len(s.tokens) <= layout.width)
+        at = next(room, len(rows))
+        if at == len(rows):
+            rows.append((0, []))
+        rows[at] = rows[at][0] + len(s.tokens), [*rows[at][1], number]
+    batches = []
+    for first in range(0, len(rows), layout.rows):
+        own = [numbers for _, numbers in rows[first : first + layout.rows]]
+        empty = Tokenized(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int32))
+        batch = collate([empty] * layout.rows, layout.width)
+        for row, numbers in enumerate(own):
+            start = 0
+            for number in numbers:
+                s = sequences[number]
+                at = slice(start, start + len(s.tokens))
+                batch.tokens[row, at], batch.loss[row, at], batch.tasks[row, at] = s.tokens, s.loss, s.tasks
+                batch.positions[row, at], batch.segments[row, at] = np.arange(len(s.tokens)), number + 1
+                start = at.stop
+        batches.append(batch)
+    return batches
+
+
+class Validation:
+    """Scores the held-back sequences of each adapter, and keeps its best parameters in the run's state.
+
+    held: {task: sequences}, in the order of the adapters. told: called with every validation's record.
+    """
+
+    def __init__(self, held: Mapping[str, Sequence[Tokenized]], settings: BankTraining, told: Told | None = None):
+        self._names, self._told = tuple(held), told
+        self._sequences = [s for sequences in held.values() for s in sequences]
+        self._owners = np.repeat(np.arange(len(held)), [len(sequences) for sequences in held.values()])
+        every = -(-settings.steps // settings.validations)
+        self._due = {*range(every, settings.steps + 1, every), settings.steps}
+        self.records: list[dict[str, Any]] = []
+        self._file: Path | None = None
+
+    def first(self, state: TrainState, mesh: Mesh | None) -> TrainState:
+        """The state with a place for the best, which anything will beat."""
+        count = len(self._names)
+        scores = np.zeros(count, np.int32), np.full(count, -1, np.float32), np.full(count, np.inf, np.float32)
+        scores = place_whole(scores, mesh) if mesh is not None else jax.tree.map(jnp.asarray, scores)
+        return dataclasses.replace(state, best=Best(jax.tree.map(jnp.copy, state.params), *scores))
+
+    def begin(
+        self, graph: Any, state: TrainState, layout: Layout, kind: Any, mesh: Mesh | None, run: Path | None, start: int
+    ) -> None:
+        """What a run knows once its layout is settled; run: the folder that gets validation.jsonl."""
+        self._mesh, self._batches = mesh, packed(self._sequences, layout)
+
+        def score(frozen: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graph, computed(params, kind), frozen)
+            out = model(batch.tokens, batch.positions, BoundTasks(batch.tasks), segments=batch.segments)
+            return token_scores(model, out.hidden, batch)
+
+        def keep(params: Any, best: Any, better: jax.Array) -> Any:
+            return jax.tree.map(lambda new, old: jnp.where(along_adapters(better, new), new, old), params, best)
+
+        self._score = Jit(score) if mesh is None else Jit(score, out_shardings=replicated(mesh))
+        where = {} if mesh is None else {"out_shardings": jax.tree.map(lambda x: x.sharding, state.best.params)}
+        self._keep = Jit(keep, donate_argnums=1, **where)
+        if run is None or jax.process_index() != 0:
+            return
+        self._file = run / "validation.jsonl"
+        self.records = kept_records(self._file, start)
+        run.mkdir(parents=True, exist_ok=True)
+        self._file.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+
+    def due(self, step: int) -> bool:
+        """Whether a validation comes after this step."""
+        return step in self._due
+
+    def scores(self, frozen: Any, params: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Each adapter's share of sequences whose response tokens are all the likeliest, and its mean loss a sequence's
+        response token; float32 [A] each."""
+        wrong, loss, tokens = (np.zeros(len(self._sequences) + 1) for _ in range(3))
+        for batch in self._batches:
+            losses, likeliest = map(fetch, self._score(frozen, params, place_rows(batch, self._mesh)))
+            of = np.where(batch.loss, batch.segments, 0)  # 0: no response token
+            for total, part in ((wrong, ~likeliest), (loss, losses), (tokens, np.ones(of.shape))):
+                total += np.bincount(of.reshape(-1), part.reshape(-1), len(total))
+        count = len(self._names)
+        sums = lambda x: np.bincount(self._owners, x[1:], count)  # noqa: E731
+        exact = sums(wrong == 0) / np.bincount(self._owners, minlength=count)
+        return exact.astype(np.float32), (sums(loss) / sums(tokens)).astype(np.float32)
+
+    def judge(self, step: int, frozen: Any, state: TrainState) -> TrainState:
+        """The state with the best of each adapter: more sequences right, or as many and a smaller loss."""
+        best = state.best
+        with use_mesh(self._mesh):
+            exact, loss = self.scores(frozen, state.params)
+            old_exact, old_loss = fetch(best.exact), fetch(best.loss)
+            better = (exact > old_exact) | ((exact == old_exact) & (loss < old_loss))
+            params = self._keep(state.params, best.params, place_whole(jnp.asarray(better), self._mesh))
+        pick = lambda new, old: np.where(better, new, fetch(old)).astype(old.dtype)  # noqa: E731
+        scores = pick(np.int32(step), best.step), pick(exact, best.exact), pick(loss, best.loss)
+        scores = place_whole(scores, self._mesh) if self._mesh is not None else jax.tree.map(jnp.asarray, scores)
+        by_task = {
+            name: {"exact": round(float(e), 4), "loss": round(float(l), 5), "better": bool(b)}
+            for name, e, l, b in zip(self._names, exact, loss, better, strict=True)
+        }
+        record = {"step": step, "exact": float(exact.mean()), "loss": float(loss.mean()), "tasks": by_task}
+        self.records.append(record)
+        if self._file:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        if self._told:
+            self._told(record)
+        return dataclasses.replace(state, best=Best(params, *scores))
+
+    def summary(self, best: Best) -> dict[str, Any]:
+        """{task: step, exact and loss of the parameters kept}."""
+        rows = zip(self._names, fetch(best.step), fetch(best.exact), fetch(best.loss), strict=True)
+        return {n: {"step": int(s), "exact": round(float(e), 4), "loss": round(float(l), 5)} for n, s, e, l in rows}
+
+
+def train_bank(
+    base: str | os.PathLike[str],
+    tasks: Mapping[str, Sequence[Example]],
+    dest: str | os.PathLike[str],
+    settings: BankTraining,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    run: RunFolder | None = None,
+    log: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    told: Told | None = None,
+) -> dict[str, Any]:
+    """Trains an adapter for each of `tasks`, side by side, and writes the best of each to `dest` as a BANK.
+
+    told: called with every validation's record. Otherwise as `loop.train_gates`; the result has beside the last step's
+    record `kept`, {task: step, exact and loss of what the bank holds}.
+    """
+    kind = jnp.dtype(dtype)
+    config, weights = load_base(base, kind)
+    shape = settings.rank, settings.alpha, settings.targets, settings.seed
+    bank = fresh_bank(config, list(tasks), *shape, read_origin(base))
+    left, held = hold_back(tasks, settings, load_tokenizer(base), _end(base, config), _longest(config, settings))
+    validation = Validation(held, settings, told)
+    labels = {name: i for i, name in enumerate(tasks)}
+    flops = dict(chosen=1, gates=False, train_adapters=True)
+    state, final = fit(
+        base, config, weights, bank, None, AdapterParam, ByTask(), labels, left, settings, flops,
+        kind=kind, mesh=mesh, run=run, log=log, progress=progress, validation=validation,
+    )  # fmt: skip
+    flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.best.params)}
+    if jax.process_index() == 0:
+        save_bank(dest, split_bank(bank, flat, config, mesh))
+    return {**final, "kept": validation.summary(state.best)}
+
+
+def _end(base: Any, config: LlamaConfig) -> int:
+    if not config.eos_token_ids:
+        raise InputError(f"{base}: eos_token_id: expected an end token, found none")
+    return config.eos_token_ids[0]
+
+
+def _longest(config: LlamaConfig, settings: Training) -> int:
+    return min(settings.max_length, config.max_position_embeddings)
