@@ -1,5 +1,6 @@
 """Gate training: its loss and gradients equal a float64 transcription, and it learns what it is told."""
 
+import dataclasses
 import json
 
 import jax
@@ -129,6 +130,32 @@ def test_composite_sequences_label_every_part(world):
     assert s.tasks[-1] == NO_TASK
     assert s.tokens[-1] == 2
     assert tokenizer.decode(s.tokens[s.loss]).startswith("1. ")
+    # behind worked examples each part's tokens are its own in them, too, and headings nobody's
+    worked = [[TASKS[n][k] for n in NAMES[:3]] for k in (1, 2)]
+    s = compose(parts, tokenizer, 2, prompt_loss=False, shots=worked)
+    prompt = format_prompt([example for example, _ in parts], worked)
+    assert tokenizer.decode(s.tokens[:-1]) == prompt + answers
+    for i, (example, task) in enumerate(parts, 1):
+        own = "".join(f"{shot[i - 1].prompt}\n{i}. {shot[i - 1].response}\n" for shot in worked)
+        end = "\n" if i == len(parts) else "\n\n"
+        assert tokenizer.decode(s.tokens[s.tasks == task]) == f"{own}{example.prompt}{end}{i}. {example.response}\n"
+    left = tokenizer.decode(s.tokens[s.tasks == NO_TASK][:-1])
+    heading = "Following the example above, generate answers to the questions below:"
+    assert left == f"\nExample 1:\n\n\n\nExample 2:\n\n\n\n{heading}\n\n"
+    assert tokenizer.decode(s.tokens[s.loss]).startswith("1. ")
+
+
+def test_composites_of_several_sizes_and_shots_are_drawn(world):
+    labels = {name: i for i, name in enumerate(NAMES)}
+    how = dict(max_length=2000, prompt_loss=False, composite=1.0, composite_sizes=(2, 4), composite_shots=2)
+    mixture = Mixture(TASKS, labels, world["model"].tokenizer, 2, **how)
+    chosen, rng = mixture.chosen(), np.random.default_rng(0)
+    drawn = [mixture.draw_composite(chosen, rng, 2000) for _ in range(60)]
+    assert {len(set(s.tasks[s.loss]) - {NO_TASK}) for s in drawn} == {2, 3, 4}
+    texts = [world["model"].tokenizer.decode(s.tokens) for s in drawn]
+    assert {text.count("Example ") for text in texts} == {0, 1, 2}
+    with pytest.raises(InputError, match="composite_sizes: expected two numbers from 1 on, found 4 and 2"):
+        dataclasses.replace(mixture, composite_sizes=(4, 2))
 
 
 def test_training_routes_each_task_to_its_adapter(tmp_path, world):

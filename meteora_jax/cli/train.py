@@ -34,7 +34,11 @@ class _Train(Devices):
     clip: float = 0.3
     """Largest global gradient norm."""
     composite: float = 0.0
-    """Share of the sequences that hold three tasks."""
+    """Share of the sequences that hold several tasks: composite problems."""
+    composite_sizes: tuple[int, int] = (3, 3)
+    """The fewest and the most tasks that one holds."""
+    composite_shots: int = 0
+    """At most so many worked examples stand before one, any number as likely as another."""
     samples_per_task: int | None = None
     """At most so many examples of a task, chosen at random."""
     max_length: int = 4096

@@ -192,27 +192,31 @@ def format_prompt(questions: Sequence[Example], shots: Sequence[Sequence[Example
     Zero-shot, which the release does not have, nothing shows which answer line is whose: a number in brackets stands
     after each question, where all that is to be looked up under that number has been read.
     """
+    return "".join(piece for piece, _ in prompt_pieces(questions, shots))
+
+
+def prompt_pieces(
+    questions: Sequence[Example], shots: Sequence[Sequence[Example]] = ()
+) -> list[tuple[str, int | None]]:
+    """A prompt cut into what belongs to each sub-question, number and line ends included: (text, which sub-question, from
+    0; None for what belongs to none)."""
     if not shots:
-        return "".join(question_pieces(questions))
-    asked = "\n\n".join(question.prompt for question in questions)
-    examples = "\n".join(_worked_example(number, shot) for number, shot in enumerate(shots, start=1))
-    return f"{examples}\n\nFollowing the example above, generate answers to the questions below:\n\n{asked}\n"
-
-
-def question_pieces(questions: Sequence[Example]) -> list[str]:
-    """A zero-shot prompt cut into what belongs to each sub-question, its number included."""
-    return [f"{question.prompt}({i})\n\n" for i, question in enumerate(questions, start=1)]
+        return [(f"{question.prompt}({i + 1})\n\n", i) for i, question in enumerate(questions)]
+    pieces: list[tuple[str, int | None]] = []
+    for number, shot in enumerate(shots, start=1):
+        prompts = [re.sub(r"\n[ \t]+", "\n", example.prompt) for example in shot]
+        pieces.append((f"{chr(10) if number > 1 else ''}\nExample {number}:\n\n", None))
+        pieces += [(f"{prompt}\n", i) for i, prompt in enumerate(prompts)]
+        pieces += [(line, i) for i, line in enumerate(answer_pieces(shot))]
+    pieces.append(("\n\nFollowing the example above, generate answers to the questions below:\n\n", None))
+    last = len(questions) - 1
+    return pieces + [(question.prompt + ("\n" if i == last else "\n\n"), i) for i, question in enumerate(questions)]
 
 
 def answer_pieces(questions: Sequence[Example]) -> list[str]:
     """The lines "i. answer" that answer a problem, a line each: a line that began with another number would read
     as the next answer."""
     return [f"{i}. {_on_one_line(question.response)}\n" for i, question in enumerate(questions, start=1)]
-
-
-def _worked_example(number: int, shot: Sequence[Example]) -> str:
-    asked = "\n".join(re.sub(r"\n[ \t]+", "\n", example.prompt) for example in shot)
-    return f"\nExample {number}:\n\n{asked}\n{''.join(answer_pieces(shot))}"
 
 
 def _on_one_line(text: str) -> str:

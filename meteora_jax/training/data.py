@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meteora_jax.config import InputError
-from meteora_jax.evaluation.composite import answer_pieces, question_pieces
+from meteora_jax.evaluation.composite import answer_pieces, prompt_pieces
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.sharding import local_rows
@@ -88,22 +88,31 @@ def encode_all(
     return sequences
 
 
-def compose(parts: Sequence[tuple[Example, int]], tokenizer: Any, end: int, *, prompt_loss: bool) -> Tokenized:
-    """Several tasks in one sequence, a zero-shot composite problem: all prompts, then "1. answer" lines.
+def compose(
+    parts: Sequence[tuple[Example, int]],
+    tokenizer: Any,
+    end: int,
+    *,
+    prompt_loss: bool,
+    shots: Sequence[Sequence[Example]] = (),
+) -> Tokenized:
+    """Several tasks in one sequence, a composite problem: worked examples (`shots`, each one example a part), if any, all
+    prompts, then "1. answer" lines.
 
     Every token is labelled with the task of the part that it belongs to, so gates learn to switch inside one
-    sequence; the end token and what the tokenizer adds belong to none.
+    sequence; headings, the end token and what the tokenizer adds belong to none.
     """
     examples = [example for example, _ in parts]
-    pieces = question_pieces(examples)
-    prompt = tokenizer("".join(pieces), return_offsets_mapping=True)  # as one text: generation sees these tokens
+    pieces = prompt_pieces(examples, shots)
+    text = "".join(piece for piece, _ in pieces)
+    prompt = tokenizer(text, return_offsets_mapping=True)  # as one text: generation sees these tokens
     tokens = list(prompt["input_ids"])
-    part = np.searchsorted(
-        np.cumsum([len(p) for p in pieces]), [start for start, _ in prompt["offset_mapping"]], "right"
+    at = np.searchsorted(
+        np.cumsum([len(p) for p, _ in pieces]), [start for start, _ in prompt["offset_mapping"]], "right"
     )
+    owners = [NO_TASK if i is None else parts[i][1] for _, i in pieces]
     tasks = [
-        parts[i][1] if stop > start else NO_TASK
-        for i, (start, stop) in zip(part, prompt["offset_mapping"], strict=True)
+        owners[i] if stop > start else NO_TASK for i, (start, stop) in zip(at, prompt["offset_mapping"], strict=True)
     ]
     loss = [prompt_loss] * len(tokens)
     for piece, (_, task) in zip(answer_pieces(examples), parts, strict=True):
@@ -138,9 +147,10 @@ class Mixture:
     """Where a run's sequences come from.
 
     tasks: {name: training examples}. labels: the adapter of each task, int. composite: share of the sequences that
-    hold three tasks. balanced: every task equally often, else as often as it has examples; shares {name: float}: as
-    often as they say, inside composites too. samples_per_task: a random choice of so many examples of each. max_length:
-    longer sequences are passed over.
+    hold several tasks, composite_sizes (from, to) of them, behind at most composite_shots worked examples. balanced:
+    every task equally often, else as often as it has examples; shares {name: float}: as often as they say, inside
+    composites too. samples_per_task: a random choice of so many examples of each. max_length: longer sequences are
+    passed over.
     """
 
     tasks: Mapping[str, Sequence[Example]]
@@ -154,6 +164,8 @@ class Mixture:
     samples_per_task: int | None = None
     seed: int = 0
     shares: Mapping[str, float] | None = None
+    composite_sizes: tuple[int, int] = (3, 3)
+    composite_shots: int = 0
 
     def __post_init__(self):
         empty = [n for n in self.labels if not self.tasks.get(n)]
@@ -161,6 +173,11 @@ class Mixture:
             raise InputError(f"tasks: expected training examples for every adapter, found none for {', '.join(empty)}")
         if not 0 <= self.composite <= 1:
             raise InputError(f"composite: expected a share between 0 and 1, found {self.composite}")
+        low, high = self.composite_sizes
+        if not 1 <= low <= high:
+            raise InputError(f"composite_sizes: expected two numbers from 1 on, found {low} and {high}")
+        if self.composite_shots < 0:
+            raise InputError(f"composite_shots: expected 0 or more, found {self.composite_shots}")
         if self.samples_per_task is not None and self.samples_per_task < 1:
             raise InputError(f"samples_per_task: expected at least 1, found {self.samples_per_task}")
 
@@ -186,16 +203,20 @@ class Mixture:
     def draw_composite(
         self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any, limit: int
     ) -> Tokenized:
-        """Three tasks (fewer if there are fewer) in one sequence of at most `limit` tokens."""
-        names = list(self.labels)
+        """Several tasks (fewer if there are fewer) in one sequence of at most `limit` tokens."""
+        names, (low, high) = list(self.labels), self.composite_sizes
+        example = lambda n: chosen[n][int(rng.integers(len(chosen[n])))][0]  # noqa: E731
         p = None if self.shares is None else np.asarray([self.shares[n] for n in names]) / sum(self.shares.values())
         for _ in range(DRAWS):
-            picked = [names[i] for i in rng.choice(len(names), size=min(3, len(names)), replace=False, p=p)]
-            parts = [(chosen[n][int(rng.integers(len(chosen[n])))][0], self.labels[n]) for n in picked]
-            s = compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss)
+            size = low if low == high else int(rng.integers(low, high + 1))
+            shots = int(rng.integers(self.composite_shots + 1)) if self.composite_shots else 0
+            picked = [names[i] for i in rng.choice(len(names), size=min(size, len(names)), replace=False, p=p)]
+            parts = [(example(n), self.labels[n]) for n in picked]
+            worked = [[example(n) for n in picked] for _ in range(shots)]
+            s = compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss, shots=worked)
             if len(s.tokens) <= limit:
                 return s
-        raise InputError(f"max_length: expected room for three tasks in one sequence, found none in {limit}")
+        raise InputError(f"max_length: expected room for {low} tasks in one sequence, found none in {limit}")
 
 
 def plan(

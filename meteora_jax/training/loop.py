@@ -66,10 +66,11 @@ Progress = Callable[[int, dict[str, Any]], None]
 class Training:
     """What training of gates and of adapters have in common.
 
-    batch_size: sequences a step (packed: on average). composite: share of the sequences that hold three tasks.
-    samples_per_task: at most so many examples of a task. remat: recompute activations ("dots": all but the
-    matmuls' results). accumulate: parts that a step's batch is worked off in. rows: of the packed batch, instead of
-    what batch_size and the mean length give.
+    batch_size: sequences a step (packed: on average). composite: share of the sequences that hold several tasks,
+    composite_sizes (from, to) of them, behind at most composite_shots worked examples. samples_per_task: at most so
+    many examples of a task. remat: recompute activations ("dots": all but the matmuls' results). accumulate: parts
+    that a step's batch is worked off in. rows: of the packed batch, instead of what batch_size and the mean length
+    give.
     """
 
     steps: int
@@ -78,6 +79,8 @@ class Training:
     warmup: float = 0.005
     clip: float = 0.3
     composite: float = 0.0
+    composite_sizes: tuple[int, int] = (3, 3)
+    composite_shots: int = 0
     mixture: Literal["balanced", "natural"] = "balanced"
     samples_per_task: int | None = None
     max_length: int = 4096
@@ -297,7 +300,8 @@ def fit(
     mixture = Mixture(
         tasks, labels, load_tokenizer(base), config.eos_token_ids[0],
         max_length=min(settings.max_length, config.max_position_embeddings), prompt_loss=settings.prompt_loss,
-        composite=settings.composite, mixture=settings.mixture, samples_per_task=settings.samples_per_task,
+        composite=settings.composite, composite_sizes=settings.composite_sizes,
+        composite_shots=settings.composite_shots, mixture=settings.mixture, samples_per_task=settings.samples_per_task,
         seed=settings.seed,
     )  # fmt: skip
     chosen = mixture.chosen()
@@ -437,9 +441,10 @@ def _identity(
     for path in sorted(weights, key=str):  # a few rows of each weight tell one base from another
         sample.update(weights[path].first(4096).tobytes())
     own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
-    for key in ("gate_input", "carry_logits", "shared_gates", "gate_stream", "extend_bias"):
-        if own.get(key) == getattr(GateTraining, key):
-            own.pop(key, None)  # runs that were begun before there was a choice go on
+    forms = ("gate_input", "carry_logits", "shared_gates", "gate_stream", "extend_bias")
+    for key in ("composite_sizes", "composite_shots", *forms):
+        if key in own and getattr(settings, key) == getattr(GateTraining, key):
+            own.pop(key)  # runs that were begun before there was a choice go on
     return {
         **own, "dtype": str(kind), "tasks": digest.hexdigest()[:16], "base": sample.hexdigest()[:16],
         "base_shape": [config.num_layers, config.hidden_size, config.vocab_size],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from meteora_jax.evaluation.composite import answer_pieces, question_pieces
+from meteora_jax.evaluation.composite import answer_pieces, prompt_pieces
 from meteora_jax.evaluation.tasks import Example
 
 END = "<|im_end|>"  # ends a response
@@ -76,7 +76,8 @@ def composite(tokenizer, example: Example, others: Sequence[Example], rng: rando
     tokens: list[int] = []
     labels: list[int] = []
     previous_own = False
-    for pieces, answers in ((question_pieces(examples), False), (answer_pieces(examples), True)):
+    asked = [piece for piece, _ in prompt_pieces(examples)]
+    for pieces, answers in ((asked, False), (answer_pieces(examples), True)):
         for i, piece in enumerate(pieces):
             ids = encode(tokenizer, piece)
             first, rest = (previous_own and answers), (i == own and answers)
