@@ -80,7 +80,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 # What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences,
 # "decode" steps that read the cache.
 Fused = Literal["prompt", "packed", "decode"]
-FUSED_ATTENTION: tuple[Fused, ...] = ("prompt",)
+FUSED_ATTENTION: tuple[Fused, ...] = ("prompt", "packed")
 
 
 class RmsNorm(nnx.Module):

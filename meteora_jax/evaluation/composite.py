@@ -198,8 +198,8 @@ def format_prompt(questions: Sequence[Example], shots: Sequence[Sequence[Example
 def prompt_pieces(
     questions: Sequence[Example], shots: Sequence[Sequence[Example]] = ()
 ) -> list[tuple[str, int | None]]:
-    """A prompt cut into what belongs to each sub-question, number and line ends included: (text, which sub-question, from
-    0; None for what belongs to none)."""
+    """A prompt cut into what belongs to each sub-question, number and line ends included: (text, which sub-question,
+    from 0; None for what belongs to none)."""
     if not shots:
         return [(f"{question.prompt}({i + 1})\n\n", i) for i, question in enumerate(questions)]
     pieces: list[tuple[str, int | None]] = []

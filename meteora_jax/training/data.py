@@ -96,8 +96,8 @@ def compose(
     prompt_loss: bool,
     shots: Sequence[Sequence[Example]] = (),
 ) -> Tokenized:
-    """Several tasks in one sequence, a composite problem: worked examples (`shots`, each one example a part), if any, all
-    prompts, then "1. answer" lines.
+    """Several tasks in one sequence, a composite problem: worked examples (`shots`, each one example a part), if any,
+    all prompts, then "1. answer" lines.
 
     Every token is labelled with the task of the part that it belongs to, so gates learn to switch inside one
     sequence; headings, the end token and what the tokenizer adds belong to none.
