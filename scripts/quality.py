@@ -8,10 +8,11 @@ last four), gates*, lora-*, index, evaluation/<part>, jobs.jsonl (every command 
 programs), and of all that is judged table.md and records.json. `--dry-run` prints the commands in an order that works.
 Systems in the table:
 
-    gates-topN             the default recipe           gates-original-topN     without composite sequences
-    gates-response-topN    prompts without LM loss      gates-beta-5-topN       a tenth of beta
-    gates-mean-topN        --gate-input prefix-mean     gates-carry-topN        --carry-logits
-    gates-shared-topN      --shared-gates               gates-all-topN          these three together
+    gates-topN             --gate-stream, the default   gates-token-topN        MeteoRA's form, what follows too
+    gates-original-topN    without composite sequences  gates-response-topN     prompts without LM loss
+    gates-beta-5-topN      a tenth of beta              gates-mean-topN         --gate-input prefix-mean
+    gates-carry-topN       --carry-logits               gates-shared-topN       --shared-gates
+    gates-all-topN         these three together
     gates-independent-topN --independent                gates-grown-topN        four adapters by --extend
     gates-grown-bias-topN  and with --extend-bias       oracle, base, lora-f-rR, lora-b-rR
     retrieval-COMPOSE      of k adapters by the index   gates-within-topN       gates among them
@@ -42,18 +43,20 @@ BASELINES = ("lora-f", "lora-b")  # one LoRA on all data as it comes; on a balan
 BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
 HELD_OUT = 4  # adapters that a bank grows by
 PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent")
-LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--composite", "0.3")
-COMPOSITE = ("--composite", "0.3")
+# Problems of two to five tasks, a third of them zero-shot and the rest behind one or two worked examples.
+COMPOSITE = ("--composite", "0.4", "--composite-sizes", "2", "5", "--composite-shots", "2")
+LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", *COMPOSITE)
+STREAM = ("--gate-stream", "64")  # the default: nothing else looks up which task an answer's line belongs to
 RETRIEVAL = "retrieval-selection,retrieval-mixture,retrieval-fusion,gates-top2,gates-within-top2"
 SHARES = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL")  # from 0 to 1 in table.json, percent in records
 ABLATIONS: dict[str, tuple[str, ...]] = {  # of training, beside the composite sequences that the default has
     "gates-original": ("--composite", "0"),
-    "gates-response": ("--composite", "0.3", "--no-prompt-loss"),
-    "gates-beta-5": ("--composite", "0.3", "--beta", "5"),
+    "gates-response": (*COMPOSITE, "--no-prompt-loss"),
+    "gates-beta-5": (*COMPOSITE, "--beta", "5"),
 }
 MEAN, CARRY, SHARED = ("--gate-input", "prefix-mean"), ("--carry-logits",), ("--shared-gates",)
 FORMS: dict[str, tuple[str, ...]] = {
-    "gates-mean": MEAN, "gates-carry": CARRY, "gates-shared": SHARED, "gates-all": (*MEAN, *CARRY, *SHARED)
+    "gates-token": (), "gates-mean": MEAN, "gates-carry": CARRY, "gates-shared": SHARED, "gates-all": (*MEAN, *CARRY, *SHARED)
 }  # fmt: skip
 
 
@@ -71,16 +74,16 @@ class Quality:
     """Tasks; all folders of TASKS with a train file, if none is named."""
     gpus: tuple[int, ...] = ()
     """CUDA devices; none: the CPU."""
-    per_gpu: int = 1
-    """Jobs side by side on each."""
+    per_gpu: int = 2
+    """Evaluations side by side on each (half their time is compiling); a training has its GPU to itself."""
     bank_gpus: int = 1
     """GPUs that the job of the adapters is spread over; the others train baselines meanwhile."""
     device: str = ""
     """What records.json calls them."""
-    max_length: int = 1024
+    max_length: int = 2048
     """Tokens of a training sequence, and the width of a batch."""
     bank_steps: int = 850
-    bank_rows: int = 64
+    bank_rows: int = 32
     bank_tokens: int = 2_500_000
     """As of `meteora train bank --tokens`."""
     bank_epochs: float = 8.0
@@ -90,7 +93,7 @@ class Quality:
     independent_samples: int = 500
     """Examples of a task that an independent column is made from."""
     baseline_steps: int = 470
-    baseline_rows: int = 32
+    baseline_rows: int = 16
     rank: int = 8
     """Of the adapters and the small baselines."""
     accumulate: int = 1
@@ -130,6 +133,7 @@ class Job:
     makes: Path
     after: tuple[str, ...] = ()
     gpus: int = 1
+    shares: bool = False  # its GPU, with others of its kind
 
 
 class Plan:
@@ -140,8 +144,10 @@ class Plan:
         self.held = self.names[-HELD_OUT:] if len(names) > HELD_OUT else ()
         self.loras = tuple(f"{name}-r{rank}" for name in BASELINES for rank in (q.rank, q.rank * len(names)))
 
-    def add(self, name: str, *arguments: Any, makes: Path, after: Sequence[str] = (), gpus: int = 1) -> None:
-        self.jobs.append(Job(name, tuple(map(str, arguments)), makes, tuple(after), gpus))
+    def add(
+        self, name: str, *arguments: Any, makes: Path, after: Sequence[str] = (), gpus: int = 1, shares: bool = False
+    ) -> None:
+        self.jobs.append(Job(name, tuple(map(str, arguments)), makes, tuple(after), gpus, shares))
 
     def common(self, rows: int, steps: int) -> tuple[Any, ...]:
         """Options of every training."""
@@ -180,7 +186,7 @@ class Plan:
             self.gates(name, *options)
             self.evaluate_variant(name)
         if "growth" in q.parts and self.held:
-            self.gates("gates-small", *COMPOSITE, bank="bank-small")
+            self.gates("gates-small", *COMPOSITE, *STREAM, bank="bank-small")
             for name, options in {"gates-grown": (), "gates-grown-bias": ("--extend-bias",)}.items():
                 self.gates(name, *COMPOSITE, "--extend", q.out / "gates-small", *options, after=("gates-small",))
                 self.evaluate_variant(name)
@@ -203,7 +209,7 @@ class Plan:
         self.add(f"evaluate {name}", "evaluate", "--base", q.base, "--bank", out / "bank", *given, "--tasks", q.tasks,
                  "--systems", systems, "--limit", q.limit, "--max-prompt", q.max_prompt, "--batch-size",
                  batch or q.evaluation_batch, *dtype, "--out", folder, *more, makes=folder / "table.json",
-                 after=(gates or "bank", *after))  # fmt: skip
+                 after=(gates or "bank", *after), shares=True)  # fmt: skip
 
     def evaluate_composites(self, name: str, systems: str, *more: Any, temperature: int = 1, **how: Any) -> None:
         q = self.q
@@ -224,9 +230,10 @@ def plan(q: Quality, names: Sequence[str]) -> list[Job]:
         raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {', '.join(unknown)}")
     p.bank()
     if set(q.parts) & {"single", "composite", "retrieval"}:
-        p.gates("gates", *COMPOSITE)
+        p.gates("gates", *COMPOSITE, *STREAM)
     if "single" in q.parts:
-        p.evaluate("single", "base,oracle,gates-top1,gates-top2")
+        p.evaluate("single", "gates-top1,gates-top2")
+        p.evaluate("plain", "base,oracle", gates=None)
     if "retrieval" in q.parts:
         p.add("index", "index", "build", q.out / "index", "--tasks", q.tasks, "--only", *names,
               makes=q.out / "index" / "index.json", gpus=0)  # fmt: skip
@@ -234,13 +241,14 @@ def plan(q: Quality, names: Sequence[str]) -> list[Job]:
     if "baselines" in q.parts:
         p.baselines()
         p.evaluate("baselines", "", *given, gates=None, after=p.loras)
+    if "composite" in q.parts:
+        p.evaluate_composites("composite", "gates-top1,gates-top2")
+        p.evaluate_composites("composite-plain", "base", gates=None)
+        if "baselines" in q.parts:
+            p.evaluate_composites("composite-baselines", "", *given, gates=None, after=p.loras)
     if "retrieval" in q.parts:
         p.evaluate("retrieval", RETRIEVAL, "--index", q.out / "index", "--retrieve", min(q.retrieve, len(names) - 1),
                    "--unseen", after=("index",))  # fmt: skip
-    if "composite" in q.parts:
-        p.evaluate_composites("composite", "base,gates-top1,gates-top2")
-        if "baselines" in q.parts:
-            p.evaluate_composites("composite-baselines", "", *given, gates=None, after=p.loras)
     p.variants()
     if "composite" in q.parts:
         p.evaluate_composites("composite-warm", "gates-top2", temperature=15)
@@ -339,7 +347,8 @@ class Runner:
 
     def __init__(self, q: Quality):
         self.q = q
-        self.free: list[int | None] = [gpu for _ in range(q.per_gpu if q.gpus else 1) for gpu in q.gpus or (None,)]
+        self.per_gpu = q.per_gpu if q.gpus else 1
+        self.free: list[int | None] = [gpu for _ in range(self.per_gpu) for gpu in q.gpus or (None,)]
         self.lock = threading.Lock()
         self.done: dict[str, bool] = {}
 
@@ -370,14 +379,23 @@ class Runner:
                 waiting.remove(job)
                 self._start(waiting, running, pool)
                 return
-            if job.gpus and (reserved or len(set(self.free)) < min(job.gpus, len(self.q.gpus) or 1)):
+            slots = self._slots(job)
+            if job.gpus and (reserved or not slots):
                 reserved = True
                 continue
-            slots = list(dict.fromkeys(self.free))[: min(job.gpus, len(self.q.gpus) or 1)]
             for slot in slots:
                 self.free.remove(slot)
             waiting.remove(job)
             running[pool.submit(self._job, job, slots)] = (job, slots)
+
+    def _slots(self, job: Job) -> list[int | None]:
+        """What it can have now: a part of the GPU with most room, or whole ones, each as often as it has parts."""
+        gpus, parts = self.q.gpus or (None,), self.per_gpu
+        if job.shares:
+            return [max(self.free, key=self.free.count)] if self.free and job.gpus else []
+        whole = [gpu for gpu in gpus if self.free.count(gpu) == parts]
+        wanted = min(job.gpus, len(gpus))
+        return [gpu for gpu in whole[:wanted] for _ in range(parts)] if len(whole) >= wanted else []
 
     def _job(self, job: Job, slots: list[int | None]) -> bool:
         started = time.monotonic()
@@ -395,10 +413,11 @@ class Runner:
             "JAX_COMPILATION_CACHE_DIR": str((self.q.out / "cache").absolute()),  # jobs of one kind compile once
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         }
-        if not slots or slots == [None]:
+        if not slots or slots[0] is None:
             return {**cache, **os.environ, **({"JAX_PLATFORMS": "cpu"} if self.q.gpus or not slots else {})}
-        share = str(0.9 / self.q.per_gpu)
-        own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slots)), "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+        visible = dict.fromkeys(map(str, slots))
+        share = str(round(0.9 * len(slots) / len(visible) / self.per_gpu, 3))
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(visible), "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
         return {**cache, **os.environ, **own}
 
     def _record(self, job: Job, status: int, seconds: float, log: Path) -> None:

@@ -62,7 +62,7 @@ def test_jobs_come_after_what_they_need_and_the_adapters_are_one_job(quality, tm
 @pytest.mark.parametrize(
     ("parts", "jobs"),
     [
-        (("single",), {"bank", "gates", "evaluate single"}),
+        (("single",), {"bank", "gates", "evaluate single", "evaluate plain"}),
         (("retrieval",), {"bank", "gates", "index", "evaluate retrieval"}),
         (("independent",), {"bank", "gates-independent", "evaluate gates-independent"}),
         (("growth",), {"bank", "bank-small", "gates-small", *(f"{e}gates-grown{b}" for e in ("", "evaluate ")
@@ -80,8 +80,8 @@ def test_few_tasks_do_not_grow_and_unknown_parts_are_refused(quality, tmp_path):
         quality.plan(settings(quality, tmp_path, parts=("kittens",)), NAMES)
 
 
-def job(quality, tmp_path, name, after=(), gpus=1):
-    return quality.Job(name, ("evaluate",), tmp_path / "made" / name, after, gpus)
+def job(quality, tmp_path, name, after=(), gpus=1, shares=False):
+    return quality.Job(name, ("evaluate",), tmp_path / "made" / name, after, gpus, shares)
 
 
 def run(quality, tmp_path, monkeypatch, jobs, failing=(), **more):
@@ -103,7 +103,7 @@ def run(quality, tmp_path, monkeypatch, jobs, failing=(), **more):
 def test_the_first_of_the_plan_gets_the_next_free_gpu(quality, tmp_path, monkeypatch):
     make = lambda *args, **how: job(quality, tmp_path, *args, **how)  # noqa: E731
     jobs = [make("bank"), make("gates", ("bank",)), make("index", gpus=0), make("lora-1"), make("lora-2")]
-    started, failed, slots = run(quality, tmp_path, monkeypatch, jobs, gpus=(3,))
+    started, failed, slots = run(quality, tmp_path, monkeypatch, jobs, gpus=(3,), per_gpu=1)
     assert [n for n in started if n != "index"] == ["bank", "gates", "lora-1", "lora-2"]
     assert not failed
     assert slots["index"] == []
@@ -125,11 +125,26 @@ def test_a_job_of_two_gpus_waits_for_both(quality, tmp_path, monkeypatch):
     jobs = [make("first"), make("wide", gpus=2), make("last")]
     started, failed, slots = run(quality, tmp_path, monkeypatch, jobs, gpus=(0, 1))
     assert started == ["first", "wide", "last"]
-    assert sorted(slots["wide"]) == [0, 1]
+    assert sorted(slots["wide"]) == [0, 0, 1, 1]
     runner = quality.Runner(settings(quality, tmp_path, gpus=(0, 1)))
-    assert runner._environment([0, 1])["CUDA_VISIBLE_DEVICES"] == "0,1"
+    whole, part = runner._environment([0, 0, 1, 1]), runner._environment([1])
+    assert (whole["CUDA_VISIBLE_DEVICES"], whole["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == ("0,1", "0.9")
+    assert (part["CUDA_VISIBLE_DEVICES"], part["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == ("1", "0.45")
     assert runner._environment([])["JAX_PLATFORMS"] == "cpu"
     assert not failed
+
+
+def test_evaluations_share_a_gpu_and_a_training_waits_until_it_is_empty(quality, tmp_path):
+    runner = quality.Runner(settings(quality, tmp_path, gpus=(0, 1), per_gpu=2))
+    training = job(quality, tmp_path, "train")
+    evaluation = job(quality, tmp_path, "judge", shares=True)
+    assert runner._slots(training) == [0, 0]
+    runner.free = [1, 1, 0]
+    assert runner._slots(evaluation) == [1]
+    assert runner._slots(training) == [1, 1]
+    runner.free = [0, 1]
+    assert runner._slots(training) == []
+    assert len(runner._slots(evaluation)) == 1
 
 
 def test_tables_show_each_system_and_task_once(quality, tmp_path):
