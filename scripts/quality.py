@@ -56,8 +56,12 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # of training, beside the composite s
 }
 MEAN, CARRY, SHARED = ("--gate-input", "prefix-mean"), ("--carry-logits",), ("--shared-gates",)
 FORMS: dict[str, tuple[str, ...]] = {
-    "gates-token": (), "gates-mean": MEAN, "gates-carry": CARRY, "gates-shared": SHARED, "gates-all": (*MEAN, *CARRY, *SHARED)
-}  # fmt: skip
+    "gates-token": (),
+    "gates-mean": MEAN,
+    "gates-carry": CARRY,
+    "gates-shared": SHARED,
+    "gates-all": (*MEAN, *CARRY, *SHARED),
+}
 
 
 @dataclass(frozen=True)
