@@ -114,7 +114,7 @@ class Quality:
     """As of `meteora evaluate`."""
     composite_count: int = 100
     composite_shots: int = 2
-    evaluation_batch: int = 400
+    evaluation_batch: int = 128
     """Problems a batch; every length of prompts costs a compilation, so few large ones are best."""
     composite_batch: int = 50
     retrieve: int = 3
