@@ -21,6 +21,7 @@ Systems in the table:
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -97,7 +98,7 @@ class Quality:
     """Of every training."""
     remat: Literal["all", "dots", "none"] = "all"
     """What every training computes twice instead of keeping it: all, all but the matmuls, nothing."""
-    save_every: int = 250
+    save_every: int = 200
     """Steps between checkpoints."""
     limit: int = 100
     """Test problems a task."""
@@ -117,6 +118,9 @@ class Quality:
     parts: tuple[str, ...] = PARTS
     """What is judged: single (base, oracle, gates on each task), baselines, composite, retrieval, growth, ablations,
     forms, independent."""
+    seconds: float | None = None
+    """After so many, end as at SIGTERM: trainings save, nothing new begins, the tables show what is there. The same
+    command goes on."""
     dry_run: bool = False
 
 
@@ -342,6 +346,15 @@ class Runner:
         self.free: list[int | None] = [gpu for _ in range(q.per_gpu if q.gpus else 1) for gpu in q.gpus or (None,)]
         self.lock = threading.Lock()
         self.done: dict[str, bool] = {}
+        self.processes: set[subprocess.Popen] = set()
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Ends the jobs that run, and lets no other begin."""
+        with self.lock:
+            self.stopping = True
+            for process in self.processes:
+                process.terminate()
 
     def run(self, jobs: list[Job]) -> list[str]:
         """The names of the jobs that failed, or that needed one that did."""
@@ -361,6 +374,9 @@ class Runner:
     def _start(self, waiting: list[Job], running: dict[Future, tuple[Job, list[int | None]]], pool: Any) -> None:
         """Starts what can start; a job that waits for more GPUs lets no later one have them."""
         reserved = False
+        if self.stopping:
+            self.done |= dict.fromkeys((job.name for job in waiting), False)
+            waiting.clear()
         for job in list(waiting):
             needs = [self.done.get(name) for name in job.after]
             if None in needs:
@@ -383,10 +399,17 @@ class Runner:
         started = time.monotonic()
         log = self.q.out / "logs" / f"{job.name.replace(' ', '-')}.log"
         with log.open("w", encoding="utf-8") as said:
-            status = subprocess.run(
-                [sys.executable, *METEORA, *job.arguments], env=self._environment(slots), stdout=said,
-                stderr=subprocess.STDOUT, check=False,
-            ).returncode  # fmt: skip
+            with self.lock:
+                if self.stopping:
+                    return False
+                process = subprocess.Popen(
+                    [sys.executable, *METEORA, *job.arguments], env=self._environment(slots), stdout=said,
+                    stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                self.processes.add(process)
+            status = process.wait()
+            with self.lock:
+                self.processes.remove(process)
         self._record(job, status, time.monotonic() - started, log)
         return status == 0
 
@@ -422,7 +445,13 @@ def main(q: Quality) -> int:
         for job in jobs:
             print(shlex.join(["meteora", *job.arguments]))
         return 0
-    failed = Runner(q).run(jobs)
+    runner = Runner(q)
+    signal.signal(signal.SIGTERM, lambda *_: runner.stop())
+    clock = threading.Timer(threading.TIMEOUT_MAX if q.seconds is None else q.seconds, runner.stop)
+    clock.daemon = True
+    clock.start()
+    failed = runner.run(jobs)
+    clock.cancel()
     tell(q, jobs, collect(q, jobs, len(names)))
     for name in failed:
         console.print(f"not done: {name}")

@@ -132,6 +132,17 @@ def test_a_job_of_two_gpus_waits_for_both(quality, tmp_path, monkeypatch):
     assert not failed
 
 
+def test_a_run_that_is_stopped_ends_its_jobs_and_begins_no_other(quality, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "METEORA", ("-c", "import time; time.sleep(300)"))
+    runner = quality.Runner(settings(quality, tmp_path))
+    threading.Timer(2, runner.stop).start()
+    jobs = [job(quality, tmp_path, "long"), job(quality, tmp_path, "later", ("long",)), job(quality, tmp_path, "other")]
+    assert runner.run(jobs) == ["long", "later", "other"]
+    (record,) = [json.loads(line) for line in (tmp_path / "out" / "jobs.jsonl").read_text().splitlines()]
+    assert (record["job"], record["status"]) == ("long", -15)
+    assert record["seconds"] < 60
+
+
 def test_tables_show_each_system_and_task_once(quality, tmp_path):
     q = settings(quality, tmp_path, parts=("single", "composite", "retrieval"), device="a machine")
     jobs = quality.plan(q, NAMES)
