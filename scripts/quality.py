@@ -141,7 +141,7 @@ class Plan:
 
     def __init__(self, q: Quality, names: Sequence[str]):
         self.q, self.names, self.jobs = q, tuple(names), []
-        self.held = self.names[-HELD_OUT:] if len(names) > HELD_OUT else ()
+        self.held = self.names[-HELD_OUT:] if len(names) > HELD_OUT + 1 else ()  # gates choose among two or more
         self.loras = tuple(f"{name}-r{rank}" for name in BASELINES for rank in (q.rank, q.rank * len(names)))
 
     def add(self, name: str, *arguments: Any, makes: Path, after: Sequence[str] = (), gpus: int = 1) -> None:
@@ -234,7 +234,7 @@ def plan(q: Quality, names: Sequence[str]) -> list[Job]:
     if "retrieval" in q.parts:
         p.add("index", "index", "build", q.out / "index", "--tasks", q.tasks, "--only", *names,
               makes=q.out / "index" / "index.json", gpus=0)  # fmt: skip
-    given = [x for lora in p.loras for x in ("--system-bank", f"{lora}={q.out / lora}")]
+    given = ("--system-bank", *(f"{lora}={q.out / lora}" for lora in p.loras))
     if "baselines" in q.parts:
         p.baselines()
         p.evaluate("baselines", "", *given, gates=None, after=p.loras)
@@ -324,7 +324,7 @@ def tasks_table(records: list[dict[str, Any]]) -> str:
     sums: dict[str, list[float]] = {}
     for task, row in cells.items():
         metric = next((m for m in ("accuracy", "rougeL") if any((s, m) in row for s in systems)), None)
-        if metric is None:
+        if metric is None or any(m == "attempted" for _, m in row):  # composites have columns in the other table
             continue
         found = {s: row[s, metric] for s in systems if (s, metric) in row}
         if metric == "accuracy":
