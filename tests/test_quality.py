@@ -157,7 +157,9 @@ def test_tables_show_each_system_and_task_once(quality, tmp_path):
         "evaluate single": {"a": {"base": cell(0.1), "oracle": cell(0.5), "gates-top1": cell(0.4)},
                             "b": {"base": {"rougeL": 0.25, "problems": 8}}},
         "evaluate retrieval": {"a": {"gates-top1": cell(0.9), "gates-top2-unseen": cell(0.2)}},
-        "evaluate composite-warm": {"composite_3": {"gates-top2": {"attempted": 9, "correct": 4, "rougeL": 0.1, "problems": 5}}},
+        "evaluate composite-warm": {
+            "composite_3": {"gates-top2": {"attempted": 9, "correct": 4, "rougeL": 0.1, "problems": 5}}
+        },
     }  # fmt: skip
     for job in jobs:
         if job.name in tables:
