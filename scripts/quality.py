@@ -22,6 +22,7 @@ Systems in the table:
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -44,8 +45,9 @@ BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
 HELD_OUT = 4  # adapters that a bank grows by
 PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent")
 # Problems of two to five tasks, a third of them zero-shot and the rest behind one or two worked examples.
-COMPOSITE = ("--composite", "0.4", "--composite-sizes", "2", "5", "--composite-shots", "2")
-LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", *COMPOSITE)
+SIZES = ("--composite-sizes", "2", "5", "--composite-shots", "2")
+COMPOSITE = ("--composite", "0.3", *SIZES)
+LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--composite", "0.2", *SIZES)
 STREAM = ("--gate-stream", "64")  # the default: nothing else looks up which task an answer's line belongs to
 RETRIEVAL = "retrieval-selection,retrieval-mixture,retrieval-fusion,gates-top2,gates-within-top2"
 SHARES = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL")  # from 0 to 1 in table.json, percent in records
@@ -104,7 +106,7 @@ class Quality:
     """Of every training."""
     remat: Literal["all", "dots", "none"] = "all"
     """What every training computes twice instead of keeping it: all, all but the matmuls, nothing."""
-    save_every: int = 250
+    save_every: int = 200
     """Steps between checkpoints."""
     limit: int = 100
     """Test problems a task."""
@@ -124,6 +126,9 @@ class Quality:
     parts: tuple[str, ...] = PARTS
     """What is judged: single (base, oracle, gates on each task), baselines, composite, retrieval, growth, ablations,
     forms, independent."""
+    seconds: float | None = None
+    """After so many, end as at SIGTERM: trainings save, nothing new begins, the tables show what is there. The same
+    command goes on."""
     dry_run: bool = False
 
 
@@ -145,7 +150,7 @@ class Plan:
 
     def __init__(self, q: Quality, names: Sequence[str]):
         self.q, self.names, self.jobs = q, tuple(names), []
-        self.held = self.names[-HELD_OUT:] if len(names) > HELD_OUT else ()
+        self.held = self.names[-HELD_OUT:] if len(names) > HELD_OUT + 1 else ()  # gates choose among two or more
         self.loras = tuple(f"{name}-r{rank}" for name in BASELINES for rank in (q.rank, q.rank * len(names)))
 
     def add(
@@ -241,7 +246,7 @@ def plan(q: Quality, names: Sequence[str]) -> list[Job]:
     if "retrieval" in q.parts:
         p.add("index", "index", "build", q.out / "index", "--tasks", q.tasks, "--only", *names,
               makes=q.out / "index" / "index.json", gpus=0)  # fmt: skip
-    given = [x for lora in p.loras for x in ("--system-bank", f"{lora}={q.out / lora}")]
+    given = ("--system-bank", *(f"{lora}={q.out / lora}" for lora in p.loras))
     if "baselines" in q.parts:
         p.baselines()
         p.evaluate("baselines", "", *given, gates=None, after=p.loras)
@@ -332,7 +337,7 @@ def tasks_table(records: list[dict[str, Any]]) -> str:
     sums: dict[str, list[float]] = {}
     for task, row in cells.items():
         metric = next((m for m in ("accuracy", "rougeL") if any((s, m) in row for s in systems)), None)
-        if metric is None:
+        if metric is None or any(m == "attempted" for _, m in row):  # composites have columns in the other table
             continue
         found = {s: row[s, metric] for s in systems if (s, metric) in row}
         if metric == "accuracy":
@@ -355,6 +360,15 @@ class Runner:
         self.free: list[int | None] = [gpu for _ in range(self.per_gpu) for gpu in q.gpus or (None,)]
         self.lock = threading.Lock()
         self.done: dict[str, bool] = {}
+        self.processes: set[subprocess.Popen] = set()
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Ends the jobs that run, and lets no other begin."""
+        with self.lock:
+            self.stopping = True
+            for process in self.processes:
+                process.terminate()
 
     def run(self, jobs: list[Job]) -> list[str]:
         """The names of the jobs that failed, or that needed one that did."""
@@ -374,6 +388,9 @@ class Runner:
     def _start(self, waiting: list[Job], running: dict[Future, tuple[Job, list[int | None]]], pool: Any) -> None:
         """Starts what can start; a job that waits for more GPUs lets no later one have them."""
         reserved = False
+        if self.stopping:
+            self.done |= dict.fromkeys((job.name for job in waiting), False)
+            waiting.clear()
         for job in list(waiting):
             needs = [self.done.get(name) for name in job.after]
             if None in needs:
@@ -405,10 +422,17 @@ class Runner:
         started = time.monotonic()
         log = self.q.out / "logs" / f"{job.name.replace(' ', '-')}.log"
         with log.open("w", encoding="utf-8") as said:
-            status = subprocess.run(
-                [sys.executable, *METEORA, *job.arguments], env=self._environment(slots), stdout=said,
-                stderr=subprocess.STDOUT, check=False,
-            ).returncode  # fmt: skip
+            with self.lock:
+                if self.stopping:
+                    return False
+                process = subprocess.Popen(
+                    [sys.executable, *METEORA, *job.arguments], env=self._environment(slots), stdout=said,
+                    stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                self.processes.add(process)
+            status = process.wait()
+            with self.lock:
+                self.processes.remove(process)
         self._record(job, status, time.monotonic() - started, log)
         return status == 0
 
@@ -445,7 +469,13 @@ def main(q: Quality) -> int:
         for job in jobs:
             print(shlex.join(["meteora", *job.arguments]))
         return 0
-    failed = Runner(q).run(jobs)
+    runner = Runner(q)
+    signal.signal(signal.SIGTERM, lambda *_: runner.stop())
+    clock = threading.Timer(threading.TIMEOUT_MAX if q.seconds is None else q.seconds, runner.stop)
+    clock.daemon = True
+    clock.start()
+    failed = runner.run(jobs)
+    clock.cancel()
     tell(q, jobs, collect(q, jobs, len(names)))
     for name in failed:
         console.print(f"not done: {name}")

@@ -211,6 +211,20 @@ def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_pat
     assert tables[0] == {system: tables[1][system] for system in ("base", "gates-top2", "cedar")}
 
 
+def test_long_prompts_can_be_left_out(folders, world, tmp_path):
+    """Of tasks alone; a composite problem is as long as it is."""
+    count = lambda text: len(world["model"].encode(text))  # noqa: E731
+    lines = (folders["root"] / "tasks" / "winowhy" / "test.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    most = sorted(map(count, prompts))[2]
+    more = ("--only", "winowhy", "--max-prompt", str(most), *COMPOSITE)
+    main(arguments(folders, tmp_path / "run", *more, systems="base"))
+    asked = records_of(tmp_path / "run").values()
+    assert sum(r["task"] == ROW for r in asked) == 5
+    found = {r["prompt"] for r in asked if r["task"] == "winowhy"}
+    assert found == {p for p in prompts if count(p) <= most} != set(prompts)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -225,6 +239,7 @@ def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_pat
         (["--only", "winowhy", "--system-bank", "elm={bank}"], "expected a bank of one adapter, found apple, birch"),
         (["--only", "winowhy", "--batch-size", "0"], "--batch-size: expected 1 or more, found 0"),
         (["--only", "winowhy", "--systems", "retrieval-fusion"], "--systems: retrieval-fusion: expected --index"),
+        (["--only", "winowhy", "--max-prompt", "2"], "--max-prompt: expected room for a problem of every row"),
         (["--only", ","], "expected at least one task or composite, found none"),
     ],
 )

@@ -39,7 +39,13 @@ def test_every_job_is_a_command_that_meteora_takes(quality, tmp_path):
     for more in ({}, {"dtype": "bfloat16", "remat": "none"}, {"remat": "dots"}):
         for job in quality.plan(settings(quality, tmp_path, **more), NAMES):
             config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-            tyro.cli(Command, args=list(job.arguments), config=config)
+            command: Any = tyro.cli(Command, args=list(job.arguments), config=config)
+            if job.name in ("evaluate baselines", "evaluate composite-baselines"):
+                folder = tmp_path / "out"
+                loras = ("lora-f-r8", "lora-f-r48", "lora-b-r8", "lora-b-r48")
+                assert command.system_bank == tuple(f"{lora}={folder / lora}" for lora in loras)
+            if job.name == "bank":
+                assert command.what.task == NAMES
 
 
 def test_jobs_come_after_what_they_need_and_the_adapters_are_one_job(quality, tmp_path):
@@ -74,7 +80,7 @@ def test_parts_choose_jobs(quality, tmp_path, parts, jobs):
 
 
 def test_few_tasks_do_not_grow_and_unknown_parts_are_refused(quality, tmp_path):
-    names = {j.name for j in quality.plan(settings(quality, tmp_path), NAMES[:3])}
+    names = {j.name for j in quality.plan(settings(quality, tmp_path), NAMES[:5])}
     assert not any("small" in n or "grown" in n for n in names)
     with pytest.raises(InputError, match="found kittens"):
         quality.plan(settings(quality, tmp_path, parts=("kittens",)), NAMES)
@@ -147,6 +153,17 @@ def test_evaluations_share_a_gpu_and_a_training_waits_until_it_is_empty(quality,
     assert len(runner._slots(evaluation)) == 1
 
 
+def test_a_run_that_is_stopped_ends_its_jobs_and_begins_no_other(quality, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "METEORA", ("-c", "import time; time.sleep(300)"))
+    runner = quality.Runner(settings(quality, tmp_path))
+    threading.Timer(2, runner.stop).start()
+    jobs = [job(quality, tmp_path, "long"), job(quality, tmp_path, "later", ("long",)), job(quality, tmp_path, "other")]
+    assert runner.run(jobs) == ["long", "later", "other"]
+    (record,) = [json.loads(line) for line in (tmp_path / "out" / "jobs.jsonl").read_text().splitlines()]
+    assert (record["job"], record["status"]) == ("long", -15)
+    assert record["seconds"] < 60
+
+
 def test_tables_show_each_system_and_task_once(quality, tmp_path):
     q = settings(quality, tmp_path, parts=("single", "composite", "retrieval"), device="a machine")
     jobs = quality.plan(q, NAMES)
@@ -155,7 +172,9 @@ def test_tables_show_each_system_and_task_once(quality, tmp_path):
         "evaluate single": {"a": {"base": cell(0.1), "oracle": cell(0.5), "gates-top1": cell(0.4)},
                             "b": {"base": {"rougeL": 0.25, "problems": 8}}},
         "evaluate retrieval": {"a": {"gates-top1": cell(0.9), "gates-top2-unseen": cell(0.2)}},
-        "evaluate composite-warm": {"composite_3": {"gates-top2": {"attempted": 9, "correct": 4, "problems": 5}}},
+        "evaluate composite-warm": {
+            "composite_3": {"gates-top2": {"attempted": 9, "correct": 4, "rougeL": 0.1, "problems": 5}}
+        },
     }  # fmt: skip
     for job in jobs:
         if job.name in tables:
@@ -172,6 +191,7 @@ def test_tables_show_each_system_and_task_once(quality, tmp_path):
     assert "| task | problems | base | oracle | gates-top1 |" in text
     assert "| a | 10 | 10.0 | 50.0 | 40.0 |" in text
     assert "| b, ROUGE-L | 8 | 25.0 |  |  |" in text
+    assert "composite_3, ROUGE-L" not in text
     assert "| mean accuracy | | 10.0 | 50.0 | 40.0 |" in text
 
 

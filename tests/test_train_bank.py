@@ -21,6 +21,7 @@ from test_sharding import devices
 import meteora_jax as mj
 from meteora_jax.adapters import AdapterParam
 from meteora_jax.checkpoint import load_bank, save_bank, take_adapters
+from meteora_jax.cli import main as main_command
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.training.adapter import fresh_bank
@@ -364,6 +365,29 @@ def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, world):
     assert again["kept"] == whole["kept"]
     for file in ("killed/weights.safetensors", "killed-run/validation.jsonl"):
         assert (tmp_path / file).read_bytes() == (tmp_path / file.replace("killed", "whole")).read_bytes()
+
+
+def test_the_command_trains_all_tasks_of_a_folder(tmp_path, world, capsys):
+    for name, examples in TASKS.items():
+        (tmp_path / "tasks" / name).mkdir(parents=True)
+        lines = [json.dumps(dataclasses.asdict(e)) for e in examples]
+        (tmp_path / "tasks" / name / "train.jsonl").write_text("\n".join(lines) + "\n")
+    command = ["train", "bank", "--base", world["base"], "--tasks", tmp_path / "tasks", "--out", tmp_path / "bank",
+               "--steps", 2, "--rows", 2, "--max-length", 100, "--rank", 2, "--targets", "q_proj", "down_proj",
+               "--json", tmp_path / "report.json", "--validations", 1]  # fmt: skip
+    main_command([str(word) for word in command])
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tasks"] == list(report["kept"]) == list(NAMES)
+    assert report["settings"]["alpha"] == 4.0
+    assert report["settings"]["prompt_loss"] is False
+    assert all(f"{name}: step 2, exact " in said for name in NAMES)
+    main_command(["export", "bank", str(tmp_path / "bank"), str(tmp_path / "two"), "cedar", "apple"])
+    assert load_bank(tmp_path / "two", world["model"].config, np.float32).names == ("cedar", "apple")
+    with pytest.raises(SystemExit) as refusal:
+        main_command([str(word) for word in [*command, "--task", "apple", "apple"]])
+    assert refusal.value.code == 1
+    assert "expected tasks, each once, found apple apple" in capsys.readouterr().err
 
 
 def test_some_of_a_banks_adapters_become_a_bank(tmp_path, world):
