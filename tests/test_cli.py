@@ -230,6 +230,7 @@ def test_demo_runs_twice_on_its_own_files(tmp_path, capsys, world):
     assert set(summary["accuracy"]) == {"base", "oracle", "gates"}
     assert set(summary["per_task"]) == {"winowhy", "disfl_qa"}
     assert [a["task"] for a in summary["together"]] == ["winowhy", "disfl_qa"]
+    assert all({"answer", "right", "response"} <= set(a) for a in summary["together"])
     assert summary["seconds"] > 0
     for name in ("base", "bank", "gates", "routing.html", "routing.png"):
         assert (tmp_path / "out" / name).exists()

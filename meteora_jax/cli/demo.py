@@ -121,11 +121,11 @@ def demo(command: Demo) -> None:
     model = load(base, bank, gates, dtype=default_dtype(None))
     problems = read_json(command.assets / "problems.json")
 
-    console.rule("one text, three tasks: which adapter acts on which token?", align="left")
-    trace, answers = answer_in_turn(model, problems["together"], command.max_new_tokens)
+    console.rule("one prompt, three tasks: which adapter acts on which token?", align="left")
+    trace, answers = answer_together(model, problems["together"], command.max_new_tokens)
     pages = show_routing(trace, command.out, "routing")
-    for asked in answers:
-        line = f"{asked['task']}: answered {asked['answer']!r}, expected {asked['response']!r}"
+    for number, asked in enumerate(answers, start=1):
+        line = f"{number}. {asked['task']}: answered {asked['answer']!r}, expected {asked['response']!r}"
         console.print(line, highlight=False, markup=False)
 
     summary = evaluate(model, problems["tests"], command.max_new_tokens)
@@ -140,24 +140,28 @@ def demo(command: Demo) -> None:
     console.print(f"{summary['seconds']:.0f} s; look at {pages[0]}", highlight=False)
 
 
-def answer_in_turn(model: Any, problems: list[dict[str, str]], max_new_tokens: int) -> tuple[Any, list[dict[str, str]]]:
-    """Answers problems of several tasks inside one growing text, each where its question ends.
+def answer_together(
+    model: Any, problems: list[dict[str, str]], max_new_tokens: int
+) -> tuple[Any, list[dict[str, str]]]:
+    """Answers problems of several tasks that stand in one prompt, numbered, in one response: a line "i. " for each.
 
-    Nothing says where a task begins or which adapter it needs: every question and every answer is read and
-    written by what the gates choose, with all earlier tasks still in the context.
+    Nothing says where a task begins or which adapter a line needs: the gates choose for every token, and look up which
+    task a line's number stands for.
 
     Returns:
-        the routing of the whole text, in which the prompt ends where the last answer begins; the problems with
-        their answers.
+        the routing of prompt and response; the problems with their answers and whether each is right.
     """
-    text, answered, trace = "", [], None
-    for problem in problems:
-        text += problem["prompt"]
-        (said,) = model.generate([text], max_new_tokens=max_new_tokens, stop=["\n"])
-        answered.append({**problem, "answer": said.text.strip()})
-        text += said.text.strip() + "\n\n"
-        trace = said.routing
-    return trace, answered
+    from meteora_jax.evaluation.composite import format_prompt
+    from meteora_jax.evaluation.metrics import accuracy, read_composite
+    from meteora_jax.evaluation.tasks import Example
+
+    prompt = format_prompt([Example(p["prompt"], p["response"]) for p in problems])
+    (said,) = model.generate([prompt], max_new_tokens=max_new_tokens * len(problems))
+    answers = read_composite(said.text, len(problems))
+    return said.routing, [
+        {**p, "answer": answer, "right": accuracy(p["task"], answer, p["response"])}
+        for p, answer in zip(problems, answers, strict=True)
+    ]
 
 
 def evaluate(model: Any, tests: list[dict[str, str]], max_new_tokens: int, batch_size: int = 8) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Choose the demo's problems: three a task from the test split, and one of each of three tasks for one text.
+"""Choose the demo's problems: three a task from the test split, and one of each of three tasks for one prompt.
 
     python scripts/demo/choose_problems.py runs/tasks scripts/demo/problems.json
 
@@ -19,7 +19,7 @@ TASKS = (
     "abstract_narrative_understanding", "disfl_qa", "goal_step_wikihow", "logical_deduction",
     "object_counting", "question_selection", "strategyqa", "winowhy",
 )  # fmt: skip
-TOGETHER = ("goal_step_wikihow", "object_counting", "winowhy")  # in one text
+TOGETHER = ("goal_step_wikihow", "object_counting", "winowhy")  # in one prompt
 
 
 @dataclass(frozen=True)
