@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meteora_jax import compiler
 from meteora_jax.adapters import AdaptedLinear, BaseParam, column_shards, contract
 from meteora_jax.compiler import Step, platform, step_form
 from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
@@ -21,7 +22,6 @@ from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
 from meteora_jax.routing.memory import GateMemory
 from meteora_jax.sharding import constrain
-from pallas_kernels.decode_step.triton_gpu import Form, head_logits
 from pallas_kernels.routed_lora.reference import einsum_float32
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -80,7 +80,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 # What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences,
 # "decode" steps that read the cache.
 Fused = Literal["prompt", "packed", "decode"]
-FUSED_ATTENTION: tuple[Fused, ...] = ("prompt",)
+FUSED_ATTENTION: tuple[Fused, ...] = ("prompt", "packed")
 
 
 class RmsNorm(nnx.Module):
@@ -324,10 +324,7 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
         """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""
         with matmul_precision(hidden.dtype):
-            step = step_form(hidden.shape[0]) if hidden.ndim == 2 else None
-            if self.lm_head is not None and step is not None and step.head:
-                plain = head_logits(hidden, self.lm_head[...], Form(captured=step.captured))
-            elif self.lm_head is None:
+            if self.lm_head is None:
                 plain = contract("...d,vd->...v", hidden, self.embed[...], 1).astype(jnp.float32)
             else:
                 plain = contract("...d,dv->...v", hidden, self.lm_head[...], 0).astype(jnp.float32)
@@ -345,9 +342,12 @@ def lay_out(model: Llama, tensor: int) -> None:
         getattr(model.layers, group).shards = column_shards(model.config, group, tensor)
 
 
-def prepare_gates(graph: Any, weights: Any) -> tuple[Any, Any]:
-    """The model with `AdaptedLinear.prepare` done to every group: what `mj.load` gives a GPU in 16 bit."""
+def prepare_gates(graph: Any, weights: Any, joined: bool | None = None) -> tuple[Any, Any]:
+    """The model with `AdaptedLinear.prepare` done to every group: what `mj.load` gives a GPU in 16 bit.
+
+    joined: gates and A's behind the kernels' columns, as decoding steps read them; by default where there are steps.
+    """
     model = nnx.merge(graph, weights)
     for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
-        linear.prepare()
+        linear.prepare(bool(compiler.STEPS) if joined is None else joined)
     return nnx.split(model)
