@@ -313,8 +313,8 @@ class AdaptedLinear(nnx.Module):
             plain, made = plain[..., : -self.joined], plain[..., -self.joined :]
         y = plain if self.bias is None else plain + self.bias[...].astype(plain.dtype)[None, None, :]
         routing = None
-        served = isinstance(router, BoundGates) and router.allowed is None and self.gate is not None
-        if served and (self.slim is not None or made is not None):
+        ready = self.gate is not None and (self.slim is not None or made is not None)
+        if ready and isinstance(router, BoundGates) and router.allowed is None:
             y, routing = self._gated(x, y, made, router)
         elif router is not None:
             routing = router.route(x, self._gate())
@@ -388,7 +388,9 @@ class AdaptedLinear(nnx.Module):
                 implementation=gated.choose(platform(), rows), made=made,
             )  # fmt: skip
         else:
-            made = einsum_float32(x.dtype, "mi,pni->mpn", flat(x), slim) if made is None else made
+            if made is None:
+                assert slim is not None
+                made = einsum_float32(x.dtype, "mi,pni->mpn", flat(x), slim)
             logits = made[..., : scale.shape[1]]
             logits = logits if bias is None else logits + bias[None]
             routing = gated.choose_adapters(logits, *choice, router.max_k)

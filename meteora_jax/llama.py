@@ -342,12 +342,16 @@ def lay_out(model: Llama, tensor: int) -> None:
         getattr(model.layers, group).shards = column_shards(model.config, group, tensor)
 
 
-def prepare_gates(graph: Any, weights: Any, joined: bool | None = None) -> tuple[Any, Any]:
+def prepare_gates(graph: Any, weights: Any, joined: bool | None = None, release: bool = False) -> tuple[Any, Any]:
     """The model with `AdaptedLinear.prepare` done to every group: what `mj.load` gives a GPU in 16 bit.
 
     joined: gates and A's behind the kernels' columns, as decoding steps read them; by default where there are steps.
+    release: a kernel's memory is given back as soon as there is another; `weights` is then of no more use.
     """
     model = nnx.merge(graph, weights)
     for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
+        before = linear.kernel[...]
         linear.prepare(bool(compiler.STEPS) if joined is None else joined)
+        if release and linear.joined:
+            before.delete()
     return nnx.split(model)

@@ -127,8 +127,9 @@ def gated_lora(
             h = h + jnp.pad(bias, ((0, 0), (0, rows - adapters))).reshape(-1)[None, None]
         from pallas_kernels.routed_lora import triton_gpu
 
-        made = triton_gpu.masked_shrink(h[0], rank, x.dtype, scale, counts, temperatures, top_k, first)
-        masked, indices, weights = made
+        masked, indices, weights = triton_gpu.masked_shrink(
+            h[0], rank, x.dtype, scale, counts, temperatures, top_k, first
+        )
         if implementation == "tiles":
             return triton_gpu.add_tiles(base, masked, b, splits), indices, weights
         return add_diagonal(base, masked, b, splits, implementation == "masked_apart"), indices, weights
