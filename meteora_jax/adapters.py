@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from meteora_jax import compiler
 from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
 from meteora_jax.routing import BoundRouter, Routing
@@ -217,13 +216,22 @@ def request_lora(
     return jnp.concatenate(updates, axis=-1)
 
 
+@jax.jit
+def _join(kernel: jax.Array, slim: jax.Array) -> jax.Array:
+    """kernel [L, I, O] and slim [L, P, N, I] as [L, I, O + P N]."""
+    layers, _, _, width = slim.shape
+    columns = jnp.swapaxes(slim.reshape(layers, -1, width), 1, 2)
+    return jnp.concatenate([kernel, columns.astype(kernel.dtype)], axis=-1)
+
+
 class AdaptedLinear(nnx.Module):
     """One projection group: the projections that read the same input, their adapters and their gates.
 
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
     lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A] (P = 1 if shared);
     gate_mean float32 [I, P, A] and gate_bias float32 [P, A], None where the gates' form has none;
-    lora_dora, lora_bias float32 [A, O], None where no adapter has any; slim [P, N, I], see `prepare`.
+    lora_dora, lora_bias float32 [A, O], None where no adapter has any; slim [P, N, I] and `joined`,
+    the kernel's columns behind O, see `prepare`.
     O's columns lie in `shards` parts of equal width, each with its share of every projection: `sharding.shard_order`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
@@ -263,9 +271,13 @@ class AdaptedLinear(nnx.Module):
             GateParam(jnp.zeros((own, adapters), jnp.float32), axes=(None, None)) if gates and form.bias else None
         )
         self.slim: AdapterConstant | None = None
+        self.joined = 0
 
-    def prepare(self) -> None:
+    def prepare(self, joined: bool = False) -> None:
         """Keeps the gates, and the A's of a bank that is not too wide, as one matrix in A's dtype beside them.
+
+        joined: as the last columns of a new kernel [I, O + P N] instead, so that the base's product is theirs as well;
+        every router then computes them.
 
         For inference on one device, on layers as they are stacked. Nothing is kept, and gates and adapters stay apart,
         where DoRA or biases act, and for gates that remember (prefix-mean, carry).
@@ -276,12 +288,16 @@ class AdaptedLinear(nnx.Module):
             return
         a = self.lora_a[...]
         wide = a.shape[-3] * a.shape[-2] > gated.DENSE_WIDTH
-        if self.gate is None and (wide or not compiler.STEPS):
-            return  # without gates only the kernels of decoding steps read it
+        if self.gate is None and (wide or not joined):
+            return  # without gates only decoding steps read it
         layers, _, adapters, _, width = a.shape
         shape = layers, width, len(self.splits), adapters
         gate = jnp.zeros(shape, a.dtype) if self.gate is None else jnp.broadcast_to(self.gate[...], shape)
         slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a[..., :0, :] if wide else a)
+        if joined:
+            self.joined = slim.shape[1] * slim.shape[2]
+            self.kernel = BaseParam(_join(self.kernel[...], slim), axes=(*self.sides,))
+            return
         self.slim = nnx.data(AdapterConstant(slim, axes=(None, None, None)))  # was None, which NNX took for static
 
     def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:
@@ -292,10 +308,14 @@ class AdaptedLinear(nnx.Module):
             plain = einsum_float32(x.dtype, "bti,io->bto", x, self.kernel[...])
         else:
             plain = contract("bti,io->bto", x, self.kernel[...], 0)
+        made = None
+        if self.joined:
+            plain, made = plain[..., : -self.joined], plain[..., -self.joined :]
         y = plain if self.bias is None else plain + self.bias[...].astype(plain.dtype)[None, None, :]
         routing = None
-        if self.slim is not None and isinstance(router, BoundGates) and router.allowed is None:
-            y, routing = self._gated(x, y, self.slim[...], router)
+        ready = self.gate is not None and (self.slim is not None or made is not None)
+        if ready and isinstance(router, BoundGates) and router.allowed is None:
+            y, routing = self._gated(x, y, made, router)
         elif router is not None:
             routing = router.route(x, self._gate())
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
@@ -345,8 +365,11 @@ class AdaptedLinear(nnx.Module):
         mean, bias = (None if part is None else part[...] for part in (self.gate_mean, self.gate_bias))
         return FormedGate(self.gate[...], mean, bias, self.group)
 
-    def _gated(self, x: jax.Array, base: jax.Array, slim: jax.Array, router: BoundGates) -> tuple[jax.Array, Routing]:
-        """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits."""
+    def _gated(self, x: jax.Array, base: jax.Array, made: Any, router: BoundGates) -> tuple[jax.Array, Routing]:
+        """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits.
+
+        made: [B, T, P N], x times the slim matrix, where the kernel's product has given it already.
+        """
         assert self.lora_a is not None
         assert self.lora_b is not None
         assert self.lora_scale is not None
@@ -356,14 +379,19 @@ class AdaptedLinear(nnx.Module):
         flat = lambda z: z.reshape(rows, *z.shape[2:])  # noqa: E731
         by_row = lambda z: jnp.broadcast_to(z[:, None], (batch, length)).reshape(rows)  # noqa: E731
         choice = by_row(router.counts), by_row(router.temperatures)
+        slim = None if self.slim is None else self.slim[...]
+        made = None if made is None else flat(made).astype(jnp.float32).reshape(rows, len(self.splits), -1)
         bias = None if self.gate_bias is None else jnp.broadcast_to(self.gate_bias[...], scale.shape)
         if a.shape[1] * a.shape[2] <= gated.DENSE_WIDTH:
             y, *routing = gated.gated_lora(
                 flat(x), slim, b, scale, *choice, flat(base), self.splits, router.max_k, bias=bias,
-                implementation=gated.choose(platform(), rows),
+                implementation=gated.choose(platform(), rows), made=made,
             )  # fmt: skip
         else:
-            logits = einsum_float32(x.dtype, "mi,pni->mpn", flat(x), slim)[..., : scale.shape[1]]
+            if made is None:
+                assert slim is not None
+                made = einsum_float32(x.dtype, "mi,pni->mpn", flat(x), slim)
+            logits = made[..., : scale.shape[1]]
             logits = logits if bias is None else logits + bias[None]
             routing = gated.choose_adapters(logits, *choice, router.max_k)
             y = add_routed_lora(flat(x), a, b, *routing, scale, flat(base), self.splits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
@@ -16,16 +16,14 @@ GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_ena
 
 
 class Step(NamedTuple):
-    """How a GPU takes a decoding step of at most `rows` rows, in Triton kernels instead of XLA's."""
+    """How a GPU takes a decoding step of at most `rows` rows: products by cuBLAS, the rest in Triton kernels."""
 
     rows: int
-    launches: Literal["one", "two"]  # a projection group
-    captured: bool = False  # launches may become part of CUDA graphs
-    unroll: int = 32  # layers written out in the program; more than that are a loop over so many
-    head: bool = False  # the logits' product, too
+    captured: bool = True  # launches may become part of CUDA graphs
 
 
-# The first that fits serves a step; none: XLA does. Entered from `scripts/bench.py --what step`, and not before.
+# The first that fits serves a step; none: XLA does. Where there are any, `AdaptedLinear.prepare` puts gates and A's
+# behind the kernels' columns. Entered from `scripts/bench.py --what decode --settings all`, and not before.
 STEPS: tuple[Step, ...] = ()
 
 

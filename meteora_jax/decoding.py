@@ -1,4 +1,4 @@
-"""A decoding step by Triton: one token a row through all layers, read where they are stacked."""
+"""A decoding step by cuBLAS and Triton: one token a row through all layers, read where they are stacked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from meteora_jax.kv_cache import KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
 from pallas_kernels.decode_step import triton_gpu
-from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Form, Group, Tail
+from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, Stream, Tail
 from pallas_kernels.routed_lora import gated
 
 TAILS: dict[str, Tail] = {"qkv": "rope", "o": "residual", "gate_up": "silu", "down": "residual"}
@@ -29,15 +29,12 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
         return "rows or heads that no tile has"
     linears: list[AdaptedLinear] = [getattr(layers, name) for name in GROUPS]
     for linear, tail in zip(linears, TAILS.values(), strict=True):
-        kernel = linear.kernel[...]
         if linear.bias is not None:
             return "biases"
-        for whole in (False, True):
-            try:
-                _, width, total = kernel.shape
-                triton_gpu.tiles(rows, width, total, tail, config.head_dim, kernel.dtype.itemsize, whole)
-            except NotImplementedError as e:
-                return str(e)
+        try:
+            triton_gpu.tiles(rows, sum(linear.splits), tail, config.head_dim, None)
+        except NotImplementedError as e:
+            return str(e)
     if router is None:
         return None
     gates = isinstance(router, BoundGates)
@@ -57,8 +54,8 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
             return "a group without adapters, DoRA or biases of adapters"
         if gates and linear.form.changes:
             return "gates of another form than MeteoRA's"
-        if linear.slim is None and (gates or not _wide(linear)):
-            return "adapters without a slim matrix"
+        if not linear.joined and (gates or not _wide(linear)):
+            return "gates and A's that are not behind the kernel's columns"
     return None
 
 
@@ -70,12 +67,11 @@ def _wide(linear: AdaptedLinear) -> bool:
 def group_weights(linear: AdaptedLinear, norm: Any, adapt: bool) -> Group:
     """The stacked weights of a group; `norm` is the RmsNorm before it."""
     read = lambda z: None if z is None or not adapt else z[...]  # noqa: E731
-    eps, scale = (1.0, None) if norm is None else (norm.eps, norm.scale[...])
     a = read(linear.lora_a) if adapt and _wide(linear) else None
     first = gated.first_shrink(linear.lora_b.shape[1]) if adapt and linear.lora_b is not None else 0
     return Group(
-        linear.kernel[...], scale, read(linear.slim), a, read(linear.lora_b), read(linear.lora_scale), linear.splits,
-        eps, first,
+        linear.kernel[...], a, read(linear.lora_b), read(linear.lora_scale), linear.splits,
+        None if norm is None else norm.eps, linear.joined // len(linear.splits), first,
     )  # fmt: skip
 
 
@@ -98,7 +94,6 @@ def run_layers(
         x [B, D], the cache with the slot written, each group's routing with layers first: [L, B, 1, P or 1, C].
     """
     rows, depth = x.shape[0], config.num_layers
-    form = Form(step.launches == "one", step.captured)
     choice = None
     traced = jnp.full((1,), -1, jnp.int32), jnp.zeros((1,), jnp.float32)
     if isinstance(router, BoundGates):
@@ -111,36 +106,31 @@ def run_layers(
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
     groups = {g: group_weights(getattr(layers, g), norms.get(g), choice is not None) for g in GROUPS}
     flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
-    carried = Carried(flat(cache.keys), flat(cache.values), *traced, jnp.zeros((2,), jnp.int32))
+    carried = Carried(flat(cache.keys), flat(cache.values), *traced)
     slot, used = cache.length[None], cache.length[None] + 1
 
-    def body(carry: tuple[jax.Array, Carried], layer: jax.Array) -> tuple[tuple[jax.Array, Carried], None]:
-        x, carried = carry
+    stream = Stream.begin(x, layers.attention_norm.scale[0])
+    for layer in range(depth):  # written out: cuBLAS reads a layer in place where its number is known
 
-        def run(group: str, x: jax.Array, carried: Carried, **more: Any) -> tuple[jax.Array, Carried]:
+        def run(group: str, x: jax.Array, carried: Carried, layer: int = layer, **more: Any) -> tuple[Any, Carried]:
             return triton_gpu.group_step(
-                layer[None], x, groups[group], TAILS[group], carried, choice, head=config.head_dim,
-                first_projection=FIRST[group], form=form, **more,
+                layer, x, groups[group], TAILS[group], carried, choice, head=config.head_dim,
+                first_projection=FIRST[group], captured=step.captured, **more,
             )  # fmt: skip
 
-        q, carried = run("qkv", x, carried, angles=angles, slot=slot)
+        q, carried = run("qkv", stream.scaled, carried, squares=stream.squares, angles=angles, slot=slot)
         heads = config.num_heads, config.head_dim
-        y = triton_gpu.attend(layer[None], q, carried, positions, cache.positions, used, *heads, form=form)
-        x, carried = run("o", y, carried, residual=x)
-        y, carried = run("gate_up", x, carried)
-        return run("down", y, carried, residual=x), None
-
-    if depth <= step.unroll:
-        for layer in range(depth):  # a layer's number is a constant here, which no launch has to compute
-            (x, carried), _ = body((x, carried), jnp.asarray(layer, jnp.int32))
-    else:
-        order = jnp.arange(depth, dtype=jnp.int32)
-        (x, carried), _ = jax.lax.scan(body, (x, carried), order, unroll=step.unroll)
+        y = triton_gpu.attend(layer, q, carried, positions, cache.positions, used, *heads, captured=step.captured)
+        then = layers.mlp_norm.scale[...], 0
+        stream, carried = run("o", y, carried, residual=stream.x, following=then)
+        y, carried = run("gate_up", stream.scaled, carried, squares=stream.squares)
+        then = layers.attention_norm.scale[...], 1
+        stream, carried = run("down", y, carried, residual=stream.x, following=then)
     keys, values = (z.reshape(cache.keys.shape) for z in (carried.keys, carried.values))
     routings: tuple[Routing, ...] = ()
     if choice is not None:
         routings = tuple(_routing(carried, choice, g, depth) for g in GROUPS)
-    return x, KVCache(keys, values, cache.positions, cache.length), routings
+    return stream.x, KVCache(keys, values, cache.positions, cache.length), routings
 
 
 def _routing(carried: Carried, choice: Choice, group: str, depth: int) -> Routing:

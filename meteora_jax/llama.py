@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meteora_jax import compiler
 from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, column_shards, contract
 from meteora_jax.compiler import Step, platform, step_form
 from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
@@ -21,7 +22,6 @@ from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
 from meteora_jax.routing.memory import GateMemory
 from meteora_jax.sharding import constrain
-from pallas_kernels.decode_step.triton_gpu import Form, head_logits
 from pallas_kernels.routed_lora.reference import einsum_float32
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -383,10 +383,7 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
         """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""
         with matmul_precision(hidden.dtype):
-            step = step_form(hidden.shape[0]) if hidden.ndim == 2 else None
-            if self.lm_head is not None and step is not None and step.head:
-                plain = head_logits(hidden, self.lm_head[...], Form(captured=step.captured))
-            elif self.lm_head is None:
+            if self.lm_head is None:
                 plain = contract("...d,vd->...v", hidden, self.embed[...], 1).astype(jnp.float32)
             else:
                 plain = contract("...d,dv->...v", hidden, self.lm_head[...], 0).astype(jnp.float32)
@@ -404,9 +401,16 @@ def lay_out(model: Llama, tensor: int) -> None:
         getattr(model.layers, group).shards = column_shards(model.config, group, tensor)
 
 
-def prepare_gates(graph: Any, weights: Any) -> tuple[Any, Any]:
-    """The model with `AdaptedLinear.prepare` done to every group: what `mj.load` gives a GPU in 16 bit."""
+def prepare_gates(graph: Any, weights: Any, joined: bool | None = None, release: bool = False) -> tuple[Any, Any]:
+    """The model with `AdaptedLinear.prepare` done to every group: what `mj.load` gives a GPU in 16 bit.
+
+    joined: gates and A's behind the kernels' columns, as decoding steps read them; by default where there are steps.
+    release: a kernel's memory is given back as soon as there is another; `weights` is then of no more use.
+    """
     model = nnx.merge(graph, weights)
     for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
-        linear.prepare()
+        before = linear.kernel[...]
+        linear.prepare(bool(compiler.STEPS) if joined is None else joined)
+        if release and linear.joined:
+            before.delete()
     return nnx.split(model)

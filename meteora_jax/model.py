@@ -244,5 +244,5 @@ def load(
     form = gate_config.form if gate_config else GateForm()
     graph, state = assemble(config, weights, loaded, columns, kind, mesh, form)
     if platform() == "gpu" and mesh is None and kind.itemsize == 2:
-        graph, state = prepare_gates(graph, state)
+        graph, state = prepare_gates(graph, state, release=True)
     return Meteora(config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh)

@@ -11,7 +11,7 @@ CAPTURABLE = "triton_kernel_call_ffi"  # jaxlib's second entry to the same launc
 
 def launch(
     module: str, kernel: str, *arrays: Any, out: Any, grid: tuple[int, ...], warps: int = 4,
-    aliases: dict[int, int] | None = None, capturable: bool = False, **constants: Any,
+    aliases: dict[int, int] | None = None, capturable: bool = True, **constants: Any,
 ) -> Any:  # fmt: skip
     """Launches a kernel by its module's and its own name.
 

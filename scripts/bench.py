@@ -27,14 +27,15 @@ import jax
 import jax.numpy as jnp
 import tyro
 from flax import nnx
+from least import Work, adapter_work, group_work, least_work
 from rich.console import Console
 from rich.table import Table
-from settings import ADAPTED_ONLY, ANYWHERE, SETTINGS, Timed, generating, kernels_of, training
+from settings import ANYWHERE, SETTINGS, Held, Timed, generating, has_bare, kernels_of, prepared, started, training
 
 import meteora_jax as mj
 from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
-from meteora_jax.llama import Llama, prepare_gates
+from meteora_jax.llama import Llama
 from pallas_kernels.routed_lora import add_routed_lora
 from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
 
@@ -112,33 +113,6 @@ def random_arrays(shapes: Any, seed: int) -> Any:
         return [draw(k, x) for k, x in zip(keys, leaves, strict=True)]
 
     return jax.tree.unflatten(tree, fill())
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a call must do at least: floating-point operations, and bytes of weights and caches."""
-
-    flops: float
-    bytes: float
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-    def scaled(self, factor: float) -> Work:
-        return Work(self.flops * factor, self.bytes * factor)
-
-
-def group_work(config: LlamaConfig, group: str, tokens: int, size: int) -> Work:
-    """The base product of one group."""
-    shapes = [config.projection_shape(p) for p in GROUPS[group]]
-    i, o = shapes[0][0], sum(o for _, o in shapes)
-    return Work(2.0 * tokens * i * o, size * (i * o + tokens * (i + o)))
-
-
-def adapter_work(config: LlamaConfig, group: str, tokens: int, distinct: int, choices: int, rank: int, size: int):
-    """The chosen adapters' products; `distinct` adapters are read at each projection."""
-    widths = sum(i + o for i, o in (config.projection_shape(p) for p in GROUPS[group]))
-    return Work(2.0 * tokens * choices * rank * widths, size * distinct * rank * widths)
 
 
 def alternate(contenders: dict[str, Timed], seconds: float) -> dict[str, float]:
@@ -266,74 +240,94 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
                     )  # fmt: skip
 
 
-def random_model(config: LlamaConfig, adapters: int, rank: int, dtype: Any) -> tuple[Any, Any, tuple[str, ...]]:
-    """(graph, weights, names) of a model with a bank and gates, as training has it."""
+def random_model(config: LlamaConfig, adapters: int, rank: int, dtype: Any) -> tuple[Held, tuple[str, ...]]:
+    """A model with a bank and gates, as training has it, and the adapters' names."""
     infos = tuple(AdapterInfo(f"adapter_{i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
     abstract = nnx.eval_shape(lambda: Llama(config, bank, gates=True, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
-    return graph, random_arrays(state, 0), bank.names
+    return Held(graph, state, lambda: random_arrays(state, 0)), bank.names
 
 
 def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> Iterator[dict[str, Any]]:
     """The whole model: prompts, decoding steps, training steps."""
     size = jnp.dtype(dtype).itemsize
     for adapters, rank in ((a, r) for a in bench.adapters for r in bench.rank):
-        graph, weights, names = random_model(config, adapters, rank, dtype)
-        ready = prepare_gates(graph, weights) if platform() == "gpu" and size == 2 else (graph, weights)
-        choices = min(bench.top_k, adapters)
+        model, names = random_model(config, adapters, rank, dtype)
+        ready = {False: model, True: model}
+        if platform() == "gpu" and size == 2:
+            ready = {joined: prepared(model, joined) for joined in ready}
+        choices, case = min(bench.top_k, adapters), dict(adapters=adapters, rank=rank)
         for batch, length in ((b, s) for b in bench.batch for s in bench.sequence):
             routers: dict[str, Any] = {"bare": None, "adapted": bound_router(bench.routing, choices, batch, names)}
             tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size, jnp.int32)
             for what in (w for w in bench.what if w != "kernel"):
-                rows = batch if what == "decode" else batch * length
-                head = Work(2.0 * batch * config.hidden_size * config.vocab_size,
-                            size * config.hidden_size * config.vocab_size)  # fmt: skip
-                work = Work(0, 0)
-                for group in GROUPS:
-                    work += group_work(config, group, rows, size)
-                    named = batch if bench.routing == "request" else rows
-                    work += adapter_work(config, group, rows, min(adapters, named * choices), choices, rank, size)
-                work = work.scaled(config.num_layers) + (head.scaled(length) if what == "train" else head)
-                if what == "train":
-                    work = Work(3 * work.flops, 3 * work.bytes)  # forward, again for lack of memory, backward
-                contenders: dict[str, Timed] = {}
-                agreed: dict[str, Any] = {}
+                title, contenders = f"{what} {batch}x{length}", {}
+                starts: dict[str, Any] = dict.fromkeys(routers)
+                if what == "decode":
+                    given = {"bare": model, "adapted": ready[False]}
+                    starts = {kind: started(given[kind], router, tokens) for kind, router in routers.items()}
                 for name in chosen_settings(bench, what):
                     setting = SETTINGS[what][name]
                     try:
                         if what == "train":
-                            made = training(graph, weights, routers["adapted"], tokens, adapters, setting)
+                            made = training(model, routers["adapted"], tokens, adapters, setting)
                         else:
+                            # a bare model beside joined gates computes their columns, too: a prompt's is timed so
+                            used = {"adapted": ready[setting.joined], "bare": model}
+                            if what == "prefill" and setting.joined:
+                                used["bare"] = ready[True]
                             made = {
-                                kind: generating(what, *ready, router, tokens, setting)
+                                kind: generating(what, used[kind], router, tokens, setting, starts[kind])
                                 for kind, router in routers.items()
-                                if kind == "adapted" or name not in ADAPTED_ONLY
+                                if kind == "adapted" or has_bare(what, setting)
                             }
-                        for kind, timed in made.items():
-                            compare(f"{what} {batch}x{length} {kind} {name}", kind, timed, agreed)
                     except Exception as e:  # whatever it is, the other settings are worth their time on the device
                         if name == "today":
                             raise
-                        reason = f"{type(e).__name__}: {e}".splitlines()[0][:300]
-                        console.print(f"{what} {batch}x{length} {name}: not timed: {reason}", markup=False)
+                        console.print(f"{title} {name}: not timed: {reason(e)}", markup=False)
                         continue
                     contenders |= {f"{kind} {name}": timed for kind, timed in made.items()}
-                times = alternate(contenders, bench.seconds)
+                times = measure(title, contenders, bench, [model, *ready.values(), *filter(None, starts.values())])
                 bare = min(ms for name, ms in times.items() if name.startswith("bare "))
+                work = least_work(config, what, batch, length, adapters, rank, choices, bench.routing, size)
                 for name, ms in times.items():
                     kind, setting = name.split(" ")
                     if kind == "bare" and not bench.settings:
                         continue
                     more = dict(setting=setting, model=kind) if bench.settings else {}
                     yield measured(
-                        bench, what, ms, bare, work, peak, adapters=adapters, rank=rank, batch=batch, sequence=length,
+                        bench, what, ms, bare, work, peak, **case, batch=batch, sequence=length,
                         routing=bench.routing, **more,
                     )  # fmt: skip
-                if bench.profile:
-                    for name, timed in contenders.items():
-                        list_kernels(f"{what} {batch}x{length} {name}", timed)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def measure(title: str, contenders: dict[str, Timed], bench: Bench, held: list[Held]) -> dict[str, float]:
+    """Milliseconds of each contender, compiled already, that gives what today's gives; then frees what is held."""
+    agreed: dict[str, Any] = {}
+    right: dict[str, Timed] = {}
+    for name in sorted(contenders, key=lambda name: not name.endswith(" today")):
+        try:
+            compare(f"{title} {name}", name.split(" ")[0], contenders[name], agreed)
+            right[name] = contenders[name]
+        except Exception as e:  # as above
+            if name.endswith(" today"):
+                raise
+            console.print(f"{title} {name}: not timed: {reason(e)}", markup=False)
+    times = alternate(right, bench.seconds)
+    for name, ms in times.items():
+        console.print(f"[dim]{title} {name}: {ms:.4g} ms")
+    if bench.profile:
+        for name, timed in right.items():
+            list_kernels(f"{title} {name}", timed)
+    for arrays in held:
+        arrays.free()
+    return times
 
 
 def chosen_settings(bench: Bench, what: str) -> tuple[str, ...]:

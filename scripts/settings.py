@@ -35,50 +35,61 @@ GRAPHS = {  # CUDA graphs of whole loops, too
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One state of the switches; `switch` says how to make it the default."""
+    """One state of the switches; `switch` says how to make it the default. joined: gates and A's behind the kernels'
+    columns, as a step needs them."""
 
     switch: str
     step: Step | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    fused: tuple[Any, ...] = ("prompt",)
-    rounded: bool = False
+    fused: tuple[Any, ...] = ("prompt", "packed")
+    updates: Any = "exact"
     prompts: Any = "reference"
+    joined: bool = False
 
 
-def _step(*given: Any, **more: Any) -> dict[str, Any]:
-    step = Step(64, *given, **more)
-    return dict(switch=f"compiler.STEPS = ({step},)", step=step)
+def _step(**more: Any) -> Setting:
+    step = Step(64, **more)
+    return Setting(f"compiler.STEPS = ({step},)", step=step, joined=True)
+
+
+def _prompts(name: str, joined: bool = False) -> Setting:
+    return Setting(f'gated.PROMPTS = "{name}"' + " with compiler.STEPS" * joined, prompts=name, joined=joined)
 
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     "decode": {
         "today": Setting("nothing"),
-        "two": Setting(**_step("two")),
-        "one": Setting(**_step("one")),
-        "one_head": Setting(**_step("one", head=True)),
-        "one_loop": Setting(**_step("one", unroll=1)),
-        "one_captured": Setting(**_step("one", captured=True)),
-        "one_graphs": Setting(**(_step("one", captured=True) | {"options": GRAPHS})),
-        "two_captured": Setting(**_step("two", captured=True)),
-        "cudnn": Setting('llama.FUSED_ATTENTION = ("prompt", "decode")', fused=("prompt", "decode")),
+        "step": _step(),
+        "step_plain": _step(captured=False),
+        "cudnn": Setting(
+            'llama.FUSED_ATTENTION = ("prompt", "packed", "decode")', fused=("prompt", "packed", "decode")
+        ),
         "graphs": Setting(f"compiler.GPU_OPTIONS |= {GRAPHS}", options=GRAPHS),
     },
     "prefill": {
         "today": Setting("nothing"),
-        "rounded": Setting("reference.ROUNDED_UPDATES = True", rounded=True),
-        "diagonal": Setting('gated.PROMPTS = "diagonal"', prompts="diagonal"),
-        "masked_diagonal": Setting('gated.PROMPTS = "masked_diagonal"', prompts="masked_diagonal"),
-        "tiles": Setting('gated.PROMPTS = "tiles"', prompts="tiles"),
+        "rounded": Setting('reference.UPDATES = "rounded"', updates="rounded"),
+        "diagonal": _prompts("diagonal"),
+        "masked_diagonal": _prompts("masked_diagonal"),
+        "apart": _prompts("apart"),
+        "masked_apart": _prompts("masked_apart"),
+        "joined_diagonal": _prompts("masked_diagonal", True),
+        "joined_apart": _prompts("masked_apart", True),
     },
     "train": {
         "today": Setting("nothing"),
-        "packed": Setting('llama.FUSED_ATTENTION = ("prompt", "packed")', fused=("prompt", "packed")),
+        "xla": Setting('llama.FUSED_ATTENTION = ("prompt",)', fused=("prompt",)),
+        "diagonal": Setting('reference.UPDATES = "diagonal"', updates="diagonal"),
+        "rounded": Setting('reference.UPDATES = "rounded"', updates="rounded"),
     },
 }
-# Switches that the bare model does not have.
-ADAPTED_ONLY = {"rounded", "diagonal", "masked_diagonal", "tiles"}
 # What a device without a GPU can be given: the rest is refused there, by name.
-ANYWHERE = {"today", "rounded", "diagonal", "cudnn", "graphs", "packed"}
+ANYWHERE = {"today", "rounded", "diagonal", "apart", "cudnn", "graphs", "xla"}
+
+
+def has_bare(what: str, setting: Setting) -> bool:
+    """Whether the bare model differs under a setting, too."""
+    return setting.joined or (setting.updates == "exact" and setting.prompts == "reference")
 
 
 NO_END = jnp.asarray((-1,), jnp.int32)
@@ -87,16 +98,16 @@ NO_END = jnp.asarray((-1,), jnp.int32)
 @contextlib.contextmanager
 def applied(setting: Setting) -> Iterator[None]:
     """The switches of `setting`, for what is traced and compiled inside."""
-    before = (compiler.STEPS, compiler.GPU_OPTIONS, llama.FUSED_ATTENTION, reference.ROUNDED_UPDATES, gated.PROMPTS)
+    before = (compiler.STEPS, compiler.GPU_OPTIONS, llama.FUSED_ATTENTION, reference.UPDATES, gated.PROMPTS)
 
-    def put(steps: Any, options: Any, fused: Any, rounded: bool, prompts: Any) -> None:
+    def put(steps: Any, options: Any, fused: Any, updates: Any, prompts: Any) -> None:
         compiler.STEPS, compiler.GPU_OPTIONS, llama.FUSED_ATTENTION = steps, options, fused
-        reference.ROUNDED_UPDATES, gated.PROMPTS = rounded, prompts
+        reference.UPDATES, gated.PROMPTS = updates, prompts
         jax.clear_caches()  # what was traced under other switches
 
     put(
         () if setting.step is None else (setting.step,), compiler.GPU_OPTIONS | setting.options, setting.fused,
-        setting.rounded, setting.prompts,
+        setting.updates, setting.prompts,
     )  # fmt: skip
     try:
         yield
@@ -128,58 +139,105 @@ class Timed:
     shown: Callable[[Any], Any] | None = None  # of a result: what every setting must agree on, up to rounding
 
 
-def generating(
-    what: str, graph: Any, weights: Any, router: Any, tokens: jax.Array, setting: Setting, steps: int = 32
-) -> Timed:
-    """A prefill, or `steps` decoding steps behind one, compiled under a setting."""
+class Held:
+    """Arrays that are made when they are first read: programs are compiled from `shapes`, without them."""
+
+    def __init__(self, graph: Any, shapes: Any, make: Callable[[], Any]):
+        self.graph, self.shapes, self._make, self._made = graph, shapes, make, None
+
+    def __call__(self) -> Any:
+        self._made = self._make() if self._made is None else self._made
+        return self._made
+
+    def free(self) -> None:
+        """Forgets them until they are read again."""
+        self._made = None
+
+    def copy(self) -> Any:
+        """For a call that donates them."""
+        return jax.tree.map(jnp.copy, self())
+
+
+def prepared(model: Held, joined: bool) -> Held:
+    """The model after `prepare_gates`."""
+    graphs = []
+
+    def prepare(weights: Any) -> Any:
+        graph, weights = llama.prepare_gates(model.graph, weights, joined)
+        graphs.append(graph)
+        return weights
+
+    shapes = jax.eval_shape(prepare, model.shapes)
+    return Held(graphs[0], shapes, lambda: prepare(model()))
+
+
+def started(model: Held, router: Any, tokens: jax.Array, steps: int = 32) -> Held:
+    """The state behind a prompt, with room for twice `steps`."""
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    rest = tokens, lengths, router, Sampling().traced, NO_END
+    call = compiled(
+        prefill, Setting("nothing"), model.graph, model.shapes, *rest, room=2 * steps, static=("graph", "room")
+    )
+    plain = functools.partial(prefill.__wrapped__, model.graph, room=2 * steps)
+    shapes = jax.eval_shape(plain, model.shapes, *rest)[0]
+    return Held(None, shapes, lambda: call(model(), *rest)[0])
+
+
+def generating(
+    what: str, model: Held, router: Any, tokens: jax.Array, setting: Setting, start: Held | None, steps: int = 32
+) -> Timed:
+    """A prefill, or `steps` decoding steps from `start` on, compiled under a setting."""
     how = Sampling().traced
-    start = (weights, tokens, lengths, router, how, NO_END)
-    if what == "prefill":
-        call = compiled(prefill, setting, graph, *start, room=2 * steps, static=("graph", "room"))
-        return Timed(lambda _: call(*start)[0], shown=lambda state: state.cache.keys[:, :, tokens.shape[1] - 1])
-    state = prefill(graph, *start, room=2 * steps)[0]
-    copy = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731 - a call donates its state
+    if start is None:
+        lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        rest = tokens, lengths, router, how, NO_END
+        call = compiled(prefill, setting, model.graph, model.shapes, *rest, room=2 * steps, static=("graph", "room"))
+        return Timed(lambda _: call(model(), *rest)[0], shown=lambda state: state.cache.keys[:, :, tokens.shape[1] - 1])
     rest = (router, how, NO_END, jnp.int32(steps + 1))
-    call = compiled(decode, setting, graph, weights, state, *rest, static=("graph",), donate=("state",))
+    call = compiled(
+        decode, setting, model.graph, model.shapes, start.shapes, *rest, static=("graph",), donate=("state",)
+    )
     keys = lambda state: state.cache.keys[:, :, tokens.shape[1]]  # noqa: E731 - of the first step, which all are given
-    return Timed(lambda s: call(weights, s, *rest), copy, calls=steps, shown=keys)
+    return Timed(lambda s: call(model(), s, *rest), start.copy, calls=steps, shown=keys)
 
 
-def training(
-    graph: Any, weights: Any, router: Any, tokens: jax.Array, adapters: int, setting: Setting
-) -> dict[str, Timed]:
+def training(model: Held, router: Any, tokens: jax.Array, adapters: int, setting: Setting) -> dict[str, Timed]:
     """One step of gate training under a setting; bare: loss and gradient of the embedding, through the same layers."""
-    model = nnx.merge(graph, weights)
-    split, gates, frozen = nnx.split(model, GateParam, ...)
+    cut = lambda weights: nnx.split(nnx.merge(model.graph, weights), GateParam, ...)  # noqa: E731
+    split, gates, frozen = cut(model.shapes)
     tx = optimizer(1000, 1e-4, 0.1, 1.0)
     everywhere = jnp.ones(tokens.shape, bool)
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     batch = Batch(
         tokens=tokens, positions=columns, loss=everywhere, tasks=tokens % adapters, segments=jnp.ones_like(tokens)
     )
-    state = initial_state(gates, tx, None)
-    copy = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731 - a step donates its state
+    begin = lambda gates: initial_state(gates, tx, None)  # noqa: E731
+    state = Held(None, jax.eval_shape(begin, gates), lambda: begin(cut(model())[1]))
+    dtype = nnx.merge(model.graph, model.shapes).embed.dtype
     with applied(setting):
-        update = make_step(split, state, tx, beta=50.0, dtype=model.embed.dtype, remat=True)
-        update = update.lower(frozen, state, batch, router).compile()
-    step = lambda s: update(frozen, s, batch, router)  # noqa: E731
-    bare_graph, embed, rest = nnx.split(model, nnx.PathContains("embed"), ...)
+        update = make_step(split, state.shapes, tx, beta=50.0, dtype=dtype, remat=True)
+        update = update.lower(frozen, state.shapes, batch, router).compile()
+    step = lambda s: update(cut(model())[2], s, batch, router)  # noqa: E731
+    cut_bare = lambda weights: nnx.split(nnx.merge(model.graph, weights), nnx.PathContains("embed"), ...)  # noqa: E731
+    bare_graph, embed, rest = cut_bare(model.shapes)
 
     @jit()
     def bare(embed: Any, rest: Any) -> Any:
         def loss(embed: Any) -> jax.Array:
-            model = nnx.merge(bare_graph, embed, rest)
-            hidden = model(tokens, columns, None, segments=batch.segments, remat=True).hidden
-            logits = model.logits(hidden[:, :-1], None)
+            whole = nnx.merge(bare_graph, embed, rest)
+            hidden = whole(tokens, columns, None, segments=batch.segments, remat=True).hidden
+            logits = whole.logits(hidden[:, :-1], None)
             own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
             return -jnp.mean(own)
 
         return jax.value_and_grad(loss)(embed)
 
-    with applied(setting):
-        alone = bare.lower(embed, rest).compile()
-    return {"bare": Timed(lambda _: alone(embed, rest)), "adapted": Timed(step, copy)}
+    made = {"adapted": Timed(step, state.copy)}
+    if has_bare("train", setting):
+        with applied(setting):
+            alone = bare.lower(embed, rest).compile()
+        made["bare"] = Timed(lambda _: alone(*cut_bare(model())[1:]))
+    return made
 
 
 def kernels_of(call: Callable[[], Any]) -> list[tuple[str, int, float]]:

@@ -57,6 +57,22 @@ def test_the_slim_matrix_routes_and_computes_as_gates_and_adapters_do(world, mon
     assert np.allclose(found[2], wanted[2], atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [gated.DENSE_WIDTH, 1], ids=["gates and shrinks", "gates alone"])
+@pytest.mark.parametrize("router", [mj.Gates(2), mj.Fixed("cedar"), mj.Gates(1, within=("apple", "birch")), None])
+def test_gates_behind_the_kernel_s_columns_are_the_same_model(world, monkeypatch, router, width):
+    monkeypatch.setattr(gated, "DENSE_WIDTH", width)
+    model = world["model"]
+    graph, weights = prepare_gates(model.graph, model.weights, joined=True)
+    jax.clear_caches()  # a program for the other width looks the same from outside
+    held = nnx.merge(graph, weights).layers.down
+    assert held.kernel.shape[-1] == held.splits[0] + held.joined == held.splits[0] + 256
+    assert held.slim is None
+    joined = dataclasses.replace(model, graph=graph, weights=weights)
+    wanted, found = (m.logits(ROWS, router) for m in (model, joined))
+    for a, b, row in zip(wanted, found, ROWS, strict=True):
+        assert np.abs(b[: len(row)] - a[: len(row)]).max() <= 1e-4 * np.abs(a[: len(row)]).max()
+
+
 def test_generation_with_the_slim_matrix_tells_the_same_story(world):
     model = world["model"]
     routers = [mj.Gates(2), mj.Gates(1), mj.Gates(3), None]
@@ -84,7 +100,9 @@ def test_half_precision_is_as_near_to_float32_as_its_rounding(world, slim):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("rows", [1, reference.FEW_ROWS, reference.FEW_ROWS + 1])
-def test_a_16_bit_sum_equals_the_formula(dtype, rows):
+@pytest.mark.parametrize("updates", ["exact", "rounded", "diagonal"])
+def test_a_16_bit_sum_equals_the_formula(monkeypatch, dtype, rows, updates):
+    monkeypatch.setattr(reference, "UPDATES", updates)
     rng = np.random.default_rng(rows)
     splits, adapters, rank = (24, 8, 8), 5, 3
     base, h, b = (rng.standard_normal(s) for s in ((rows, 40), (rows, 3, adapters, rank), (adapters, rank, 40)))

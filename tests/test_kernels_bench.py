@@ -51,7 +51,7 @@ def test_settings_side_by_side(tmp_path: Path):
 
 
 def test_a_setting_of_another_device_is_refused_in_a_line():
-    result = bench("--what", "decode", "--settings", "one")
+    result = bench("--what", "decode", "--settings", "step")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: --settings: expected all or some of today")
 

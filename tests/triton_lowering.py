@@ -126,46 +126,41 @@ def main() -> None:
 
 
 def decode_steps() -> None:
-    """The launches of a layer of Llama-3-8B, both forms, bare and adapted; and a wide bank's."""
+    """The launches of a layer of Llama-3-8B, bare and adapted; and a wide bank's."""
     array, layers = jax.ShapeDtypeStruct, 32
     half = lambda *shape: array((layers, *shape), jnp.bfloat16)  # noqa: E731
     for tail, (width, splits), norm in [
         ("rope", QKV, True), ("residual", (4096, (4096,)), False), ("silu", GATE_UP, True), ("residual", DOWN, False)
     ]:  # fmt: skip
-        for rows, whole, adapters, rank in [
-            (1, False, 28, 8), (8, True, 28, 8), (32, False, 28, 8), (1, True, 0, 0), (8, False, 256, 16)
-        ]:  # fmt: skip
-            print(
-                f"decode_step {rows} {width}->{splits} {adapters} of rank {rank} {'one' if whole else 'two'} bfloat16"
-            )
+        for rows, adapters, rank in [(1, 28, 8), (8, 28, 8), (32, 28, 8), (1, 0, 0), (32, 0, 0), (8, 256, 16)]:
+            print(f"decode_step {rows} {width}->{splits} {adapters} of rank {rank} bfloat16")
             p, wide, some = len(splits), adapters * rank > gated.DENSE_WIDTH, max(1, adapters)
             group = decode_step.Group(
-                half(width, sum(splits)), half(width) if norm else None, half(p, 256, width),
-                half(p, some, rank, width) if wide else None, half(some, rank, sum(splits)),
-                array((layers, p, some), jnp.float32), splits, 1e-5, gated.first_shrink(some),
+                half(width, sum(splits) + 256 * p), half(p, some, rank, width) if wide else None,
+                half(some, rank, sum(splits)), array((layers, p, some), jnp.float32), splits, 1e-5, 256,
+                gated.first_shrink(some),
             )  # fmt: skip
             trace = (layers, rows, 7, 2)
             carried = decode_step.Carried(
-                half(rows, 1024, 1024), half(rows, 1024, 1024), array(trace, jnp.int32), array(trace, jnp.float32),
-                array((2,), jnp.int32),
-            )  # fmt: skip
+                half(rows, 1024, 1024), half(rows, 1024, 1024), array(trace, jnp.int32), array(trace, jnp.float32)
+            )
             choice = decode_step.Choice(2, array((rows,), jnp.int32), array((rows,), jnp.float32)) if adapters else None
 
-            def step(layer, x, group, carried, choice, cos, sin, residual, whole=whole, tail=tail):
+            def step(x, group, carried, choice, cos, sin, residual, squares, slot, scales, tail=tail, norm=norm):
                 return decode_step.group_step(
-                    layer, x, group, tail, carried, choice, head=128, residual=residual if tail == "residual" else None,
-                    angles=(cos, sin) if tail == "rope" else None, slot=layer,
-                    form=decode_step.Form(whole, captured=whole),
+                    1, x, group, tail, carried, choice, squares=squares if norm else None, head=128,
+                    residual=residual if tail == "residual" else None, angles=(cos, sin) if tail == "rope" else None,
+                    slot=slot, following=(scales, 1),
                 )  # fmt: skip
 
-            angle = array((rows, 64), jnp.float32)
-            rest = (array((1,), jnp.int32), array((rows, width), jnp.bfloat16), group, carried, choice, angle, angle)
-            lower(step, *rest, array((rows, 4096), jnp.bfloat16))
+            angle, x = array((rows, 64), jnp.float32), array((max(8, rows), width), jnp.bfloat16)
+            residual, squares = array((rows, 4096), jnp.bfloat16), array((rows, 128), jnp.float32)
+            lower(step, x, group, carried, choice, angle, angle, residual, squares, array((1,), jnp.int32), half(4096))
     print("decode_step attention bfloat16")
     rows, one = array((8,), jnp.int32), array((1,), jnp.int32)
-    carried = decode_step.Carried(half(8, 1024, 1024), half(8, 1024, 1024), one, one, one)
-    attend = functools.partial(decode_step.attend, heads=32, head=128)
-    lower(attend, one, array((8, 4096), jnp.bfloat16), carried, rows, array((8, 1024), jnp.int32), one)
+    carried = decode_step.Carried(half(8, 1024, 1024), half(8, 1024, 1024), one, one)
+    attend = functools.partial(decode_step.attend, 1, heads=32, head=128)
+    lower(attend, array((8, 4096), jnp.bfloat16), carried, rows, array((8, 1024), jnp.int32), one)
 
 
 if __name__ == "__main__":

@@ -74,11 +74,11 @@ def combine_kernel(
     place = tl.program_id(0)
     width = tl.arange(0, H)
     largest = -1e30
-    for part in range(PARTS):
+    for part in tl.static_range(PARTS):
         largest = tl.maximum(largest, tl.load(parts_ptr + (part * M * N + place) * (H + 2) + H))
     y = tl.zeros((H,), tl.float32)
     total = 0.0
-    for part in range(PARTS):
+    for part in tl.static_range(PARTS):
         source = parts_ptr + (part * M * N + place) * (H + 2)
         weight = tl.exp(tl.load(source + H) - largest)
         total += weight * tl.load(source + H + 1)

@@ -1,12 +1,11 @@
-"""The groups of a layer for one token a row, and its attention, as Triton launches (the extra `gpu`).
+"""The groups of a layer for one token a row, and its attention: cuBLAS and Triton launches (the extra `gpu`).
 
-A group is norm, product, update of the adapters, and what follows: rotary embedding and cache, silu(gate) up, or the
-sum with the residual stream. Two forms of it:
+A group is a product by XLA (cuBLAS reads the layer where it is stacked; the gates and A's are its last columns), then
+`tail_kernel`: norm, choice and update of the adapters, and what follows, which is rotary embedding and cache,
+silu(gate) up, or the sum with the residual stream. With a wide bank `shrink_kernel` stands between them. A norm's
+1 / rms commutes with the product: the tail before it multiplies by the norm's scale, the one behind it by that factor.
 
-    two launches   `product_kernel`, `tail_kernel`; with a wide bank `shrink_kernel` between them
-    one launch     `whole_kernel`: its programs stream W and meet the slim product only behind it
-
-Weights are whole stacks of layers, read where they lie. Tiles follow from the shapes; nothing is tuned at run time.
+Tiles follow from the shapes; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -24,43 +23,34 @@ from pallas_kernels.triton_launch import launch
 
 KERNELS = "pallas_kernels.decode_step.triton_kernels"
 ATTENTION = "pallas_kernels.decode_step.attention_kernels"
-Tail = Literal["plain", "rope", "silu", "residual"]
+Tail = Literal["rope", "silu", "residual"]
 EMPTY = -1  # position of a slot that holds no token
 MAX_ROWS = 64
-STAGE_BYTES = 96 * 1024  # shared memory for the loads in flight: two programs fit on a multiprocessor
+LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
 PROGRAMS = 128  # of an H200's 132 multiprocessors
-POLLS = 1 << 21  # looks at a flag, about a second, before a program gives up
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """How a step is launched. `whole`: a group is one launch where it can be; `captured`: by CUDA graphs' entry."""
-
-    whole: bool = False
-    captured: bool = False
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["w", "norm", "slim", "a", "b", "scale"],
-    meta_fields=["splits", "eps", "first"],
+    data_fields=["w", "a", "b", "scale"],
+    meta_fields=["splits", "eps", "columns", "first"],
 )
 @dataclasses.dataclass(frozen=True)
 class Group:
     """A projection group's weights, stacked over layers.
 
-    w [L, I, O]; norm [L, I], the scale of the RMS norm before it; slim [L, P, W, I], gates and A's as rows, A's from
-    row `first` on, or gates alone beside a [L, P, A, R, I]; b [L, A, R, O]; scale float32 [L, P, A]. None: has none.
+    w [L, I, O + N]: behind the O columns N / P a projection, its gates, and its A's from column `first` on (or gates
+    alone beside a [L, P, A, R, I]); b [L, A, R, O]; scale float32 [L, P, A]. None: has none. eps: of the norm before
+    it, None without one. columns: N / P.
     """
 
     w: Any
-    norm: Any
-    slim: Any
     a: Any
     b: Any
     scale: Any
     splits: tuple[int, ...]
-    eps: float
+    eps: float | None
+    columns: int
     first: int
 
 
@@ -84,13 +74,35 @@ class Choice:
 @dataclasses.dataclass(frozen=True)
 class Carried:
     """What launches change in place: keys and values [L, M, S, K H]; the gates' choices int32 and float32
-    [L, M, projections of a layer, C] (one element each where no gates choose); flags int32 [2], 0 between launches."""
+    [L, M, projections of a layer, C] (one element each where no gates choose)."""
 
     keys: Any
     values: Any
     indices: Any
     weights: Any
-    flags: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The residual stream x [M, D]; scaled [at least M, D], x times the next norm's scale; squares float32 [M, parts],
+    whose sum is that of x's squares."""
+
+    x: Any
+    scaled: Any
+    squares: Any
+
+    @classmethod
+    def begin(cls, x: jax.Array, scale: jax.Array) -> Stream:
+        """x [M, D] before the first layer, whose norm has that scale [D]."""
+        wide = x.astype(jnp.float32)
+        scaled = (wide * scale.astype(jnp.float32)[None]).astype(x.dtype)
+        return cls(x, at_least(scaled, LEAST_ROWS), jnp.sum(wide * wide, axis=1, keepdims=True))
+
+
+def at_least(x: jax.Array, rows: int) -> jax.Array:
+    """x [M, I] with rows of zeros up to so many."""
+    return jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, 0)))
 
 
 def divisor(total: int, *candidates: int) -> int:
@@ -98,176 +110,151 @@ def divisor(total: int, *candidates: int) -> int:
     return next((c for c in candidates if total % c == 0), 0)
 
 
-def tiles(rows: int, width: int, total: int, tail: Tail, head: int, itemsize: int, whole: bool) -> dict[str, Any]:
-    """Tiles of a product [rows, width] x [width, total]: BM rows, two blocks of BH columns, BK deep, PARTS of the sum.
+def tiles(rows: int, total: int, tail: Tail, head: int, gather: bool | None) -> dict[str, int]:
+    """Tiles of a tail over `total` columns: BM rows, two blocks of BH columns. gather: None without adapters.
 
     Raises:
-        NotImplementedError: no tile divides the columns or the depth.
+        NotImplementedError: no tile divides the columns.
     """
-    bm = max(16, power(rows))
     if tail == "rope":
         bh = divisor(head // 2, 32, 16)
     elif tail == "silu":
-        bh = divisor(total // 2, 64, 32, 16)
-    elif tail == "residual" and (whole or rows <= 16):
-        bh = divisor(total // 2, 16)
+        bh = divisor(total // 2, 32, 16)
     else:
-        bh = divisor(total // 2, 64, 32, 16)
+        bh = divisor(total // 2, 16)
     if not bh:
         raise NotImplementedError(
             f"decode_step: expected columns of {tail} in blocks of 16, found {total} ({head} a head)"
         )
-    blocks = total // (2 * bh)
-    parts = 1
-    if tail == "residual" and not whole:
-        parts = next(p for p in (4, 2, 1) if p == 1 or (blocks * p <= 2 * PROGRAMS and width % (p * 64) == 0))
-        parts = parts if blocks < PROGRAMS else 1
-    bk = divisor(width // parts, *((128, 64, 32, 16) if bh < 64 and itemsize == 2 else (64, 32, 16)))
-    if not bk:
-        raise NotImplementedError(f"decode_step: expected an input width divisible by 16, found {width}")
-    stage = bk * (2 * bh + bm) * itemsize
-    return dict(BM=bm, BH=bh, BK=bk, PARTS=parts, STAGES=max(2, min(6, STAGE_BYTES // stage)))
+    # chosen rows of B are read by a program for each row; every B by matrix products, which have 16 rows
+    bm = min(8, power(rows)) if gather is None else 1 if gather else max(16, power(rows))
+    return dict(BM=bm, BH=bh)
+
+
+def product(x: jax.Array, w: jax.Array, layer: int) -> jax.Array:
+    """float32 [rows of x, O + N]: x W of a layer, read where it is stacked."""
+    return jnp.einsum("mi,io->mo", x, w[layer], preferred_element_type=jnp.float32)
 
 
 def group_step(
-    layer: jax.Array,
+    layer: int,
     x: jax.Array,
     group: Group,
     tail: Tail,
     carried: Carried,
     choice: Choice | None = None,
     *,
+    squares: jax.Array | None = None,
     head: int = 0,
     first_projection: int = 0,
     residual: jax.Array | None = None,
+    following: tuple[jax.Array, int] | None = None,
     angles: tuple[jax.Array, jax.Array] | None = None,
     slot: jax.Array | None = None,
-    form: Form = Form(),
-) -> tuple[jax.Array, Carried]:
+    captured: bool = True,
+) -> tuple[Any, Carried]:
     """A group of one layer.
 
     Args:
-        layer: int32 [1]. x: [M, I], at most 64 rows.
+        x: [at least M and at least LEAST_ROWS, I], M of at most 64; what stands in the rows behind M is not used.
+            Where a norm is before the group, x is `Stream.scaled`, and squares `Stream.squares`.
         tail: what follows. "rope": queries turned, keys turned and values written into slot `slot` (int32 [1]) of the
-            cache, `angles` the cosines and sines float32 [M, H/2] of heads of `head`; "silu"; "residual": + `residual`.
+            cache, `angles` the cosines and sines float32 [M, H/2] of heads of `head`; "silu"; "residual": + `residual`
+            [M, O], and the norm that follows: its scales [L, O], and how many layers on it is.
         choice: None adds no adapters.
         first_projection: of the group, in the traced choices.
+        captured: launches may become part of CUDA graphs.
 
     Returns:
-        (the queries [M, N H], silu(gate) up [M, O/2], or the residual stream [M, O], in x's dtype; what was changed).
+        (the queries [M, N H], silu(gate) up [at least M, O/2], or the `Stream`; what was changed).
 
     Raises:
         NotImplementedError: a shape that no tile serves.
     """
-    rows, width = x.shape
+    rows = carried.keys.shape[1]
     if rows > MAX_ROWS:
         raise NotImplementedError(f"decode_step: expected at most {MAX_ROWS} rows, found {rows}")
-    total = group.w.shape[-1]
-    adapt = choice is not None
-    wide = adapt and group.a is not None
-    if adapt and not wide and group.slim is None:
-        raise NotImplementedError(
-            "decode_step: expected gates and A's as one slim matrix, or A's of a wide bank, found neither"
-        )
-    whole = form.whole and not wide
-    size = tiles(rows, width, total, tail, head, x.dtype.itemsize, whole)
-    parts, bm, bh = size.pop("PARTS"), size["BM"], size["BH"]
+    depth, width, extra = group.w.shape
+    total = sum(group.splits)
+    extra -= total
+    wide = choice is not None and group.a is not None
+    if choice is not None and not extra and (not wide or choice.counts is not None):
+        raise NotImplementedError("decode_step: expected gates and A's behind the kernel's columns, found none")
     gates = choice is not None and choice.counts is not None
-    slim_rows = (
-        0 if not adapt or group.slim is None or (wide and not gates) else group.slim.shape[1] * group.slim.shape[2]
-    )
-    block = 16 if whole else 32
-    call: Any = functools.partial(launch, KERNELS, capturable=form.captured)
-    shape, none = jax.ShapeDtypeStruct, layer  # a parameter that is not looked at
-    norm = dict(NORM=group.norm is not None, EPS=group.eps)
-    product = dict(M=rows, I=width, O=total, N=slim_rows, H=head, TAIL=tail, BN=block, **norm, **size)
-    streams = (x, none if group.norm is None else group.norm, group.w, group.slim if slim_rows else x)
-    programs = total // (2 * bh)
+    gather = None if choice is None else wide or rows * choice.top_k <= group.b.shape[1]  # no more rows of B than all
+    size = tiles(rows, total, tail, head, gather)
+    call: Any = functools.partial(launch, KERNELS, capturable=captured)
+    number = jnp.full((1,), layer, jnp.int32)
+    shape, none = jax.ShapeDtypeStruct, number  # a parameter that is not looked at
+    parts = 1 if squares is None else squares.shape[1]
+    norm = dict(NORM=squares is not None, EPS=group.eps or 0.0, NS=parts, NSP=power(parts))
+    squares = none if squares is None else squares
 
-    routed, sizes = _adapters(none, group, choice, carried, rows, total, slim_rows, whole, parts, first_projection)
-    out = shape((rows, {"rope": group.splits[0], "silu": total // 2}.get(tail, total)), x.dtype)
+    sums = product(x, group.w, layer)
+    routed, sizes = _adapters(none, group, choice, carried, rows, total + extra, first_projection)
+    h = sums
+    if wide:
+        h, carried = _shrink(number, x, squares, group, choice, carried, sums, norm, sizes, call)
+        if gates:
+            routed = (*routed[:4], carried.indices, carried.weights)
+    padded = max(rows, LEAST_ROWS)
+    out = {"rope": (rows, group.splits[0]), "silu": (padded, total // 2), "residual": (rows, total)}[tail]
+    programs = total // (2 * size["BH"])
+    beside = (shape((1, 1), x.dtype), shape((1, 1), jnp.float32))
+    if tail == "residual":
+        beside = shape((padded, total), x.dtype), shape((rows, programs), jnp.float32)
+    scales, following_layer = following or (none, 0)
     held = (carried.keys, carried.values) if tail == "rope" else (none, none)
     traces = (carried.indices, carried.weights) if gates and not wide else (none, none)
     changed = (*held, *traces)
-    changed_shapes = tuple(shape(z.shape, z.dtype) for z in changed)
     cos, sin = angles or (none, none)
-    slots = carried.keys.shape[2] if tail == "rope" else 1
-    rest = dict(S=slots, SPLITS=group.splits, BE=sizes.pop("BE"), **sizes)
-
-    if whole:
-        inputs = (
-            layer, *streams, *routed, none if residual is None else residual, cos, sin, none if slot is None else slot,
-            *changed, carried.flags,
-        )  # fmt: skip
-        start = len(inputs) - 5
-        in_place = {11: 0} if residual is not None else {}  # a program reads the columns that it writes
-        y, *new, flags, _ = call(
-            "whole_kernel", *inputs,
-            out=(out, *changed_shapes, shape((2,), jnp.int32), shape((rows, max(1, slim_rows)), jnp.float32)),
-            aliases=in_place | {start + 4: 5} | {start + i: 1 + i for i, z in enumerate(changed) if z is not none},
-            grid=(programs + slim_rows // block,), POLLS=POLLS, **product, **rest,
-        )  # fmt: skip
-        carried = dataclasses.replace(carried, flags=flags)
-    else:
-        sums = call(
-            "product_kernel", layer, *streams, out=shape((parts, rows, total + slim_rows), jnp.float32),
-            grid=(programs + slim_rows // block, parts), PART=width // parts, **product,
-        )  # fmt: skip
-        h = sums
-        if wide:
-            h, carried = _shrink(layer, x, group, choice, carried, sums, norm, sizes, slim_rows, call)
-            if gates:
-                routed = (*routed[:4], carried.indices, carried.weights)
-        inputs = (
-            layer, sums, h, *routed, none if residual is None else residual, cos, sin, none if slot is None else slot,
-            *changed,
-        )  # fmt: skip
-        start = len(inputs) - 4
-        in_place = {9: 0} if residual is not None else {}
-        y, *new = call(
-            "tail_kernel", *inputs, out=(out, *changed_shapes),
-            aliases=in_place | {start + i: 1 + i for i, z in enumerate(changed) if z is not none},
-            grid=(programs,), M=rows, O=total, N=slim_rows, PARTS=parts, H=head, TAIL=tail, BM=bm, BH=bh, **rest,
-        )  # fmt: skip
+    inputs = (
+        number, sums, squares, h, *routed, none if residual is None else residual, scales, cos, sin,
+        none if slot is None else slot, *changed,
+    )  # fmt: skip
+    start = len(inputs) - 4
+    in_place = {10: 0} if residual is not None else {}  # a program reads the columns that it writes
+    few = gather is None or (gather and sizes["RP"] * size["BH"] <= 1024)
+    y, scaled, squared, *new = call(
+        "tail_kernel", *inputs, out=(shape(out, x.dtype), *beside, *(shape(z.shape, z.dtype) for z in changed)),
+        aliases=in_place | {start + i: 3 + i for i, z in enumerate(changed) if z is not none},
+        grid=(programs, math.ceil(rows / size["BM"])), warps=1 if few and size["BM"] == 1 else 4,
+        M=rows, I=width, O=total, N=extra, H=head, S=carried.keys.shape[2], L=depth, SPLITS=group.splits, TAIL=tail,
+        NEXT=following_layer, STAGES=4, **norm, **sizes, **size,
+    )  # fmt: skip
     if tail == "rope":
         carried = dataclasses.replace(carried, keys=new[0], values=new[1])
     if gates and not wide:
         carried = dataclasses.replace(carried, indices=new[2], weights=new[3])
-    return y, carried
+    return Stream(y, scaled, squared) if tail == "residual" else y, carried
 
 
 def _adapters(
-    none: jax.Array, group: Group, choice: Choice | None, carried: Carried, rows: int, total: int, slim_rows: int,
-    whole: bool, parts: int, first_projection: int,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    none: jax.Array, group: Group, choice: Choice | None, carried: Carried, rows: int, row: int, first_projection: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(b, scale, counts, temperatures, indices, weights) and the constants that say how they are read."""
     if choice is None:
         constants = dict.fromkeys(
-            ("A", "AP", "R", "C", "CP", "ROW", "HPARTS", "CHOICE_ROW", "CHOICE_P", "CHOICE_LAYER", "TRACE_ROW"), 1
+            ("A", "AP", "R", "RP", "C", "CP", "ROW", "HPARTS", "CHOICE_ROW", "CHOICE_P", "CHOICE_LAYER", "TRACE_ROW"), 1
         )
         constants |= dict.fromkeys(("W", "FIRST", "CHOICE_FIRST", "TRACE_FIRST"), 0) | dict(BE=16)
         return (none,) * 6, dict(ADAPT=False, GATES=False, GATHER=False, COMPACT=False, **constants)
     adapters, rank = group.b.shape[1:3]
     gates, wide = choice.counts is not None, group.a is not None
     c, projections = choice.top_k, len(group.splits)
-    gather = wide or rows * c <= adapters  # the chosen rows of B are no more than all
-    row = carried.indices.shape[2] * c if gates else 1
-    deep = power(rows * rank) if gather else power(adapters * rank)
+    traced = carried.indices.shape[2] * c if gates else 1
     constants = dict(
-        ADAPT=True, GATES=gates and not wide, GATHER=gather, COMPACT=wide, A=adapters, AP=power(adapters), R=rank, C=c,
-        CP=power(c), TRACE_ROW=row, TRACE_FIRST=first_projection * c, BE=max(16, min(64, deep)),
+        ADAPT=True, GATES=gates and not wide, GATHER=wide or rows * c <= adapters, COMPACT=wide, A=adapters,
+        AP=power(adapters), R=rank, RP=power(rank), C=c, CP=power(c), TRACE_ROW=traced,
+        TRACE_FIRST=first_projection * c, BE=max(16, min(64, power(adapters * rank))), HPARTS=1,
     )  # fmt: skip
     if wide:
-        shrinks = c * rank
-        constants |= dict(W=shrinks, FIRST=0, ROW=projections * shrinks, HPARTS=shrink_parts(group, rows, c))
+        constants |= dict(W=c * rank, FIRST=0, ROW=projections * c * rank, HPARTS=shrink_parts(group, rows, c))
     else:
-        constants |= dict(
-            W=slim_rows // projections, FIRST=group.first, ROW=slim_rows if whole else total + slim_rows,
-            HPARTS=1 if whole else parts,
-        )  # fmt: skip
+        constants |= dict(W=group.columns, FIRST=group.first, ROW=row)
     if gates:
-        layer = rows * row
-        constants |= dict(CHOICE_ROW=row, CHOICE_P=c, CHOICE_LAYER=layer, CHOICE_FIRST=first_projection * c)
+        layer = rows * traced
+        constants |= dict(CHOICE_ROW=traced, CHOICE_P=c, CHOICE_LAYER=layer, CHOICE_FIRST=first_projection * c)
         return (group.b, group.scale, choice.counts, choice.temperatures, none, none), constants
     constants |= dict(CHOICE_ROW=c, CHOICE_P=0, CHOICE_LAYER=0, CHOICE_FIRST=0)
     return (group.b, group.scale, none, none, choice.indices, choice.weights), constants
@@ -275,23 +262,23 @@ def _adapters(
 
 def shrink_parts(group: Group, rows: int, choices: int) -> int:
     """Into how many parts a wide bank's shrink over I is cut, so that its programs fill the chip."""
-    width = group.w.shape[1]
-    return next(p for p in (8, 4, 2, 1) if p == 1 or (width % (p * 128) == 0 and p * rows * choices <= 4 * PROGRAMS))
+    width, programs = group.w.shape[1], rows * choices * len(group.splits)
+    return next(p for p in (16, 8, 4, 2, 1) if p == 1 or (width % (p * 128) == 0 and p * programs <= 8 * PROGRAMS))
 
 
 def _shrink(
-    layer: jax.Array, x: jax.Array, group: Group, choice: Any, carried: Carried, sums: jax.Array, norm: dict[str, Any],
-    sizes: dict[str, Any], slim_rows: int, call: Any,
+    layer: jax.Array, x: jax.Array, squares: jax.Array, group: Group, choice: Any, carried: Carried, sums: jax.Array,
+    norm: dict[str, Any], sizes: dict[str, Any], call: Any,
 ) -> tuple[jax.Array, Carried]:  # fmt: skip
     """The shrinks of the chosen adapters of a wide bank, float32 [HPARTS, M, P, C, R]; the choice is traced."""
-    rows, width = x.shape
+    rows, width = carried.keys.shape[1], x.shape[1]
     projections, rank, c, parts = len(group.splits), sizes["R"], choice.top_k, sizes["HPARTS"]
-    gates = choice.counts is not None
+    gates, total = choice.counts is not None, sum(group.splits)
     traces = (carried.indices, carried.weights) if gates else (layer, layer)
     given = (
         (choice.counts, choice.temperatures, layer, layer) if gates else (layer, layer, choice.indices, choice.weights)
     )
-    inputs = (layer, x, layer if group.norm is None else group.norm, group.a, sums, *given, *traces)
+    inputs = (layer, x, squares, group.a, sums, *given, *traces)
     shape = jax.ShapeDtypeStruct
     h, indices, weights = call(
         "shrink_kernel", *inputs,
@@ -300,30 +287,17 @@ def _shrink(
             *(shape(z.shape, z.dtype) for z in traces),
         ),
         aliases={len(inputs) - 2: 1, len(inputs) - 1: 2} if gates else None,
-        grid=(rows * projections * c, parts), M=rows, I=width, O=sums.shape[2] - slim_rows, N=slim_rows, P=projections,
-        RP=power(rank), W=slim_rows // projections, PARTS=sums.shape[0], GATES=gates, PART=width // parts,
+        grid=(rows * projections * c, parts), M=rows, I=width, O=total, N=sums.shape[1] - total, P=projections,
+        W=group.columns, GATES=gates, PART=width // parts,
         BK=divisor(width // parts, *(k for k in (256, 128, 64, 32, 16) if k * rank <= 4096), 16),
-        **norm, **{k: sizes[k] for k in ("A", "AP", "R", "C", "CP", "CHOICE_ROW", "CHOICE_P", "CHOICE_LAYER",
+        **norm, **{k: sizes[k] for k in ("A", "AP", "R", "RP", "C", "CP", "CHOICE_ROW", "CHOICE_P", "CHOICE_LAYER",
                                          "TRACE_ROW", "TRACE_FIRST")},
     )  # fmt: skip
     return h, dataclasses.replace(carried, indices=indices, weights=weights) if gates else carried
 
 
-def head_logits(x: jax.Array, w: jax.Array, form: Form = Form()) -> jax.Array:
-    """float32 [M, V]: x W for x [M, D], w [D, V]."""
-    rows, width = x.shape
-    size = tiles(rows, width, w.shape[1], "plain", 0, x.dtype.itemsize, True)
-    del size["PARTS"]
-    first = jnp.zeros((1,), jnp.int32)
-    return launch(
-        KERNELS, "product_kernel", first, x, x, w, x, capturable=form.captured,
-        out=jax.ShapeDtypeStruct((1, rows, w.shape[1]), jnp.float32), grid=(w.shape[1] // (2 * size["BH"]), 1),
-        M=rows, I=width, O=w.shape[1], N=0, H=0, TAIL="plain", NORM=False, EPS=0.0, PART=width, BN=32, **size,
-    )[0]  # fmt: skip
-
-
 def attend(
-    layer: jax.Array,
+    layer: int,
     q: jax.Array,
     carried: Carried,
     own: jax.Array,
@@ -331,9 +305,9 @@ def attend(
     used: jax.Array,
     heads: int,
     head: int,
-    form: Form = Form(),
+    captured: bool = True,
 ) -> jax.Array:
-    """Attention of one token a row over its cache, [M, N H].
+    """Attention of one token a row over its cache, [at least M, N H]: the input of a product.
 
     Args:
         q: [M, N H], turned. own: int32 [M], the tokens' positions. positions: int32 [M, S], those of the slots,
@@ -344,21 +318,23 @@ def attend(
         raise NotImplementedError(f"decode_step: expected heads of a power of two, 16 or wider, found {head}")
     groups = kv // head
     # a part is long enough to be worth a program, and there are enough programs to fill the chip
-    parts = max(1, min(slots // 128, math.ceil(PROGRAMS / (rows * groups))))
     block = 64 if head <= 128 else 32
+    parts = max(1, min(32, slots // block, math.ceil(4 * PROGRAMS / (rows * groups))))
     part = math.ceil(slots / (parts * block)) * block
     parts = math.ceil(slots / part)
     sizes = dict(M=rows, N=heads, H=head, PARTS=parts)
     shape = jax.ShapeDtypeStruct
+    result = shape((max(rows, LEAST_ROWS), heads * head), q.dtype)
+    number = jnp.full((1,), layer, jnp.int32)
     y = launch(
-        ATTENTION, "attend_kernel", layer, q, carried.keys, carried.values, own, positions, used,
-        out=shape((rows, heads * head), q.dtype) if parts == 1 else shape((parts, rows, heads, head + 2), jnp.float32),
-        grid=(rows, groups, parts), capturable=form.captured, S=slots, KV=kv, G=heads // groups,
+        ATTENTION, "attend_kernel", number, q, carried.keys, carried.values, own, positions, used,
+        out=result if parts == 1 else shape((parts, rows, heads, head + 2), jnp.float32),
+        grid=(rows, groups, parts), capturable=captured, S=slots, KV=kv, G=heads // groups,
         GP=max(16, power(heads // groups)), PART=part, EMPTY=EMPTY, FACTOR=head**-0.5, BS=block, STAGES=3, **sizes,
     )  # fmt: skip
     if parts == 1:
         return y
     return launch(
-        ATTENTION, "combine_kernel", y, out=shape((rows, heads * head), q.dtype), grid=(rows * heads,),
-        capturable=form.captured, **sizes,
+        ATTENTION, "combine_kernel", y, out=result, grid=(rows * heads,),
+        capturable=captured, **sizes,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.routed_lora.reference import add_expanded, columns, dense_weights, einsum_float32
+from pallas_kernels.routed_lora.reference import add_diagonal, add_expanded, dense_weights, einsum_float32
 
 GATES = 32  # the gates' rows of a projection are padded to a multiple of this ...
 ROWS = 256  # ... and all its rows to a multiple of this: matrix units want whole tiles
@@ -22,7 +22,9 @@ DENSE_WIDTH = 512  # A * R up to which every shrink is taken
 # Tokens up to which the Triton kernel follows the slim product on a GPU; a prompt's kernel took 17 ms of 62 on an H200.
 TRITON_ROWS = 64
 
-Implementation = Literal["reference", "triton", "triton_slim", "diagonal", "masked_diagonal", "tiles"]
+Implementation = Literal[
+    "reference", "triton", "triton_slim", "diagonal", "masked_diagonal", "apart", "masked_apart", "tiles"
+]
 # What serves more tokens than that on a GPU: XLA until `scripts/bench.py --what prefill --settings` has said otherwise.
 PROMPTS: Implementation = "reference"
 
@@ -79,7 +81,7 @@ def choose_adapters(
 @functools.partial(jax.jit, static_argnames=("splits", "top_k", "implementation"))
 def gated_lora(
     x: Float[Array, "M I"],
-    slim: Float[Array, "P N I"],
+    slim: Float[Array, "P N I"] | None,
     b: Float[Array, "A R O"],
     scale: Float[Array, "P A"],
     counts: Int32[Array, " M"],
@@ -89,6 +91,7 @@ def gated_lora(
     top_k: int,
     *,
     bias: Float[Array, "P A"] | None = None,
+    made: Float[Array, "M P N"] | None = None,
     implementation: Implementation = "reference",
 ) -> tuple[Float[Array, "M O"], Int32[Array, "M P C"], Float[Array, "M P C"]]:
     """(base + update, indices, weights) of tokens routed by gates (MeteoRA, section 3).
@@ -97,29 +100,39 @@ def gated_lora(
         slim: from `slim_matrix`. b, scale, base, splits: as `api.add_routed_lora` has them.
         counts: how many adapters each token takes, at most `top_k`. temperatures: float32, of its softmax.
         bias: float32, added to the gates' logits.
+        made: x times the slim matrix (then None) where it is there already, float32.
         implementation: "reference" in XLA; "triton" the slim product by XLA and one launch; "triton_slim" two
             launches, the slim product too cut over the whole chip (few tokens). For many tokens: "tiles" mask and
             expand as two launches, the latter one pass over the output; "diagonal" the expand as one cuBLAS product
-            that adds in place, B's block-diagonal; "masked_diagonal" that behind the mask's launch.
+            that adds in place, B's block-diagonal; "apart" that product by itself, the sum left to what reads it;
+            "masked_diagonal" and "masked_apart" those behind the mask's launch.
     """
-    projections, rows, width = slim.shape
     adapters, rank, _ = b.shape
-    flat, first = slim.reshape(projections * rows, width), first_shrink(adapters)
-    if implementation == "triton_slim":
-        from pallas_kernels.routed_lora import triton_gpu
-
-        h = triton_gpu.slim_product(x, flat)
+    first = first_shrink(adapters)
+    if made is not None:
+        _, projections, rows = made.shape
+        h = made.reshape(1, made.shape[0], -1)
     else:
-        h = einsum_float32(x.dtype, "mi,ni->mn", x, flat)[None]
-    if implementation in ("tiles", "masked_diagonal"):
+        assert slim is not None
+        projections, rows, width = slim.shape
+        flat = slim.reshape(projections * rows, width)
+        if implementation == "triton_slim":
+            from pallas_kernels.routed_lora import triton_gpu
+
+            h = triton_gpu.slim_product(x, flat)
+        else:
+            h = einsum_float32(x.dtype, "mi,ni->mn", x, flat)[None]
+    if implementation in ("tiles", "masked_diagonal", "masked_apart"):
         if bias is not None:
             h = h + jnp.pad(bias, ((0, 0), (0, rows - adapters))).reshape(-1)[None, None]
         from pallas_kernels.routed_lora import triton_gpu
 
-        made = triton_gpu.masked_shrink(h[0], rank, x.dtype, scale, counts, temperatures, top_k, first)
-        masked, indices, weights = made
-        add = triton_gpu.add_tiles if implementation == "tiles" else add_diagonal
-        return add(base, masked, b, splits), indices, weights
+        masked, indices, weights = triton_gpu.masked_shrink(
+            h[0], rank, x.dtype, scale, counts, temperatures, top_k, first
+        )
+        if implementation == "tiles":
+            return triton_gpu.add_tiles(base, masked, b, splits), indices, weights
+        return add_diagonal(base, masked, b, splits, implementation == "masked_apart"), indices, weights
     if implementation in ("triton", "triton_slim"):
         from pallas_kernels.routed_lora import triton_gpu
 
@@ -130,22 +143,6 @@ def gated_lora(
     combine = dense_weights(indices, weights, adapters) * scale[None]
     h = h[..., first : first + adapters * rank].reshape(-1, projections, adapters, rank)
     h = (h * combine[..., None]).astype(x.dtype)
-    if implementation == "diagonal":
-        return add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits), indices, weights
+    if implementation in ("diagonal", "apart"):
+        return add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits, implementation == "apart"), indices, weights
     return add_expanded(base, h, b, splits), indices, weights
-
-
-def add_diagonal(
-    base: Float[Array, "M O"], h: Float[Array, "M P K"], b: Float[Array, "A R O"], splits: tuple[int, ...]
-) -> Float[Array, "M O"]:
-    """base + h B as one product: B's columns of each projection on a diagonal of blocks, zeros beside them.
-
-    P times the operations, but no slices of base and no concatenation, and the sum is the product's own (cuBLAS adds to
-    float32 and rounds once; elsewhere the update is rounded to base's dtype first).
-    """
-    rows, projections, inner = h.shape
-    total = b.shape[2]
-    flat = b.reshape(inner, total)
-    pieces = [jnp.pad(flat[:, i:j], ((0, 0), (i, total - j))) for i, j in columns(splits)]
-    wide = flat if projections == 1 else jnp.concatenate(pieces, axis=0)
-    return base + jnp.einsum("mk,ko->mo", h.reshape(rows, projections * inner), wide)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 FEW_ROWS = 64  # tokens for which a product's operands cost more than its operations
-ROUNDED_UPDATES = False  # round 16-bit updates before they are added: fewer bytes, one error more
+# How the 16-bit updates of many tokens are added: "exact" in float32 and rounded once; "rounded" before they are added,
+# fewer bytes and one error more; "diagonal" by one product a group that adds in place, see `add_diagonal`.
+UPDATES: Literal["exact", "rounded", "diagonal"] = "exact"
 
 
 def einsum_float32(dtype: Any, equation: str, *operands: jax.Array) -> jax.Array:
@@ -77,17 +79,39 @@ def add_expanded(
         wide = jnp.einsum("mpar,aro->mpo", h, b, preferred_element_type=jnp.float32)
         own = [wide[:, p, start:stop] for p, (start, stop) in enumerate(columns(splits))]
         y = (base.astype(jnp.float32) + jnp.concatenate(own, axis=-1)).astype(base.dtype)
+    elif UPDATES == "diagonal":
+        y = add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits)
     else:
         parts = []
         for p, (start, stop) in enumerate(columns(splits)):
             plain, update = base[:, start:stop], (h[:, p], b[:, :, start:stop])
-            if ROUNDED_UPDATES:
+            if UPDATES == "rounded":
                 parts.append(plain + jnp.einsum("mar,aro->mo", *update))
             else:
                 total = plain.astype(jnp.float32) + einsum_float32(b.dtype, "mar,aro->mo", *update)
                 parts.append(total.astype(base.dtype))
         y = jnp.concatenate(parts, axis=-1)
     return y.reshape(*lead, width)
+
+
+def add_diagonal(
+    base: Float[Array, "M O"], h: Float[Array, "M P K"], b: Float[Array, "A R O"], splits: tuple[int, ...],
+    apart: bool = False,
+) -> Float[Array, "M O"]:  # fmt: skip
+    """base + h B as one product: B's columns of each projection on a diagonal of blocks, zeros beside them.
+
+    P times the operations, but no slices of base and no concatenation, and the sum is the product's own (cuBLAS adds to
+    float32 and rounds once; elsewhere the update is rounded to base's dtype first).
+
+    apart: the sum is left to whatever reads it.
+    """
+    rows, projections, inner = h.shape
+    total = b.shape[2]
+    flat = b.reshape(inner, total)
+    pieces = [jnp.pad(flat[:, i:j], ((0, 0), (i, total - j))) for i, j in columns(splits)]
+    wide = flat if projections == 1 else jnp.concatenate(pieces, axis=0)
+    update = jnp.einsum("mk,ko->mo", h.reshape(rows, projections * inner), wide)
+    return base + (jax.lax.optimization_barrier(update) if apart else update)
 
 
 def shrink(

@@ -281,15 +281,19 @@ def dense_expand_kernel(
 def choose(
     logit_ptr, count_ptr, temperature_ptr, rows, M: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, bias_ptr=None,
-    BIASED: tl.constexpr = False,
+    BIASED: tl.constexpr = False, factor=1.0,
 ):  # fmt: skip
-    """(adapters, weights), each [BM, CP]: the C largest logits, ties to the lowest index, and their softmax."""
+    """(adapters, weights), each [BM, CP]: the C largest logits, ties to the lowest index, and their softmax.
+
+    factor: what the logits are times, [BM, 1] or a number.
+    """
     scores = tl.arange(0, AP)
     inside = (rows < M)[:, None] & (scores < A)[None, :]
     logits = tl.zeros((BM, AP), tl.float32)
     for part in range(PARTS):
         place = (part * M + rows)[:, None] * ROW + scores[None, :]
         logits += tl.load(logit_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+    logits *= factor
     if BIASED:
         logits += tl.load(bias_ptr + scores, mask=scores < A, other=0.0)[None, :]
     logits = tl.where((scores < A)[None, :], logits, float("-inf"))
