@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meteora_jax import compiler
 from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, column_shards, contract
 from meteora_jax.compiler import Step, platform, step_form
 from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
@@ -407,10 +406,11 @@ def prepare_gates(graph: Any, weights: Any, joined: bool | None = None, release:
     joined: gates and A's behind the kernels' columns, as decoding steps read them; by default where there are steps.
     release: a kernel's memory is given back as soon as there is another; `weights` is then of no more use.
     """
+    joined = step_form(1) is not None if joined is None else joined
     model = nnx.merge(graph, weights)
     for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
         before = linear.kernel[...]
-        linear.prepare(bool(compiler.STEPS) if joined is None else joined)
+        linear.prepare(joined)
         if release and linear.joined:
             before.delete()
     return nnx.split(model)

@@ -274,9 +274,10 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
                         if what == "train":
                             made = training(model, routers["adapted"], tokens, adapters, setting)
                         else:
-                            # a bare model beside joined gates computes their columns, too: a prompt's is timed so
+                            # bare is a model without gates; beside joined ones it computes their columns, too, and
+                            # that is timed as the other settings'
                             used = {"adapted": ready[setting.joined], "bare": model}
-                            if what == "prefill" and setting.joined:
+                            if what == "prefill" and setting.joined and name != "today":
                                 used["bare"] = ready[True]
                             made = {
                                 kind: generating(what, used[kind], router, tokens, setting, starts[kind])

@@ -56,9 +56,13 @@ def _prompts(name: str, joined: bool = False) -> Setting:
     return Setting(f'gated.PROMPTS = "{name}"' + " with compiler.STEPS" * joined, prompts=name, joined=joined)
 
 
+TODAY: dict[str, Any] = dict(
+    step=next(iter(compiler.STEPS), None), updates=reference.UPDATES, prompts=gated.PROMPTS, joined=bool(compiler.STEPS)
+)
 SETTINGS: dict[str, dict[str, Setting]] = {
     "decode": {
-        "today": Setting("nothing"),
+        "today": Setting("nothing", **TODAY),
+        "xla": Setting("compiler.STEPS = ()"),
         "step": _step(),
         "step_plain": _step(captured=False),
         "cudnn": Setting(
@@ -67,7 +71,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "graphs": Setting(f"compiler.GPU_OPTIONS |= {GRAPHS}", options=GRAPHS),
     },
     "prefill": {
-        "today": Setting("nothing"),
+        "today": Setting("nothing", **TODAY),
+        "xla": Setting('compiler.STEPS = (), reference.UPDATES = "exact"'),
         "rounded": Setting('reference.UPDATES = "rounded"', updates="rounded"),
         "diagonal": _prompts("diagonal"),
         "masked_diagonal": _prompts("masked_diagonal"),
@@ -77,14 +82,14 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "joined_apart": _prompts("masked_apart", True),
     },
     "train": {
-        "today": Setting("nothing"),
+        "today": Setting("nothing", updates=reference.UPDATES),
         "xla": Setting('llama.FUSED_ATTENTION = ("prompt",)', fused=("prompt",)),
-        "diagonal": Setting('reference.UPDATES = "diagonal"', updates="diagonal"),
+        "exact": Setting('reference.UPDATES = "exact"'),
         "rounded": Setting('reference.UPDATES = "rounded"', updates="rounded"),
     },
 }
 # What a device without a GPU can be given: the rest is refused there, by name.
-ANYWHERE = {"today", "rounded", "diagonal", "apart", "cudnn", "graphs", "xla"}
+ANYWHERE = {"today", "rounded", "diagonal", "apart", "cudnn", "graphs", "xla", "exact"}
 
 
 def has_bare(what: str, setting: Setting) -> bool:

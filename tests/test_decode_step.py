@@ -139,7 +139,7 @@ def test_a_model_whose_gates_are_elsewhere_is_refused(model):
 
 
 def test_the_table_of_steps(monkeypatch):
-    assert compiler.step_form(1) is None  # no GPU, and nothing is entered before it is measured
+    assert compiler.step_form(1) is None  # no GPU
     steps = (Step(4), Step(32, captured=False))
     monkeypatch.setattr(compiler, "STEPS", steps)
     assert compiler.step_form(1) is None
@@ -212,6 +212,7 @@ def test_groups_and_attention_on_a_gpu(monkeypatch, first):
         return launch(module, kernel, *arrays, **rest)
 
     monkeypatch.setattr(triton_gpu, "launch", record)
-    for seed in range(first, first + 9):
-        cases.one_case(seed, launches)
+    with jax.default_matmul_precision("highest"):  # as the model computes float32; tensor cores alone are 1e-4 off
+        for seed in range(first, first + 9):
+            cases.one_case(seed, launches)
     cases.one_attention(first // 9)

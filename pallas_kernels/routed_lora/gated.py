@@ -25,8 +25,8 @@ TRITON_ROWS = 64
 Implementation = Literal[
     "reference", "triton", "triton_slim", "diagonal", "masked_diagonal", "apart", "masked_apart", "tiles"
 ]
-# What serves more tokens than that on a GPU: XLA until `scripts/bench.py --what prefill --settings` has said otherwise.
-PROMPTS: Implementation = "reference"
+# What serves more tokens than that on a GPU; from `scripts/bench.py --what prefill --settings all`, joined columns.
+PROMPTS: Implementation = "apart"
 
 
 def choose(platform: str, rows: int) -> Implementation:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 FEW_ROWS = 64  # tokens for which a product's operands cost more than its operations
 # How the 16-bit updates of many tokens are added: "exact" in float32 and rounded once; "rounded" before they are added,
 # fewer bytes and one error more; "diagonal" by one product a group that adds in place, see `add_diagonal`.
-UPDATES: Literal["exact", "rounded", "diagonal"] = "exact"
+UPDATES: Literal["exact", "rounded", "diagonal"] = "diagonal"
 
 
 def einsum_float32(dtype: Any, equation: str, *operands: jax.Array) -> jax.Array:
