@@ -94,6 +94,12 @@ class Quality:
     """As of `meteora train bank --tokens`."""
     bank_epochs: float = 8.0
     """As of `meteora train bank --epochs`."""
+    bank_validations: int = 16
+    """As of `meteora train bank --validations`."""
+    bank_samples: int = 8000
+    """Examples of a task that its adapter may see; all of them take a minute to tokenize."""
+    gate_samples: int = 2000
+    """Examples of a task that gates may see."""
     gate_steps: int = 750
     gate_rows: int = 16
     independent_samples: int = 500
@@ -170,7 +176,8 @@ class Plan:
         """All adapters, and the bank that is to grow."""
         q, out = self.q, self.q.out
         self.add("bank", "train", "bank", *self.common(q.bank_rows, q.bank_steps), *LORA, "--rank", q.rank, "--tokens",
-                 q.bank_tokens, "--epochs", q.bank_epochs, "--task", *self.names, "--out", out / "bank", "--log",
+                 q.bank_tokens, "--epochs", q.bank_epochs, "--validations", q.bank_validations, "--samples-per-task",
+                 q.bank_samples, "--task", *self.names, "--out", out / "bank", "--log",
                  out / "bank.jsonl", makes=out / "bank" / "bank.json", gpus=q.bank_gpus)  # fmt: skip
         if "growth" in q.parts and self.held:
             inside = [n for n in self.names if n not in self.held]
@@ -179,6 +186,7 @@ class Plan:
 
     def gates(self, name: str, *more: Any, bank: str = "bank", after: Sequence[str] = ()) -> None:
         q, out = self.q, self.q.out
+        more = more if "--samples-per-task" in more else (*more, "--samples-per-task", q.gate_samples)
         self.add(name, "train", "gates", *self.common(q.gate_rows, q.gate_steps), "--bank", out / bank, "--out",
                  out / name, "--learning-rate", "2e-3", "--warmup", "0.03", "--log", out / f"{name}.jsonl", *more,
                  makes=out / name / "gates.json", after=(bank, *after))  # fmt: skip
