@@ -25,6 +25,7 @@ from meteora_jax.compiler import Jit, Step, jit
 from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import initial_state, make_step, optimizer
+from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.routed_lora import gated, reference
 
 GRAPHS = {  # CUDA graphs of whole loops, too
@@ -45,11 +46,13 @@ class Setting:
     updates: Any = "exact"
     prompts: Any = "reference"
     joined: bool = False
+    gather: int = 1
 
 
-def _step(**more: Any) -> Setting:
+def _step(gather: int = 1, **more: Any) -> Setting:
     step = Step(64, **more)
-    return Setting(f"compiler.STEPS = ({step},)", step=step, joined=True)
+    switch = f"compiler.STEPS = ({step},)" + f", triton_gpu.GATHER = {gather}" * (gather > 1)
+    return Setting(switch, step=step, joined=True, gather=gather)
 
 
 def _prompts(name: str, joined: bool = False) -> Setting:
@@ -65,6 +68,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "xla": Setting("compiler.STEPS = ()"),
         "step": _step(),
         "step_plain": _step(captured=False),
+        "step_gather": _step(gather=4),
         "cudnn": Setting(
             'llama.FUSED_ATTENTION = ("prompt", "packed", "decode")', fused=("prompt", "packed", "decode")
         ),
@@ -103,16 +107,18 @@ NO_END = jnp.asarray((-1,), jnp.int32)
 @contextlib.contextmanager
 def applied(setting: Setting) -> Iterator[None]:
     """The switches of `setting`, for what is traced and compiled inside."""
-    before = (compiler.STEPS, compiler.GPU_OPTIONS, llama.FUSED_ATTENTION, reference.UPDATES, gated.PROMPTS)
+    before = (
+        compiler.STEPS, compiler.GPU_OPTIONS, llama.FUSED_ATTENTION, reference.UPDATES, gated.PROMPTS, triton_gpu.GATHER
+    )  # fmt: skip
 
-    def put(steps: Any, options: Any, fused: Any, updates: Any, prompts: Any) -> None:
+    def put(steps: Any, options: Any, fused: Any, updates: Any, prompts: Any, gather: int) -> None:
         compiler.STEPS, compiler.GPU_OPTIONS, llama.FUSED_ATTENTION = steps, options, fused
-        reference.UPDATES, gated.PROMPTS = updates, prompts
+        reference.UPDATES, gated.PROMPTS, triton_gpu.GATHER = updates, prompts, gather
         jax.clear_caches()  # what was traced under other switches
 
     put(
         () if setting.step is None else (setting.step,), compiler.GPU_OPTIONS | setting.options, setting.fused,
-        setting.updates, setting.prompts,
+        setting.updates, setting.prompts, setting.gather,
     )  # fmt: skip
     try:
         yield

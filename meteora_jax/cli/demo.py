@@ -142,7 +142,7 @@ def demo(command: Demo) -> None:
 
 def answer_together(
     model: Any, problems: list[dict[str, str]], max_new_tokens: int
-) -> tuple[Any, list[dict[str, str]]]:
+) -> tuple[Any, list[dict[str, Any]]]:
     """Answers problems of several tasks that stand in one prompt, numbered, in one response: a line "i. " for each.
 
     Nothing says where a task begins or which adapter a line needs: the gates choose for every token, and look up which

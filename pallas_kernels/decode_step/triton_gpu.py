@@ -25,6 +25,9 @@ KERNELS = "pallas_kernels.decode_step.triton_kernels"
 ATTENTION = "pallas_kernels.decode_step.attention_kernels"
 Tail = Literal["rope", "silu", "residual"]
 EMPTY = -1  # position of a slot that holds no token
+# A row of a step reads its own adapters' rows of B while there are at most so many times those of all; beyond, every B
+# is read once and masked.
+GATHER = 1
 MAX_ROWS = 64
 LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
 PROGRAMS = 128  # of an H200's 132 multiprocessors
@@ -181,7 +184,7 @@ def group_step(
     if choice is not None and not extra and (not wide or choice.counts is not None):
         raise NotImplementedError("decode_step: expected gates and A's behind the kernel's columns, found none")
     gates = choice is not None and choice.counts is not None
-    gather = None if choice is None else wide or rows * choice.top_k <= group.b.shape[1]  # no more rows of B than all
+    gather = None if choice is None else wide or rows * choice.top_k <= GATHER * group.b.shape[1]
     size = tiles(rows, total, tail, head, gather)
     call: Any = functools.partial(launch, KERNELS, capturable=captured)
     number = jnp.full((1,), layer, jnp.int32)

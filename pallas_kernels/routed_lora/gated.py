@@ -26,7 +26,7 @@ Implementation = Literal[
     "reference", "triton", "triton_slim", "diagonal", "masked_diagonal", "apart", "masked_apart", "tiles"
 ]
 # What serves more tokens than that on a GPU; from `scripts/bench.py --what prefill --settings all`, joined columns.
-PROMPTS: Implementation = "apart"
+PROMPTS: Implementation = "masked_apart"
 
 
 def choose(platform: str, rows: int) -> Implementation:
