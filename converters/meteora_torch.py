@@ -25,15 +25,8 @@ from converters.hf_llama import copy_tokenizer, llama_rules, module_name, read_w
 from converters.own_folders import read_bank, read_base, read_origin
 from converters.rules import TRANSPOSE, Placement, Progress, Rule, TensorPlan, copy_tensor, plan
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
-from meteora_jax.config import (
-    PROJECTIONS,
-    AdapterInfo,
-    BankConfig,
-    GateConfig,
-    InputError,
-    LlamaConfig,
-    read_json,
-)
+from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig, read_json
+from meteora_jax.gate_config import GateConfig
 from meteora_jax.origin import BaseOrigin, misfits
 
 PREFIX = "base_model.model."

@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from meteora_jax.compiler import platform
-from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
+from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
+from meteora_jax.gate_config import METEORA_FORM, GateForm
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.routing.memory import FormedGate
@@ -265,7 +266,7 @@ class AdaptedLinear(nnx.Module):
         self.group, self.form = group, form
         own = 1 if form.shared else count
         gate = lambda: GateParam(jnp.zeros((width, own, adapters), jnp.float32), axes=(i, None, None))  # noqa: E731
-        self.gate = gate() if gates else None
+        self.gate = gate() if gates and form.input != "stream" else None
         self.gate_mean = gate() if gates and form.input == "prefix-mean" else None
         self.gate_bias = (
             GateParam(jnp.zeros((own, adapters), jnp.float32), axes=(None, None)) if gates and form.bias else None
@@ -360,10 +361,8 @@ class AdaptedLinear(nnx.Module):
 
     def _gate(self) -> Any:
         """The gate as routers take it."""
-        if self.gate is None or not self.form.changes:
-            return None if self.gate is None else self.gate[...]
-        mean, bias = (None if part is None else part[...] for part in (self.gate_mean, self.gate_bias))
-        return FormedGate(self.gate[...], mean, bias, self.group)
+        weight, mean, bias = (z if z is None else z[...] for z in (self.gate, self.gate_mean, self.gate_bias))
+        return FormedGate(weight, mean, bias, self.group) if self.form.changes else weight
 
     def _gated(self, x: jax.Array, base: jax.Array, made: Any, router: BoundGates) -> tuple[jax.Array, Routing]:
         """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits.

@@ -25,18 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meteora_jax.adapters import AdapterBank, column_shards
-from meteora_jax.config import (
-    ENDS,
-    GROUPS,
-    METEORA_FORM,
-    BankConfig,
-    GateConfig,
-    GateForm,
-    InputError,
-    LlamaConfig,
-    read_json,
-)
+from meteora_jax.config import ENDS, GROUPS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.ends import end_tensors
+from meteora_jax.gate_config import METEORA_FORM, GateConfig, GateForm
 from meteora_jax.llama import Llama, lay_out
 from meteora_jax.origin import BaseOrigin, misfits
 from meteora_jax.sharding import place, shard_order, sharding, tensor_shards
@@ -172,8 +163,9 @@ def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, t
     shapes: dict[str, tuple[int, ...]] = {}
     for group, projections in GROUPS.items():
         for name in (group,) if form.shared else projections:
-            shapes[name] = (base.num_layers, base.projection_shape(projections[0])[0], adapters)
-            shapes |= {f"{name}.mean": shapes[name]} if form.input == "prefix-mean" else {}
+            shape = (base.num_layers, base.projection_shape(projections[0])[0], adapters)
+            shapes |= {name: shape} if form.input != "stream" else {}
+            shapes |= {f"{name}.mean": shape} if form.input == "prefix-mean" else {}
             shapes |= {f"{name}.bias": (base.num_layers, adapters)} if form.bias else {}
     if e := form.stream:
         count = sum(map(len, GROUPS.values()))
@@ -376,7 +368,8 @@ def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     """The inverse of `gate_weights`."""
     gates = {}
     for group, projections in GROUPS.items():
-        shared = state["layers", "qkv", "gate"].shape[2] == 1  # of several projections
+        gate = state.get(("layers", "qkv", "gate"))
+        shared = gate is not None and gate.shape[2] == 1  # of several projections
         for part, axis in _GATE_PARTS.items():
             stacked = state.get(("layers", group, f"gate{part.replace('.', '_')}"))
             if stacked is not None:

@@ -1,4 +1,4 @@
-"""The configurations that files own: the base (`LlamaConfig`), the bank and the gates. No value that a checkpoint owns
+"""The configurations that files own: the base (`LlamaConfig`) and the bank. No value that a checkpoint owns
 has a default, but where Hugging Face's format itself documents one for an absent key (`LlamaConfig.from_hf`).
 """
 
@@ -427,62 +427,6 @@ class BankConfig:
             return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab, base)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
-
-
-@dataclasses.dataclass(frozen=True)
-class GateForm:
-    """What gates read and share; the defaults are MeteoRA's. docs/words.md has the formula of each."""
-
-    input: Literal["token", "prefix-mean"] = "token"  # prefix-mean: the mean of the sequence so far beside the token
-    carry: bool = False  # the logits of the layer before are added
-    shared: bool = False  # one gate serves all projections of a group
-    bias: bool = False  # each adapter's logit has one
-    stream: int = 0  # width of the gates' own residual stream, which looks back over the sequence; 0: none
-
-    @property
-    def remembers(self) -> bool:
-        """Whether a token's logits need more than its own input at its own layer."""
-        return self.input == "prefix-mean" or self.carry or self.stream > 0
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The fields that are not MeteoRA's."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(GateForm, k)}
-
-
-METEORA_FORM = GateForm()
-
-
-@dataclasses.dataclass(frozen=True)
-class GateConfig:
-    """`GATES/gates.json`: which adapters the gate columns stand for, and how they were trained to be read."""
-
-    names: tuple[str, ...]  # adapter of each gate column
-    top_k: int  # C that training used
-    temperature: float
-    form: GateForm = METEORA_FORM
-    background: str | None = None  # SHA-256 of the tokens that independent columns were trained against
-
-    def to_json(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"names": self.names, "top_k": self.top_k, "temperature": self.temperature}
-        own |= {"background": self.background} if self.background is not None else {}
-        own |= {"form": self.form.changes} if self.form.changes else {}
-        # another format for another form: what reads MeteoRA's gates alone must refuse it
-        return {"format": f"meteora-gates-{2 if self.form.changes else 1}", **own}
-
-    @classmethod
-    def from_json(cls, raw: Any, source: str) -> GateConfig:
-        try:
-            if raw["format"] not in ("meteora-gates-1", "meteora-gates-2"):
-                raise InputError(f"{source}: format: expected 'meteora-gates-1' or '-2', found {raw['format']!r}")
-            form = GateForm(**raw["form"]) if raw["format"] == "meteora-gates-2" else GateForm()
-            flags, mark = all(isinstance(x, bool) for x in (form.carry, form.shared, form.bias)), raw.get("background")
-            width = type(form.stream) is int and form.stream in range(0, 4096, 8)
-            if form.input not in ("token", "prefix-mean") or not (flags and width) or not isinstance(mark, str | None):
-                raise ValueError(f"{form}, background {mark!r}")
-            return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]), form, mark)
-        except (KeyError, TypeError, ValueError) as e:
-            raise InputError(f"{source}: expected a description of gates, found a malformed one ({e!r})") from e
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -13,9 +13,10 @@ from flax import nnx
 
 from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, column_shards, contract
 from meteora_jax.compiler import Step, platform, step_form
-from meteora_jax.config import GROUPS, METEORA_FORM, BankConfig, GateForm, LlamaConfig
+from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.decoding import refusal, run_layers
 from meteora_jax.ends import EndAdapters, request_routing
+from meteora_jax.gate_config import METEORA_FORM, GateForm
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
@@ -246,7 +247,7 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
         form: GateForm = METEORA_FORM,
     ):
-        self.config, self.form = config, form
+        self.config, self.form, self.has_gates = config, form, gates
         self.adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
         self.embed = BaseParam(

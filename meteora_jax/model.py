@@ -14,7 +14,8 @@ from flax import nnx
 
 from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
 from meteora_jax.compiler import jit, platform
-from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, GateForm, InputError, LlamaConfig
+from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
+from meteora_jax.gate_config import GateConfig, GateForm
 from meteora_jax.generation import Generator, Sampling, check_prompts, pad_batch
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.llama import prepare_gates

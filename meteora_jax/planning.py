@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.adapters import GateParam
-from meteora_jax.config import METEORA_FORM, PROJECTIONS, AdapterInfo, BankConfig, GateForm, InputError, LlamaConfig
+from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.gate_config import METEORA_FORM, GateForm
 from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.llama import Llama, lay_out
 from meteora_jax.routing.gates import BoundGates

@@ -84,8 +84,8 @@ def loss_and_gradients(
         ) -> torch.Tensor:
             nonlocal gate
             y = x @ state[f"model.layers.{layer}.{block}.{p}.weight"].T
-            name = p if p in columns else SHARED[p]
-            g = x @ columns[name][layer]
+            name = p if p in columns or f"{p}.bias" in columns else SHARED[p]
+            g = x @ columns[name][layer] if name in columns else torch.zeros((), dtype=torch.float64)
             if f"{name}.mean" in columns:
                 mean = torch.cumsum(x, 0) / torch.arange(1, len(x) + 1, dtype=torch.float64)[:, None]
                 g = g + mean @ columns[f"{name}.mean"][layer]

@@ -17,7 +17,8 @@ import meteora_jax as mj
 from converters import export_adapter, export_gates, export_merged, import_adapters, import_base
 from meteora_jax.checkpoint import save_gates
 from meteora_jax.cli import main
-from meteora_jax.config import PROJECTIONS, GateConfig, InputError
+from meteora_jax.config import PROJECTIONS, InputError
+from meteora_jax.gate_config import GateConfig
 from meteora_jax.routing.invoked import NEVER, activation
 from meteora_jax.routing.retrieval import Composed
 from meteora_jax.training.loop import GateTraining, train_gates

@@ -21,7 +21,7 @@ from test_gated_model import ROWS, prepared, small
 import meteora_jax as mj
 from meteora_jax import compiler, decoding, llama
 from meteora_jax.compiler import Step
-from meteora_jax.config import GateForm
+from meteora_jax.gate_config import GateForm
 from meteora_jax.generation import Generator, Sampling
 from pallas_kernels.decode_step import triton_gpu
 

@@ -9,10 +9,11 @@ from worlds import NAMES
 from meteora_jax.checkpoint import save_gates
 from meteora_jax.cli import main
 from meteora_jax.cli.evaluate import fingerprint
-from meteora_jax.config import GateConfig, InputError
+from meteora_jax.config import InputError
 from meteora_jax.evaluation import runner
 from meteora_jax.evaluation.problems import load_problems
 from meteora_jax.evaluation.table import markdown, tabulate
+from meteora_jax.gate_config import GateConfig
 
 TASKS = ("winowhy", "disfl_qa", "object_counting")
 

@@ -26,7 +26,8 @@ import converters
 import meteora_jax as mj
 from meteora_jax.adapters import GateParam
 from meteora_jax.checkpoint import SHARED_BY_ADAPTERS, gate_shapes, load_gates, save_gates, split_gates
-from meteora_jax.config import PROJECTIONS, GateConfig, GateForm, InputError
+from meteora_jax.config import PROJECTIONS, InputError
+from meteora_jax.gate_config import GateConfig, GateForm
 from meteora_jax.generation import observe_routing
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.llama import prepare_gates
@@ -41,6 +42,7 @@ FORMS = {
     "shared": GateForm(shared=True),
     "bias": GateForm(bias=True),
     "stream": GateForm(stream=16),
+    "alone": GateForm("stream", bias=True, stream=16),
     "all": GateForm("prefix-mean", True, True, True, 8),
 }
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 75)), [200]]
@@ -145,7 +147,7 @@ def read(graph, weights, tokens, at, router):
     return *out.observed, module.logits(out.hidden, None)
 
 
-@pytest.mark.parametrize("name", ["mean", "carry", "stream", "all"])
+@pytest.mark.parametrize("name", ["mean", "carry", "stream", "alone", "all"])
 def test_a_ragged_batch_decoded_with_the_cache_routes_as_each_sequence_at_once(formed, name):
     model = formed[name][2]
     routers = [mj.Gates(2), mj.Gates(2, 5.0), mj.Gates(2), mj.Gates(2, within=("birch", "daisy", "apple"))]
@@ -319,6 +321,8 @@ def test_gates_of_the_original_form_are_written_as_ever(tmp_path):
         ({"form": {"input": "sideways"}}, "malformed"),
         ({"form": {"carry": 1}}, "malformed"),
         ({"form": {"stream": 12}}, "malformed"),
+        ({"form": {"input": "stream"}}, "malformed"),
+        ({"form": {"input": "stream", "stream": 8, "shared": True}}, "malformed"),
         ({"form": {"kind": "x"}}, "malformed"),
         ({"format": "meteora-gates-3"}, "expected 'meteora-gates-1' or '-2'"),
     ):

@@ -15,7 +15,8 @@ import meteora_jax as mj
 from meteora_jax import compiler, llama
 from meteora_jax.adapters import add_update
 from meteora_jax.compiler import Jit
-from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, GateConfig, LlamaConfig
+from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
+from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.llama import Llama, prepare_gates

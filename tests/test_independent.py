@@ -23,7 +23,8 @@ import converters
 import meteora_jax as mj
 from meteora_jax.checkpoint import join_gates, load_background, load_base, load_gates, save_gates
 from meteora_jax.cli import main as meteora
-from meteora_jax.config import GROUPS, GateConfig, InputError
+from meteora_jax.config import GROUPS, InputError
+from meteora_jax.gate_config import GateConfig
 from meteora_jax.sharding import make_mesh
 from meteora_jax.training.data import Batches, Mixture, plan
 from meteora_jax.training.independent import FORM, RIDGE, Columns, IndependentTraining, padded, train_independent_gates

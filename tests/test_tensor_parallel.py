@@ -21,8 +21,9 @@ import meteora_jax as mj
 from converters import import_adapters, import_base
 from meteora_jax.adapters import column_shards
 from meteora_jax.checkpoint import save_gates
-from meteora_jax.config import PROJECTIONS, GateConfig, LlamaConfig, read_json
+from meteora_jax.config import PROJECTIONS, LlamaConfig, read_json
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.gate_config import GateConfig
 from meteora_jax.planning import COLLECTIVES
 from meteora_jax.sharding import shard_order
 

@@ -95,7 +95,7 @@ def main(base: str, bank: str, gates: str, dest: str, coordinator: str = "", ind
 def calm(world, tmp_path_factory) -> list[str]:
     """The world with gates small enough that rounding does not blow up in their softmax."""
     from meteora_jax.checkpoint import save_gates
-    from meteora_jax.config import GateConfig
+    from meteora_jax.gate_config import GateConfig
 
     gates = tmp_path_factory.mktemp("calm") / "gates"
     save_gates(gates, GateConfig(NAMES, 2, 1.0), {p: 0.2 * g for p, g in world["gate_arrays"].items()})

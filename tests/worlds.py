@@ -11,7 +11,8 @@ from tiny import tiny_llama, tiny_peft
 import converters
 import meteora_jax as mj
 from meteora_jax.checkpoint import save_gates
-from meteora_jax.config import PROJECTIONS, GateConfig, LlamaConfig, read_json
+from meteora_jax.config import PROJECTIONS, LlamaConfig, read_json
+from meteora_jax.gate_config import GateConfig
 
 NAMES = ("apple", "birch", "cedar", "daisy")
 RANKS = (4, 2, 8, 4)

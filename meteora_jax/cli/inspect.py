@@ -11,7 +11,8 @@ import tyro
 from rich.table import Table
 
 from meteora_jax.cli.report import console, write_json
-from meteora_jax.config import PROJECTIONS, BankConfig, GateConfig, InputError, LlamaConfig, read_json
+from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig, read_json
+from meteora_jax.gate_config import GateConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import tyro
 
 from meteora_jax.cli.report import console, status, write_json
-from meteora_jax.config import GateForm, InputError, LlamaConfig, read_json
+from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.gate_config import GateForm
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Plan:
     """Parts that a step's batch is worked off in."""
     remat: bool = True
     """Recompute activations in the backward pass."""
-    gate_input: Literal["token", "prefix-mean"] = "token"
+    gate_input: Literal["token", "prefix-mean", "stream"] = "token"
     """As of `meteora train gates`; so are the next three."""
     carry_logits: bool = False
     """Add the logits of the layer before."""
@@ -77,6 +78,8 @@ def plan(command: Plan) -> None:
         status.print(line, highlight=False, soft_wrap=True)
     status.print("compiling; this takes minutes", highlight=False)
     form = GateForm(command.gate_input, command.carry_logits, command.shared_gates, stream=command.gate_stream)
+    if not form.is_possible:
+        raise InputError("--gate-input stream: expected --gate-stream beside it, and no --shared-gates")
     shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k, form=form)
     of = config, command.adapters, command.rank, mesh
     if command.what == "train":

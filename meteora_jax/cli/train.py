@@ -12,7 +12,8 @@ import tyro
 
 from meteora_jax.cli.devices import Devices, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
-from meteora_jax.config import BankConfig, GateConfig, InputError, read_json
+from meteora_jax.config import BankConfig, InputError, read_json
+from meteora_jax.gate_config import GateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,8 @@ class TrainGates(_Train):
     """GATES of a part of the bank: their columns keep every bit, only the other adapters' are trained."""
     extend_bias: bool = False
     """With --extend, also train one scalar a layer and projection, added to the logits of all new columns."""
-    gate_input: Literal["token", "prefix-mean"] = "token"
-    """What a gate reads: a token's own input, or the mean of the sequence's inputs so far beside it."""
+    gate_input: Literal["token", "prefix-mean", "stream"] = "token"
+    """What a gate reads: a token's own input; the mean of the sequence's inputs so far, too; or --gate-stream alone."""
     carry_logits: bool = False
     """Add the logits of the layer before to each layer's."""
     shared_gates: bool = False

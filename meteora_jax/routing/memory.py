@@ -1,6 +1,7 @@
 """Gates of other forms than MeteoRA's: what a token's logits take beside its own input at its own layer.
 
-    z[l, t] = x[l, t] Wg[l] + b[l]                                      one Wg for a group's projections if shared
+    z[l, t] = x[l, t] Wg[l] + b[l]                                      one Wg for a group's projections if shared; none
+                                                                        if the stream alone is read
               + 1/(t+1) sum_{s <= t} x[l, s] Wm[l]                      prefix-mean, over the token's own sequence
               + z[l-1, t]                                               carry, the same projection one layer before
               + rms(u[l, t]) Wu[l]                                      stream
@@ -26,7 +27,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meteora_jax.config import GROUPS, GateForm
+from meteora_jax.config import GROUPS
+from meteora_jax.gate_config import GateForm
 from meteora_jax.routing import BoundRouter, Routing
 from pallas_kernels.routed_lora.reference import einsum_float32
 
@@ -36,8 +38,9 @@ STARTS = {g: sum(len(GROUPS[h]) for h in list(GROUPS)[:i]) for i, g in enumerate
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FormedGate:
-    """A group's gate in another form: weight and mean float32 [I, P, A] (P = 1: shared), bias float32 [P or 1, A];
-    what the form has not is None. more: float32 [B, T, P, A], added to the logits."""
+    """A group's gate in another form: weight and mean float32 [I, P, A] (P = 1: shared), bias float32 [P or 1, A]; what
+    the form has not is None, the weight of gates that read the stream alone, too. more: float32 [B, T, P, A], added to
+    the logits."""
 
     weight: Any
     mean: Any
@@ -52,7 +55,11 @@ class FormedGate:
 
     def logits(self, x: jax.Array) -> jax.Array:
         """float32 [B, T, P, A] of x [B, T, I]."""
-        z = self.product(x, self.weight)
+        if self.weight is None:
+            shape = (*x.shape[:2], len(GROUPS[self.group]), self.more.shape[-1])
+            z = jnp.zeros(shape, jnp.float32)
+        else:
+            z = self.product(x, self.weight)
         if self.bias is not None:
             z = z + self.bias[None, None]
         return z if self.more is None else z + self.more

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meteora_jax.config import GateConfig, InputError
+from meteora_jax.config import InputError
+from meteora_jax.gate_config import GateConfig
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 

@@ -34,8 +34,9 @@ from jax.sharding import Mesh
 from meteora_jax.adapters import GROUP_SIDES, AdapterBank, BaseParam
 from meteora_jax.checkpoint import BACKGROUND, assemble, digest, load_background, load_bank, load_base, save_gates
 from meteora_jax.compiler import Jit
-from meteora_jax.config import GROUPS, PROJECTIONS, GateConfig, GateForm, InputError, LlamaConfig
+from meteora_jax.config import GROUPS, PROJECTIONS, InputError, LlamaConfig
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.gate_config import GateConfig, GateForm
 from meteora_jax.generation import Generator, Sampling
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.fixed import Fixed

@@ -33,18 +33,9 @@ from meteora_jax.checkpoint import (
     split_bank,
     split_gates,
 )
-from meteora_jax.config import (
-    METEORA_FORM,
-    PROJECTIONS,
-    BankConfig,
-    GateConfig,
-    GateForm,
-    InputError,
-    LlamaConfig,
-    Preempted,
-    read_json,
-)
+from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig, Preempted, read_json
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.gate_config import METEORA_FORM, GateConfig, GateForm
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
@@ -115,7 +106,7 @@ class GateTraining(Training):
     temperature: float = 1.0
     train_adapters: bool = False
     adapter_learning_rate: float | None = None
-    gate_input: Literal["token", "prefix-mean"] = "token"
+    gate_input: Literal["token", "prefix-mean", "stream"] = "token"
     carry_logits: bool = False
     shared_gates: bool = False
     gate_stream: int = 0
@@ -204,6 +195,8 @@ def train_gates(
     form = settings.form if extend is None else _extended_form(extend, settings)
     if form.stream % 8 or form.stream < 0:
         raise InputError(f"gate_stream: expected 0 or a multiple of 8, found {form.stream}")
+    if not form.is_possible:
+        raise InputError("gate_input: stream: expected a gate_stream beside it, and no shared gates")
     fresh = fresh_gates(form, config, len(names), settings.seed)
     columns = _extended(extend, config, names, fresh) if extend is not None else None
     if settings.train_adapters and (loaded.config.dora or loaded.config.lora_bias):

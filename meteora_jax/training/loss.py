@@ -73,7 +73,7 @@ def gate_training_loss(
     gates has the LM term alone.
     """
     counts = Counts.of(batch) if counts is None else counts
-    gates = model.layers.qkv.gate is not None
+    gates = model.has_gates
     observe = _judge(batch, counts) if gates else None
     out = model(
         batch.tokens, batch.positions, router, segments=batch.segments, observe=observe, remat=remat

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from meteora_jax.adapters import group_rank
-from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, GateForm, InputError, LlamaConfig
+from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig
+from meteora_jax.gate_config import GateForm
 from meteora_jax.training.loss import Losses
 
 # Dense bfloat16 FLOP/s of one device, by the beginning of its `device_kind` (the makers' data sheets).
@@ -46,7 +47,10 @@ def flops_per_token(
         adapters += config.num_layers * chosen * group_rank(bank, group) * sum(i + o for i, o in shapes)
         if gates and bank is not None:
             form = gates if isinstance(gates, GateForm) else GateForm()
-            inputs = sum(i for i, _ in shapes[: 1 if form.shared else None]) * (2 if form.input == "prefix-mean" else 1)
+            inputs = (
+                sum(i for i, _ in shapes[: 1 if form.shared else None])
+                * {"token": 1, "prefix-mean": 2, "stream": 0}[form.input]
+            )
             gate += config.num_layers * len(bank.names) * inputs
             more = 4 * config.hidden_size + 3 * form.stream + len(PROJECTIONS) * len(bank.names)
             gate += config.num_layers * form.stream * more
