@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int32
 
 FEW_ROWS = 64  # tokens for which a product's operands cost more than its operations
 # How the 16-bit updates of many tokens are added: "exact" in float32 and rounded once; "rounded" before they are added,
-# fewer bytes and one error more; "diagonal" by one product a group that adds in place, see `add_diagonal`.
-UPDATES: Literal["exact", "rounded", "diagonal"] = "diagonal"
+# fewer bytes and one error more; "diagonal" by one product a group that adds in place, see `add_diagonal`. None: that one
+# on a GPU, where it was timed and cuBLAS adds before it rounds, "exact" elsewhere.
+UPDATES: Literal["exact", "rounded", "diagonal"] | None = None
 
 
 def einsum_float32(dtype: Any, equation: str, *operands: jax.Array) -> jax.Array:
@@ -79,7 +80,7 @@ def add_expanded(
         wide = jnp.einsum("mpar,aro->mpo", h, b, preferred_element_type=jnp.float32)
         own = [wide[:, p, start:stop] for p, (start, stop) in enumerate(columns(splits))]
         y = (base.astype(jnp.float32) + jnp.concatenate(own, axis=-1)).astype(base.dtype)
-    elif UPDATES == "diagonal":
+    elif UPDATES == "diagonal" or (UPDATES is None and jax.default_backend() == "gpu"):
         y = add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits)
     else:
         parts = []
