@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int32
 
 FEW_ROWS = 64  # tokens for which a product's operands cost more than its operations
 # How the 16-bit updates of many tokens are added: "exact" in float32 and rounded once; "rounded" before they are added,
-# fewer bytes and one error more; "diagonal" by one product a group that adds in place, see `add_diagonal`. None: that one
-# on a GPU, where it was timed and cuBLAS adds before it rounds, "exact" elsewhere.
+# fewer bytes and one error more; "diagonal" by one product a group that adds in place, see `add_diagonal`. None: that
+# one on a GPU, where it was timed and cuBLAS adds before it rounds, "exact" elsewhere.
 UPDATES: Literal["exact", "rounded", "diagonal"] | None = None
 
 
