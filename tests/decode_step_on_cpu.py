@@ -83,7 +83,7 @@ def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict
     f = lambda z: np.asarray(z, np.float64)  # noqa: E731
     x, starts, factor = f(x), np.cumsum((0, *g.splits)), np.ones(len(x))
     if extra["norm"] is not None:
-        factor = 1 / np.sqrt((x * x).mean(-1) + g.eps)
+        factor = 1 / np.sqrt((x * x).mean(-1) + (g.eps or 0.0))
         x = x * f(extra["norm"])[layer]
     w = f(g.w)[layer][:, : starts[-1]]
     y = factor[:, None] * (x @ w)
