@@ -331,7 +331,7 @@ class Llama(nnx.Module):
             kept = None if cache is None or fresh else cache.sums
             memory = GateMemory.create(self.form, router, positions, self.config.num_layers, self.adapters, kept)
             later = memory is not None and cache is not None and not fresh
-            assert not later or kept is not None or self.form.input == "token", "a cache's first call is fresh"
+            assert not later or kept is not None or self.form.input != "prefix-mean", "a cache's first call is fresh"
             cache = cache if cache is None else dataclasses.replace(cache, sums=None)  # they pass through the layers
             if memory is not None and self.form.stream:
                 where = dataclasses.replace(where, stream=stream_rotation(self.form.stream, positions))
