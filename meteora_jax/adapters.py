@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
@@ -19,7 +20,7 @@ from meteora_jax.routing.gates import BoundGates
 from meteora_jax.routing.memory import FormedGate
 from meteora_jax.sharding import constrain, splits_inner
 from pallas_kernels.routed_lora import add_routed_lora, gated, routed_lora
-from pallas_kernels.routed_lora.reference import FEW_ROWS, add_expanded, einsum_float32, shrink
+from pallas_kernels.routed_lora.reference import FEW_ROWS, KEPT, add_expanded, einsum_float32, shrink
 
 
 class BaseParam(nnx.Param):
@@ -321,7 +322,9 @@ class AdaptedLinear(nnx.Module):
             routing = router.route(x, self._gate())
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
                 y = self._adapted(x, plain, y, routing, joined)
-        return self._split(y.astype(x.dtype)), routing
+        y = y.astype(x.dtype)
+        # down's is added to the residual stream and to nothing else: no backward pass reads it
+        return self._split(y if self.group == "down" else checkpoint_name(y, KEPT)), routing
 
     def _adapted(self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing, joined: bool) -> jax.Array:
         """y [B, T, O], the base's output, + what the routed adapters add; plain is y without the base's bias."""

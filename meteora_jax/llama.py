@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, column_shards, contract
 from meteora_jax.compiler import Step, platform, step_form
@@ -22,7 +23,7 @@ from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
 from meteora_jax.routing.memory import GateMemory
 from meteora_jax.sharding import constrain
-from pallas_kernels.routed_lora.reference import einsum_float32
+from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
 Observer = Callable[[tuple[Routing, ...]], Any]
@@ -127,7 +128,7 @@ class GateStream(nnx.Module):
         self, x: jax.Array, u: jax.Array, where: Where, cache: KVCache | None, index: jax.Array, fresh: bool
     ) -> tuple[jax.Array, jax.Array, KVCache | None]:
         """x [B, T, D] as q k v read it, u float32 [B, T, E] -> u, what logits gain [B, T, 7, A], the cache."""
-        seen = einsum_float32(x.dtype, "btd,dpe->btpe", x, self.read[...].astype(x.dtype))
+        seen = checkpoint_name(einsum_float32(x.dtype, "btd,dpe->btpe", x, self.read[...].astype(x.dtype)), KEPT)
         own = einsum_float32(x.dtype, "btd,dpe->btpe", _rms(u).astype(x.dtype), self.own[...].astype(x.dtype))
         q, k, v = (z.astype(x.dtype) for z in jnp.split(seen[:, :, :3] + own, 3, axis=2))  # [B, T, 1, E]: one head
         q, k = rotate(q, *where.stream), rotate(k, *where.stream)
@@ -291,8 +292,8 @@ class Llama(nnx.Module):
                 each row is one sequence from position 0 on, its padding behind it.
             segments: int32 [B, T] for packed sequences (no cache): a token sees its own segment only.
             observe: see `Observer`; its result is stacked, layers first.
-            remat: recompute each layer in the backward pass instead of keeping its activations; "dots" keeps the
-                results of its matmuls.
+            remat: recompute each layer in the backward pass instead of keeping its activations; "dots" keeps what its
+                products gave, once their updates are added: all matmuls then run once, attention twice.
         """
         with matmul_precision(self.embed.dtype):
             return self._run(tokens, positions, router, cache, fresh, segments, observe, remat)
@@ -349,7 +350,7 @@ class Llama(nnx.Module):
             memory = None if memory is None else memory.after(index, routings)
             return (x, cache, memory), None if observe is None else observe(routings)
 
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy) if remat else body
         order = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x, cache, memory), observed = jax.lax.scan(body, (x, cache, memory), (weights, order))

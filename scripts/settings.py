@@ -47,6 +47,7 @@ class Setting:
     prompts: Any = "reference"
     joined: bool = False
     gather: int = 1
+    remat: Any = True
 
 
 def _step(gather: int = 1, **more: Any) -> Setting:
@@ -90,15 +91,17 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "xla": Setting('llama.FUSED_ATTENTION = ("prompt",)', fused=("prompt",)),
         "exact": Setting('reference.UPDATES = "exact"'),
         "rounded": Setting('reference.UPDATES = "rounded"', updates="rounded"),
+        "dots": Setting("--remat-keeps dots", updates=reference.UPDATES, remat="dots"),
     },
 }
 # What a device without a GPU can be given: the rest is refused there, by name.
-ANYWHERE = {"today", "rounded", "diagonal", "apart", "cudnn", "graphs", "xla", "exact"}
+ANYWHERE = {"today", "rounded", "diagonal", "apart", "cudnn", "graphs", "xla", "exact", "dots"}
 
 
 def has_bare(what: str, setting: Setting) -> bool:
     """Whether the bare model differs under a setting, too."""
-    return setting.joined or (setting.updates == "exact" and setting.prompts == "reference")
+    plain = setting.updates in ("exact", None) and setting.prompts == "reference"
+    return setting.joined or plain or (what == "train" and setting.remat == "dots")
 
 
 NO_END = jnp.asarray((-1,), jnp.int32)
@@ -226,7 +229,7 @@ def training(model: Held, router: Any, tokens: jax.Array, adapters: int, setting
     state = Held(None, jax.eval_shape(begin, gates), lambda: begin(cut(model())[1]))
     dtype = nnx.merge(model.graph, model.shapes).embed.dtype
     with applied(setting):
-        update = make_step(split, state.shapes, tx, beta=50.0, dtype=dtype, remat=True)
+        update = make_step(split, state.shapes, tx, beta=50.0, dtype=dtype, remat=setting.remat)
         update = update.lower(frozen, state.shapes, batch, router).compile()
     step = lambda s: update(cut(model())[2], s, batch, router)  # noqa: E731
     cut_bare = lambda weights: nnx.split(nnx.merge(model.graph, weights), nnx.PathContains("embed"), ...)  # noqa: E731
@@ -236,7 +239,7 @@ def training(model: Held, router: Any, tokens: jax.Array, adapters: int, setting
     def bare(embed: Any, rest: Any) -> Any:
         def loss(embed: Any) -> jax.Array:
             whole = nnx.merge(bare_graph, embed, rest)
-            hidden = whole(tokens, columns, None, segments=batch.segments, remat=True).hidden
+            hidden = whole(tokens, columns, None, segments=batch.segments, remat=setting.remat).hidden
             logits = whole.logits(hidden[:, :-1], None)
             own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
             return -jnp.mean(own)

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.config import InputError
 from meteora_jax.routing import NO_ADAPTER, Routing
 from meteora_jax.routing.memory import FormedGate
-from pallas_kernels.routed_lora.reference import einsum_float32
+from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
 
 
 def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -89,7 +90,7 @@ class BoundGates:
         if isinstance(gate, FormedGate):
             logits = gate.logits(x)
         else:
-            logits = einsum_float32(x.dtype, "bti,ipa->btpa", x, gate.astype(x.dtype))
+            logits = checkpoint_name(einsum_float32(x.dtype, "bti,ipa->btpa", x, gate.astype(x.dtype)), KEPT)
         eligible = logits
         if self.allowed is not None:
             eligible = jnp.where(self.allowed[:, None, None, :], logits, -jnp.inf)

@@ -26,11 +26,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.config import GROUPS
 from meteora_jax.gate_config import GateForm
 from meteora_jax.routing import BoundRouter, Routing
-from pallas_kernels.routed_lora.reference import einsum_float32
+from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
 
 STARTS = {g: sum(len(GROUPS[h]) for h in list(GROUPS)[:i]) for i, g in enumerate(GROUPS)}  # of the projections of each
 
@@ -50,7 +51,7 @@ class FormedGate:
 
     def product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """x [B, T, I] times a weight, float32 [B, T, P, A] for all projections of the group."""
-        z = einsum_float32(x.dtype, "bti,ipa->btpa", x, weight.astype(x.dtype))
+        z = checkpoint_name(einsum_float32(x.dtype, "bti,ipa->btpa", x, weight.astype(x.dtype)), KEPT)
         return jnp.broadcast_to(z, (*z.shape[:2], len(GROUPS[self.group]), z.shape[3]))
 
     def logits(self, x: jax.Array) -> jax.Array:

@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
+# Products so named are kept where a layer is otherwise recomputed in the backward pass (`remat="dots"`).
+KEPT = "product"
 FEW_ROWS = 64  # tokens for which a product's operands cost more than its operations
 # How the 16-bit updates of many tokens are added: "exact" in float32 and rounded once; "rounded" before they are added,
 # fewer bytes and one error more; "diagonal" by one product a group that adds in place, see `add_diagonal`. None: that
@@ -119,7 +122,7 @@ def shrink(
     x: Float[Array, "B T I"], a: Float[Array, "P A R I"], combine: Float[Array, "B T1 P1 A"]
 ) -> Float[Array, "B T P A R"]:
     """x through every A, times the weights of `routed_lora`, in x's dtype."""
-    h = einsum_float32(x.dtype, "bti,pari->btpar", x, a)
+    h = checkpoint_name(einsum_float32(x.dtype, "bti,pari->btpar", x, a), KEPT)
     return (h * combine[..., None].astype(jnp.float32)).astype(x.dtype)
 
 
