@@ -8,7 +8,8 @@ last four), gates*, lora-*, index, evaluation/<part>, jobs.jsonl (every command 
 programs), and of all that is judged table.md and records.json. `--dry-run` prints the commands in an order that works.
 Systems in the table:
 
-    gates-topN             --gate-stream, the default   gates-token-topN        MeteoRA's form, what follows too
+    gates-topN             a stream alone, the default  gates-both-topN         each token's own input beside it
+    gates-token-topN       MeteoRA's form, what follows too
     gates-original-topN    without composite sequences  gates-response-topN     prompts without LM loss
     gates-beta-5-topN      a tenth of beta              gates-mean-topN         --gate-input prefix-mean
     gates-carry-topN       --carry-logits               gates-shared-topN       --shared-gates
@@ -34,23 +35,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from quality_tables import BASELINES, Job, collect, tell
 from rich.console import Console
 
 from meteora_jax.config import InputError
-from meteora_jax.evaluation.table import retrieval_markdown
+from meteora_jax.evaluation.composite import COMPOSITES, SEED, generate_composites
 
 METEORA = ("-m", "meteora_jax.cli")
-BASELINES = ("lora-f", "lora-b")  # one LoRA on all data as it comes; on a balanced mixture
 BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
 HELD_OUT = 4  # adapters that a bank grows by
 PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent")
-# Problems of two to five tasks, a third of them zero-shot and the rest behind one or two worked examples.
-SIZES = ("--composite-sizes", "2", "5", "--composite-shots", "2")
-COMPOSITE = ("--composite", "0.3", *SIZES)
-LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--composite", "0.2", *SIZES)
-STREAM = ("--gate-stream", "64")  # the default: nothing else looks up which task an answer's line belongs to
+# Problems of two to ten tasks behind up to two worked examples if they fit: two thirds of the gates' tokens, 44 % of
+# the adapters'.
+SIZES = ("--composite-sizes", "2", "10", "--composite-shots", "2")
+COMPOSITE = ("--composite", "0.2", *SIZES)
+LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--composite", "0.1", *SIZES)
+# The default: nothing else looks up which task an answer's line belongs to, and a token's own input misleads it.
+STREAM = ("--gate-stream", "64", "--gate-input", "stream")
+# Two of MeteoRA's composite-10 tasks are the hub's; what stands for them where they are not at hand.
+COMPOSITE_10 = {"news_commentary_de": "vitaminc_fact_verification", "alpaca": "object_counting"}
 RETRIEVAL = "retrieval-selection,retrieval-mixture,retrieval-fusion,gates-top2,gates-within-top2"
-SHARES = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL")  # from 0 to 1 in table.json, percent in records
 ABLATIONS: dict[str, tuple[str, ...]] = {  # of training, beside the composite sequences that the default has
     "gates-original": ("--composite", "0"),
     "gates-response": (*COMPOSITE, "--no-prompt-loss"),
@@ -59,6 +63,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # of training, beside the composite s
 MEAN, CARRY, SHARED = ("--gate-input", "prefix-mean"), ("--carry-logits",), ("--shared-gates",)
 FORMS: dict[str, tuple[str, ...]] = {
     "gates-token": (),
+    "gates-both": ("--gate-stream", "64"),
     "gates-mean": MEAN,
     "gates-carry": CARRY,
     "gates-shared": SHARED,
@@ -88,6 +93,8 @@ class Quality:
     """What records.json calls them."""
     max_length: int = 2048
     """Tokens of a training sequence, and the width of a batch."""
+    gate_length: int = 4096
+    """The same of gates: a composite of ten tasks with a worked example has 3,700."""
     bank_steps: int = 850
     bank_rows: int = 32
     bank_tokens: int = 2_500_000
@@ -101,7 +108,7 @@ class Quality:
     gate_samples: int = 2000
     """Examples of a task that gates may see."""
     gate_steps: int = 750
-    gate_rows: int = 16
+    gate_rows: int = 8
     independent_samples: int = 500
     """Examples of a task that an independent column is made from."""
     baseline_steps: int = 470
@@ -117,14 +124,19 @@ class Quality:
     limit: int = 100
     """Test problems a task."""
     max_prompt: int = 2048
-    """Longer prompts are left out."""
-    composite: str = "3,5"
-    """As of `meteora evaluate`."""
+    """Longer prompts are left out, of single tasks."""
+    composite_max_prompt: int = 7500
+    composite: str = "3,5,10"
+    """As of `meteora evaluate`; without the hub's tasks, 10 has two substitutes, `COMPOSITE_10`."""
     composite_count: int = 100
     composite_shots: int = 2
     evaluation_batch: int = 128
     """Problems a batch; every length of prompts costs a compilation, so few large ones are best."""
     composite_batch: int = 50
+    retrieval_limit: int = 40
+    """As `limit`, for the many systems of the part retrieval."""
+    variant_limit: int = 100
+    """As `limit`, for gates beside the default ones."""
     retrieve: int = 3
     """Adapters that the index finds for a problem."""
     dtype: str | None = None
@@ -132,23 +144,13 @@ class Quality:
     parts: tuple[str, ...] = PARTS
     """What is judged: single (base, oracle, gates on each task), baselines, composite, retrieval, growth, ablations,
     forms, independent."""
+    variants: tuple[str, ...] = ()
+    """Of ablations, forms and growth only these, by their names (gates-token ...), in the plan's order; all unless
+    given."""
     seconds: float | None = None
     """After so many, end as at SIGTERM: trainings save, nothing new begins, the tables show what is there. The same
     command goes on."""
     dry_run: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """A command; `makes` is there once it is done, `after` names the jobs that it needs, gpus is how many it takes (0:
-    it runs on the CPU, beside everything else)."""
-
-    name: str
-    arguments: tuple[str, ...]
-    makes: Path
-    after: tuple[str, ...] = ()
-    gpus: int = 1
-    shares: bool = False  # its GPU, with others of its kind
 
 
 class Plan:
@@ -164,19 +166,20 @@ class Plan:
     ) -> None:
         self.jobs.append(Job(name, tuple(map(str, arguments)), makes, tuple(after), gpus, shares))
 
-    def common(self, rows: int, steps: int) -> tuple[Any, ...]:
+    def common(self, rows: int, steps: int, length: int) -> tuple[Any, ...]:
         """Options of every training."""
         q = self.q
         remat = {"all": (), "dots": ("--remat-keeps", "dots"), "none": ("--no-remat",)}[q.remat]
         dtype = () if q.dtype is None else ("--dtype", q.dtype)
-        return ("--base", q.base, "--tasks", q.tasks, "--max-length", q.max_length, "--rows", rows, "--steps", steps,
+        return ("--base", q.base, "--tasks", q.tasks, "--max-length", length, "--rows", rows, "--steps", steps,
                 "--accumulate", q.accumulate, "--save-every", q.save_every, "--keep", 1, *remat, *dtype)  # fmt: skip
 
     def bank(self) -> None:
         """All adapters, and the bank that is to grow."""
         q, out = self.q, self.q.out
-        self.add("bank", "train", "bank", *self.common(q.bank_rows, q.bank_steps), *LORA, "--rank", q.rank, "--tokens",
-                 q.bank_tokens, "--epochs", q.bank_epochs, "--validations", q.bank_validations, "--samples-per-task",
+        self.add("bank", "train", "bank", *self.common(q.bank_rows, q.bank_steps, q.max_length), *LORA,
+                 "--rank", q.rank, "--tokens", q.bank_tokens, "--epochs", q.bank_epochs, "--validations",
+                 q.bank_validations, "--samples-per-task",
                  q.bank_samples, "--task", *self.names, "--out", out / "bank", "--log",
                  out / "bank.jsonl", makes=out / "bank" / "bank.json", gpus=q.bank_gpus)  # fmt: skip
         if "growth" in q.parts and self.held:
@@ -187,8 +190,9 @@ class Plan:
     def gates(self, name: str, *more: Any, bank: str = "bank", after: Sequence[str] = ()) -> None:
         q, out = self.q, self.q.out
         more = more if "--samples-per-task" in more else (*more, "--samples-per-task", q.gate_samples)
-        self.add(name, "train", "gates", *self.common(q.gate_rows, q.gate_steps), "--bank", out / bank, "--out",
-                 out / name, "--learning-rate", "2e-3", "--warmup", "0.03", "--log", out / f"{name}.jsonl", *more,
+        self.add(name, "train", "gates", *self.common(q.gate_rows, q.gate_steps, q.gate_length), "--bank",
+                 out / bank, "--out", out / name, "--learning-rate", "2e-3", "--warmup", "0.03", "--log",
+                 out / f"{name}.jsonl", *more,
                  makes=out / name / "gates.json", after=(bank, *after))  # fmt: skip
 
     def variants(self) -> None:
@@ -199,13 +203,17 @@ class Plan:
         made |= {n: (*COMPOSITE, *options) for n, options in FORMS.items()} if "forms" in q.parts else {}
         if "independent" in q.parts:
             made["gates-independent"] = ("--independent", "--samples-per-task", q.independent_samples)
-        for name, options in made.items():
-            self.gates(name, *options)
-            self.evaluate_variant(name)
+        wanted = lambda name: not q.variants or name in q.variants  # noqa: E731
         if "growth" in q.parts and self.held:
             self.gates("gates-small", *COMPOSITE, *STREAM, bank="bank-small")
             for name, options in {"gates-grown": (), "gates-grown-bias": ("--extend-bias",)}.items():
+                if not wanted(name):
+                    continue
                 self.gates(name, *COMPOSITE, "--extend", q.out / "gates-small", *options, after=("gates-small",))
+                self.evaluate(name, "gates-top1,gates-top2", gates=name)
+        for name, options in made.items():
+            if wanted(name):
+                self.gates(name, *options)
                 self.evaluate_variant(name)
 
     def baselines(self) -> None:
@@ -214,30 +222,51 @@ class Plan:
             mixture = (
                 ("natural",) if lora.startswith("lora-f") else ("balanced", "--samples-per-task", BALANCED_SAMPLES)
             )
-            self.add(lora, "train", "adapter", *self.common(q.baseline_rows, q.baseline_steps), *LORA, "--task",
-                     *self.names, "--name", lora, "--rank", lora.rpartition("-r")[2], "--mixture", *mixture, "--out",
+            self.add(lora, "train", "adapter", *self.common(q.baseline_rows, q.baseline_steps, q.max_length),
+                     *LORA, "--task", *self.names, "--name", lora, "--rank", lora.rpartition("-r")[2], "--mixture",
+                     *mixture, "--out",
                      out / lora, "--log", out / f"{lora}.jsonl", makes=out / lora / "bank.json")  # fmt: skip
 
     def evaluate(self, name: str, systems: str, *more: Any, gates: str | None = "gates", after: Sequence[str] = (),
-                 batch: int | None = None) -> None:  # fmt: skip
+                 batch: int | None = None, limit: int | None = None) -> None:  # fmt: skip
         q, out = self.q, self.q.out
         folder, dtype = out / "evaluation" / name, () if q.dtype is None else ("--dtype", q.dtype)
         given = () if gates is None else ("--gates", out / gates)
         self.add(f"evaluate {name}", "evaluate", "--base", q.base, "--bank", out / "bank", *given, "--tasks", q.tasks,
-                 "--systems", systems, "--limit", q.limit, "--max-prompt", q.max_prompt, "--batch-size",
-                 batch or q.evaluation_batch, *dtype, "--out", folder, *more, makes=folder / "table.json",
+                 "--systems", systems, "--limit", limit or q.limit, "--max-prompt", q.composite_max_prompt if
+                 batch else q.max_prompt, "--batch-size", batch or q.evaluation_batch, *dtype, "--out", folder, *more,
+                 makes=folder / "table.json",
                  after=(gates or "bank", *after), shares=True)  # fmt: skip
 
     def evaluate_composites(self, name: str, systems: str, *more: Any, temperature: int = 1, **how: Any) -> None:
         q = self.q
-        self.evaluate(name, systems, "--composite", q.composite, "--composite-count", q.composite_count,
+        self.evaluate(name, systems, "--composite", composites(q), "--composite-count", q.composite_count,
                       "--composite-shots", q.composite_shots, "--composite-temperature", temperature, *more,
                       batch=q.composite_batch, **how)  # fmt: skip
 
     def evaluate_variant(self, name: str) -> None:
-        self.evaluate(name, "gates-top1,gates-top2", gates=name)
+        self.evaluate(name, "gates-top1,gates-top2", gates=name, limit=self.q.variant_limit)
         if "composite" in self.q.parts:
             self.evaluate_composites(f"{name}-composite", "gates-top2", gates=name)
+
+
+def composites(q: Quality) -> str:
+    """`--composite` of `meteora evaluate`, with a file where a task of 10 is not there."""
+    known = {str(n): all((q.tasks / task).is_dir() for task in names) for n, names in COMPOSITES.items()}
+    return ",".join(what if known.get(what, True) else str(substituted(q, what)) for what in q.composite.split(","))
+
+
+def substituted(q: Quality, what: str) -> Path:
+    """Where the problems of a composite with substitutes lie."""
+    return q.out / f"composite_{what}_substituted.jsonl"
+
+
+def draw_composites(q: Quality) -> None:
+    """Writes the files that `composites` names."""
+    for what in q.composite.split(","):
+        if (dest := substituted(q, what)) and str(dest) in composites(q):
+            tasks = [COMPOSITE_10.get(task, task) for task in COMPOSITES[int(what)]]
+            generate_composites(q.tasks, tasks, seed=SEED, count=q.composite_count, shots=q.composite_shots, dest=dest)
 
 
 def plan(q: Quality, names: Sequence[str]) -> list[Job]:
@@ -265,98 +294,11 @@ def plan(q: Quality, names: Sequence[str]) -> list[Job]:
             p.evaluate_composites("composite-baselines", "", *given, gates=None, after=p.loras)
     if "retrieval" in q.parts:
         p.evaluate("retrieval", RETRIEVAL, "--index", q.out / "index", "--retrieve", min(q.retrieve, len(names) - 1),
-                   "--unseen", after=("index",))  # fmt: skip
+                   "--unseen", after=("index",), limit=q.retrieval_limit)  # fmt: skip
     p.variants()
     if "composite" in q.parts:
         p.evaluate_composites("composite-warm", "gates-top2", temperature=15)
     return p.jobs
-
-
-def collect(q: Quality, jobs: list[Job], adapters: int) -> list[dict[str, Any]]:
-    """A record for every figure of every evaluation that is there; of a system that two of them judged on a row, the
-    first one's."""
-    records, known = [], set()
-    for job in jobs:
-        if job.arguments[0] != "evaluate" or not job.makes.is_file():
-            continue
-        option = dict(zip(job.arguments, job.arguments[1:], strict=False))
-        gates, warm = Path(option.get("--gates", "gates")).name, option.get("--composite-temperature", "1")
-        common = {
-            "split": "test", "base": q.base.name, "adapters": adapters, "device": q.device,
-            "date": time.strftime("%Y-%m-%d", time.gmtime(job.makes.stat().st_mtime)),
-            "command": shlex.join(["meteora", *job.arguments]),
-        }  # fmt: skip
-        for task, cells in json.loads(job.makes.read_text(encoding="utf-8"))["tasks"].items():
-            for system, cell in cells.items():
-                named = system.replace("gates", gates, 1) if system.startswith("gates-") else system
-                named += f" at temperature {warm}" if warm != "1" else ""
-                if (named, task) in known:
-                    continue
-                known.add((named, task))
-                for metric, value in cell.items():
-                    if isinstance(value, int | float) and metric != "problems":
-                        value = round(100 * value, 2) if metric in SHARES else value
-                        record = {"system": named, "task": task, "metric": metric, "value": value}
-                        records.append({**record, "n": cell["problems"], **common})
-    return records
-
-
-def tell(q: Quality, jobs: list[Job], records: list[dict[str, Any]]) -> None:
-    """Writes records.json, and table.md: each system's means and composites, every task, what the index found."""
-    (q.out / "records.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    tables = [means_table(records), tasks_table(records)]
-    for job in jobs:
-        if job.name == "evaluate retrieval" and job.makes.is_file():
-            found = json.loads(job.makes.read_text(encoding="utf-8")).get("retrieval")
-            tables.append(retrieval_markdown(found) if found else "")
-    (q.out / "table.md").write_text("\n".join(t for t in tables if t), encoding="utf-8")
-
-
-def means_table(records: list[dict[str, Any]]) -> str:
-    """Each system's mean accuracy over the tasks that have one, and its composite problems."""
-    accuracies: dict[str, list[float]] = {}
-    composites: dict[str, dict[str, str]] = {}
-    for r in records:
-        if r["metric"] == "accuracy":
-            accuracies.setdefault(r["system"], []).append(r["value"])
-        if r["metric"] in ("attempted", "correct"):
-            composites.setdefault(r["system"], {})[f"{r['task']}, {r['metric']}"] = f"{r['value']:g}"
-    columns = sorted({c for row in composites.values() for c in row})
-    lines = [
-        "| system | " + " | ".join(["tasks", "mean accuracy", *columns]) + " |",
-        "| --- " * (len(columns) + 3) + "|",
-    ]
-    for system in dict.fromkeys([*accuracies, *composites]):
-        own, row = accuracies.get(system), composites.get(system, {})
-        mean = [str(len(own)), f"{sum(own) / len(own):.1f}"] if own else ["", ""]
-        lines.append("| " + " | ".join([system, *mean, *(row.get(c, "") for c in columns)]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def tasks_table(records: list[dict[str, Any]]) -> str:
-    """Every task by base, oracle, gates and baselines: its accuracy, or ROUGE-L where it has none; and the means."""
-    cells: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for r in records:
-        cells.setdefault(r["task"], {})[r["system"], r["metric"]] = r
-    wanted = ("base", "oracle", "gates-top1", "gates-top2")
-    present = list(dict.fromkeys(r["system"] for r in records))
-    systems = [*(s for s in wanted if s in present), *(s for s in present if s.startswith(BASELINES))]
-    lines = ["| task | problems | " + " | ".join(systems) + " |", "| --- " * (len(systems) + 2) + "|"]
-    sums: dict[str, list[float]] = {}
-    for task, row in cells.items():
-        metric = next((m for m in ("accuracy", "rougeL") if any((s, m) in row for s in systems)), None)
-        if metric is None or any(m == "attempted" for _, m in row):  # composites have columns in the other table
-            continue
-        found = {s: row[s, metric] for s in systems if (s, metric) in row}
-        if metric == "accuracy":
-            for s, r in found.items():
-                sums.setdefault(s, []).append(r["value"])
-        label = task if metric == "accuracy" else f"{task}, ROUGE-L"
-        texts = [f"{found[s]['value']:.1f}" if s in found else "" for s in systems]
-        lines.append(f"| {label} | {next(iter(found.values()))['n']} | " + " | ".join(texts) + " |")
-    means = [f"{sum(sums[s]) / len(sums[s]):.1f}" if s in sums else "" for s in systems]
-    lines.append("| mean accuracy | | " + " | ".join(means) + " |")
-    return "\n".join(lines) + "\n" if systems else ""
 
 
 class Runner:
@@ -477,6 +419,8 @@ def main(q: Quality) -> int:
         for job in jobs:
             print(shlex.join(["meteora", *job.arguments]))
         return 0
+    if "composite" in q.parts:
+        draw_composites(q)
     runner = Runner(q)
     signal.signal(signal.SIGTERM, lambda *_: runner.stop())
     clock = threading.Timer(threading.TIMEOUT_MAX if q.seconds is None else q.seconds, runner.stop)

@@ -26,8 +26,10 @@ def quality() -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["quality"] = module
+    sys.path.insert(0, str(SCRIPT.parent))
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(SCRIPT.parent))
     del sys.modules["quality"]
 
 
@@ -193,6 +195,32 @@ def test_tables_show_each_system_and_task_once(quality, tmp_path):
     assert "| b, ROUGE-L | 8 | 25.0 |  |  |" in text
     assert "composite_3, ROUGE-L" not in text
     assert "| mean accuracy | | 10.0 | 50.0 | 40.0 |" in text
+
+
+def test_a_composite_without_its_tasks_is_a_file_with_substitutes(quality, tmp_path):
+    tasks = tmp_path / "tasks"
+    for name in {quality.COMPOSITE_10.get(n, n) for names in quality.COMPOSITES.values() for n in names}:
+        (tasks / name).mkdir(parents=True)
+        lines = [json.dumps({"prompt": f"[INST] {name} {i}? [/INST]\n", "response": str(i)}) for i in range(9)]
+        for split in ("train", "test"):
+            (tasks / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    q = quality.Quality(base=Path("base"), tasks=tasks, out=tmp_path / "out", composite="3,10", composite_count=4)
+    file = tmp_path / "out" / "composite_10_substituted.jsonl"
+    assert quality.composites(q) == f"3,{file}"
+    quality.draw_composites(q)
+    problems = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(problems) == 4
+    assert {"object_counting", "vitaminc_fact_verification"} < set(problems[0]["tasks"])
+    assert len(problems[0]["tasks"]) == 10
+    for name in quality.COMPOSITE_10:
+        (tasks / name).mkdir()
+    assert quality.composites(q) == "3,10"
+
+
+def test_variants_choose_among_gates(quality, tmp_path):
+    q = settings(quality, tmp_path, parts=("growth", "forms"), variants=("gates-grown", "gates-token"))
+    made = [j.name for j in quality.plan(q, NAMES) if j.arguments[:2] == ("train", "gates")]
+    assert made == ["gates-small", "gates-grown", "gates-token"]
 
 
 def test_a_dry_run_prints_commands(tmp_path):

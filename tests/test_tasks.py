@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import pytest
 from test_cli import refused, run
 
+from meteora_jax.cli.prepare import Prepare
+from meteora_jax.cli.prepare import prepare as run_prepare
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import (
     METEORA_TASKS,
     SPLITS,
+    SUBSTITUTES,
     Example,
     bigbench,
     hub,
@@ -58,6 +61,18 @@ def test_there_are_22_bigbench_tasks_and_6_of_the_hub():
     assert list(METEORA_TASKS) == sorted(METEORA_TASKS)
     assert len(BIGBENCH_TASKS) == 22
     assert {*BIGBENCH_TASKS, *hub.HUB_TASKS} == set(METEORA_TASKS)
+
+
+def test_substitutes_are_prepared_when_asked_for(tmp_path):
+    for task in SUBSTITUTES:
+        write_task(tmp_path, task, {"examples": [{"input": f"{task}?", "target_scores": {"yes": 1, "no": 0}}]})
+    assert not set(SUBSTITUTES) & set(METEORA_TASKS)
+    assert [row.task for row in prepare(tmp_path, tmp_path / "tasks", SUBSTITUTES)] == list(SUBSTITUTES)
+    (example,) = all_examples(tmp_path / "tasks", "navigate")
+    assert example.response == "yes"
+    assert "choice: " in example.prompt
+    with pytest.raises(InputError, match="--substitutes: expected BIG-bench as the source, found the hub"):
+        run_prepare(Prepare(source="hub", dest=tmp_path / "tasks", substitutes=True))
 
 
 # --- the text of prompts and answers ---

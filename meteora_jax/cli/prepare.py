@@ -28,7 +28,10 @@ class Prepare:
     dest: tyro.conf.Positional[Path]
     """TASKS folder, for <task>/{train,test,holdout}.jsonl."""
     tasks: tuple[str, ...] = ()
-    """The tasks to write; by default all that the source has."""
+    """The tasks to write; by default all of MeteoRA's that the source has."""
+    substitutes: bool = False
+    """Also six other BIG-bench tasks, in the hub's place: hyperbaton, logical_fallacy_detection, navigate,
+    sports_understanding, temporal_sequences, timedial."""
     test_inputs: Path | None = None
     """Lines "SHA-256 task" of inputs that are test, whatever the split rule says."""
     verify: Path | None = None
@@ -44,6 +47,10 @@ def prepare(command: Prepare) -> None:
         InputError: the source or a file was refused, or a question of the `--verify` file is not reproduced.
     """
     tasks = command.tasks or (tuple(hub.HUB_TASKS) if command.source == HUB else bigbench.BIGBENCH_TASKS)
+    if command.substitutes:
+        if command.source == HUB:
+            raise InputError("--substitutes: expected BIG-bench as the source, found the hub")
+        tasks = tuple(dict.fromkeys((*tasks, *bigbench.SUBSTITUTES)))
     counts = write_tasks(command, tasks)
     console.print(counts_table(counts))
 

@@ -1,4 +1,4 @@
-"""Scores of answers: MeteoRA's for its 28 tasks and for composite problems, and LoraRetriever's.
+"""Scores of answers: MeteoRA's for its 28 tasks (and six substitutes) and for composite problems, and LoraRetriever's.
 
 MeteoRA compares answer and target in lower case, without outer whitespace. Accuracies are fractions, BLEU runs
 from 0 to 100 and ROUGE (F-measure, mean over the answers) from 0 to 1, as sacrebleu and rouge_score give them,
@@ -15,6 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from meteora_jax.config import InputError
+from meteora_jax.evaluation.tasks import SUBSTITUTES
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 Pair = tuple[str, str]  # an answer and its target
@@ -104,9 +105,10 @@ ACCURACY: dict[str, Callable[[str, str], bool]] = {
     "unit_conversion": _exact,
     "vitaminc_fact_verification": _fuzzy,
     "winowhy": _exact,
+    **dict.fromkeys(SUBSTITUTES, _exact),
 }
 
-# What each of MeteoRA's tasks is scored by.
+# What each task is scored by.
 METRICS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ACCURACY, ("accuracy",)),
     **dict.fromkeys(("alpaca", "cnn_dailymail", "linguistics_puzzles", "topical_chat"), ("bleu", "rouge")),

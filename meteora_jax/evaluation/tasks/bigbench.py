@@ -22,6 +22,7 @@ from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import (
     METEORA_TASKS,
     SPLITS,
+    SUBSTITUTES,
     Example,
     TaskCounts,
     load_split,
@@ -79,9 +80,9 @@ def prepare(
     total), first when the source has been read. Raises `InputError` when a task is
     unknown, absent from `source`, or malformed.
     """
-    unknown = sorted(set(tasks) - set(BIGBENCH_TASKS))
-    if unknown:
-        raise InputError(f"tasks: expected BIG-bench tasks ({', '.join(BIGBENCH_TASKS)}), found {', '.join(unknown)}")
+    known = (*BIGBENCH_TASKS, *SUBSTITUTES)
+    if unknown := sorted(set(tasks) - set(known)):
+        raise InputError(f"tasks: expected BIG-bench tasks ({', '.join(known)}), found {', '.join(unknown)}")
     files = read_task_files(source, tasks)
     listed = pinned_to_test or {}
     counts = []
