@@ -289,7 +289,6 @@ def plan(q: Quality, names: Sequence[str]) -> list[Job]:
         p.evaluate("baselines", "", *given, gates=None, after=p.loras)
     if "composite" in q.parts:
         p.evaluate_composites("composite", "gates-top1,gates-top2")
-        p.evaluate_composites("composite-plain", "base", gates=None)
         if "baselines" in q.parts:
             p.evaluate_composites("composite-baselines", "", *given, gates=None, after=p.loras)
     if "retrieval" in q.parts:
@@ -297,6 +296,7 @@ def plan(q: Quality, names: Sequence[str]) -> list[Job]:
                    "--unseen", after=("index",), limit=q.retrieval_limit)  # fmt: skip
     p.variants()
     if "composite" in q.parts:
+        p.evaluate_composites("composite-plain", "base", gates=None)
         p.evaluate_composites("composite-warm", "gates-top2", temperature=15)
     return p.jobs
 
