@@ -55,7 +55,7 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
         if gates and linear.form.changes:
             return "gates of another form than MeteoRA's"
         if not linear.joined and (gates or not _wide(linear)):
-            return "gates and A's that are not behind the kernel's columns"
+            return "gates and A's that are not behind the kernel's rows"
     return None
 
 

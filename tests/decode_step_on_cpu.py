@@ -85,7 +85,8 @@ def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict
     if extra["norm"] is not None:
         factor = 1 / np.sqrt((x * x).mean(-1) + (g.eps or 0.0))
         x = x * f(extra["norm"])[layer]
-    w = f(g.w)[layer][:, : starts[-1]]
+    w = f(g.w)[layer]
+    w = w[: starts[-1]].T if g.columns else w
     y = factor[:, None] * (x @ w)
     size = factor[:, None] * (np.abs(x) @ np.abs(w))
     routed = []

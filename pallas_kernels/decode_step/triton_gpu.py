@@ -1,6 +1,6 @@
 """The groups of a layer for one token a row, and its attention: cuBLAS and Triton launches (the extra `gpu`).
 
-A group is a product by XLA (cuBLAS reads the layer where it is stacked; the gates and A's are its last columns), then
+A group is a product by XLA (cuBLAS reads the layer where it is stacked; the gates and A's are its last rows), then
 `tail_kernel`: norm, choice and update of the adapters, and what follows, which is rotary embedding and cache,
 silu(gate) up, or the sum with the residual stream. With a wide bank `shrink_kernel` stands between them. A norm's
 1 / rms commutes with the product: the tail before it multiplies by the norm's scale, the one behind it by that factor.
@@ -42,9 +42,9 @@ PROGRAMS = 128  # of an H200's 132 multiprocessors
 class Group:
     """A projection group's weights, stacked over layers.
 
-    w [L, I, O + N]: behind the O columns N / P a projection, its gates, and its A's from column `first` on (or gates
-    alone beside a [L, P, A, R, I]); b [L, A, R, O]; scale float32 [L, P, A]. None: has none. eps: of the norm before
-    it, None without one. columns: N / P.
+    w [L, I, O], or rows [L, O + N, I]: behind the O rows N / P a projection, its gates, and its A's from row `first` on
+    (or gates alone beside a [L, P, A, R, I]); b [L, A, R, O]; scale float32 [L, P, A]. None: has none. eps: of the norm
+    before it, None without one. columns: N / P, of the product; 0: w is [L, I, O].
     """
 
     w: Any
@@ -134,9 +134,10 @@ def tiles(rows: int, total: int, tail: Tail, head: int, gather: bool | None) -> 
     return dict(BM=bm, BH=bh)
 
 
-def product(x: jax.Array, w: jax.Array, layer: int) -> jax.Array:
+def product(x: jax.Array, group: Group, layer: int) -> jax.Array:
     """float32 [rows of x, O + N]: x W of a layer, read where it is stacked."""
-    return jnp.einsum("mi,io->mo", x, w[layer], preferred_element_type=jnp.float32)
+    form = "mi,oi->mo" if group.columns else "mi,io->mo"
+    return jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
 
 
 def group_step(
@@ -177,12 +178,11 @@ def group_step(
     rows = carried.keys.shape[1]
     if rows > MAX_ROWS:
         raise NotImplementedError(f"decode_step: expected at most {MAX_ROWS} rows, found {rows}")
-    depth, width, extra = group.w.shape
-    total = sum(group.splits)
-    extra -= total
+    depth, width = group.w.shape[0], x.shape[1]
+    total, extra = sum(group.splits), group.columns * len(group.splits)
     wide = choice is not None and group.a is not None
     if choice is not None and not extra and (not wide or choice.counts is not None):
-        raise NotImplementedError("decode_step: expected gates and A's behind the kernel's columns, found none")
+        raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
     gates = choice is not None and choice.counts is not None
     gather = None if choice is None else wide or rows * choice.top_k <= GATHER * group.b.shape[1]
     size = tiles(rows, total, tail, head, gather)
@@ -193,7 +193,7 @@ def group_step(
     norm = dict(NORM=squares is not None, EPS=group.eps or 0.0, NS=parts, NSP=power(parts))
     squares = none if squares is None else squares
 
-    sums = product(x, group.w, layer)
+    sums = product(x, group, layer)
     routed, sizes = _adapters(none, group, choice, carried, rows, total + extra, first_projection)
     h = sums
     if wide:
@@ -265,7 +265,7 @@ def _adapters(
 
 def shrink_parts(group: Group, rows: int, choices: int) -> int:
     """Into how many parts a wide bank's shrink over I is cut, so that its programs fill the chip."""
-    width, programs = group.w.shape[1], rows * choices * len(group.splits)
+    width, programs = group.a.shape[-1], rows * choices * len(group.splits)
     return next(p for p in (16, 8, 4, 2, 1) if p == 1 or (width % (p * 128) == 0 and p * programs <= 8 * PROGRAMS))
 
 

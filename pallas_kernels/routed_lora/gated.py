@@ -25,8 +25,8 @@ TRITON_ROWS = 64
 Implementation = Literal[
     "reference", "triton", "triton_slim", "diagonal", "masked_diagonal", "apart", "masked_apart", "tiles"
 ]
-# What serves more tokens than that on a GPU; from `scripts/bench.py --what prefill --settings all`, joined columns.
-PROMPTS: Implementation = "masked_apart"
+# What serves more tokens than that on a GPU; from `scripts/bench.py --what prefill --settings all`, slim matrix apart.
+PROMPTS: Implementation = "diagonal"
 
 
 def choose(platform: str, rows: int) -> Implementation:
