@@ -274,8 +274,8 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
                         if what == "train":
                             made = training(model, routers["adapted"], tokens, adapters, setting)
                         else:
-                            # bare is a model without gates; beside joined ones it computes their columns, too, and
-                            # that is timed as the other settings'
+                            # bare is a model without gates; beside joined ones a prompt reads the first rows of their
+                            # kernels, and that is timed as the other settings'
                             used = {"adapted": ready[setting.joined], "bare": model}
                             if what == "prefill" and setting.joined and name != "today":
                                 used["bare"] = ready[True]
