@@ -114,7 +114,8 @@ class GateStream(nnx.Module):
     """A layer's part of the gates' own residual stream; see meteora_jax.routing.memory.
 
     read float32 [D, 4, E]: of the layer's input x to queries, keys, values, and straight into the stream. own float32
-    [E, 3, E]: of the stream to queries, keys, values. out float32 [E, 7, A]: of the stream to logits.
+    [E, 3, E]: of the stream to queries, keys, values. out float32 [E, 7, A]: of the stream to logits. Once `prepare`d
+    they have the model's dtype.
     """
 
     def __init__(self, config: LlamaConfig, width: int, adapters: int):
@@ -123,6 +124,14 @@ class GateStream(nnx.Module):
         self.read = weight(("model", None, None), config.hidden_size, 4, width)
         self.own = weight((None, None, None), width, 3, width)
         self.out = weight((None, None, None), width, count, adapters)
+
+    def prepare(self, dtype: Any) -> jax.Array:
+        """Keeps the weights of stacked layers as products read them; those of x, [L, 4 E, D]."""
+        for name in ("read", "own", "out"):
+            weight = getattr(self, name)
+            setattr(self, name, GateParam(weight[...].astype(dtype), axes=weight.axes))
+        read = self.read[...]
+        return jnp.swapaxes(read.reshape(*read.shape[:2], -1), 1, 2)
 
     def __call__(
         self, x: jax.Array, u: jax.Array, where: Where, cache: KVCache | None, index: jax.Array, fresh: bool
@@ -364,9 +373,11 @@ class Llama(nnx.Module):
         """The layers of one token a row by Triton; see meteora_jax.decoding."""
         angles = where.cos[:, 0, 0], where.sin[:, 0, 0]
         rows = (jnp.broadcast_to(z, (x.shape[0], z.shape[1])) for z in angles)
+        turns = stream_rotation(self.form.stream, positions) if self.form.stream else None
         x, cache, routings = run_layers(
-            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step
-        )
+            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step,
+            turns and (turns[0][:, 0, 0], turns[1][:, 0, 0]),
+        )  # fmt: skip
         observed = None if observe is None else jax.vmap(observe)(routings)
         return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
 
@@ -411,9 +422,12 @@ def prepare_gates(graph: Any, weights: Any, joined: bool | None = None, release:
     """
     joined = step_form(1) is not None if joined is None else joined
     model = nnx.merge(graph, weights)
+    stream, read = model.layers.gate_stream, None
+    if stream is not None and model.form.is_served:
+        read = stream.prepare(model.embed.dtype)
     for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
         before = linear.kernel[...]
-        linear.prepare(joined)
+        linear.prepare(joined, read if linear is model.layers.qkv else None)
         if release and linear.joined:
             before.delete()
     return nnx.split(model)

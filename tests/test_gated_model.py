@@ -16,7 +16,7 @@ from meteora_jax import compiler, llama
 from meteora_jax.adapters import add_update
 from meteora_jax.compiler import Jit
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
-from meteora_jax.gate_config import GateConfig
+from meteora_jax.gate_config import METEORA_FORM, GateConfig, GateForm
 from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.llama import Llama, prepare_gates
@@ -181,7 +181,7 @@ def test_the_implementation_follows_the_table():
 # ---- on a GPU, where neither transformers nor a tokenizer need be installed
 
 
-def small(dtype: str) -> mj.Meteora:
+def small(dtype: str, form: GateForm = METEORA_FORM) -> mj.Meteora:
     """A random model with four adapters and gates; its weights do not depend on the dtype but for their rounding."""
     config = LlamaConfig(
         vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64,
@@ -191,12 +191,12 @@ def small(dtype: str) -> mj.Meteora:
     infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)
-    graph, state = nnx.split(Llama(config, bank, gates=True, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(Llama(config, bank, gates=True, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0), form=form))
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     draw = lambda key, x: (0.1 * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)  # noqa: E731
     weights = jax.tree.unflatten(tree, [draw(k, x) for k, x in zip(keys, leaves, strict=True)])
-    return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0), None, graph, weights)
+    return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0, form), None, graph, weights)
 
 
 def prompt_hidden(model: mj.Meteora, router: Any = None) -> np.ndarray:
