@@ -80,7 +80,7 @@ def softmax_of_largest(logits: np.ndarray, count: int, temperature: float) -> tu
 def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict[str, Any]) -> tuple[Any, Any, float]:
     """(result, [[(adapters, weights) by projection] by row], size of the sums), float64.
 
-    extra: residual, cos, sin, norm [L, I] or None, slim [L, P, N, I] or None.
+    extra: residual, cos, sin, norm [L, I] or None, slim [L, P, N, I] or None, more [M, P, A] or None.
     """
     f = lambda z: np.asarray(z, np.float64)  # noqa: E731
     x, starts, factor = f(x), np.cumsum((0, *g.splits)), np.ones(len(x))
@@ -98,8 +98,9 @@ def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict
             # the factor last: equal logits stay equal
             slim = f(extra["slim"])[layer, p] @ x[m] * factor[m] if extra["slim"] is not None else None
             if choice.counts is not None:
-                adapters = g.b.shape[1]
-                chosen = softmax_of_largest(slim[:adapters], int(choice.counts[m]), float(choice.temperatures[m]))
+                logits = 0 * slim[: g.b.shape[1]] if choice.alone else slim[: g.b.shape[1]]
+                logits = logits if extra["more"] is None else logits + f(extra["more"])[m, p]
+                chosen = softmax_of_largest(logits, int(choice.counts[m]), float(choice.temperatures[m]))
             else:
                 chosen = np.asarray(choice.indices)[m], f(choice.weights)[m]
             routed[-1].append(chosen)
@@ -153,7 +154,7 @@ def one_case(seed: int, launches: list[str]) -> None:
     rng = np.random.default_rng(seed)
     tail, how = ("rope", "silu", "residual")[seed % 3], ("none", "gates", "given")[seed // 3 % 3]
     kind = ("float32", "bfloat16")[(seed // 9 + seed) % 2]
-    wide = bool((seed // 9 + seed // 3) % 2)
+    wide = bool((seed // 9 + seed // 3 % 3) % 2)
     rows, layers, head = int(rng.choice([1, 2, 3, 8, 17])), 2, int(rng.choice([32, 64]))
     width = int(rng.choice([16, 64, 96, 128]))
     adapters, rank, top_k = int(rng.integers(2, 40)), int(rng.choice([1, 3, 8])), int(rng.integers(1, 4))
@@ -171,6 +172,10 @@ def one_case(seed: int, launches: list[str]) -> None:
     layer, slots, slot = int(rng.integers(layers)), 5, 3
     empty = lambda: jnp.asarray(rng.standard_normal((layers, rows, slots, kv * head)), kind)  # noqa: E731
     traced = how == "gates"
+    reads = ("token", "both", "stream")[(seed // 9 + seed) % 3]
+    more = None
+    if traced and reads != "token":
+        more = jnp.asarray(rng.integers(-9, 10, (rows, 7, adapters)), jnp.float32)
     carried = Carried(
         empty(), empty(), jnp.full((layers, rows, 7, top_k) if traced else (1,), 99, jnp.int32),
         jnp.zeros((layers, rows, 7, top_k) if traced else (1,), jnp.float32),
@@ -178,7 +183,7 @@ def one_case(seed: int, launches: list[str]) -> None:
     choice = None
     if how == "gates":
         choice = Choice(top_k, jnp.asarray(rng.integers(0, top_k + 1, rows), jnp.int32),
-                        jnp.asarray(rng.uniform(5, 20, rows), jnp.float32))  # fmt: skip
+                        jnp.asarray(rng.uniform(5, 20, rows), jnp.float32), alone=reads == "stream")  # fmt: skip
     elif how == "given":
         choice = Choice(top_k, indices=jnp.asarray(rng.integers(-1, adapters, (rows, top_k)), jnp.int32),
                         weights=jnp.asarray(rng.standard_normal((rows, top_k)), jnp.float32))  # fmt: skip
@@ -187,12 +192,13 @@ def one_case(seed: int, launches: list[str]) -> None:
     extra = dict(residual=jnp.asarray(rng.standard_normal((rows, splits[0])), kind), head=head, norm=norm, slim=slim,
                  cos=jnp.asarray(np.cos(angle), jnp.float32), sin=jnp.asarray(np.sin(angle), jnp.float32))  # fmt: skip
     at = {"rope": 0, "residual": 3, "silu": 4}[tail]
+    extra["more"] = None if more is None else more[:, at : at + len(splits)]
     launches.clear()
     begun = Stream.begin(x, norm[layer]) if norm is not None else Stream(x, triton_gpu.at_least(x, 8), None)
     out, after = triton_gpu.group_step(
         layer, begun.scaled, g, tail, carried, choice, squares=begun.squares, head=head, first_projection=at,
         residual=extra["residual"] if tail == "residual" else None, following=(then, seed % 2),
-        angles=(extra["cos"], extra["sin"]) if tail == "rope" else None, slot=jnp.asarray([slot], jnp.int32),
+        angles=(extra["cos"], extra["sin"]) if tail == "rope" else None, slot=jnp.asarray([slot], jnp.int32), more=more,
     )  # fmt: skip
     assert launches == [*(["shrink_kernel"] if wide and choice is not None else []), "tail_kernel"], launches
     wanted, routed, size = group(x, g, layer, tail, choice, extra)
