@@ -140,7 +140,7 @@ def decode_steps() -> None:
             print(f"decode_step {rows} {width}->{splits} {adapters} of rank {rank} {gates} bfloat16")
             p, wide, some = len(splits), adapters * rank > gated.DENSE_WIDTH, max(1, adapters)
             group = decode_step.Group(
-                half(width, sum(splits) + 256 * p), half(p, some, rank, width) if wide else None,
+                half(sum(splits) + 256 * p, width), half(p, some, rank, width) if wide else None,
                 half(some, rank, sum(splits)), array((layers, p, some), jnp.float32), splits, 1e-5, 256,
                 gated.first_shrink(some),
             )  # fmt: skip
