@@ -17,7 +17,7 @@ from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.gate_config import METEORA_FORM, GateForm
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
-from meteora_jax.routing.memory import FormedGate
+from meteora_jax.routing.memory import FormedGate, served_gates
 from meteora_jax.sharding import constrain, splits_inner
 from pallas_kernels.routed_lora import add_routed_lora, gated, routed_lora
 from pallas_kernels.routed_lora.reference import FEW_ROWS, KEPT, add_expanded, einsum_float32, shrink
@@ -25,6 +25,10 @@ from pallas_kernels.routed_lora.reference import FEW_ROWS, KEPT, add_expanded, e
 
 class BaseParam(nnx.Param):
     """A weight of the base model."""
+
+
+class JoinedKernel(BaseParam):
+    """A kernel of `AdaptedLinear.prepare(joined=True)`, which keeps the axis of layers where layers are scanned."""
 
 
 class AdapterParam(nnx.Param):
@@ -218,12 +222,19 @@ def request_lora(
     return jnp.concatenate(updates, axis=-1)
 
 
-@jax.jit
 def _join(kernel: jax.Array, slim: jax.Array) -> jax.Array:
-    """kernel [L, I, O] and slim [L, P, N, I] as [L, I, O + P N]."""
-    layers, _, _, width = slim.shape
-    columns = jnp.swapaxes(slim.reshape(layers, -1, width), 1, 2)
-    return jnp.concatenate([kernel, columns.astype(kernel.dtype)], axis=-1)
+    """kernel [L, I, O] and slim [L, P, N, I] as rows, [L, O + P N, I]."""
+    rows = slim.reshape(slim.shape[0], -1, slim.shape[-1]).astype(kernel.dtype)
+    rows = jnp.pad(rows, ((0, 0), (kernel.shape[2], 0), (0, 0)))
+    for layer in range(kernel.shape[0]):  # a stack turned in one program would need its memory once more
+        rows = _put_turned(rows, kernel, layer)
+    return rows
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def _put_turned(rows: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
+    turned = jax.lax.dynamic_index_in_dim(kernel, layer).swapaxes(1, 2)
+    return jax.lax.dynamic_update_slice(rows, turned, (layer, 0, 0))
 
 
 class AdaptedLinear(nnx.Module):
@@ -232,8 +243,9 @@ class AdaptedLinear(nnx.Module):
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
     lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A] (P = 1 if shared);
     gate_mean float32 [I, P, A] and gate_bias float32 [P, A], None where the gates' form has none;
-    lora_dora, lora_bias float32 [A, O], None where no adapter has any; slim [P, N, I] and `joined`,
-    the kernel's columns behind O, see `prepare`.
+    lora_dora, lora_bias float32 [A, O], None where no adapter has any; slim [P, N, I], see `prepare`.
+    joined: N where the kernel is [L, O + N, I] instead, gates and A's as rows behind its own and, as the last `beside`
+    of them, what the gates' stream reads; else 0.
     O's columns lie in `shards` parts of equal width, each with its share of every projection: `sharding.shard_order`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
@@ -273,51 +285,77 @@ class AdaptedLinear(nnx.Module):
             GateParam(jnp.zeros((own, adapters), jnp.float32), axes=(None, None)) if gates and form.bias else None
         )
         self.slim: AdapterConstant | None = None
-        self.joined = 0
+        self.joined = self.beside = 0
 
-    def prepare(self, joined: bool = False) -> None:
+    def prepare(self, joined: bool = False, read: jax.Array | None = None) -> None:
         """Keeps the gates, and the A's of a bank that is not too wide, as one matrix in A's dtype beside them.
 
-        joined: as the last columns of a new kernel [I, O + P N] instead, so that the base's product is theirs as well;
-        every router then computes them.
+        joined: as the last rows of a new kernel [L, O + P N, I] instead: one product serves a decoding step, and a
+        prompt reads the first O rows, or the P N behind them, where they lie. read [L, X, I]: what the gates' stream
+        reads of x, as X rows more.
 
         For inference on one device, on layers as they are stacked. Nothing is kept, and gates and adapters stay apart,
-        where DoRA or biases act, and for gates that remember (prefix-mean, carry).
+        where DoRA or biases act, and for gates that remember more than a stream (prefix-mean, carry).
         """
         if self.lora_a is None or self.lora_dora is not None or self.lora_bias is not None:
             return
-        if self.form.remembers:
+        if not self.form.is_served:
             return
         a = self.lora_a[...]
-        wide = a.shape[-3] * a.shape[-2] > gated.DENSE_WIDTH
-        if self.gate is None and (wide or not joined):
-            return  # without gates only decoding steps read it
         layers, _, adapters, _, width = a.shape
-        shape = layers, width, len(self.splits), adapters
-        gate = jnp.zeros(shape, a.dtype) if self.gate is None else jnp.broadcast_to(self.gate[...], shape)
-        slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a[..., :0, :] if wide else a)
+        wide = adapters * a.shape[-2] > gated.DENSE_WIDTH
+        slim = jnp.zeros((layers, len(self.splits), 0, width), a.dtype)
+        if self.gate is not None or (not wide and (joined or self.form.input == "stream")):
+            shape = layers, width, len(self.splits), adapters
+            gate = jnp.zeros(shape, a.dtype) if self.gate is None else jnp.broadcast_to(self.gate[...], shape)
+            slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a[..., :0, :] if wide else a)
+        if joined and read is not None:
+            self.beside = read.shape[1]
+            slim = jnp.concatenate([slim.reshape(layers, 1, -1, width), read[:, None].astype(slim.dtype)], axis=2)
+        if slim.size == 0:
+            return
         if joined:
             self.joined = slim.shape[1] * slim.shape[2]
-            self.kernel = BaseParam(_join(self.kernel[...], slim), axes=(*self.sides,))
+            self.kernel = JoinedKernel(_join(self.kernel[...], slim), axes=self.sides[::-1])
             return
         self.slim = nnx.data(AdapterConstant(slim, axes=(None, None, None)))  # was None, which NNX took for static
 
-    def __call__(self, x: jax.Array, router: BoundRouter | None) -> tuple[list[jax.Array], Routing | None]:
-        """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base)."""
+    def __call__(
+        self, x: jax.Array, router: BoundRouter | None, layer: jax.Array | int = 0
+    ) -> tuple[list[jax.Array], Routing | None]:
+        """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base).
+
+        layer: which one of a joined kernel.
+        """
+        rows, total = x.shape[0] * x.shape[1], sum(self.splits)
+        kernel, slim, made = self.kernel[...], None if self.slim is None else self.slim[...], None
+        own = self.joined - self.beside  # P N of a joined kernel
+        gates, more = None, None  # the router that slim serves, and what its gates remember
+        if (own or slim is not None) and (self.gate is not None or self.form.input == "stream"):
+            found, more = served_gates(router, self.group)
+            gates = found if isinstance(found, BoundGates) and found.allowed is None else None
+
+        def part(start: int, count: int) -> jax.Array:
+            """Rows of the layer, in one slice of the stack: XLA copies a slice of a slice, 15 GB a prompt."""
+            size = 1, count, x.shape[-1]
+            return jax.lax.dynamic_slice(kernel, (layer, start, 0), size, allow_negative_indices=False)[0]
+
         # y, logits and shrinks of few tokens cross devices as one float32 sum: a second one would take as long again
-        joined = self.sides[0] == "inner" and splits_inner(x.shape[-1]) and x.shape[0] * x.shape[1] <= FEW_ROWS
-        if joined and x.dtype != jnp.float32:
-            plain = einsum_float32(x.dtype, "bti,io->bto", x, self.kernel[...])
+        joined = self.sides[0] == "inner" and splits_inner(x.shape[-1]) and rows <= FEW_ROWS
+        if self.joined and gates is not None and rows <= gated.TRITON_ROWS:
+            plain = contract("bti,oi->bto", x, part(0, total + own), 1)
+            plain, made = plain[..., :total], plain[..., total:]
+        elif self.joined:
+            plain = contract("bti,oi->bto", x, part(0, total), 1)
+            slim = part(total, own).reshape(len(self.splits), -1, x.shape[-1]) if own else None
+        elif joined and x.dtype != jnp.float32:
+            plain = einsum_float32(x.dtype, "bti,io->bto", x, kernel)
         else:
-            plain = contract("bti,io->bto", x, self.kernel[...], 0)
-        made = None
-        if self.joined:
-            plain, made = plain[..., : -self.joined], plain[..., -self.joined :]
+            plain = contract("bti,io->bto", x, kernel, 0)
         y = plain if self.bias is None else plain + self.bias[...].astype(plain.dtype)[None, None, :]
         routing = None
-        ready = self.gate is not None and (self.slim is not None or made is not None)
-        if ready and isinstance(router, BoundGates) and router.allowed is None:
-            y, routing = self._gated(x, y, made, router)
+        if gates is not None:
+            y, routing = self._gated(x, y, slim, made, gates, more)
         elif router is not None:
             routing = router.route(x, self._gate())
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
@@ -367,10 +405,13 @@ class AdaptedLinear(nnx.Module):
         weight, mean, bias = (z if z is None else z[...] for z in (self.gate, self.gate_mean, self.gate_bias))
         return FormedGate(weight, mean, bias, self.group) if self.form.changes else weight
 
-    def _gated(self, x: jax.Array, base: jax.Array, made: Any, router: BoundGates) -> tuple[jax.Array, Routing]:
+    def _gated(
+        self, x: jax.Array, base: jax.Array, slim: Any, made: Any, router: BoundGates, more: Any
+    ) -> tuple[jax.Array, Routing]:
         """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits.
 
-        made: [B, T, P N], x times the slim matrix, where the kernel's product has given it already.
+        slim: [P, N, I], or made: [B, T, P N], x times it, where the kernel's product has given that already.
+        more: float32 [B, T, P, A], added to the logits; None: nothing.
         """
         assert self.lora_a is not None
         assert self.lora_b is not None
@@ -381,9 +422,10 @@ class AdaptedLinear(nnx.Module):
         flat = lambda z: z.reshape(rows, *z.shape[2:])  # noqa: E731
         by_row = lambda z: jnp.broadcast_to(z[:, None], (batch, length)).reshape(rows)  # noqa: E731
         choice = by_row(router.counts), by_row(router.temperatures)
-        slim = None if self.slim is None else self.slim[...]
         made = None if made is None else flat(made).astype(jnp.float32).reshape(rows, len(self.splits), -1)
         bias = None if self.gate_bias is None else jnp.broadcast_to(self.gate_bias[...], scale.shape)
+        if more is not None:
+            bias = flat(more) if bias is None else flat(more) + bias[None]
         if a.shape[1] * a.shape[2] <= gated.DENSE_WIDTH:
             y, *routing = gated.gated_lora(
                 flat(x), slim, b, scale, *choice, flat(base), self.splits, router.max_k, bias=bias,
@@ -394,7 +436,7 @@ class AdaptedLinear(nnx.Module):
                 assert slim is not None
                 made = einsum_float32(x.dtype, "mi,pni->mpn", flat(x), slim)
             logits = made[..., : scale.shape[1]]
-            logits = logits if bias is None else logits + bias[None]
+            logits = logits if bias is None else logits + bias.reshape(-1, *bias.shape[-2:])
             routing = gated.choose_adapters(logits, *choice, router.max_k)
             y = add_routed_lora(flat(x), a, b, *routing, scale, flat(base), self.splits)
         indices, weights = (z.reshape(batch, length, *z.shape[1:]) for z in routing)

@@ -23,7 +23,7 @@ class Step(NamedTuple):
 
 
 # The first that fits serves a step; none: XLA does. Where there are any, `AdaptedLinear.prepare` puts gates and A's
-# behind the kernels' columns. Entered from `scripts/bench.py --what decode --settings all`: docs/performance.md.
+# behind the kernels' rows. Entered from `scripts/bench.py --what decode --settings all`: docs/performance.md.
 STEPS: tuple[Step, ...] = (Step(64),)
 
 

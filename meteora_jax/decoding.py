@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 from meteora_jax.adapters import AdaptedLinear
 from meteora_jax.compiler import Step
 from meteora_jax.config import GROUPS, LlamaConfig
+from meteora_jax.gate_config import GateForm
 from meteora_jax.kv_cache import KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
-from pallas_kernels.decode_step import triton_gpu
+from pallas_kernels.decode_step import stream_gpu, triton_gpu
+from pallas_kernels.decode_step.stream_gpu import GateStream, Looked
 from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, Stream, Tail
 from pallas_kernels.routed_lora import gated
 
@@ -52,11 +55,22 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
             or linear.lora_bias is not None
         ):
             return "a group without adapters, DoRA or biases of adapters"
-        if gates and linear.form.changes:
-            return "gates of another form than MeteoRA's"
-        if not linear.joined and (gates or not _wide(linear)):
-            return "gates and A's that are not behind the kernel's columns"
+        if gates and (found := _unserved(linear.form)):
+            return f"gates of another form than MeteoRA's: {found}"
+        needed = (gates and linear.form.input != "stream") or not _wide(linear)
+        needed = needed or (gates and linear.group == "qkv")  # what the stream reads
+        if not linear.joined and needed:
+            return "gates and A's that are not behind the kernel's rows"
     return None
+
+
+def _unserved(form: GateForm) -> str | None:
+    """What of a gate's form the kernels do not compute."""
+    if not form.is_served:
+        return "carried logits" if form.carry else form.input
+    if form.bias and not form.stream:
+        return "biases without a stream"
+    return f"a stream wider than {stream_gpu.MAX_WIDTH}" if form.stream > stream_gpu.MAX_WIDTH else None
 
 
 def _wide(linear: AdaptedLinear) -> bool:
@@ -71,8 +85,23 @@ def group_weights(linear: AdaptedLinear, norm: Any, adapt: bool) -> Group:
     first = gated.first_shrink(linear.lora_b.shape[1]) if adapt and linear.lora_b is not None else 0
     return Group(
         linear.kernel[...], a, read(linear.lora_b), read(linear.lora_scale), linear.splits,
-        None if norm is None else norm.eps, linear.joined // len(linear.splits), first,
+        None if norm is None else norm.eps, (linear.joined - linear.beside) // len(linear.splits), first,
+        linear.beside,
     )  # fmt: skip
+
+
+def stream_weights(layers: Any) -> GateStream:
+    """The stacked weights of the gates' stream, and their biases beside them."""
+    own, out, qkv = layers.gate_stream.own[...], layers.gate_stream.out[...], layers.qkv
+    bias = None
+    if qkv.form.bias:
+        shape = out.shape[0], 1, out.shape[3]
+        each = [
+            jnp.broadcast_to(getattr(layers, g).gate_bias[...], (shape[0], len(p), shape[2])) for g, p in GROUPS.items()
+        ]
+        bias = jnp.concatenate(each, axis=1)
+    first = sum(qkv.splits) + qkv.joined - qkv.beside
+    return GateStream(own, out, bias, first, layers.attention_norm.eps)
 
 
 def run_layers(
@@ -84,11 +113,13 @@ def run_layers(
     positions: jax.Array,
     router: BoundRouter | None,
     step: Step,
+    turns: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache, tuple[Routing, ...]]:
     """All layers of one step, the cache's slot claimed already.
 
     Args:
         layers: the stacked `Layer`. x [B, D]. angles: cosines and sines float32 [B, H/2]. positions int32 [B].
+        turns: cosines and sines float32 [B, E/2] of the gates' stream.
 
     Returns:
         x [B, D], the cache with the slot written, each group's routing with layers first: [L, B, 1, P or 1, C].
@@ -97,7 +128,8 @@ def run_layers(
     choice = None
     traced = jnp.full((1,), -1, jnp.int32), jnp.zeros((1,), jnp.float32)
     if isinstance(router, BoundGates):
-        choice = Choice(router.max_k, router.counts, router.temperatures)
+        alone = layers.qkv.form.input == "stream"
+        choice = Choice(router.max_k, router.counts, router.temperatures, alone=alone)
         shape = (depth, rows, sum(map(len, GROUPS.values())), router.max_k)
         traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
     elif router is not None:
@@ -108,6 +140,10 @@ def run_layers(
     flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
     carried = Carried(flat(cache.keys), flat(cache.values), *traced)
     slot, used = cache.length[None], cache.length[None] + 1
+    gate_stream, looked, more = None, None, None
+    if isinstance(router, BoundGates) and layers.gate_stream is not None:
+        gate_stream = stream_weights(layers)
+        looked = Looked.begin(flat(cache.stream.keys), flat(cache.stream.values))
 
     stream = Stream.begin(x, layers.attention_norm.scale[0])
     for layer in range(depth):  # written out: cuBLAS reads a layer in place where its number is known
@@ -118,19 +154,30 @@ def run_layers(
                 first_projection=FIRST[group], captured=step.captured, **more,
             )  # fmt: skip
 
-        q, carried = run("qkv", stream.scaled, carried, squares=stream.squares, angles=angles, slot=slot)
+        sums = triton_gpu.product(stream.scaled, groups["qkv"], layer)
+        if gate_stream is not None and looked is not None and turns is not None:
+            more, looked = stream_gpu.look_back(
+                layer, sums, stream.squares, config.hidden_size, gate_stream, looked, turns, positions,
+                cache.positions, slot, step.captured,
+            )  # fmt: skip
+        own = dict(squares=stream.squares, more=more)
+        q, carried = run("qkv", stream.scaled, carried, **own, sums=sums, angles=angles, slot=slot)
         heads = config.num_heads, config.head_dim
         y = triton_gpu.attend(layer, q, carried, positions, cache.positions, used, *heads, captured=step.captured)
         then = layers.mlp_norm.scale[...], 0
-        stream, carried = run("o", y, carried, residual=stream.x, following=then)
-        y, carried = run("gate_up", stream.scaled, carried, squares=stream.squares)
+        stream, carried = run("o", y, carried, residual=stream.x, following=then, more=more)
+        y, carried = run("gate_up", stream.scaled, carried, squares=stream.squares, more=more)
         then = layers.attention_norm.scale[...], 1
-        stream, carried = run("down", y, carried, residual=stream.x, following=then)
+        stream, carried = run("down", y, carried, residual=stream.x, following=then, more=more)
     keys, values = (z.reshape(cache.keys.shape) for z in (carried.keys, carried.values))
+    cache = dataclasses.replace(cache, keys=keys, values=values)
+    if looked is not None:
+        kept = (z.reshape(cache.stream.keys.shape) for z in (looked.keys, looked.values))
+        cache = dataclasses.replace(cache, stream=dataclasses.replace(cache.stream, keys=next(kept), values=next(kept)))
     routings: tuple[Routing, ...] = ()
     if choice is not None:
         routings = tuple(_routing(carried, choice, g, depth) for g in GROUPS)
-    return stream.x, KVCache(keys, values, cache.positions, cache.length), routings
+    return stream.x, cache, routings
 
 
 def _routing(carried: Carried, choice: Choice, group: str, depth: int) -> Routing:

@@ -24,6 +24,11 @@ class GateForm:
         return self.input == "prefix-mean" or self.carry or self.stream > 0
 
     @property
+    def is_served(self) -> bool:
+        """Whether slim matrices and decoding steps know it: what it remembers, if anything, is a stream."""
+        return self.input != "prefix-mean" and not self.carry
+
+    @property
     def is_possible(self) -> bool:
         """Whether there are such gates: those that read the stream alone need one, and have no product to share."""
         alone = self.input == "stream" and self.stream > 0 and not self.shared

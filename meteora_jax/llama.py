@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, column_shards, contract
+from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, JoinedKernel, column_shards, contract
 from meteora_jax.compiler import Step, platform, step_form
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.decoding import refusal, run_layers
@@ -114,7 +114,8 @@ class GateStream(nnx.Module):
     """A layer's part of the gates' own residual stream; see meteora_jax.routing.memory.
 
     read float32 [D, 4, E]: of the layer's input x to queries, keys, values, and straight into the stream. own float32
-    [E, 3, E]: of the stream to queries, keys, values. out float32 [E, 7, A]: of the stream to logits.
+    [E, 3, E]: of the stream to queries, keys, values. out float32 [E, 7, A]: of the stream to logits. Once `prepare`d
+    they have the model's dtype.
     """
 
     def __init__(self, config: LlamaConfig, width: int, adapters: int):
@@ -123,6 +124,14 @@ class GateStream(nnx.Module):
         self.read = weight(("model", None, None), config.hidden_size, 4, width)
         self.own = weight((None, None, None), width, 3, width)
         self.out = weight((None, None, None), width, count, adapters)
+
+    def prepare(self, dtype: Any) -> jax.Array:
+        """Keeps the weights of stacked layers as products read them; those of x, [L, 4 E, D]."""
+        for name in ("read", "own", "out"):
+            weight = getattr(self, name)
+            setattr(self, name, GateParam(weight[...].astype(dtype), axes=weight.axes))
+        read = self.read[...]
+        return jnp.swapaxes(read.reshape(*read.shape[:2], -1), 1, 2)
 
     def __call__(
         self, x: jax.Array, u: jax.Array, where: Where, cache: KVCache | None, index: jax.Array, fresh: bool
@@ -188,7 +197,7 @@ class Layer(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None, tuple[Routing, ...]]:
         """x [B, T, D] -> x, the cache with this layer's keys and values, the routing of each group."""
         width = self.config.head_dim
-        (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router)
+        (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router, index)
         heads = lambda y: constrain(y.reshape(*y.shape[:2], -1, width), "batch", None, "heads", None)  # noqa: E731
         q, k, v = heads(q), heads(k), heads(v)
         if self.q_norm is not None and self.k_norm is not None:
@@ -198,10 +207,10 @@ class Layer(nnx.Module):
             cache = cache.write(index, k, v)
             if not fresh:
                 k, v = cache.layer(index)
-        (y,), r_o = self.o(attend(q, k, v, where.mask, where.fused), router)
+        (y,), r_o = self.o(attend(q, k, v, where.mask, where.fused), router, index)
         x = x + y
-        (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router)
-        (y,), r_down = self.down(jax.nn.silu(gate) * up, router)
+        (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router, index)
+        (y,), r_down = self.down(jax.nn.silu(gate) * up, router, index)
         return x + y, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
 
 
@@ -337,23 +346,24 @@ class Llama(nnx.Module):
             if memory is not None and self.form.stream:
                 where = dataclasses.replace(where, stream=stream_rotation(self.form.stream, positions))
                 cache = cache.with_stream(self.form.stream) if cache is not None and fresh else cache
-        graph, weights = nnx.split(self.layers)
+        graph, whole, weights = nnx.split(self.layers, JoinedKernel, ...)
 
-        def body(carry: tuple[jax.Array, KVCache | None, GateMemory | None], inputs: tuple[Any, jax.Array]):
-            x, cache, memory = carry
-            layer, index = nnx.merge(graph, inputs[0]), inputs[1]
+        def body(carry: tuple[jax.Array, jax.Array, KVCache | None, GateMemory | None], own: Any):
+            index, x, cache, memory = carry
+            layer = nnx.merge(graph, whole, own)
             here = router
             if memory is not None and router is not None:
                 memory, cache = layer.look_back(x, where, cache, index, fresh, memory)
                 here = memory.at(index, router)
             x, cache, routings = layer(x, where, cache, index, fresh, here)
             memory = None if memory is None else memory.after(index, routings)
-            return (x, cache, memory), None if observe is None else observe(routings)
+            return (index + 1, x, cache, memory), None if observe is None else observe(routings)
 
         policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy) if remat else body
-        order = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, cache, memory), observed = jax.lax.scan(body, (x, cache, memory), (weights, order))
+        # carried, not scanned over: only of a loop's own counter does XLA know where a slice lies
+        begin = jnp.zeros((), jnp.int32), x, cache, memory
+        (_, x, cache, memory), observed = jax.lax.scan(body, begin, weights)
         if cache is not None:
             cache = cache.advance(tokens.shape[1])
             cache = cache if memory is None else dataclasses.replace(cache, sums=memory.sums)
@@ -363,9 +373,11 @@ class Llama(nnx.Module):
         """The layers of one token a row by Triton; see meteora_jax.decoding."""
         angles = where.cos[:, 0, 0], where.sin[:, 0, 0]
         rows = (jnp.broadcast_to(z, (x.shape[0], z.shape[1])) for z in angles)
+        turns = stream_rotation(self.form.stream, positions) if self.form.stream else None
         x, cache, routings = run_layers(
-            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step
-        )
+            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step,
+            turns and (turns[0][:, 0, 0], turns[1][:, 0, 0]),
+        )  # fmt: skip
         observed = None if observe is None else jax.vmap(observe)(routings)
         return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
 
@@ -405,14 +417,17 @@ def lay_out(model: Llama, tensor: int) -> None:
 def prepare_gates(graph: Any, weights: Any, joined: bool | None = None, release: bool = False) -> tuple[Any, Any]:
     """The model with `AdaptedLinear.prepare` done to every group: what `mj.load` gives a GPU in 16 bit.
 
-    joined: gates and A's behind the kernels' columns, as decoding steps read them; by default where there are steps.
+    joined: gates and A's behind the kernels' rows, as decoding steps read them; by default where there are steps.
     release: a kernel's memory is given back as soon as there is another; `weights` is then of no more use.
     """
     joined = step_form(1) is not None if joined is None else joined
     model = nnx.merge(graph, weights)
+    stream, read = model.layers.gate_stream, None
+    if stream is not None and model.form.is_served:
+        read = stream.prepare(model.embed.dtype)
     for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
         before = linear.kernel[...]
-        linear.prepare(joined)
+        linear.prepare(joined, read if linear is model.layers.qkv else None)
         if release and linear.joined:
             before.delete()
     return nnx.split(model)

@@ -35,6 +35,7 @@ from settings import ANYWHERE, SETTINGS, Held, Timed, generating, has_bare, kern
 import meteora_jax as mj
 from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.gate_config import GateForm
 from meteora_jax.llama import Llama
 from pallas_kernels.routed_lora import add_routed_lora
 from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
@@ -65,6 +66,10 @@ class Bench:
     adapters: tuple[int, ...] = (28,)
     rank: tuple[int, ...] = (8,)
     top_k: int = 2
+    gate_stream: int = 0
+    """Not `kernel`: width of the gates' own stream; 0 for MeteoRA's gates."""
+    gate_input: Literal["token", "stream"] = "token"
+    """With --gate-stream: what gates read beside it; "stream" for nothing else."""
     routing: Literal["gates", "given", "request"] = "gates"
     """Tokens routed by gates (which are timed too), `kernel` only: by indices given beforehand, or a mixture of
     --top-k adapters for each request."""
@@ -240,12 +245,14 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
                     )  # fmt: skip
 
 
-def random_model(config: LlamaConfig, adapters: int, rank: int, dtype: Any) -> tuple[Held, tuple[str, ...]]:
+def random_model(
+    config: LlamaConfig, adapters: int, rank: int, dtype: Any, form: GateForm
+) -> tuple[Held, tuple[str, ...]]:
     """A model with a bank and gates, as training has it, and the adapters' names."""
     infos = tuple(AdapterInfo(f"adapter_{i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
-    abstract = nnx.eval_shape(lambda: Llama(config, bank, gates=True, dtype=dtype, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Llama(config, bank, gates=True, dtype=dtype, rngs=nnx.Rngs(0), form=form))
     graph, state = nnx.split(abstract)
     return Held(graph, state, lambda: random_arrays(state, 0)), bank.names
 
@@ -254,11 +261,12 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
     """The whole model: prompts, decoding steps, training steps."""
     size = jnp.dtype(dtype).itemsize
     for adapters, rank in ((a, r) for a in bench.adapters for r in bench.rank):
-        model, names = random_model(config, adapters, rank, dtype)
+        model, names = random_model(config, adapters, rank, dtype, GateForm(bench.gate_input, stream=bench.gate_stream))
         ready = {False: model, True: model}
         if platform() == "gpu" and size == 2:
             ready = {joined: prepared(model, joined) for joined in ready}
         choices, case = min(bench.top_k, adapters), dict(adapters=adapters, rank=rank)
+        case |= dict(gate_stream=bench.gate_stream, gate_input=bench.gate_input) if bench.gate_stream else {}
         for batch, length in ((b, s) for b in bench.batch for s in bench.sequence):
             routers: dict[str, Any] = {"bare": None, "adapted": bound_router(bench.routing, choices, batch, names)}
             tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size, jnp.int32)
@@ -274,8 +282,8 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
                         if what == "train":
                             made = training(model, routers["adapted"], tokens, adapters, setting)
                         else:
-                            # bare is a model without gates; beside joined ones it computes their columns, too, and
-                            # that is timed as the other settings'
+                            # bare is a model without gates; beside joined ones a prompt reads the first rows of their
+                            # kernels, and that is timed as the other settings'
                             used = {"adapted": ready[setting.joined], "bare": model}
                             if what == "prefill" and setting.joined and name != "today":
                                 used["bare"] = ready[True]
@@ -444,6 +452,8 @@ def main(bench: Bench) -> None:
         raise InputError(f"--what train: expected --routing gates, found {bench.routing}")
     if bench.routing == "given" and set(bench.what) != {"kernel"}:
         raise InputError(f"--routing given: expected --what kernel, found {', '.join(bench.what)}")
+    if bench.gate_input == "stream" and not bench.gate_stream:
+        raise InputError("--gate-input stream: expected --gate-stream, found none")
     if bench.layers is not None:
         config = dataclasses.replace(config, num_layers=bench.layers)
     cpu = jax.default_backend() == "cpu"

@@ -37,7 +37,7 @@ GRAPHS = {  # CUDA graphs of whole loops, too
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """One state of the switches; `switch` says how to make it the default. joined: gates and A's behind the kernels'
-    columns, as a step needs them."""
+    rows, as a step needs them."""
 
     switch: str
     step: Step | None = None
@@ -83,7 +83,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "masked_diagonal": _prompts("masked_diagonal"),
         "apart": _prompts("apart"),
         "masked_apart": _prompts("masked_apart"),
-        "joined_diagonal": _prompts("masked_diagonal", True),
+        "joined_diagonal": _prompts("diagonal", True),
+        "joined_masked": _prompts("masked_diagonal", True),
         "joined_apart": _prompts("masked_apart", True),
     },
     "train": {

@@ -24,8 +24,10 @@ import meteora_jax as mj
 from meteora_jax import llama
 from meteora_jax.adapters import _join
 from meteora_jax.compiler import Step
+from meteora_jax.gate_config import GateForm
 from meteora_jax.generation import Generator, Sampling
-from pallas_kernels.decode_step import triton_gpu
+from meteora_jax.kv_cache import KVCache
+from pallas_kernels.decode_step import stream_gpu, triton_gpu
 from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, Stream
 from pallas_kernels.routed_lora import gated
 
@@ -78,14 +80,15 @@ def softmax_of_largest(logits: np.ndarray, count: int, temperature: float) -> tu
 def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict[str, Any]) -> tuple[Any, Any, float]:
     """(result, [[(adapters, weights) by projection] by row], size of the sums), float64.
 
-    extra: residual, cos, sin, norm [L, I] or None, slim [L, P, N, I] or None.
+    extra: residual, cos, sin, norm [L, I] or None, slim [L, P, N, I] or None, more [M, P, A] or None.
     """
     f = lambda z: np.asarray(z, np.float64)  # noqa: E731
     x, starts, factor = f(x), np.cumsum((0, *g.splits)), np.ones(len(x))
     if extra["norm"] is not None:
         factor = 1 / np.sqrt((x * x).mean(-1) + (g.eps or 0.0))
         x = x * f(extra["norm"])[layer]
-    w = f(g.w)[layer][:, : starts[-1]]
+    w = f(g.w)[layer]
+    w = w[: starts[-1]].T if g.columns else w
     y = factor[:, None] * (x @ w)
     size = factor[:, None] * (np.abs(x) @ np.abs(w))
     routed = []
@@ -95,8 +98,9 @@ def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict
             # the factor last: equal logits stay equal
             slim = f(extra["slim"])[layer, p] @ x[m] * factor[m] if extra["slim"] is not None else None
             if choice.counts is not None:
-                adapters = g.b.shape[1]
-                chosen = softmax_of_largest(slim[:adapters], int(choice.counts[m]), float(choice.temperatures[m]))
+                logits = 0 * slim[: g.b.shape[1]] if choice.alone else slim[: g.b.shape[1]]
+                logits = logits if extra["more"] is None else logits + f(extra["more"])[m, p]
+                chosen = softmax_of_largest(logits, int(choice.counts[m]), float(choice.temperatures[m]))
             else:
                 chosen = np.asarray(choice.indices)[m], f(choice.weights)[m]
             routed[-1].append(chosen)
@@ -150,7 +154,7 @@ def one_case(seed: int, launches: list[str]) -> None:
     rng = np.random.default_rng(seed)
     tail, how = ("rope", "silu", "residual")[seed % 3], ("none", "gates", "given")[seed // 3 % 3]
     kind = ("float32", "bfloat16")[(seed // 9 + seed) % 2]
-    wide = bool((seed // 9 + seed // 3) % 2)
+    wide = bool((seed // 9 + seed // 3 % 3) % 2)
     rows, layers, head = int(rng.choice([1, 2, 3, 8, 17])), 2, int(rng.choice([32, 64]))
     width = int(rng.choice([16, 64, 96, 128]))
     adapters, rank, top_k = int(rng.integers(2, 40)), int(rng.choice([1, 3, 8])), int(rng.integers(1, 4))
@@ -168,6 +172,10 @@ def one_case(seed: int, launches: list[str]) -> None:
     layer, slots, slot = int(rng.integers(layers)), 5, 3
     empty = lambda: jnp.asarray(rng.standard_normal((layers, rows, slots, kv * head)), kind)  # noqa: E731
     traced = how == "gates"
+    reads = ("token", "both", "stream")[(seed // 9 + seed) % 3]
+    more = None
+    if traced and reads != "token":
+        more = jnp.asarray(rng.integers(-9, 10, (rows, 7, adapters)), jnp.float32)
     carried = Carried(
         empty(), empty(), jnp.full((layers, rows, 7, top_k) if traced else (1,), 99, jnp.int32),
         jnp.zeros((layers, rows, 7, top_k) if traced else (1,), jnp.float32),
@@ -175,7 +183,7 @@ def one_case(seed: int, launches: list[str]) -> None:
     choice = None
     if how == "gates":
         choice = Choice(top_k, jnp.asarray(rng.integers(0, top_k + 1, rows), jnp.int32),
-                        jnp.asarray(rng.uniform(5, 20, rows), jnp.float32))  # fmt: skip
+                        jnp.asarray(rng.uniform(5, 20, rows), jnp.float32), alone=reads == "stream")  # fmt: skip
     elif how == "given":
         choice = Choice(top_k, indices=jnp.asarray(rng.integers(-1, adapters, (rows, top_k)), jnp.int32),
                         weights=jnp.asarray(rng.standard_normal((rows, top_k)), jnp.float32))  # fmt: skip
@@ -184,12 +192,13 @@ def one_case(seed: int, launches: list[str]) -> None:
     extra = dict(residual=jnp.asarray(rng.standard_normal((rows, splits[0])), kind), head=head, norm=norm, slim=slim,
                  cos=jnp.asarray(np.cos(angle), jnp.float32), sin=jnp.asarray(np.sin(angle), jnp.float32))  # fmt: skip
     at = {"rope": 0, "residual": 3, "silu": 4}[tail]
+    extra["more"] = None if more is None else more[:, at : at + len(splits)]
     launches.clear()
     begun = Stream.begin(x, norm[layer]) if norm is not None else Stream(x, triton_gpu.at_least(x, 8), None)
     out, after = triton_gpu.group_step(
         layer, begun.scaled, g, tail, carried, choice, squares=begun.squares, head=head, first_projection=at,
         residual=extra["residual"] if tail == "residual" else None, following=(then, seed % 2),
-        angles=(extra["cos"], extra["sin"]) if tail == "rope" else None, slot=jnp.asarray([slot], jnp.int32),
+        angles=(extra["cos"], extra["sin"]) if tail == "rope" else None, slot=jnp.asarray([slot], jnp.int32), more=more,
     )  # fmt: skip
     assert launches == [*(["shrink_kernel"] if wide and choice is not None else []), "tail_kernel"], launches
     wanted, routed, size = group(x, g, layer, tail, choice, extra)
@@ -262,14 +271,68 @@ def one_attention(seed: int) -> None:
     assert error <= 8 * EPS[kind] * max(1, np.abs(wanted).max()), f"seed {seed}: {error}"
 
 
-def generate(model: Any, router: Any, step: Step | None) -> tuple[list[list[int]], Any]:
-    """Greedy tokens, and routing, of a ragged batch; `step` as the table of steps would have it."""
+def one_stream(seed: int) -> None:
+    """The gates' stream through a layer, against the model's own."""
+    rng = np.random.default_rng(seed)
+    kind, width, adapters = ("float32", "bfloat16")[seed % 2], 32, int(rng.choice([3, 28]))
+    rows, e, slots = int(rng.integers(1, 4)), int(rng.choice([8, 24, 64])), int(rng.choice([5, 70, 300]))
+    config = dataclasses.replace(small("float32").config, hidden_size=width)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s), kind)  # noqa: E731
+    stream, norm = llama.GateStream(config, e, adapters), llama.RmsNorm(width, 1e-5, jnp.dtype(kind))
+    for weight in (stream.read, stream.own, stream.out):
+        weight[...] = 0.5 * draw(*weight.shape).astype(jnp.float32)
+    norm.scale[...] = draw(width)
+    used, layer = int(rng.integers(slots)), jnp.asarray(1)
+    positions = np.full((rows, slots), triton_gpu.EMPTY, np.int32)
+    positions[:, : used + 1] = np.arange(used + 1)
+    positions[0, used // 2 : used] = triton_gpu.EMPTY  # padding behind a prompt
+    own = positions[:, used].copy()
+    own[0] = used // 2
+    positions[0, used] = own[0]
+    cache = KVCache(
+        None,
+        None,
+        positions,
+        jnp.asarray(used),
+        stream=KVCache(draw(2, rows, slots, 1, e), draw(2, rows, slots, 1, e), None, None),
+    )
+    mask = (positions != triton_gpu.EMPTY) & (positions <= own[:, None])
+    turns = llama.stream_rotation(e, jnp.asarray(own)[:, None])
+    where = llama.Where(None, None, jnp.asarray(mask)[:, None, None], None, turns)
+    x, u = draw(rows, width), jnp.asarray(rng.standard_normal((rows, e)), jnp.float32)
+    behind, gained, wanted = stream(norm(x[:, None]), u[:, None], where, cache, layer, False)
+    begun, read = Stream.begin(x, norm.scale[...]), stream.read[...].reshape(width, -1).astype(kind)
+    w = jnp.concatenate([draw(width, 9), read, draw(width, 2)], -1)
+    sums = jnp.dot(begun.scaled, w, preferred_element_type=jnp.float32)
+    stacked = lambda z: jnp.stack([jnp.full_like(z, jnp.nan), z])  # noqa: E731
+    weights = stream_gpu.GateStream(stacked(stream.own[...]), stacked(stream.out[...]), None, 9, 1e-5)
+    flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
+    looked = stream_gpu.Looked(u, flat(cache.stream.keys), flat(cache.stream.values), jnp.zeros((rows,), jnp.int32))
+    turned = tuple(z[:, 0, 0] for z in turns)
+    given = turned, jnp.asarray(own), jnp.asarray(positions), jnp.asarray([used], jnp.int32)
+    more, after = stream_gpu.look_back(1, sums, begun.squares, width, weights, looked, *given)
+    for name, one, other in (
+        ("logits", more, gained[:, 0]), ("u", after.u, behind[:, 0]), ("arrived", after.arrived, looked.arrived),
+        ("keys", after.keys, flat(wanted.stream.keys)), ("values", after.values, flat(wanted.stream.values)),
+    ):  # fmt: skip
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        error = np.abs(one - other).max()
+        assert error <= 16 * EPS[kind] * max(1, np.abs(other).max()), f"seed {seed}: {kind} {name}: {error}"
+
+
+PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], [200], list(range(20, 40)), [3, 4]]
+
+
+def generate(
+    model: Any, router: Any, step: Step | None, count: int = 3, steps: int = 3
+) -> tuple[list[list[int]], Any, Any]:
+    """Greedy tokens, routing, and the cache's stream, of a ragged batch; `step` as the table of steps would have it."""
     llama.step_form = lambda rows: step
     jax.clear_caches()
-    rows = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], [200]]
-    batch = Generator(model.graph, model.weights, model.config, rows, model.bind(router, 3), Sampling(), 3)
-    batch.advance(3)
-    return batch.tokens(), batch.routing([2, 2, 2], [3, 3, 3])
+    bound = model.bind(router, count)
+    batch = Generator(model.graph, model.weights, model.config, PROMPTS[:count], bound, Sampling(), steps)
+    batch.advance(steps)
+    return batch.tokens(), batch.routing([steps - 1] * count, [steps] * count), batch._state.cache.stream
 
 
 def whole_model(launches: list[str]) -> None:
@@ -284,18 +347,48 @@ def whole_model(launches: list[str]) -> None:
         ([mj.Gates(1, 3.0), mj.Gates(2), None], Step(64, captured=False)),
         ([mj.Fixed({"cedar": 0.7, "apple": 0.4}), None, mj.Fixed("birch")], Step(64)),
     ):
-        wanted, traced = generate(model, router, None)
-        launches.clear()
-        found, routing = generate(model, router, step)
-        assert "tail_kernel" in launches, launches
-        assert found == wanted, (router, step)
-        if traced is None:
-            assert routing is None
-            continue
-        assert routing is not None
-        for (i, w), (j, v) in zip(routing, traced, strict=True):
-            np.testing.assert_array_equal(i, j)
-            np.testing.assert_allclose(w, v, atol=1e-4)
+        agree(launches, model, model, router, step)
+    each = [mj.Gates(2), mj.Gates(1, 3.0), None, mj.Gates(2), mj.Gates(2)]
+    narrow = gated.DENSE_WIDTH
+    for form, width, router, count in (
+        (GateForm(stream=16), narrow, mj.Gates(2), 1),
+        (GateForm(stream=16), narrow, each, 5),
+        (GateForm("stream", stream=24, bias=True), narrow, each, 5),
+        (GateForm(stream=8, shared=True), narrow, mj.Gates(2), 2),
+        (GateForm(stream=8), 8, mj.Gates(2), 1),
+        (GateForm("stream", stream=8), 8, mj.Gates(2), 2),
+    ):
+        gated.DENSE_WIDTH = width
+        apart, model = streaming(form)
+        agree(launches, apart, model, router, Step(64), count, 5)
+        assert launches.count("stream_kernel") * 4 == launches.count("tail_kernel"), launches
+        assert ("shrink_kernel" in launches) == (width == 8), launches
+    gated.DENSE_WIDTH = narrow
+    apart, model = streaming(GateForm("stream", stream=8))
+    agree(launches, apart, model, mj.Fixed("birch"), Step(64))
+    assert "stream_kernel" not in launches
+
+
+def streaming(form: GateForm, dtype: str = "float32") -> tuple[Any, Any]:
+    """The random model with gates of that form, as loaded, and with all that steps need."""
+    model = small(dtype, form)
+    graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
+    return model, dataclasses.replace(model, graph=graph, weights=weights)
+
+
+def agree(launches: list[str], apart: Any, model: Any, router: Any, step: Step, count: int = 3, steps: int = 3) -> None:
+    """`model` by the kernels tells what `apart` does by XLA."""
+    wanted, traced, stream = generate(apart, router, None, count, steps)
+    launches.clear()
+    found, routing, kept = generate(model, router, step, count, steps)
+    assert "tail_kernel" in launches, launches
+    assert found == wanted, (router, step)
+    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(stream), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    assert (routing is None) == (traced is None)
+    for (i, w), (j, v) in zip(routing or [], traced or [], strict=True):
+        np.testing.assert_array_equal(i, j)
+        np.testing.assert_allclose(w, v, atol=1e-4)
 
 
 def main(examples: int) -> None:
@@ -308,6 +401,11 @@ def main(examples: int) -> None:
     for seed in range(max(4, examples // 8)):
         one_attention(seed)
     print("attention")
+    stream_gpu.BLOCK = 16  # several blocks a part
+    for seed in range(max(6, examples // 8)):
+        triton_gpu.PROGRAMS = (1, 128)[seed // 2 % 2]
+        one_stream(seed)
+    print("stream")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Run as a program: compiles decoding steps of Llama-3-8B for an H200 that is not there, and reads the program.
+"""Run as a program: compiles decoding and a prompt of Llama-3-8B for an H200 that is not there, and reads the programs.
 
     JAX_PLATFORMS=cpu python tests/gpu_compile.py
 
 Needs the extra `gpu` (XLA's CUDA compiler), no GPU and no Triton: a launch is any custom call with the same operands,
-results and aliases. Prints what one layer takes; exits 1 where XLA copies what a launch changes in place.
+results and aliases. Prints what one layer takes; exits 1 where XLA copies what a launch changes in place, or a prompt's
+weights.
 tests/test_decode_step.py starts it where the extra is installed.
 """
 
@@ -30,10 +31,12 @@ import meteora_jax as mj
 from meteora_jax import compiler, llama
 from meteora_jax.compiler import Step
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
-from meteora_jax.generation import Decoding, decode
+from meteora_jax.gate_config import METEORA_FORM, GateForm
+from meteora_jax.generation import Decoding, decode, prefill
 from meteora_jax.kv_cache import KVCache
 from meteora_jax.llama import Llama
 from pallas_kernels.decode_step import triton_gpu
+from pallas_kernels.routed_lora import gated
 
 # What the compiler asks of a GPU; source: the vendor's data sheet and CUDA's device properties.
 H200 = """
@@ -47,6 +50,7 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } device_description_str: "NVIDIA H200"
 """
 LAYERS = 4
+array = jax.ShapeDtypeStruct
 
 
 def stand_in(module: str, kernel: str, *arrays: Any, out: Any, aliases: Any = None, **rest: Any) -> Any:
@@ -58,8 +62,8 @@ def stand_in(module: str, kernel: str, *arrays: Any, out: Any, aliases: Any = No
     return tuple(results) if isinstance(out, tuple) else results[0]
 
 
-def program(device: Any, step: Step, router: Any, rows: int) -> str:
-    """The optimised program of `decode`."""
+def llama_3_8b(form: GateForm = METEORA_FORM) -> tuple[Any, Any, BankConfig]:
+    """Graph and shapes of a model of LAYERS layers, gates and A's behind its kernels' rows, and its bank."""
     config = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=LAYERS, num_heads=32, num_kv_heads=8,
         head_dim=128, rms_norm_eps=1e-5, rope_theta=500000.0, rope_scaling=None, max_position_embeddings=8192,
@@ -70,48 +74,84 @@ def program(device: Any, step: Step, router: Any, rows: int) -> str:
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), LAYERS, shapes)
 
     def make() -> Llama:
-        model = Llama(config, bank, gates=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        for group in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
-            group.prepare(joined=True)
-        return model
+        model = Llama(config, bank, gates=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), form=form)
+        return nnx.merge(*llama.prepare_gates(*nnx.split(model), joined=True))
 
-    graph, weights = nnx.split(nnx.eval_shape(make))
-    bound = router.bind([router] * rows, bank.names) if router is not None else None
-    array = jax.ShapeDtypeStruct
-    trace = None
-    if bound is not None:
-        routed = (64, LAYERS, rows, 7, bound.max_k)
-        trace = (array(routed, jnp.int32), array(routed, jnp.float32))
-    cache = jax.eval_shape(lambda: KVCache.create(config, rows, 576, jnp.bfloat16))
-    counted = array((rows,), jnp.int32)
-    state = Decoding(
-        cache, array((rows, 64), jnp.int32), counted, array((rows,), bool), array((), jnp.int32), counted, trace
-    )
-    llama.step_form = lambda rows: step
-    place = lambda tree: jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), tree)  # noqa: E731
-    jitted = jax.jit(decode.__wrapped__, static_argnames=("graph",), donate_argnames=("state",))
-    rest = (place(bound), {}, place(array((1,), jnp.int32)), place(array((), jnp.int32)))
-    lowered = jitted.trace(graph, place(weights), place(state), *rest).lower(lowering_platforms=("cuda",))
+    model = nnx.eval_shape(make)
+    return *nnx.split(model), bank
+
+
+def compiled(device: Any, function: Any, graph: Any, *given: Any, donate: tuple[int, ...] = (), **static: Any) -> str:
+    """The optimised program of a function of a graph and arrays."""
+    place = lambda x: array(x.shape, x.dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
+    own = lambda *given: function(graph, *given, **static)  # noqa: E731
+    jitted = jax.jit(own, donate_argnums=donate)
+    lowered = jitted.trace(*jax.tree.map(place, given)).lower(lowering_platforms=("cuda",))
     text = lowered.compile(compiler_options=compiler.GPU_OPTIONS | {"xla_gpu_autotune_level": 0}).as_text()
     assert text is not None
     return text
 
 
+def decoding(device: Any, step: Step, router: Any, rows: int, form: GateForm) -> str:
+    """The optimised program of `decode`."""
+    graph, weights, bank = llama_3_8b(form)
+    bound = router.bind([router] * rows, bank.names) if router is not None else None
+    trace = None
+    if bound is not None:
+        routed = (64, LAYERS, rows, 7, bound.max_k)
+        trace = (array(routed, jnp.int32), array(routed, jnp.float32))
+    config = nnx.merge(graph, weights).config
+    with_stream = lambda cache: cache.with_stream(form.stream) if form.stream else cache  # noqa: E731
+    cache = jax.eval_shape(lambda: with_stream(KVCache.create(config, rows, 576, jnp.bfloat16)))
+    counted = array((rows,), jnp.int32)
+    state = Decoding(
+        cache, array((rows, 64), jnp.int32), counted, array((rows,), bool), array((), jnp.int32), counted, trace
+    )
+    llama.step_form = lambda rows: step
+    rest = {}, array((1,), jnp.int32), array((), jnp.int32)
+    return compiled(device, decode.__wrapped__, graph, weights, state, bound, *rest, donate=(1,))
+
+
+def prompt(device: Any, router: Any, length: int) -> str:
+    """The optimised program of `prefill`; attention by XLA, as cuDNN's asks for a GPU."""
+    graph, weights, bank = llama_3_8b()
+    bound = router.bind([router], bank.names) if router is not None else None
+    llama.FUSED_ATTENTION = ()
+    gated.choose = lambda platform, rows: gated.PROMPTS
+    rest = array((1, length), jnp.int32), array((1,), jnp.int32), bound, {}, array((1,), jnp.int32)
+    return compiled(device, prefill.__wrapped__, graph, weights, *rest, room=64)
+
+
+def readers_of_kernels(text: str) -> list[str]:
+    """What reads the stacked kernels in the loop over layers."""
+    (name,) = set(re.findall(r" while\(.*?body=(%[\w.\-]+)", text))
+    (body,) = [part for part in re.split(r"\n(?=%|ENTRY)", text) if part.startswith(name + " ")]
+    _, weights, _ = llama_3_8b()
+    stacks = [",".join(map(str, leaf.shape)) for path, leaf in nnx.to_flat_state(weights) if path[-1] == "kernel"]
+    found = rf"(%\S+) = bf16\[(?:{'|'.join(stacks)})\]\S* get-tuple-element\("
+    kernels = re.findall(found, body)
+    assert len(kernels) == 4, kernels
+    reads = re.compile(rf" = (?!.* tuple\().*\(.*(?:{'|'.join(map(re.escape, kernels))})[,)]")
+    return [line.strip() for line in body.splitlines() if reads.search(line)]
+
+
 def main() -> None:
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
     triton_gpu.launch = stand_in
-    for step, router, rows, a_layer in (
-        (Step(64), None, 1, 6),
-        (Step(64), mj.Gates(2), 1, 6),
-        (Step(64), mj.Gates(2), 8, 6),
-        (Step(64), mj.Gates(2), 32, 6),
+    for router, rows, form, a_layer in (
+        (None, 1, METEORA_FORM, 6),
+        (mj.Gates(2), 1, METEORA_FORM, 6),
+        (mj.Gates(2), 8, METEORA_FORM, 6),
+        (mj.Gates(2), 32, METEORA_FORM, 6),
+        (mj.Gates(2), 1, GateForm(stream=64), 7),
+        (mj.Gates(2), 32, GateForm("stream", stream=64), 7),
     ):
-        text = program(device, step, router, rows)
+        text = decoding(device, Step(64), router, rows, form)
         (body,) = [part for part in re.split(r"\n(?=%|ENTRY)", text) if "triton_kernel_call" in part]
         names = re.findall(r" (fusion|copy|while|custom-call)\(", body)
         launches = len(re.findall('custom_call_target="triton_kernel_call"', body))
         products = len(re.findall(r"calls=%dynamic-slice-fusion", body))
-        what = f"{'bare' if router is None else 'adapted'}, {rows} rows"
+        what = f"{'bare' if router is None else 'adapted'}{', stream' if form.stream else ''}, {rows} rows"
         rest = len(names) - launches - products
         print(
             f"{what}: {launches / LAYERS:g} launches a layer, {products / LAYERS:g} products, {rest} beside the layers"
@@ -119,7 +159,13 @@ def main() -> None:
         assert products == 4 * LAYERS, f"{what}: products that do not read their layer in place"
         assert launches == a_layer * LAYERS, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
-        assert rest <= 24, what
+        assert rest <= (28 if form.stream else 24), what
+    for router, products in ((None, 4), (mj.Fixed("adapter_3"), 4), (mj.Gates(2), 8)):
+        name = "bare" if router is None else type(router).__name__
+        readers = readers_of_kernels(prompt(device, router, 2048))
+        in_place = sum("calls=%dynamic-slice-fusion" in line for line in readers)
+        print(f"{name}, a prompt: {in_place} products a layer, {len(readers) - in_place} copies of kernels")
+        assert in_place == len(readers) == products, f"{name}: a layer of a kernel is copied\n" + "\n".join(readers)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from test_gated_model import ROWS, prepared, small
 import meteora_jax as mj
 from meteora_jax import compiler, decoding, llama
 from meteora_jax.compiler import Step
-from meteora_jax.gate_config import GateForm
+from meteora_jax.gate_config import METEORA_FORM, GateForm
 from meteora_jax.generation import Generator, Sampling
 from pallas_kernels.decode_step import triton_gpu
 
@@ -36,7 +36,7 @@ def test_numerics_by_triton_s_interpreter():
         env=os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert result.stdout.splitlines() == ["whole model", "groups: 18 cases", "attention"]
+    assert result.stdout.splitlines() == ["whole model", "groups: 18 cases", "attention", "stream"]
 
 
 @functools.cache
@@ -45,8 +45,11 @@ def plain_model(dtype: str = "bfloat16") -> mj.Meteora:
 
 
 @functools.cache
-def slim_model(dtype: str = "bfloat16") -> mj.Meteora:
-    return joined(plain_model(dtype))
+def slim_model(dtype: str = "bfloat16", form: GateForm = METEORA_FORM) -> mj.Meteora:
+    return joined(small(dtype, form))
+
+
+STREAMS = (GateForm(stream=16), GateForm("stream", stream=16))
 
 
 def joined(model: mj.Meteora) -> mj.Meteora:
@@ -67,6 +70,7 @@ def test_xla_for_an_h200_copies_nothing_and_adds_few_launches():
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert "adapted, 1 rows: 6 launches a layer" in result.stdout
+    assert "adapted, stream, 1 rows: 7 launches a layer" in result.stdout
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -81,15 +85,17 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launches
 
 
+@pytest.mark.parametrize("form", [METEORA_FORM, *STREAMS], ids=["original", "stream", "stream alone"])
 @pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar")])
-def test_launches_of_a_layer_are_the_bare_model_s(monkeypatch, router):
+def test_launches_of_a_layer_are_the_bare_model_s_and_one_for_a_stream(monkeypatch, router, form):
     launches = recorded(monkeypatch)
-    model = slim_model()
+    model = slim_model(form=form)
     monkeypatch.setattr(llama, "step_form", lambda rows: Step(64))
     jax.clear_caches()
     batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(router, 2), Sampling(), 2)
     batch.advance(2)
-    assert launches == ["tail_kernel", "attend_kernel", *["tail_kernel"] * 3] * model.config.num_layers
+    look = ["stream_kernel"] if form.stream and isinstance(router, mj.Gates) else []
+    assert launches == [*look, "tail_kernel", "attend_kernel", *["tail_kernel"] * 3] * model.config.num_layers
 
 
 def test_a_wide_bank_has_one_launch_more_a_group(monkeypatch):
@@ -123,12 +129,33 @@ def test_who_is_served(change, router, reason):
     assert found == reason or (reason is not None and reason in found)
 
 
-def test_gates_of_another_form_are_left_to_xla():
-    model = slim_model()
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        (GateForm(bias=True), "form than MeteoRA's: biases"),
+        (GateForm("prefix-mean", stream=16), "form than MeteoRA's: prefix-mean"),
+        (GateForm(carry=True, stream=16), "form than MeteoRA's: carried logits"),
+        (GateForm(stream=256), "wider than 128"),
+        (GateForm(shared=True), None),
+        (GateForm(stream=16, shared=True, bias=True), None),
+        (GateForm("stream", stream=128), None),
+    ],
+)
+def test_which_forms_of_gates_are_served(form, reason):
+    model = slim_model(form=form)
     module = nnx.merge(model.graph, model.weights)
-    module.layers.down.form = GateForm(bias=True)
-    assert "form" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 2), 2))
-    assert decoding.refusal(module.layers, model.config, model.bind(mj.Fixed("cedar"), 2), 2) is None
+    found = decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 2), 2)
+    assert found == reason or (reason is not None and reason in found)
+    if form.is_served:
+        assert decoding.refusal(module.layers, model.config, model.bind(mj.Fixed("cedar"), 2), 2) is None
+
+
+@pytest.mark.parametrize("form", STREAMS, ids=["stream", "stream alone"])
+def test_a_stream_whose_reads_are_elsewhere_is_refused(monkeypatch, form):
+    monkeypatch.setattr(decoding.gated, "DENSE_WIDTH", 8)  # gates that read it alone then have no columns
+    model = prepared(small("bfloat16", form))
+    module = nnx.merge(model.graph, model.weights)
+    assert "behind" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 1), 1))
 
 
 @pytest.mark.parametrize("model", [plain_model, lambda: prepared(plain_model())])
@@ -177,11 +204,18 @@ def test_no_tile_is_an_error_that_names_the_columns():
     ids=["float32", "bfloat16", "not captured"],
 )
 @pytest.mark.parametrize(
-    "router", [None, mj.Gates(2), mj.Fixed({"cedar": 0.7, "apple": 0.4})], ids=["bare", "gates", "fixed"]
+    ("router", "form"),
+    [
+        (None, METEORA_FORM),
+        (mj.Gates(2), METEORA_FORM),
+        (mj.Fixed({"cedar": 0.7, "apple": 0.4}), METEORA_FORM),
+        *((mj.Gates(2), form) for form in STREAMS),
+    ],
+    ids=["bare", "gates", "fixed", "stream", "stream alone"],
 )
-def test_generation_on_a_gpu(monkeypatch, dtype, step, router):
+def test_generation_on_a_gpu(monkeypatch, dtype, step, router, form):
     """Float32: the tokens and routing of XLA. bfloat16: finite, and the same twice over."""
-    model = slim_model(dtype)
+    model = slim_model(dtype, form)
 
     def run(step: Step | None) -> Any:
         monkeypatch.setattr(llama, "step_form", lambda rows: step)
@@ -215,4 +249,6 @@ def test_groups_and_attention_on_a_gpu(monkeypatch, first):
     with jax.default_matmul_precision("highest"):  # as the model computes float32; tensor cores alone are 1e-4 off
         for seed in range(first, first + 9):
             cases.one_case(seed, launches)
+        for seed in (first // 9, first // 9 + 4):
+            cases.one_stream(seed)
     cases.one_attention(first // 9)

@@ -35,6 +35,7 @@ from meteora_jax.routing.memory import prefix_sums
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
 from meteora_jax.training.loop import GateTraining, train_gates
 from meteora_jax.training.step import gradients
+from pallas_kernels.routed_lora import gated
 
 FORMS = {
     "mean": GateForm(input="prefix-mean"),
@@ -170,12 +171,19 @@ def test_gates_beside_other_routers_in_one_batch(formed):
     assert [c.token_ids for c in together] == [alone[i].token_ids for i in range(4)]
 
 
-@pytest.mark.parametrize("name", ["bias", "shared", "all"])
-def test_the_slim_matrix_serves_the_forms_that_read_their_own_token(formed, name):
+@pytest.mark.parametrize("width", [gated.DENSE_WIDTH, 1], ids=["gates and shrinks", "gates alone"])
+@pytest.mark.parametrize("joined", [False, True], ids=["slim", "joined"])
+@pytest.mark.parametrize("name", ["bias", "shared", "stream", "alone", "all"])
+def test_the_slim_matrix_serves_the_forms_that_remember_a_stream_at_most(monkeypatch, formed, name, joined, width):
     """The others keep gates and adapters apart."""
+    monkeypatch.setattr(gated, "DENSE_WIDTH", width)
+    jax.clear_caches()  # a program for the other width looks the same from outside
     model = formed[name][2]
-    graph, weights = prepare_gates(model.graph, model.weights)
-    assert (nnx.merge(graph, weights).layers.qkv.slim is not None) == (not FORMS[name].remembers)
+    graph, weights = prepare_gates(model.graph, model.weights, joined)
+    held = nnx.merge(graph, weights).layers
+    served = FORMS[name].is_served and (name != "alone" or width > 1)  # no gates' columns, no A's
+    assert (held.o.slim is not None, held.o.joined > 0) == (served and not joined, served and joined)
+    assert held.qkv.beside == (4 * 16 if joined and name in ("stream", "alone") else 0)
     found = whole(dataclasses.replace(model, graph=graph, weights=weights), PROMPTS[2], mj.Gates(2))
     expected = whole(model, PROMPTS[2], mj.Gates(2))
     n = len(PROMPTS[2])

@@ -124,7 +124,8 @@ def gated_cases(draw) -> tuple[Any, ...]:
     # few distinct values make ties
     gate = jnp.asarray(rng.integers(-2, 3, (width, len(splits), adapters)).astype(np.float32))
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)).astype(kind))
-    bias = jnp.asarray(rng.integers(-9, 10, (len(splits), adapters)).astype(np.float32))
+    shared = () if draw(st.booleans()) else (rows,)  # of all tokens, or each token's own
+    bias = jnp.asarray(rng.integers(-9, 10, (*shared, len(splits), adapters)).astype(np.float32))
     bias = bias if draw(st.booleans()) else None
     a, b = draws(len(splits), adapters, rank, width), draws(adapters, rank, sum(splits))
     scale = jnp.asarray(rng.uniform(0.5, 2, (len(splits), adapters)).astype(np.float32))

@@ -161,3 +161,13 @@ class Remembering:
             more = mean if more is None else more + mean
         routing = self.router.route(x, dataclasses.replace(gate, more=more))
         return dataclasses.replace(routing, sums=last)
+
+
+def served_gates(router: BoundRouter | None, group: str) -> tuple[BoundRouter | None, jax.Array | None]:
+    """The router beneath what is remembered, and what that adds to a group's logits, float32 [B, T, P, A] or None.
+    For `GateForm.is_served`: nothing else is remembered."""
+    if not isinstance(router, Remembering):
+        return router, None
+    assert router.sums is None
+    start = STARTS[group]
+    return router.router, router.more[:, :, start : start + len(GROUPS[group])]

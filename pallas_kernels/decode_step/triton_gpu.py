@@ -1,6 +1,6 @@
 """The groups of a layer for one token a row, and its attention: cuBLAS and Triton launches (the extra `gpu`).
 
-A group is a product by XLA (cuBLAS reads the layer where it is stacked; the gates and A's are its last columns), then
+A group is a product by XLA (cuBLAS reads the layer where it is stacked; the gates and A's are its last rows), then
 `tail_kernel`: norm, choice and update of the adapters, and what follows, which is rotary embedding and cache,
 silu(gate) up, or the sum with the residual stream. With a wide bank `shrink_kernel` stands between them. A norm's
 1 / rms commutes with the product: the tail before it multiplies by the norm's scale, the one behind it by that factor.
@@ -36,15 +36,16 @@ PROGRAMS = 128  # of an H200's 132 multiprocessors
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["w", "a", "b", "scale"],
-    meta_fields=["splits", "eps", "columns", "first"],
+    meta_fields=["splits", "eps", "columns", "first", "beside"],
 )
 @dataclasses.dataclass(frozen=True)
 class Group:
     """A projection group's weights, stacked over layers.
 
-    w [L, I, O + N]: behind the O columns N / P a projection, its gates, and its A's from column `first` on (or gates
-    alone beside a [L, P, A, R, I]); b [L, A, R, O]; scale float32 [L, P, A]. None: has none. eps: of the norm before
-    it, None without one. columns: N / P.
+    w [L, I, O], or rows [L, O + N, I]: behind the O rows N / P a projection, its gates, and its A's from row `first` on
+    (or gates alone beside a [L, P, A, R, I]); b [L, A, R, O]; scale float32 [L, P, A]. None: has none. eps: of the norm
+    before it, None without one. columns: N / P, of the product. beside: rows behind these that are no
+    projection's, part of N. N = 0: w is [L, I, O].
     """
 
     w: Any
@@ -55,22 +56,29 @@ class Group:
     eps: float | None
     columns: int
     first: int
+    beside: int = 0
+
+    @property
+    def rows_behind(self) -> int:
+        return self.columns * len(self.splits) + self.beside
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["counts", "temperatures", "indices", "weights"],
-    meta_fields=["top_k"],
+    meta_fields=["top_k", "alone"],
 )
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Who acts: gates, with int32 [M] counts and float32 [M] temperatures; or indices and weights given, [M, C]."""
+    """Who acts: gates, with int32 [M] counts and float32 [M] temperatures; or indices and weights given, [M, C].
+    alone: the gates' logits are those that their stream gives; they have no columns."""
 
     top_k: int
     counts: Any = None
     temperatures: Any = None
     indices: Any = None
     weights: Any = None
+    alone: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -134,9 +142,10 @@ def tiles(rows: int, total: int, tail: Tail, head: int, gather: bool | None) -> 
     return dict(BM=bm, BH=bh)
 
 
-def product(x: jax.Array, w: jax.Array, layer: int) -> jax.Array:
+def product(x: jax.Array, group: Group, layer: int) -> jax.Array:
     """float32 [rows of x, O + N]: x W of a layer, read where it is stacked."""
-    return jnp.einsum("mi,io->mo", x, w[layer], preferred_element_type=jnp.float32)
+    form = "mi,oi->mo" if group.rows_behind else "mi,io->mo"
+    return jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
 
 
 def group_step(
@@ -154,6 +163,8 @@ def group_step(
     following: tuple[jax.Array, int] | None = None,
     angles: tuple[jax.Array, jax.Array] | None = None,
     slot: jax.Array | None = None,
+    sums: jax.Array | None = None,
+    more: jax.Array | None = None,
     captured: bool = True,
 ) -> tuple[Any, Carried]:
     """A group of one layer.
@@ -166,6 +177,8 @@ def group_step(
             [M, O], and the norm that follows: its scales [L, O], and how many layers on it is.
         choice: None adds no adapters.
         first_projection: of the group, in the traced choices.
+        sums: the group's `product`, where it is there already.
+        more: float32 [M, projections of a layer, A], what the gates' stream adds to their logits.
         captured: launches may become part of CUDA graphs.
 
     Returns:
@@ -177,12 +190,11 @@ def group_step(
     rows = carried.keys.shape[1]
     if rows > MAX_ROWS:
         raise NotImplementedError(f"decode_step: expected at most {MAX_ROWS} rows, found {rows}")
-    depth, width, extra = group.w.shape
-    total = sum(group.splits)
-    extra -= total
+    depth, width = group.w.shape[0], x.shape[1]
+    total, extra = sum(group.splits), group.rows_behind
     wide = choice is not None and group.a is not None
-    if choice is not None and not extra and (not wide or choice.counts is not None):
-        raise NotImplementedError("decode_step: expected gates and A's behind the kernel's columns, found none")
+    if choice is not None and not group.columns and (not wide or (choice.counts is not None and not choice.alone)):
+        raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
     gates = choice is not None and choice.counts is not None
     gather = None if choice is None else wide or rows * choice.top_k <= GATHER * group.b.shape[1]
     size = tiles(rows, total, tail, head, gather)
@@ -193,11 +205,16 @@ def group_step(
     norm = dict(NORM=squares is not None, EPS=group.eps or 0.0, NS=parts, NSP=power(parts))
     squares = none if squares is None else squares
 
-    sums = product(x, group.w, layer)
+    sums = product(x, group, layer) if sums is None else sums
     routed, sizes = _adapters(none, group, choice, carried, rows, total + extra, first_projection)
+    more = more if gates else None
+    sizes |= dict(OWN=int(choice is None or not choice.alone), MORE=0, MORE_FIRST=0)
+    if more is not None:
+        sizes |= dict(MORE=math.prod(more.shape[1:]), MORE_FIRST=first_projection * more.shape[2])
+    more = none if more is None else more
     h = sums
     if wide:
-        h, carried = _shrink(number, x, squares, group, choice, carried, sums, norm, sizes, call)
+        h, carried = _shrink(number, x, squares, group, choice, carried, sums, more, norm, sizes, call)
         if gates:
             routed = (*routed[:4], carried.indices, carried.weights)
     padded = max(rows, LEAST_ROWS)
@@ -213,7 +230,7 @@ def group_step(
     cos, sin = angles or (none, none)
     inputs = (
         number, sums, squares, h, *routed, none if residual is None else residual, scales, cos, sin,
-        none if slot is None else slot, *changed,
+        none if slot is None else slot, more, *changed,
     )  # fmt: skip
     start = len(inputs) - 4
     in_place = {10: 0} if residual is not None else {}  # a program reads the columns that it writes
@@ -265,13 +282,13 @@ def _adapters(
 
 def shrink_parts(group: Group, rows: int, choices: int) -> int:
     """Into how many parts a wide bank's shrink over I is cut, so that its programs fill the chip."""
-    width, programs = group.w.shape[1], rows * choices * len(group.splits)
+    width, programs = group.a.shape[-1], rows * choices * len(group.splits)
     return next(p for p in (16, 8, 4, 2, 1) if p == 1 or (width % (p * 128) == 0 and p * programs <= 8 * PROGRAMS))
 
 
 def _shrink(
     layer: jax.Array, x: jax.Array, squares: jax.Array, group: Group, choice: Any, carried: Carried, sums: jax.Array,
-    norm: dict[str, Any], sizes: dict[str, Any], call: Any,
+    more: jax.Array, norm: dict[str, Any], sizes: dict[str, Any], call: Any,
 ) -> tuple[jax.Array, Carried]:  # fmt: skip
     """The shrinks of the chosen adapters of a wide bank, float32 [HPARTS, M, P, C, R]; the choice is traced."""
     rows, width = carried.keys.shape[1], x.shape[1]
@@ -281,7 +298,7 @@ def _shrink(
     given = (
         (choice.counts, choice.temperatures, layer, layer) if gates else (layer, layer, choice.indices, choice.weights)
     )
-    inputs = (layer, x, squares, group.a, sums, *given, *traces)
+    inputs = (layer, x, squares, group.a, sums, *given, more, *traces)
     shape = jax.ShapeDtypeStruct
     h, indices, weights = call(
         "shrink_kernel", *inputs,
@@ -294,7 +311,7 @@ def _shrink(
         W=group.columns, GATES=gates, PART=width // parts,
         BK=divisor(width // parts, *(k for k in (256, 128, 64, 32, 16) if k * rank <= 4096), 16),
         **norm, **{k: sizes[k] for k in ("A", "AP", "R", "RP", "C", "CP", "CHOICE_ROW", "CHOICE_P", "CHOICE_LAYER",
-                                         "TRACE_ROW", "TRACE_FIRST")},
+                                         "TRACE_ROW", "TRACE_FIRST", "OWN", "MORE", "MORE_FIRST")},
     )  # fmt: skip
     return h, dataclasses.replace(carried, indices=indices, weights=weights) if gates else carried
 

@@ -25,8 +25,8 @@ TRITON_ROWS = 64
 Implementation = Literal[
     "reference", "triton", "triton_slim", "diagonal", "masked_diagonal", "apart", "masked_apart", "tiles"
 ]
-# What serves more tokens than that on a GPU; from `scripts/bench.py --what prefill --settings all`, joined columns.
-PROMPTS: Implementation = "masked_apart"
+# What serves more tokens than that on a GPU; from `scripts/bench.py --what prefill --settings all`, slim matrix apart.
+PROMPTS: Implementation = "diagonal"
 
 
 def choose(platform: str, rows: int) -> Implementation:
@@ -90,7 +90,7 @@ def gated_lora(
     splits: tuple[int, ...],
     top_k: int,
     *,
-    bias: Float[Array, "P A"] | None = None,
+    bias: Float[Array, "P A"] | Float[Array, "M P A"] | None = None,
     made: Float[Array, "M P N"] | None = None,
     implementation: Implementation = "reference",
 ) -> tuple[Float[Array, "M O"], Int32[Array, "M P C"], Float[Array, "M P C"]]:
@@ -99,7 +99,7 @@ def gated_lora(
     Args:
         slim: from `slim_matrix`. b, scale, base, splits: as `api.add_routed_lora` has them.
         counts: how many adapters each token takes, at most `top_k`. temperatures: float32, of its softmax.
-        bias: float32, added to the gates' logits.
+        bias: float32, added to the gates' logits; of all tokens, or each token's own.
         made: x times the slim matrix (then None) where it is there already, float32.
         implementation: "reference" in XLA; "triton" the slim product by XLA and one launch; "triton_slim" two
             launches, the slim product too cut over the whole chip (few tokens). For many tokens: "tiles" mask and
@@ -122,9 +122,11 @@ def gated_lora(
             h = triton_gpu.slim_product(x, flat)
         else:
             h = einsum_float32(x.dtype, "mi,ni->mn", x, flat)[None]
+    if bias is not None and (bias.ndim == 3 or implementation in ("tiles", "masked_diagonal", "masked_apart")):
+        wide = jnp.pad(bias, (*((0, 0),) * (bias.ndim - 1), (0, rows - adapters)))
+        h = jnp.concatenate([h[:1] + wide.reshape(1, -1, projections * rows), h[1:]])  # to one part of the product
+        bias = None
     if implementation in ("tiles", "masked_diagonal", "masked_apart"):
-        if bias is not None:
-            h = h + jnp.pad(bias, ((0, 0), (0, rows - adapters))).reshape(-1)[None, None]
         from pallas_kernels.routed_lora import triton_gpu
 
         masked, indices, weights = triton_gpu.masked_shrink(

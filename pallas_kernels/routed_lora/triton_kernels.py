@@ -281,11 +281,12 @@ def dense_expand_kernel(
 def choose(
     logit_ptr, count_ptr, temperature_ptr, rows, M: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, bias_ptr=None,
-    BIASED: tl.constexpr = False, factor=1.0,
+    BIASED: tl.constexpr = False, factor=1.0, BIAS_ROW: tl.constexpr = 0,
 ):  # fmt: skip
     """(adapters, weights), each [BM, CP]: the C largest logits, ties to the lowest index, and their softmax.
 
-    factor: what the logits are times, [BM, 1] or a number.
+    factor: what the logits are times, [BM, 1] or a number. PARTS: 0 for logits that are the bias alone. BIAS_ROW: of a
+    bias that each row has its own of, 0 for one that all share.
     """
     scores = tl.arange(0, AP)
     inside = (rows < M)[:, None] & (scores < A)[None, :]
@@ -295,7 +296,10 @@ def choose(
         logits += tl.load(logit_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
     logits *= factor
     if BIASED:
-        logits += tl.load(bias_ptr + scores, mask=scores < A, other=0.0)[None, :]
+        if BIAS_ROW == 0:
+            logits += tl.load(bias_ptr + scores, mask=scores < A, other=0.0)[None, :]
+        else:
+            logits += tl.load(bias_ptr + rows[:, None] * BIAS_ROW + scores[None, :], mask=inside, other=0.0)
     logits = tl.where((scores < A)[None, :], logits, float("-inf"))
     count = tl.load(count_ptr + rows, mask=rows < M, other=0)
     temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)
