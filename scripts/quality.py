@@ -38,11 +38,13 @@ import tyro
 from quality_tables import BASELINES, Job, collect, tell
 from rich.console import Console
 
-from meteora_jax.config import InputError
+from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.composite import COMPOSITES, SEED, generate_composites
+from meteora_jax.text import load_tokenizer
 
 METEORA = ("-m", "meteora_jax.cli")
 BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
+NEW_TOKENS = 64  # of a part, as `meteora evaluate` has it
 HELD_OUT = 4  # adapters that a bank grows by
 PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent")
 # Problems of two to ten tasks behind up to two worked examples if they fit: two thirds of the gates' tokens, 44 % of
@@ -124,8 +126,7 @@ class Quality:
     limit: int = 100
     """Test problems a task."""
     max_prompt: int = 2048
-    """Longer prompts are left out, of single tasks."""
-    composite_max_prompt: int = 7500
+    """Longer prompts of single tasks are left out; composites fit the context."""
     composite: str = "3,5,10"
     """As of `meteora evaluate`; without the hub's tasks, 10 has two substitutes, `COMPOSITE_10`."""
     composite_count: int = 100
@@ -233,8 +234,8 @@ class Plan:
         folder, dtype = out / "evaluation" / name, () if q.dtype is None else ("--dtype", q.dtype)
         given = () if gates is None else ("--gates", out / gates)
         self.add(f"evaluate {name}", "evaluate", "--base", q.base, "--bank", out / "bank", *given, "--tasks", q.tasks,
-                 "--systems", systems, "--limit", limit or q.limit, "--max-prompt", q.composite_max_prompt if
-                 batch else q.max_prompt, "--batch-size", batch or q.evaluation_batch, *dtype, "--out", folder, *more,
+                 "--systems", systems, "--limit", limit or q.limit, "--max-prompt", q.max_prompt,
+                 "--batch-size", batch or q.evaluation_batch, *dtype, "--out", folder, *more,
                  makes=folder / "table.json",
                  after=(gates or "bank", *after), shares=True)  # fmt: skip
 
@@ -262,11 +263,17 @@ def substituted(q: Quality, what: str) -> Path:
 
 
 def draw_composites(q: Quality) -> None:
-    """Writes the files that `composites` names."""
+    """Writes the files that `composites` names, of problems that fit the context as `meteora evaluate` would."""
     for what in q.composite.split(","):
-        if (dest := substituted(q, what)) and str(dest) in composites(q):
-            tasks = [COMPOSITE_10.get(task, task) for task in COMPOSITES[int(what)]]
-            generate_composites(q.tasks, tasks, seed=SEED, count=q.composite_count, shots=q.composite_shots, dest=dest)
+        if str(dest := substituted(q, what)) not in composites(q):
+            continue
+        tasks = [COMPOSITE_10.get(task, task) for task in COMPOSITES[int(what)]]
+        tokenizer = load_tokenizer(q.base)
+        room = read_json(q.base / "config.json")["max_position_embeddings"] - len(tasks) * NEW_TOKENS
+        generate_composites(
+            q.tasks, tasks, seed=SEED, count=q.composite_count, shots=q.composite_shots, max_tokens=room,
+            count_tokens=lambda text, t=tokenizer: len(t(text)["input_ids"]), dest=dest,
+        )  # fmt: skip
 
 
 def plan(q: Quality, names: Sequence[str]) -> list[Job]:

@@ -197,7 +197,7 @@ def test_tables_show_each_system_and_task_once(quality, tmp_path):
     assert "| mean accuracy | | 10.0 | 50.0 | 40.0 |" in text
 
 
-def test_a_composite_without_its_tasks_is_a_file_with_substitutes(quality, tmp_path):
+def test_a_composite_without_its_tasks_is_a_file_with_substitutes(quality, tmp_path, monkeypatch):
     tasks = tmp_path / "tasks"
     for name in {quality.COMPOSITE_10.get(n, n) for names in quality.COMPOSITES.values() for n in names}:
         (tasks / name).mkdir(parents=True)
@@ -207,6 +207,11 @@ def test_a_composite_without_its_tasks_is_a_file_with_substitutes(quality, tmp_p
     q = quality.Quality(base=Path("base"), tasks=tasks, out=tmp_path / "out", composite="3,10", composite_count=4)
     file = tmp_path / "out" / "composite_10_substituted.jsonl"
     assert quality.composites(q) == f"3,{file}"
+    monkeypatch.setattr(quality, "load_tokenizer", lambda base: lambda text: {"input_ids": text.split()})
+    monkeypatch.setattr(quality, "read_json", lambda path: {"max_position_embeddings": 10 * 64 + 9})
+    with pytest.raises(InputError):  # not even one problem fits
+        quality.draw_composites(q)
+    monkeypatch.setattr(quality, "read_json", lambda path: {"max_position_embeddings": 10 * 64 + 900})
     quality.draw_composites(q)
     problems = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(problems) == 4
