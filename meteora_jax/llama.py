@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
 from meteora_jax.routing.memory import GateMemory
-from meteora_jax.sharding import constrain
+from meteora_jax.sharding import by_device, constrain
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -222,8 +223,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, fused: Fus
     jax.nn.dot_product_attention is not used elsewhere: it refuses float16 on a CPU.
     """
     if fused is not None:
-        mask_read, causal = None if fused == "prompt" else mask, fused != "decode"
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask_read, is_causal=causal, implementation="cudnn")
+        cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=fused != "decode", implementation="cudnn")
+        rows, heads = ("batch", None, "heads", None), ("heads", k.shape[2])
+        given = [(q, rows), (k, rows), (v, rows)] + ([] if fused == "prompt" else [(mask, ("batch", None, None, None))])
+        y = by_device(lambda q, k, v, mask=None: cudnn(q, k, v, mask=mask), given, rows, heads)
         return y.reshape(*y.shape[:2], -1)
     batch, length, heads, width = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
@@ -382,9 +385,8 @@ class Llama(nnx.Module):
         return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
 
     def _has_fused_attention(self) -> bool:
-        """Whether cuDNN's attention serves this model here: 16 bit on one GPU since Ampere, head dims it knows."""
-        mesh = jax.sharding.get_abstract_mesh()
-        if platform() != "gpu" or self.embed.dtype.itemsize != 2 or not (mesh.empty or mesh.size == 1):
+        """Whether cuDNN's attention serves this model here: 16 bit on GPUs since Ampere, head dims it knows."""
+        if platform() != "gpu" or self.embed.dtype.itemsize != 2:
             return False
         recent = float(jax.devices()[0].compute_capability) >= 8.0
         return recent and self.config.head_dim % 8 == 0 and self.config.head_dim <= 128

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -182,6 +182,28 @@ def splits_inner(width: int) -> bool:
     """Whether the mesh of `use_mesh` cuts an "inner" dimension of that width: sums over it cross devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape["tensor"] > 1 and width % mesh.shape["tensor"] == 0
+
+
+def by_device(
+    function: Callable[..., jax.Array],
+    given: Sequence[tuple[jax.Array, Sequence[str | None]]],
+    axes: Sequence[str | None],
+    whole: tuple[str, int],
+) -> jax.Array:
+    """`function` of arrays and the names of their dimensions, on every device of `use_mesh`'s mesh with its own parts;
+    the result is split as the first array and its dimensions are named `axes`. For what XLA cannot cut by itself.
+
+    whole: a dimension's name and a size; where the mesh does not divide that, the dimension stays whole in all arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*(x for x, _ in given))
+    name, size = whole
+    cut = size % math.prod(mesh.shape[a] for a in LOGICAL_AXES[name]) == 0
+    own = lambda x, names: spec([n if cut or n != name else None for n in names], x.shape, mesh.shape)  # noqa: E731
+    return jax.shard_map(
+        function, in_specs=tuple(own(x, names) for x, names in given), out_specs=own(given[0][0], axes), check_vma=False
+    )(*(x for x, _ in given))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

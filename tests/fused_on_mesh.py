@@ -1,0 +1,69 @@
+"""Run as a program on eight CPU devices: cuDNN's attention, by a stand-in, on meshes equals XLA's on one device.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python tests/fused_on_mesh.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from meteora_jax import llama
+from meteora_jax.sharding import make_mesh, use_mesh
+
+B, T, H = 8, 24, 16
+
+
+def call(mesh: Any, fused: Any, heads: tuple[int, int]) -> list[np.ndarray]:
+    """y and the gradients by q, k and v."""
+    rng = np.random.default_rng(0)
+    q, k, v, dy = (
+        jnp.asarray(rng.standard_normal((B, T, n, H)), jnp.float32) for n in (heads[0], *heads[1:] * 2, heads[0])
+    )
+    segments = jnp.asarray(rng.integers(1, 3, (B, T)).cumsum(1) // 9)
+    place = jnp.arange(T)
+    mask = (place[None, :] <= place[:, None])[None]
+    if fused != "prompt":
+        mask = mask & (segments[:, None, :] == segments[:, :, None])
+    mask = jnp.broadcast_to(mask, (B, T, T))[:, None]
+
+    def whole(q: Any, k: Any, v: Any, dy: Any) -> Any:
+        y, pull = jax.vjp(lambda q, k, v: llama.attend(q, k, v, mask, fused), q, k, v)
+        return (y, *pull(dy.reshape(y.shape)))
+
+    with use_mesh(mesh):
+        return [np.asarray(z) for z in jax.jit(whole)(q, k, v, dy)]
+
+
+def main() -> None:
+    attention, shapes = jax.nn.dot_product_attention, []
+
+    def stand_in(q: Any, *rest: Any, implementation: str, **more: Any) -> Any:
+        assert implementation == "cudnn"
+        shapes.append(q.shape)
+        return attention(q, *rest, implementation="xla", **more)
+
+    jax.nn.dot_product_attention = stand_in
+    for heads in ((4, 2), (3, 1)):
+        for fused in ("packed", "prompt"):
+            wanted = call(None, None if fused == "packed" else "prompt", heads)
+            for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (2, 1, 4)):
+                shapes.clear()
+                found = call(make_mesh(*sizes), fused, heads)
+                for want, got in zip(wanted, found, strict=True):
+                    np.testing.assert_allclose(got, want, atol=2e-6)
+                # each device has its own rows, and its own heads where the mesh divides those of the keys
+                tensor = sizes[2] if heads[1] % sizes[2] == 0 else 1
+                assert set(shapes) == {(B // (sizes[0] * sizes[1]), T, heads[0] // tensor, H)}, (sizes, shapes)
+    print("equal")
+
+
+if __name__ == "__main__":
+    main()
