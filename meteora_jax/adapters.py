@@ -321,11 +321,11 @@ class AdaptedLinear(nnx.Module):
         self.slim = nnx.data(AdapterConstant(slim, axes=(None, None, None)))  # was None, which NNX took for static
 
     def __call__(
-        self, x: jax.Array, router: BoundRouter | None, layer: jax.Array | int = 0
+        self, x: jax.Array, router: BoundRouter | None, layer: jax.Array | int = 0, keep: bool = False
     ) -> tuple[list[jax.Array], Routing | None]:
         """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base).
 
-        layer: which one of a joined kernel.
+        layer: which one of a joined kernel. keep: the result is kept for the backward pass, see `remat="dots"`.
         """
         rows, total = x.shape[0] * x.shape[1], sum(self.splits)
         kernel, slim, made = self.kernel[...], None if self.slim is None else self.slim[...], None
@@ -361,8 +361,10 @@ class AdaptedLinear(nnx.Module):
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
                 y = self._adapted(x, plain, y, routing, joined)
         y = y.astype(x.dtype)
-        # down's is added to the residual stream and to nothing else: no backward pass reads it
-        return self._split(y if self.group == "down" else checkpoint_name(y, KEPT)), routing
+        if keep:
+            # without the barrier XLA multiplies a second time, to write one of the results where it is kept
+            y = checkpoint_name(jax.lax.optimization_barrier(y), KEPT)
+        return self._split(y), routing
 
     def _adapted(self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing, joined: bool) -> jax.Array:
         """y [B, T, O], the base's output, + what the routed adapters add; plain is y without the base's bias."""

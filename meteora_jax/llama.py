@@ -102,12 +102,14 @@ class RmsNorm(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Where:
     """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2], mask bool [B, 1, T, S], and
-    `attend`'s `fused`; stream: the rotary angles [B, T, 1, E/2] of the gates' stream, None without one."""
+    `attend`'s `fused`; keep: products stay for the backward pass; stream: the rotary angles [B, T, 1, E/2] of the
+    gates' stream, None without one."""
 
     cos: Any
     sin: Any
     mask: Any
     fused: Any = dataclasses.field(default=None, metadata={"static": True})
+    keep: bool = dataclasses.field(default=False, metadata={"static": True})
     stream: Any = None
 
 
@@ -198,7 +200,7 @@ class Layer(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None, tuple[Routing, ...]]:
         """x [B, T, D] -> x, the cache with this layer's keys and values, the routing of each group."""
         width = self.config.head_dim
-        (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router, index)
+        (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router, index, where.keep)
         heads = lambda y: constrain(y.reshape(*y.shape[:2], -1, width), "batch", None, "heads", None)  # noqa: E731
         q, k, v = heads(q), heads(k), heads(v)
         if self.q_norm is not None and self.k_norm is not None:
@@ -208,9 +210,10 @@ class Layer(nnx.Module):
             cache = cache.write(index, k, v)
             if not fresh:
                 k, v = cache.layer(index)
-        (y,), r_o = self.o(attend(q, k, v, where.mask, where.fused), router, index)
+        (y,), r_o = self.o(attend(q, k, v, where.mask, where.fused), router, index, where.keep)
         x = x + y
-        (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router, index)
+        (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router, index, where.keep)
+        # down's is added to the residual stream and to nothing else: no backward pass reads it
         (y,), r_down = self.down(jax.nn.silu(gate) * up, router, index)
         return x + y, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
 
@@ -328,7 +331,7 @@ class Llama(nnx.Module):
             elif segments is not None and "packed" in FUSED_ATTENTION:
                 fused = "packed"
                 mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
-        where = Where(*rotation(self.config, positions), mask[:, None], fused)
+        where = Where(*rotation(self.config, positions), mask[:, None], fused, remat == "dots")
         router = router.at(positions) if isinstance(router, Invoked) else router
         x = self.embed[...][tokens]
         acting = self._at_ends(router, x)
