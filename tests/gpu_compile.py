@@ -11,6 +11,7 @@ tests/test_decode_step.py starts it where the extra is installed.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import re
 import sys
@@ -29,14 +30,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import meteora_jax as mj
 from meteora_jax import compiler, llama
+from meteora_jax.adapters import GateParam
 from meteora_jax.compiler import Step
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
 from meteora_jax.gate_config import METEORA_FORM, GateForm
 from meteora_jax.generation import Decoding, decode, prefill
 from meteora_jax.kv_cache import KVCache
 from meteora_jax.llama import Llama
+from meteora_jax.planning import abstract_model, shape_of
+from meteora_jax.training.data import Batch
+from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.decode_step import triton_gpu
-from pallas_kernels.routed_lora import gated
+from pallas_kernels.routed_lora import gated, reference
 
 # What the compiler asks of a GPU; source: the vendor's data sheet and CUDA's device properties.
 H200 = """
@@ -135,6 +140,26 @@ def readers_of_kernels(text: str) -> list[str]:
     return [line.strip() for line in body.splitlines() if reads.search(line)]
 
 
+def products_of_training(device: Any, remat: Any) -> dict[int, int]:
+    """Products with results of so many columns, q k v's and gate up's, in a step of gate training."""
+    reference.UPDATES = "diagonal"  # as on a GPU
+    abstract, bank = abstract_model(dataclasses.replace(shape_of("llama3-8b"), num_layers=2), 28, 8)
+    graph, params, frozen = nnx.split(abstract, GateParam, ...)
+    tx = optimizer(1000, 1e-4, 0.0, 0.3)
+    state = jax.eval_shape(lambda p: initial_state(p, tx, None), params)
+    numbers, rows = array((4, 512), jnp.int32), 4
+    batch = Batch(tokens=numbers, positions=numbers, segments=numbers, loss=array((4, 512), bool), tasks=numbers)
+    place = lambda tree: jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), tree)  # noqa: E731
+    step = make_step(graph, state, tx, beta=50.0, dtype=jnp.bfloat16, remat=remat)
+    jitted = jax.jit(step.__wrapped__, donate_argnums=1)  # pyright: ignore[reportFunctionMemberAccess]
+    given = map(place, (frozen, state, batch, mj.Gates(2).bind([mj.Gates(2)] * rows, bank.names)))
+    lowered = jitted.trace(*given).lower(lowering_platforms=("cuda",))
+    text = lowered.compile(compiler_options=compiler.GPU_OPTIONS | {"xla_gpu_autotune_level": 0}).as_text()
+    assert text is not None
+    found = re.findall(r"= \(bf16\[2048,(\d+)\][^\n]*? custom-call\([^\n]*?__cublas", text)
+    return {columns: found.count(str(columns)) for columns in (6144, 28672)}
+
+
 def main() -> None:
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
     triton_gpu.launch = stand_in
@@ -166,6 +191,10 @@ def main() -> None:
         in_place = sum("calls=%dynamic-slice-fusion" in line for line in readers)
         print(f"{name}, a prompt: {in_place} products a layer, {len(readers) - in_place} copies of kernels")
         assert in_place == len(readers) == products, f"{name}: a layer of a kernel is copied\n" + "\n".join(readers)
+    for remat, products in ((True, 4), ("dots", 2)):  # the base's and the update, and both again where recomputed
+        counted = products_of_training(device, remat)
+        print(f"training, remat {remat}: {counted} products of so many columns a layer, forward and backward")
+        assert set(counted.values()) == {products}, f"remat {remat}: a product runs more than it must"
 
 
 if __name__ == "__main__":
