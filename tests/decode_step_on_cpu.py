@@ -298,7 +298,7 @@ def one_stream(seed: int) -> None:
     )
     mask = (positions != triton_gpu.EMPTY) & (positions <= own[:, None])
     turns = llama.stream_rotation(e, jnp.asarray(own)[:, None])
-    where = llama.Where(None, None, jnp.asarray(mask)[:, None, None], None, turns)
+    where = llama.Where(None, None, jnp.asarray(mask)[:, None, None], stream=turns)
     x, u = draw(rows, width), jnp.asarray(rng.standard_normal((rows, e)), jnp.float32)
     behind, gained, wanted = stream(norm(x[:, None]), u[:, None], where, cache, layer, False)
     begun, read = Stream.begin(x, norm.scale[...]), stream.read[...].reshape(width, -1).astype(kind)
