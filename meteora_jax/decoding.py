@@ -24,8 +24,8 @@ TAILS: dict[str, Tail] = {"qkv": "rope", "o": "residual", "gate_up": "silu", "do
 FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
 
 
-def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: int) -> str | None:
-    """Why this model or router is left to XLA; None where the kernels serve both."""
+def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: int, step: Step) -> str | None:
+    """Why this model or router is left to XLA; None where the kernels of `step` serve both."""
     if config.qk_norm or config.sliding_window is not None:
         return "head norms or a sliding window"
     if rows > triton_gpu.MAX_ROWS or config.head_dim < 32 or config.head_dim & (config.head_dim - 1):
@@ -55,6 +55,8 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
             or linear.lora_bias is not None
         ):
             return "a group without adapters, DoRA or biases of adapters"
+        if gates and linear.form.stream and not step.streams:
+            return "gates with a stream, which this step leaves alone"
         if gates and (found := _unserved(linear.form)):
             return f"gates of another form than MeteoRA's: {found}"
         needed = (gates and linear.form.input != "stream") or not _wide(linear)

@@ -340,8 +340,7 @@ class Llama(nnx.Module):
         x = constrain(x, "batch", None, None)
         one = cache is not None and not fresh and tokens.shape[1] == 1 and segments is None
         step = step_form(tokens.shape[0]) if one else None
-        step = None if step is not None and self.form.stream and not step.streams else step
-        if step is not None and refusal(self.layers, self.config, router, tokens.shape[0]) is None:
+        if step is not None and refusal(self.layers, self.config, router, tokens.shape[0], step) is None:
             return self._step(x, positions, cache, router, where, observe, step)
         memory, kept = None, None
         if self.form.remembers:

@@ -38,13 +38,11 @@ import tyro
 from quality_tables import BASELINES, Job, collect, tell
 from rich.console import Console
 
-from meteora_jax.config import InputError, read_json
-from meteora_jax.evaluation.composite import COMPOSITES, SEED, generate_composites
-from meteora_jax.text import load_tokenizer
+from meteora_jax.config import InputError
+from meteora_jax.evaluation.composite import COMPOSITES
 
 METEORA = ("-m", "meteora_jax.cli")
 BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
-NEW_TOKENS = 64  # of a part, as `meteora evaluate` has it
 HELD_OUT = 4  # adapters that a bank grows by
 PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent")
 # Problems of two to ten tasks behind up to two worked examples if they fit: two thirds of the gates' tokens, 44 % of
@@ -252,28 +250,13 @@ class Plan:
 
 
 def composites(q: Quality) -> str:
-    """`--composite` of `meteora evaluate`, with a file where a task of 10 is not there."""
-    known = {str(n): all((q.tasks / task).is_dir() for task in names) for n, names in COMPOSITES.items()}
-    return ",".join(what if known.get(what, True) else str(substituted(q, what)) for what in q.composite.split(","))
-
-
-def substituted(q: Quality, what: str) -> Path:
-    """Where the problems of a composite with substitutes lie."""
-    return q.out / f"composite_{what}_substituted.jsonl"
-
-
-def draw_composites(q: Quality) -> None:
-    """Writes the files that `composites` names, of problems that fit the context as `meteora evaluate` would."""
-    for what in q.composite.split(","):
-        if str(dest := substituted(q, what)) not in composites(q):
-            continue
-        tasks = [COMPOSITE_10.get(task, task) for task in COMPOSITES[int(what)]]
-        tokenizer = load_tokenizer(q.base)
-        room = read_json(q.base / "config.json")["max_position_embeddings"] - len(tasks) * NEW_TOKENS
-        generate_composites(
-            q.tasks, tasks, seed=SEED, count=q.composite_count, shots=q.composite_shots, max_tokens=room,
-            count_tokens=lambda text, t=tokenizer: len(t(text)["input_ids"]), dest=dest,
-        )  # fmt: skip
+    """`--composite` of `meteora evaluate`, with substitutes for the hub's tasks where TASKS has them not."""
+    here = lambda task: task if (q.tasks / task).is_dir() else COMPOSITE_10.get(task, task)  # noqa: E731
+    own = {str(n): names for n, names in COMPOSITES.items()}
+    drawn = {what: tuple(map(here, names)) for what, names in own.items()}
+    return ",".join(
+        what if drawn.get(what) == own.get(what) else "+".join(drawn[what]) for what in q.composite.split(",")
+    )
 
 
 def plan(q: Quality, names: Sequence[str]) -> list[Job]:
@@ -426,8 +409,6 @@ def main(q: Quality) -> int:
         for job in jobs:
             print(shlex.join(["meteora", *job.arguments]))
         return 0
-    if "composite" in q.parts:
-        draw_composites(q)
     runner = Runner(q)
     signal.signal(signal.SIGTERM, lambda *_: runner.stop())
     clock = threading.Timer(threading.TIMEOUT_MAX if q.seconds is None else q.seconds, runner.stop)

@@ -125,7 +125,7 @@ def test_who_is_served(change, router, reason):
     model = slim_model()
     module = nnx.merge(model.graph, model.weights)
     config = dataclasses.replace(model.config, **change)
-    found = decoding.refusal(module.layers, config, model.bind(router, 2), 2)
+    found = decoding.refusal(module.layers, config, model.bind(router, 2), 2, Step(64))
     assert found == reason or (reason is not None and reason in found)
 
 
@@ -144,10 +144,22 @@ def test_who_is_served(change, router, reason):
 def test_which_forms_of_gates_are_served(form, reason):
     model = slim_model(form=form)
     module = nnx.merge(model.graph, model.weights)
-    found = decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 2), 2)
+    found = decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 2), 2, Step(64))
     assert found == reason or (reason is not None and reason in found)
     if form.is_served:
-        assert decoding.refusal(module.layers, model.config, model.bind(mj.Fixed("cedar"), 2), 2) is None
+        assert decoding.refusal(module.layers, model.config, model.bind(mj.Fixed("cedar"), 2), 2, Step(64)) is None
+
+
+@pytest.mark.parametrize("form", STREAMS, ids=["stream", "stream alone"])
+def test_the_default_step_leaves_gates_with_a_stream_alone_and_no_other_router(form):
+    (step,) = compiler.STEPS
+    model = slim_model(form=form)
+    module = nnx.merge(model.graph, model.weights)
+    found = [
+        decoding.refusal(module.layers, model.config, model.bind(router, 2), 2, step)
+        for router in (mj.Gates(2), mj.Fixed("cedar"), None)
+    ]
+    assert found == ["gates with a stream, which this step leaves alone", None, None]
 
 
 @pytest.mark.parametrize("form", STREAMS, ids=["stream", "stream alone"])
@@ -155,14 +167,14 @@ def test_a_stream_whose_reads_are_elsewhere_is_refused(monkeypatch, form):
     monkeypatch.setattr(decoding.gated, "DENSE_WIDTH", 8)  # gates that read it alone then have no columns
     model = prepared(small("bfloat16", form))
     module = nnx.merge(model.graph, model.weights)
-    assert "behind" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 1), 1))
+    assert "behind" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 1), 1, Step(64)))
 
 
 @pytest.mark.parametrize("model", [plain_model, lambda: prepared(plain_model())])
 def test_a_model_whose_gates_are_elsewhere_is_refused(model):
     model = model()
     module = nnx.merge(model.graph, model.weights)
-    assert "behind" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 1), 1))
+    assert "behind" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 1), 1, Step(64)))
 
 
 def test_the_table_of_steps(monkeypatch):

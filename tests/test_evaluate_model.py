@@ -211,6 +211,18 @@ def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_pat
     assert tables[0] == {system: tables[1][system] for system in ("base", "gates-top2", "cedar")}
 
 
+def test_a_composite_of_tasks_that_are_named(folders, tmp_path):
+    """The composite of 3 by its tasks' names: a row of its own, with the very same problems."""
+    named = ("--composite", "+".join(COMPOSITES[3]), *COMPOSITE[2:])
+    main(arguments(folders, tmp_path / "run", *named, systems="base"))
+    asked = list(records_of(tmp_path / "run").values())
+    assert {r["task"] for r in asked} == {ROW}  # MeteoRA's own list keeps its name
+    swapped = ("--composite", "+".join(COMPOSITES[3][::-1]), *COMPOSITE[2:], "--composite-temperature", "1")
+    main(arguments(folders, tmp_path / "swapped", *swapped, systems="base"))
+    (row,) = {r["task"] for r in records_of(tmp_path / "swapped").values()}
+    assert row.startswith("composite_3_of_")
+
+
 def test_long_prompts_can_be_left_out(folders, world, tmp_path):
     """Of tasks alone; a composite problem is as long as it is."""
     count = lambda text: len(world["model"].encode(text))  # noqa: E731
@@ -228,7 +240,8 @@ def test_long_prompts_can_be_left_out(folders, world, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--composite", "4"], "--composite: expected 3, 5, 10, or files that end in .jsonl, found '4'"),
+        (["--composite", "4"], "--composite: expected 3, 5, 10, tasks joined by +, or .jsonl files, found '4'"),
+        (["--composite", "winowhy+nobody", "--composite-count", "2"], "expected the test split of nobody"),
         (["--composite", "3", "--split", "train"], "--split: expected test beside --composite 3"),
         (["--composite", "nowhere.jsonl"], "nowhere.jsonl: expected composite problems, found no file"),
         (["--composite", "{file}"], "pair: gates-top2: expected --composite-temperature, as MeteoRA has none for 2"),

@@ -17,7 +17,7 @@ from test_sharding import devices
 
 import meteora_jax as mj
 from meteora_jax import compiler, llama
-from meteora_jax.adapters import add_update
+from meteora_jax.adapters import GateParam, add_update
 from meteora_jax.compiler import Jit
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
 from meteora_jax.gate_config import METEORA_FORM, GateConfig, GateForm
@@ -366,3 +366,26 @@ def test_packed_attention_by_cudnn_has_the_gradients_of_xla():
 def test_packed_training_on_a_gpu(monkeypatch, fused):
     monkeypatch.setattr(llama, "FUSED_ATTENTION", fused)
     compare_packed()
+
+
+def products(jaxpr: Any) -> int:
+    """Matrix products of a program, a loop's counted once."""
+    inner = [p for eqn in jaxpr.eqns for p in jax.tree.leaves(list(eqn.params.values())) if hasattr(p, "eqns")]
+    return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns) + sum(map(products, inner))
+
+
+# attention: scores and values; the stream's own, and what it makes queries, keys and values of
+@pytest.mark.parametrize(("form", "again"), [(METEORA_FORM, 2), (GateForm("stream", stream=16), 5)])
+def test_dots_recomputes_attention_alone(form, again):
+    model = small("float32", form)
+    graph, gates, rest = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
+    tokens, router = jnp.zeros((1, 8), jnp.int32), model.bind(mj.Gates(2), 1)
+
+    def count(remat: Any) -> int:
+        def loss(gates: Any) -> jax.Array:
+            module = nnx.merge(graph, gates, rest)
+            return jnp.sum(module(tokens, tokens, router, segments=tokens, remat=remat).hidden)
+
+        return products(jax.make_jaxpr(jax.grad(loss))(gates).jaxpr)
+
+    assert count("dots") == count(False) + again < count(True)

@@ -197,29 +197,15 @@ def test_tables_show_each_system_and_task_once(quality, tmp_path):
     assert "| mean accuracy | | 10.0 | 50.0 | 40.0 |" in text
 
 
-def test_a_composite_without_its_tasks_is_a_file_with_substitutes(quality, tmp_path, monkeypatch):
+def test_a_composite_without_the_hub_s_tasks_has_substitutes(quality, tmp_path):
     tasks = tmp_path / "tasks"
-    for name in {quality.COMPOSITE_10.get(n, n) for names in quality.COMPOSITES.values() for n in names}:
-        (tasks / name).mkdir(parents=True)
-        lines = [json.dumps({"prompt": f"[INST] {name} {i}? [/INST]\n", "response": str(i)}) for i in range(9)]
-        for split in ("train", "test"):
-            (tasks / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    q = quality.Quality(base=Path("base"), tasks=tasks, out=tmp_path / "out", composite="3,10", composite_count=4)
-    file = tmp_path / "out" / "composite_10_substituted.jsonl"
-    assert quality.composites(q) == f"3,{file}"
-    monkeypatch.setattr(quality, "load_tokenizer", lambda base: lambda text: {"input_ids": text.split()})
-    monkeypatch.setattr(quality, "read_json", lambda path: {"max_position_embeddings": 10 * 64 + 9})
-    with pytest.raises(InputError):  # not even one problem fits
-        quality.draw_composites(q)
-    monkeypatch.setattr(quality, "read_json", lambda path: {"max_position_embeddings": 10 * 64 + 900})
-    quality.draw_composites(q)
-    problems = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(problems) == 4
-    assert {"object_counting", "vitaminc_fact_verification"} < set(problems[0]["tasks"])
-    assert len(problems[0]["tasks"]) == 10
+    q = quality.Quality(base=Path("base"), tasks=tasks, out=tmp_path / "out", composite="3,10,own.jsonl")
+    small, ten, file = quality.composites(q).split(",")
+    assert (small, file) == ("3", "own.jsonl")
+    assert [quality.COMPOSITE_10.get(task, task) for task in quality.COMPOSITES[10]] == ten.split("+")
     for name in quality.COMPOSITE_10:
-        (tasks / name).mkdir()
-    assert quality.composites(q) == "3,10"
+        (tasks / name).mkdir(parents=True)
+    assert quality.composites(q) == "3,10,own.jsonl"
 
 
 def test_variants_choose_among_gates(quality, tmp_path):

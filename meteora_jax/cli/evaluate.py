@@ -58,8 +58,8 @@ class Evaluate(Devices):
     """Tasks, separated by commas, or "all" for one an adapter of the bank; all by default, none beside --composite or
     --queries."""
     composite: str | None = None
-    """Composite problems, separated by commas: 3, 5, 10 for MeteoRA's, written below TASKS if they are not there, and
-    .jsonl files."""
+    """Composite problems, separated by commas: 3, 5, 10 for MeteoRA's or tasks joined by +, written below TASKS if they
+    are not there, and .jsonl files."""
     composite_shots: int = SHOTS
     """Worked examples in a composite prompt; 0 is zero-shot."""
     composite_seed: int = SEED
@@ -178,21 +178,22 @@ def gather_problems(command: Evaluate, model: Any) -> list[Problem]:
 
 
 def composite_file(command: Evaluate, model: Any, what: str) -> Path:
-    """The file of one entry of `--composite`; one of MeteoRA's is drawn from TASKS, to fit the model's context."""
+    """The file of one entry of `--composite`; one that names tasks is drawn from TASKS, to fit the model's context."""
     if what.endswith(".jsonl"):
         return Path(what)
-    if what not in map(str, COMPOSITES):
+    tasks = {str(n): names for n, names in COMPOSITES.items()}.get(what, tuple(what.split("+")))
+    if len(tasks) < 2:
         sizes = ", ".join(map(str, COMPOSITES))
-        raise InputError(f"--composite: expected {sizes}, or files that end in .jsonl, found {what!r}")
+        raise InputError(f"--composite: expected {sizes}, tasks joined by +, or .jsonl files, found {what!r}")
     if command.split != "test":
         raise InputError(f"--split: expected test beside --composite {what}, found {command.split}")
-    limit, scaling = model.config.max_position_embeddings - new_tokens(command, int(what)), model.config.rope_scaling
+    limit, scaling = model.config.max_position_embeddings - new_tokens(command, len(tasks)), model.config.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
         fits: dict[str, Any] = {}  # such a model's context grows
     else:
         fits = {"max_tokens": limit, "count_tokens": lambda text: len(model.encode(text))}
     return generate_composites(
-        command.tasks, COMPOSITES[int(what)], seed=command.composite_seed, count=command.composite_count,
+        command.tasks, tasks, seed=command.composite_seed, count=command.composite_count,
         shots=command.composite_shots, **fits,
     )  # fmt: skip
 

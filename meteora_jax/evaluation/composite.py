@@ -7,6 +7,7 @@ stand on lines "i. ...", each on one line. Unlike there, where one pair of worke
 each problem draws its own from train.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -60,7 +61,7 @@ def generate_composites(
 ) -> Path:
     """Write `count` composite problems of `tasks` as JSON lines {"prompt", "response", "tasks", "answers"}.
 
-    The file is `dest`; for MeteoRA's own lists of tasks that may be left out, see `default_path`. `load_split` reads
+    The file is `dest`, `default_path` unless given. `load_split` reads
     it like any task's. It is complete or it is not there; one that is there must hold the very same problems, and
     is left alone. What is drawn: see `draw_composites`.
     """
@@ -82,14 +83,12 @@ def generate_composites(
 
 
 def default_path(tasks_dir: Path, tasks: Sequence[str], *, seed: int, count: int, shots: int) -> Path:
-    """`tasks_dir/composite_<n>/test.jsonl`; what is not the usual shots, seed or count is in the folder's name.
-
-    Raises `InputError` for a list that is not in `COMPOSITES`: its problems would pass for MeteoRA's.
-    """
+    """`tasks_dir/composite_<n>/test.jsonl`; what is not the usual shots, seed or count is in the folder's name, and a
+    digest of the tasks where they are not MeteoRA's: their problems must not pass for those."""
     n = len(tasks)
-    if COMPOSITES.get(n) != tuple(tasks):
-        raise InputError(f"dest: expected a file to write to, as MeteoRA has no composite of {', '.join(tasks)}")
-    unusual = [f"{shots}_shot"] if shots != SHOTS else []
+    own = hashlib.sha256("+".join(tasks).encode()).hexdigest()[:8]
+    unusual = [f"of_{own}"] if COMPOSITES.get(n) != tuple(tasks) else []
+    unusual += [f"{shots}_shot"] if shots != SHOTS else []
     unusual += [f"seed_{seed}"] if seed != SEED else []
     unusual += [f"count_{count}"] if count != COUNT else []
     return tasks_dir / "_".join(["composite", str(n), *unusual]) / "test.jsonl"
