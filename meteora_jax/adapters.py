@@ -279,7 +279,7 @@ class AdaptedLinear(nnx.Module):
         self.group, self.form = group, form
         own = 1 if form.shared else count
         gate = lambda: GateParam(jnp.zeros((width, own, adapters), jnp.float32), axes=(i, None, None))  # noqa: E731
-        self.gate = gate() if gates and form.input != "stream" else None
+        self.gate = gate() if gates and not form.alone else None
         self.gate_mean = gate() if gates and form.input == "prefix-mean" else None
         self.gate_bias = (
             GateParam(jnp.zeros((own, adapters), jnp.float32), axes=(None, None)) if gates and form.bias else None
@@ -305,7 +305,7 @@ class AdaptedLinear(nnx.Module):
         layers, _, adapters, _, width = a.shape
         wide = adapters * a.shape[-2] > gated.DENSE_WIDTH
         slim = jnp.zeros((layers, len(self.splits), 0, width), a.dtype)
-        if self.gate is not None or (not wide and (joined or self.form.input == "stream")):
+        if self.gate is not None or (not wide and (joined or self.form.alone)):
             shape = layers, width, len(self.splits), adapters
             gate = jnp.zeros(shape, a.dtype) if self.gate is None else jnp.broadcast_to(self.gate[...], shape)
             slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a[..., :0, :] if wide else a)
@@ -331,7 +331,7 @@ class AdaptedLinear(nnx.Module):
         kernel, slim, made = self.kernel[...], None if self.slim is None else self.slim[...], None
         own = self.joined - self.beside  # P N of a joined kernel
         gates, more = None, None  # the router that slim serves, and what its gates remember
-        if (own or slim is not None) and (self.gate is not None or self.form.input == "stream"):
+        if (own or slim is not None) and (self.gate is not None or self.form.alone):
             found, more = served_gates(router, self.group)
             gates = found if isinstance(found, BoundGates) and found.allowed is None else None
 

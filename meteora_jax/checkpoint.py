@@ -159,15 +159,21 @@ def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, t
     """{path: shape} of `GATES/weights.safetensors`: a gate [L, I, A] named like its projection, or like its group where
     the projections of a group share one; `NAME.mean` [L, I, A] and `NAME.bias` [L, A] where the form has them, and so
     `STREAM`'s three: `stream.read` [L, D, 4, E] and `stream.own` [L, E, 3, E] serve all adapters, `stream.out`
-    [L, E, 7, A]."""
+    [L, E, 7, A]. Gates that read the embeddings have `AHEAD`'s alone, as `GatesAhead` shapes them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for group, projections in GROUPS.items():
         for name in (group,) if form.shared else projections:
             shape = (base.num_layers, base.projection_shape(projections[0])[0], adapters)
-            shapes |= {name: shape} if form.input != "stream" else {}
+            shapes |= {name: shape} if not form.alone else {}
             shapes |= {f"{name}.mean": shape} if form.input == "prefix-mean" else {}
             shapes |= {f"{name}.bias": (base.num_layers, adapters)} if form.bias else {}
-    if e := form.stream:
+    e, f = form.stream, form.depth
+    if form.is_ahead:
+        parts = {"read": (base.hidden_size, e), "look": (f, base.hidden_size, 3, e), "own": (f, e, 3, e)}
+        parts |= {"o": (f, e, e), "up": (f, e, 2, 2 * e), "down": (f, 2 * e, e), "first": (e, 1)}
+        parts |= {"out": (e, adapters), "before": (e, adapters)}
+        shapes |= {f"ahead.{part}": shape for part, shape in parts.items()}
+    elif e:
         count = sum(map(len, GROUPS.values()))
         parts = {"read": (base.hidden_size, 4, e), "own": (e, 3, e), "out": (e, count, adapters)}
         shapes |= {f"stream.{part}": (base.num_layers, *shape) for part, shape in parts.items()}
@@ -175,7 +181,10 @@ def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, t
 
 
 STREAM = ("stream.read", "stream.own", "stream.out")
-SHARED_BY_ADAPTERS = STREAM[:2]  # of a gate's tensors those whose last axis is not the adapters'
+AHEAD = tuple(f"ahead.{part}" for part in ("read", "look", "own", "o", "up", "down", "first", "out", "before"))
+SHARED_BY_ADAPTERS = STREAM[:-1] + AHEAD[:-2]  # of a gate's tensors those whose last axis is not the adapters'
+_PLACES = {n: ("layers", "gate_stream", n.removeprefix("stream.")) for n in STREAM}  # in the module tree
+_PLACES |= {n: ("gates_ahead", n.removeprefix("ahead.")) for n in AHEAD}
 
 
 def fresh_gates(form: GateForm, base: LlamaConfig, adapters: int, seed: int) -> dict[str, np.ndarray]:
@@ -183,8 +192,9 @@ def fresh_gates(form: GateForm, base: LlamaConfig, adapters: int, seed: int) -> 
     products give a gradient, which is normal with 1 over the square root of its inputs."""
     gates = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, base, adapters).items()}
     rng = np.random.default_rng(seed)
-    for name in SHARED_BY_ADAPTERS if form.stream else ():
-        gates[name] = rng.standard_normal(gates[name].shape).astype(np.float32) * gates[name].shape[1] ** -0.5
+    for name in [n for n in SHARED_BY_ADAPTERS if n in gates and n != "ahead.first"]:
+        inputs = gates[name].shape[0 if name == "ahead.read" else 1]
+        gates[name] = rng.standard_normal(gates[name].shape).astype(np.float32) * inputs**-0.5
     return gates
 
 
@@ -361,7 +371,7 @@ def gate_weights(gates: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], np.nd
             if f"{names[0]}{part}" in gates:
                 stacked = np.stack([gates[f"{name}{part}"] for name in names], axis=axis)
                 weights["layers", group, f"gate{part.replace('.', '_')}"] = stacked
-    return weights | {("layers", "gate_stream", n.removeprefix("stream.")): gates[n] for n in STREAM if n in gates}
+    return weights | {place: gates[name] for name, place in _PLACES.items() if name in gates}
 
 
 def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
@@ -375,7 +385,7 @@ def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
             if stacked is not None:
                 for i, name in enumerate((group,) if shared else projections):
                     gates[f"{name}{part}"] = np.take(np.asarray(stacked), i, axis=axis)
-    found = {name: state.get(("layers", "gate_stream", name.removeprefix("stream."))) for name in STREAM}
+    found = {name: state.get(place) for name, place in _PLACES.items()}
     return gates | {name: np.asarray(value) for name, value in found.items() if value is not None}
 
 

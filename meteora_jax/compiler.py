@@ -20,13 +20,11 @@ class Step(NamedTuple):
 
     rows: int
     captured: bool = True  # launches may become part of CUDA graphs
-    streams: bool = True  # also for gates with a stream
 
 
 # The first that fits serves a step; none: XLA does. Where there are any, `AdaptedLinear.prepare` puts gates and A's
-# behind the kernels' rows. Entered from `scripts/bench.py --what decode --settings all`: docs/performance.md. The
-# stream's kernel is proved in Triton's interpreter alone, and waits for the tests marked `gpu`.
-STEPS: tuple[Step, ...] = (Step(64, streams=False),)
+# behind the kernels' rows. Entered from `scripts/bench.py --what decode --settings all`: docs/performance.md.
+STEPS: tuple[Step, ...] = (Step(64),)
 
 
 def step_form(rows: int) -> Step | None:

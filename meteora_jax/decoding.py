@@ -55,12 +55,10 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
             or linear.lora_bias is not None
         ):
             return "a group without adapters, DoRA or biases of adapters"
-        if gates and linear.form.stream and not step.streams:
-            return "gates with a stream, which this step leaves alone"
         if gates and (found := _unserved(linear.form)):
             return f"gates of another form than MeteoRA's: {found}"
-        needed = (gates and linear.form.input != "stream") or not _wide(linear)
-        needed = needed or (gates and linear.group == "qkv")  # what the stream reads
+        needed = (gates and not linear.form.alone) or not _wide(linear)
+        needed = needed or (gates and linear.group == "qkv" and not linear.form.is_ahead)  # what the stream reads
         if not linear.joined and needed:
             return "gates and A's that are not behind the kernel's rows"
     return None
@@ -70,9 +68,10 @@ def _unserved(form: GateForm) -> str | None:
     """What of a gate's form the kernels do not compute."""
     if not form.is_served:
         return "carried logits" if form.carry else form.input
-    if form.bias and not form.stream:
-        return "biases without a stream"
-    return f"a stream wider than {stream_gpu.MAX_WIDTH}" if form.stream > stream_gpu.MAX_WIDTH else None
+    if form.bias and (form.is_ahead or not form.stream):
+        return "biases without a stream beside the layers"
+    too_wide = form.stream > stream_gpu.MAX_WIDTH and not form.is_ahead
+    return f"a stream wider than {stream_gpu.MAX_WIDTH}" if too_wide else None
 
 
 def _wide(linear: AdaptedLinear) -> bool:
@@ -116,12 +115,13 @@ def run_layers(
     router: BoundRouter | None,
     step: Step,
     turns: tuple[jax.Array, jax.Array] | None = None,
+    ahead: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache, tuple[Routing, ...]]:
     """All layers of one step, the cache's slot claimed already.
 
     Args:
         layers: the stacked `Layer`. x [B, D]. angles: cosines and sines float32 [B, H/2]. positions int32 [B].
-        turns: cosines and sines float32 [B, E/2] of the gates' stream.
+        turns: cosines and sines float32 [B, E/2] of the gates' stream. ahead: float32 [B, 7, A], every layer's logits.
 
     Returns:
         x [B, D], the cache with the slot written, each group's routing with layers first: [L, B, 1, P or 1, C].
@@ -130,7 +130,7 @@ def run_layers(
     choice = None
     traced = jnp.full((1,), -1, jnp.int32), jnp.zeros((1,), jnp.float32)
     if isinstance(router, BoundGates):
-        alone = layers.qkv.form.input == "stream"
+        alone = layers.qkv.form.alone
         choice = Choice(router.max_k, router.counts, router.temperatures, alone=alone)
         shape = (depth, rows, sum(map(len, GROUPS.values())), router.max_k)
         traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
@@ -142,7 +142,7 @@ def run_layers(
     flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
     carried = Carried(flat(cache.keys), flat(cache.values), *traced)
     slot, used = cache.length[None], cache.length[None] + 1
-    gate_stream, looked, more = None, None, None
+    gate_stream, looked, more = None, None, ahead
     if isinstance(router, BoundGates) and layers.gate_stream is not None:
         gate_stream = stream_weights(layers)
         looked = Looked.begin(flat(cache.stream.keys), flat(cache.stream.values))

@@ -7,16 +7,24 @@ from typing import Any, Literal
 
 from meteora_jax.config import InputError
 
+IMPOSSIBLE = (
+    "gate_input: expected for stream a gate_stream and no shared gates, for embedding a gate_stream (a multiple of 32) "
+    "and a gate_depth, neither shared gates nor carried logits, and no gate_depth for another"
+)
+HEAD = 32  # width of a head of gates that read the embeddings
+
 
 @dataclasses.dataclass(frozen=True)
 class GateForm:
     """What gates read and share; the defaults are MeteoRA's. docs/words.md has the formula of each."""
 
-    input: Literal["token", "prefix-mean", "stream"] = "token"  # beside it the sequence's mean so far; the stream alone
+    # beside a token's own input the sequence's mean so far; the stream alone; the embeddings, before the first layer
+    input: Literal["token", "prefix-mean", "stream", "embedding"] = "token"
     carry: bool = False  # the logits of the layer before are added
     shared: bool = False  # one gate serves all projections of a group
     bias: bool = False  # each adapter's logit has one
     stream: int = 0  # width of the gates' own residual stream, which looks back over the sequence; 0: none
+    depth: int = 0  # layers of that stream where it reads the embeddings; else it passes through the model's own
 
     @property
     def remembers(self) -> bool:
@@ -29,10 +37,22 @@ class GateForm:
         return self.input != "prefix-mean" and not self.carry
 
     @property
+    def is_ahead(self) -> bool:
+        """Whether one choice, made before the model's first layer, serves all of a token's projections."""
+        return self.input == "embedding"
+
+    @property
+    def alone(self) -> bool:
+        """Whether no gate has a product with its projection's input."""
+        return self.input in ("stream", "embedding")
+
+    @property
     def is_possible(self) -> bool:
-        """Whether there are such gates: those that read the stream alone need one, and have no product to share."""
-        alone = self.input == "stream" and self.stream > 0 and not self.shared
-        return self.input in ("token", "prefix-mean") or alone
+        """Whether there are such gates: without a product there is none to share, and a stream is needed."""
+        if self.is_ahead:
+            return self.stream > 0 and self.stream % HEAD == 0 and self.depth > 0 and not (self.shared or self.carry)
+        stream = self.input == "stream" and self.stream > 0 and not self.shared
+        return self.depth == 0 and (self.input in ("token", "prefix-mean") or stream)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -67,7 +87,8 @@ class GateConfig:
                 raise InputError(f"{source}: format: expected 'meteora-gates-1' or '-2', found {raw['format']!r}")
             form = GateForm(**raw["form"]) if raw["format"] == "meteora-gates-2" else GateForm()
             flags, mark = all(isinstance(x, bool) for x in (form.carry, form.shared, form.bias)), raw.get("background")
-            width = type(form.stream) is int and form.stream in range(0, 4096, 8) and form.is_possible
+            width = type(form.stream) is int and form.stream in range(0, 4096, 8) and type(form.depth) is int
+            width = width and form.depth in range(0, 257) and form.is_possible
             if not (flags and width) or not isinstance(mark, str | None):
                 raise ValueError(f"{form}, background {mark!r}")
             return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]), form, mark)

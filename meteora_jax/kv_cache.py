@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from meteora_jax.config import LlamaConfig
+from meteora_jax.gate_config import HEAD, GateForm
 from meteora_jax.sharding import constrain
 
 EMPTY = -1  # position of a slot that holds no token
@@ -21,7 +22,8 @@ class KVCache:
 
     keys, values: [L, B, S, K, H]. positions: int32 [B, S], the position that a slot's token has in its
     own sequence, EMPTY for none. length: int32 [], slots written so far. sums: `routing.memory.GateMemory`'s, of gates
-    that read their sequence's mean. stream: keys and values [L, B, S, 1, E] of the gates' own stream.
+    that read their sequence's mean. stream: keys and values [L, B, S, 1, E] of the gates' own stream, or of its own
+    layers and heads.
 
     Prompts of different length are padded on the right and every later token takes the next slot in all
     rows at once: one slice is written, never a scatter, and padding is told apart by its EMPTY position.
@@ -42,9 +44,11 @@ class KVCache:
         empty = lambda: constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None)  # noqa: E731
         return cls(empty(), empty(), constrain(positions, "batch", None), jnp.zeros((), jnp.int32))
 
-    def with_stream(self, width: int) -> KVCache:
-        """With an empty cache for the gates' stream of that width, which shares slots, positions and length."""
-        zeros = constrain(jnp.zeros((*self.keys.shape[:3], 1, width), self.keys.dtype), None, "batch", None, None, None)
+    def with_stream(self, form: GateForm) -> KVCache:
+        """With an empty cache for the stream of such gates, which shares slots, positions and length."""
+        heads = form.stream // HEAD if form.is_ahead else 1
+        shape = (form.depth or self.keys.shape[0], *self.keys.shape[1:3], heads, form.stream // heads)
+        zeros = constrain(jnp.zeros(shape, self.keys.dtype), None, "batch", None, None, None)
         return dataclasses.replace(self, stream=KVCache(zeros, zeros, None, None))
 
     def claim(self, positions: jax.Array) -> KVCache:
@@ -72,6 +76,6 @@ class KVCache:
         return dataclasses.replace(self, length=self.length + tokens)
 
     def look_back(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> tuple[KVCache, jax.Array, jax.Array]:
-        """Writes one layer's keys and values [B, T, 1, E] of the gates' stream; all of them, [B, S, 1, E] each."""
+        """Writes one layer's keys and values [B, T, heads, E] of the gates' stream; all of them, [B, S, heads, E]."""
         own = dataclasses.replace(self.stream, length=self.length).write(layer, k, v)
         return dataclasses.replace(self, stream=dataclasses.replace(own, length=None)), *own.layer(layer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,16 +13,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, JoinedKernel, column_shards, contract
+from meteora_jax.attention import Fused, attend, rotate
 from meteora_jax.compiler import Step, platform, step_form
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.decoding import refusal, run_layers
 from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.gate_config import METEORA_FORM, GateForm
+from meteora_jax.gates_ahead import GatesAhead
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
-from meteora_jax.routing.memory import GateMemory
-from meteora_jax.sharding import by_device, constrain
+from meteora_jax.routing.memory import GateMemory, by_projection
+from meteora_jax.sharding import constrain
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -72,16 +73,7 @@ def rotation(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.
     return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding in the half-split convention: dimension i turns with i + H/2. x [B, T, N, H]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-# What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences,
-# "decode" steps that read the cache.
-Fused = Literal["prompt", "packed", "decode"]
+# See `attention.Fused`.
 FUSED_ATTENTION: tuple[Fused, ...] = ("prompt", "packed")
 
 
@@ -177,7 +169,8 @@ class Layer(nnx.Module):
         linear = lambda group: AdaptedLinear(config, group, bank, gates, dtype, rngs, form)  # noqa: E731
         self.qkv, self.o = linear("qkv"), linear("o")
         self.gate_up, self.down = linear("gate_up"), linear("down")
-        self.gate_stream = GateStream(config, form.stream, len(bank.names)) if gates and form.stream and bank else None
+        beside = gates and bank is not None and form.stream and not form.is_ahead
+        self.gate_stream = GateStream(config, form.stream, len(bank.names)) if beside and bank else None
 
     def look_back(
         self, x: jax.Array, where: Where, cache: KVCache | None, index: jax.Array, fresh: bool, memory: GateMemory
@@ -218,28 +211,6 @@ class Layer(nnx.Module):
         return x + y, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, fused: Fused | None = None) -> jax.Array:
-    """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H].
-
-    Scores and softmax are float32. `fused`: by cuDNN, which never writes the scores; see `FUSED_ATTENTION`. A prompt's
-    mask is causal, its padding behind it, and is not read. What stands at padding means nothing.
-    jax.nn.dot_product_attention is not used elsewhere: it refuses float16 on a CPU.
-    """
-    if fused is not None:
-        cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=fused != "decode", implementation="cudnn")
-        rows, heads = ("batch", None, "heads", None), ("heads", k.shape[2])
-        given = [(q, rows), (k, rows), (v, rows)] + ([] if fused == "prompt" else [(mask, ("batch", None, None, None))])
-        y = by_device(lambda q, k, v, mask=None: cudnn(q, k, v, mask=mask), given, rows, heads)
-        return y.reshape(*y.shape[:2], -1)
-    batch, length, heads, width = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
-    scores = einsum_float32(q.dtype, "btkgh,bskh->bkgts", q, k) * width**-0.5
-    # finite, so that the rows of padding, which see nobody, stay numbers
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    y = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return y.reshape(batch, length, heads * width)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LlamaOutput:
@@ -276,6 +247,7 @@ class Llama(nnx.Module):
             return Layer(config, bank, gates, dtype, rngs, form)
 
         self.layers = stack(rngs)
+        self.gates_ahead = GatesAhead(config, form, self.adapters) if gates and form.is_ahead and bank else None
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
         shape = (config.hidden_size, config.vocab_size)
@@ -316,42 +288,30 @@ class Llama(nnx.Module):
     def _run(self, tokens, positions, router, cache, fresh, segments, observe, remat) -> LlamaOutput:
         if cache is not None:
             cache = cache.claim(positions)
-        keys = positions if cache is None or fresh else cache.positions
-        mask = (keys[:, None, :] != EMPTY) & (keys[:, None, :] <= positions[:, :, None])  # [B, T, S]
-        if self.config.sliding_window is not None:
-            mask &= keys[:, None, :] > positions[:, :, None] - self.config.sliding_window
-        if segments is not None:
-            mask &= segments[:, None, :] == segments[:, :, None]
-        fused = None
-        if self._has_fused_attention():
-            if fresh and self.config.sliding_window is None and "prompt" in FUSED_ATTENTION:
-                fused = "prompt"
-            elif cache is not None and not fresh and "decode" in FUSED_ATTENTION:
-                fused = "decode"
-            elif segments is not None and "packed" in FUSED_ATTENTION:
-                fused = "packed"
-                mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
-        where = Where(*rotation(self.config, positions), mask[:, None], fused, remat == "dots")
+        where = self._where(positions, cache, fresh, segments, remat)
         router = router.at(positions) if isinstance(router, Invoked) else router
         x = self.embed[...][tokens]
         acting = self._at_ends(router, x)
         if acting is not None and self.embed_adapters is not None:
             x = self.embed_adapters.embed(x, tokens, acting)
         x = constrain(x, "batch", None, None)
+        if self.form.stream and cache is not None and fresh and self._remembers(router):
+            cache = cache.with_stream(self.form)
+        ahead, cache = self._look_ahead(tokens, positions, router, where, cache, fresh)
         one = cache is not None and not fresh and tokens.shape[1] == 1 and segments is None
         step = step_form(tokens.shape[0]) if one else None
         if step is not None and refusal(self.layers, self.config, router, tokens.shape[0], step) is None:
-            return self._step(x, positions, cache, router, where, observe, step)
+            return self._step(x, positions, cache, router, where, observe, step, ahead)
         memory, kept = None, None
         if self.form.remembers:
             kept = None if cache is None or fresh else cache.sums
-            memory = GateMemory.create(self.form, router, positions, self.config.num_layers, self.adapters, kept)
+            layers = self.config.num_layers
+            memory = GateMemory.create(self.form, router, positions, layers, self.adapters, kept, ahead)
             later = memory is not None and cache is not None and not fresh
             assert not later or kept is not None or self.form.input != "prefix-mean", "a cache's first call is fresh"
             cache = cache if cache is None else dataclasses.replace(cache, sums=None)  # they pass through the layers
-            if memory is not None and self.form.stream:
+            if memory is not None and memory.stream is not None:
                 where = dataclasses.replace(where, stream=stream_rotation(self.form.stream, positions))
-                cache = cache.with_stream(self.form.stream) if cache is not None and fresh else cache
         graph, whole, weights = nnx.split(self.layers, JoinedKernel, ...)
 
         def body(carry: tuple[jax.Array, jax.Array, KVCache | None, GateMemory | None], own: Any):
@@ -375,17 +335,57 @@ class Llama(nnx.Module):
             cache = cache if memory is None else dataclasses.replace(cache, sums=memory.sums)
         return LlamaOutput(self.norm(x), cache, observed)
 
-    def _step(self, x, positions, cache, router, where, observe, step: Step) -> LlamaOutput:
+    def _where(self, positions, cache, fresh, segments, remat) -> Where:
+        """What the layers share; `cache` has claimed the positions."""
+        keys = positions if cache is None or fresh else cache.positions
+        mask = (keys[:, None, :] != EMPTY) & (keys[:, None, :] <= positions[:, :, None])  # [B, T, S]
+        if self.config.sliding_window is not None:
+            mask &= keys[:, None, :] > positions[:, :, None] - self.config.sliding_window
+        if segments is not None:
+            mask &= segments[:, None, :] == segments[:, :, None]
+        fused = None
+        if self._has_fused_attention():
+            if fresh and self.config.sliding_window is None and "prompt" in FUSED_ATTENTION:
+                fused = "prompt"
+            elif cache is not None and not fresh and "decode" in FUSED_ATTENTION:
+                fused = "decode"
+            elif segments is not None and "packed" in FUSED_ATTENTION:
+                fused = "packed"
+                mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
+        return Where(*rotation(self.config, positions), mask[:, None], fused, remat == "dots")
+
+    def _step(self, x, positions, cache, router, where, observe, step: Step, ahead) -> LlamaOutput:
         """The layers of one token a row by Triton; see meteora_jax.decoding."""
         angles = where.cos[:, 0, 0], where.sin[:, 0, 0]
         rows = (jnp.broadcast_to(z, (x.shape[0], z.shape[1])) for z in angles)
-        turns = stream_rotation(self.form.stream, positions) if self.form.stream else None
+        beside = self.form.stream and not self.form.is_ahead
+        turns = stream_rotation(self.form.stream, positions) if beside else None
         x, cache, routings = run_layers(
             self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step,
-            turns and (turns[0][:, 0, 0], turns[1][:, 0, 0]),
+            turns and (turns[0][:, 0, 0], turns[1][:, 0, 0]), None if ahead is None else by_projection(ahead)[:, 0],
         )  # fmt: skip
         observed = None if observe is None else jax.vmap(observe)(routings)
         return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
+
+    def _remembers(self, router: BoundRouter | None) -> bool:
+        """Whether gates of this call keep a stream."""
+        return router is not None and self.has_gates and not getattr(router, "per_request", False)
+
+    def _look_ahead(self, tokens, positions, router, where, cache, fresh) -> tuple[jax.Array | None, KVCache | None]:
+        """The logits [B, T, A] of gates that are ahead of the layers, None without such or where no gate chooses."""
+        if self.gates_ahead is None or not self._remembers(router):
+            return None, cache
+        x = self.embed[...][tokens]
+        u, cache = self.gates_ahead(x, positions, where.mask, where.fused, cache, fresh)
+        return self.gates_ahead.logits(u), cache
+
+    def look_ahead(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`GatesAhead`'s logits and order of packed sequences, float32 [B, T, A] and [B, T, A + 1]; no layer runs."""
+        assert self.gates_ahead is not None, "gates of another form need the layers"
+        with matmul_precision(self.embed.dtype):
+            where = self._where(positions, None, False, segments, False)
+            u, _ = self.gates_ahead(self.embed[...][tokens], positions, where.mask, where.fused, None, False)
+            return self.gates_ahead.logits(u), self.gates_ahead.order(u)
 
     def _has_fused_attention(self) -> bool:
         """Whether cuDNN's attention serves this model here: 16 bit on GPUs since Ampere, head dims it knows."""

@@ -10,6 +10,7 @@ Systems in the table:
 
     gates-topN             a stream alone, the default  gates-both-topN         each token's own input beside it
     gates-token-topN       MeteoRA's form, what follows too
+    gates-ahead-topN       one choice for all layers, made of the embeddings before the first
     gates-original-topN    without composite sequences  gates-response-topN     prompts without LM loss
     gates-beta-5-topN      a tenth of beta              gates-mean-topN         --gate-input prefix-mean
     gates-carry-topN       --carry-logits               gates-shared-topN       --shared-gates
@@ -44,7 +45,7 @@ from meteora_jax.evaluation.composite import COMPOSITES
 METEORA = ("-m", "meteora_jax.cli")
 BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
 HELD_OUT = 4  # adapters that a bank grows by
-PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent")
+PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent", "ahead")
 # Problems of two to ten tasks behind up to two worked examples if they fit: two thirds of the gates' tokens, 44 % of
 # the adapters'.
 SIZES = ("--composite-sizes", "2", "10", "--composite-shots", "2")
@@ -52,6 +53,12 @@ COMPOSITE = ("--composite", "0.2", *SIZES)
 LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--composite", "0.1", *SIZES)
 # The default: nothing else looks up which task an answer's line belongs to, and a token's own input misleads it.
 STREAM = ("--gate-stream", "64", "--gate-input", "stream")
+# Gates that choose before the first layer: no layer of the model runs, so steps cost little and are many.
+AHEAD = (
+    "--gate-input", "embedding", "--gate-stream", "128", "--gate-depth", "4", "--no-lm-loss", "--no-prompt-loss",
+    "--answer-share", "0.6", "--order", "0.5", "--composite", "0.8", "--composite-cut", "0.6", *SIZES,
+)  # fmt: skip
+AHEAD_ROWS, AHEAD_LENGTH, AHEAD_RATE = 2, 8192, "3e-3"
 # Two of MeteoRA's composite-10 tasks are the hub's; what stands for them where they are not at hand.
 COMPOSITE_10 = {"news_commentary_de": "vitaminc_fact_verification", "alpaca": "object_counting"}
 RETRIEVAL = "retrieval-selection,retrieval-mixture,retrieval-fusion,gates-top2,gates-within-top2"
@@ -109,6 +116,7 @@ class Quality:
     """Examples of a task that gates may see."""
     gate_steps: int = 750
     gate_rows: int = 8
+    ahead_steps: int = 3000
     independent_samples: int = 500
     """Examples of a task that an independent column is made from."""
     baseline_steps: int = 470
@@ -189,9 +197,11 @@ class Plan:
     def gates(self, name: str, *more: Any, bank: str = "bank", after: Sequence[str] = ()) -> None:
         q, out = self.q, self.q.out
         more = more if "--samples-per-task" in more else (*more, "--samples-per-task", q.gate_samples)
-        self.add(name, "train", "gates", *self.common(q.gate_rows, q.gate_steps, q.gate_length), "--bank",
-                 out / bank, "--out", out / name, "--learning-rate", "2e-3", "--warmup", "0.03", "--log",
-                 out / f"{name}.jsonl", *more,
+        ahead = "embedding" in more
+        shape = (AHEAD_ROWS, q.ahead_steps, AHEAD_LENGTH) if ahead else (q.gate_rows, q.gate_steps, q.gate_length)
+        self.add(name, "train", "gates", *self.common(*shape), "--bank",
+                 out / bank, "--out", out / name, "--learning-rate", AHEAD_RATE if ahead else "2e-3", "--warmup",
+                 "0.03", "--log", out / f"{name}.jsonl", *more,
                  makes=out / name / "gates.json", after=(bank, *after))  # fmt: skip
 
     def variants(self) -> None:
@@ -210,6 +220,7 @@ class Plan:
                     continue
                 self.gates(name, *COMPOSITE, "--extend", q.out / "gates-small", *options, after=("gates-small",))
                 self.evaluate(name, "gates-top1,gates-top2", gates=name)
+        made |= {"gates-ahead": AHEAD} if "ahead" in q.parts else {}
         for name, options in made.items():
             if wanted(name):
                 self.gates(name, *options)

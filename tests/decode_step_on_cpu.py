@@ -361,6 +361,11 @@ def whole_model(launches: list[str]) -> None:
         agree(launches, apart, model, router if isinstance(router, mj.Gates) else router[:count], Step(64), count)
         assert launches.count("stream_kernel") * 4 == launches.count("tail_kernel"), launches
         assert ("shrink_kernel" in launches) == (width == 8), launches
+    ahead = GateForm("embedding", stream=64, depth=2)
+    for width, router, count in ((narrow, each[:3], 3), (8, mj.Gates(2), 2)):
+        gated.DENSE_WIDTH = width
+        agree(launches, *streaming(ahead), router, Step(64), count)
+        assert "stream_kernel" not in launches
     gated.DENSE_WIDTH = narrow
     apart, model = streaming(GateForm("stream", stream=8))
     agree(launches, apart, model, mj.Fixed("birch"), Step(64))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -38,14 +39,38 @@ SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gat
           "up_proj": "gate_up", "down_proj": "down"}  # fmt: skip
 
 
+def turns(tasks, segments, nobody):
+    """Token by token, in plain Python: whose run came before, from the beginning of each block."""
+    found = np.full(tasks.shape, nobody)
+    for b in range(len(tasks)):
+        block: list[int] = []
+        for t in range(tasks.shape[1]):
+            if t == 0 or segments[b, t] != segments[b, t - 1] or tasks[b, t] == -1:
+                block = []
+            if tasks[b, t] == -1:
+                continue
+            if not block or block[-1] != tasks[b, t]:
+                block.append(tasks[b, t])
+            found[b, t] = nobody if block[-1] == block[0] else block[-2]
+    return found
+
+
 def loss_and_gradients(
-    world: dict[str, Any], gates: dict[str, Any], sequences: Sequence[Any], beta: float, top_k: int, carry: bool = False
+    world: dict[str, Any],
+    gates: dict[str, Any],
+    sequences: Sequence[Any],
+    beta: float,
+    top_k: int,
+    carry: bool = False,
+    lm_loss: bool = True,
+    answer_share: float | None = None,
+    order: float = 0.0,
 ) -> tuple[float, float, dict[str, Any]]:
     """(LM term, gate term, {gate: gradient of lm + beta * gate [L, I, A]}) over whole sequences.
 
     The gates' names say their form: "qkv" serves q k v, "q_proj.mean" reads the mean of the inputs so far,
     "q_proj.bias" [L, A] is added; carry adds the logits of the layer before; "stream.read", "stream.own" and
-    "stream.out" are those of the gates' own residual stream.
+    "stream.out" are those of the gates' own residual stream, "ahead.read" and so on those of gates before the layers.
     """
     hf = world["hf"]
     state = {k: v.double() for k, v in hf.state_dict().items()}
@@ -53,7 +78,9 @@ def loss_and_gradients(
     width = config.hidden_size // heads
     adapters = [read_adapter(folder) for folder in world["peft"].values()]
     columns = {p: torch.tensor(g, dtype=torch.float64, requires_grad=True) for p, g in gates.items()}
-    lm, gate, predicted, judged = 0.0, 0.0, 0, 0
+    lm, gate, ordered, predicted = 0.0, 0.0, 0.0, 0
+    judged = sum(int((s.tasks >= 0).sum()) for s in sequences)
+    answers = sum(int(((s.tasks >= 0) & s.loss).sum()) for s in sequences)
 
     def norm(x: torch.Tensor, key: str) -> torch.Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + config.rms_norm_eps) * state[key]
@@ -62,7 +89,10 @@ def loss_and_gradients(
         tokens, tasks = torch.tensor(s.tokens.tolist()), torch.tensor(s.tasks.tolist())
         length = len(tokens)
         has_task = tasks >= 0
-        judged += int(has_task.sum())
+        counted = torch.full((length,), 1 / judged, dtype=torch.float64)
+        if answer_share is not None:
+            counted[:] = (1 - answer_share) / (judged - answers)
+            counted[torch.tensor(s.loss.tolist())] = answer_share / answers
         before: dict[str, torch.Tensor] = {}
         streamed: dict[str, torch.Tensor] = {}
         angles = torch.arange(length).double()[:, None] / 10000.0 ** (torch.arange(0, width, 2).double() / width)
@@ -81,6 +111,7 @@ def loss_and_gradients(
             tasks=tasks,
             before=before,
             streamed=streamed,
+            counted=counted,
         ) -> torch.Tensor:
             nonlocal gate
             y = x @ state[f"model.layers.{layer}.{block}.{p}.weight"].T
@@ -91,14 +122,16 @@ def loss_and_gradients(
                 g = g + mean @ columns[f"{name}.mean"][layer]
             if f"{name}.bias" in columns:
                 g = g + columns[f"{name}.bias"][layer]
-            if streamed:
+            if "u" in streamed:
                 g = g + unit(streamed["u"]) @ columns["stream.out"][layer][:, FLAT.index(p)]
+            if "ahead" in streamed:
+                g = g + streamed["ahead"]
             if carry:
                 g = g + before.get(p, 0)
                 before[p] = g
             if has_task.any():
                 chosen = torch.log_softmax(g, -1)[has_task].gather(1, tasks[has_task][:, None])
-                gate = gate - chosen.sum() / (config.num_hidden_layers * 7)
+                gate = gate - (chosen[:, 0] * counted[has_task]).sum() / (config.num_hidden_layers * 7)
             best, index = torch.topk(g, top_k, -1)
             weights = torch.zeros_like(g).scatter(1, index, torch.softmax(best, -1))
             for i, adapter in enumerate(adapters):
@@ -125,7 +158,36 @@ def loss_and_gradients(
             scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
             return u + x @ read[:, 3] + torch.softmax(scores, -1) @ v
 
+        def ahead(x: torch.Tensor, length=length, streamed=streamed) -> torch.Tensor:
+            weight = {name: columns[f"ahead.{name}"] for name in ("read", "look", "own", "o", "up", "down", "out")}
+            x, places = unit(x), torch.arange(length).double()
+            turns = places[:, None] / 10000.0 ** (torch.arange(0, 32, 2).double() / 32)
+
+            def turn(z: torch.Tensor) -> torch.Tensor:  # [heads, T, 32]
+                a, b = z[..., :16], z[..., 16:]
+                return torch.cat([a * turns.cos() - b * turns.sin(), b * turns.cos() + a * turns.sin()], -1)
+
+            u = x @ weight["read"]
+            for i in range(len(weight["o"])):
+                c = torch.einsum("td,dpe->pte", x, weight["look"][i])
+                c = c + torch.einsum("te,epf->ptf", unit(u), weight["own"][i])
+                q, k, v = (z.reshape(length, -1, 32).transpose(0, 1) for z in c)
+                scores = turn(q) @ turn(k).transpose(1, 2) / math.sqrt(32)
+                scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
+                u = u + (torch.softmax(scores, -1) @ v).transpose(0, 1).reshape(length, -1) @ weight["o"][i]
+                both = torch.einsum("te,epf->ptf", unit(u), weight["up"][i])
+                u = u + (torch.nn.functional.silu(both[0]) * both[1]) @ weight["down"][i]
+            before = torch.cat([columns["ahead.before"], columns["ahead.first"]], 1)
+            streamed["order"] = torch.log_softmax(unit(u) @ before, -1)
+            return unit(u) @ weight["out"]
+
         x = state["model.embed_tokens.weight"][tokens]
+        if "ahead.read" in columns:
+            streamed["ahead"] = ahead(x)
+            if order:
+                labels = turns(s.tasks[None], np.ones((1, length)), len(adapters))[0]
+                chosen = streamed["order"][has_task].gather(1, torch.tensor(labels)[has_task][:, None])
+                ordered = ordered - chosen.sum() / judged
         u = torch.zeros(length, columns["stream.own"].shape[1] if "stream.own" in columns else 0, dtype=torch.float64)
         for layer in range(config.num_hidden_layers):
             h = norm(x, f"model.layers.{layer}.input_layernorm.weight")
@@ -150,6 +212,10 @@ def loss_and_gradients(
         lm = lm - logp[:-1][wanted].gather(1, tokens[1:][wanted][:, None]).sum()
         predicted += int(wanted.sum())
 
-    lm, gate = lm / predicted, gate / judged
-    (lm + beta * gate).backward()
-    return float(lm.detach()), float(gate.detach()), {p: c.grad.numpy() for p, c in columns.items()}
+    lm = lm / predicted
+    (beta * (gate + order * ordered) + (lm if lm_loss else 0)).backward()
+    return (
+        float(lm.detach()),
+        float(gate.detach()),
+        {p: c.grad.numpy() for p, c in columns.items() if c.grad is not None},
+    )

@@ -106,7 +106,7 @@ def decoding(device: Any, step: Step, router: Any, rows: int, form: GateForm) ->
         routed = (64, LAYERS, rows, 7, bound.max_k)
         trace = (array(routed, jnp.int32), array(routed, jnp.float32))
     config = nnx.merge(graph, weights).config
-    with_stream = lambda cache: cache.with_stream(form.stream) if form.stream else cache  # noqa: E731
+    with_stream = lambda cache: cache.with_stream(form) if form.stream else cache  # noqa: E731
     cache = jax.eval_shape(lambda: with_stream(KVCache.create(config, rows, 576, jnp.bfloat16)))
     counted = array((rows,), jnp.int32)
     state = Decoding(

@@ -85,7 +85,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launches
 
 
-@pytest.mark.parametrize("form", [METEORA_FORM, *STREAMS], ids=["original", "stream", "stream alone"])
+AHEAD = GateForm("embedding", stream=32, depth=2)
+
+
+@pytest.mark.parametrize("form", [METEORA_FORM, *STREAMS, AHEAD], ids=["original", "stream", "stream alone", "ahead"])
 @pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar")])
 def test_launches_of_a_layer_are_the_bare_model_s_and_one_for_a_stream(monkeypatch, router, form):
     launches = recorded(monkeypatch)
@@ -94,7 +97,7 @@ def test_launches_of_a_layer_are_the_bare_model_s_and_one_for_a_stream(monkeypat
     jax.clear_caches()
     batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(router, 2), Sampling(), 2)
     batch.advance(2)
-    look = ["stream_kernel"] if form.stream and isinstance(router, mj.Gates) else []
+    look = ["stream_kernel"] if form in STREAMS and isinstance(router, mj.Gates) else []
     assert launches == [*look, "tail_kernel", "attend_kernel", *["tail_kernel"] * 3] * model.config.num_layers
 
 
@@ -139,6 +142,8 @@ def test_who_is_served(change, router, reason):
         (GateForm(shared=True), None),
         (GateForm(stream=16, shared=True, bias=True), None),
         (GateForm("stream", stream=128), None),
+        (GateForm("embedding", stream=256, depth=2), None),
+        (GateForm("embedding", bias=True, stream=32, depth=2), "biases without"),
     ],
 )
 def test_which_forms_of_gates_are_served(form, reason):
@@ -148,18 +153,6 @@ def test_which_forms_of_gates_are_served(form, reason):
     assert found == reason or (reason is not None and reason in found)
     if form.is_served:
         assert decoding.refusal(module.layers, model.config, model.bind(mj.Fixed("cedar"), 2), 2, Step(64)) is None
-
-
-@pytest.mark.parametrize("form", STREAMS, ids=["stream", "stream alone"])
-def test_the_default_step_leaves_gates_with_a_stream_alone_and_no_other_router(form):
-    (step,) = compiler.STEPS
-    model = slim_model(form=form)
-    module = nnx.merge(model.graph, model.weights)
-    found = [
-        decoding.refusal(module.layers, model.config, model.bind(router, 2), 2, step)
-        for router in (mj.Gates(2), mj.Fixed("cedar"), None)
-    ]
-    assert found == ["gates with a stream, which this step leaves alone", None, None]
 
 
 @pytest.mark.parametrize("form", STREAMS, ids=["stream", "stream alone"])

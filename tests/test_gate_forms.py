@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from gate_gradients import SHARED, loss_and_gradients
+from gate_gradients import SHARED, loss_and_gradients, turns
 from test_sharding import devices
 from test_training import TASKS
 from test_training_mesh import BETA, ROWS, packed, sequences
@@ -33,7 +33,9 @@ from meteora_jax.kv_cache import EMPTY
 from meteora_jax.llama import prepare_gates
 from meteora_jax.routing.memory import prefix_sums
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
+from meteora_jax.training.data import NO_TASK
 from meteora_jax.training.loop import GateTraining, train_gates
+from meteora_jax.training.loss import turn_before
 from meteora_jax.training.step import gradients
 from pallas_kernels.routed_lora import gated
 
@@ -45,6 +47,7 @@ FORMS = {
     "stream": GateForm(stream=16),
     "alone": GateForm("stream", bias=True, stream=16),
     "all": GateForm("prefix-mean", True, True, True, 8),
+    "ahead": GateForm("embedding", stream=64, depth=3),
 }
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 75)), [200]]
 
@@ -68,13 +71,13 @@ def formed(world, tmp_path_factory):
     return made
 
 
-def computed(model, mesh=None, accumulate=1, remat=True):
+def computed(model, mesh=None, accumulate=1, remat=True, **how):
     """Losses and the gates' gradients of two sequences a row."""
     graph, params, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
     router = place_rows(jax.tree.map(np.asarray, model.bind(mj.Gates(2), ROWS // accumulate)), mesh)
     run = jax.jit(
         lambda frozen, params, batch, router: gradients(
-            graph, frozen, params, batch, router, BETA, dtype=jnp.float32, remat=remat, accumulate=accumulate
+            graph, frozen, params, batch, router, BETA, dtype=jnp.float32, remat=remat, accumulate=accumulate, **how
         )
     )
     with use_mesh(mesh):
@@ -87,7 +90,9 @@ def check(found, expected):
     lm, gate, grads = expected
     assert abs(float(found["lm"]) - lm) <= 1e-5
     assert abs(float(found["gate"]) - gate) <= 1e-5
-    assert found.keys() - {"lm", "gate"} == grads.keys()
+    unused = {"ahead.before", "ahead.first"} - grads.keys()  # a second term's, or none's
+    assert found.keys() - {"lm", "gate"} - unused == grads.keys()
+    assert not any(np.abs(found[name]).max() for name in unused & found.keys())
     for name, grad in grads.items():
         assert np.abs(grad).max() > 1e-3
         assert np.abs(found[name] - grad).max() <= 1e-5 * max(1.0, np.abs(grad).max()), name
@@ -108,6 +113,18 @@ def test_loss_and_gradients_of_packed_rows_equal_torch_sequence_by_sequence(form
 
 def test_in_parts_and_without_recomputing_it_is_the_same(formed, expected):
     check(computed(formed["all"][2], accumulate=4, remat=False), expected["all"])
+
+
+@pytest.mark.parametrize(
+    "how", [dict(lm_loss=False), dict(answer_share=0.7), dict(lm_loss=False, answer_share=0.2, order=0.4)]
+)
+def test_the_gate_term_alone_and_what_answers_count_in_it(world, formed, how):
+    _, arrays, model = formed["ahead"]
+    lm, gate, grads = loss_and_gradients(world, arrays, sequences(), BETA, 2, **how)
+    found = computed(model, accumulate=2, **how)
+    assert (float(found["lm"]) == 0) == ("lm_loss" in how)
+    assert 0 < sum(int(s.loss.sum()) for s in sequences()) < sum(len(s.loss) for s in sequences())
+    check({**found, "lm": lm}, (lm, gate, grads))
 
 
 def main(base: str, bank: str, gates: str, dest: str) -> None:
@@ -148,7 +165,7 @@ def read(graph, weights, tokens, at, router):
     return *out.observed, module.logits(out.hidden, None)
 
 
-@pytest.mark.parametrize("name", ["mean", "carry", "stream", "alone", "all"])
+@pytest.mark.parametrize("name", ["mean", "carry", "stream", "alone", "all", "ahead"])
 def test_a_ragged_batch_decoded_with_the_cache_routes_as_each_sequence_at_once(formed, name):
     model = formed[name][2]
     routers = [mj.Gates(2), mj.Gates(2, 5.0), mj.Gates(2), mj.Gates(2, within=("birch", "daisy", "apple"))]
@@ -173,7 +190,7 @@ def test_gates_beside_other_routers_in_one_batch(formed):
 
 @pytest.mark.parametrize("width", [gated.DENSE_WIDTH, 1], ids=["gates and shrinks", "gates alone"])
 @pytest.mark.parametrize("joined", [False, True], ids=["slim", "joined"])
-@pytest.mark.parametrize("name", ["bias", "shared", "stream", "alone", "all"])
+@pytest.mark.parametrize("name", ["bias", "shared", "stream", "alone", "all", "ahead"])
 def test_the_slim_matrix_serves_the_forms_that_remember_a_stream_at_most(monkeypatch, formed, name, joined, width):
     """The others keep gates and adapters apart."""
     monkeypatch.setattr(gated, "DENSE_WIDTH", width)
@@ -181,7 +198,7 @@ def test_the_slim_matrix_serves_the_forms_that_remember_a_stream_at_most(monkeyp
     model = formed[name][2]
     graph, weights = prepare_gates(model.graph, model.weights, joined)
     held = nnx.merge(graph, weights).layers
-    served = FORMS[name].is_served and (name != "alone" or width > 1)  # no gates' columns, no A's
+    served = FORMS[name].is_served and (not FORMS[name].alone or width > 1)  # no gates' columns, no A's
     assert (held.o.slim is not None, held.o.joined > 0) == (served and not joined, served and joined)
     assert held.qkv.beside == (4 * 16 if joined and name in ("stream", "alone") else 0)
     found = whole(dataclasses.replace(model, graph=graph, weights=weights), PROMPTS[2], mj.Gates(2))
@@ -345,3 +362,58 @@ if __name__ == "__main__":
     import conftest  # noqa: F401  (the same strictness as in every test)
 
     main(*sys.argv[1:])
+
+
+def test_whose_turn_it_was_before():
+    blocks = [[3, 3, 0, 0, 5, 3, 0, 0, 5], [2, 2, 2], [0, 1, 0, 1], [4, 2, 2, 4, 2, 2]]
+    rng = np.random.default_rng(2)
+    tasks, segments = np.full((6, 60), NO_TASK), np.zeros((6, 60), int)
+    for b in range(6):
+        row, parts = [], []
+        for s in range(4):
+            own = list(blocks[rng.integers(4)])
+            own = [NO_TASK, NO_TASK, *own, NO_TASK, *blocks[rng.integers(4)]] if rng.random() < 0.5 else own
+            row, parts = row + own, parts + [s + 1] * len(own)
+        tasks[b, : len(row)], segments[b, : len(row)] = row[:60], parts[:60]
+    found = turn_before(jnp.asarray(tasks), jnp.asarray(segments), 9)
+    assert np.array_equal(np.asarray(found)[tasks != NO_TASK], turns(tasks, segments, 9)[tasks != NO_TASK])
+    row = np.asarray(turn_before(jnp.asarray([blocks[0]]), jnp.ones((1, 9), int), 9))[0].tolist()
+    assert row == [9, 9, 3, 3, 0, 9, 3, 3, 0]
+
+
+def test_gates_ahead_of_the_layers_learn_alone_from_what_is_cut_short(tmp_path, world):
+    how = dict(gate_input="embedding", gate_stream=32, gate_depth=2, lm_loss=False, prompt_loss=False, order=0.5,
+               answer_share=0.5, composite=0.5, composite_cut=0.5, composite_sizes=(2, 3), max_length=400)  # fmt: skip
+    settings = GateTraining(**{**SETTINGS, "steps": 40, "learning_rate": 1e-2, **how})
+    final = train_gates(world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32",
+                        log=tmp_path / "log.jsonl")  # fmt: skip
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert first["lm"] == final["lm"] == 0
+    assert final["gate"] < 0.7 * first["gate"]
+    config, arrays = load_gates(tmp_path / "gates", world["model"].config, NAMES)
+    assert config.form == GateForm("embedding", stream=32, depth=2)
+    assert np.abs(arrays["ahead.before"]).max() > 0  # the order was learnt, too
+    model = mj.load(world["base"], world["bank"], tmp_path / "gates", dtype="float32")
+    (c,) = model.generate(PROMPTS[:1], mj.Gates(2), max_new_tokens=3)
+    assert (c.routing.indices == c.routing.indices[:, :1, :1]).all()  # one choice for all layers and projections
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (dict(lm_loss=False), "lm_loss: expected gate_input embedding"),
+        (dict(answer_share=0.5), "answer_share: expected no prompt_loss"),
+        (dict(answer_share=1.5, prompt_loss=False), "answer_share: expected a share"),
+        (dict(order=0.5), "order, composite_cut: expected no lm_loss"),
+        (dict(gate_input="embedding", gate_stream=32), "gate_depth"),
+        (dict(gate_input="embedding", gate_stream=24, gate_depth=2), "multiple of 32"),
+        (dict(gate_stream=32, gate_depth=2), "no gate_depth for another"),
+    ],
+)
+def test_what_gates_ahead_need_is_said(tmp_path, world, how, said):
+    train = lambda: train_gates(  # noqa: E731
+        world["base"], world["bank"], TASKS, tmp_path / "gates", GateTraining(**SETTINGS, **how), dtype="float32"
+    )
+    with pytest.raises(InputError, match=said):
+        train()
+    assert not (tmp_path / "gates").exists()

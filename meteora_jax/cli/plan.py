@@ -11,7 +11,7 @@ import tyro
 
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError, LlamaConfig, read_json
-from meteora_jax.gate_config import GateForm
+from meteora_jax.gate_config import IMPOSSIBLE, GateForm
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,16 @@ class Plan:
     """Parts that a step's batch is worked off in."""
     remat: bool = True
     """Recompute activations in the backward pass."""
-    gate_input: Literal["token", "prefix-mean", "stream"] = "token"
-    """As of `meteora train gates`; so are the next three."""
+    gate_input: Literal["token", "prefix-mean", "stream", "embedding"] = "token"
+    """As of `meteora train gates`; so are the next four."""
     carry_logits: bool = False
     """Add the logits of the layer before."""
     shared_gates: bool = False
     """One gate for the projections that read the same input."""
     gate_stream: int = 0
     """Width of the gates' own residual stream."""
+    gate_depth: int = 0
+    """Layers of it that read the embeddings."""
     mfu: float = 0.4
     """Share of the peak FLOP/s that the expected time supposes."""
     json: Path | None = None
@@ -77,9 +79,10 @@ def plan(command: Plan) -> None:
         line = f"columns of {' and '.join(uncut)} will cross devices: tensor {command.tensor} does not divide {why}"
         status.print(line, highlight=False, soft_wrap=True)
     status.print("compiling; this takes minutes", highlight=False)
-    form = GateForm(command.gate_input, command.carry_logits, command.shared_gates, stream=command.gate_stream)
+    own = command.gate_stream, command.gate_depth
+    form = GateForm(command.gate_input, command.carry_logits, command.shared_gates, False, *own)
     if not form.is_possible:
-        raise InputError("--gate-input stream: expected --gate-stream beside it, and no --shared-gates")
+        raise InputError(IMPOSSIBLE)
     shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k, form=form)
     of = config, command.adapters, command.rank, mesh
     if command.what == "train":

@@ -105,14 +105,25 @@ class TrainGates(_Train):
     """GATES of a part of the bank: their columns keep every bit, only the other adapters' are trained."""
     extend_bias: bool = False
     """With --extend, also train one scalar a layer and projection, added to the logits of all new columns."""
-    gate_input: Literal["token", "prefix-mean", "stream"] = "token"
-    """What a gate reads: a token's own input; the mean of the sequence's inputs so far, too; or --gate-stream alone."""
+    gate_input: Literal["token", "prefix-mean", "stream", "embedding"] = "token"
+    """What a gate reads: a token's own input; the mean of the sequence's inputs so far, too; --gate-stream alone; or
+    the token embeddings, by a stream of --gate-depth layers that chooses once for all layers of the model."""
     carry_logits: bool = False
     """Add the logits of the layer before to each layer's."""
     shared_gates: bool = False
     """One gate for the projections that read the same input (q k v; gate up)."""
     gate_stream: int = 0
     """Width (a multiple of 8) of a residual stream of the gates' own that looks back over the sequence; 0: none."""
+    gate_depth: int = 0
+    """With --gate-input embedding, layers of the stream."""
+    lm_loss: bool = True
+    """Whether the language model's loss is trained on, too; without it, for --gate-input embedding, no layer runs."""
+    answer_share: float | None = None
+    """With --no-prompt-loss, what the answers' tokens together count in the gate loss; their number unless given."""
+    order: float = 0.0
+    """With --no-lm-loss, weight of learning whose turn it was before each token's, which teaches to look turns up."""
+    composite_cut: float = 0.0
+    """With --no-lm-loss, share of the composites whose questions and answers are cut to their ends."""
     independent: bool = False
     """Make each adapter's column from its own task and a background of texts that the base writes, never from another
     adapter's task. `meteora join` puts columns of several runs with one background together. Run again if killed."""
@@ -216,7 +227,8 @@ def check_independent(command: TrainGates) -> None:
     """Refuses what has no meaning for columns that know no other adapter."""
     wanted = {
         "extend": None, "extend_bias": False, "train_adapters": False, "new_bank": None, "composite": 0.0,
-        "gate_input": "token", "carry_logits": False, "gate_stream": 0, "adapter_learning_rate": None,
+        "gate_input": "token", "carry_logits": False, "gate_stream": 0, "adapter_learning_rate": None, "gate_depth": 0,
+        "lm_loss": True, "answer_share": None, "order": 0.0, "composite_cut": 0.0,
     }  # fmt: skip
     given = [k for k, v in wanted.items() if getattr(command, k) != v]
     if given:

@@ -86,6 +86,11 @@ def prefix_sums(values: jax.Array, positions: jax.Array, before: jax.Array) -> j
     return jax.lax.associative_scan(add, (values, starts), axis=1)[0]
 
 
+def by_projection(ahead: jax.Array) -> jax.Array:
+    """Logits [B, T, A] for each of a layer's projections, [B, T, 7, A]."""
+    return jnp.broadcast_to(ahead[:, :, None], (*ahead.shape[:2], sum(map(len, GROUPS.values())), ahead.shape[2]))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GateMemory:
@@ -102,10 +107,18 @@ class GateMemory:
     sums: Any
     stream: Any = None
     seen: Any = None  # float32 [B, T, 7, A], what the stream gives the logits of the layer at hand
+    ahead: Any = None  # float32 [B, T, A], every layer's logits, made before the first
 
     @classmethod
     def create(
-        cls, form: GateForm, router: BoundRouter | None, positions: jax.Array, layers: int, adapters: int, sums: Any
+        cls,
+        form: GateForm,
+        router: BoundRouter | None,
+        positions: jax.Array,
+        layers: int,
+        adapters: int,
+        sums: Any,
+        ahead: Any = None,
     ) -> GateMemory | None:
         """At the first layer of a call; sums: of an earlier call, None at the start. None where nothing is remembered:
         gates of MeteoRA's form, and routers that no gate takes part in."""
@@ -116,13 +129,15 @@ class GateMemory:
         carried = jnp.zeros((batch, length, count, adapters), jnp.float32) if form.carry else None
         if form.input == "prefix-mean" and sums is None:
             sums = jnp.zeros((layers, batch, count, adapters), jnp.float32)
-        stream = jnp.zeros((batch, length, form.stream), jnp.float32) if form.stream else None
-        return cls(positions, carried, sums, stream)
+        beside = form.stream and not form.is_ahead
+        stream = jnp.zeros((batch, length, form.stream), jnp.float32) if beside else None
+        return cls(positions, carried, sums, stream, ahead=ahead)
 
     def at(self, layer: jax.Array, router: BoundRouter) -> Remembering:
         """The router for one layer."""
         sums = None if self.sums is None else jax.lax.dynamic_index_in_dim(self.sums, layer, keepdims=False)
-        more = [z for z in (self.carried, self.seen) if z is not None]
+        ahead = None if self.ahead is None else by_projection(self.ahead)
+        more = [z for z in (self.carried, self.seen, ahead) if z is not None]
         return Remembering(router, self.positions, functools.reduce(jnp.add, more) if more else None, sums)
 
     def after(self, layer: jax.Array, routings: tuple[Routing, ...]) -> GateMemory:

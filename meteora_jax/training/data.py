@@ -25,6 +25,7 @@ from meteora_jax.sharding import local_rows
 NO_TASK = -1  # a token that no gate is judged on
 WIDTH_STEP = 64  # a row's width is a multiple of this
 FILL = 0.95  # the share of a row that packing fills, measured on the BIG-bench tasks; a guess good enough for `rows`
+CUT = 90, 50  # characters kept at an example's beginning and end
 DRAWS = 100  # composites drawn before none is said to fit
 
 
@@ -147,10 +148,10 @@ class Mixture:
     """Where a run's sequences come from.
 
     tasks: {name: training examples}. labels: the adapter of each task, int. composite: share of the sequences that
-    hold several tasks, composite_sizes (from, to) of them, behind at most composite_shots worked examples. balanced:
-    every task equally often, else as often as it has examples; shares {name: float}: as often as they say, inside
-    composites too. samples_per_task: a random choice of so many examples of each. max_length: longer sequences are
-    passed over.
+    hold several tasks, composite_sizes (from, to) of them, behind at most composite_shots worked examples, a share
+    composite_cut of these with each example cut to its ends. balanced: every task equally often, else as often as it
+    has examples; shares {name: float}: as often as they say, inside composites too. samples_per_task: a random choice
+    of so many examples of each. max_length: longer sequences are passed over.
     """
 
     tasks: Mapping[str, Sequence[Example]]
@@ -166,13 +167,15 @@ class Mixture:
     shares: Mapping[str, float] | None = None
     composite_sizes: tuple[int, int] = (3, 3)
     composite_shots: int = 0
+    composite_cut: float = 0.0
 
     def __post_init__(self):
         empty = [n for n in self.labels if not self.tasks.get(n)]
         if empty:
             raise InputError(f"tasks: expected training examples for every adapter, found none for {', '.join(empty)}")
-        if not 0 <= self.composite <= 1:
-            raise InputError(f"composite: expected a share between 0 and 1, found {self.composite}")
+        for key in ("composite", "composite_cut"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise InputError(f"{key}: expected a share between 0 and 1, found {getattr(self, key)}")
         low, high = self.composite_sizes
         if not 1 <= low <= high:
             raise InputError(f"composite_sizes: expected two numbers from 1 on, found {low} and {high}")
@@ -213,10 +216,20 @@ class Mixture:
             picked = [names[i] for i in rng.choice(len(names), size=min(size, len(names)), replace=False, p=p)]
             parts = [(example(n), self.labels[n]) for n in picked]
             worked = [[example(n) for n in picked] for _ in range(shots)]
+            if self.composite_cut and rng.random() < self.composite_cut:
+                parts, worked = [(_ends(e), label) for e, label in parts], [[_ends(e) for e in w] for w in worked]
             s = compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss, shots=worked)
             if len(s.tokens) <= limit:
                 return s
         raise InputError(f"max_length: expected room for {low} tasks in one sequence, found none in {limit}")
+
+
+def _ends(example: Example) -> Example:
+    """The beginning and end of a question and the beginning of its answer, enough to know their task: what is short
+    holds more turns in as many tokens."""
+    head, tail = CUT
+    prompt = example.prompt if len(example.prompt) <= head + tail else example.prompt[:head] + example.prompt[-tail:]
+    return dataclasses.replace(example, prompt=prompt, response=example.response[:tail])
 
 
 def plan(

@@ -35,7 +35,7 @@ from meteora_jax.checkpoint import (
 )
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig, Preempted, read_json
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.gate_config import METEORA_FORM, GateConfig, GateForm
+from meteora_jax.gate_config import IMPOSSIBLE, METEORA_FORM, GateConfig, GateForm
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
@@ -97,8 +97,12 @@ class Training:
 class GateTraining(Training):
     """How gates are trained; the defaults are the original's, batch and steps aside.
 
-    gate_input, carry_logits, shared_gates, gate_stream: the gates' form. extend_bias: beside an extension, one scalar
-    for each layer and projection is trained that raises or lowers all new columns against the old ones.
+    gate_input, carry_logits, shared_gates, gate_stream, gate_depth: the gates' form. extend_bias: beside an extension,
+    one scalar for each layer and projection is trained that raises or lowers all new columns against the old ones.
+    lm_loss: without it gates that read the embeddings are trained by the gate term alone, and no layer runs.
+    answer_share: what the answers' tokens, together, count in the gate term; as many as they are unless given. order:
+    without the LM loss, the weight beside the gate term of telling whose turn it was before a token's. composite_cut:
+    without it, too, the share of composites whose questions and answers are cut to their ends.
     """
 
     beta: float = 50.0
@@ -106,16 +110,36 @@ class GateTraining(Training):
     temperature: float = 1.0
     train_adapters: bool = False
     adapter_learning_rate: float | None = None
-    gate_input: Literal["token", "prefix-mean", "stream"] = "token"
+    gate_input: Literal["token", "prefix-mean", "stream", "embedding"] = "token"
     carry_logits: bool = False
     shared_gates: bool = False
     gate_stream: int = 0
+    gate_depth: int = 0
     extend_bias: bool = False
+    lm_loss: bool = True
+    answer_share: float | None = None
+    order: float = 0.0
+    composite_cut: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        problems = []
+        if not self.lm_loss and (self.gate_input != "embedding" or self.train_adapters):
+            problems.append("lm_loss: expected gate_input embedding and frozen adapters to go without it, found others")
+        if self.answer_share is not None and not 0 <= self.answer_share <= 1:
+            problems.append(f"answer_share: expected a share from 0 to 1, found {self.answer_share}")
+        if self.answer_share is not None and self.prompt_loss:
+            problems.append("answer_share: expected no prompt_loss beside it: what carries loss is then the answers")
+        if self.lm_loss and (self.order or self.composite_cut):
+            problems.append("order, composite_cut: expected no lm_loss beside them")
+        if problems:
+            raise InputError(problems)
 
     @property
     def form(self) -> GateForm:
         """Of the gates that are trained."""
-        return GateForm(self.gate_input, self.carry_logits, self.shared_gates, self.extend_bias, self.gate_stream)
+        form = self.gate_input, self.carry_logits, self.shared_gates, self.extend_bias, self.gate_stream
+        return GateForm(*form, self.gate_depth)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +220,7 @@ def train_gates(
     if form.stream % 8 or form.stream < 0:
         raise InputError(f"gate_stream: expected 0 or a multiple of 8, found {form.stream}")
     if not form.is_possible:
-        raise InputError("gate_input: stream: expected a gate_stream beside it, and no shared gates")
+        raise InputError(IMPOSSIBLE)
     fresh = fresh_gates(form, config, len(names), settings.seed)
     columns = _extended(extend, config, names, fresh) if extend is not None else None
     if settings.train_adapters and (loaded.config.dora or loaded.config.lora_bias):
@@ -207,7 +231,7 @@ def train_gates(
     labels = {name: i for i, name in enumerate(names)}
     trained = (GateParam, AdapterParam) if settings.train_adapters else GateParam
     router = Gates(settings.top_k, settings.temperature)
-    flops = dict(chosen=settings.top_k, gates=form, train_adapters=settings.train_adapters)
+    flops = dict(chosen=settings.top_k, gates=form, train_adapters=settings.train_adapters, lm=settings.lm_loss)
     state, final = fit(
         base, config, weights, loaded, fresh, trained, router, labels, tasks, settings, flops, columns=columns,
         form=form, kind=kind, mesh=mesh, run=run, log=log, progress=progress,
@@ -294,8 +318,8 @@ def fit(
         tasks, labels, load_tokenizer(base), config.eos_token_ids[0],
         max_length=min(settings.max_length, config.max_position_embeddings), prompt_loss=settings.prompt_loss,
         composite=settings.composite, composite_sizes=settings.composite_sizes,
-        composite_shots=settings.composite_shots, mixture=settings.mixture, samples_per_task=settings.samples_per_task,
-        seed=settings.seed,
+        composite_shots=settings.composite_shots, composite_cut=getattr(settings, "composite_cut", 0.0),
+        mixture=settings.mixture, samples_per_task=settings.samples_per_task, seed=settings.seed,
     )  # fmt: skip
     chosen = mixture.chosen()
     if validation is not None:
@@ -330,13 +354,15 @@ def fit(
     step = make_step(
         graph, state, tx, beta=getattr(settings, "beta", 0.0), dtype=kind, remat=settings.remat,
         accumulate=settings.accumulate, columns=columns, bias=getattr(settings, "extend_bias", False), mesh=mesh,
+        lm_loss=getattr(settings, "lm_loss", True), answer_share=getattr(settings, "answer_share", None),
+        order=getattr(settings, "order", 0.0),
     )  # fmt: skip
     if validation is not None:
         validation.begin(graph, state, layout, kind, mesh, run.path if run else None, start)
     path = Path(log) if log else run.path / "log.jsonl" if run else None
     recorder = Recorder(
         bank.names, path, run.path / "tensorboard" if run else None, start=start, progress=progress,
-        flops=(flops_per_token(config, bank.config, **flops), flops_per_pair(config)),
+        flops=(flops_per_token(config, bank.config, **flops), flops_per_pair(config) if flops.get("lm", True) else 0.0),
     )  # fmt: skip
     try:
         state = _loop(
@@ -434,7 +460,8 @@ def _identity(
     for path in sorted(weights, key=str):  # a few rows of each weight tell one base from another
         sample.update(weights[path].first(4096).tobytes())
     own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
-    forms = ("gate_input", "carry_logits", "shared_gates", "gate_stream", "extend_bias")
+    forms = ("gate_input", "carry_logits", "shared_gates", "gate_stream", "gate_depth", "extend_bias")
+    forms += ("lm_loss", "answer_share", "order", "composite_cut")
     for key in ("composite_sizes", "composite_shots", *forms):
         if key in own and getattr(settings, key) == getattr(GateTraining, key):
             own.pop(key)  # runs that were begun before there was a choice go on

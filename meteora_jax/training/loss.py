@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from meteora_jax.config import PROJECTIONS
 from meteora_jax.llama import Llama
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing.memory import FormedGate
 from meteora_jax.sharding import constrain
 from meteora_jax.training.data import NO_TASK, Batch
 
@@ -46,15 +48,18 @@ class Losses:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What the terms are averaged over: predicted and judged tokens of the whole step, float32 []."""
+    """What the terms are averaged over: predicted and judged tokens of the whole step, and those that are both, float32
+    []. Where prompts carry no loss the latter are the answers'."""
 
     predicted: Any
     judged: Any
+    answered: Any
 
     @classmethod
     def of(cls, batch: Batch) -> Counts:
         count = lambda x: jnp.maximum(jnp.sum(x), 1).astype(jnp.float32)  # noqa: E731
-        return cls(count(batch.loss), count(batch.tasks != NO_TASK))
+        judged = batch.tasks != NO_TASK
+        return cls(count(batch.loss), count(judged), count(judged & batch.loss))
 
 
 def gate_training_loss(
@@ -65,16 +70,26 @@ def gate_training_loss(
     *,
     remat: Remat,
     counts: Counts | None = None,
+    lm_loss: bool = True,
+    answer_share: float | None = None,
+    order: float = 0.0,
 ) -> Losses:
     """The loss of one batch, or of a part of it (`counts` are then the whole's).
 
     The LM term is averaged over the predicted tokens, the gate term over every layer, projection and token
     that has a task; each layer reduces its own gate logits, so no [L, B, T, P, A] is ever kept. A model without
     gates has the LM term alone.
+
+    lm_loss: without it gates that read the embeddings have their own term alone, and no layer runs. answer_share: what
+    the tokens that carry loss count in the gate term, together; the other judged ones count the rest. order: of such
+    gates alone, the weight beside the gate term of CE(whose turn it was before), `turn_before`.
     """
     counts = Counts.of(batch) if counts is None else counts
     gates = model.has_gates
-    observe = _judge(batch, counts) if gates else None
+    observe = _judge(batch, counts, answer_share) if gates else None
+    if not lm_loss:
+        assert observe is not None
+        return _gates_alone(model, batch, router, beta, counts, observe, order)
     out = model(
         batch.tokens, batch.positions, router, segments=batch.segments, observe=observe, remat=remat
     )  # fmt: skip
@@ -89,14 +104,54 @@ def gate_training_loss(
     return Losses(*size, lm + beta * gate, lm, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
 
 
+def _gates_alone(
+    model: Llama, batch: Batch, router: BoundRouter, beta: float | jax.Array, counts: Counts, observe: Any, order: float
+) -> Losses:
+    """The gate term of gates ahead of the layers; each figure stands for all layers and projections."""
+    logits, before = model.look_ahead(batch.tokens, batch.positions, batch.segments)
+    logits = logits[:, :, None]
+    routing = router.route(logits[:, :, 0], FormedGate(None, None, None, "o", more=logits))
+    everywhere = model.config.num_layers, len(PROJECTIONS)
+    gate, hits, entropy, load = (jnp.broadcast_to(z[None], (*everywhere, *z.shape[1:])) for z in observe((routing,)))
+    gate = jnp.mean(gate)
+    judged = _by_task(jnp.ones_like(batch.tasks, jnp.float32)[..., None], batch, hits.shape[-1])[0] / counts.judged
+    size = jnp.sum(batch.segments > 0).astype(jnp.float32), jnp.sum((batch.positions + 1).astype(jnp.float32))
+    none, total = jnp.zeros((), jnp.float32), gate
+    if order:
+        wanted = turn_before(batch.tasks, batch.segments, before.shape[-1] - 1)
+        losses = optax.softmax_cross_entropy_with_integer_labels(before, wanted)
+        total = gate + order * jnp.sum(jnp.where(batch.tasks != NO_TASK, losses, 0.0)) / counts.judged
+    return Losses(*size, beta * total, none, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
+
+
+def turn_before(tasks: jax.Array, segments: jax.Array, nobody: int) -> jax.Array:
+    """Whose turn it was before each token's, int32 [B, T]: the task of the run of tokens before its own.
+
+    `nobody` for the first question and the first answer of a block, which are known by their task: a block begins
+    with a sequence, or behind tokens of no task. That is what a line of a composite problem and its question have in
+    common, whatever their number, and what attention can look up.
+    """
+    place = jnp.broadcast_to(jnp.arange(tasks.shape[1], dtype=jnp.int32)[None], tasks.shape)
+    behind = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=NO_TASK)  # noqa: E731
+    last, apart = behind(tasks), segments != behind(segments)
+    latest = lambda x, at: jnp.take_along_axis(x, jax.lax.cummax(jnp.where(at, place, 0), axis=1), axis=1)  # noqa: E731
+    before = latest(jnp.where(apart, NO_TASK, last), (tasks != last) | apart)
+    first = latest(tasks, (tasks != NO_TASK) & ((last == NO_TASK) | apart))
+    return jnp.where((tasks == first) | (before == NO_TASK), nobody, before)
+
+
 def _by_task(x: jax.Array, batch: Batch, adapters: int) -> jax.Array:
     """Sums of x float32 [B, T, P] over each task's tokens: [P, A]."""
     own = jax.nn.one_hot(batch.tasks, adapters, dtype=jnp.float32)  # NO_TASK gives zeros
     return jnp.einsum("btp,bta->pa", x, own, precision="highest")
 
 
-def _judge(batch: Batch, counts: Counts) -> Any:
+def _judge(batch: Batch, counts: Counts, answer_share: float | None = None) -> Any:
     judged = (batch.tasks != NO_TASK)[:, :, None]
+    counted = 1.0 / counts.judged
+    if answer_share is not None:
+        prompts = (1.0 - answer_share) / jnp.maximum(counts.judged - counts.answered, 1.0)
+        counted = jnp.where(batch.loss[:, :, None], answer_share / counts.answered, prompts)
     labels = jnp.maximum(batch.tasks, 0)[:, :, None]
     mean = lambda x: jnp.sum(jnp.where(judged, x, 0.0), axis=(0, 1)) / counts.judged  # noqa: E731
 
@@ -111,7 +166,8 @@ def _judge(batch: Batch, counts: Counts) -> Any:
         entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
         load = jnp.concatenate([jax.lax.stop_gradient(r.dense(logits.shape[-1])) for r in routings], axis=2)
         load = jnp.sum(jnp.where(judged[..., None], load, 0.0), axis=(0, 1)) / counts.judged
-        return mean(losses), _by_task(hits, batch, logits.shape[-1]) / counts.judged, mean(entropy), load
+        loss = jnp.sum(jnp.where(judged, losses * counted, 0.0), axis=(0, 1))
+        return loss, _by_task(hits, batch, logits.shape[-1]) / counts.judged, mean(entropy), load
 
     return observe
 

@@ -86,6 +86,9 @@ def make_step(
     columns: np.ndarray | None = None,
     bias: bool = False,
     mesh: Mesh | None = None,
+    lm_loss: bool = True,
+    answer_share: float | None = None,
+    order: float = 0.0,
 ) -> Step:
     """The compiled update (frozen, state, batch, router) -> (state, the losses before it); the state is donated.
 
@@ -96,12 +99,14 @@ def make_step(
             is bound for the rows of one part.
         columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit. bias: one
             scalar for each gate is trained with them, the bias of all of these columns; else biases stay as they are.
+        lm_loss, answer_share, order: as `gate_training_loss` takes them.
     """
 
     def step(frozen: Any, state: TrainState, batch: Batch, router: BoundRouter) -> tuple[TrainState, Losses]:
         losses, grads = gradients(
-            graph, frozen, state.params, batch, router, beta, dtype=dtype, remat=remat, accumulate=accumulate
-        )
+            graph, frozen, state.params, batch, router, beta, dtype=dtype, remat=remat, accumulate=accumulate,
+            lm_loss=lm_loss, answer_share=answer_share, order=order,
+        )  # fmt: skip
         if columns is not None:
             grads = _only(grads, columns, bias)  # before the optimiser: the clipped norm is that of what is trained
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the rest of the program says
@@ -129,6 +134,9 @@ def gradients(
     dtype: Any,
     remat: Remat,
     accumulate: int = 1,
+    lm_loss: bool = True,
+    answer_share: float | None = None,
+    order: float = 0.0,
 ) -> tuple[Losses, Any]:
     """The losses of a batch and the gradients of `params`; with the router `ByTask` those of adapters side by side."""
     if isinstance(router, ByTask):
@@ -141,7 +149,10 @@ def gradients(
         if isinstance(counts, OwnCounts):
             losses = side_by_side_loss(model, part, counts, remat=remat)
         else:
-            losses = gate_training_loss(model, part, router, beta, remat=remat, counts=counts)
+            losses = gate_training_loss(
+                model, part, router, beta, remat=remat, counts=counts, lm_loss=lm_loss, answer_share=answer_share,
+                order=order,
+            )  # fmt: skip
         return losses.loss, losses
 
     differentiate = jax.grad(loss, has_aux=True)
@@ -173,7 +184,10 @@ def _only(grads: Any, columns: np.ndarray, bias: bool) -> Any:
     def keep(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, GateParam):
             return leaf
-        if path[-2:] in (("gate_stream", "read"), ("gate_stream", "own")):  # the old columns read them too
+        if path[-2] in ("gate_stream", "gates_ahead") and path[-1] not in (
+            "out",
+            "before",
+        ):  # the old columns read them too
             return leaf.replace(jnp.zeros_like(leaf[...]))
         own = jnp.where(columns, leaf[...], 0)
         if path[-1] != "gate_bias":

@@ -32,28 +32,41 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def flops_per_token(
-    config: LlamaConfig, bank: BankConfig | None, *, chosen: int, gates: bool | GateForm, train_adapters: bool
+    config: LlamaConfig,
+    bank: BankConfig | None,
+    *,
+    chosen: int,
+    gates: bool | GateForm,
+    train_adapters: bool,
+    lm: bool = True,
 ) -> float:
     """FLOPs that one token of training needs beside attention, whatever a program spends.
 
     2 forward and 2 backward through the activations for every weight of a matmul, 2 more for a weight that is trained;
     recomputation is not counted. Frozen: the base, its head included, and, unless trained, the `chosen` adapters.
+    lm: whether the model runs beside gates that read its embeddings.
     """
     base = config.hidden_size * config.vocab_size
     adapters = gate = 0
+    form = gates if isinstance(gates, GateForm) else GateForm()
     for group, projections in GROUPS.items():
         shapes = [config.projection_shape(p) for p in projections]
         base += config.num_layers * sum(i * o for i, o in shapes)
         adapters += config.num_layers * chosen * group_rank(bank, group) * sum(i + o for i, o in shapes)
         if gates and bank is not None:
-            form = gates if isinstance(gates, GateForm) else GateForm()
             inputs = (
                 sum(i for i, _ in shapes[: 1 if form.shared else None])
-                * {"token": 1, "prefix-mean": 2, "stream": 0}[form.input]
+                * {"token": 1, "prefix-mean": 2, "stream": 0, "embedding": 0}[form.input]
             )
             gate += config.num_layers * len(bank.names) * inputs
-            more = 4 * config.hidden_size + 3 * form.stream + len(PROJECTIONS) * len(bank.names)
-            gate += config.num_layers * form.stream * more
+    if gates and bank is not None and form.is_ahead:
+        layers = form.depth * (3 * config.hidden_size + 10 * form.stream)
+        gate += form.stream * (config.hidden_size + len(bank.names) + layers)
+    elif gates and bank is not None:
+        more = 4 * config.hidden_size + 3 * form.stream + len(PROJECTIONS) * len(bank.names)
+        gate += config.num_layers * form.stream * more
+    if not lm:
+        return 6.0 * gate
     return 4.0 * base + (6.0 if train_adapters else 4.0) * adapters + 6.0 * gate
 
 

@@ -206,7 +206,7 @@ def group_step(
     squares = none if squares is None else squares
 
     sums = product(x, group, layer) if sums is None else sums
-    routed, sizes = _adapters(none, group, choice, carried, rows, total + extra, first_projection)
+    routed, sizes = _adapters(none, group, choice, carried, rows, total + extra, first_projection, bool(gather))
     more = more if gates else None
     sizes |= dict(OWN=int(choice is None or not choice.alone), MORE=0, MORE_FIRST=0)
     if more is not None:
@@ -250,7 +250,14 @@ def group_step(
 
 
 def _adapters(
-    none: jax.Array, group: Group, choice: Choice | None, carried: Carried, rows: int, row: int, first_projection: int
+    none: jax.Array,
+    group: Group,
+    choice: Choice | None,
+    carried: Carried,
+    rows: int,
+    row: int,
+    first_projection: int,
+    gather: bool,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(b, scale, counts, temperatures, indices, weights) and the constants that say how they are read."""
     if choice is None:
@@ -264,7 +271,7 @@ def _adapters(
     c, projections = choice.top_k, len(group.splits)
     traced = carried.indices.shape[2] * c if gates else 1
     constants = dict(
-        ADAPT=True, GATES=gates and not wide, GATHER=wide or rows * c <= adapters, COMPACT=wide, A=adapters,
+        ADAPT=True, GATES=gates and not wide, GATHER=gather, COMPACT=wide, A=adapters,
         AP=power(adapters), R=rank, RP=power(rank), C=c, CP=power(c), TRACE_ROW=traced,
         TRACE_FIRST=first_projection * c, BE=max(16, min(64, power(adapters * rank))), HPARTS=1,
     )  # fmt: skip

@@ -1,0 +1,46 @@
+"""Rotary embedding and attention, as the model's layers and gates that look back share them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from meteora_jax.sharding import by_device
+from pallas_kernels.routed_lora.reference import einsum_float32
+
+# What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences,
+# "decode" steps that read the cache.
+Fused = Literal["prompt", "packed", "decode"]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding in the half-split convention: dimension i turns with i + H/2. x [B, T, N, H]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, fused: Fused | None = None) -> jax.Array:
+    """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H].
+
+    Scores and softmax are float32. `fused`: by cuDNN, which never writes the scores; see
+    `llama.FUSED_ATTENTION`. A prompt's mask is causal, its padding behind it, and is not read. What stands at padding
+    means nothing.
+    jax.nn.dot_product_attention is not used elsewhere: it refuses float16 on a CPU.
+    """
+    if fused is not None:
+        cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=fused != "decode", implementation="cudnn")
+        rows, heads = ("batch", None, "heads", None), ("heads", k.shape[2])
+        given = [(q, rows), (k, rows), (v, rows)] + ([] if fused == "prompt" else [(mask, ("batch", None, None, None))])
+        y = by_device(lambda q, k, v, mask=None: cudnn(q, k, v, mask=mask), given, rows, heads)
+        return y.reshape(*y.shape[:2], -1)
+    batch, length, heads, width = q.shape
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
+    scores = einsum_float32(q.dtype, "btkgh,bskh->bkgts", q, k) * width**-0.5
+    # finite, so that the rows of padding, which see nobody, stay numbers
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    y = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return y.reshape(batch, length, heads * width)

@@ -1,0 +1,96 @@
+"""Gates that choose before the model's first layer: a narrow transformer of their own over the token embeddings.
+
+A gate beside a layer knows what the frozen layers below it have brought to a token, and the lowest know next to
+nothing; which adapter a line of a composite problem needs must be looked up several steps back. Here every layer and
+projection gets one choice, made with all of that done, and for training no layer of the model has to run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meteora_jax.adapters import GateParam
+from meteora_jax.attention import Fused, attend, rotate
+from meteora_jax.config import LlamaConfig
+from meteora_jax.gate_config import HEAD, GateForm
+from meteora_jax.kv_cache import KVCache
+from pallas_kernels.routed_lora.reference import einsum_float32
+
+
+class GatesAhead(nnx.Module):
+    """docs/words.md has the formula. Float32, E the stream's width, F its depth:
+
+    read [D, E]: of the embedding into the stream. look [F, D, 3, E] and own [F, E, 3, E]: of embedding and stream to
+    queries, keys and values, heads of 32; o [F, E, E]. up [F, E, 2, 2 E], down [F, 2 E, E]: silu(gate) up. out [E, A].
+    For training alone: before [E, A] and first [E, 1], whose turn it was before a token's, an adapter's or nobody's.
+    """
+
+    def __init__(self, config: LlamaConfig, form: GateForm, adapters: int):
+        e, f = form.stream, form.depth
+        weight = lambda *shape: GateParam(jnp.zeros(shape, jnp.float32), axes=(None,) * len(shape))  # noqa: E731
+        self.read = weight(config.hidden_size, e)
+        self.look, self.own, self.o = weight(f, config.hidden_size, 3, e), weight(f, e, 3, e), weight(f, e, e)
+        self.up, self.down = weight(f, e, 2, 2 * e), weight(f, 2 * e, e)
+        self.out, self.before, self.first = weight(e, adapters), weight(e, adapters), weight(e, 1)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        fused: Fused | None,
+        cache: KVCache | None,
+        fresh: bool,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The stream's end, unit rms [B, T, E], of embeddings x [B, T, D], and the cache with its keys and values.
+
+        positions int32 [B, T]; mask bool [B, 1, T, S], fused: as `attend` takes them.
+        """
+        kind, turns = x.dtype, _turns(positions)
+        heads = lambda z: z.astype(kind).reshape(*z.shape[:2], -1, HEAD)  # noqa: E731
+        product = lambda spec, x, w: einsum_float32(kind, spec, x, w.astype(kind))  # noqa: E731
+        x = _rms(x, kind)
+
+        def layer(carry: tuple[jax.Array, jax.Array, KVCache | None], weights: tuple[jax.Array, ...]) -> Any:
+            index, u, cache = carry
+            look, own, o, up, down = weights
+            seen = product("btd,dpe->btpe", x, look) + product("bte,epf->btpf", _rms(u, kind), own)
+            q, k, v = (heads(z) for z in jnp.moveaxis(seen, 2, 0))
+            q, k = rotate(q, *turns), rotate(k, *turns)
+            if cache is not None:
+                cache, *kept = cache.look_back(index, k, v)
+                k, v = (k, v) if fresh else kept
+            u = u + product("bte,ef->btf", attend(q, k, v, mask, fused), o)
+            gate, more = jnp.moveaxis(product("bte,epf->btpf", _rms(u, kind), up), 2, 0)
+            return (index + 1, u + product("btf,fe->bte", (jax.nn.silu(gate) * more).astype(kind), down), cache), None
+
+        weights = tuple(w[...] for w in (self.look, self.own, self.o, self.up, self.down))
+        begin = jnp.zeros((), jnp.int32), product("btd,de->bte", x, self.read[...]), cache
+        unroll = self.o.shape[0] if x.shape[1] == 1 else 1  # a decoding step has no use for a loop
+        (_, u, cache), _ = jax.lax.scan(layer, begin, weights, unroll=unroll)
+        return _rms(u, kind), cache
+
+    def logits(self, u: jax.Array) -> jax.Array:
+        """Of the gates, float32 [B, T, A], at the stream's end u."""
+        return einsum_float32(u.dtype, "bte,ea->bta", u, self.out[...].astype(u.dtype))
+
+    def order(self, u: jax.Array) -> jax.Array:
+        """Logits float32 [B, T, A + 1] of whose turn it was before; the last: nobody's."""
+        weight = jnp.concatenate([self.before[...], self.first[...]], axis=1)
+        return einsum_float32(u.dtype, "bte,ea->bta", u, weight.astype(u.dtype))
+
+
+def _rms(u: jax.Array, dtype: Any) -> jax.Array:
+    u = u.astype(jnp.float32)
+    return (u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + 1e-6)).astype(dtype)
+
+
+def _turns(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rotary angles' cosines and sines float32 [B, T, 1, 16]: wavelengths up to 10,000, whatever the base's."""
+    frequencies = 10000.0 ** -(jnp.arange(0, HEAD, 2, dtype=jnp.float32) / HEAD)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
