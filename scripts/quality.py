@@ -56,7 +56,8 @@ STREAM = ("--gate-stream", "64", "--gate-input", "stream")
 # Gates that choose before the first layer: no layer of the model runs, so steps cost little and are many.
 AHEAD = (
     "--gate-input", "embedding", "--gate-stream", "128", "--gate-depth", "4", "--no-lm-loss", "--no-prompt-loss",
-    "--clip", "1", "--answer-share", "0.6", "--order", "0.5", "--composite", "0.8", "--composite-cut", "0.6", *SIZES,
+    "--clip", "1", "--answer-share", "0.7", "--turn-share", "0.5", "--order", "0.5",
+    "--composite", "0.8", "--composite-cut", "0.6", *SIZES,
 )  # fmt: skip
 AHEAD_ROWS, AHEAD_LENGTH, AHEAD_RATE = 2, 8192, "3e-3"
 # Two of MeteoRA's composite-10 tasks are the hub's; what stands for them where they are not at hand.

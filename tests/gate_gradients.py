@@ -55,6 +55,19 @@ def turns(tasks, segments, nobody):
     return found
 
 
+def beginnings(s: Any) -> list[int]:
+    """The first two tokens of each stretch of one task's tokens that carry loss."""
+    found, length = [], 0
+    for t, (task, loss) in enumerate(zip(s.tasks.tolist(), s.loss.tolist(), strict=True)):
+        if not loss or task < 0:
+            length = 0
+            continue
+        goes_on = length and s.tasks[t - 1] == task
+        length = length + 1 if goes_on else 1
+        found += [t] if length <= 2 else []
+    return found
+
+
 def loss_and_gradients(
     world: dict[str, Any],
     gates: dict[str, Any],
@@ -64,6 +77,7 @@ def loss_and_gradients(
     carry: bool = False,
     lm_loss: bool = True,
     answer_share: float | None = None,
+    turn_share: float = 0.0,
     order: float = 0.0,
 ) -> tuple[float, float, dict[str, Any]]:
     """(LM term, gate term, {gate: gradient of lm + beta * gate [L, I, A]}) over whole sequences.
@@ -92,7 +106,9 @@ def loss_and_gradients(
         counted = torch.full((length,), 1 / judged, dtype=torch.float64)
         if answer_share is not None:
             counted[:] = (1 - answer_share) / (judged - answers)
-            counted[torch.tensor(s.loss.tolist())] = answer_share / answers
+            counted[torch.tensor(s.loss.tolist())] = answer_share * (1 - turn_share) / answers
+            for t in beginnings(s):
+                counted[t] += answer_share * turn_share / sum(len(beginnings(s)) for s in sequences)
         before: dict[str, torch.Tensor] = {}
         streamed: dict[str, torch.Tensor] = {}
         angles = torch.arange(length).double()[:, None] / 10000.0 ** (torch.arange(0, width, 2).double() / width)

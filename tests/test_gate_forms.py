@@ -116,7 +116,13 @@ def test_in_parts_and_without_recomputing_it_is_the_same(formed, expected):
 
 
 @pytest.mark.parametrize(
-    "how", [dict(lm_loss=False), dict(answer_share=0.7), dict(lm_loss=False, answer_share=0.2, order=0.4)]
+    "how",
+    [
+        dict(lm_loss=False),
+        dict(answer_share=0.7),
+        dict(answer_share=0.6, turn_share=0.4),
+        dict(lm_loss=False, answer_share=0.2, order=0.4),
+    ],
 )
 def test_the_gate_term_alone_and_what_answers_count_in_it(world, formed, how):
     _, arrays, model = formed["ahead"]
@@ -404,6 +410,7 @@ def test_gates_ahead_of_the_layers_learn_alone_from_what_is_cut_short(tmp_path, 
         (dict(lm_loss=False), "lm_loss: expected gate_input embedding"),
         (dict(answer_share=0.5), "answer_share: expected no prompt_loss"),
         (dict(answer_share=1.5, prompt_loss=False), "answer_share: expected a share"),
+        (dict(turn_share=0.5, prompt_loss=False), "turn_share: expected a share from 0 to 1 beside answer_share"),
         (dict(order=0.5), "order, composite_cut: expected no lm_loss"),
         (dict(gate_input="embedding", gate_stream=32), "gate_depth"),
         (dict(gate_input="embedding", gate_stream=24, gate_depth=2), "multiple of 32"),

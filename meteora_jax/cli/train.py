@@ -120,6 +120,8 @@ class TrainGates(_Train):
     """Whether the language model's loss is trained on, too; without it, for --gate-input embedding, no layer runs."""
     answer_share: float | None = None
     """With --no-prompt-loss, what the answers' tokens together count in the gate loss; their number unless given."""
+    turn_share: float = 0.0
+    """The part of --answer-share that the first two tokens of each answer count by themselves."""
     order: float = 0.0
     """With --no-lm-loss, weight of learning whose turn it was before each token's, which teaches to look turns up."""
     composite_cut: float = 0.0
@@ -228,7 +230,7 @@ def check_independent(command: TrainGates) -> None:
     wanted = {
         "extend": None, "extend_bias": False, "train_adapters": False, "new_bank": None, "composite": 0.0,
         "gate_input": "token", "carry_logits": False, "gate_stream": 0, "adapter_learning_rate": None, "gate_depth": 0,
-        "lm_loss": True, "answer_share": None, "order": 0.0, "composite_cut": 0.0,
+        "lm_loss": True, "answer_share": None, "turn_share": 0.0, "order": 0.0, "composite_cut": 0.0,
     }  # fmt: skip
     given = [k for k, v in wanted.items() if getattr(command, k) != v]
     if given:

@@ -100,9 +100,10 @@ class GateTraining(Training):
     gate_input, carry_logits, shared_gates, gate_stream, gate_depth: the gates' form. extend_bias: beside an extension,
     one scalar for each layer and projection is trained that raises or lowers all new columns against the old ones.
     lm_loss: without it gates that read the embeddings are trained by the gate term alone, and no layer runs.
-    answer_share: what the answers' tokens, together, count in the gate term; as many as they are unless given. order:
-    without the LM loss, the weight beside the gate term of telling whose turn it was before a token's. composite_cut:
-    without it, too, the share of composites whose questions and answers are cut to their ends.
+    answer_share: what the answers' tokens, together, count in the gate term; as many as they are unless given.
+    turn_share: the part of that which the first two tokens of each answer count by themselves. order: without the LM
+    loss, the weight beside the gate term of telling whose turn it was before a token's. composite_cut: without it,
+    too, the share of composites whose questions and answers are cut to their ends.
     """
 
     beta: float = 50.0
@@ -118,6 +119,7 @@ class GateTraining(Training):
     extend_bias: bool = False
     lm_loss: bool = True
     answer_share: float | None = None
+    turn_share: float = 0.0
     order: float = 0.0
     composite_cut: float = 0.0
 
@@ -130,6 +132,8 @@ class GateTraining(Training):
             problems.append(f"answer_share: expected a share from 0 to 1, found {self.answer_share}")
         if self.answer_share is not None and self.prompt_loss:
             problems.append("answer_share: expected no prompt_loss beside it: what carries loss is then the answers")
+        if not 0 <= self.turn_share <= 1 or (self.turn_share and self.answer_share is None):
+            problems.append(f"turn_share: expected a share from 0 to 1 beside answer_share, found {self.turn_share}")
         if self.lm_loss and (self.order or self.composite_cut):
             problems.append("order, composite_cut: expected no lm_loss beside them")
         if problems:
@@ -355,7 +359,7 @@ def fit(
         graph, state, tx, beta=getattr(settings, "beta", 0.0), dtype=kind, remat=settings.remat,
         accumulate=settings.accumulate, columns=columns, bias=getattr(settings, "extend_bias", False), mesh=mesh,
         lm_loss=getattr(settings, "lm_loss", True), answer_share=getattr(settings, "answer_share", None),
-        order=getattr(settings, "order", 0.0),
+        turn_share=getattr(settings, "turn_share", 0.0), order=getattr(settings, "order", 0.0),
     )  # fmt: skip
     if validation is not None:
         validation.begin(graph, state, layout, kind, mesh, run.path if run else None, start)
@@ -461,7 +465,7 @@ def _identity(
         sample.update(weights[path].first(4096).tobytes())
     own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
     forms = ("gate_input", "carry_logits", "shared_gates", "gate_stream", "gate_depth", "extend_bias")
-    forms += ("lm_loss", "answer_share", "order", "composite_cut")
+    forms += ("lm_loss", "answer_share", "turn_share", "order", "composite_cut")
     for key in ("composite_sizes", "composite_shots", *forms):
         if key in own and getattr(settings, key) == getattr(GateTraining, key):
             own.pop(key)  # runs that were begun before there was a choice go on

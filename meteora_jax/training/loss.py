@@ -48,18 +48,19 @@ class Losses:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What the terms are averaged over: predicted and judged tokens of the whole step, and those that are both, float32
-    []. Where prompts carry no loss the latter are the answers'."""
+    """What the terms are averaged over: predicted and judged tokens of the whole step, those that are both, and the
+    `turns` of these, float32 []. Where prompts carry no loss the latter two are the answers' and their beginnings'."""
 
     predicted: Any
     judged: Any
     answered: Any
+    turned: Any
 
     @classmethod
     def of(cls, batch: Batch) -> Counts:
         count = lambda x: jnp.maximum(jnp.sum(x), 1).astype(jnp.float32)  # noqa: E731
         judged = batch.tasks != NO_TASK
-        return cls(count(batch.loss), count(judged), count(judged & batch.loss))
+        return cls(count(batch.loss), count(judged), count(judged & batch.loss), count(turns(batch)))
 
 
 def gate_training_loss(
@@ -72,6 +73,7 @@ def gate_training_loss(
     counts: Counts | None = None,
     lm_loss: bool = True,
     answer_share: float | None = None,
+    turn_share: float = 0.0,
     order: float = 0.0,
 ) -> Losses:
     """The loss of one batch, or of a part of it (`counts` are then the whole's).
@@ -81,12 +83,13 @@ def gate_training_loss(
     gates has the LM term alone.
 
     lm_loss: without it gates that read the embeddings have their own term alone, and no layer runs. answer_share: what
-    the tokens that carry loss count in the gate term, together; the other judged ones count the rest. order: of such
-    gates alone, the weight beside the gate term of CE(whose turn it was before), `turn_before`.
+    the tokens that carry loss count in the gate term, together; the other judged ones count the rest. turn_share: the
+    part of answer_share that `turns` count by themselves. order: of such gates alone, the weight beside the gate term
+    of CE(whose turn it was before), `turn_before`.
     """
     counts = Counts.of(batch) if counts is None else counts
     gates = model.has_gates
-    observe = _judge(batch, counts, answer_share) if gates else None
+    observe = _judge(batch, counts, answer_share, turn_share) if gates else None
     if not lm_loss:
         assert observe is not None
         return _gates_alone(model, batch, router, beta, counts, observe, order)
@@ -146,12 +149,24 @@ def _by_task(x: jax.Array, batch: Batch, adapters: int) -> jax.Array:
     return jnp.einsum("btp,bta->pa", x, own, precision="highest")
 
 
-def _judge(batch: Batch, counts: Counts, answer_share: float | None = None) -> Any:
+def turns(batch: Batch) -> jax.Array:
+    """The first two tokens of each run of one task's tokens that carry loss, bool [B, T]: what chooses for an answer
+    before there is any of it."""
+    behind = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))  # noqa: E731
+    own = batch.loss & (batch.tasks != NO_TASK)
+    goes_on = behind(own) & (behind(batch.tasks) == batch.tasks) & (behind(batch.segments) == batch.segments)
+    first = own & ~goes_on
+    return first | (behind(first) & own & goes_on)
+
+
+def _judge(batch: Batch, counts: Counts, answer_share: float | None = None, turn_share: float = 0.0) -> Any:
     judged = (batch.tasks != NO_TASK)[:, :, None]
     counted = 1.0 / counts.judged
     if answer_share is not None:
         prompts = (1.0 - answer_share) / jnp.maximum(counts.judged - counts.answered, 1.0)
-        counted = jnp.where(batch.loss[:, :, None], answer_share / counts.answered, prompts)
+        answers = answer_share * (1.0 - turn_share) / counts.answered
+        answers = answers + jnp.where(turns(batch), answer_share * turn_share / counts.turned, 0.0)
+        counted = jnp.where(batch.loss, answers, prompts)[:, :, None]
     labels = jnp.maximum(batch.tasks, 0)[:, :, None]
     mean = lambda x: jnp.sum(jnp.where(judged, x, 0.0), axis=(0, 1)) / counts.judged  # noqa: E731
 

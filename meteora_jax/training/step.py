@@ -88,6 +88,7 @@ def make_step(
     mesh: Mesh | None = None,
     lm_loss: bool = True,
     answer_share: float | None = None,
+    turn_share: float = 0.0,
     order: float = 0.0,
 ) -> Step:
     """The compiled update (frozen, state, batch, router) -> (state, the losses before it); the state is donated.
@@ -99,13 +100,13 @@ def make_step(
             is bound for the rows of one part.
         columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit. bias: one
             scalar for each gate is trained with them, the bias of all of these columns; else biases stay as they are.
-        lm_loss, answer_share, order: as `gate_training_loss` takes them.
+        lm_loss, answer_share, turn_share, order: as `gate_training_loss` takes them.
     """
 
     def step(frozen: Any, state: TrainState, batch: Batch, router: BoundRouter) -> tuple[TrainState, Losses]:
         losses, grads = gradients(
             graph, frozen, state.params, batch, router, beta, dtype=dtype, remat=remat, accumulate=accumulate,
-            lm_loss=lm_loss, answer_share=answer_share, order=order,
+            lm_loss=lm_loss, answer_share=answer_share, turn_share=turn_share, order=order,
         )  # fmt: skip
         if columns is not None:
             grads = _only(grads, columns, bias)  # before the optimiser: the clipped norm is that of what is trained
@@ -136,6 +137,7 @@ def gradients(
     accumulate: int = 1,
     lm_loss: bool = True,
     answer_share: float | None = None,
+    turn_share: float = 0.0,
     order: float = 0.0,
 ) -> tuple[Losses, Any]:
     """The losses of a batch and the gradients of `params`; with the router `ByTask` those of adapters side by side."""
@@ -151,7 +153,7 @@ def gradients(
         else:
             losses = gate_training_loss(
                 model, part, router, beta, remat=remat, counts=counts, lm_loss=lm_loss, answer_share=answer_share,
-                order=order,
+                turn_share=turn_share, order=order,
             )  # fmt: skip
         return losses.loss, losses
 
