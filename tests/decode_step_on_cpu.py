@@ -170,6 +170,7 @@ def one_case(seed: int, launches: list[str]) -> None:
     )
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)), kind)
     layer, slots, slot = int(rng.integers(layers)), 5, 3
+    triton_gpu.GATHER = (1, 64)[seed // 2 % 2]  # every B masked, or each row its own, by many rows, too
     empty = lambda: jnp.asarray(rng.standard_normal((layers, rows, slots, kv * head)), kind)  # noqa: E731
     traced = how == "gates"
     reads = ("token", "both", "stream")[(seed // 9 + seed) % 3]
