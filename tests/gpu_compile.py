@@ -170,21 +170,23 @@ def main() -> None:
         (mj.Gates(2), 32, METEORA_FORM, 6),
         (mj.Gates(2), 1, GateForm(stream=64), 7),
         (mj.Gates(2), 32, GateForm("stream", stream=64), 7),
+        (mj.Gates(2), 8, GateForm("embedding", stream=128, depth=4), 6),
     ):
         text = decoding(device, Step(64), router, rows, form)
         (body,) = [part for part in re.split(r"\n(?=%|ENTRY)", text) if "triton_kernel_call" in part]
         names = re.findall(r" (fusion|copy|while|custom-call)\(", body)
         launches = len(re.findall('custom_call_target="triton_kernel_call"', body))
         products = len(re.findall(r"calls=%dynamic-slice-fusion", body))
-        what = f"{'bare' if router is None else 'adapted'}{', stream' if form.stream else ''}, {rows} rows"
+        beside = ", ahead" if form.depth else ", stream" if form.stream else ""
+        what = f"{'bare' if router is None else 'adapted'}{beside}, {rows} rows"
         rest = len(names) - launches - products
         print(
             f"{what}: {launches / LAYERS:g} launches a layer, {products / LAYERS:g} products, {rest} beside the layers"
         )
-        assert products == 4 * LAYERS, f"{what}: products that do not read their layer in place"
+        assert products == 4 * (LAYERS + form.depth), f"{what}: products that do not read their layer in place"
         assert launches == a_layer * LAYERS, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
-        assert rest <= (28 if form.stream else 24), what
+        assert rest <= (28 if form.stream else 24) + 16 * form.depth, what
     for router, products in ((None, 4), (mj.Fixed("adapter_3"), 4), (mj.Gates(2), 8)):
         name = "bare" if router is None else type(router).__name__
         readers = readers_of_kernels(prompt(device, router, 2048))
