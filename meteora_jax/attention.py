@@ -23,6 +23,19 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return turned.astype(x.dtype)
 
 
+def stream_rotation(width: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines float32 [B, T, 1, width / 2] of gates that look back, int32 positions [B, T]: wavelengths up to
+    10,000, whatever the base's."""
+    frequencies = 10000.0 ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def unit_rms(u: jax.Array) -> jax.Array:
+    """u float32 over its rms along the last axis."""
+    return u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + 1e-6)
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, fused: Fused | None = None) -> jax.Array:
     """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H].
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meteora_jax.adapters import GateParam
-from meteora_jax.attention import Fused, attend, rotate
+from meteora_jax.attention import Fused, attend, rotate, stream_rotation, unit_rms
 from meteora_jax.config import LlamaConfig
 from meteora_jax.gate_config import HEAD, GateForm
 from meteora_jax.kv_cache import KVCache
@@ -50,29 +50,30 @@ class GatesAhead(nnx.Module):
 
         positions int32 [B, T]; mask bool [B, 1, T, S], fused: as `attend` takes them.
         """
-        kind, turns = x.dtype, _turns(positions)
+        kind, turns = x.dtype, stream_rotation(HEAD, positions)
         heads = lambda z: z.astype(kind).reshape(*z.shape[:2], -1, HEAD)  # noqa: E731
         product = lambda spec, x, w: einsum_float32(kind, spec, x, w.astype(kind))  # noqa: E731
-        x = _rms(x, kind)
+        unit = lambda u: unit_rms(u.astype(jnp.float32)).astype(kind)  # noqa: E731
+        x = unit(x)
 
         def layer(carry: tuple[jax.Array, jax.Array, KVCache | None], weights: tuple[jax.Array, ...]) -> Any:
             index, u, cache = carry
             look, own, o, up, down = weights
-            seen = product("btd,dpe->btpe", x, look) + product("bte,epf->btpf", _rms(u, kind), own)
+            seen = product("btd,dpe->btpe", x, look) + product("bte,epf->btpf", unit(u), own)
             q, k, v = (heads(z) for z in jnp.moveaxis(seen, 2, 0))
             q, k = rotate(q, *turns), rotate(k, *turns)
             if cache is not None:
                 cache, *kept = cache.look_back(index, k, v)
                 k, v = (k, v) if fresh else kept
             u = u + product("bte,ef->btf", attend(q, k, v, mask, fused), o)
-            gate, more = jnp.moveaxis(product("bte,epf->btpf", _rms(u, kind), up), 2, 0)
+            gate, more = jnp.moveaxis(product("bte,epf->btpf", unit(u), up), 2, 0)
             return (index + 1, u + product("btf,fe->bte", (jax.nn.silu(gate) * more).astype(kind), down), cache), None
 
         weights = tuple(w[...] for w in (self.look, self.own, self.o, self.up, self.down))
         begin = jnp.zeros((), jnp.int32), product("btd,de->bte", x, self.read[...]), cache
         unroll = self.o.shape[0] if x.shape[1] == 1 else 1  # a decoding step has no use for a loop
         (_, u, cache), _ = jax.lax.scan(layer, begin, weights, unroll=unroll)
-        return _rms(u, kind), cache
+        return unit(u), cache
 
     def logits(self, u: jax.Array) -> jax.Array:
         """Of the gates, float32 [B, T, A], at the stream's end u."""
@@ -82,15 +83,3 @@ class GatesAhead(nnx.Module):
         """Logits float32 [B, T, A + 1] of whose turn it was before; the last: nobody's."""
         weight = jnp.concatenate([self.before[...], self.first[...]], axis=1)
         return einsum_float32(u.dtype, "bte,ea->bta", u, weight.astype(u.dtype))
-
-
-def _rms(u: jax.Array, dtype: Any) -> jax.Array:
-    u = u.astype(jnp.float32)
-    return (u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + 1e-6)).astype(dtype)
-
-
-def _turns(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rotary angles' cosines and sines float32 [B, T, 1, 16]: wavelengths up to 10,000, whatever the base's."""
-    frequencies = 10000.0 ** -(jnp.arange(0, HEAD, 2, dtype=jnp.float32) / HEAD)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)

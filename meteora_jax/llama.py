@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, JoinedKernel, column_shards, contract
-from meteora_jax.attention import Fused, attend, rotate
+from meteora_jax.attention import Fused, attend, rotate, stream_rotation, unit_rms
 from meteora_jax.compiler import Step, platform, step_form
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.decoding import refusal, run_layers
@@ -133,7 +133,7 @@ class GateStream(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, KVCache | None]:
         """x [B, T, D] as q k v read it, u float32 [B, T, E] -> u, what logits gain [B, T, 7, A], the cache."""
         seen = checkpoint_name(einsum_float32(x.dtype, "btd,dpe->btpe", x, self.read[...].astype(x.dtype)), KEPT)
-        own = einsum_float32(x.dtype, "btd,dpe->btpe", _rms(u).astype(x.dtype), self.own[...].astype(x.dtype))
+        own = einsum_float32(x.dtype, "btd,dpe->btpe", unit_rms(u).astype(x.dtype), self.own[...].astype(x.dtype))
         q, k, v = (z.astype(x.dtype) for z in jnp.split(seen[:, :, :3] + own, 3, axis=2))  # [B, T, 1, E]: one head
         q, k = rotate(q, *where.stream), rotate(k, *where.stream)
         if cache is not None:
@@ -141,18 +141,7 @@ class GateStream(nnx.Module):
             k, v = (k, v) if fresh else kept
         u = u + seen[:, :, 3] + attend(q, k, v, where.mask, where.fused).astype(jnp.float32)
         out = self.out[...].astype(x.dtype)
-        return u, einsum_float32(x.dtype, "bte,epa->btpa", _rms(u).astype(x.dtype), out), cache
-
-
-def _rms(u: jax.Array) -> jax.Array:
-    return u * jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + 1e-6)
-
-
-def stream_rotation(width: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines float32 [B, T, 1, E/2] of the gates' stream: wavelengths up to 10,000, whatever the base's."""
-    frequencies = 10000.0 ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+        return u, einsum_float32(x.dtype, "bte,epa->btpa", unit_rms(u).astype(x.dtype), out), cache
 
 
 class Layer(nnx.Module):

@@ -6,6 +6,7 @@ the devices.
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,14 @@ import meteora_jax as mj
 from meteora_jax.adapters import GateParam
 from meteora_jax.checkpoint import SHARED_BY_ADAPTERS, gate_shapes, load_gates, save_gates, split_gates
 from meteora_jax.config import PROJECTIONS, InputError
+from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, GateForm
 from meteora_jax.generation import observe_routing
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.llama import prepare_gates
 from meteora_jax.routing.memory import prefix_sums
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
-from meteora_jax.training.data import NO_TASK
+from meteora_jax.training.data import CUT, NO_TASK, Mixture
 from meteora_jax.training.loop import GateTraining, train_gates
 from meteora_jax.training.loss import turn_before
 from meteora_jax.training.step import gradients
@@ -365,12 +367,6 @@ def test_gates_of_the_original_form_are_written_as_ever(tmp_path):
             GateConfig.from_json(json.loads(path.read_text()), str(path))
 
 
-if __name__ == "__main__":
-    import conftest  # noqa: F401  (the same strictness as in every test)
-
-    main(*sys.argv[1:])
-
-
 def test_whose_turn_it_was_before():
     blocks = [[3, 3, 0, 0, 5, 3, 0, 0, 5], [2, 2, 2], [0, 1, 0, 1], [4, 2, 2, 4, 2, 2]]
     rng = np.random.default_rng(2)
@@ -386,6 +382,24 @@ def test_whose_turn_it_was_before():
     assert np.array_equal(np.asarray(found)[tasks != NO_TASK], turns(tasks, segments, 9)[tasks != NO_TASK])
     row = np.asarray(turn_before(jnp.asarray([blocks[0]]), jnp.ones((1, 9), int), 9))[0].tolist()
     assert row == [9, 9, 3, 3, 0, 9, 3, 3, 0]
+
+
+def test_a_share_of_composites_is_cut_to_the_ends_of_its_examples(world):
+    long = {n: [Example("begin " + "x" * 400 + " end" + str(i), "y" * 90) for i in range(3)] for n in NAMES}
+    tokenizer = world["model"].tokenizer
+
+    def lengths(cut):
+        mixture = Mixture(long, {n: i for i, n in enumerate(NAMES)}, tokenizer, 2, 9999, False, composite=1.0,
+                          composite_sizes=(2, 2), composite_shots=1, composite_cut=cut)  # fmt: skip
+        chosen, rng = mixture.chosen(), np.random.default_rng(0)
+        return [tokenizer.decode(mixture.draw_composite(chosen, rng, 9999).tokens) for _ in range(40)]
+
+    runs = {cut: [max(map(len, re.findall("x+", t))) for t in lengths(cut)] for cut in (0.0, 0.5, 1.0)}
+    whole, kept = 400, CUT[0] - len("begin ") + CUT[1] - len(" end0")
+    assert set(runs[0.0]) == {whole}
+    assert set(runs[1.0]) == {kept}
+    assert set(runs[0.5]) == {whole, kept}
+    assert all(max(map(len, re.findall("y+", t))) == CUT[1] for t in lengths(1.0))
 
 
 def test_gates_ahead_of_the_layers_learn_alone_from_what_is_cut_short(tmp_path, world):
@@ -412,6 +426,7 @@ def test_gates_ahead_of_the_layers_learn_alone_from_what_is_cut_short(tmp_path, 
         (dict(answer_share=0.5), "answer_share: expected no prompt_loss"),
         (dict(answer_share=1.5, prompt_loss=False), "answer_share: expected a share"),
         (dict(turn_share=0.5, prompt_loss=False), "turn_share: expected a share from 0 to 1 beside answer_share"),
+        (dict(gate_input="embedding", lm_loss=False, order=-1.0), "order: expected 0 or more, found -1"),
         (dict(order=0.5), "order, composite_cut: expected no lm_loss"),
         (dict(gate_input="embedding", gate_stream=32), "gate_depth"),
         (dict(gate_input="embedding", gate_stream=24, gate_depth=2), "multiple of 32"),
@@ -425,3 +440,9 @@ def test_what_gates_ahead_need_is_said(tmp_path, world, how, said):
     with pytest.raises(InputError, match=said):
         train()
     assert not (tmp_path / "gates").exists()
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  (the same strictness as in every test)
+
+    main(*sys.argv[1:])

@@ -71,6 +71,7 @@ def test_jobs_come_after_what_they_need_and_the_adapters_are_one_job(quality, tm
     ("parts", "jobs"),
     [
         (("single",), {"bank", "gates", "evaluate single", "evaluate plain"}),
+        (("ahead",), {"bank", "gates-ahead", "evaluate gates-ahead"}),
         (("retrieval",), {"bank", "gates", "index", "evaluate retrieval"}),
         (("independent",), {"bank", "gates-independent", "evaluate gates-independent"}),
         (("growth",), {"bank", "bank-small", "gates-small", *(f"{e}gates-grown{b}" for e in ("", "evaluate ")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from meteora_jax.checkpoint import load_bank, load_gates, save_gates
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.gate_config import GateConfig
+from meteora_jax.gate_config import GateConfig, GateForm
 from meteora_jax.training.adapter import fresh_adapter
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.loop import AdapterTraining, GateTraining, train_adapter, train_gates
@@ -387,6 +388,13 @@ def test_flops_of_a_token_are_counted_by_hand():
     with_gates = flops_per_token(config, bank, chosen=1, gates=True, train_adapters=False)
     adapters = 32 * 8 * (3 * 4096 + 4096 + 2 * 1024)  # the whole group pays for q_proj's rank
     assert with_gates == base + 4 * adapters + 6 * 32 * inputs
+    common: Any = dict(chosen=1, train_adapters=False)
+    alone = flops_per_token(config, bank, gates=GateForm("stream", stream=64), **common)
+    assert alone == base + 4 * adapters + 6 * 32 * 64 * (4 * 4096 + 3 * 64 + 7)
+    ahead = GateForm("embedding", stream=128, depth=4)
+    own = 6 * 128 * (4096 + 1 + 4 * (3 * 4096 + 10 * 128))
+    assert flops_per_token(config, bank, gates=ahead, **common) == base + 4 * adapters + own
+    assert flops_per_token(config, bank, gates=ahead, lm=False, **common) == own
 
 
 def test_training_refuses_missing_tasks(tmp_path, world):

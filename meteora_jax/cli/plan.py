@@ -82,7 +82,7 @@ def plan(command: Plan) -> None:
     own = command.gate_stream, command.gate_depth
     form = GateForm(command.gate_input, command.carry_logits, command.shared_gates, False, *own)
     if not form.is_possible:
-        raise InputError(IMPOSSIBLE)
+        raise InputError(f"{IMPOSSIBLE}; found {form.changes}")
     shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k, form=form)
     of = config, command.adapters, command.rank, mesh
     if command.what == "train":

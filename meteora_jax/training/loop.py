@@ -134,6 +134,8 @@ class GateTraining(Training):
             problems.append("answer_share: expected no prompt_loss beside it: what carries loss is then the answers")
         if not 0 <= self.turn_share <= 1 or (self.turn_share and self.answer_share is None):
             problems.append(f"turn_share: expected a share from 0 to 1 beside answer_share, found {self.turn_share}")
+        if self.order < 0:
+            problems.append(f"order: expected 0 or more, found {self.order}")
         if self.lm_loss and (self.order or self.composite_cut):
             problems.append("order, composite_cut: expected no lm_loss beside them")
         if problems:
@@ -224,7 +226,7 @@ def train_gates(
     if form.stream % 8 or form.stream < 0:
         raise InputError(f"gate_stream: expected 0 or a multiple of 8, found {form.stream}")
     if not form.is_possible:
-        raise InputError(IMPOSSIBLE)
+        raise InputError(f"{IMPOSSIBLE}; found {form.changes}")
     fresh = fresh_gates(form, config, len(names), settings.seed)
     columns = _extended(extend, config, names, fresh) if extend is not None else None
     if settings.train_adapters and (loaded.config.dora or loaded.config.lora_bias):

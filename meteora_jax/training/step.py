@@ -186,10 +186,8 @@ def _only(grads: Any, columns: np.ndarray, bias: bool) -> Any:
     def keep(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, GateParam):
             return leaf
-        if path[-2] in ("gate_stream", "gates_ahead") and path[-1] not in (
-            "out",
-            "before",
-        ):  # the old columns read them too
+        own_columns = path[-2] not in ("gate_stream", "gates_ahead") or path[-1] in ("out", "before")
+        if not own_columns:  # the old columns read them too
             return leaf.replace(jnp.zeros_like(leaf[...]))
         own = jnp.where(columns, leaf[...], 0)
         if path[-1] != "gate_bias":
