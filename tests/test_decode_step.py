@@ -101,6 +101,24 @@ def test_launches_of_a_layer_are_the_bare_model_s_and_one_for_a_stream(monkeypat
     assert launches == [*look, "tail_kernel", "attend_kernel", *["tail_kernel"] * 3] * model.config.num_layers
 
 
+@pytest.mark.parametrize("gather", [0, 1])
+def test_a_tail_gathers_exactly_where_its_tiles_are_single_rows(monkeypatch, gather):
+    told: list[dict[str, Any]] = []
+
+    def launch(module: str, kernel: str, *arrays: Any, out: Any, **rest: Any) -> Any:
+        told.extend([rest] if kernel == "tail_kernel" else [])
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)
+
+    monkeypatch.setattr(triton_gpu, "launch", launch)
+    monkeypatch.setattr(triton_gpu, "GATHER", gather)
+    monkeypatch.setattr(llama, "step_form", lambda rows: Step(64))
+    jax.clear_caches()
+    model = slim_model()
+    batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(mj.Gates(2), 2), Sampling(), 2)
+    batch.advance(2)
+    assert {(sizes["GATHER"], sizes["BM"]) for sizes in told} == {(bool(gather), 1 if gather else 16)}
+
+
 def test_a_wide_bank_has_one_launch_more_a_group(monkeypatch):
     launches = recorded(monkeypatch)
     monkeypatch.setattr(decoding.gated, "DENSE_WIDTH", 8)
