@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import shlex
 import statistics
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
+from bench_tables import LABELS, draw, show
 from flax import nnx
 from least import Work, adapter_work, group_work, least_work
 from rich.console import Console
@@ -40,7 +42,6 @@ from meteora_jax.llama import Llama
 from pallas_kernels.routed_lora import add_routed_lora
 from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
 
-LABELS = ("what", "model", "setting", "group", "implementation")
 Group = Literal["qkv", "o", "gate_up", "down"]
 XLA = ("reference", "gathered", "grouped")
 TRITON = ("triton_fused", "triton_gathered", "triton_dense")
@@ -65,7 +66,8 @@ class Bench:
     """Tokens of a prompt or training sequence; for `kernel` with --routing request, of a request."""
     adapters: tuple[int, ...] = (28,)
     rank: tuple[int, ...] = (8,)
-    top_k: int = 2
+    top_k: tuple[int, ...] = (2,)
+    """Several are timed in turns, beside one bare model."""
     gate_stream: int = 0
     """Not `kernel`: width of the gates' own stream; 0 for MeteoRA's gates."""
     gate_input: Literal["token", "stream"] = "token"
@@ -159,7 +161,7 @@ def measured(bench: Bench, what: str, ms: float, bare: float, work: Work, peak: 
     least = 1e3 * max(work.flops / peak.flops, work.bytes / peak.bytes)
     stats = jax.devices()[0].memory_stats() or {}
     return {
-        "what": what, "shape": bench.shape, "top_k": bench.top_k, **more, "ms": ms, "ms_bare": bare, "ratio": ms / bare,
+        "what": what, "shape": bench.shape, **more, "ms": ms, "ms_bare": bare, "ratio": ms / bare,
         "gb_per_s": work.bytes / ms / 1e6, "tflop_per_s": work.flops / ms / 1e9, "roofline": least / ms,
         "peak_memory_gb": stats.get("peak_bytes_in_use", 0) / 1e9 or None,
         "device": jax.devices()[0].device_kind, "jax": jax.__version__,
@@ -176,7 +178,8 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
     if bench.routing != "gates":
         names = [name for name in names if name not in GATED]
     layers, size, array = bench.layers or 8, jnp.dtype(dtype).itemsize, jax.ShapeDtypeStruct
-    for group, adapters, rank in ((g, a, r) for g in bench.group for a in bench.adapters for r in bench.rank):
+    cases = itertools.product(bench.group, bench.adapters, bench.rank, bench.top_k)
+    for group, adapters, rank, top_k in cases:
         projections = GROUPS[group]
         splits = tuple(config.projection_shape(p)[1] for p in projections)
         (i, _), o, count = config.projection_shape(projections[0]), sum(splits), len(projections)
@@ -188,7 +191,7 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
         lengths = bench.sequence if bench.routing == "request" else (1,)
         for groups, tokens in ((b, s) for b in bench.batch for s in lengths):
             x = random_arrays(array((groups, tokens, i), dtype), 99)
-            choices = min(bench.top_k, adapters)
+            choices = min(top_k, adapters)
             counts, ones = jnp.full((groups,), choices, jnp.int32), jnp.ones((groups,), jnp.float32)
             key = jax.random.key(7)
             shared = jax.random.randint(key, (groups, 1, count, choices), 0, adapters, jnp.int32)
@@ -240,8 +243,9 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
             for name, ms in times.items():
                 if name != "bare":
                     yield measured(
-                        bench, "kernel", ms, times["bare"], work, peak, adapters=adapters, rank=rank, batch=groups,
-                        sequence=tokens, group=group, routing=bench.routing, implementation=name, error=errors[name],
+                        bench, "kernel", ms, times["bare"], work, peak, top_k=top_k, adapters=adapters, rank=rank,
+                        batch=groups, sequence=tokens, group=group, routing=bench.routing,
+                        implementation=name, error=errors[name],
                     )  # fmt: skip
 
 
@@ -265,32 +269,36 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
         ready = {False: model, True: model}
         if platform() == "gpu" and size == 2:
             ready = {joined: prepared(model, joined) for joined in ready}
-        choices, case = min(bench.top_k, adapters), dict(adapters=adapters, rank=rank)
+        choices = {"adapted" + f":{k}" * (len(bench.top_k) > 1): min(k, adapters) for k in bench.top_k}
+        case: dict[str, Any] = dict(adapters=adapters, rank=rank)
         case |= dict(gate_stream=bench.gate_stream, gate_input=bench.gate_input) if bench.gate_stream else {}
         for batch, length in ((b, s) for b in bench.batch for s in bench.sequence):
-            routers: dict[str, Any] = {"bare": None, "adapted": bound_router(bench.routing, choices, batch, names)}
+            routers = {kind: bound_router(bench.routing, k, batch, names) for kind, k in choices.items()}
+            routers: dict[str, Any] = {"bare": None, **routers}
             tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size, jnp.int32)
             for what in (w for w in bench.what if w != "kernel"):
                 title, contenders = f"{what} {batch}x{length}", {}
                 starts: dict[str, Any] = dict.fromkeys(routers)
                 if what == "decode":
-                    given = {"bare": model, "adapted": ready[False]}
-                    starts = {kind: started(given[kind], router, tokens) for kind, router in routers.items()}
+                    given = lambda kind: model if kind == "bare" else ready[False]  # noqa: B023, E731
+                    starts = {kind: started(given(kind), router, tokens) for kind, router in routers.items()}
                 for name in chosen_settings(bench, what):
                     setting = SETTINGS[what][name]
                     try:
                         if what == "train":
-                            made = training(model, routers["adapted"], tokens, adapters, setting)
+                            first = next(iter(choices))
+                            made = training(model, routers[first], tokens, adapters, setting)
+                            made = {first if kind == "adapted" else kind: timed for kind, timed in made.items()}
                         else:
                             # bare is a model without gates; beside joined ones a prompt reads the first rows of their
                             # kernels, and that is timed as the other settings'
-                            used = {"adapted": ready[setting.joined], "bare": model}
+                            used = dict.fromkeys(choices, ready[setting.joined]) | {"bare": model}
                             if what == "prefill" and setting.joined and name != "today":
                                 used["bare"] = ready[True]
                             made = {
                                 kind: generating(what, used[kind], router, tokens, setting, starts[kind])
                                 for kind, router in routers.items()
-                                if kind == "adapted" or has_bare(what, setting)
+                                if kind != "bare" or has_bare(what, setting)
                             }
                     except Exception as e:  # whatever it is, the other settings are worth their time on the device
                         if name == "today":
@@ -300,15 +308,16 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
                     contenders |= {f"{kind} {name}": timed for kind, timed in made.items()}
                 times = measure(title, contenders, bench, [model, *ready.values(), *filter(None, starts.values())])
                 bare = min(ms for name, ms in times.items() if name.startswith("bare "))
-                work = least_work(config, what, batch, length, adapters, rank, choices, bench.routing, size)
+                least = functools.partial(least_work, config, what, batch, length, adapters, rank)
                 for name, ms in times.items():
                     kind, setting = name.split(" ")
                     if kind == "bare" and not bench.settings:
                         continue
-                    more = dict(setting=setting, model=kind) if bench.settings else {}
+                    k = choices.get(kind, max(choices.values()))
+                    more = dict(setting=setting, model=kind.partition(":")[0]) if bench.settings else {}
                     yield measured(
-                        bench, what, ms, bare, work, peak, **case, batch=batch, sequence=length,
-                        routing=bench.routing, **more,
+                        bench, what, ms, bare, least(k, bench.routing, size), peak, top_k=k, **case, batch=batch,
+                        sequence=length, routing=bench.routing, **more,
                     )  # fmt: skip
 
 
@@ -389,59 +398,6 @@ def bound_router(routing: str, choices: int, batch: int, names: tuple[str, ...])
     return requests[0].bind(requests, names)
 
 
-def show(records: list[dict[str, Any]]) -> None:
-    """The records as a table, and the fastest implementation of every shape."""
-    table = Table("what", "shape", "tokens", "A x R", "ms", "bare", "ratio", "GB/s", "TFLOP/s", "roofline")
-    for r in records:
-        what = " ".join(str(r[k]) for k in LABELS if k in r)
-        numbers = (f"{r['ms']:.4g}", f"{r['ms_bare']:.4g}", f"{r['ratio']:.3f}", f"{r['gb_per_s']:.0f}",
-                   f"{r['tflop_per_s']:.2f}", f"{r['roofline']:.0%}")  # fmt: skip
-        table.add_row(what, r["shape"], f"{r['batch']}x{r['sequence']}", f"{r['adapters']}x{r['rank']}", *numbers)
-    console.print(table)
-    shapes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for r in records:
-        if r["what"] == "kernel":
-            shapes.setdefault(tuple(r[k] for k in ("group", "batch", "sequence", "adapters", "rank")), []).append(r)
-    for (group, batch, sequence, adapters, rank), rows in shapes.items():
-        best = sorted(rows, key=lambda r: r["ms"])[:3]
-        ranking = ", ".join(f"{r['implementation']} {r['ratio']:.3f}" for r in best)
-        console.print(f"fastest for {group} {batch}x{sequence}, {adapters} of rank {rank}: {ranking}")
-
-    for r in (r for r in records if r.get("model") == "adapted"):
-        shapes.setdefault(tuple(r[k] for k in ("what", "batch", "sequence", "adapters", "rank")), []).append(r)
-    for (what, batch, sequence, adapters, rank), rows in shapes.items():
-        if what not in SETTINGS:
-            continue
-        best = min(rows, key=lambda r: r["ms"])
-        setting = best["setting"]
-        console.print(
-            f"{what} {batch}x{sequence}, {adapters} of rank {rank}: fastest adapted by {setting}, {best['ms']:.4g} ms, "
-            f"{best['ratio']:.3f} of the fastest bare; to make it the default: {SETTINGS[what][setting].switch}",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
-
-
-def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Time over the bare model's, one bar a record."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1.2 + 0.24 * len(records)), layout="constrained")
-    axes = figure.add_subplot()
-    labels = [
-        f"{' '.join(str(r[k]) for k in LABELS if k in r)} {r['batch']}x{r['sequence']} A={r['adapters']} R={r['rank']}"
-        for r in records
-    ]
-    bars = axes.barh(range(len(records)), [r["ratio"] for r in records], color="#4878a8")
-    axes.bar_label(bars, [f" {r['ratio']:.2f}  {r['ms']:.3g} ms" for r in records], fontsize=7)
-    axes.set_yticks(range(len(records)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xlabel="time / time of the bare model", title=f"{records[0]['shape']} on {records[0]['device']}")
-    axes.margins(x=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-
-
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
@@ -478,7 +434,7 @@ def main(bench: Bench) -> None:
                 console.print(f"[dim]{what} {record['batch']}x{record['sequence']} {record['ratio']:.3f}{error}")
     finally:
         if records:
-            show(records)
+            show(records, console)
             if bench.picture:
                 draw(records, bench.picture)
 

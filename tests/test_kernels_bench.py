@@ -24,7 +24,7 @@ def test_records_and_picture(tmp_path: Path):
     small = ("--batch", "2", "--sequence", "8", "--adapters", "3", "--group", "o")
     result = bench("--what", "kernel", "decode", *small, "--json", str(records), "--picture", str(picture))
     assert result.returncode == 0, result.stderr
-    assert "fastest for o 2x1, 3 of rank 8" in result.stdout
+    assert "fastest for o 2x1, 3 of rank 8, top-2" in result.stdout
     found = json.loads(records.read_text())
     assert [r.get("implementation") for r in found] == ["reference", "gathered", "grouped", "gated_reference", None]
     for record in found:
@@ -48,6 +48,17 @@ def test_settings_side_by_side(tmp_path: Path):
         ("decode", "bare", "today"), ("decode", "adapted", "today"), ("decode", "bare", "cudnn"),
         ("decode", "adapted", "cudnn"),
     ])  # fmt: skip
+
+
+def test_mixtures_side_by_side(tmp_path: Path):
+    records = tmp_path / "records.json"
+    small = ("--batch", "2", "--sequence", "8", "--adapters", "6", "--json", str(records))
+    result = bench("--what", "decode", "--routing", "request", "--top-k", "3", "1", *small)
+    assert result.returncode == 0, result.stderr
+    three, one = json.loads(records.read_text())
+    assert (three["top_k"], one["top_k"]) == (3, 1)
+    assert three["ms_bare"] == one["ms_bare"]  # one bare model, measured in turns with both
+    assert three["gb_per_s"] * three["ms"] > one["gb_per_s"] * one["ms"]  # six adapters' bytes, two adapters'
 
 
 def test_a_setting_of_another_device_is_refused_in_a_line():
