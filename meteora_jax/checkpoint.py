@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from meteora_jax.adapters import AdapterBank, column_shards
 from meteora_jax.config import ENDS, GROUPS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.ends import end_tensors
-from meteora_jax.gate_config import METEORA_FORM, GateConfig, GateForm
+from meteora_jax.gate_config import METEORA_FORM, SHIFTS, GateConfig, GateForm
 from meteora_jax.llama import Llama, lay_out
 from meteora_jax.origin import BaseOrigin, misfits
 from meteora_jax.sharding import place, shard_order, sharding, tensor_shards
@@ -169,7 +169,12 @@ def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, t
             shapes |= {f"{name}.bias": (base.num_layers, adapters)} if form.bias else {}
     e, f = form.stream, form.depth
     if form.is_ahead:
-        parts = {"read": (base.hidden_size, e), "look": (f, base.hidden_size, 3, e), "own": (f, e, 3, e)}
+        parts = {
+            "read": (base.hidden_size, e),
+            "shift": (SHIFTS, e, e),
+            "look": (f, base.hidden_size, 3, e),
+            "own": (f, e, 3, e),
+        }
         parts |= {"o": (f, e, e), "up": (f, e, 2, 2 * e), "down": (f, 2 * e, e), "first": (e, 1)}
         parts |= {"out": (e, adapters), "before": (e, adapters)}
         shapes |= {f"ahead.{part}": shape for part, shape in parts.items()}
@@ -181,20 +186,22 @@ def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, t
 
 
 STREAM = ("stream.read", "stream.own", "stream.out")
-AHEAD = tuple(f"ahead.{part}" for part in ("read", "look", "own", "o", "up", "down", "first", "out", "before"))
+AHEAD = tuple(f"ahead.{part}" for part in ("read", "shift", "look", "own", "o", "up", "down", "first", "out", "before"))
 SHARED_BY_ADAPTERS = STREAM[:-1] + AHEAD[:-2]  # of a gate's tensors those whose last axis is not the adapters'
 _PLACES = {n: ("layers", "gate_stream", n.removeprefix("stream.")) for n in STREAM}  # in the module tree
+SMALLER = {"ahead.look": 0.3, "ahead.o": 0.5, "ahead.down": 0.5, "ahead.shift": 0.5}
 _PLACES |= {n: ("gates_ahead", n.removeprefix("ahead.")) for n in AHEAD}
 
 
 def fresh_gates(form: GateForm, base: LlamaConfig, adapters: int, seed: int) -> dict[str, np.ndarray]:
     """Gates before their training, float32 as `gate_shapes` has them: zeros, but for what only the stream's own
-    products give a gradient, which is normal with 1 over the square root of its inputs."""
+    products give a gradient, which is normal with 1 over the square root of its inputs, less where a stream of several
+    layers adds up."""
     gates = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, base, adapters).items()}
     rng = np.random.default_rng(seed)
     for name in [n for n in SHARED_BY_ADAPTERS if n in gates and n != "ahead.first"]:
         inputs = gates[name].shape[0 if name == "ahead.read" else 1]
-        gates[name] = rng.standard_normal(gates[name].shape).astype(np.float32) * inputs**-0.5
+        gates[name] = rng.standard_normal(gates[name].shape).astype(np.float32) * SMALLER.get(name, 1.0) * inputs**-0.5
     return gates
 
 

@@ -12,6 +12,7 @@ IMPOSSIBLE = (
     "and a gate_depth, neither shared gates nor carried logits, and no gate_depth for another"
 )
 HEAD = 32  # width of a head of gates that read the embeddings
+SHIFTS = 3  # tokens before its own that these read beside it
 
 
 @dataclasses.dataclass(frozen=True)

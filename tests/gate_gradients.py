@@ -175,7 +175,8 @@ def loss_and_gradients(
             return u + x @ read[:, 3] + torch.softmax(scores, -1) @ v
 
         def ahead(x: torch.Tensor, length=length, streamed=streamed) -> torch.Tensor:
-            weight = {name: columns[f"ahead.{name}"] for name in ("read", "look", "own", "o", "up", "down", "out")}
+            parts = ("read", "shift", "look", "own", "o", "up", "down", "out")
+            weight = {name: columns[f"ahead.{name}"] for name in parts}
             x, places = unit(x), torch.arange(length).double()
             turns = places[:, None] / 10000.0 ** (torch.arange(0, 32, 2).double() / 32)
 
@@ -184,6 +185,9 @@ def loss_and_gradients(
                 return torch.cat([a * turns.cos() - b * turns.sin(), b * turns.cos() + a * turns.sin()], -1)
 
             u = x @ weight["read"]
+            read = torch.cat([torch.zeros(len(weight["shift"]), u.shape[1], dtype=u.dtype), u])
+            for n, matrix in enumerate(weight["shift"], 1):
+                u = u + read[len(weight["shift"]) - n :][:length] @ matrix
             for i in range(len(weight["o"])):
                 c = torch.einsum("td,dpe->pte", x, weight["look"][i])
                 c = c + torch.einsum("te,epf->ptf", unit(u), weight["own"][i])

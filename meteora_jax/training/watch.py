@@ -14,7 +14,7 @@ import numpy as np
 
 from meteora_jax.adapters import group_rank
 from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig
-from meteora_jax.gate_config import GateForm
+from meteora_jax.gate_config import SHIFTS, GateForm
 from meteora_jax.training.loss import Losses
 
 # Dense bfloat16 FLOP/s of one device, by the beginning of its `device_kind` (the makers' data sheets).
@@ -61,7 +61,7 @@ def flops_per_token(
             gate += config.num_layers * len(bank.names) * inputs
     if gates and bank is not None and form.is_ahead:
         layers = form.depth * (3 * config.hidden_size + 10 * form.stream)
-        gate += form.stream * (config.hidden_size + len(bank.names) + layers)
+        gate += form.stream * (config.hidden_size + SHIFTS * form.stream + len(bank.names) + layers)
     elif gates and bank is not None:
         more = 4 * config.hidden_size + 3 * form.stream + len(PROJECTIONS) * len(bank.names)
         gate += config.num_layers * form.stream * more
