@@ -175,7 +175,7 @@ def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, t
             "look": (f, base.hidden_size, 3, e),
             "own": (f, e, 3, e),
         }
-        parts |= {"o": (f, e, e), "up": (f, e, 2, 2 * e), "down": (f, 2 * e, e), "first": (e, 1)}
+        parts |= {"o": (f, e, e), "up": (f, e, 2, 2 * e), "down": (f, 2 * e, e), "first": (e, 1), "point": (2,)}
         parts |= {"out": (e, adapters), "before": (e, adapters)}
         shapes |= {f"ahead.{part}": shape for part, shape in parts.items()}
     elif e:
@@ -186,21 +186,27 @@ def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, t
 
 
 STREAM = ("stream.read", "stream.own", "stream.out")
-AHEAD = tuple(f"ahead.{part}" for part in ("read", "shift", "look", "own", "o", "up", "down", "first", "out", "before"))
+AHEAD = tuple(
+    f"ahead.{part}" for part in ("read", "shift", "look", "own", "o", "up", "down", "point", "first", "out", "before")
+)
 SHARED_BY_ADAPTERS = STREAM[:-1] + AHEAD[:-2]  # of a gate's tensors those whose last axis is not the adapters'
 _PLACES = {n: ("layers", "gate_stream", n.removeprefix("stream.")) for n in STREAM}  # in the module tree
+POINT = 8.0, 4.0  # fresh gates' `ahead.point`
 SMALLER = {"ahead.look": 0.3, "ahead.o": 0.5, "ahead.down": 0.5, "ahead.shift": 0.5}
+SMALLER |= {"ahead.out": 0.1, "ahead.before": 0.1, "ahead.first": 0.1}
 _PLACES |= {n: ("gates_ahead", n.removeprefix("ahead.")) for n in AHEAD}
 
 
 def fresh_gates(form: GateForm, base: LlamaConfig, adapters: int, seed: int) -> dict[str, np.ndarray]:
     """Gates before their training, float32 as `gate_shapes` has them: zeros, but for what only the stream's own
     products give a gradient, which is normal with 1 over the square root of its inputs, less where a stream of several
-    layers adds up."""
+    layers adds up and at its end."""
     gates = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, base, adapters).items()}
     rng = np.random.default_rng(seed)
-    for name in [n for n in SHARED_BY_ADAPTERS if n in gates and n != "ahead.first"]:
-        inputs = gates[name].shape[0 if name == "ahead.read" else 1]
+    if form.is_ahead:
+        gates["ahead.point"][:] = POINT
+    for name in [n for n in (*SHARED_BY_ADAPTERS, *AHEAD[-2:]) if n in gates and n != "ahead.point"]:
+        inputs = gates[name].shape[0 if gates[name].ndim == 2 else 1]
         gates[name] = rng.standard_normal(gates[name].shape).astype(np.float32) * SMALLER.get(name, 1.0) * inputs**-0.5
     return gates
 

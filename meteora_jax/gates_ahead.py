@@ -20,6 +20,8 @@ from meteora_jax.gate_config import HEAD, SHIFTS, GateForm
 from meteora_jax.kv_cache import EMPTY, KVCache
 from pallas_kernels.routed_lora.reference import einsum_float32
 
+WIDEST = 128  # head that cuDNN's attention knows
+
 
 class GatesAhead(nnx.Module):
     """docs/words.md has the formula. Float32, E the stream's width, F its depth:
@@ -27,8 +29,9 @@ class GatesAhead(nnx.Module):
     read [D, E]: of the embedding into the stream. shift [SHIFTS, E, E]: of what the tokens 1, 2 .. before it have
     read: with it the first layer knows a "2" behind a line's end, which a lookup begins with, and half the training is
     enough. look [F, D, 3, E] and own [F, E, 3, E]: of embedding and stream to queries, keys and values, heads of 32;
-    o [F, E, E]. up [F, E, 2, 2 E], down [F, 2 E, E]: silu(gate) up. out [E, A].
-    For training alone: before [E, A] and first [E, 1], whose turn it was before a token's, an adapter's or nobody's.
+    o [F, E, E]. up [F, E, 2, 2 E], down [F, 2 E, E]: silu(gate) up. out [E, A]: what a token says of its own task.
+    before [E, A] and first [E, 1]: whose turn it was before a token's, an adapter's or nobody's; tokens that agree in
+    that hear what each other say. point [2]: how sharply, and how much it counts.
     """
 
     def __init__(self, config: LlamaConfig, form: GateForm, adapters: int):
@@ -39,6 +42,7 @@ class GatesAhead(nnx.Module):
         self.shift = weight(SHIFTS, e, e)
         self.up, self.down = weight(f, e, 2, 2 * e), weight(f, 2 * e, e)
         self.out, self.before, self.first = weight(e, adapters), weight(e, adapters), weight(e, 1)
+        self.point = weight(2)
 
     def __call__(
         self,
@@ -48,8 +52,9 @@ class GatesAhead(nnx.Module):
         fused: Fused | None,
         cache: KVCache | None,
         fresh: bool,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """The stream's end, unit rms [B, T, E], of embeddings x [B, T, D], and the cache with its keys and values.
+    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
+        """Of embeddings x [B, T, D]: the gates' logits float32 [B, T, A], those of whose turn it was before float32
+        [B, T, A + 1] (the last: nobody's), and the cache with all that later tokens read.
 
         positions int32 [B, T]; mask bool [B, 1, T, S], fused: as `attend` takes them.
         """
@@ -78,7 +83,32 @@ class GatesAhead(nnx.Module):
         begin = jnp.zeros((), jnp.int32), read + product("nbte,nef->btf", before, self.shift[...]), cache
         unroll = self.o.shape[0] if x.shape[1] == 1 else 1  # a decoding step has no use for a loop
         (_, u, cache), _ = jax.lax.scan(layer, begin, weights, unroll=unroll)
-        return unit(u), cache
+        return self._point(unit(u), mask, fused, cache, fresh)
+
+    def _point(
+        self, u: jax.Array, mask: jax.Array, fused: Fused | None, cache: KVCache | None, fresh: bool
+    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
+        """What `__call__` gives, at the stream's end u [B, T, E].
+
+        A line of a composite problem has with its question in common whose turn it was before, so the one finds the
+        other by it. A stream that has to learn this lookup by itself had not after 138 million tokens.
+        """
+        kind = u.dtype
+        product = lambda spec, x, w: einsum_float32(kind, spec, x.astype(kind), w.astype(kind))  # noqa: E731
+        out, turn = self.out[...], jnp.concatenate([self.before[...], self.first[...]], axis=1)
+        own, before = product("bte,ea->bta", u, out), product("bte,ea->bta", u, turn)
+        columns = lambda w: w * jax.lax.rsqrt(jnp.sum(w * w, axis=0, keepdims=True) + 1e-6)  # noqa: E731
+        key = product("bta,ea->bte", jax.nn.softmax(before), columns(turn)).astype(kind)
+        value = product("bta,ea->bte", jax.nn.softmax(own), columns(out)).astype(kind)
+        e, (sharp, much) = u.shape[-1], self.point[...]
+        query, keys, values = key * (sharp * e**0.5).astype(kind), key, value
+        if cache is not None:
+            split = lambda z: z.reshape(*z.shape[:2], -1, HEAD)  # noqa: E731
+            cache, *kept = cache.look_back(jnp.int32(self.o.shape[0] + 1), split(key), split(value))
+            keys, values = (key, value) if fresh else (z.reshape(*z.shape[:2], -1) for z in kept)
+        alone = lambda z: z[:, :, None]  # noqa: E731 - one head
+        heard = attend(alone(query), alone(keys), alone(values), mask, fused if e <= WIDEST else None)
+        return own + much * product("bte,ea->bta", heard, columns(out)), before, cache
 
     def _before(
         self, read: jax.Array, positions: jax.Array, cache: KVCache | None, fresh: bool
@@ -99,12 +129,3 @@ class GatesAhead(nnx.Module):
                 there = (cache.positions[:, None] == place[..., None]).astype(read.dtype)
                 before.append(jnp.einsum("bts,bse->bte", there, kept))
         return jnp.stack(before), cache
-
-    def logits(self, u: jax.Array) -> jax.Array:
-        """Of the gates, float32 [B, T, A], at the stream's end u."""
-        return einsum_float32(u.dtype, "bte,ea->bta", u, self.out[...].astype(u.dtype))
-
-    def order(self, u: jax.Array) -> jax.Array:
-        """Logits float32 [B, T, A + 1] of whose turn it was before; the last: nobody's."""
-        weight = jnp.concatenate([self.before[...], self.first[...]], axis=1)
-        return einsum_float32(u.dtype, "bte,ea->bta", u, weight.astype(u.dtype))

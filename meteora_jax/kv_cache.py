@@ -23,7 +23,7 @@ class KVCache:
     keys, values: [L, B, S, K, H]. positions: int32 [B, S], the position that a slot's token has in its
     own sequence, EMPTY for none. length: int32 [], slots written so far. sums: `routing.memory.GateMemory`'s, of gates
     that read their sequence's mean. stream: keys and values [L, B, S, 1, E] of the gates' own stream, or of its own
-    layers and heads, and behind these what its beginning has read.
+    layers and heads, and behind these what its beginning has read and what its end says.
 
     Prompts of different length are padded on the right and every later token takes the next slot in all
     rows at once: one slice is written, never a scatter, and padding is told apart by its EMPTY position.
@@ -48,7 +48,7 @@ class KVCache:
         """With an empty cache for the stream of such gates, which shares slots, positions and length."""
         heads = form.stream // HEAD if form.is_ahead else 1
         shape = (
-            form.depth + 1 if form.is_ahead else self.keys.shape[0],
+            form.depth + 2 if form.is_ahead else self.keys.shape[0],
             *self.keys.shape[1:3],
             heads,
             form.stream // heads,

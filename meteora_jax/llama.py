@@ -365,16 +365,16 @@ class Llama(nnx.Module):
         if self.gates_ahead is None or not self._remembers(router):
             return None, cache
         x = self.embed[...][tokens]
-        u, cache = self.gates_ahead(x, positions, where.mask, where.fused, cache, fresh)
-        return self.gates_ahead.logits(u), cache
+        logits, _, cache = self.gates_ahead(x, positions, where.mask, where.fused, cache, fresh)
+        return logits, cache
 
     def look_ahead(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`GatesAhead`'s logits and order of packed sequences, float32 [B, T, A] and [B, T, A + 1]; no layer runs."""
         assert self.gates_ahead is not None, "gates of another form need the layers"
         with matmul_precision(self.embed.dtype):
             where = self._where(positions, None, False, segments, False)
-            u, _ = self.gates_ahead(self.embed[...][tokens], positions, where.mask, where.fused, None, False)
-            return self.gates_ahead.logits(u), self.gates_ahead.order(u)
+            x = self.embed[...][tokens]
+            return self.gates_ahead(x, positions, where.mask, where.fused, None, False)[:2]
 
     def _has_fused_attention(self) -> bool:
         """Whether cuDNN's attention serves this model here: 16 bit on GPUs since Ampere, head dims it knows."""

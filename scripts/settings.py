@@ -46,13 +46,13 @@ class Setting:
     updates: Any = "exact"
     prompts: Any = "reference"
     joined: bool = False
-    gather: int = 1
+    gather: int = triton_gpu.GATHER
     remat: Any = True
 
 
-def _step(gather: int = 1, **more: Any) -> Setting:
+def _step(gather: int = triton_gpu.GATHER, **more: Any) -> Setting:
     step = Step(64, **more)
-    switch = f"compiler.STEPS = ({step},)" + f", triton_gpu.GATHER = {gather}" * (gather > 1)
+    switch = f"compiler.STEPS = ({step},)" + f", triton_gpu.GATHER = {gather}" * (gather != triton_gpu.GATHER)
     return Setting(switch, step=step, joined=True, gather=gather)
 
 
@@ -69,7 +69,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "xla": Setting("compiler.STEPS = ()"),
         "step": _step(),
         "step_plain": _step(captured=False),
-        "step_gather": _step(gather=4),
+        "step_masked": _step(gather=1),
         "cudnn": Setting(
             'llama.FUSED_ATTENTION = ("prompt", "packed", "decode")', fused=("prompt", "packed", "decode")
         ),

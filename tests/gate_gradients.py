@@ -197,9 +197,15 @@ def loss_and_gradients(
                 u = u + (torch.softmax(scores, -1) @ v).transpose(0, 1).reshape(length, -1) @ weight["o"][i]
                 both = torch.einsum("te,epf->ptf", unit(u), weight["up"][i])
                 u = u + (torch.nn.functional.silu(both[0]) * both[1]) @ weight["down"][i]
-            before = torch.cat([columns["ahead.before"], columns["ahead.first"]], 1)
-            streamed["order"] = torch.log_softmax(unit(u) @ before, -1)
-            return unit(u) @ weight["out"]
+            asked = torch.cat([columns["ahead.before"], columns["ahead.first"]], 1)
+            before, own = unit(u) @ asked, unit(u) @ weight["out"]
+            streamed["order"] = torch.log_softmax(before, -1)
+            whose, what = (w / torch.sqrt((w * w).sum(0) + 1e-6) for w in (asked, weight["out"]))
+            key, value = torch.softmax(before, -1) @ whose.T, torch.softmax(own, -1) @ what.T
+            sharp, much = columns["ahead.point"]
+            scores = sharp * key @ key.T
+            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
+            return own + much * torch.softmax(scores, -1) @ value @ what
 
         x = state["model.embed_tokens.weight"][tokens]
         if "ahead.read" in columns:

@@ -25,7 +25,7 @@ from meteora_jax.cli import main as main_command
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.training.adapter import fresh_bank
-from meteora_jax.training.bank import BankTraining, Best, Validation, hold_back, packed, train_bank
+from meteora_jax.training.bank import BankTraining, Validation, hold_back, packed, train_bank
 from meteora_jax.training.data import NO_TASK, Batches, Layout, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.loop import RunFolder
 from meteora_jax.training.side_by_side import BoundTasks, ByTask, clip_each, shares_of
@@ -283,7 +283,7 @@ def test_scores_are_those_of_each_adapter_asked_by_name(tmp_path, world):
 
 def test_each_adapters_best_is_kept(tmp_path, world, monkeypatch):
     held = {n: sequences(world, i, 2) for i, n in enumerate(NAMES)}
-    validation, frozen, state = begun(tmp_path, world, held, BankTraining(**SMALL, plateau_factor=1))
+    validation, frozen, state = begun(tmp_path, world, held, BankTraining(**SMALL))
     script = {  # (exact, loss) of each adapter
         2: ([0.5, 0.0, 0.0], [1.0, 3.0, 2.0]),
         4: ([0.5, 0.2, 0.0], [1.1, 9.0, 1.5]),  # a worse loss; more right; a better loss
@@ -303,47 +303,6 @@ def test_each_adapters_best_is_kept(tmp_path, world, monkeypatch):
     assert summary["birch"] == {"step": 4, "exact": 0.2, "loss": 9.0}
     assert summary["apple"]["step"] == 2
     assert [r["tasks"]["cedar"]["better"] for r in validation.records] == [True, True, False]
-
-
-def test_an_adapter_that_gets_worse_goes_back_and_on_more_slowly(tmp_path, world, monkeypatch):
-    held = {n: sequences(world, i, 2) for i, n in enumerate(NAMES)}
-    validation, frozen, state = begun(tmp_path, world, held, BankTraining(**SMALL, plateau_factor=0.25))
-    script = {
-        2: ([0.5, 0.0, 0.0], [1.0, 3.0, 2.0]),
-        4: ([0.5, 0.0, 0.0], [1.1, 2.0, 1.9]),  # worse; better; better
-        6: ([0.4, 0.0, 0.0], [0.9, 2.5, 1.9]),  # fewer right but a smaller loss; worse; the same
-        8: ([0.4, 0.0, 0.0], [1.2, 2.6, 1.0]),  # worse; worse; better
-    }
-    here = lambda tree: np.moveaxis(np.asarray(jax.tree.leaves(tree)[0]), -3, 0).reshape(3, -1)[:, 0]  # noqa: E731
-    wanted = {2: ([2, 2, 2], [1, 1, 1]), 4: ([2, 4, 4], [0.25, 1, 1])}
-    wanted |= {6: ([6, 4, 6], [0.25, 0.25, 1]), 8: ([2, 4, 8], [0.0625, 0.0625, 1])}
-    for step, scores in script.items():
-        monkeypatch.setattr(validation, "scores", lambda *_, s=scores: tuple(np.asarray(x, np.float32) for x in s))
-        state = dataclasses.replace(state, params=jax.tree.map(lambda x, k=step: jnp.full_like(x, k), state.params))
-        state = validation.judge(step, frozen, state)
-        params, rate = wanted[step]
-        assert here(state.params).tolist() == params, step
-        assert state.best.rate.tolist() == rate, step
-    assert [r["tasks"]["apple"]["rate"] for r in validation.records] == [1, 0.25, 0.25, 0.0625]
-
-
-def test_a_rate_slows_its_own_adapter_alone(tmp_path, world):
-    _, graph, params, frozen = parts(tmp_path, world, random_bank(world))
-    batch = in_rows([s for i in range(3) for s in sequences(world, i)])
-    tx = optimizer(3, 1e-2, 0.0, 1.0, each=True)
-
-    def moved(rate):
-        scores = jnp.zeros(3, jnp.int32), jnp.zeros(3), jnp.zeros(3), jnp.asarray(rate, jnp.float32)
-        state = initial_state(jax.tree.map(jnp.copy, params), tx, None)
-        state = dataclasses.replace(state, best=Best(jax.tree.map(jnp.copy, params), *scores))
-        step = make_step(graph, state, tx, beta=0.0, dtype=jnp.float32, remat=False)
-        return jax.tree.map(lambda x, y: x - y, step(frozen, state, batch, ByTask())[0].params, params)
-
-    full, slow = moved([1, 1, 1]), moved([1, 0.25, 0])
-    for i, rate in enumerate((1, 0.25, 0)):
-        for x, y in zip(own(full, i), own(slow, i), strict=True):
-            assert np.abs(x).max() > 1e-3
-            assert np.allclose(rate * x, y, atol=1e-6)
 
 
 # Whole runs
@@ -370,9 +329,7 @@ def test_a_bank_learns_and_becomes_peft_folders(tmp_path, world):
     assert bank.names == NAMES
     for name, kept in final["kept"].items():  # the bank holds what scored so
         at = next(r for r in told if r["step"] == kept["step"])
-        assert at["tasks"][name] == {"exact": kept["exact"], "loss": kept["loss"], "better": True} | {
-            "rate": at["tasks"][name]["rate"]
-        }
+        assert at["tasks"][name] == {"exact": kept["exact"], "loss": kept["loss"], "better": True}
         scores = [(-r["tasks"][name]["exact"], r["tasks"][name]["loss"]) for r in told]
         assert (-kept["exact"], kept["loss"]) == min(scores)
     converters.export_adapter(tmp_path / "bank", "birch", tmp_path / "peft")

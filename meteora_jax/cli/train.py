@@ -197,9 +197,6 @@ class TrainBank(_Train):
     """... no fewer than these ..."""
     held_most: int = 64
     """... and no more than these."""
-    plateau_factor: float = 0.3
-    """An adapter that has become worse on what is held back goes on from its best with its learning rate times this;
-    1: it goes on as it is."""
 
 
 def train_gates(command: TrainGates) -> None:

@@ -1,7 +1,6 @@
 """All adapters of a bank trained in one run, and of each the state that served its held-back examples best.
 
-Small tasks are learnt by heart long before large ones are learnt, so adapters that share a run must not share its end,
-nor its learning rate: one that gets worse goes back to its best and on from there more slowly.
+Small tasks are learnt by heart long before large ones are learnt, so adapters that share a run must not share its end.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ class BankTraining(Training):
     tokens, epochs: how often a task's sequences are drawn. Every task for as many tokens (`tokens`), but none more
     often than `epochs` times over; `steps` says how long the run is, whatever these add up to. validations: how often a
     run scores what is held back: of each task the share `held_back` of its examples, no fewer than `held_least` and no
-    more than `held_most`. plateau_factor: an adapter that a validation finds worse than its best goes on from there,
-    its learning rate times this; at 1 every adapter goes on as it is.
+    more than `held_most`.
     """
 
     prompt_loss: bool = False
@@ -59,7 +57,6 @@ class BankTraining(Training):
     held_back: float = 0.05
     held_least: int = 8
     held_most: int = 64
-    plateau_factor: float = 0.3
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,8 +68,6 @@ class BankTraining(Training):
             problems.append(f"epochs: expected more than 0, found {self.epochs}")
         if not 0 <= self.held_back < 1:
             problems.append(f"held_back: expected a share from 0 to below 1, found {self.held_back}")
-        if not 0 < self.plateau_factor <= 1:
-            problems.append(f"plateau_factor: expected more than 0 and at most 1, found {self.plateau_factor}")
         if problems:
             raise InputError(problems)
 
@@ -81,14 +76,12 @@ class BankTraining(Training):
 @dataclasses.dataclass(frozen=True)
 class Best:
     """Each adapter's best parameters so far, the step that left them (int32 [A]), and their scores on what is held
-    back: the share of sequences whose response tokens are all the likeliest, and the mean loss (float32 [A]). rate
-    (float32 [A]): what its learning rate is multiplied by."""
+    back: the share of sequences whose response tokens are all the likeliest, and the mean loss (float32 [A])."""
 
     params: Any
     step: Any
     exact: Any
     loss: Any
-    rate: Any
 
 
 def hold_back(
@@ -157,7 +150,7 @@ class Validation:
     """
 
     def __init__(self, held: Mapping[str, Sequence[Tokenized]], settings: BankTraining, told: Told | None = None):
-        self._names, self._told, self._factor = tuple(held), told, settings.plateau_factor
+        self._names, self._told = tuple(held), told
         self._sequences = [s for sequences in held.values() for s in sequences]
         self._owners = np.repeat(np.arange(len(held)), [len(sequences) for sequences in held.values()])
         every = -(-settings.steps // settings.validations)
@@ -169,7 +162,6 @@ class Validation:
         """The state with a place for the best, which anything will beat."""
         count = len(self._names)
         scores = np.zeros(count, np.int32), np.full(count, -1, np.float32), np.full(count, np.inf, np.float32)
-        scores = *scores, np.ones(count, np.float32)
         scores = place_whole(scores, mesh) if mesh is not None else jax.tree.map(jnp.asarray, scores)
         return dataclasses.replace(state, best=Best(jax.tree.map(jnp.copy, state.params), *scores))
 
@@ -216,30 +208,19 @@ class Validation:
         return exact.astype(np.float32), (sums(loss) / sums(tokens)).astype(np.float32)
 
     def judge(self, step: int, frozen: Any, state: TrainState) -> TrainState:
-        """The state with the best of each adapter: more sequences right, or as many and a smaller loss.
-
-        Not better, and with a larger loss than the best, is worse: such an adapter goes back and on more slowly.
-        """
+        """The state with the best of each adapter: more sequences right, or as many and a smaller loss."""
         best = state.best
         with use_mesh(self._mesh):
             exact, loss = self.scores(frozen, state.params)
             old_exact, old_loss = fetch(best.exact), fetch(best.loss)
             better = (exact > old_exact) | ((exact == old_exact) & (loss < old_loss))
-            worse = ~better & (loss > old_loss) if self._factor < 1 else np.zeros_like(better)
             params = self._keep(state.params, best.params, place_whole(jnp.asarray(better), self._mesh))
-            back = self._keep(params, state.params, place_whole(jnp.asarray(worse), self._mesh))
-            rate = (fetch(best.rate) * np.where(worse, self._factor, 1)).astype(np.float32)
         pick = lambda new, old: np.where(better, new, fetch(old)).astype(old.dtype)  # noqa: E731
-        scores = pick(np.int32(step), best.step), pick(exact, best.exact), pick(loss, best.loss), rate
+        scores = pick(np.int32(step), best.step), pick(exact, best.exact), pick(loss, best.loss)
         scores = place_whole(scores, self._mesh) if self._mesh is not None else jax.tree.map(jnp.asarray, scores)
         by_task = {
-            name: {
-                "exact": round(float(e), 4),
-                "loss": round(float(l), 5),
-                "better": bool(b),
-                "rate": round(float(r), 6),
-            }
-            for name, e, l, b, r in zip(self._names, exact, loss, better, rate, strict=True)
+            name: {"exact": round(float(e), 4), "loss": round(float(l), 5), "better": bool(b)}
+            for name, e, l, b in zip(self._names, exact, loss, better, strict=True)
         }
         record = {"step": step, "exact": float(exact.mean()), "loss": float(loss.mean()), "tasks": by_task}
         self.records.append(record)
@@ -248,7 +229,7 @@ class Validation:
                 file.write(json.dumps(record) + "\n")
         if self._told:
             self._told(record)
-        return dataclasses.replace(state, params=back, best=Best(params, *scores))
+        return dataclasses.replace(state, best=Best(params, *scores))
 
     def summary(self, best: Best) -> dict[str, Any]:
         """{task: step, exact and loss of the parameters kept}."""

@@ -471,8 +471,6 @@ def _identity(
     for key in ("composite_sizes", "composite_shots", *forms):
         if key in own and getattr(settings, key) == getattr(GateTraining, key):
             own.pop(key)  # runs that were begun before there was a choice go on
-    if own.get("plateau_factor") == 1:
-        own.pop("plateau_factor")  # likewise
     return {
         **own, "dtype": str(kind), "tasks": digest.hexdigest()[:16], "base": sample.hexdigest()[:16],
         "base_shape": [config.num_layers, config.hidden_size, config.vocab_size],

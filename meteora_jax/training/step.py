@@ -19,7 +19,7 @@ from meteora_jax.routing import BoundRouter
 from meteora_jax.sharding import constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
 from meteora_jax.training.loss import Counts, Losses, Remat, gate_training_loss
-from meteora_jax.training.side_by_side import ByTask, OwnCounts, along_adapters, clip_each, side_by_side_loss
+from meteora_jax.training.side_by_side import ByTask, OwnCounts, clip_each, side_by_side_loss
 
 Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
 
@@ -28,7 +28,7 @@ Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """What training changes: the trained parameters (float32), the optimiser's moments, and, where a run keeps it, the
-    best so far (`bank.Best`), which a step passes on and reads each adapter's rate from."""
+    best so far (`bank.Best`), which a step passes on."""
 
     params: Any
     optimizer: Any
@@ -112,8 +112,6 @@ def make_step(
             grads = _only(grads, columns, bias)  # before the optimiser: the clipped norm is that of what is trained
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the rest of the program says
             updates, moments = tx.update(grads, state.optimizer, state.params)
-            if state.best is not None:
-                updates = jax.tree.map(lambda u: u * along_adapters(state.best.rate, u), updates)
             params = optax.apply_updates(state.params, updates)
         if columns is not None and bias:
             params = _level(params, columns)

@@ -26,8 +26,8 @@ ATTENTION = "pallas_kernels.decode_step.attention_kernels"
 Tail = Literal["rope", "silu", "residual"]
 EMPTY = -1  # position of a slot that holds no token
 # A row of a step reads its own adapters' rows of B while there are at most so many times those of all; beyond, every B
-# is read once and masked.
-GATHER = 1
+# is read once and masked. On an H200 gathering 64 of 28 takes 3 % off a step, 96 of 28 7 %.
+GATHER = 4
 MAX_ROWS = 64
 LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
 PROGRAMS = 128  # of an H200's 132 multiprocessors
