@@ -392,7 +392,8 @@ def test_flops_of_a_token_are_counted_by_hand():
     alone = flops_per_token(config, bank, gates=GateForm("stream", stream=64), **common)
     assert alone == base + 4 * adapters + 6 * 32 * 64 * (4 * 4096 + 3 * 64 + 7)
     ahead = GateForm("embedding", stream=128, depth=4)
-    own = 6 * 128 * (4096 + 1 + 4 * (3 * 4096 + 10 * 128))
+    ends = 3 * 128 + 1 + 2 + 2 + 1 + 1  # the three tokens before; out, whose turn before, both back, what was heard
+    own = 6 * 128 * (4096 + ends + 4 * (3 * 4096 + 10 * 128))
     assert flops_per_token(config, bank, gates=ahead, **common) == base + 4 * adapters + own
     assert flops_per_token(config, bank, gates=ahead, lm=False, **common) == own
 
