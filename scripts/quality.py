@@ -16,7 +16,8 @@ Systems in the table:
     gates-carry-topN       --carry-logits               gates-shared-topN       --shared-gates
     gates-all-topN         these three together
     gates-independent-topN --independent                gates-grown-topN        four adapters by --extend
-    gates-grown-bias-topN  and with --extend-bias       oracle, base, lora-f-rR, lora-b-rR
+    gates-grown-bias-topN  and with --extend-bias       gates-ahead-grown-topN  gates ahead, grown alike
+    oracle, base, lora-f-rR, lora-b-rR
     retrieval-COMPOSE      of k adapters by the index   gates-within-topN       gates among them
     NAME-unseen            without the adapters of a problem's own task
 """
@@ -111,6 +112,10 @@ class Quality:
     """As of `meteora train bank --epochs`."""
     bank_validations: int = 16
     """As of `meteora train bank --validations`."""
+    bank_shared_steps: int = 0
+    """As of `meteora train bank --shared-steps`."""
+    bank_average: float = 0.0
+    """As of `meteora train bank --average`."""
     bank_samples: int = 8000
     """Examples of a task that its adapter may see; all of them take a minute to tokenize."""
     gate_samples: int = 2000
@@ -187,8 +192,8 @@ class Plan:
         q, out = self.q, self.q.out
         self.add("bank", "train", "bank", *self.common(q.bank_rows, q.bank_steps, q.max_length), *LORA,
                  "--rank", q.rank, "--tokens", q.bank_tokens, "--epochs", q.bank_epochs, "--validations",
-                 q.bank_validations, "--samples-per-task",
-                 q.bank_samples, "--task", *self.names, "--out", out / "bank", "--log",
+                 q.bank_validations, "--shared-steps", q.bank_shared_steps, "--average", q.bank_average,
+                 "--samples-per-task", q.bank_samples, "--task", *self.names, "--out", out / "bank", "--log",
                  out / "bank.jsonl", makes=out / "bank" / "bank.json", gpus=q.bank_gpus)  # fmt: skip
         if "growth" in q.parts and self.held:
             inside = [n for n in self.names if n not in self.held]
@@ -214,13 +219,17 @@ class Plan:
         if "independent" in q.parts:
             made["gates-independent"] = ("--independent", "--samples-per-task", q.independent_samples)
         wanted = lambda name: not q.variants or name in q.variants  # noqa: E731
-        if "growth" in q.parts and self.held:
-            self.gates("gates-small", *COMPOSITE, *STREAM, bank="bank-small")
-            for name, options in {"gates-grown": (), "gates-grown-bias": ("--extend-bias",)}.items():
-                if not wanted(name):
-                    continue
-                self.gates(name, *COMPOSITE, "--extend", q.out / "gates-small", *options, after=("gates-small",))
-                self.evaluate(name, "gates-top1,gates-top2", gates=name)
+        grown = {"gates-grown": (), "gates-grown-bias": ("--extend-bias",), "gates-ahead-grown": ()}
+        for name, options in grown.items() if "growth" in q.parts and self.held else ():
+            ahead = name.startswith("gates-ahead")
+            form, small = (AHEAD, "gates-ahead-small") if ahead else ((*COMPOSITE, *STREAM), "gates-small")
+            if not wanted(name) or (ahead and "ahead" not in q.parts):
+                continue
+            if small not in {job.name for job in self.jobs}:
+                self.gates(small, *form, bank="bank-small")
+            data = AHEAD if ahead else COMPOSITE
+            self.gates(name, *data, "--extend", q.out / small, *options, after=(small,))
+            self.evaluate(name, "gates-top1,gates-top2", gates=name)
         made |= {"gates-ahead": AHEAD} if "ahead" in q.parts else {}
         for name, options in made.items():
             if wanted(name):

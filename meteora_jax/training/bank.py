@@ -29,7 +29,7 @@ from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.data import Batch, Layout, Tokenized, collate, encode
 from meteora_jax.training.loop import Progress, RunFolder, Training, fit
 from meteora_jax.training.loss import token_scores
-from meteora_jax.training.side_by_side import BoundTasks, ByTask, along_adapters
+from meteora_jax.training.side_by_side import Average, BoundTasks, ByTask, along_adapters
 from meteora_jax.training.step import TrainState, computed
 from meteora_jax.training.watch import kept_records
 
@@ -44,7 +44,9 @@ class BankTraining(Training):
     tokens, epochs: how often a task's sequences are drawn. Every task for as many tokens (`tokens`), but none more
     often than `epochs` times over; `steps` says how long the run is, whatever these add up to. validations: how often a
     run scores what is held back: of each task the share `held_back` of its examples, no fewer than `held_least` and no
-    more than `held_most`.
+    more than `held_most`. shared_steps: so many first steps all adapters are one, trained on every task; each goes on
+    from it by itself. average: what is scored and kept is not an adapter as a step left it but its mean over steps,
+    each counting so much of the next; 0: as the step left it.
     """
 
     prompt_loss: bool = False
@@ -57,10 +59,12 @@ class BankTraining(Training):
     held_back: float = 0.05
     held_least: int = 8
     held_most: int = 64
+    shared_steps: int = 0
+    average: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        low = {"tokens": 1, "validations": 1, "held_least": 1, "held_most": self.held_least}
+        low = {"tokens": 1, "validations": 1, "held_least": 1, "held_most": self.held_least, "shared_steps": 0}
         problems = [
             f"{k}: expected at least {n}, found {getattr(self, k)}" for k, n in low.items() if getattr(self, k) < n
         ]
@@ -68,6 +72,8 @@ class BankTraining(Training):
             problems.append(f"epochs: expected more than 0, found {self.epochs}")
         if not 0 <= self.held_back < 1:
             problems.append(f"held_back: expected a share from 0 to below 1, found {self.held_back}")
+        if not 0 <= self.average < 1:
+            problems.append(f"average: expected a decay from 0 to below 1, found {self.average}")
         if problems:
             raise InputError(problems)
 
@@ -150,7 +156,7 @@ class Validation:
     """
 
     def __init__(self, held: Mapping[str, Sequence[Tokenized]], settings: BankTraining, told: Told | None = None):
-        self._names, self._told = tuple(held), told
+        self._names, self._told, self._averages = tuple(held), told, settings.average > 0
         self._sequences = [s for sequences in held.values() for s in sequences]
         self._owners = np.repeat(np.arange(len(held)), [len(sequences) for sequences in held.values()])
         every = -(-settings.steps // settings.validations)
@@ -159,11 +165,13 @@ class Validation:
         self._file: Path | None = None
 
     def first(self, state: TrainState, mesh: Mesh | None) -> TrainState:
-        """The state with a place for the best, which anything will beat."""
+        """The state with a place for the best, which anything will beat, and for the mean over steps."""
         count = len(self._names)
         scores = np.zeros(count, np.int32), np.full(count, -1, np.float32), np.full(count, np.inf, np.float32)
-        scores = place_whole(scores, mesh) if mesh is not None else jax.tree.map(jnp.asarray, scores)
-        return dataclasses.replace(state, best=Best(jax.tree.map(jnp.copy, state.params), *scores))
+        placed = lambda x: place_whole(x, mesh) if mesh is not None else jax.tree.map(jnp.asarray, x)  # noqa: E731
+        copied = lambda: jax.tree.map(jnp.copy, state.params)  # noqa: E731 - a donated state has every buffer once
+        average = Average(copied(), placed(np.int32(0))) if self._averages else None
+        return dataclasses.replace(state, best=Best(copied(), *placed(scores)), average=average)
 
     def begin(
         self, graph: Any, state: TrainState, layout: Layout, kind: Any, mesh: Mesh | None, run: Path | None, start: int
@@ -209,12 +217,12 @@ class Validation:
 
     def judge(self, step: int, frozen: Any, state: TrainState) -> TrainState:
         """The state with the best of each adapter: more sequences right, or as many and a smaller loss."""
-        best = state.best
+        best, current = state.best, state.average.params if self._averages else state.params
         with use_mesh(self._mesh):
-            exact, loss = self.scores(frozen, state.params)
+            exact, loss = self.scores(frozen, current)
             old_exact, old_loss = fetch(best.exact), fetch(best.loss)
             better = (exact > old_exact) | ((exact == old_exact) & (loss < old_loss))
-            params = self._keep(state.params, best.params, place_whole(jnp.asarray(better), self._mesh))
+            params = self._keep(current, best.params, place_whole(jnp.asarray(better), self._mesh))
         pick = lambda new, old: np.where(better, new, fetch(old)).astype(old.dtype)  # noqa: E731
         scores = pick(np.int32(step), best.step), pick(exact, best.exact), pick(loss, best.loss)
         scores = place_whole(scores, self._mesh) if self._mesh is not None else jax.tree.map(jnp.asarray, scores)
@@ -258,7 +266,7 @@ def train_bank(
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
     shape = settings.rank, settings.alpha, settings.targets, settings.seed
-    bank = fresh_bank(config, list(tasks), *shape, read_origin(base))
+    bank = fresh_bank(config, list(tasks), *shape, read_origin(base), alike=settings.shared_steps > 0)
     left, held = hold_back(tasks, settings, load_tokenizer(base), _end(base, config), _longest(config, settings))
     validation = Validation(held, settings, told)
     labels = {name: i for i, name in enumerate(tasks)}

@@ -345,6 +345,7 @@ def fit(
     tx = optimizer(
         settings.steps, settings.learning_rate, settings.warmup, settings.clip,
         getattr(settings, "adapter_learning_rate", None), each=validation is not None,
+        shared_steps=getattr(settings, "shared_steps", 0),
     )  # fmt: skip
     state = initial_state(params, tx, mesh)
     state = state if validation is None else validation.first(state, mesh)
@@ -362,6 +363,7 @@ def fit(
         accumulate=settings.accumulate, columns=columns, bias=getattr(settings, "extend_bias", False), mesh=mesh,
         lm_loss=getattr(settings, "lm_loss", True), answer_share=getattr(settings, "answer_share", None),
         turn_share=getattr(settings, "turn_share", 0.0), order=getattr(settings, "order", 0.0),
+        average=getattr(settings, "average", 0.0),
     )  # fmt: skip
     if validation is not None:
         validation.begin(graph, state, layout, kind, mesh, run.path if run else None, start)
@@ -471,6 +473,9 @@ def _identity(
     for key in ("composite_sizes", "composite_shots", *forms):
         if key in own and getattr(settings, key) == getattr(GateTraining, key):
             own.pop(key)  # runs that were begun before there was a choice go on
+    for key in ("shared_steps", "average"):
+        if not own.get(key, True):
+            own.pop(key)
     return {
         **own, "dtype": str(kind), "tasks": digest.hexdigest()[:16], "base": sample.hexdigest()[:16],
         "base_shape": [config.num_layers, config.hidden_size, config.vocab_size],

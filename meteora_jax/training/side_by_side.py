@@ -111,6 +111,39 @@ def clip_each(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """The mean of parameters over steps, recent ones counting most, and of how many (int32). Unlike the last step's it
+    need not wait for a rate that sinks to zero, so it can be the best at any step."""
+
+    params: Any
+    steps: Any
+
+    def after(self, params: Any, decay: float) -> Average:
+        """With one step more: each counts `decay` times its successor, but the first ones all alike."""
+        before = self.steps.astype(jnp.float32)
+        old = jnp.minimum(decay, before / (before + 1))
+        mean = jax.tree.map(lambda mean, new: old * mean + (1 - old) * new, self.params, params)
+        return Average(mean, self.steps + 1)
+
+
+def together(steps: int) -> optax.GradientTransformation:
+    """For so many steps the mean of all adapters' updates for each: alike at first, they stay one adapter, which learns
+    from every task, and what each learns by itself afterwards starts from there."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        one = lambda g: jnp.where(state.count < steps, jnp.mean(g, axis=ADAPTERS, keepdims=True), g)  # noqa: E731
+        return jax.tree.map(one, updates), state._replace(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
 def shares_of(lengths: dict[str, np.ndarray], tokens: int, epochs: float) -> dict[str, float]:
     """How often each task's sequences are to be drawn, sums to 1: every task for `tokens` tokens, but none more than
     `epochs` times over. lengths: of each task's sequences."""

@@ -19,7 +19,7 @@ from meteora_jax.routing import BoundRouter
 from meteora_jax.sharding import constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
 from meteora_jax.training.loss import Counts, Losses, Remat, gate_training_loss
-from meteora_jax.training.side_by_side import ByTask, OwnCounts, clip_each, side_by_side_loss
+from meteora_jax.training.side_by_side import ByTask, OwnCounts, clip_each, side_by_side_loss, together
 
 Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
 
@@ -27,12 +27,13 @@ Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes: the trained parameters (float32), the optimiser's moments, and, where a run keeps it, the
-    best so far (`bank.Best`), which a step passes on."""
+    """What training changes: the trained parameters (float32), the optimiser's moments, and, where a run keeps them,
+    the best so far (`bank.Best`), which a step passes on, and the parameters' `Average`."""
 
     params: Any
     optimizer: Any
     best: Any = None
+    average: Any = None
 
 
 def schedule(steps: int, learning_rate: float, warmup: float) -> optax.Schedule:
@@ -42,16 +43,16 @@ def schedule(steps: int, learning_rate: float, warmup: float) -> optax.Schedule:
 
 def optimizer(
     steps: int, learning_rate: float, warmup: float, clip: float, adapter_learning_rate: float | None = None,
-    each: bool = False,
+    each: bool = False, shared_steps: int = 0,
 ) -> optax.GradientTransformation:  # fmt: skip
     """AdamW with the gradient's global norm clipped: the original's recipe.
 
     adapter_learning_rate: the adapters' peak where they are trained beside gates; otherwise the same.
-    each: the norm is each adapter's own.
+    each: the norm is each adapter's own, and for the first `shared_steps` their gradients are one.
     """
     adamw = optax.adamw(schedule(steps, learning_rate, warmup), weight_decay=0.0)
     if each:
-        return optax.chain(clip_each(clip), adamw)
+        return optax.chain(*[together(shared_steps)] * (shared_steps > 0), clip_each(clip), adamw)
     if adapter_learning_rate is None:
         return optax.chain(optax.clip_by_global_norm(clip), adamw)
     slower = optax.masked(optax.scale(adapter_learning_rate / learning_rate), _adapters)
@@ -90,6 +91,7 @@ def make_step(
     answer_share: float | None = None,
     turn_share: float = 0.0,
     order: float = 0.0,
+    average: float = 0.0,
 ) -> Step:
     """The compiled update (frozen, state, batch, router) -> (state, the losses before it); the state is donated.
 
@@ -101,6 +103,7 @@ def make_step(
         columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit. bias: one
             scalar for each gate is trained with them, the bias of all of these columns; else biases stay as they are.
         lm_loss, answer_share, turn_share, order: as `gate_training_loss` takes them.
+        average: the decay of the state's `Average`, where it has one.
     """
 
     def step(frozen: Any, state: TrainState, batch: Batch, router: BoundRouter) -> tuple[TrainState, Losses]:
@@ -115,7 +118,8 @@ def make_step(
             params = optax.apply_updates(state.params, updates)
         if columns is not None and bias:
             params = _level(params, columns)
-        return TrainState(params, moments, state.best), losses
+        mean = None if state.average is None else state.average.after(params, average)
+        return TrainState(params, moments, state.best, mean), losses
 
     if mesh is None:
         return Jit(step, donate_argnums=1)
