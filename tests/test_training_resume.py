@@ -290,5 +290,27 @@ def test_no_checkpoint_is_no_error(tmp_path):
     assert restored(tmp_path / "none") is None
 
 
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    """As when a run is begun again before SIGTERM has ended it."""
+    first = (
+        "import sys; from pathlib import Path; from meteora_jax.training.checkpoints import Checkpoints\n"
+        "held = Checkpoints(Path(sys.argv[1]) / 'checkpoints', 1, {}); print('held', flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", first, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"{tmp_path}: expected no other process to train here, found one"):
+            Checkpoints(tmp_path / "checkpoints", 1, {})
+    finally:
+        other.kill()
+        other.communicate()
+    again = Checkpoints(tmp_path / "checkpoints", 1, {})  # a killed process holds nothing
+    Checkpoints(tmp_path / "checkpoints", 1, {}).close()
+    again.close()
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -7,6 +7,7 @@ and the position.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,9 @@ class Checkpoints:
         identity: what a run must have in common with the checkpoints that it goes on from.
         orders: of the groups whose columns the run's mesh holds in another order than the projections' own
             (`checkpoint.column_orders`); what is saved is in their own, so that another mesh can read it.
+
+    Raises:
+        InputError: another process has the folder, such as a run that SIGTERM has not ended yet.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Checkpoints:
         self._fingerprints = jax.jit(_prints)
         self._args = ocp.args
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder.parent / ".lock") if jax.process_index() == 0 else None
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "run"),
@@ -115,6 +120,8 @@ class Checkpoints:
         """`wait`, then lets go of the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
+        if self._lock:
+            self._lock.close()
 
     def restore(self, like: Any) -> Restored | None:
         """The newest checkpoint that is whole, its arrays lying as those of `like` do; None if there is none at all.
@@ -199,6 +206,20 @@ class Checkpoints:
             os.replace(source, target)
         self._manager.reload()
         return f"{source}: damaged ({' '.join(str(error).split())[:200] or type(error).__name__})"
+
+
+def _locked(file: Path) -> IO[str]:
+    """The file, locked until it is closed or the process ends. Two runs that write checkpoints to one folder take each
+    other's halves away, which shows many steps later."""
+    held = file.open("a")
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        held.close()
+        raise InputError(f"{file.parent}: expected no other process to train here, found one at work") from e
+    except OSError:  # a file system that knows no locks
+        pass
+    return held
 
 
 def _keys(tree: Any) -> list[str]:

@@ -17,8 +17,10 @@ done
 meteora import base "$gguf" "$work/base" --dtype bfloat16 --overwrite
 meteora import adapters "$work/bank" "${pairs[@]}" --base "$work/base" --overwrite
 meteora train gates --base "$work/base" --bank "$work/bank" --tasks "$tasks" --out "$work/gates" \
-    --steps "${STEPS:-550}" --rows "${ROWS:-16}" --max-length 1536 --learning-rate 2e-3 --warmup 0.03 \
-    --composite 0.5 --composite-sizes 2 4 --gate-stream 24 --shared-gates --samples-per-task 6000 \
+    --steps "${STEPS:-400}" --rows "${ROWS:-8}" --max-length 1024 --learning-rate 3e-3 --warmup 0.03 --clip 1 \
+    --gate-input embedding --gate-stream 96 --gate-depth 4 --no-lm-loss --no-prompt-loss \
+    --answer-share 0.7 --turn-share 0.5 --order 0.5 --samples-per-task 2000 \
+    --composite 0.7 --composite-sizes 2 5 --composite-shots 1 --composite-cut 0.4 \
     --seed 0 --log "$out/gates.jsonl" --json "$out/gates.json"
 "$python" - "$work/gates" "$out/gates" <<'PY'
 import shutil, sys
