@@ -68,6 +68,12 @@ class Jit:
     def _cache_size(self) -> int:
         return self._compiled()._cache_size()
 
+    def clear_cache(self) -> None:
+        """As `jax.jit`'s: the next call traces anew."""
+        programs: list[Any] = [self._plain, *([self._gpu()] if self._gpu.cache_info().currsize else [])]
+        for program in programs:
+            program.clear_cache()
+
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Jit]:
     """Decorator: `Jit` with the options of `jax.jit`."""
