@@ -8,15 +8,15 @@ last four), gates*, lora-*, index, evaluation/<part>, jobs.jsonl (every command 
 programs), and of all that is judged table.md and records.json. `--dry-run` prints the commands in an order that works.
 Systems in the table:
 
-    gates-topN             a stream alone, the default  gates-both-topN         each token's own input beside it
+    gates-topN             the default: one choice for all layers, made of the embeddings before the first
+    gates-stream-topN      a stream beside the layers   gates-both-topN         each token's own input beside that
     gates-token-topN       MeteoRA's form, what follows too
-    gates-ahead-topN       one choice for all layers, made of the embeddings before the first
     gates-original-topN    without composite sequences  gates-response-topN     prompts without LM loss
     gates-beta-5-topN      a tenth of beta              gates-mean-topN         --gate-input prefix-mean
     gates-carry-topN       --carry-logits               gates-shared-topN       --shared-gates
     gates-all-topN         these three together
     gates-independent-topN --independent                gates-grown-topN        four adapters by --extend
-    gates-grown-bias-topN  and with --extend-bias       gates-ahead-grown-topN  gates ahead, grown alike
+    gates-stream-grown-topN the same of a stream        gates-stream-grown-bias-topN and with --extend-bias
     oracle, base, lora-f-rR, lora-b-rR
     retrieval-COMPOSE      of k adapters by the index   gates-within-topN       gates among them
     NAME-unseen            without the adapters of a problem's own task
@@ -46,15 +46,14 @@ from meteora_jax.evaluation.composite import COMPOSITES
 METEORA = ("-m", "meteora_jax.cli")
 BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
 HELD_OUT = 4  # adapters that a bank grows by
-PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent", "ahead")
+PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent")
 # Problems of two to ten tasks behind up to two worked examples if they fit: two thirds of the gates' tokens, 44 % of
 # the adapters'.
 SIZES = ("--composite-sizes", "2", "10", "--composite-shots", "2")
 COMPOSITE = ("--composite", "0.2", *SIZES)
 LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--composite", "0.1", *SIZES)
-# The default: nothing else looks up which task an answer's line belongs to, and a token's own input misleads it.
-STREAM = ("--gate-stream", "64", "--gate-input", "stream")
-# Gates that choose before the first layer: no layer of the model runs, so steps cost little and are many.
+# The default: nothing else finds which question an answer's line belongs to among ten, and no layer of the model runs
+# in training, so steps cost little and are many.
 AHEAD = (
     "--gate-input", "embedding", "--gate-stream", "128", "--gate-depth", "4", "--no-lm-loss", "--no-prompt-loss",
     "--clip", "1", "--answer-share", "0.7", "--turn-share", "0.5", "--order", "0.5",
@@ -70,7 +69,9 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # of training, beside the composite s
     "gates-beta-5": (*COMPOSITE, "--beta", "5"),
 }
 MEAN, CARRY, SHARED = ("--gate-input", "prefix-mean"), ("--carry-logits",), ("--shared-gates",)
+STREAM = ("--gate-stream", "64", "--gate-input", "stream")  # a token's own input misleads it
 FORMS: dict[str, tuple[str, ...]] = {
+    "gates-stream": STREAM,
     "gates-token": (),
     "gates-both": ("--gate-stream", "64"),
     "gates-mean": MEAN,
@@ -102,8 +103,8 @@ class Quality:
     """What records.json calls them."""
     max_length: int = 2048
     """Tokens of a training sequence, and the width of a batch."""
-    gate_length: int = 4096
-    """The same of gates: a composite of ten tasks with a worked example has 3,700."""
+    form_length: int = 4096
+    """The same of gates beside the layers: a composite of ten tasks with a worked example has 3,700."""
     bank_steps: int = 850
     bank_rows: int = 32
     bank_tokens: int = 2_500_000
@@ -112,17 +113,16 @@ class Quality:
     """As of `meteora train bank --epochs`."""
     bank_validations: int = 16
     """As of `meteora train bank --validations`."""
-    bank_shared_steps: int = 0
-    """As of `meteora train bank --shared-steps`."""
-    bank_average: float = 0.0
+    bank_average: float = 0.97
     """As of `meteora train bank --average`."""
     bank_samples: int = 8000
     """Examples of a task that its adapter may see; all of them take a minute to tokenize."""
     gate_samples: int = 2000
     """Examples of a task that gates may see."""
-    gate_steps: int = 750
-    gate_rows: int = 8
-    ahead_steps: int = 3000
+    gate_steps: int = 3000
+    form_steps: int = 750
+    """Of gates beside the layers."""
+    form_rows: int = 8
     independent_samples: int = 500
     """Examples of a task that an independent column is made from."""
     baseline_steps: int = 470
@@ -192,7 +192,7 @@ class Plan:
         q, out = self.q, self.q.out
         self.add("bank", "train", "bank", *self.common(q.bank_rows, q.bank_steps, q.max_length), *LORA,
                  "--rank", q.rank, "--tokens", q.bank_tokens, "--epochs", q.bank_epochs, "--validations",
-                 q.bank_validations, "--shared-steps", q.bank_shared_steps, "--average", q.bank_average,
+                 q.bank_validations, "--average", q.bank_average,
                  "--samples-per-task", q.bank_samples, "--task", *self.names, "--out", out / "bank", "--log",
                  out / "bank.jsonl", makes=out / "bank" / "bank.json", gpus=q.bank_gpus)  # fmt: skip
         if "growth" in q.parts and self.held:
@@ -204,7 +204,7 @@ class Plan:
         q, out = self.q, self.q.out
         more = more if "--samples-per-task" in more else (*more, "--samples-per-task", q.gate_samples)
         ahead = "embedding" in more
-        shape = (AHEAD_ROWS, q.ahead_steps, AHEAD_LENGTH) if ahead else (q.gate_rows, q.gate_steps, q.gate_length)
+        shape = (AHEAD_ROWS, q.gate_steps, AHEAD_LENGTH) if ahead else (q.form_rows, q.form_steps, q.form_length)
         self.add(name, "train", "gates", *self.common(*shape), "--bank",
                  out / bank, "--out", out / name, "--learning-rate", AHEAD_RATE if ahead else "2e-3", "--warmup",
                  "0.03", "--log", out / f"{name}.jsonl", *more,
@@ -219,18 +219,17 @@ class Plan:
         if "independent" in q.parts:
             made["gates-independent"] = ("--independent", "--samples-per-task", q.independent_samples)
         wanted = lambda name: not q.variants or name in q.variants  # noqa: E731
-        grown = {"gates-grown": (), "gates-grown-bias": ("--extend-bias",), "gates-ahead-grown": ()}
+        grown = {"gates-grown": (), "gates-stream-grown": (), "gates-stream-grown-bias": ("--extend-bias",)}
         for name, options in grown.items() if "growth" in q.parts and self.held else ():
-            ahead = name.startswith("gates-ahead")
-            form, small = (AHEAD, "gates-ahead-small") if ahead else ((*COMPOSITE, *STREAM), "gates-small")
-            if not wanted(name) or (ahead and "ahead" not in q.parts):
+            ahead = not name.startswith("gates-stream")
+            form, small = (AHEAD, "gates-small") if ahead else ((*COMPOSITE, *STREAM), "gates-stream-small")
+            if not wanted(name):
                 continue
             if small not in {job.name for job in self.jobs}:
                 self.gates(small, *form, bank="bank-small")
             data = AHEAD if ahead else COMPOSITE
             self.gates(name, *data, "--extend", q.out / small, *options, after=(small,))
-            self.evaluate(name, "gates-top1,gates-top2", gates=name)
-        made |= {"gates-ahead": AHEAD} if "ahead" in q.parts else {}
+            self.evaluate_variant(name)
         for name, options in made.items():
             if wanted(name):
                 self.gates(name, *options)
@@ -287,7 +286,7 @@ def plan(q: Quality, names: Sequence[str]) -> list[Job]:
         raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {', '.join(unknown)}")
     p.bank()
     if set(q.parts) & {"single", "composite", "retrieval"}:
-        p.gates("gates", *COMPOSITE, *STREAM)
+        p.gates("gates", *AHEAD)
     if "single" in q.parts:
         p.evaluate("single", "gates-top1,gates-top2")
         p.evaluate("plain", "base,oracle", gates=None)

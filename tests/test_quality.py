@@ -71,14 +71,12 @@ def test_jobs_come_after_what_they_need_and_the_adapters_are_one_job(quality, tm
     ("parts", "jobs"),
     [
         (("single",), {"bank", "gates", "evaluate single", "evaluate plain"}),
-        (("ahead",), {"bank", "gates-ahead", "evaluate gates-ahead"}),
+        (("composite",), {"bank", "gates", *(f"evaluate composite{e}" for e in ("", "-plain", "-warm"))}),
         (("retrieval",), {"bank", "gates", "index", "evaluate retrieval"}),
         (("independent",), {"bank", "gates-independent", "evaluate gates-independent"}),
-        (("growth",), {"bank", "bank-small", "gates-small", *(f"{e}gates-grown{b}" for e in ("", "evaluate ")
-                       for b in ("", "-bias"))}),
-        (("growth", "ahead"), {
-            "bank", "bank-small", "gates-ahead", "gates-ahead-small", "evaluate gates-ahead", "gates-small",
-            *(f"{e}gates{g}" for e in ("", "evaluate ") for g in ("-grown", "-grown-bias", "-ahead-grown"))}),
+        (("growth",), {
+            "bank", "bank-small", "gates-small", "gates-stream-small",
+            *(f"{e}gates{g}" for e in ("", "evaluate ") for g in ("-grown", "-stream-grown", "-stream-grown-bias"))}),
     ],
 )  # fmt: skip
 def test_parts_choose_jobs(quality, tmp_path, parts, jobs):

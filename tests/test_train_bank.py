@@ -28,7 +28,7 @@ from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.bank import BankTraining, Validation, hold_back, packed, train_bank
 from meteora_jax.training.data import NO_TASK, Batches, Layout, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.loop import RunFolder
-from meteora_jax.training.side_by_side import Average, BoundTasks, ByTask, clip_each, shares_of, together
+from meteora_jax.training.side_by_side import Average, BoundTasks, ByTask, clip_each, shares_of
 from meteora_jax.training.step import gradients, initial_state, make_step, optimizer
 
 NAMES = ("apple", "birch", "cedar")
@@ -159,19 +159,6 @@ def test_each_adapter_is_clipped_by_its_own_norm():
         factor = 1 / max(1.0, float(norm))
         assert np.allclose(found["lora_a"][:, :, i], factor * a[:, :, i], atol=1e-6)
         assert np.allclose(found["lora_b"][:, i], factor * b[:, i], atol=1e-6)
-
-
-def test_shared_gradients_are_their_mean_until_the_last_shared_step():
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((2, 3, 4, 2, 5)).astype(np.float32), rng.standard_normal((2, 4, 2, 6)).astype(np.float32)
-    grads, tx = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}, together(2)
-    state: Any = tx.init(grads)
-    for step in range(4):
-        found: Any
-        found, state = tx.update(grads, state)
-        for name, own_grads, axis in (("lora_a", a, 2), ("lora_b", b, 1)):
-            mean = np.broadcast_to(own_grads.mean(axis, keepdims=True), own_grads.shape)
-            assert np.allclose(found[name], mean if step < 2 else own_grads, atol=1e-6)
 
 
 def test_the_mean_over_steps_counts_recent_ones_most():
@@ -374,17 +361,6 @@ def test_a_bank_learns_and_becomes_peft_folders(tmp_path, world):
         assert np.isclose(np.mean(losses), final["kept"][name]["loss"], atol=1e-4)
 
 
-def test_adapters_that_share_steps_are_one_until_they_part(tmp_path, world):
-    for shared, steps in ((4, 4), (4, 8)):
-        trained(world, tmp_path / f"{steps}", shared_steps=shared, steps=steps, validations=1)  # the end is kept
-    one, parted = (load_bank(tmp_path / n, world["model"].config, np.float32) for n in ("4", "8"))
-    for p in one.b:
-        assert np.abs(one.b[p]).max() > 1e-2
-        assert np.array_equal(one.a[p], np.repeat(one.a[p][:, :1], 3, 1))
-        assert np.array_equal(one.b[p], np.repeat(one.b[p][:, :1], 3, 1))
-        assert all(np.abs(parted.b[p][:, i] - parted.b[p][:, 0]).max() > 1e-3 for i in (1, 2))
-
-
 def test_a_mean_over_steps_is_what_is_scored_and_kept(tmp_path, world, monkeypatch):
     seen, scored, judge = [], [], Validation.judge
 
@@ -414,7 +390,7 @@ def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, world):
         if step == 7:
             raise Killed
 
-    how: dict[str, Any] = dict(average=0.9, shared_steps=7)
+    how: dict[str, Any] = dict(average=0.9)
     whole = trained(world, tmp_path / "whole", RunFolder(tmp_path / "whole-run", every=3), **how)
     with pytest.raises(Killed):
         trained(world, tmp_path / "killed", RunFolder(tmp_path / "killed-run", every=3), progress=progress, **how)

@@ -197,8 +197,6 @@ class TrainBank(_Train):
     """... no fewer than these ..."""
     held_most: int = 64
     """... and no more than these."""
-    shared_steps: int = 0
-    """So many first steps all adapters are one, trained on every task; from it each goes on by itself."""
     average: float = 0.0
     """Score and keep each adapter's mean over steps, in which each counts so much of the next (0.97: about the last
     30), not what a step left; 0: that."""

@@ -63,11 +63,9 @@ def fresh_bank(
     targets: Sequence[str],
     seed: int,
     origin: BaseOrigin | None = None,
-    alike: bool = False,
 ) -> AdapterBank:
-    """A `fresh_adapter` of each name, each with an A of its own unless they are to be alike, side by side."""
-    seeds = [[seed, 0 if alike else i] for i in range(len(names))]
-    banks = [fresh_adapter(config, n, rank, alpha, targets, s, origin) for n, s in zip(names, seeds, strict=True)]
+    """A `fresh_adapter` of each name, each with an A of its own, side by side."""
+    banks = [fresh_adapter(config, n, rank, alpha, targets, [seed, i], origin) for i, n in enumerate(names)]
     side_by_side = lambda part: {p: np.concatenate([getattr(b, part)[p] for b in banks], 1) for p in banks[0].a}  # noqa: E731
     whole = dataclasses.replace(banks[0].config, adapters=tuple(b.config.adapters[0] for b in banks))
     return AdapterBank(side_by_side("a"), side_by_side("b"), side_by_side("scale"), whole)

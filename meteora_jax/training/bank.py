@@ -44,8 +44,7 @@ class BankTraining(Training):
     tokens, epochs: how often a task's sequences are drawn. Every task for as many tokens (`tokens`), but none more
     often than `epochs` times over; `steps` says how long the run is, whatever these add up to. validations: how often a
     run scores what is held back: of each task the share `held_back` of its examples, no fewer than `held_least` and no
-    more than `held_most`. shared_steps: so many first steps all adapters are one, trained on every task; each goes on
-    from it by itself. average: what is scored and kept is not an adapter as a step left it but its mean over steps,
+    more than `held_most`. average: what is scored and kept is not an adapter as a step left it but its mean over steps,
     each counting so much of the next; 0: as the step left it.
     """
 
@@ -59,12 +58,11 @@ class BankTraining(Training):
     held_back: float = 0.05
     held_least: int = 8
     held_most: int = 64
-    shared_steps: int = 0
     average: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        low = {"tokens": 1, "validations": 1, "held_least": 1, "held_most": self.held_least, "shared_steps": 0}
+        low = {"tokens": 1, "validations": 1, "held_least": 1, "held_most": self.held_least}
         problems = [
             f"{k}: expected at least {n}, found {getattr(self, k)}" for k, n in low.items() if getattr(self, k) < n
         ]
@@ -266,7 +264,7 @@ def train_bank(
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
     shape = settings.rank, settings.alpha, settings.targets, settings.seed
-    bank = fresh_bank(config, list(tasks), *shape, read_origin(base), alike=settings.shared_steps > 0)
+    bank = fresh_bank(config, list(tasks), *shape, read_origin(base))
     left, held = hold_back(tasks, settings, load_tokenizer(base), _end(base, config), _longest(config, settings))
     validation = Validation(held, settings, told)
     labels = {name: i for i, name in enumerate(tasks)}

@@ -345,7 +345,6 @@ def fit(
     tx = optimizer(
         settings.steps, settings.learning_rate, settings.warmup, settings.clip,
         getattr(settings, "adapter_learning_rate", None), each=validation is not None,
-        shared_steps=getattr(settings, "shared_steps", 0),
     )  # fmt: skip
     state = initial_state(params, tx, mesh)
     state = state if validation is None else validation.first(state, mesh)
@@ -473,9 +472,8 @@ def _identity(
     for key in ("composite_sizes", "composite_shots", *forms):
         if key in own and getattr(settings, key) == getattr(GateTraining, key):
             own.pop(key)  # runs that were begun before there was a choice go on
-    for key in ("shared_steps", "average"):
-        if not own.get(key, True):
-            own.pop(key)
+    if not own.get("average", True):
+        own.pop("average")
     return {
         **own, "dtype": str(kind), "tasks": digest.hexdigest()[:16], "base": sample.hexdigest()[:16],
         "base_shape": [config.num_layers, config.hidden_size, config.vocab_size],

@@ -128,22 +128,6 @@ class Average:
         return Average(mean, self.steps + 1)
 
 
-def together(steps: int) -> optax.GradientTransformation:
-    """For so many steps the mean of all adapters' updates for each: alike at first, they stay one adapter, which learns
-    from every task, and what each learns by itself afterwards starts from there."""
-
-    def init(params: Any) -> optax.ScaleByScheduleState:
-        del params
-        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        one = lambda g: jnp.where(state.count < steps, jnp.mean(g, axis=ADAPTERS, keepdims=True), g)  # noqa: E731
-        return jax.tree.map(one, updates), state._replace(count=state.count + 1)
-
-    return optax.GradientTransformation(init, update)
-
-
 def shares_of(lengths: dict[str, np.ndarray], tokens: int, epochs: float) -> dict[str, float]:
     """How often each task's sequences are to be drawn, sums to 1: every task for `tokens` tokens, but none more than
     `epochs` times over. lengths: of each task's sequences."""

@@ -19,7 +19,7 @@ from meteora_jax.routing import BoundRouter
 from meteora_jax.sharding import constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
 from meteora_jax.training.loss import Counts, Losses, Remat, gate_training_loss
-from meteora_jax.training.side_by_side import ByTask, OwnCounts, clip_each, side_by_side_loss, together
+from meteora_jax.training.side_by_side import ByTask, OwnCounts, clip_each, side_by_side_loss
 
 Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
 
@@ -43,16 +43,16 @@ def schedule(steps: int, learning_rate: float, warmup: float) -> optax.Schedule:
 
 def optimizer(
     steps: int, learning_rate: float, warmup: float, clip: float, adapter_learning_rate: float | None = None,
-    each: bool = False, shared_steps: int = 0,
+    each: bool = False,
 ) -> optax.GradientTransformation:  # fmt: skip
     """AdamW with the gradient's global norm clipped: the original's recipe.
 
     adapter_learning_rate: the adapters' peak where they are trained beside gates; otherwise the same.
-    each: the norm is each adapter's own, and for the first `shared_steps` their gradients are one.
+    each: the norm is each adapter's own.
     """
     adamw = optax.adamw(schedule(steps, learning_rate, warmup), weight_decay=0.0)
     if each:
-        return optax.chain(*[together(shared_steps)] * (shared_steps > 0), clip_each(clip), adamw)
+        return optax.chain(clip_each(clip), adamw)
     if adapter_learning_rate is None:
         return optax.chain(optax.clip_by_global_norm(clip), adamw)
     slower = optax.masked(optax.scale(adapter_learning_rate / learning_rate), _adapters)
