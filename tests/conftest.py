@@ -10,8 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # compiling is most of what the tests do, and LLVM's optimiser a third of compiling
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # torch: each worker has one core, and threads would fight for it
+os.environ["OMP_NUM_THREADS"] = "1"  # torch: threads that wait for each other take six times as long on tiny models
 
 import socket
 from collections.abc import Callable

@@ -17,10 +17,10 @@ done
 meteora import base "$gguf" "$work/base" --dtype bfloat16 --overwrite
 meteora import adapters "$work/bank" "${pairs[@]}" --base "$work/base" --overwrite
 meteora train gates --base "$work/base" --bank "$work/bank" --tasks "$tasks" --out "$work/gates" \
-    --steps "${STEPS:-400}" --rows "${ROWS:-8}" --max-length 1024 --learning-rate 3e-3 --warmup 0.03 --clip 1 \
-    --gate-input embedding --gate-stream 96 --gate-depth 4 --no-lm-loss --no-prompt-loss \
+    --steps "${STEPS:-2500}" --rows "${ROWS:-4}" --max-length "${LENGTH:-4096}" --learning-rate 3e-3 --warmup 0.03 --clip 1 \
+    --gate-input embedding --gate-stream 128 --gate-depth 4 --no-lm-loss --no-prompt-loss \
     --answer-share 0.7 --turn-share 0.5 --order 0.5 --samples-per-task 2000 \
-    --composite 0.7 --composite-sizes 2 5 --composite-shots 1 --composite-cut 0.4 \
+    --composite 0.8 --composite-sizes 2 5 --composite-shots 2 --composite-cut 0.6 \
     --seed 0 --log "$out/gates.jsonl" --json "$out/gates.json"
 "$python" - "$work/gates" "$out/gates" <<'PY'
 import shutil, sys
