@@ -26,7 +26,15 @@ from worlds import NAMES
 import converters
 import meteora_jax as mj
 from meteora_jax.adapters import GateParam
-from meteora_jax.checkpoint import SHARED_BY_ADAPTERS, gate_shapes, load_gates, save_gates, split_gates
+from meteora_jax.checkpoint import (
+    SHARED_BY_ADAPTERS,
+    gate_shapes,
+    load_bank,
+    load_gates,
+    save_bank,
+    save_gates,
+    split_gates,
+)
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, GateForm
@@ -416,6 +424,12 @@ def test_gates_ahead_of_the_layers_learn_alone_from_what_is_cut_short(tmp_path, 
     model = mj.load(world["base"], world["bank"], tmp_path / "gates", dtype="float32")
     (c,) = model.generate(PROMPTS[:1], mj.Gates(2), max_new_tokens=3)
     assert (c.routing.indices == c.routing.indices[:, :1, :1]).all()  # one choice for all layers and projections
+    # no layer runs, so the gates are those of any bank with these names
+    bank = load_bank(world["bank"], world["model"].config, np.float32)
+    other = dataclasses.replace(bank, b={p: 1 - 2 * b for p, b in bank.b.items()})
+    save_bank(tmp_path / "bank", other)
+    train_gates(world["base"], tmp_path / "bank", TASKS, tmp_path / "same", settings, dtype="float32")
+    assert (tmp_path / "same/weights.safetensors").read_bytes() == (tmp_path / "gates/weights.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
