@@ -168,7 +168,7 @@ def _read_ends(adapter: BankAdapter) -> dict[str, np.ndarray]:
                 problems.append(f"{where}: {module}: expected scale {scale}, found {settings.scale_of(module)}")
             parts["a"] = adapter.reader.slice(f"{end}.a", adapter.index)[:rank]
             parts["b"] = adapter.reader.slice(f"{end}.b", adapter.index)[:rank].T
-        if ids:
+        if ids and module.rpartition(".")[2] in adapter.info.targets:  # a tied head's may be the embedding's
             parts["rows"] = adapter.reader.slice(f"{end}.rows", adapter.index)[: len(ids)]
         found |= {f"base_model.model.{module}.{_AT_ENDS[end, part]}": values for part, values in parts.items()}
     if problems:

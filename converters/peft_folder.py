@@ -68,6 +68,12 @@ class PeftAdapter:
         return [*self.parts.values(), *self.ends.values()]
 
     @property
+    def own_ends(self) -> list[str]:
+        """The ends that the file has tensors of; a tied head's rows may be the embedding's."""
+        borrowed = {("head", "rows")} if self.ends.get(("head", "rows")) is self.ends.get(("embed", "rows")) else set()
+        return [end for end in ENDS if any(e == end for e, _ in self.ends.keys() - borrowed)]
+
+    @property
     def modules(self) -> list[tuple[int, str]]:
         return sorted({(layer, p) for layer, p, _ in self.parts})
 
@@ -119,7 +125,7 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
     if problems or settings is None:
         raise InputError(problems)
     tokens = dict(settings.tokens)
-    if config.tie_word_embeddings and "embed" in tokens and "head" not in tokens:
+    if config.tie_word_embeddings and "embed" in tokens and ("head", "rows") not in ends:
         tokens["head"], ends["head", "rows"] = tokens["embed"], ends["embed", "rows"]
     return PeftAdapter(name, folder, weights, raw, settings, parts, saved, ends, tokens)
 
@@ -141,7 +147,9 @@ def _check_ends(
         if ids and max(ids) >= config.vocab_size:
             expected = f"token ids below {config.vocab_size}"
             problems.append(f"{file}: trainable_token_indices: expected {expected}, found {max(ids)}")
-        if ids and "rows" not in held:  # the other way round is a wrong shape
+        # peft saves no rows of a tied head with the embedding's ids
+        tied = end == "head" and config.tie_word_embeddings and ids == settings.tokens.get("embed")
+        if ids and "rows" not in held and not tied:  # the other way round is a wrong shape
             problems.append(f"{file}: trainable_token_indices: expected {len(ids)} rows of {module}, found none")
     if config.tie_word_embeddings and "embed" in settings.tokens and settings.adapts("head"):
         found = "a LoRA of it"

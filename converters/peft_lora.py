@@ -211,7 +211,7 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
             rank=max(*map(a.rank_of, PROJECTIONS), *map(a.end_rank, ENDS)),
             targets=(
                 *(p for p in PROJECTIONS if a.rank_of(p)),
-                *(module.rpartition(".")[2] for end, module in ENDS.items() if any(e == end for e, _ in a.ends)),
+                *(ENDS[end].rpartition(".")[2] for end in a.own_ends),
             ),
             source=a.folder.resolve().name,
             sha256=sha256(a.weights),

@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "regex": {"target_modules": r".*\.(0\.self_attn\.q_proj|embed_tokens)"},
     "list": {"trainable_token_indices": [7, 5, 319]},
     "dict": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 5], "lm_head": [9, 17, 0]}},
+    "same rows": {"trainable_token_indices": {"embed_tokens": [319, 5], "lm_head": [319, 5]}},
     "embed rows": {"trainable_token_indices": {"embed_tokens": [7, 5]}},
     "head rows": {"trainable_token_indices": {"lm_head": [9, 300]}},
     "rows and head": {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [7, 300]},
