@@ -17,7 +17,7 @@ from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.gate_config import METEORA_FORM, GateForm
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
-from meteora_jax.routing.memory import FormedGate, served_gates
+from meteora_jax.routing.memory import ChosenAhead, FormedGate, served_gates
 from meteora_jax.sharding import constrain, splits_inner
 from pallas_kernels.routed_lora import add_routed_lora, gated, routed_lora
 from pallas_kernels.routed_lora.reference import FEW_ROWS, KEPT, add_expanded, einsum_float32, shrink
@@ -330,10 +330,14 @@ class AdaptedLinear(nnx.Module):
         rows, total = x.shape[0] * x.shape[1], sum(self.splits)
         kernel, slim, made = self.kernel[...], None if self.slim is None else self.slim[...], None
         own = self.joined - self.beside  # P N of a joined kernel
-        gates, more = None, None  # the router that slim serves, and what its gates remember
+        gates: BoundGates | ChosenAhead | None = None  # the router that slim serves
+        more = None  # what its gates remember
         if (own or slim is not None) and (self.gate is not None or self.form.alone):
             found, more = served_gates(router, self.group)
-            gates = found if isinstance(found, BoundGates) and found.allowed is None else None
+            if isinstance(found, BoundGates):
+                gates = found if found.allowed is None else None
+            elif isinstance(found, ChosenAhead):
+                gates = found if found.fused is None else None
 
         def part(start: int, count: int) -> jax.Array:
             """Rows of the layer, in one slice of the stack: XLA copies a slice of a slice, 15 GB a prompt."""
@@ -408,7 +412,7 @@ class AdaptedLinear(nnx.Module):
         return FormedGate(weight, mean, bias, self.group) if self.form.changes else weight
 
     def _gated(
-        self, x: jax.Array, base: jax.Array, slim: Any, made: Any, router: BoundGates, more: Any
+        self, x: jax.Array, base: jax.Array, slim: Any, made: Any, router: BoundGates | ChosenAhead, more: Any
     ) -> tuple[jax.Array, Routing]:
         """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits.
 
@@ -422,13 +426,26 @@ class AdaptedLinear(nnx.Module):
         batch, length, _ = x.shape
         rows = batch * length
         flat = lambda z: z.reshape(rows, *z.shape[2:])  # noqa: E731
+        wide = a.shape[1] * a.shape[2] > gated.DENSE_WIDTH
+        made = None if made is None else flat(made).astype(jnp.float32).reshape(rows, len(self.splits), -1)
+        if isinstance(router, ChosenAhead):
+            routing = router.route(x, self._gate())
+            chosen = flat(router.indices[:, :, 0]), flat(router.weights[:, :, 0])
+            if wide:
+                each = flat(routing.indices), flat(routing.weights)
+                y = add_routed_lora(flat(x), a, b, *each, scale, flat(base), self.splits)
+            else:
+                how = gated.choose_expand(platform())
+                y = gated.chosen_lora(
+                    flat(x), slim, b, scale, *chosen, flat(base), self.splits, made=made, implementation=how
+                )
+            return y.reshape(base.shape), dataclasses.replace(routing, logits=None)
         by_row = lambda z: jnp.broadcast_to(z[:, None], (batch, length)).reshape(rows)  # noqa: E731
         choice = by_row(router.counts), by_row(router.temperatures)
-        made = None if made is None else flat(made).astype(jnp.float32).reshape(rows, len(self.splits), -1)
         bias = None if self.gate_bias is None else jnp.broadcast_to(self.gate_bias[...], scale.shape)
         if more is not None:
             bias = flat(more) if bias is None else flat(more) + bias[None]
-        if a.shape[1] * a.shape[2] <= gated.DENSE_WIDTH:
+        if not wide:
             y, *routing = gated.gated_lora(
                 flat(x), slim, b, scale, *choice, flat(base), self.splits, router.max_k, bias=bias,
                 implementation=gated.choose(platform(), rows), made=made,

@@ -15,6 +15,7 @@ from meteora_jax.gate_config import GateForm
 from meteora_jax.kv_cache import KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
+from meteora_jax.routing.memory import ChosenAhead
 from pallas_kernels.decode_step import stream_gpu, triton_gpu
 from pallas_kernels.decode_step.stream_gpu import GateStream, Looked
 from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, Stream, Tail
@@ -43,7 +44,7 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
     gates = isinstance(router, BoundGates)
     if gates and router.allowed is not None:
         return "gates within a set"
-    if not gates and not getattr(router, "per_request", False):
+    if not gates and not getattr(router, "per_request", False) and not isinstance(router, ChosenAhead):
         return "a router that is neither gates nor one routing a request"
     if not gates and router.route(jnp.zeros((rows, 1, 1)), None).fused is not None:
         return "fusion"
@@ -58,7 +59,7 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
         if gates and (found := _unserved(linear.form)):
             return f"gates of another form than MeteoRA's: {found}"
         needed = (gates and not linear.form.alone) or not _wide(linear)
-        needed = needed or (gates and linear.group == "qkv" and not linear.form.is_ahead)  # what the stream reads
+        needed = needed or (gates and linear.group == "qkv")  # what the stream reads
         if not linear.joined and needed:
             return "gates and A's that are not behind the kernel's rows"
     return None
@@ -68,10 +69,9 @@ def _unserved(form: GateForm) -> str | None:
     """What of a gate's form the kernels do not compute."""
     if not form.is_served:
         return "carried logits" if form.carry else form.input
-    if form.bias and (form.is_ahead or not form.stream):
-        return "biases without a stream beside the layers"
-    too_wide = form.stream > stream_gpu.MAX_WIDTH and not form.is_ahead
-    return f"a stream wider than {stream_gpu.MAX_WIDTH}" if too_wide else None
+    if form.bias and not form.stream:
+        return "biases without a stream"
+    return f"a stream wider than {stream_gpu.MAX_WIDTH}" if form.stream > stream_gpu.MAX_WIDTH else None
 
 
 def _wide(linear: AdaptedLinear) -> bool:
@@ -115,13 +115,12 @@ def run_layers(
     router: BoundRouter | None,
     step: Step,
     turns: tuple[jax.Array, jax.Array] | None = None,
-    ahead: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache, tuple[Routing, ...]]:
     """All layers of one step, the cache's slot claimed already.
 
     Args:
         layers: the stacked `Layer`. x [B, D]. angles: cosines and sines float32 [B, H/2]. positions int32 [B].
-        turns: cosines and sines float32 [B, E/2] of the gates' stream. ahead: float32 [B, 7, A], every layer's logits.
+        turns: cosines and sines float32 [B, E/2] of the gates' stream.
 
     Returns:
         x [B, D], the cache with the slot written, each group's routing with layers first: [L, B, 1, P or 1, C].
@@ -142,7 +141,7 @@ def run_layers(
     flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
     carried = Carried(flat(cache.keys), flat(cache.values), *traced)
     slot, used = cache.length[None], cache.length[None] + 1
-    gate_stream, looked, more = None, None, ahead
+    gate_stream, looked, more = None, None, None
     if isinstance(router, BoundGates) and layers.gate_stream is not None:
         gate_stream = stream_weights(layers)
         looked = Looked.begin(flat(cache.stream.keys), flat(cache.stream.values))

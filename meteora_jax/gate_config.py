@@ -9,7 +9,7 @@ from meteora_jax.config import InputError
 
 IMPOSSIBLE = (
     "gate_input: expected for stream a gate_stream and no shared gates, for embedding a gate_stream (a multiple of 32) "
-    "and a gate_depth, neither shared gates nor carried logits, and no gate_depth for another"
+    "and a gate_depth, neither shared gates, biases nor carried logits, and no gate_depth for another"
 )
 HEAD = 32  # width of a head of gates that read the embeddings
 SHIFTS = 3  # tokens before its own that these read beside it
@@ -51,7 +51,12 @@ class GateForm:
     def is_possible(self) -> bool:
         """Whether there are such gates: without a product there is none to share, and a stream is needed."""
         if self.is_ahead:
-            return self.stream > 0 and self.stream % HEAD == 0 and self.depth > 0 and not (self.shared or self.carry)
+            return (
+                self.stream > 0
+                and self.stream % HEAD == 0
+                and self.depth > 0
+                and not (self.shared or self.carry or self.bias)
+            )
         stream = self.input == "stream" and self.stream > 0 and not self.shared
         return self.depth == 0 and (self.input in ("token", "prefix-mean") or stream)
 

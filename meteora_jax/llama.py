@@ -23,7 +23,7 @@ from meteora_jax.gates_ahead import GatesAhead
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
-from meteora_jax.routing.memory import GateMemory, by_projection
+from meteora_jax.routing.memory import ChosenAhead, GateMemory
 from meteora_jax.sharding import constrain
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
 
@@ -286,16 +286,16 @@ class Llama(nnx.Module):
         x = constrain(x, "batch", None, None)
         if self.form.stream and cache is not None and fresh and self._remembers(router):
             cache = cache.with_stream(self.form)
-        ahead, cache = self._look_ahead(tokens, positions, router, where, cache, fresh)
+        router, cache = self._look_ahead(tokens, positions, router, where, cache, fresh)
         one = cache is not None and not fresh and tokens.shape[1] == 1 and segments is None
         step = step_form(tokens.shape[0]) if one else None
         if step is not None and refusal(self.layers, self.config, router, tokens.shape[0], step) is None:
-            return self._step(x, positions, cache, router, where, observe, step, ahead)
+            return self._step(x, positions, cache, router, where, observe, step)
         memory, kept = None, None
         if self.form.remembers:
             kept = None if cache is None or fresh else cache.sums
             layers = self.config.num_layers
-            memory = GateMemory.create(self.form, router, positions, layers, self.adapters, kept, ahead)
+            memory = GateMemory.create(self.form, router, positions, layers, self.adapters, kept)
             later = memory is not None and cache is not None and not fresh
             assert not later or kept is not None or self.form.input != "prefix-mean", "a cache's first call is fresh"
             cache = cache if cache is None else dataclasses.replace(cache, sums=None)  # they pass through the layers
@@ -343,7 +343,7 @@ class Llama(nnx.Module):
                 mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
         return Where(*rotation(self.config, positions), mask[:, None], fused, remat == "dots")
 
-    def _step(self, x, positions, cache, router, where, observe, step: Step, ahead) -> LlamaOutput:
+    def _step(self, x, positions, cache, router, where, observe, step: Step) -> LlamaOutput:
         """The layers of one token a row by Triton; see meteora_jax.decoding."""
         angles = where.cos[:, 0, 0], where.sin[:, 0, 0]
         rows = (jnp.broadcast_to(z, (x.shape[0], z.shape[1])) for z in angles)
@@ -351,7 +351,7 @@ class Llama(nnx.Module):
         turns = stream_rotation(self.form.stream, positions) if beside else None
         x, cache, routings = run_layers(
             self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step,
-            turns and (turns[0][:, 0, 0], turns[1][:, 0, 0]), None if ahead is None else by_projection(ahead)[:, 0],
+            turns and (turns[0][:, 0, 0], turns[1][:, 0, 0]),
         )  # fmt: skip
         observed = None if observe is None else jax.vmap(observe)(routings)
         return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
@@ -360,13 +360,13 @@ class Llama(nnx.Module):
         """Whether gates of this call keep a stream."""
         return router is not None and self.has_gates and not getattr(router, "per_request", False)
 
-    def _look_ahead(self, tokens, positions, router, where, cache, fresh) -> tuple[jax.Array | None, KVCache | None]:
-        """The logits [B, T, A] of gates that are ahead of the layers, None without such or where no gate chooses."""
+    def _look_ahead(self, tokens, positions, router, where, cache, fresh) -> tuple[Any, KVCache | None]:
+        """The router; with gates ahead of the layers what it chooses by them, and the cache with what they keep."""
         if self.gates_ahead is None or not self._remembers(router):
-            return None, cache
+            return router, cache
         x = self.embed[...][tokens]
         logits, _, cache = self.gates_ahead(x, positions, where.mask, where.fused, cache, fresh)
-        return logits, cache
+        return ChosenAhead.by(router, x, logits), cache
 
     def look_ahead(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`GatesAhead`'s logits and order of packed sequences, float32 [B, T, A] and [B, T, A + 1]; no layer runs."""

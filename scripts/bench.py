@@ -37,7 +37,7 @@ from settings import ANYWHERE, SETTINGS, Held, Timed, generating, has_bare, kern
 import meteora_jax as mj
 from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
-from meteora_jax.gate_config import GateForm
+from meteora_jax.gate_config import IMPOSSIBLE, GateForm
 from meteora_jax.llama import Llama
 from pallas_kernels.routed_lora import add_routed_lora
 from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
@@ -70,8 +70,11 @@ class Bench:
     """Several are timed in turns, beside one bare model."""
     gate_stream: int = 0
     """Not `kernel`: width of the gates' own stream; 0 for MeteoRA's gates."""
-    gate_input: Literal["token", "stream"] = "token"
-    """With --gate-stream: what gates read beside it; "stream" for nothing else."""
+    gate_input: Literal["token", "stream", "embedding"] = "token"
+    """With --gate-stream: what gates read beside it; "stream" for nothing else, "embedding" for gates ahead of the
+    layers."""
+    gate_depth: int = 0
+    """Of gates ahead of the layers: their own layers."""
     routing: Literal["gates", "given", "request"] = "gates"
     """Tokens routed by gates (which are timed too), `kernel` only: by indices given beforehand, or a mixture of
     --top-k adapters for each request."""
@@ -92,6 +95,10 @@ class Bench:
     """bfloat16, on a CPU float32, if not given."""
     json: Path | None = None
     picture: Path | None = None
+
+    @property
+    def form(self) -> GateForm:
+        return GateForm(self.gate_input, stream=self.gate_stream, depth=self.gate_depth)
 
 
 def llama(name: str) -> LlamaConfig:
@@ -265,13 +272,13 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
     """The whole model: prompts, decoding steps, training steps."""
     size = jnp.dtype(dtype).itemsize
     for adapters, rank in ((a, r) for a in bench.adapters for r in bench.rank):
-        model, names = random_model(config, adapters, rank, dtype, GateForm(bench.gate_input, stream=bench.gate_stream))
+        model, names = random_model(config, adapters, rank, dtype, bench.form)
         ready = {False: model, True: model}
         if platform() == "gpu" and size == 2:
             ready = {joined: prepared(model, joined) for joined in ready}
         choices = {"adapted" + f":{k}" * (len(bench.top_k) > 1): min(k, adapters) for k in bench.top_k}
         case: dict[str, Any] = dict(adapters=adapters, rank=rank)
-        case |= dict(gate_stream=bench.gate_stream, gate_input=bench.gate_input) if bench.gate_stream else {}
+        case |= {f"gate_{key}": value for key, value in bench.form.changes.items()}
         for batch, length in ((b, s) for b in bench.batch for s in bench.sequence):
             routers = {kind: bound_router(bench.routing, k, batch, names) for kind, k in choices.items()}
             routers: dict[str, Any] = {"bare": None, **routers}
@@ -408,8 +415,8 @@ def main(bench: Bench) -> None:
         raise InputError(f"--what train: expected --routing gates, found {bench.routing}")
     if bench.routing == "given" and set(bench.what) != {"kernel"}:
         raise InputError(f"--routing given: expected --what kernel, found {', '.join(bench.what)}")
-    if bench.gate_input == "stream" and not bench.gate_stream:
-        raise InputError("--gate-input stream: expected --gate-stream, found none")
+    if not bench.form.is_possible:
+        raise InputError(f"--gate-input {bench.gate_input}: {IMPOSSIBLE}")
     if bench.layers is not None:
         config = dataclasses.replace(config, num_layers=bench.layers)
     cpu = jax.default_backend() == "cpu"

@@ -340,7 +340,7 @@ def generate(
 def whole_model(launches: list[str]) -> None:
     """Generation by the kernels tells what generation by XLA does."""
     gated.ROWS = 64  # fewer blocks of zeros to interpret
-    model = small("float32")
+    model = small("float32", layers=2)
     graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
     model = dataclasses.replace(model, graph=graph, weights=weights)
     for router, step in (
@@ -364,7 +364,7 @@ def whole_model(launches: list[str]) -> None:
         assert launches.count("stream_kernel") * 4 == launches.count("tail_kernel"), launches
         assert ("shrink_kernel" in launches) == (width == 8), launches
     ahead = GateForm("embedding", stream=64, depth=2)
-    for width, router, count in ((narrow, each[:3], 3), (8, mj.Gates(2), 2)):
+    for width, router, count in ((narrow, [*each[1:3], mj.Fixed("birch")], 3), (8, mj.Gates(2), 2)):
         gated.DENSE_WIDTH = width
         agree(launches, *streaming(ahead), router, Step(64), count)
         assert "stream_kernel" not in launches
@@ -376,7 +376,7 @@ def whole_model(launches: list[str]) -> None:
 
 def streaming(form: GateForm, dtype: str = "float32") -> tuple[Any, Any]:
     """The random model with gates of that form, as loaded, and with all that steps need."""
-    model = small(dtype, form)
+    model = small(dtype, form, layers=2)
     graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
     return model, dataclasses.replace(model, graph=graph, weights=weights)
 

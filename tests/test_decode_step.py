@@ -23,6 +23,7 @@ from meteora_jax import compiler, decoding, llama
 from meteora_jax.compiler import Step
 from meteora_jax.gate_config import METEORA_FORM, GateForm
 from meteora_jax.generation import Generator, Sampling
+from meteora_jax.routing.memory import ChosenAhead
 from pallas_kernels.decode_step import triton_gpu
 
 HERE = Path(__file__).parent
@@ -160,8 +161,6 @@ def test_who_is_served(change, router, reason):
         (GateForm(shared=True), None),
         (GateForm(stream=16, shared=True, bias=True), None),
         (GateForm("stream", stream=128), None),
-        (GateForm("embedding", stream=256, depth=2), None),
-        (GateForm("embedding", bias=True, stream=32, depth=2), "biases without"),
     ],
 )
 def test_which_forms_of_gates_are_served(form, reason):
@@ -171,6 +170,22 @@ def test_which_forms_of_gates_are_served(form, reason):
     assert found == reason or (reason is not None and reason in found)
     if form.is_served:
         assert decoding.refusal(module.layers, model.config, model.bind(mj.Fixed("cedar"), 2), 2, Step(64)) is None
+
+
+@pytest.mark.parametrize(
+    "routers",
+    [[mj.Gates(2), mj.Gates(1)], [mj.Gates(2), mj.Fixed("cedar")], [mj.Gates(2, within=("cedar", "birch")), None]],
+    ids=["gates", "mixed", "within"],
+)
+def test_what_gates_ahead_of_the_layers_choose_is_served(routers):
+    """A wide stream too, since XLA computes it, and what is refused of gates beside the layers: mixed batches, sets."""
+    model = slim_model(form=GateForm("embedding", stream=256, depth=2))
+    module = nnx.merge(model.graph, model.weights)
+    x, logits = jnp.zeros((2, 1, 128)), jnp.zeros((2, 1, 4))
+    chosen = ChosenAhead.by(model.bind(routers, 2), x, logits)
+    assert decoding.refusal(module.layers, model.config, chosen, 2, Step(64)) is None
+    fused = dataclasses.replace(chosen, fused=jnp.asarray([False, True]))
+    assert decoding.refusal(module.layers, model.config, fused, 2, Step(64)) == "fusion"
 
 
 @pytest.mark.parametrize("form", STREAMS, ids=["stream", "stream alone"])

@@ -41,6 +41,7 @@ from meteora_jax.gate_config import GateConfig, GateForm
 from meteora_jax.generation import observe_routing
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.llama import prepare_gates
+from meteora_jax.routing.gates import BoundGates
 from meteora_jax.routing.memory import prefix_sums
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
 from meteora_jax.training.data import CUT, NO_TASK, Mixture
@@ -275,7 +276,7 @@ def test_training_writes_the_form_and_learns(tmp_path, world):
             )
 
 
-@pytest.mark.parametrize("form", [GateForm(), FORMS["all"], FORMS["ahead"]], ids=["original", "all", "ahead"])
+@pytest.mark.parametrize("form", [GateForm(), FORMS["all"]], ids=["original", "all"])
 def test_an_extension_may_raise_all_new_columns_by_one_scalar(tmp_path, world, form):
     config, at, new = world["model"].config, [2, 0], [1, 3]
     old = {k: 0.3 * v for k, v in part(arrays_of(form, config), at).items()}
@@ -430,6 +431,20 @@ def test_gates_ahead_of_the_layers_learn_alone_from_what_is_cut_short(tmp_path, 
     save_bank(tmp_path / "bank", other)
     train_gates(world["base"], tmp_path / "bank", TASKS, tmp_path / "same", settings, dtype="float32")
     assert (tmp_path / "same/weights.safetensors").read_bytes() == (tmp_path / "gates/weights.safetensors").read_bytes()
+
+
+def test_gates_ahead_of_the_layers_choose_once(monkeypatch, formed):
+    """Not once a group: all layers and projections get one choice, whoever else is in the batch."""
+    calls, route = [], BoundGates.route
+    monkeypatch.setattr(BoundGates, "route", lambda self, x, gate: calls.append(x.shape) or route(self, x, gate))
+    model = formed["ahead"][2]
+    ids = np.asarray([[5, 6, 7, 8], [9, 10, 11, 12]], np.int32)
+    for router in (mj.Gates(2), [mj.Gates(1), mj.Fixed("cedar")]):
+        calls.clear()
+        jax.clear_caches()
+        model.logits(ids, router)
+        assert len(calls) == 1, calls
+    assert not dataclasses.replace(FORMS["ahead"], bias=True).is_possible  # no layer's own logits for it to be added to
 
 
 @pytest.mark.parametrize(

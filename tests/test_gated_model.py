@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -185,11 +186,11 @@ def test_the_implementation_follows_the_table():
 # ---- on a GPU, where neither transformers nor a tokenizer need be installed
 
 
-def small(dtype: str, form: GateForm = METEORA_FORM) -> mj.Meteora:
+def small(dtype: str, form: GateForm = METEORA_FORM, layers: int = 3) -> mj.Meteora:
     """A random model with four adapters and gates; its weights do not depend on the dtype but for their rounding."""
     config = LlamaConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64,
-        rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=256,
+        vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=layers, num_heads=4, num_kv_heads=2,
+        head_dim=64, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=256,
         tie_word_embeddings=False, attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_ids=(),
     )  # fmt: skip
     infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
@@ -389,3 +390,28 @@ def test_dots_recomputes_attention_alone(form, again):
         return products(jax.make_jaxpr(jax.grad(loss))(gates).jaxpr)
 
     assert count("dots") == count(False) + again < count(True)
+
+
+@pytest.mark.parametrize("how", ["reference", "diagonal", "apart"])
+def test_a_choice_that_is_there_already_equals_the_formula(how):
+    """Two of five adapters a token for three projections, none for one token; float64 NumPy."""
+    keys = jax.random.split(jax.random.key(0), 7)
+    draw = lambda i, *shape: jax.random.normal(keys[i], shape, jnp.float32)  # noqa: E731
+    x, a, b, base = draw(0, 70, 48), draw(1, 3, 5, 4, 48), draw(2, 5, 4, 64), draw(3, 70, 64)
+    scale, splits = jnp.abs(draw(4, 3, 5)), (32, 16, 16)
+    counts = jnp.full((70,), 2, jnp.int32).at[3].set(0)
+    chosen = gated.choose_adapters(draw(5, 70, 1, 5), counts, jnp.ones((70,)), 2)
+    slim = gated.slim_matrix(draw(6, 48, 3, 5), a)
+    given = [z[:, 0] for z in chosen]
+    y = gated.chosen_lora(x, slim, b, scale, *given, base, splits, implementation=how)
+    wanted = np.asarray(base, np.float64)
+    parts = list(itertools.pairwise(np.cumsum([0, *splits])))
+    a, b, x = (np.asarray(z, np.float64) for z in (a, b, x))
+    for m, (index, weight) in enumerate(zip(*map(np.asarray, given), strict=True)):
+        for adapter, w in zip(index, weight, strict=True):
+            for p, (start, stop) in enumerate(parts if adapter >= 0 else []):
+                wanted[m, start:stop] += (
+                    w * float(scale[p, adapter]) * (a[p, adapter] @ x[m]) @ b[adapter, :, start:stop]
+                )
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-4)
+    assert np.array_equal(wanted[3], np.asarray(base, np.float64)[3])

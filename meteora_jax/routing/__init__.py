@@ -5,8 +5,9 @@ a batch of prompts; what comes out is a small pytree with one method,
 
     route(x [B, T, I], gate [I, P, A] | FormedGate | None) -> Routing [B, T, P, C]
 
-called once for each projection group (P projections read the same x). Request-level routers were told
-their routing beforehand and ignore x; their Routing has size 1 on the T and P axes and broadcasts.
+called once for each projection group (P projections read the same x); where gates ahead of the layers give the
+logits, once for all groups, on the embeddings. Request-level routers were told their routing beforehand and
+ignore x; their Routing has size 1 on the T and P axes and broadcasts.
 """
 
 from __future__ import annotations

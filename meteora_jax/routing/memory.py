@@ -86,9 +86,33 @@ def prefix_sums(values: jax.Array, positions: jax.Array, before: jax.Array) -> j
     return jax.lax.associative_scan(add, (values, starts), axis=1)[0]
 
 
-def by_projection(ahead: jax.Array) -> jax.Array:
-    """Logits [B, T, A] for each of a layer's projections, [B, T, 7, A]."""
-    return jnp.broadcast_to(ahead[:, :, None], (*ahead.shape[:2], sum(map(len, GROUPS.values())), ahead.shape[2]))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChosenAhead:
+    """What a router made of the logits of gates ahead of the layers, once for all layers and projections.
+
+    indices int32 and weights float32 [B, T, 1, C], logits float32 [B, T, 1, A], fused bool [B] or None: `Routing`'s.
+    """
+
+    indices: Any
+    weights: Any
+    logits: Any
+    fused: Any = None
+
+    @classmethod
+    def by(cls, router: BoundRouter, x: jax.Array, logits: jax.Array) -> ChosenAhead:
+        """x: embeddings [B, T, D]. logits: float32 [B, T, A], from them."""
+        routing = router.route(x, FormedGate(None, None, None, "o", more=logits[:, :, None]))
+        indices, weights = (
+            jnp.broadcast_to(z, (*logits.shape[:2], *z.shape[2:])) for z in (routing.indices, routing.weights)
+        )
+        return cls(indices, weights, routing.logits, routing.fused)
+
+    def route(self, x: jax.Array, gate: FormedGate | None) -> Routing:
+        """The same for every group's x: [B, T, P, C] for the P projections of the gate's group; P = 1 without one."""
+        count = 1 if gate is None else len(GROUPS[gate.group])
+        wide = lambda z: z if z is None else jnp.broadcast_to(z, (*z.shape[:2], count, z.shape[3]))  # noqa: E731
+        return Routing(wide(self.indices), wide(self.weights), wide(self.logits), self.fused)
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +131,6 @@ class GateMemory:
     sums: Any
     stream: Any = None
     seen: Any = None  # float32 [B, T, 7, A], what the stream gives the logits of the layer at hand
-    ahead: Any = None  # float32 [B, T, A], every layer's logits, made before the first
 
     @classmethod
     def create(
@@ -118,26 +141,23 @@ class GateMemory:
         layers: int,
         adapters: int,
         sums: Any,
-        ahead: Any = None,
     ) -> GateMemory | None:
         """At the first layer of a call; sums: of an earlier call, None at the start. None where nothing is remembered:
-        gates of MeteoRA's form, and routers that no gate takes part in."""
-        if not form.remembers or router is None or getattr(router, "per_request", False):
+        gates of MeteoRA's form or ahead of the layers, and routers that no gate takes part in."""
+        if not form.remembers or form.is_ahead or router is None or getattr(router, "per_request", False):
             return None
         batch, length = positions.shape
         count = sum(map(len, GROUPS.values()))
         carried = jnp.zeros((batch, length, count, adapters), jnp.float32) if form.carry else None
         if form.input == "prefix-mean" and sums is None:
             sums = jnp.zeros((layers, batch, count, adapters), jnp.float32)
-        beside = form.stream and not form.is_ahead
-        stream = jnp.zeros((batch, length, form.stream), jnp.float32) if beside else None
-        return cls(positions, carried, sums, stream, ahead=ahead)
+        stream = jnp.zeros((batch, length, form.stream), jnp.float32) if form.stream else None
+        return cls(positions, carried, sums, stream)
 
     def at(self, layer: jax.Array, router: BoundRouter) -> Remembering:
         """The router for one layer."""
         sums = None if self.sums is None else jax.lax.dynamic_index_in_dim(self.sums, layer, keepdims=False)
-        ahead = None if self.ahead is None else by_projection(self.ahead)
-        more = [z for z in (self.carried, self.seen, ahead) if z is not None]
+        more = [z for z in (self.carried, self.seen) if z is not None]
         return Remembering(router, self.positions, functools.reduce(jnp.add, more) if more else None, sums)
 
     def after(self, layer: jax.Array, routings: tuple[Routing, ...]) -> GateMemory:

@@ -26,6 +26,7 @@ NO_TASK = -1  # a token that no gate is judged on
 WIDTH_STEP = 64  # a row's width is a multiple of this
 FILL = 0.95  # the share of a row that packing fills, measured on the BIG-bench tasks; a guess good enough for `rows`
 CUT = 90, 50  # characters kept at an example's beginning and end
+THREADS = 8  # that draw sequences; the tokenizer lets others work meanwhile
 DRAWS = 100  # composites drawn before none is said to fit
 
 
@@ -116,8 +117,8 @@ def compose(
         owners[i] if stop > start else NO_TASK for i, (start, stop) in zip(at, prompt["offset_mapping"], strict=True)
     ]
     loss = [prompt_loss] * len(tokens)
-    for piece, (_, task) in zip(answer_pieces(examples), parts, strict=True):
-        ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+    answers = tokenizer(answer_pieces(examples), add_special_tokens=False)["input_ids"]
+    for ids, (_, task) in zip(answers, parts, strict=True):
         tokens.extend(ids)
         tasks.extend([task] * len(ids))
         loss.extend([True] * len(ids))
@@ -343,8 +344,8 @@ def _stream(mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Token
         composites = grain.MapDataset.range(1 << 30).seed(first).random_map(draw)
         share = mixture.composite
         sequences = grain.MapDataset.mix([sequences, composites], [1 - share, share]) if share < 1 else composites
-    # drawn in the loop's own thread: a step takes far longer than its batch, and the position is exact
-    stream = sequences.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    # a step of gates ahead of the layers takes less long than the composites of its batch in one thread
+    stream = sequences.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=4 * THREADS))
     rows, width = layout.rows // layout.shards, layout.width
     if layout.packing:
         stream = FirstFitPackIterDataset(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ Implementation = Literal[
 ]
 # What serves more tokens than that on a GPU; from `scripts/bench.py --what prefill --settings all`, slim matrix apart.
 PROMPTS: Implementation = "diagonal"
+Expand = Literal["reference", "diagonal", "apart"]
 
 
 def choose(platform: str, rows: int) -> Implementation:
@@ -34,6 +35,13 @@ def choose(platform: str, rows: int) -> Implementation:
     if platform != "gpu" or not _has_triton():
         return "reference"
     return "triton" if rows <= TRITON_ROWS else PROMPTS
+
+
+def choose_expand(platform: str) -> Expand:
+    """The same of `chosen_lora`, which launches nothing of its own."""
+    if platform != "gpu":
+        return "reference"
+    return "apart" if PROMPTS in ("apart", "masked_apart") else "diagonal"
 
 
 @functools.cache
@@ -143,8 +151,44 @@ def gated_lora(
     logits = h[..., :adapters] if bias is None else h[..., :adapters] + bias[None]
     indices, weights = choose_adapters(logits, counts, temperatures, top_k)
     combine = dense_weights(indices, weights, adapters) * scale[None]
-    h = h[..., first : first + adapters * rank].reshape(-1, projections, adapters, rank)
-    h = (h * combine[..., None]).astype(x.dtype)
+    return _add(base, h, combine, b, splits, x.dtype, implementation), indices, weights
+
+
+@functools.partial(jax.jit, static_argnames=("splits", "implementation"))
+def chosen_lora(
+    x: Float[Array, "M I"],
+    slim: Float[Array, "P N I"] | None,
+    b: Float[Array, "A R O"],
+    scale: Float[Array, "P A"],
+    indices: Int32[Array, "M C"],
+    weights: Float[Array, "M C"],
+    base: Float[Array, "M O"],
+    splits: tuple[int, ...],
+    *,
+    made: Float[Array, "M P N"] | None = None,
+    implementation: Expand = "reference",
+) -> Float[Array, "M O"]:
+    """`gated_lora` where the choice is there already, one for all projections of a token; the gates are not looked at.
+
+    indices: -1 for none; weights float32.
+    """
+    if made is None:
+        assert slim is not None
+        flat = slim.reshape(-1, slim.shape[2])
+        made = einsum_float32(x.dtype, "mi,ni->mn", x, flat).reshape(-1, *slim.shape[:2])
+    combine = dense_weights(indices[:, None], weights[:, None], b.shape[0]) * scale[None]
+    return _add(base, made, combine, b, splits, x.dtype, implementation)
+
+
+def _add(
+    base: jax.Array, h: jax.Array, combine: jax.Array, b: jax.Array, splits: tuple[int, ...], kind: Any,
+    implementation: str,
+) -> jax.Array:  # fmt: skip
+    """base [M, O] + the update of h [M, P, N], x of dtype `kind` times the slim matrix; combine float32 [M, P, A]."""
+    adapters, rank, _ = b.shape
+    first = first_shrink(adapters)
+    h = h[..., first : first + adapters * rank].reshape(*h.shape[:2], adapters, rank)
+    h = (h * combine[..., None]).astype(kind)
     if implementation in ("diagonal", "apart"):
-        return add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits, implementation == "apart"), indices, weights
-    return add_expanded(base, h, b, splits), indices, weights
+        return add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits, implementation == "apart")
+    return add_expanded(base, h, b, splits)
