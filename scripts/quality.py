@@ -119,7 +119,7 @@ class Quality:
     """Examples of a task that its adapter may see; all of them take a minute to tokenize."""
     gate_samples: int = 2000
     """Examples of a task that gates may see."""
-    gate_steps: int = 3000
+    gate_steps: int = 5000
     form_steps: int = 750
     """Of gates beside the layers."""
     form_rows: int = 8
