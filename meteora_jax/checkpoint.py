@@ -176,6 +176,8 @@ def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, t
             "own": (f, e, 3, e),
         }
         parts |= {"o": (f, e, e), "up": (f, e, 2, 2 * e), "down": (f, 2 * e, e), "first": (e, 1), "point": (2,)}
+        parts |= {"again": (1 + SHIFTS, e, e)} if form.rounds == 2 else {}
+        parts |= {"number": (e, form.turns)} if form.turns else {}
         parts |= {"out": (e, adapters), "before": (e, adapters)}
         shapes |= {f"ahead.{part}": shape for part, shape in parts.items()}
     elif e:
@@ -187,13 +189,17 @@ def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, t
 
 STREAM = ("stream.read", "stream.own", "stream.out")
 AHEAD = tuple(
-    f"ahead.{part}" for part in ("read", "shift", "look", "own", "o", "up", "down", "point", "first", "out", "before")
-)
+    f"ahead.{part}"
+    for part in (
+        "read", "shift", "look", "own", "o", "up", "down", "point", "first", "again", "number", "out", "before"
+    )
+)  # fmt: skip
 SHARED_BY_ADAPTERS = STREAM[:-1] + AHEAD[:-2]  # of a gate's tensors those whose last axis is not the adapters'
 _PLACES = {n: ("layers", "gate_stream", n.removeprefix("stream.")) for n in STREAM}  # in the module tree
 POINT = 8.0, 4.0  # fresh gates' `ahead.point`
 SMALLER = {"ahead.look": 0.3, "ahead.o": 0.5, "ahead.down": 0.5, "ahead.shift": 0.5}
-SMALLER |= {"ahead.out": 0.1, "ahead.before": 0.1, "ahead.first": 0.1}
+SMALLER |= {"ahead.out": 0.1, "ahead.before": 0.1, "ahead.first": 0.1, "ahead.number": 0.1}
+SMALLER |= {"ahead.again": 4.0}  # what it reads has the length 1, the stream that of sqrt(E)
 _PLACES |= {n: ("gates_ahead", n.removeprefix("ahead.")) for n in AHEAD}
 
 

@@ -9,7 +9,8 @@ from meteora_jax.config import InputError
 
 IMPOSSIBLE = (
     "gate_input: expected for stream a gate_stream and no shared gates, for embedding a gate_stream (a multiple of 32) "
-    "and a gate_depth, neither shared gates, biases nor carried logits, and no gate_depth for another"
+    "and a gate_depth, neither shared gates, biases nor carried logits, one gate_rounds or (gate_depth 2 or more) two, "
+    "and no gate_depth, gate_rounds or gate_turns for another"
 )
 HEAD = 32  # width of a head of gates that read the embeddings
 SHIFTS = 3  # tokens before its own that these read beside it
@@ -26,6 +27,8 @@ class GateForm:
     bias: bool = False  # each adapter's logit has one
     stream: int = 0  # width of the gates' own residual stream, which looks back over the sequence; 0: none
     depth: int = 0  # layers of that stream where it reads the embeddings; else it passes through the model's own
+    rounds: int = 1  # 2: such a stream points twice, its last layer knows what the first time found
+    turns: int = 0  # so many turns of a block it counts, beside whose it was before
 
     @property
     def remembers(self) -> bool:
@@ -43,6 +46,12 @@ class GateForm:
         return self.input == "embedding"
 
     @property
+    def kept(self) -> int:
+        """Layers of the cache that gates before the model's first layer fill: their own layers' keys and values, what
+        tokens have read, what they say, and with two rounds the second's and what the first has found."""
+        return self.depth + 2 * self.rounds
+
+    @property
     def alone(self) -> bool:
         """Whether no gate has a product with its projection's input."""
         return self.input in ("stream", "embedding")
@@ -54,11 +63,13 @@ class GateForm:
             return (
                 self.stream > 0
                 and self.stream % HEAD == 0
-                and self.depth > 0
+                and self.rounds in (1, 2)
+                and self.depth >= self.rounds
+                and self.turns >= 0
                 and not (self.shared or self.carry or self.bias)
             )
         stream = self.input == "stream" and self.stream > 0 and not self.shared
-        return self.depth == 0 and (self.input in ("token", "prefix-mean") or stream)
+        return (self.depth, self.rounds, self.turns) == (0, 1, 0) and (self.input in ("token", "prefix-mean") or stream)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -93,8 +104,9 @@ class GateConfig:
                 raise InputError(f"{source}: format: expected 'meteora-gates-1' or '-2', found {raw['format']!r}")
             form = GateForm(**raw["form"]) if raw["format"] == "meteora-gates-2" else GateForm()
             flags, mark = all(isinstance(x, bool) for x in (form.carry, form.shared, form.bias)), raw.get("background")
-            width = type(form.stream) is int and form.stream in range(0, 4096, 8) and type(form.depth) is int
-            width = width and form.depth in range(0, 257) and form.is_possible
+            numbers = form.stream, form.depth, form.rounds, form.turns
+            width = all(type(n) is int for n in numbers) and form.stream in range(0, 4096, 8)
+            width = width and form.depth in range(0, 257) and form.turns in range(0, 4096) and form.is_possible
             if not (flags and width) or not isinstance(mark, str | None):
                 raise ValueError(f"{form}, background {mark!r}")
             return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]), form, mark)

@@ -7,7 +7,7 @@ projection gets one choice, made with all of that done, and for training no laye
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,15 @@ from pallas_kernels.routed_lora.reference import einsum_float32
 WIDEST = 128  # head that cuDNN's attention knows
 
 
+class Pointed(NamedTuple):
+    """What a stream points to: the gates' logits float32 [B, T, A], those of whose turn it was before float32
+    [B, T, A + 1] (the last: nobody's), and of which turn of its block it is float32 [B, T, turns]."""
+
+    logits: jax.Array
+    before: jax.Array
+    number: jax.Array
+
+
 class GatesAhead(nnx.Module):
     """docs/words.md has the formula. Float32, E the stream's width, F its depth:
 
@@ -31,7 +40,10 @@ class GatesAhead(nnx.Module):
     enough. look [F, D, 3, E] and own [F, E, 3, E]: of embedding and stream to queries, keys and values, heads of 32;
     o [F, E, E]. up [F, E, 2, 2 E], down [F, 2 E, E]: silu(gate) up. out [E, A]: what a token says of its own task.
     before [E, A] and first [E, 1]: whose turn it was before a token's, an adapter's or nobody's; tokens that agree in
-    that hear what each other say. point [2]: how sharply, and how much it counts.
+    that hear what each other say. point [2]: how sharply, and how much it counts. number [E, turns], if turns are
+    counted: which of a block's it is, which tokens may agree in as well. again [1 + SHIFTS, E, E], with two rounds: of
+    what a token and those before it have found into the last layer. A line's first token knows by it whose the line
+    before was, which that line's own text, "5. incorrect", seldom tells.
     """
 
     def __init__(self, config: LlamaConfig, form: GateForm, adapters: int):
@@ -43,6 +55,8 @@ class GatesAhead(nnx.Module):
         self.up, self.down = weight(f, e, 2, 2 * e), weight(f, 2 * e, e)
         self.out, self.before, self.first = weight(e, adapters), weight(e, adapters), weight(e, 1)
         self.point = weight(2)
+        self.again = weight(1 + SHIFTS, e, e) if form.rounds == 2 else None
+        self.number = weight(e, form.turns) if form.turns else None
 
     def __call__(
         self,
@@ -52,9 +66,9 @@ class GatesAhead(nnx.Module):
         fused: Fused | None,
         cache: KVCache | None,
         fresh: bool,
-    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
-        """Of embeddings x [B, T, D]: the gates' logits float32 [B, T, A], those of whose turn it was before float32
-        [B, T, A + 1] (the last: nobody's), and the cache with all that later tokens read.
+    ) -> tuple[tuple[Pointed, ...], KVCache | None]:
+        """Of embeddings x [B, T, D]: what each round points to, the last of which chooses, and the cache with all that
+        later tokens read.
 
         positions int32 [B, T]; mask bool [B, 1, T, S], fused: as `attend` takes them.
         """
@@ -79,16 +93,30 @@ class GatesAhead(nnx.Module):
 
         weights = tuple(w[...] for w in (self.look, self.own, self.o, self.up, self.down))
         read = product("btd,de->bte", x, self.read[...])
-        before, cache = self._before(read.astype(kind), positions, cache, fresh)
-        begin = jnp.zeros((), jnp.int32), read + product("nbte,nef->btf", before, self.shift[...]), cache
-        unroll = self.o.shape[0] if x.shape[1] == 1 else 1  # a decoding step has no use for a loop
-        (_, u, cache), _ = jax.lax.scan(layer, begin, weights, unroll=unroll)
-        return self._point(unit(u), mask, fused, cache, fresh)
+        back = lambda z, slot, cache: self._back(z.astype(kind), slot, positions, cache, fresh)  # noqa: E731
+        before, cache = back(read, slot := self.o.shape[0], cache)
+        state = jnp.zeros((), jnp.int32), read + product("nbte,nef->btf", before, self.shift[...]), cache
+        unroll = len(weights[0]) if x.shape[1] == 1 else 1  # a decoding step has no use for a loop
+        run = lambda state, weights: jax.lax.scan(layer, state, weights, unroll=unroll)[0]  # noqa: E731
+        point = lambda u, slot, cache: self._point(unit(u), slot, mask, fused, cache, fresh)  # noqa: E731
+        if self.again is None:
+            _, u, cache = run(state, weights)
+            only, cache = point(u, slot + 1, cache)
+            return (only,), cache
+        index, u, cache = run(state, tuple(w[:-1] for w in weights))
+        first, cache = point(u, slot + 1, cache)
+        found = product("bta,ea->bte", jax.nn.softmax(first.logits).astype(kind), _columns(self.out[...]))
+        earlier, cache = back(found, slot + 2, cache)
+        found = jnp.concatenate([found.astype(kind)[None], earlier])
+        u = u + product("nbte,nef->btf", found, self.again[...])
+        _, u, cache = run((index, u, cache), tuple(w[-1:] for w in weights))
+        second, cache = point(u, slot + 3, cache)
+        return (first, second), cache
 
     def _point(
-        self, u: jax.Array, mask: jax.Array, fused: Fused | None, cache: KVCache | None, fresh: bool
-    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
-        """What `__call__` gives, at the stream's end u [B, T, E].
+        self, u: jax.Array, slot: int, mask: jax.Array, fused: Fused | None, cache: KVCache | None, fresh: bool
+    ) -> tuple[Pointed, KVCache | None]:
+        """What the stream u [B, T, E] points to; the cache keeps what tokens say of it at `slot`.
 
         A line of a composite problem has with its question in common whose turn it was before, so the one finds the
         other by it. A stream that has to learn this lookup by itself had not after 138 million tokens.
@@ -97,28 +125,33 @@ class GatesAhead(nnx.Module):
         product = lambda spec, x, w: einsum_float32(kind, spec, x.astype(kind), w.astype(kind))  # noqa: E731
         out, turn = self.out[...], jnp.concatenate([self.before[...], self.first[...]], axis=1)
         own, before = product("bte,ea->bta", u, out), product("bte,ea->bta", u, turn)
-        columns = lambda w: w * jax.lax.rsqrt(jnp.sum(w * w, axis=0, keepdims=True) + 1e-6)  # noqa: E731
-        key = product("bta,ea->bte", jax.nn.softmax(before), columns(turn)).astype(kind)
-        value = product("bta,ea->bte", jax.nn.softmax(own), columns(out)).astype(kind)
+        key = product("bta,ea->bte", jax.nn.softmax(before), _columns(turn))
+        nth = jnp.zeros((*u.shape[:2], 0), jnp.float32)
+        if self.number is not None:
+            number = self.number[...]
+            nth = product("bte,en->btn", u, number)
+            key = key + product("btn,en->bte", jax.nn.softmax(nth), _columns(number))
+        key = key.astype(kind)
+        value = product("bta,ea->bte", jax.nn.softmax(own), _columns(out)).astype(kind)
         e, (sharp, much) = u.shape[-1], self.point[...]
         query, keys, values = key * (sharp * e**0.5).astype(kind), key, value
         if cache is not None:
             split = lambda z: z.reshape(*z.shape[:2], -1, HEAD)  # noqa: E731
-            cache, *kept = cache.look_back(jnp.int32(self.o.shape[0] + 1), split(key), split(value))
+            cache, *kept = cache.look_back(jnp.int32(slot), split(key), split(value))
             keys, values = (key, value) if fresh else (z.reshape(*z.shape[:2], -1) for z in kept)
         alone = lambda z: z[:, :, None]  # noqa: E731 - one head
         heard = attend(alone(query), alone(keys), alone(values), mask, fused if e <= WIDEST else None)
-        return own + much * product("bte,ea->bta", heard, columns(out)), before, cache
+        return Pointed(own + much * product("bte,ea->bta", heard, _columns(out)), before, nth), cache
 
-    def _before(
-        self, read: jax.Array, positions: jax.Array, cache: KVCache | None, fresh: bool
+    def _back(
+        self, read: jax.Array, slot: int, positions: jax.Array, cache: KVCache | None, fresh: bool
     ) -> tuple[jax.Array, KVCache | None]:
-        """What the SHIFTS tokens before each of a sequence have read, [SHIFTS, B, T, E], zeros where there is none; of
-        read [B, T, E]. The cache keeps it behind the layers' keys."""
+        """What the SHIFTS tokens before each of a sequence have, [SHIFTS, B, T, E], zeros where there is none; of
+        read [B, T, E], which the cache keeps at `slot`."""
         kept, before = read, []
         if cache is not None:
             split = read.reshape(*read.shape[:2], -1, HEAD)
-            cache, kept, _ = cache.look_back(jnp.int32(self.o.shape[0]), split, split)
+            cache, kept, _ = cache.look_back(jnp.int32(slot), split, split)
             kept = kept.reshape(*kept.shape[:2], -1)
         for n in range(1, SHIFTS + 1):
             place = jnp.where(positions >= n, positions - n, EMPTY - 1)  # nobody's
@@ -129,3 +162,8 @@ class GatesAhead(nnx.Module):
                 there = (cache.positions[:, None] == place[..., None]).astype(read.dtype)
                 before.append(jnp.einsum("bts,bse->bte", there, kept))
         return jnp.stack(before), cache
+
+
+def _columns(w: jax.Array) -> jax.Array:
+    """w [E, N] with columns of length 1."""
+    return w * jax.lax.rsqrt(jnp.sum(w * w, axis=0, keepdims=True) + 1e-6)

@@ -48,7 +48,7 @@ class KVCache:
         """With an empty cache for the stream of such gates, which shares slots, positions and length."""
         heads = form.stream // HEAD if form.is_ahead else 1
         shape = (
-            form.depth + 2 if form.is_ahead else self.keys.shape[0],
+            form.kept if form.is_ahead else self.keys.shape[0],
             *self.keys.shape[1:3],
             heads,
             form.stream // heads,

@@ -19,7 +19,7 @@ from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.decoding import refusal, run_layers
 from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.gate_config import METEORA_FORM, GateForm
-from meteora_jax.gates_ahead import GatesAhead
+from meteora_jax.gates_ahead import GatesAhead, Pointed
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
@@ -365,16 +365,16 @@ class Llama(nnx.Module):
         if self.gates_ahead is None or not self._remembers(router):
             return router, cache
         x = self.embed[...][tokens]
-        logits, _, cache = self.gates_ahead(x, positions, where.mask, where.fused, cache, fresh)
-        return ChosenAhead.by(router, x, logits), cache
+        rounds, cache = self.gates_ahead(x, positions, where.mask, where.fused, cache, fresh)
+        return ChosenAhead.by(router, x, rounds[-1].logits), cache
 
-    def look_ahead(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`GatesAhead`'s logits and order of packed sequences, float32 [B, T, A] and [B, T, A + 1]; no layer runs."""
+    def look_ahead(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[Pointed, ...]:
+        """What each round of `GatesAhead` points to in packed sequences; no layer runs."""
         assert self.gates_ahead is not None, "gates of another form need the layers"
         with matmul_precision(self.embed.dtype):
             where = self._where(positions, None, False, segments, False)
             x = self.embed[...][tokens]
-            return self.gates_ahead(x, positions, where.mask, where.fused, None, False)[:2]
+            return self.gates_ahead(x, positions, where.mask, where.fused, None, False)[0]
 
     def _has_fused_attention(self) -> bool:
         """Whether cuDNN's attention serves this model here: 16 bit on GPUs since Ampere, head dims it knows."""
@@ -425,3 +425,15 @@ def prepare_gates(graph: Any, weights: Any, joined: bool | None = None, release:
         if release and linear.joined:
             before.delete()
     return nnx.split(model)
+
+
+def base_arrays(graph: Any, weights: Any) -> dict[tuple[str, ...], jax.Array]:
+    """The base's weights by path, as `load_base` has them: the model's own arrays, but for joined kernels, whose rows
+    are copied."""
+    model = nnx.merge(graph, weights)
+    found = {tuple(map(str, path)): x[...] for path, x in nnx.to_flat_state(weights) if isinstance(x, BaseParam)}
+    for group in GROUPS:
+        linear = getattr(model.layers, group)
+        if linear.joined:
+            found["layers", group, "kernel"] = jnp.swapaxes(linear.kernel[...][:, : sum(linear.splits)], 1, 2)
+    return found

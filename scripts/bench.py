@@ -75,6 +75,10 @@ class Bench:
     layers."""
     gate_depth: int = 0
     """Of gates ahead of the layers: their own layers."""
+    gate_rounds: int = 1
+    """How often these point."""
+    gate_turns: int = 0
+    """How many turns they count."""
     routing: Literal["gates", "given", "request"] = "gates"
     """Tokens routed by gates (which are timed too), `kernel` only: by indices given beforehand, or a mixture of
     --top-k adapters for each request."""
@@ -98,7 +102,8 @@ class Bench:
 
     @property
     def form(self) -> GateForm:
-        return GateForm(self.gate_input, stream=self.gate_stream, depth=self.gate_depth)
+        sizes = self.gate_stream, self.gate_depth, self.gate_rounds, self.gate_turns
+        return GateForm(self.gate_input, False, False, False, *sizes)
 
 
 def llama(name: str) -> LlamaConfig:

@@ -54,11 +54,13 @@ COMPOSITE = ("--composite", "0.2", *SIZES)
 LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--composite", "0.1", *SIZES)
 # The default: nothing else finds which question an answer's line belongs to among ten, and no layer of the model runs
 # in training, so steps cost little and are many.
-AHEAD = (
+ONCE = (
     "--gate-input", "embedding", "--gate-stream", "128", "--gate-depth", "4", "--no-lm-loss", "--no-prompt-loss",
     "--clip", "1", "--answer-share", "0.7", "--turn-share", "0.5", "--order", "0.5",
     "--composite", "0.8", "--composite-cut", "0.6", *SIZES,
 )  # fmt: skip
+ROUNDS, TURNS = ("--gate-rounds", "2"), ("--gate-turns", "16")
+AHEAD = (*ONCE, *ROUNDS, *TURNS)
 AHEAD_ROWS, AHEAD_LENGTH, AHEAD_RATE = 2, 8192, "3e-3"
 # Two of MeteoRA's composite-10 tasks are the hub's; what stands for them where they are not at hand.
 COMPOSITE_10 = {"news_commentary_de": "vitaminc_fact_verification", "alpaca": "object_counting"}
@@ -78,6 +80,9 @@ FORMS: dict[str, tuple[str, ...]] = {
     "gates-carry": CARRY,
     "gates-shared": SHARED,
     "gates-all": (*MEAN, *CARRY, *SHARED),
+    "gates-once": ONCE,
+    "gates-rounds": (*ONCE, *ROUNDS),
+    "gates-turns": (*ONCE, *TURNS),
 }
 
 
@@ -215,7 +220,8 @@ class Plan:
         q = self.q
         made: dict[str, tuple[Any, ...]] = {}
         made |= ABLATIONS if "ablations" in q.parts else {}
-        made |= {n: (*COMPOSITE, *options) for n, options in FORMS.items()} if "forms" in q.parts else {}
+        if "forms" in q.parts:
+            made |= {n: o if o[: len(ONCE)] == ONCE else (*COMPOSITE, *o) for n, o in FORMS.items()}
         if "independent" in q.parts:
             made["gates-independent"] = ("--independent", "--samples-per-task", q.independent_samples)
         wanted = lambda name: not q.variants or name in q.variants  # noqa: E731

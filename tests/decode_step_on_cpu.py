@@ -363,7 +363,7 @@ def whole_model(launches: list[str]) -> None:
         agree(launches, apart, model, router if isinstance(router, mj.Gates) else router[:count], Step(64), count)
         assert launches.count("stream_kernel") * 4 == launches.count("tail_kernel"), launches
         assert ("shrink_kernel" in launches) == (width == 8), launches
-    ahead = GateForm("embedding", stream=64, depth=2)
+    ahead = GateForm("embedding", stream=64, depth=2, rounds=2, turns=4)
     for width, router, count in ((narrow, [*each[1:3], mj.Fixed("birch")], 3), (8, mj.Gates(2), 2)):
         gated.DENSE_WIDTH = width
         agree(launches, *streaming(ahead), router, Step(64), count)

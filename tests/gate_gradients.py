@@ -55,6 +55,22 @@ def turns(tasks, segments, nobody):
     return found
 
 
+def numbers(tasks, segments, count):
+    """Token by token, in plain Python: how many runs ago its block's first task last began, at most count - 1."""
+    found = np.zeros(tasks.shape, int)
+    for b in range(len(tasks)):
+        first = number = last = -1
+        for t in range(tasks.shape[1]):
+            task = tasks[b, t]
+            if t == 0 or segments[b, t] != segments[b, t - 1] or last == -1:
+                first, last = task, -1
+            if task != last:
+                number = 0 if task == first else number + 1
+            last = task
+            found[b, t] = min(number, count - 1)
+    return found
+
+
 def beginnings(s: Any) -> list[int]:
     """The first two tokens of each stretch of one task's tokens that carry loss."""
     found, length = [], 0
@@ -92,7 +108,7 @@ def loss_and_gradients(
     width = config.hidden_size // heads
     adapters = [read_adapter(folder) for folder in world["peft"].values()]
     columns = {p: torch.tensor(g, dtype=torch.float64, requires_grad=True) for p, g in gates.items()}
-    lm, gate, ordered, predicted = 0.0, 0.0, 0.0, 0
+    lm, gate, ordered, earlier, predicted = 0.0, 0.0, 0.0, 0.0, 0
     judged = sum(int((s.tasks >= 0).sum()) for s in sequences)
     answers = sum(int(((s.tasks >= 0) & s.loss).sum()) for s in sequences)
 
@@ -184,11 +200,33 @@ def loss_and_gradients(
                 a, b = z[..., :16], z[..., 16:]
                 return torch.cat([a * turns.cos() - b * turns.sin(), b * turns.cos() + a * turns.sin()], -1)
 
-            u = x @ weight["read"]
-            read = torch.cat([torch.zeros(len(weight["shift"]), u.shape[1], dtype=u.dtype), u])
-            for n, matrix in enumerate(weight["shift"], 1):
-                u = u + read[len(weight["shift"]) - n :][:length] @ matrix
+            def behind(z: torch.Tensor, n: int) -> torch.Tensor:  # n tokens before
+                return torch.cat([torch.zeros(n, z.shape[1], dtype=z.dtype), z])[:length]
+
+            def long(w: torch.Tensor) -> torch.Tensor:
+                return w / torch.sqrt((w * w).sum(0) + 1e-6)
+
+            def point(u: torch.Tensor) -> torch.Tensor:
+                asked = torch.cat([columns["ahead.before"], columns["ahead.first"]], 1)
+                before, own = unit(u) @ asked, unit(u) @ weight["out"]
+                streamed.setdefault("order", []).append([torch.log_softmax(before, -1)])
+                key, value = torch.softmax(before, -1) @ long(asked).T, torch.softmax(own, -1) @ long(weight["out"]).T
+                if "ahead.number" in columns:
+                    number = unit(u) @ columns["ahead.number"]
+                    streamed["order"][-1].append(torch.log_softmax(number, -1))
+                    key = key + torch.softmax(number, -1) @ long(columns["ahead.number"]).T
+                sharp, much = columns["ahead.point"]
+                scores = sharp * key @ key.T
+                scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
+                return own + much * torch.softmax(scores, -1) @ value @ long(weight["out"])
+
+            read = x @ weight["read"]
+            u = read + sum(behind(read, n) @ matrix for n, matrix in enumerate(weight["shift"], 1))
             for i in range(len(weight["o"])):
+                if "ahead.again" in columns and i == len(weight["o"]) - 1:
+                    streamed["once"] = point(u)
+                    found = torch.softmax(streamed["once"], -1) @ long(weight["out"]).T
+                    u = u + sum(behind(found, n) @ matrix for n, matrix in enumerate(columns["ahead.again"]))
                 c = torch.einsum("td,dpe->pte", x, weight["look"][i])
                 c = c + torch.einsum("te,epf->ptf", unit(u), weight["own"][i])
                 q, k, v = (z.reshape(length, -1, 32).transpose(0, 1) for z in c)
@@ -197,23 +235,22 @@ def loss_and_gradients(
                 u = u + (torch.softmax(scores, -1) @ v).transpose(0, 1).reshape(length, -1) @ weight["o"][i]
                 both = torch.einsum("te,epf->ptf", unit(u), weight["up"][i])
                 u = u + (torch.nn.functional.silu(both[0]) * both[1]) @ weight["down"][i]
-            asked = torch.cat([columns["ahead.before"], columns["ahead.first"]], 1)
-            before, own = unit(u) @ asked, unit(u) @ weight["out"]
-            streamed["order"] = torch.log_softmax(before, -1)
-            whose, what = (w / torch.sqrt((w * w).sum(0) + 1e-6) for w in (asked, weight["out"]))
-            key, value = torch.softmax(before, -1) @ whose.T, torch.softmax(own, -1) @ what.T
-            sharp, much = columns["ahead.point"]
-            scores = sharp * key @ key.T
-            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
-            return own + much * torch.softmax(scores, -1) @ value @ what
+            return point(u)
 
         x = state["model.embed_tokens.weight"][tokens]
         if "ahead.read" in columns:
             streamed["ahead"] = ahead(x)
+            if not lm_loss and "once" in streamed:  # each round has its own loss, and the mean of both is trained
+                chosen = torch.log_softmax(streamed["once"], -1)[has_task].gather(1, tasks[has_task][:, None])
+                earlier = earlier - (chosen[:, 0] * counted[has_task]).sum()
             if order:
-                labels = turns(s.tasks[None], np.ones((1, length)), len(adapters))[0]
-                chosen = streamed["order"][has_task].gather(1, torch.tensor(labels)[has_task][:, None])
-                ordered = ordered - chosen.sum() / judged
+                count = columns["ahead.number"].shape[1] if "ahead.number" in columns else 0
+                block, one = s.tasks[None], np.ones((1, length))
+                labels = turns(block, one, len(adapters))[0], numbers(block, one, count)[0]
+                for pointed in streamed["order"]:
+                    for logp, label in zip(pointed, labels, strict=False):
+                        chosen = logp[has_task].gather(1, torch.tensor(label)[has_task][:, None])
+                        ordered = ordered - chosen.sum() / judged / len(streamed["order"])
         u = torch.zeros(length, columns["stream.own"].shape[1] if "stream.own" in columns else 0, dtype=torch.float64)
         for layer in range(config.num_hidden_layers):
             h = norm(x, f"model.layers.{layer}.input_layernorm.weight")
@@ -239,7 +276,8 @@ def loss_and_gradients(
         predicted += int(wanted.sum())
 
     lm = lm / predicted
-    (beta * (gate + order * ordered) + (lm if lm_loss else 0)).backward()
+    trained = gate if isinstance(earlier, float) else (gate + earlier) / 2
+    (beta * (trained + order * ordered) + (lm if lm_loss else 0)).backward()
     return (
         float(lm.detach()),
         float(gate.detach()),

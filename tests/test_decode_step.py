@@ -86,7 +86,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launches
 
 
-AHEAD = GateForm("embedding", stream=32, depth=2)
+AHEAD = GateForm("embedding", stream=32, depth=2, rounds=2, turns=4)
 
 
 @pytest.mark.parametrize("form", [METEORA_FORM, *STREAMS, AHEAD], ids=["original", "stream", "stream alone", "ahead"])

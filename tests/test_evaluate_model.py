@@ -1,5 +1,6 @@
 """`meteora evaluate` with a real (tiny) model: composites, other banks, any batch size, a real kill."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,15 +13,18 @@ import time
 
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import edit_json
 from worlds import NAMES
 
 import converters
 import meteora_jax as mj
 from meteora_jax.cli import main
+from meteora_jax.cli.evaluate import other_bank
 from meteora_jax.evaluation.composite import COMPOSITES
 from meteora_jax.evaluation.metrics import read_composite, score_composite
 from meteora_jax.evaluation.tasks import Example, write_splits
+from meteora_jax.llama import base_arrays, prepare_gates
 from meteora_jax.routing import adapter_share
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
@@ -96,6 +100,19 @@ def test_composite_row_is_what_the_parts_say(folders, whole):
     text = (whole / "table.md").read_text()
     assert f"| {ROW}, correct | 5 | 0 of 15 | not defined |" in text
     assert f"| {ROW}, ROUGE-L | 5 | " in text
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_another_bank_has_the_base_of_a_model_prepared_for_a_gpu(folders, joined):
+    model = mj.load(folders["base"], folders["bank"], folders["gates"], dtype="float32")
+    graph, weights = prepare_gates(model.graph, model.weights, joined)
+    assert any("JoinedKernel" in str(type(x)) for _, x in nnx.to_flat_state(weights)) == joined
+    arrays = base_arrays(graph, weights)
+    ready = dataclasses.replace(model, graph=graph, weights=weights)
+    other, _ = other_bank(ready, arrays, folders["root"] / "cedar", folders["base"], "float32")
+    alone = mj.load(folders["base"], folders["root"] / "cedar", dtype="float32")
+    prompt = [[5, 6, 7, 8]]
+    assert np.array_equal(other.logits(prompt, Fixed("cedar"))[0], alone.logits(prompt, Fixed("cedar"))[0])
 
 
 def test_an_adapter_in_a_bank_of_its_own_answers_as_in_the_large_one(whole):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from gate_gradients import SHARED, loss_and_gradients, turns
+from gate_gradients import SHARED, loss_and_gradients, numbers, turns
 from test_sharding import devices
 from test_training import TASKS
 from test_training_mesh import BETA, ROWS, packed, sequences
@@ -28,6 +28,7 @@ import meteora_jax as mj
 from meteora_jax.adapters import GateParam
 from meteora_jax.checkpoint import (
     SHARED_BY_ADAPTERS,
+    fresh_gates,
     gate_shapes,
     load_bank,
     load_gates,
@@ -46,7 +47,7 @@ from meteora_jax.routing.memory import prefix_sums
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
 from meteora_jax.training.data import CUT, NO_TASK, Mixture
 from meteora_jax.training.loop import GateTraining, train_gates
-from meteora_jax.training.loss import turn_before
+from meteora_jax.training.loss import turn_before, turn_number
 from meteora_jax.training.step import gradients
 from pallas_kernels.routed_lora import gated
 
@@ -59,6 +60,7 @@ FORMS = {
     "alone": GateForm("stream", bias=True, stream=16),
     "all": GateForm("prefix-mean", True, True, True, 8),
     "ahead": GateForm("embedding", stream=64, depth=3),
+    "twice": GateForm("embedding", stream=64, depth=3, rounds=2, turns=4),
 }
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 75)), [200]]
 
@@ -134,8 +136,9 @@ def test_in_parts_and_without_recomputing_it_is_the_same(formed, expected):
         dict(lm_loss=False, answer_share=0.2, order=0.4),
     ],
 )
-def test_the_gate_term_alone_and_what_answers_count_in_it(world, formed, how):
-    _, arrays, model = formed["ahead"]
+@pytest.mark.parametrize("name", ["ahead", "twice"])
+def test_the_gate_term_alone_and_what_answers_count_in_it(world, formed, how, name):
+    _, arrays, model = formed[name]
     lm, gate, grads = loss_and_gradients(world, arrays, sequences(), BETA, 2, **how)
     found = computed(model, accumulate=2, **how)
     assert (float(found["lm"]) == 0) == ("lm_loss" in how)
@@ -151,7 +154,7 @@ def main(base: str, bank: str, gates: str, dest: str) -> None:
     Path(dest).with_suffix(".json").write_text(json.dumps(said))
 
 
-@pytest.mark.parametrize("name", ["all", "ahead"])
+@pytest.mark.parametrize("name", ["all", "ahead", "twice"])
 def test_eight_devices_compute_and_generate_as_one(world, formed, expected, tmp_path, name):
     folder, _, model = formed[name]
     command = [sys.executable, __file__, *map(str, (world["base"], world["bank"], folder, tmp_path / "found.npz"))]
@@ -182,7 +185,7 @@ def read(graph, weights, tokens, at, router):
     return *out.observed, module.logits(out.hidden, None)
 
 
-@pytest.mark.parametrize("name", ["mean", "carry", "stream", "alone", "all", "ahead"])
+@pytest.mark.parametrize("name", ["mean", "carry", "stream", "alone", "all", "ahead", "twice"])
 def test_a_ragged_batch_decoded_with_the_cache_routes_as_each_sequence_at_once(formed, name):
     model = formed[name][2]
     routers = [mj.Gates(2), mj.Gates(2, 5.0), mj.Gates(2), mj.Gates(2, within=("birch", "daisy", "apple"))]
@@ -207,7 +210,7 @@ def test_gates_beside_other_routers_in_one_batch(formed):
 
 @pytest.mark.parametrize("width", [gated.DENSE_WIDTH, 1], ids=["gates and shrinks", "gates alone"])
 @pytest.mark.parametrize("joined", [False, True], ids=["slim", "joined"])
-@pytest.mark.parametrize("name", ["bias", "shared", "stream", "alone", "all", "ahead"])
+@pytest.mark.parametrize("name", ["bias", "shared", "stream", "alone", "all", "ahead", "twice"])
 def test_the_slim_matrix_serves_the_forms_that_remember_a_stream_at_most(monkeypatch, formed, name, joined, width):
     """The others keep gates and adapters apart."""
     monkeypatch.setattr(gated, "DENSE_WIDTH", width)
@@ -375,7 +378,7 @@ def test_gates_of_the_original_form_are_written_as_ever(tmp_path):
             GateConfig.from_json(json.loads(path.read_text()), str(path))
 
 
-def test_whose_turn_it_was_before():
+def test_whose_turn_it_was_before_and_which_it_is():
     blocks = [[3, 3, 0, 0, 5, 3, 0, 0, 5], [2, 2, 2], [0, 1, 0, 1], [4, 2, 2, 4, 2, 2]]
     rng = np.random.default_rng(2)
     tasks, segments = np.full((6, 60), NO_TASK), np.zeros((6, 60), int)
@@ -388,8 +391,11 @@ def test_whose_turn_it_was_before():
         tasks[b, : len(row)], segments[b, : len(row)] = row[:60], parts[:60]
     found = turn_before(jnp.asarray(tasks), jnp.asarray(segments), 9)
     assert np.array_equal(np.asarray(found)[tasks != NO_TASK], turns(tasks, segments, 9)[tasks != NO_TASK])
-    row = np.asarray(turn_before(jnp.asarray([blocks[0]]), jnp.ones((1, 9), int), 9))[0].tolist()
-    assert row == [9, 9, 3, 3, 0, 9, 3, 3, 0]
+    which = np.asarray(turn_number(jnp.asarray(tasks), jnp.asarray(segments), 3))
+    assert np.array_equal(which[tasks != NO_TASK], numbers(tasks, segments, 3)[tasks != NO_TASK])
+    row, one = jnp.asarray([blocks[0]]), jnp.ones((1, 9), int)
+    assert np.asarray(turn_before(row, one, 9))[0].tolist() == [9, 9, 3, 3, 0, 9, 3, 3, 0]
+    assert np.asarray(turn_number(row, one, 16))[0].tolist() == [0, 0, 1, 1, 2, 0, 1, 1, 2]
 
 
 def test_a_share_of_composites_is_cut_to_the_ends_of_its_examples(world):
@@ -411,7 +417,8 @@ def test_a_share_of_composites_is_cut_to_the_ends_of_its_examples(world):
 
 
 def test_gates_ahead_of_the_layers_learn_alone_from_what_is_cut_short(tmp_path, world):
-    how = dict(gate_input="embedding", gate_stream=32, gate_depth=2, lm_loss=False, prompt_loss=False, order=0.5,
+    twice = dict(gate_depth=2, gate_rounds=2, gate_turns=4)
+    how = dict(gate_input="embedding", gate_stream=32, lm_loss=False, prompt_loss=False, order=0.5, **twice,
                answer_share=0.5, composite=0.5, composite_cut=0.5, composite_sizes=(2, 3), max_length=400)  # fmt: skip
     settings = GateTraining(**{**SETTINGS, "steps": 40, "learning_rate": 1e-2, **how})
     final = train_gates(world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32",
@@ -420,8 +427,11 @@ def test_gates_ahead_of_the_layers_learn_alone_from_what_is_cut_short(tmp_path, 
     assert first["lm"] == final["lm"] == 0
     assert final["gate"] < 0.7 * first["gate"]
     config, arrays = load_gates(tmp_path / "gates", world["model"].config, NAMES)
-    assert config.form == GateForm("embedding", stream=32, depth=2)
-    assert np.abs(arrays["ahead.before"]).max() > 0  # the order was learnt, too
+    assert config.form == GateForm("embedding", stream=32, depth=2, rounds=2, turns=4)
+    begun = fresh_gates(config.form, world["model"].config, len(NAMES), 0)
+    assert all(
+        np.abs(arrays[name] - begun[name]).max() > 1e-3 for name in ("ahead.before", "ahead.number", "ahead.again")
+    )
     model = mj.load(world["base"], world["bank"], tmp_path / "gates", dtype="float32")
     (c,) = model.generate(PROMPTS[:1], mj.Gates(2), max_new_tokens=3)
     assert (c.routing.indices == c.routing.indices[:, :1, :1]).all()  # one choice for all layers and projections
@@ -458,7 +468,8 @@ def test_gates_ahead_of_the_layers_choose_once(monkeypatch, formed):
         (dict(order=0.5), "order, composite_cut: expected no lm_loss"),
         (dict(gate_input="embedding", gate_stream=32), "gate_depth"),
         (dict(gate_input="embedding", gate_stream=24, gate_depth=2), "multiple of 32"),
-        (dict(gate_stream=32, gate_depth=2), "no gate_depth for another"),
+        (dict(gate_input="embedding", gate_stream=32, gate_depth=1, gate_rounds=2), "gate_depth 2 or more"),
+        (dict(gate_stream=32, gate_depth=2), "no gate_depth, gate_rounds or gate_turns for another"),
     ],
 )
 def test_what_gates_ahead_need_is_said(tmp_path, world, how, said):

@@ -396,6 +396,10 @@ def test_flops_of_a_token_are_counted_by_hand():
     own = 6 * 128 * (4096 + ends + 4 * (3 * 4096 + 10 * 128))
     assert flops_per_token(config, bank, gates=ahead, **common) == base + 4 * adapters + own
     assert flops_per_token(config, bank, gates=ahead, lm=False, **common) == own
+    twice = dataclasses.replace(ahead, rounds=2, turns=16)
+    # each round tells 16 turns and reads them back; what was found, of a token and the three before it
+    more = 2 * (1 + 2 + 2 + 1 + 1 + 2 * 16) - (1 + 2 + 2 + 1 + 1) + 1 + 4 * 128
+    assert flops_per_token(config, bank, gates=twice, lm=False, **common) == own + 6 * 128 * more
 
 
 def test_training_refuses_missing_tasks(tmp_path, world):

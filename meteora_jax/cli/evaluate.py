@@ -229,7 +229,10 @@ def gather_systems(command: Evaluate, model: Any, dtype: str) -> tuple[list[Syst
     names = with_unseen(names) if command.unseen else names
     if not names:
         raise InputError("--systems: expected at least one system, found none")
-    loaded = {name: other_bank(model, name, folder, command.base, dtype) for name, folder in folders.items()}
+    from meteora_jax.llama import base_arrays
+
+    arrays = base_arrays(model.graph, model.weights) if folders else {}
+    loaded = {name: other_bank(model, arrays, folder, command.base, dtype) for name, folder in folders.items()}
     given = Given(
         model, {name: other for name, (other, _) in loaded.items()}, command.composite_temperature,
         Index.load(command.index) if command.index else None, command.retrieve,
@@ -237,13 +240,12 @@ def gather_systems(command: Evaluate, model: Any, dtype: str) -> tuple[list[Syst
     return [make_system(name, given) for name in names], {name: mark for name, (_, mark) in loaded.items()}
 
 
-def other_bank(model: Any, name: str, folder: Path, base: Path, dtype: str) -> tuple[Any, str]:
+def other_bank(model: Any, arrays: Any, folder: Path, base: Path, dtype: str) -> tuple[Any, str]:
     """The model with the one adapter of another bank or PEFT folder instead of its own, and the bank's fingerprint.
 
-    The base's arrays are the same ones: another bank costs its own size and no more.
+    arrays: the base's, of `base_arrays`. All other banks share them, so that each costs its own size and no more.
     """
     import converters
-    from meteora_jax.adapters import BaseParam
     from meteora_jax.checkpoint import assemble, load_bank, read_origin
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -255,11 +257,7 @@ def other_bank(model: Any, name: str, folder: Path, base: Path, dtype: str) -> t
         mark = fingerprint(bank_folder)
     if len(bank.names) != 1:
         raise InputError(f"{folder}: expected a bank of one adapter, found {', '.join(bank.names)}")
-    from flax import nnx
-
-    leaves = nnx.to_flat_state(model.weights)
-    weights = {tuple(map(str, path)): leaf[...] for path, leaf in leaves if isinstance(leaf, BaseParam)}
-    graph, state = assemble(model.config, weights, bank, None, np.dtype(dtype), model.mesh)
+    graph, state = assemble(model.config, arrays, bank, None, np.dtype(dtype), model.mesh)
     return dataclasses.replace(model, bank=bank.config, gates=None, graph=graph, weights=state), str(mark)
 
 

@@ -48,7 +48,7 @@ class Plan:
     remat: bool = True
     """Recompute activations in the backward pass."""
     gate_input: Literal["token", "prefix-mean", "stream", "embedding"] = "token"
-    """As of `meteora train gates`; so are the next four."""
+    """As of `meteora train gates`; so are the next six."""
     carry_logits: bool = False
     """Add the logits of the layer before."""
     shared_gates: bool = False
@@ -57,6 +57,10 @@ class Plan:
     """Width of the gates' own residual stream."""
     gate_depth: int = 0
     """Layers of it that read the embeddings."""
+    gate_rounds: int = 1
+    """How often these point."""
+    gate_turns: int = 0
+    """How many turns they count."""
     mfu: float = 0.4
     """Share of the peak FLOP/s that the expected time supposes."""
     json: Path | None = None
@@ -79,7 +83,7 @@ def plan(command: Plan) -> None:
         line = f"columns of {' and '.join(uncut)} will cross devices: tensor {command.tensor} does not divide {why}"
         status.print(line, highlight=False, soft_wrap=True)
     status.print("compiling; this takes minutes", highlight=False)
-    own = command.gate_stream, command.gate_depth
+    own = command.gate_stream, command.gate_depth, command.gate_rounds, command.gate_turns
     form = GateForm(command.gate_input, command.carry_logits, command.shared_gates, False, *own)
     if not form.is_possible:
         raise InputError(f"{IMPOSSIBLE}; found {form.changes}")

@@ -116,6 +116,10 @@ class TrainGates(_Train):
     """Width (a multiple of 8) of a residual stream of the gates' own that looks back over the sequence; 0: none."""
     gate_depth: int = 0
     """With --gate-input embedding, layers of the stream."""
+    gate_rounds: int = 1
+    """2: the stream's last layer knows what was found before it, and looks up once more."""
+    gate_turns: int = 0
+    """How many turns of a block (questions, or the answers to them) the stream counts; 0: none."""
     lm_loss: bool = True
     """Whether the language model's loss is trained on, too; without it, for --gate-input embedding, no layer runs."""
     answer_share: float | None = None
@@ -233,6 +237,7 @@ def check_independent(command: TrainGates) -> None:
     wanted = {
         "extend": None, "extend_bias": False, "train_adapters": False, "new_bank": None, "composite": 0.0,
         "gate_input": "token", "carry_logits": False, "gate_stream": 0, "adapter_learning_rate": None, "gate_depth": 0,
+        "gate_rounds": 1, "gate_turns": 0,
         "lm_loss": True, "answer_share": None, "turn_share": 0.0, "order": 0.0, "composite_cut": 0.0,
     }  # fmt: skip
     given = [k for k, v in wanted.items() if getattr(command, k) != v]

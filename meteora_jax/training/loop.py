@@ -97,13 +97,13 @@ class Training:
 class GateTraining(Training):
     """How gates are trained; the defaults are the original's, batch and steps aside.
 
-    gate_input, carry_logits, shared_gates, gate_stream, gate_depth: the gates' form. extend_bias: beside an extension,
-    one scalar for each layer and projection is trained that raises or lowers all new columns against the old ones.
-    lm_loss: without it gates that read the embeddings are trained by the gate term alone, and no layer runs.
-    answer_share: what the answers' tokens, together, count in the gate term; as many as they are unless given.
-    turn_share: the part of that which the first two tokens of each answer count by themselves. order: without the LM
-    loss, the weight beside the gate term of telling whose turn it was before a token's. composite_cut: without it,
-    too, the share of composites whose questions and answers are cut to their ends.
+    gate_input, carry_logits, shared_gates, gate_stream, gate_depth, gate_rounds, gate_turns: the gates' form.
+    extend_bias: beside an extension, one scalar for each layer and projection is trained that raises or lowers all new
+    columns against the old ones. lm_loss: without it gates that read the embeddings are trained by the gate term alone,
+    and no layer runs. answer_share: what the answers' tokens, together, count in the gate term; as many as they are
+    unless given. turn_share: the part of that which the first two tokens of each answer count by themselves. order:
+    without the LM loss, the weight beside the gate term of telling whose turn it was before a token's, and which it is.
+    composite_cut: without it, too, the share of composites whose questions and answers are cut to their ends.
     """
 
     beta: float = 50.0
@@ -116,6 +116,8 @@ class GateTraining(Training):
     shared_gates: bool = False
     gate_stream: int = 0
     gate_depth: int = 0
+    gate_rounds: int = 1
+    gate_turns: int = 0
     extend_bias: bool = False
     lm_loss: bool = True
     answer_share: float | None = None
@@ -145,7 +147,7 @@ class GateTraining(Training):
     def form(self) -> GateForm:
         """Of the gates that are trained."""
         form = self.gate_input, self.carry_logits, self.shared_gates, self.extend_bias, self.gate_stream
-        return GateForm(*form, self.gate_depth)
+        return GateForm(*form, self.gate_depth, self.gate_rounds, self.gate_turns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -467,8 +469,8 @@ def _identity(
     for path in sorted(weights, key=str):  # a few rows of each weight tell one base from another
         sample.update(weights[path].first(4096).tobytes())
     own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
-    forms = ("gate_input", "carry_logits", "shared_gates", "gate_stream", "gate_depth", "extend_bias")
-    forms += ("lm_loss", "answer_share", "turn_share", "order", "composite_cut")
+    forms = ("gate_input", "carry_logits", "shared_gates", "gate_stream", "gate_depth", "gate_rounds", "gate_turns")
+    forms += ("extend_bias", "lm_loss", "answer_share", "turn_share", "order", "composite_cut")
     for key in ("composite_sizes", "composite_shots", *forms):
         if key in own and getattr(settings, key) == getattr(GateTraining, key):
             own.pop(key)  # runs that were begun before there was a choice go on

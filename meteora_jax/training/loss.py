@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from meteora_jax.config import PROJECTIONS
+from meteora_jax.gates_ahead import Pointed
 from meteora_jax.llama import Llama
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.memory import FormedGate
@@ -85,7 +86,7 @@ def gate_training_loss(
     lm_loss: without it gates that read the embeddings have their own term alone, and no layer runs. answer_share: what
     the tokens that carry loss count in the gate term, together; the other judged ones count the rest. turn_share: the
     part of answer_share that `turns` count by themselves. order: of such gates alone, the weight beside the gate term
-    of CE(whose turn it was before), `turn_before`.
+    of CE(whose turn it was before), `turn_before`, and which it is, `turn_number`, if the gates count turns.
     """
     counts = Counts.of(batch) if counts is None else counts
     gates = model.has_gates
@@ -110,21 +111,33 @@ def gate_training_loss(
 def _gates_alone(
     model: Llama, batch: Batch, router: BoundRouter, beta: float | jax.Array, counts: Counts, observe: Any, order: float
 ) -> Losses:
-    """The gate term of gates ahead of the layers; each figure stands for all layers and projections."""
-    logits, before = model.look_ahead(batch.tokens, batch.positions, batch.segments)
-    logits = logits[:, :, None]
-    routing = router.route(logits[:, :, 0], FormedGate(None, None, None, "o", more=logits))
+    """The gate term of gates ahead of the layers; each figure stands for all layers and projections, and is the last
+    round's. The loss is the mean of all rounds'."""
+    rounds = model.look_ahead(batch.tokens, batch.positions, batch.segments)
+    totals, seen = [], ()
+    for pointed in rounds:
+        logits = pointed.logits[:, :, None]
+        seen = observe((router.route(pointed.logits, FormedGate(None, None, None, "o", more=logits)),))
+        totals.append(jnp.mean(seen[0]))
+        if order:
+            losses = jnp.where(batch.tasks != NO_TASK, _order_losses(pointed, batch), 0.0)
+            totals[-1] += order * jnp.sum(losses) / counts.judged
     everywhere = model.config.num_layers, len(PROJECTIONS)
-    gate, hits, entropy, load = (jnp.broadcast_to(z[None], (*everywhere, *z.shape[1:])) for z in observe((routing,)))
+    gate, hits, entropy, load = (jnp.broadcast_to(z[None], (*everywhere, *z.shape[1:])) for z in seen)
     gate = jnp.mean(gate)
     judged = _by_task(jnp.ones_like(batch.tasks, jnp.float32)[..., None], batch, hits.shape[-1])[0] / counts.judged
     size = jnp.sum(batch.segments > 0).astype(jnp.float32), jnp.sum((batch.positions + 1).astype(jnp.float32))
-    none, total = jnp.zeros((), jnp.float32), gate
-    if order:
-        wanted = turn_before(batch.tasks, batch.segments, before.shape[-1] - 1)
-        losses = optax.softmax_cross_entropy_with_integer_labels(before, wanted)
-        total = gate + order * jnp.sum(jnp.where(batch.tasks != NO_TASK, losses, 0.0)) / counts.judged
+    none, total = jnp.zeros((), jnp.float32), sum(totals) / len(totals)
     return Losses(*size, beta * total, none, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
+
+
+def _order_losses(pointed: Pointed, batch: Batch) -> jax.Array:
+    """CE(whose turn it was before) + CE(which turn of its block it is), if turns are counted, float32 [B, T]."""
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+    losses = entropy(pointed.before, turn_before(batch.tasks, batch.segments, pointed.before.shape[-1] - 1))
+    if turns := pointed.number.shape[-1]:
+        losses += entropy(pointed.number, turn_number(batch.tasks, batch.segments, turns))
+    return losses
 
 
 def turn_before(tasks: jax.Array, segments: jax.Array, nobody: int) -> jax.Array:
@@ -134,13 +147,31 @@ def turn_before(tasks: jax.Array, segments: jax.Array, nobody: int) -> jax.Array
     with a sequence, or behind tokens of no task. That is what a line of a composite problem and its question have in
     common, whatever their number, and what attention can look up.
     """
-    place = jnp.broadcast_to(jnp.arange(tasks.shape[1], dtype=jnp.int32)[None], tasks.shape)
+    last, apart, first = _runs(tasks, segments)
+    before = _latest(jnp.where(apart, NO_TASK, last), (tasks != last) | apart)
+    return jnp.where((tasks == first) | (before == NO_TASK), nobody, before)
+
+
+def turn_number(tasks: jax.Array, segments: jax.Array, turns: int) -> jax.Array:
+    """Which turn of its block each token's is, int32 [B, T], from 0 and at most turns - 1: of the runs of tokens since
+    the latest of the task that the block began with, so that a line has its question's."""
+    last, apart, first = _runs(tasks, segments)
+    begins = (tasks != NO_TASK) & ((tasks != last) | apart)
+    count = jnp.cumsum(begins, axis=1)
+    return jnp.minimum(count - _latest(count, begins & (tasks == first)), turns - 1)
+
+
+def _runs(tasks: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each token [B, T]: the task of the one before, whether a sequence begins, the task its block began with."""
     behind = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=NO_TASK)  # noqa: E731
     last, apart = behind(tasks), segments != behind(segments)
-    latest = lambda x, at: jnp.take_along_axis(x, jax.lax.cummax(jnp.where(at, place, 0), axis=1), axis=1)  # noqa: E731
-    before = latest(jnp.where(apart, NO_TASK, last), (tasks != last) | apart)
-    first = latest(tasks, (tasks != NO_TASK) & ((last == NO_TASK) | apart))
-    return jnp.where((tasks == first) | (before == NO_TASK), nobody, before)
+    return last, apart, _latest(tasks, (tasks != NO_TASK) & ((last == NO_TASK) | apart))
+
+
+def _latest(x: jax.Array, at: jax.Array) -> jax.Array:
+    """x [B, T] where `at` was last true; a row's first where it never was."""
+    place = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape)
+    return jnp.take_along_axis(x, jax.lax.cummax(jnp.where(at, place, 0), axis=1), axis=1)
 
 
 def _by_task(x: jax.Array, batch: Batch, adapters: int) -> jax.Array:

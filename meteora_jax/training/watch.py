@@ -61,7 +61,9 @@ def flops_per_token(
             gate += config.num_layers * len(bank.names) * inputs
     if gates and bank is not None and form.is_ahead:
         layers = form.depth * (3 * config.hidden_size + 10 * form.stream)
-        gate += form.stream * (config.hidden_size + SHIFTS * form.stream + 5 * len(bank.names) + 2 + layers)
+        points = form.rounds * (5 * len(bank.names) + 2 + 2 * form.turns)
+        again = (form.rounds - 1) * ((1 + SHIFTS) * form.stream + len(bank.names))
+        gate += form.stream * (config.hidden_size + SHIFTS * form.stream + layers + points + again)
     elif gates and bank is not None:
         more = 4 * config.hidden_size + 3 * form.stream + len(PROJECTIONS) * len(bank.names)
         gate += config.num_layers * form.stream * more
