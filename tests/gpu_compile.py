@@ -171,6 +171,7 @@ def main() -> None:
         (mj.Gates(2), 1, GateForm(stream=64), 7),
         (mj.Gates(2), 32, GateForm("stream", stream=64), 7),
         (mj.Gates(2), 8, GateForm("embedding", stream=128, depth=4), 6),
+        (mj.Gates(2), 8, GateForm("embedding", stream=128, depth=4, rounds=2, turns=16), 6),
     ):
         text = decoding(device, Step(64), router, rows, form)
         (body,) = [part for part in re.split(r"\n(?=%|ENTRY)", text) if "triton_kernel_call" in part]
@@ -186,7 +187,8 @@ def main() -> None:
         assert products == 4 * (LAYERS + form.depth), f"{what}: products that do not read their layer in place"
         assert launches == a_layer * LAYERS, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
-        assert rest <= (28 if form.stream else 24) + 16 * (form.depth + form.is_ahead), what  # its ends: a layer more
+        ends = form.is_ahead * (2 * form.rounds - 1)  # a layer more; a second round points, and hands on what was found
+        assert rest <= (28 if form.stream else 24) + 16 * (form.depth + ends), what
     for router, products in ((None, 4), (mj.Fixed("adapter_3"), 4), (mj.Gates(2), 8)):
         name = "bare" if router is None else type(router).__name__
         readers = readers_of_kernels(prompt(device, router, 2048))
