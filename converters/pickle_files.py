@@ -307,7 +307,10 @@ def _open_archive(archive: zipfile.ZipFile, path: Path, file: str) -> tuple[byte
             if header[:4].tobytes() != b"PK\3\4":
                 raise InputError(f"{file}: {name}: expected a zip entry at {info.header_offset}, found none")
             lengths = header[26:30].view("<u2").astype(int)
-            data[name.removeprefix(f"{root}data/")] = (info.header_offset + 30 + int(lengths.sum()), info.file_size)
+            start = info.header_offset + 30 + int(lengths.sum())
+            if start + info.file_size > size:
+                raise InputError(f"{file}: {name}: expected {info.file_size} bytes at {start}, found {size - start}")
+            data[name.removeprefix(f"{root}data/")] = (start, info.file_size)
     return archive.read(members[f"{root}data.pkl"]), data
 
 

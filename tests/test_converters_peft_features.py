@@ -370,6 +370,18 @@ def test_mutated_pickles_are_read_or_refused(tmp_path: Path, at: int, byte: int,
             assert tensor.read().shape == tensor.shape
 
 
+def test_a_part_that_ends_behind_the_file_is_refused_before_it_is_read(tmp_path: Path):
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(3, 2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("x/data/0").header_offset
+    raw = bytearray(path.read_bytes())
+    raw[start + 29] = 255  # the length of its header's extra field
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r"x\.bin: x/data/0: expected 24 bytes at \d+, found -?\d+"):
+        read_pickle(path)
+
+
 def test_safetensors_and_pickles_give_one_bank(tmp_path: Path, hf: Path, base: Path, plain: Path):
     folder = Path(shutil.copytree(plain, tmp_path / "pickled"))
     pickle_weights(folder, lambda t: {k.replace(".weight", ".default.weight"): v for k, v in t.items()})

@@ -109,7 +109,7 @@ def test_another_bank_has_the_base_of_a_model_prepared_for_a_gpu(folders, joined
     assert any("JoinedKernel" in str(type(x)) for _, x in nnx.to_flat_state(weights)) == joined
     arrays = base_arrays(graph, weights)
     ready = dataclasses.replace(model, graph=graph, weights=weights)
-    other, _ = other_bank(ready, arrays, folders["root"] / "cedar", folders["base"], "float32")
+    other, _ = other_bank(ready, arrays, "one", folders["root"] / "cedar", folders["base"], "float32")
     alone = mj.load(folders["base"], folders["root"] / "cedar", dtype="float32")
     prompt = [[5, 6, 7, 8]]
     assert np.array_equal(other.logits(prompt, Fixed("cedar"))[0], alone.logits(prompt, Fixed("cedar"))[0])

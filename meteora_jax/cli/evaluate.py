@@ -232,7 +232,7 @@ def gather_systems(command: Evaluate, model: Any, dtype: str) -> tuple[list[Syst
     from meteora_jax.llama import base_arrays
 
     arrays = base_arrays(model.graph, model.weights) if folders else {}
-    loaded = {name: other_bank(model, arrays, folder, command.base, dtype) for name, folder in folders.items()}
+    loaded = {name: other_bank(model, arrays, name, folder, command.base, dtype) for name, folder in folders.items()}
     given = Given(
         model, {name: other for name, (other, _) in loaded.items()}, command.composite_temperature,
         Index.load(command.index) if command.index else None, command.retrieve,
@@ -240,7 +240,7 @@ def gather_systems(command: Evaluate, model: Any, dtype: str) -> tuple[list[Syst
     return [make_system(name, given) for name in names], {name: mark for name, (_, mark) in loaded.items()}
 
 
-def other_bank(model: Any, arrays: Any, folder: Path, base: Path, dtype: str) -> tuple[Any, str]:
+def other_bank(model: Any, arrays: Any, name: str, folder: Path, base: Path, dtype: str) -> tuple[Any, str]:
     """The model with the one adapter of another bank or PEFT folder instead of its own, and the bank's fingerprint.
 
     arrays: the base's, of `base_arrays`. All other banks share them, so that each costs its own size and no more.
