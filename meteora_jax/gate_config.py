@@ -10,9 +10,11 @@ from meteora_jax.config import InputError
 IMPOSSIBLE = (
     "gate_input: expected for stream a gate_stream and no shared gates, for embedding a gate_stream (a multiple of 32) "
     "and a gate_depth, neither shared gates, biases nor carried logits, one gate_rounds or (gate_depth 2 or more) two, "
+    "gate_turns of 0 to 4,095, "
     "and no gate_depth, gate_rounds or gate_turns for another"
 )
 HEAD = 32  # width of a head of gates that read the embeddings
+MOST_TURNS = 4096
 SHIFTS = 3  # tokens before its own that these read beside it
 
 
@@ -65,7 +67,7 @@ class GateForm:
                 and self.stream % HEAD == 0
                 and self.rounds in (1, 2)
                 and self.depth >= self.rounds
-                and self.turns >= 0
+                and self.turns in range(MOST_TURNS)
                 and not (self.shared or self.carry or self.bias)
             )
         stream = self.input == "stream" and self.stream > 0 and not self.shared
@@ -106,7 +108,7 @@ class GateConfig:
             flags, mark = all(isinstance(x, bool) for x in (form.carry, form.shared, form.bias)), raw.get("background")
             numbers = form.stream, form.depth, form.rounds, form.turns
             width = all(type(n) is int for n in numbers) and form.stream in range(0, 4096, 8)
-            width = width and form.depth in range(0, 257) and form.turns in range(0, 4096) and form.is_possible
+            width = width and form.depth in range(0, 257) and form.is_possible
             if not (flags and width) or not isinstance(mark, str | None):
                 raise ValueError(f"{form}, background {mark!r}")
             return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]), form, mark)

@@ -469,6 +469,7 @@ def test_gates_ahead_of_the_layers_choose_once(monkeypatch, formed):
         (dict(gate_input="embedding", gate_stream=32), "gate_depth"),
         (dict(gate_input="embedding", gate_stream=24, gate_depth=2), "multiple of 32"),
         (dict(gate_input="embedding", gate_stream=32, gate_depth=1, gate_rounds=2), "gate_depth 2 or more"),
+        (dict(gate_input="embedding", gate_stream=32, gate_depth=1, gate_turns=4096), "gate_turns of 0 to 4,095"),
         (dict(gate_stream=32, gate_depth=2), "no gate_depth, gate_rounds or gate_turns for another"),
     ],
 )
