@@ -162,7 +162,7 @@ def one_case(seed: int, launches: list[str]) -> None:
     kv = int(rng.integers(1, 3))
     splits = {
         "rope": (2 * kv * head, kv * head, kv * head),
-        "silu": (96, 96),
+        "silu": ((128, 128), (96, 96))[seed % 2],
         "residual": (int(rng.choice([32, 64])),),
     }[tail]
     g, norm, slim = random_group(
@@ -171,6 +171,7 @@ def one_case(seed: int, launches: list[str]) -> None:
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)), kind)
     layer, slots, slot = int(rng.integers(layers)), 5, 3
     triton_gpu.GATHER = (1, 64)[seed // 2 % 2]  # every B masked, or each row its own, by many rows, too
+    triton_gpu.RESIDENT, triton_gpu.NARROW = ((1, 0), (2048, 8))[seed % 2]  # wide tiles, narrow ones
     empty = lambda: jnp.asarray(rng.standard_normal((layers, rows, slots, kv * head)), kind)  # noqa: E731
     traced = how == "gates"
     reads = ("token", "both", "stream")[(seed // 9 + seed) % 3]

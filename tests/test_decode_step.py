@@ -228,6 +228,20 @@ def test_tiles_cover_the_columns(rows, gather, total, tail, head):
     assert not gather or size["BM"] == 1
 
 
+@pytest.mark.parametrize(
+    ("tail", "total", "few", "more"),
+    [("rope", 6144, 32, (32, 64, 64)), ("silu", 28672, 32, (128, 128, 128)), ("residual", 4096, 16, (16, 32, 64))],
+)
+def test_tiles_of_chosen_rows_widen_with_the_rows(tail, total, few, more):
+    """More than eight rows of a Llama-3-8B; every program's columns are its own whatever the width."""
+    width = lambda rows: triton_gpu.tiles(rows, total, tail, 128, True)["BH"]  # noqa: E731
+    assert (width(1), width(8)) == (few, few)
+    assert (width(16), width(32), width(64)) == more
+    for rows in (16, 32, 64):
+        widest = min(triton_gpu.WIDEST, 64 if tail == "rope" else total // 2)
+        assert rows * total <= 2 * width(rows) * triton_gpu.RESIDENT or width(rows) == widest
+
+
 def test_no_tile_is_an_error_that_names_the_columns():
     with pytest.raises(NotImplementedError, match="columns of silu in blocks of 16, found 200"):
         triton_gpu.tiles(1, 200, "silu", 0, False)
