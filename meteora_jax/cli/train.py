@@ -201,6 +201,9 @@ class TrainBank(_Train):
     """... no fewer than these ..."""
     held_most: int = 64
     """... and no more than these."""
+    held_composites: int = 0
+    """So many composite problems of what is held back are scored, too; an adapter's score is then the mean of both.
+    """
     average: float = 0.0
     """Score and keep each adapter's mean over steps, in which each counts so much of the next (0.97: about the last
     30), not what a step left; 0: that."""

@@ -26,7 +26,7 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.sharding import fetch, place_rows, place_whole, replicated, use_mesh
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_bank
-from meteora_jax.training.data import Batch, Layout, Tokenized, collate, encode
+from meteora_jax.training.data import NO_TASK, Batch, Layout, Mixture, Tokenized, collate, encode, rounded
 from meteora_jax.training.loop import Progress, RunFolder, Training, fit
 from meteora_jax.training.loss import token_scores
 from meteora_jax.training.side_by_side import Average, BoundTasks, ByTask, along_adapters
@@ -44,8 +44,10 @@ class BankTraining(Training):
     tokens, epochs: how often a task's sequences are drawn. Every task for as many tokens (`tokens`), but none more
     often than `epochs` times over; `steps` says how long the run is, whatever these add up to. validations: how often a
     run scores what is held back: of each task the share `held_back` of its examples, no fewer than `held_least` and no
-    more than `held_most`. average: what is scored and kept is not an adapter as a step left it but its mean over steps,
-    each counting so much of the next; 0: as the step left it.
+    more than `held_most`. held_composites: so many composite problems made of what is held back are scored, too, and an
+    adapter's score is the mean of both: a task that is soon learnt by heart would else be kept as it was before it
+    learnt to answer among others. average: what is scored and kept is not an adapter as a step left it but its mean
+    over steps, each counting so much of the next; 0: as the step left it.
     """
 
     prompt_loss: bool = False
@@ -58,6 +60,7 @@ class BankTraining(Training):
     held_back: float = 0.05
     held_least: int = 8
     held_most: int = 64
+    held_composites: int = 0
     average: float = 0.0
 
     def __post_init__(self):
@@ -66,6 +69,9 @@ class BankTraining(Training):
         problems = [
             f"{k}: expected at least {n}, found {getattr(self, k)}" for k, n in low.items() if getattr(self, k) < n
         ]
+        if self.held_composites < 0 or (self.held_composites and not self.composite):
+            wanted = "0 or more" if self.composite else "0 where composite is 0"
+            problems.append(f"held_composites: expected {wanted}, found {self.held_composites}")
         if self.epochs <= 0:
             problems.append(f"epochs: expected more than 0, found {self.epochs}")
         if not 0 <= self.held_back < 1:
@@ -120,6 +126,28 @@ def hold_back(
     return left, held
 
 
+def composites_of(
+    tasks: Mapping[str, Sequence[Example]],
+    left: Mapping[str, Sequence[Example]],
+    settings: BankTraining,
+    tokenizer: Any,
+    end: int,
+    max_length: int,
+) -> list[Tokenized]:
+    """`settings.held_composites` composite problems, drawn as training draws its own, of examples that are not in
+    `left`; worked examples too."""
+    if not settings.held_composites:
+        return []
+    seen = {name: {e.prompt for e in left[name]} for name in tasks}
+    away = {name: [e for e in examples if e.prompt not in seen[name]] for name, examples in tasks.items()}
+    mixture = Mixture(
+        away, {name: i for i, name in enumerate(tasks)}, tokenizer, end, max_length, False, seed=settings.seed,
+        composite_sizes=settings.composite_sizes, composite_shots=settings.composite_shots,
+    )  # fmt: skip
+    chosen, rng = mixture.chosen(), np.random.default_rng([settings.seed, len(tasks), 2])
+    return [mixture.draw_composite(chosen, rng, max_length) for _ in range(settings.held_composites)]
+
+
 def packed(sequences: Sequence[Tokenized], layout: Layout) -> list[Batch]:
     """All sequences in as few batches of that layout as first-fit needs, every token with its sequence's number (from
     1) as its segment; the last batch is filled up with empty rows."""
@@ -150,13 +178,20 @@ def packed(sequences: Sequence[Tokenized], layout: Layout) -> list[Batch]:
 class Validation:
     """Scores the held-back sequences of each adapter, and keeps its best parameters in the run's state.
 
-    held: {task: sequences}, in the order of the adapters. told: called with every validation's record.
+    held: {task: sequences}, in the order of the adapters. composites: sequences of several tasks. told: called with
+    every validation's record.
     """
 
-    def __init__(self, held: Mapping[str, Sequence[Tokenized]], settings: BankTraining, told: Told | None = None):
+    def __init__(
+        self,
+        held: Mapping[str, Sequence[Tokenized]],
+        settings: BankTraining,
+        told: Told | None = None,
+        composites: Sequence[Tokenized] = (),
+    ):
         self._names, self._told, self._averages = tuple(held), told, settings.average > 0
-        self._sequences = [s for sequences in held.values() for s in sequences]
-        self._owners = np.repeat(np.arange(len(held)), [len(sequences) for sequences in held.values()])
+        self._sequences = [*(s for sequences in held.values() for s in sequences), *composites]
+        self._alone = len(self._sequences) - len(composites)
         every = -(-settings.steps // settings.validations)
         self._due = {*range(every, settings.steps + 1, every), settings.steps}
         self.records: list[dict[str, Any]] = []
@@ -175,7 +210,8 @@ class Validation:
         self, graph: Any, state: TrainState, layout: Layout, kind: Any, mesh: Mesh | None, run: Path | None, start: int
     ) -> None:
         """What a run knows once its layout is settled; run: the folder that gets validation.jsonl."""
-        self._mesh, self._batches = mesh, packed(self._sequences, layout)
+        width = max(layout.width, *(rounded(len(s.tokens)) for s in self._sequences))
+        self._mesh, self._batches = mesh, packed(self._sequences, dataclasses.replace(layout, width=width))
 
         def score(frozen: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graph, computed(params, kind), frozen)
@@ -200,24 +236,34 @@ class Validation:
         return step in self._due
 
     def scores(self, frozen: Any, params: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Each adapter's share of sequences whose response tokens are all the likeliest, and its mean loss a sequence's
-        response token; float32 [A] each."""
-        wrong, loss, tokens = (np.zeros(len(self._sequences) + 1) for _ in range(3))
+        """Each adapter's share of sequences in which all that it predicts of the response is the likeliest, and its
+        mean loss a token of these; float32 [1, A], or [2, A]: of its task alone, and in composites (nan where it is in
+        none).
+
+        An adapter predicts what follows its own tokens.
+        """
+        count = len(self._names)
+        wrong, loss, tokens = (np.zeros((len(self._sequences) + 1) * count) for _ in range(3))
         for batch in self._batches:
             losses, likeliest = map(fetch, self._score(frozen, params, place_rows(batch, self._mesh)))
-            of = np.where(batch.loss, batch.segments, 0)  # 0: no response token
+            owner = np.roll(batch.tasks, 1, axis=1)  # a sequence's first token is never predicted
+            of = np.where(batch.loss & (owner != NO_TASK), batch.segments * count + owner, 0)  # 0: nobody's
             for total, part in ((wrong, ~likeliest), (loss, losses), (tokens, np.ones(of.shape))):
                 total += np.bincount(of.reshape(-1), part.reshape(-1), len(total))
-        count = len(self._names)
-        sums = lambda x: np.bincount(self._owners, x[1:], count)  # noqa: E731
-        exact = sums(wrong == 0) / np.bincount(self._owners, minlength=count)
-        return exact.astype(np.float32), (sums(loss) / sums(tokens)).astype(np.float32)
+        wrong, loss, tokens = (x.reshape(-1, count)[1:] for x in (wrong, loss, tokens))
+        kinds = [slice(0, self._alone), slice(self._alone, None)][: 1 + (self._alone < len(self._sequences))]
+        with np.errstate(invalid="ignore"):
+            exact = [((wrong[k] == 0) & (tokens[k] > 0)).sum(0) / (tokens[k] > 0).sum(0) for k in kinds]
+            losses = [loss[k].sum(0) / tokens[k].sum(0) for k in kinds]
+        return np.asarray(exact, np.float32), np.asarray(losses, np.float32)
 
     def judge(self, step: int, frozen: Any, state: TrainState) -> TrainState:
-        """The state with the best of each adapter: more sequences right, or as many and a smaller loss."""
+        """The state with the best of each adapter: more sequences right, or as many and a smaller loss; where there are
+        composites, by the mean of both kinds."""
         best, current = state.best, state.average.params if self._averages else state.params
         with use_mesh(self._mesh):
-            exact, loss = self.scores(frozen, current)
+            kinds = self.scores(frozen, current)
+            exact, loss = (np.nanmean(x, axis=0) for x in kinds)
             old_exact, old_loss = fetch(best.exact), fetch(best.loss)
             better = (exact > old_exact) | ((exact == old_exact) & (loss < old_loss))
             params = self._keep(current, best.params, place_whole(jnp.asarray(better), self._mesh))
@@ -228,6 +274,10 @@ class Validation:
             name: {"exact": round(float(e), 4), "loss": round(float(l), 5), "better": bool(b)}
             for name, e, l, b in zip(self._names, exact, loss, better, strict=True)
         }
+        for by_kind, key in zip(kinds, ("exact", "loss"), strict=True) if len(kinds[0]) == 2 else ():
+            for name, alone, among in zip(self._names, *by_kind, strict=True):
+                among = None if np.isnan(among) else round(float(among), 5)
+                by_task[name] |= {f"{key}_alone": round(float(alone), 5), f"{key}_in_composites": among}
         record = {"step": step, "exact": float(exact.mean()), "loss": float(loss.mean()), "tasks": by_task}
         self.records.append(record)
         if self._file:
@@ -265,8 +315,9 @@ def train_bank(
     config, weights = load_base(base, kind)
     shape = settings.rank, settings.alpha, settings.targets, settings.seed
     bank = fresh_bank(config, list(tasks), *shape, read_origin(base))
-    left, held = hold_back(tasks, settings, load_tokenizer(base), _end(base, config), _longest(config, settings))
-    validation = Validation(held, settings, told)
+    how = settings, load_tokenizer(base), _end(base, config), _longest(config, settings)
+    left, held = hold_back(tasks, *how)
+    validation = Validation(held, settings, told, composites_of(tasks, left, *how))
     labels = {name: i for i, name in enumerate(tasks)}
     flops = dict(chosen=1, gates=False, train_adapters=True)
     state, final = fit(

@@ -131,7 +131,7 @@ def compose(
 
 def collate(sequences: Sequence[Tokenized], width: int | None = None) -> Batch:
     """One sequence a row, padded on the right to `width` (the longest, rounded up, unless given)."""
-    width = width or _rounded(max(len(s.tokens) for s in sequences))
+    width = width or rounded(max(len(s.tokens) for s in sequences))
     batch = _empty((len(sequences), width))
     for b, s in enumerate(sequences):
         n = len(s.tokens)
@@ -140,7 +140,8 @@ def collate(sequences: Sequence[Tokenized], width: int | None = None) -> Batch:
     return batch
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
+    """The width of a row that holds so many tokens."""
     return -(-length // WIDTH_STEP) * WIDTH_STEP
 
 
@@ -260,7 +261,7 @@ def plan(
         drawn = [len(mixture.draw_composite(chosen, rng, mixture.max_length).tokens) for _ in range(64)]
         longest = max(longest, min(mixture.max_length, 2 * max(drawn)))
         mean = (1 - mixture.composite) * mean + mixture.composite * np.mean(drawn)
-    width = _rounded(longest)
+    width = rounded(longest)
     if rows is None:
         rows = int(np.ceil(batch_size * float(mean) / (FILL * width))) if packing else batch_size
     multiple = int(np.lcm(multiple, shards))
