@@ -51,7 +51,7 @@ PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations",
 # the adapters'.
 SIZES = ("--composite-sizes", "2", "10", "--composite-shots", "2")
 COMPOSITE = ("--composite", "0.2", *SIZES)
-LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", "--composite", "0.1", *SIZES)
+LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", *SIZES)
 # The default: nothing else finds which question an answer's line belongs to among ten, and no layer of the model runs
 # in training, so steps cost little and are many.
 ONCE = (
@@ -106,12 +106,17 @@ class Quality:
     """GPUs that the job of the adapters is spread over; the others train baselines meanwhile."""
     device: str = ""
     """What records.json calls them."""
-    max_length: int = 2048
-    """Tokens of a training sequence, and the width of a batch."""
     form_length: int = 4096
-    """The same of gates beside the layers: a composite of ten tasks with a worked example has 3,700."""
+    """Tokens of a training sequence of gates beside the layers: a composite of ten tasks with a worked example has
+    3,700."""
     bank_steps: int = 850
+    bank_length: int = 2048
+    """Of the adapters' sequences, and the baselines'."""
     bank_rows: int = 32
+    bank_composite: float = 0.1
+    """Share of the adapters' sequences, and the baselines', that are composites."""
+    bank_held_composites: int = 0
+    """As of `meteora train bank --held-composites`."""
     bank_tokens: int = 2_500_000
     """As of `meteora train bank --tokens`."""
     bank_epochs: float = 8.0
@@ -195,9 +200,10 @@ class Plan:
     def bank(self) -> None:
         """All adapters, and the bank that is to grow."""
         q, out = self.q, self.q.out
-        self.add("bank", "train", "bank", *self.common(q.bank_rows, q.bank_steps, q.max_length), *LORA,
-                 "--rank", q.rank, "--tokens", q.bank_tokens, "--epochs", q.bank_epochs, "--validations",
-                 q.bank_validations, "--average", q.bank_average,
+        self.add("bank", "train", "bank", *self.common(q.bank_rows, q.bank_steps, q.bank_length), *LORA,
+                 "--composite", q.bank_composite, "--held-composites", q.bank_held_composites, "--rank", q.rank,
+                 "--tokens", q.bank_tokens, "--epochs", q.bank_epochs, "--validations", q.bank_validations,
+                 "--average", q.bank_average,
                  "--samples-per-task", q.bank_samples, "--task", *self.names, "--out", out / "bank", "--log",
                  out / "bank.jsonl", makes=out / "bank" / "bank.json", gpus=q.bank_gpus)  # fmt: skip
         if "growth" in q.parts and self.held:
@@ -247,9 +253,9 @@ class Plan:
             mixture = (
                 ("natural",) if lora.startswith("lora-f") else ("balanced", "--samples-per-task", BALANCED_SAMPLES)
             )
-            self.add(lora, "train", "adapter", *self.common(q.baseline_rows, q.baseline_steps, q.max_length),
-                     *LORA, "--task", *self.names, "--name", lora, "--rank", lora.rpartition("-r")[2], "--mixture",
-                     *mixture, "--out",
+            self.add(lora, "train", "adapter", *self.common(q.baseline_rows, q.baseline_steps, q.bank_length),
+                     *LORA, "--composite", q.bank_composite, "--task", *self.names, "--name", lora, "--rank",
+                     lora.rpartition("-r")[2], "--mixture", *mixture, "--out",
                      out / lora, "--log", out / f"{lora}.jsonl", makes=out / lora / "bank.json")  # fmt: skip
 
     def evaluate(self, name: str, systems: str, *more: Any, gates: str | None = "gates", after: Sequence[str] = (),
