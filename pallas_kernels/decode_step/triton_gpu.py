@@ -36,6 +36,7 @@ PROGRAMS = 128  # of an H200's 132 multiprocessors
 # takes 8.9 us with narrow blocks, 6.5 with 32 programs a multiprocessor, 6.1 with 16.
 RESIDENT = 16 * PROGRAMS
 WIDEST, NARROW = 128, 8
+ONE_WARP = 1024  # values of B in a block of one warp
 
 
 @functools.partial(
@@ -126,8 +127,9 @@ def divisor(total: int, *candidates: int) -> int:
     return next((c for c in candidates if total % c == 0), 0)
 
 
-def tiles(rows: int, total: int, tail: Tail, head: int, gather: bool | None) -> dict[str, int]:
-    """Tiles of a tail over `total` columns: BM rows, two blocks of BH columns. gather: None without adapters.
+def tiles(rows: int, total: int, tail: Tail, head: int, gather: bool | None, rank: int = 1) -> dict[str, int]:
+    """Tiles of a tail over `total` columns: BM rows, two blocks of BH columns. gather: None without adapters. rank: of
+    these.
 
     Raises:
         NotImplementedError: no tile divides the columns.
@@ -140,8 +142,9 @@ def tiles(rows: int, total: int, tail: Tail, head: int, gather: bool | None) -> 
         )
     # chosen rows of B are read by a program for each row; every B by matrix products, which have 16 rows
     bm = min(8, power(rows)) if gather is None else 1 if gather else max(16, power(rows))
-    while gather and rows > NARROW and rows * total > 2 * bh * RESIDENT and block % (2 * bh) == 0 and bh < WIDEST:
-        bh *= 2
+    if gather and rows > NARROW:
+        while rows * total > 2 * bh * RESIDENT and block % (2 * bh) == 0 and 2 * bh <= min(WIDEST, ONE_WARP // rank):
+            bh *= 2
     return dict(BM=bm, BH=bh)
 
 
@@ -200,7 +203,7 @@ def group_step(
         raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
     gates = choice is not None and choice.counts is not None
     gather = None if choice is None else wide or rows * choice.top_k <= GATHER * group.b.shape[1]
-    size = tiles(rows, total, tail, head, gather)
+    size = tiles(rows, total, tail, head, gather, 1 if choice is None else power(group.b.shape[2]))
     call: Any = functools.partial(launch, KERNELS, capturable=captured)
     number = jnp.full((1,), layer, jnp.int32)
     shape, none = jax.ShapeDtypeStruct, number  # a parameter that is not looked at
@@ -237,7 +240,7 @@ def group_step(
     )  # fmt: skip
     start = len(inputs) - 4
     in_place = {10: 0} if residual is not None else {}  # a program reads the columns that it writes
-    few = gather is None or (gather and sizes["RP"] * size["BH"] <= 1024)
+    few = gather is None or (gather and sizes["RP"] * size["BH"] <= ONE_WARP)
     y, scaled, squared, *new = call(
         "tail_kernel", *inputs, out=(shape(out, x.dtype), *beside, *(shape(z.shape, z.dtype) for z in changed)),
         aliases=in_place | {start + i: 3 + i for i, z in enumerate(changed) if z is not none},
