@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,7 +14,6 @@ import time
 import numpy as np
 import pytest
 from flax import nnx
-from test_sharding import devices
 from tiny import edit_json
 from worlds import NAMES
 
@@ -204,7 +204,7 @@ def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_pat
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = devices(4)
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = arguments(folders, tmp_path / "run", "--batch-size", "4", *COMPOSITE, "--distributed", "--processes", "2")
     kept = (whole / "records.jsonl").read_text().splitlines(keepends=True)[:2]
     alone = tmp_path / "run" / "records.jsonl"
