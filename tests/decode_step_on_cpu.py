@@ -171,7 +171,7 @@ def one_case(seed: int, launches: list[str]) -> None:
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)), kind)
     layer, slots, slot = int(rng.integers(layers)), 5, 3
     triton_gpu.GATHER = (1, 64)[seed // 2 % 2]  # every B masked, or each row its own, by many rows, too
-    triton_gpu.RESIDENT, triton_gpu.NARROW = ((1, 0), (2048, 8))[seed % 2]  # wide tiles, narrow ones
+    triton_gpu.RESIDENT = (1, 4096)[seed % 2]  # wide tiles, narrow ones
     empty = lambda: jnp.asarray(rng.standard_normal((layers, rows, slots, kv * head)), kind)  # noqa: E731
     traced = how == "gates"
     reads = ("token", "both", "stream")[(seed // 9 + seed) % 3]
@@ -341,7 +341,7 @@ def generate(
 def whole_model(launches: list[str]) -> None:
     """Generation by the kernels tells what generation by XLA does."""
     gated.ROWS = 64  # fewer blocks of zeros to interpret
-    triton_gpu.RESIDENT, triton_gpu.NARROW = 1, 0  # fewer programs
+    triton_gpu.RESIDENT = 1  # fewer programs
     model = small("float32", layers=2)
     graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
     model = dataclasses.replace(model, graph=graph, weights=weights)

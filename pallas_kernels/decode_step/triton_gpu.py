@@ -31,11 +31,11 @@ GATHER = 4
 MAX_ROWS = 64
 LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
 PROGRAMS = 128  # of an H200's 132 multiprocessors
-# Beyond NARROW rows, tails of chosen rows have so many programs at most, as far as blocks of WIDEST columns go: a chip
-# holds 32 of one warp a multiprocessor, and a second wave waits for the whole chain again. One H100, 32 rows: a tail
-# takes 8.9 us with narrow blocks, 6.5 with 32 programs a multiprocessor, 6.1 with 16.
-RESIDENT = 16 * PROGRAMS
-WIDEST, NARROW = 128, 8
+# Tails of chosen rows have so many programs at most, as far as blocks of WIDEST columns go: a chip holds 32 of one warp
+# a multiprocessor, and a second wave waits for the whole chain again. One H100, 32 rows: a tail takes 8.9 us with
+# narrow blocks, 6.5 so, and 6.1 with half as many, which only gates of their own were timed with.
+RESIDENT = 32 * PROGRAMS
+WIDEST = 128
 ONE_WARP = 1024  # values of B in a block of one warp
 
 
@@ -142,9 +142,9 @@ def tiles(rows: int, total: int, tail: Tail, head: int, gather: bool | None, ran
         )
     # chosen rows of B are read by a program for each row; every B by matrix products, which have 16 rows
     bm = min(8, power(rows)) if gather is None else 1 if gather else max(16, power(rows))
-    if gather and rows > NARROW:
-        while rows * total > 2 * bh * RESIDENT and block % (2 * bh) == 0 and 2 * bh <= min(WIDEST, ONE_WARP // rank):
-            bh *= 2
+    widest = min(WIDEST, ONE_WARP // rank)
+    while gather and rows * total > 2 * bh * RESIDENT and block % (2 * bh) == 0 and 2 * bh <= widest:
+        bh *= 2
     return dict(BM=bm, BH=bh)
 
 
