@@ -40,7 +40,13 @@ kernels = [f"pallas_kernels.{path.parent.name}.{path.stem}" for path in kernels 
 install_import_hook(("meteora_jax", "converters", *kernels), f"{__name__}.check_types")
 
 
+SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in SLOW:
+            item.add_marker("slow")
     if jax.default_backend() != "gpu":
         for item in items:
             if "gpu" in item.keywords:
