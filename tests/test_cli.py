@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -103,6 +104,13 @@ def test_train_gates(tmp_path, capsys, world):
     line = refused(capsys, "train", "gates", *options)
     assert "birch/train.jsonl" in line
     assert "response" in line
+
+
+def test_a_bar_s_thread_draws_only_once_grain_is_imported():
+    inside = "with _progress('x', 1): assert 'grain' in sys.modules"
+    code = f"import sys; from meteora_jax.cli.train import _progress; assert 'grain' not in sys.modules\n{inside}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def broken(world, tmp_path, kind, change):

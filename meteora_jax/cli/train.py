@@ -368,6 +368,8 @@ def _run(command: _Train) -> Any:
 
 @contextmanager
 def _progress(what: str, steps: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    import grain  # noqa: F401 - while it is imported every thread's imports are lazy (etils); the bar draws in a thread
+
     with progress_bar(what) as bar:
 
         def show(step: int, record: dict[str, Any]) -> None:
