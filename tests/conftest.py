@@ -44,10 +44,15 @@ install_import_hook(("meteora_jax", "converters", *kernels), f"{__name__}.check_
 SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.removeprefix("tests/") in SLOW:
-            item.add_marker("slow")
+@pytest.hookimpl(tryfirst=True)  # before -k and -m leave tests out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    names = {item.nodeid.removeprefix("tests/"): item for item in items}
+    for name in SLOW & names.keys():
+        names[name].add_marker("slow")
+    files = {name.partition("::")[0] for name in names}
+    gone = sorted(name for name in SLOW - names.keys() if name.partition("::")[0] in files)
+    if gone and not any("::" in argument for argument in config.args):  # a renamed test would come back unnoticed
+        raise pytest.UsageError(f"tests/slow.txt: no such tests: {', '.join(gone)}")
     if jax.default_backend() != "gpu":
         for item in items:
             if "gpu" in item.keywords:

@@ -33,7 +33,7 @@ LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and cop
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 # Tails of chosen rows have so many programs at most, as far as blocks of WIDEST columns go: a chip holds 32 of one warp
 # a multiprocessor, and a second wave waits for the whole chain again. One H100, 32 rows: a tail takes 8.9 us with
-# narrow blocks, 6.5 so, and 6.1 with half as many, which only gates of their own were timed with.
+# narrow blocks, 6.5 so, and 6.1 with half as many, which no requests were timed with.
 RESIDENT = 32 * PROGRAMS
 WIDEST = 128
 ONE_WARP = 1024  # values of B in a block of one warp
