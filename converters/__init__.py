@@ -6,6 +6,7 @@ Imports numpy, ml_dtypes, safetensors, gguf and `meteora_jax.config` only.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from converters import gguf_llama, hf_llama, meta_llama, meteora_torch
@@ -41,6 +42,7 @@ def import_base(
     progress: Progress | None = None,
     replace: str | os.PathLike[str] | None = None,
     name: str | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> None:
     """Imports base weights into a BASE folder; killed, the same call goes on from the tensors that are on disk.
 
@@ -53,27 +55,36 @@ def import_base(
         replace: a PEFT folder whose saved embedding and head take the place of the source's.
         name: which model it is (`meta-llama/Meta-Llama-3-8B`, perhaps with `@COMMIT`), in place of what the source
             says: adapters that were trained on another are refused by `import_adapters`.
+        tell: called with a line about each choice that was made where the source leaves one.
 
     Raises:
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
-    write_base(dest, named(_opened(src, replace), name), dtype, overwrite, progress)
+    write_base(dest, named(_opened(src, replace, tell), name), dtype, overwrite, progress)
 
 
-def _opened(src: str | os.PathLike[str], replace: str | os.PathLike[str] | None) -> OpenedBase:
+def _opened(
+    src: str | os.PathLike[str], replace: str | os.PathLike[str] | None, tell: Callable[[str], None] | None
+) -> OpenedBase:
     opened = open_base(src)
-    return opened if replace is None else replace_ends(opened, replace)
+    opened = opened if replace is None else replace_ends(opened, replace)
+    for line in opened.remarks if tell is not None else ():
+        tell(line)
+    return opened
 
 
 def plan_base(
-    src: str | os.PathLike[str], dtype: str | None = None, replace: str | os.PathLike[str] | None = None
+    src: str | os.PathLike[str],
+    dtype: str | None = None,
+    replace: str | os.PathLike[str] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[LlamaConfig, list[TensorPlan]]:
     """What `import_base` would make: (configuration, every tensor's way). Reads headers only, so it takes seconds.
 
     Raises:
         InputError: as `import_base`, but for values that are not finite, which only the import itself finds.
     """
-    opened = _opened(src, replace)
+    opened = _opened(src, replace, tell)
     return opened.config, describe_base(opened, dtype)
 
 

@@ -37,6 +37,7 @@ class OpenedBase:
     inputs: the files read, the one that lists the tensors first; their SHA-256 goes into `config.json`.
     write_tokenizer: writes the tokenizer's files into the folder it is given.
     names, revision: what the source says about itself, as `BaseOrigin` has them.
+    remarks: lines for the user about what was chosen where the source leaves a choice.
     """
 
     config: LlamaConfig
@@ -46,6 +47,7 @@ class OpenedBase:
     write_tokenizer: Callable[[Path], None]
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     revision: str | None = None
+    remarks: Sequence[str] = ()
 
     def plan(self, dtype: str | None) -> tuple[list[Placement], dict[str, np.dtype]]:
         """(where each tensor goes, the type each destination is stored in); `dtype` None keeps the source's.

@@ -8,6 +8,7 @@ corrupt one exhausts memory) and keeps one array per token; block layouts and de
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import mmap
 import struct
@@ -20,7 +21,6 @@ import numpy as np
 from converters.tensor_files import SourceTensor, read_bytes
 from meteora_jax.config import InputError
 
-SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 _FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
@@ -79,8 +79,8 @@ def _open_tensor(path: Path, info: _TensorInfo, data_start: int, file_size: int)
         ) from None
     names = {int(t): t.name for t in gguf.GGMLQuantizationType}
     kind = names.get(info.type_id, str(info.type_id))
-    if kind not in SUPPORTED:
-        raise InputError(f"{path.name}: {info.key}: expected type {', '.join(SUPPORTED)}, found {kind}")
+    if kind not in readable_types():
+        raise InputError(f"{path.name}: {info.key}: expected type {', '.join(readable_types())}, found {kind}")
     qtype = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
     if info.shape[-1] % block:
@@ -107,7 +107,23 @@ def _open_tensor(path: Path, info: _TensorInfo, data_start: int, file_size: int)
         with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite are refused by name later
             return gguf.dequantize(data.reshape(last - first, -1), qtype).reshape(last - first, *row_shape)
 
-    return SourceTensor(path.name, info.key, float_type or np.dtype(np.float32), info.shape, rows)
+    return SourceTensor(path.name, info.key, float_type or np.dtype(np.float32), info.shape, rows, stored=kind)
+
+
+@functools.cache
+def readable_types() -> tuple[str, ...]:
+    """The tensor types, by name, whose values the `gguf` package gives: floats, and what it dequantises."""
+    import gguf
+
+    def known(kind: gguf.GGMLQuantizationType) -> bool:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            with np.errstate(all="ignore"):
+                return gguf.dequantize(np.zeros((1, size), np.uint8), kind).shape == (1, block)
+        except NotImplementedError:
+            return False
+
+    return tuple(dict.fromkeys([*_FLOATS, *(k.name for k in gguf.GGMLQuantizationType if known(k))]))
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], list[_TensorInfo], int, int]:

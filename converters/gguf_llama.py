@@ -19,6 +19,7 @@ import numpy as np
 from converters.base_folder import OpenedBase, own_names
 from converters.gguf_file import GgufFile, read_gguf
 from converters.gguf_tokenizer import build_tokenizer
+from converters.hf_llama import DERIVED
 from converters.rules import TRANSPOSE, Rule, Transform
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.origin import is_known
@@ -114,6 +115,8 @@ def gguf_rules(config: LlamaConfig) -> list[Rule]:
         Rule("blk.{layer}.attn_norm.weight", "layers.attention_norm.scale"),
         Rule("blk.{layer}.ffn_norm.weight", "layers.mlp_norm.scale"),
         Rule(ROPE_FACTORS, None),  # read into rope_scaling
+        Rule("blk.{layer}.attn_rot_embd", None),  # old files' rotary buffers
+        *DERIVED,
     ]
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.model_type == "llama" else {}
     if config.qk_norm:

@@ -56,7 +56,7 @@ def import_encoder(
     config = encoder_config(src, modules, raw)
     if instructor:
         config = dataclasses.replace(config, pool_instruction=False)
-    files, tensors = read_weights(src / modules["Transformer"])
+    files, tensors, _ = read_weights(src / modules["Transformer"])
     if config.projection:
         dense = src / modules["Dense"] / "model.safetensors"
         files = [*files, dense]

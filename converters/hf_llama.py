@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from converters.base_folder import OpenedBase, own_names
 from converters.pickle_files import read_pickle
-from converters.rules import TRANSPOSE, Rule
+from converters.rules import TRANSPOSE, Rule, same_values
 from converters.tensor_files import SourceTensor, read_safetensors
 from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
 
@@ -24,6 +24,17 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = (
+    Rule("model.norm.weight", "norm.scale"),
+    Rule("model.layers.{layer}.input_layernorm.weight", "layers.attention_norm.scale"),
+    Rule("model.layers.{layer}.post_attention_layernorm.weight", "layers.mlp_norm.scale"),
+    *(Rule(f"model.layers.{{layer}}.self_attn.{x}_norm.weight", f"layers.{x}_norm.scale") for x in "qk"),
+)
+# Rotary buffers that models saved, in whichever module they stood; they follow from rope_theta.
+DERIVED = tuple(
+    Rule(f"{{any}}rotary_emb.{buffer}", None)
+    for buffer in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "cos_sin_cache")
+)
 
 
 def open_base(src: Path) -> OpenedBase:
@@ -37,7 +48,8 @@ def open_base(src: Path) -> OpenedBase:
     """
     raw = read_json(src / "config.json")
     config = add_end_tokens(LlamaConfig.from_hf(raw), src / "generation_config.json")
-    files, tensors = read_weights(src)
+    files, tensors, remarks = read_weights(src)
+    config, untied = untie(config, tensors)
     said = {"config.json _name_or_path": raw.get("_name_or_path")}
     return OpenedBase(
         config,
@@ -46,7 +58,18 @@ def open_base(src: Path) -> OpenedBase:
         [*files, src / "config.json"],
         lambda folder: copy_tokenizer(src, folder),
         *own_names(src, **said),
+        remarks=[*remarks, *untied],
     )
+
+
+def untie(config: LlamaConfig, tensors: Sequence[SourceTensor], prefix: str = "") -> tuple[LlamaConfig, list[str]]:
+    """The configuration, untied where the weights hold a head of their own, as in transformers, and that in words."""
+    by_key = {tensor.key: tensor for tensor in tensors}
+    embedding, head = by_key.get(f"{prefix}model.embed_tokens.weight"), by_key.get(f"{prefix}lm_head.weight")
+    if not config.tie_word_embeddings or embedding is None or head is None or same_values(embedding, head):
+        return config, []
+    said = f"{head.where}: differs from {embedding.key}, so the head is its own although config.json ties the two"
+    return dataclasses.replace(config, tie_word_embeddings=False), [said]
 
 
 def add_end_tokens(config: LlamaConfig, generation: Path) -> LlamaConfig:
@@ -71,16 +94,8 @@ def module_name(projection: str) -> str:
 def llama_rules(config: LlamaConfig) -> list[Rule]:
     """The table for the keys of transformers' `LlamaForCausalLM` and its kin; their linear weights are [O, I]."""
     layer = "model.layers.{layer}"
-    rules = [
-        Rule("model.embed_tokens.weight", "embed.embedding"),
-        Rule("model.norm.weight", "norm.scale"),
-        Rule(f"{layer}.input_layernorm.weight", "layers.attention_norm.scale"),
-        Rule(f"{layer}.post_attention_layernorm.weight", "layers.mlp_norm.scale"),
-        # Buffers that transformers saved before 4.32; they follow from rope_theta.
-        Rule(f"{layer}.self_attn.rotary_emb.inv_freq", None),
-    ]
-    if config.qk_norm:
-        rules += [Rule(f"{layer}.self_attn.{x}_norm.weight", f"layers.{x}_norm.scale") for x in "qk"]
+    norms = [rule for rule in NORMS if rule.path in config.weight_shapes()]
+    rules = [Rule("model.embed_tokens.weight", "embed.embedding"), *norms, *DERIVED]
     for p in PROJECTIONS:
         rules.append(Rule(f"{layer}.{module_name(p)}.weight", f"layers.{p}.kernel", TRANSPOSE))
         if config.projection_bias(p):
@@ -92,22 +107,37 @@ def llama_rules(config: LlamaConfig) -> list[Rule]:
     return rules
 
 
-def read_weights(src: Path) -> tuple[list[Path], list[SourceTensor]]:
-    """(files, tensors) of a folder; the first file is the one that lists the tensors.
+def read_weights(src: Path) -> tuple[list[Path], list[SourceTensor], list[str]]:
+    """(files, tensors, remarks) of a folder; the first file is the one that lists the tensors.
 
-    Where a folder holds its weights in both formats the safetensors are read, as transformers does.
+    Where a folder holds its weights twice transformers' choice is taken, and said: safetensors before pickles, one file
+    before shards.
 
     Raises:
         InputError: no weights, or shards and index that contradict each other.
     """
-    for single, index, read in ((SINGLE, INDEX, read_safetensors), (PICKLED, PICKLED_INDEX, read_pickle)):
-        if (src / single).exists() and (src / index).exists():
-            raise InputError(f"{src}: expected {single} or {index}, found both")
-        if (src / single).exists():
-            return [src / single], read(src / single)
-        if (src / index).exists():
-            return _read_shards(src, src / index, read)
+    formats = ((SINGLE, INDEX, read_safetensors), (PICKLED, PICKLED_INDEX, read_pickle))
+    there = [name for single, index, _ in formats for name in (single, index) if (src / name).exists()]
+    for single, index, read in formats:
+        if single not in there and index not in there:
+            continue
+        taken = single if single in there else index
+        others = [name for name in there if name != taken and not _lists_only(src / name, taken)]
+        remarks = [f"{src}: {taken} is read, not {' or '.join(others)}"] if others else []
+        if taken == single:
+            return [src / single], read(src / single), remarks
+        return *_read_shards(src, src / index, read), remarks
     raise InputError(f"{src}: expected {SINGLE}, {INDEX}, {PICKLED} or {PICKLED_INDEX}, found none of them")
+
+
+def _lists_only(index: Path, name: str) -> bool:
+    """Whether a file is an index that lists one file alone."""
+    if not index.name.endswith(".index.json"):
+        return False
+    try:
+        return set(_read_weight_map(index, Path(name).suffix).values()) == {name}
+    except InputError:
+        return False  # nobody reads it
 
 
 def _read_weight_map(index: Path, suffix: str) -> dict[str, str]:
@@ -160,9 +190,9 @@ def _read_shards(
     return [index, *(src / name for name in names)], tensors
 
 
-def copy_tokenizer(src: Path, folder: Path) -> None:
+def copy_tokenizer(src: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
     """Copies the tokenizer's and generation's files that exist; a malformed JSON one is refused."""
-    for name in TOKENIZER_FILES:
+    for name in names:
         path = src / name
         if not path.exists():
             continue

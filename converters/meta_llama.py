@@ -18,6 +18,7 @@ import numpy as np
 
 from converters.base_folder import OpenedBase, own_names
 from converters.gguf_llama import unpermuted_rows
+from converters.hf_llama import DERIVED
 from converters.meta_tokenizer import read_tokenizer
 from converters.pickle_files import read_pickle
 from converters.rules import TRANSPOSE, Rule, Transform
@@ -89,6 +90,7 @@ def meta_rules(config: LlamaConfig) -> list[Rule]:
         Rule(f"{layer}.attention_norm.weight", "layers.attention_norm.scale"),
         Rule(f"{layer}.ffn_norm.weight", "layers.mlp_norm.scale"),
         Rule("rope.freqs", None),  # follow from rope_theta
+        *DERIVED,
         Rule("output.weight", "lm_head.kernel", TRANSPOSE),
     ]
     heads = {"attention.wq": config.num_heads, "attention.wk": config.num_kv_heads}

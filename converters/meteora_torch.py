@@ -21,7 +21,7 @@ import numpy as np
 
 from converters.base_folder import OpenedBase, common_dtype, fill_base, norms_sha256
 from converters.folders import new_folder, sha256, write_json
-from converters.hf_llama import copy_tokenizer, llama_rules, module_name, read_weights
+from converters.hf_llama import copy_tokenizer, llama_rules, module_name, read_weights, untie
 from converters.own_folders import read_bank, read_base, read_origin
 from converters.rules import TRANSPOSE, Placement, Progress, Rule, TensorPlan, copy_tensor, plan
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
@@ -44,15 +44,15 @@ def is_checkpoint(src: Path) -> bool:
 def open_base(src: Path) -> OpenedBase:
     """The base inside a checkpoint; adapters and gates are left. Raises InputError as `hf_llama.open_base`."""
     raw = read_json(src / "config.json")
-    config = LlamaConfig.from_hf(raw)
-    files, tensors = read_weights(src)
+    files, tensors, remarks = read_weights(src)
+    config, untied = untie(LlamaConfig.from_hf(raw), tensors, PREFIX)
     paths = config.weight_shapes()
     rules = [
         rule if rule.path is None or rule.path in paths else Rule(rule.pattern, None, why="not of the base")
         for rule in meteora_rules(config)
     ]
     inputs, tokenizer = [*files, src / "config.json"], lambda folder: copy_tokenizer(src, folder)
-    return OpenedBase(config, rules, tensors, inputs, tokenizer, _base_names(raw))
+    return OpenedBase(config, rules, tensors, inputs, tokenizer, _base_names(raw), remarks=[*remarks, *untied])
 
 
 def _base_names(raw: Any) -> dict[str, str]:
@@ -106,7 +106,8 @@ def _read_checkpoint(src: Path, base: str | os.PathLike[str] | None) -> _Checkpo
     given = Path(base) if base is not None and Path(base).exists() else None
     config_file = (given or src) / "config.json"
     config = LlamaConfig.from_hf(read_json(config_file), str(config_file))
-    files, tensors = read_weights(src)
+    files, tensors, _ = read_weights(src)
+    config = config if given else untie(config, tensors, PREFIX)[0]
     adapters, rank = _count(tensors, files[0].name)
     placements = plan(meteora_rules(config), tensors, _shapes(config, adapters, rank), files[0].name)
     return _Checkpoint(config, config_file, given, files, tensors, adapters, rank, placements)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from converters.hf_llama import module_name
-from converters.peft_settings import SAVED_MODULES, LoraSettings, read_settings
+from converters.peft_settings import LoraSettings, read_settings
 from converters.pickle_files import read_pickle
+from converters.rules import same_values
 from converters.tensor_files import FLOATS, SourceTensor, dtype_name, read_safetensors
 from meteora_jax.config import ENDS, PROJECTIONS, InputError, LlamaConfig, read_json
 
@@ -31,7 +32,8 @@ _KEY = re.compile(
     r"|(?P<magnitude>lora_magnitude_vector(?:\.default)?(?:\.weight)?))"
 )
 _SAVED = re.compile(
-    _PREFIX + r"(?P<name>model\.embed_tokens|lm_head)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.weight"
+    _PREFIX + r"(?P<name>model\.embed_tokens|lm_head)(?:\.(?P<place>modules_to_save|base_layer"
+    r"|token_adapter\.base_layer|original_module)(?:\.default)?)?\.weight"
 )
 _AT_END = re.compile(
     _PREFIX + r"(?P<name>model\.embed_tokens|lm_head)\.(?:lora_embedding_(?P<embed>[AB])(?:\.default)?"
@@ -49,6 +51,19 @@ EndSlot = tuple[str, str]  # embed or head, part: a, b or rows
 
 
 @dataclasses.dataclass(frozen=True)
+class SavedEnd:
+    """A whole embedding or head in an adapter's file.
+
+    tensor: what acts there. apart: it is a module of its own (`modules_to_save`), beside the base's weight rather than
+    in its place. original: the base's own weight, which peft saves too where the vocabulary was resized.
+    """
+
+    tensor: SourceTensor
+    apart: bool
+    original: SourceTensor | None
+
+
+@dataclasses.dataclass(frozen=True)
 class PeftAdapter:
     """A PEFT folder after every check of its settings and headers."""
 
@@ -58,7 +73,7 @@ class PeftAdapter:
     raw: dict[str, Any]  # adapter_config.json
     settings: LoraSettings
     parts: dict[Slot, SourceTensor]
-    saved: dict[str, SourceTensor]  # model.embed_tokens and lm_head: copies of the base's, to be compared with it
+    saved: dict[str, SavedEnd]  # model.embed_tokens and lm_head, to be compared with the base's
     ends: dict[EndSlot, SourceTensor]
     tokens: dict[str, tuple[int, ...]]  # embed, head: ids of the retrained rows; a tied head has the embedding's
 
@@ -109,6 +124,7 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
         problems += e.problems
     try:
         weights, tensors = read_tensors(folder)
+        _check_vocabulary(tensors, config, folder)
         parts, saved, ends = _sort_tensors(tensors, config, settings)
     except InputError as e:
         raise InputError([*problems, *e.problems]) from None
@@ -116,7 +132,7 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
         held = {(layer, p) for layer, p, _ in parts}
         problems += _cross_check(settings, held, config, f"{folder / CONFIG}")
         for module in settings.saved:
-            if SAVED_MODULES[module] not in saved:
+            if module not in saved:
                 problems.append(f"{folder / CONFIG}: modules_to_save: expected tensors of {module}, found none")
         problems += _check_ends(settings, ends, config, f"{folder / CONFIG}")
         if max(settings.invocation, default=0) >= config.vocab_size:
@@ -125,7 +141,10 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
     if problems or settings is None:
         raise InputError(problems)
     tokens = dict(settings.tokens)
-    if config.tie_word_embeddings and "embed" in tokens and ("head", "rows") not in ends:
+    if config.tie_word_embeddings and "embed" in tokens and "head" not in tokens:
+        own = ends.setdefault(("head", "rows"), ends["embed", "rows"])
+        if not same_values(own, ends["embed", "rows"]):
+            raise InputError(f"{own.where}: expected the rows of {ENDS['embed']} (the base ties the two), found others")
         tokens["head"], ends["head", "rows"] = tokens["embed"], ends["embed", "rows"]
     return PeftAdapter(name, folder, weights, raw, settings, parts, saved, ends, tokens)
 
@@ -158,30 +177,46 @@ def _check_ends(
 
 
 def read_tensors(folder: Path) -> tuple[Path, list[SourceTensor]]:
-    """(file, tensors) of a PEFT folder; of headers alone. Raises InputError."""
+    """(file, tensors) of a PEFT folder; of headers alone. Where it holds both formats the safetensors are read, as
+    peft does. Raises InputError."""
     path, pickled = folder / WEIGHTS, folder / PICKLED
-    if path.exists() and pickled.exists():
-        raise InputError(f"{folder}: expected {WEIGHTS} or {PICKLED}, found both")
-    path = pickled if pickled.exists() else path
+    path = pickled if pickled.exists() and not path.exists() else path
     tensors = (read_pickle if path == pickled else read_safetensors)(path, str(path))
     if not tensors:
         raise InputError(f"{path}: expected LoRA tensors, found none")
     return path, tensors
 
 
+def saved_rows(tensors: Sequence[SourceTensor]) -> set[int]:
+    """The vocabulary sizes of the embeddings and heads among an adapter's tensors: one, if the file is sound."""
+    return {t.shape[0] for t in tensors if _SAVED.fullmatch(t.key) and len(t.shape) == 2}
+
+
+def _check_vocabulary(tensors: Sequence[SourceTensor], config: LlamaConfig, folder: Path) -> None:
+    """Refuses, in one line, the adapter of a model whose vocabulary has another size than the base's."""
+    rows = saved_rows(tensors) - {config.vocab_size}
+    if rows:
+        raise InputError(
+            f"{tensors[0].file}: expected an embedding of {config.vocab_size} rows (the base's vocabulary), found "
+            f"{' and '.join(map(str, sorted(rows)))}: resized in training (meteora import base SRC DEST --replace "
+            f"{folder} makes the base that has it)"
+        )
+
+
 def _sort_tensors(
     tensors: Sequence[SourceTensor], config: LlamaConfig, settings: LoraSettings | None
-) -> tuple[dict[Slot, SourceTensor], dict[str, SourceTensor], dict[EndSlot, SourceTensor]]:
-    """(parts, saved base tensors, those of the ends); names, types and shapes checked, ranks if settings are sound."""
+) -> tuple[dict[Slot, SourceTensor], dict[str, SavedEnd], dict[EndSlot, SourceTensor]]:
+    """(parts, whole ends, parts at the ends); names, types and shapes checked, ranks if settings are sound."""
     problems: list[str] = []
     parts: dict[Slot, SourceTensor] = {}
-    saved: dict[str, SourceTensor] = {}
+    whole: dict[tuple[str, str], SourceTensor] = {}  # by module and the place of the weight in it
     ends: dict[EndSlot, SourceTensor] = {}
     for tensor in tensors:
         if match := _SAVED.fullmatch(tensor.key):
-            if match["name"] in saved:
-                problems.append(f"{tensor.where}: expected once, found also in {saved[match['name']].key}")
-            saved[match["name"]] = tensor
+            place = match["name"], match["place"] or ""
+            if place in whole:
+                problems.append(f"{tensor.where}: expected once, found also in {whole[place].key}")
+            whole[place] = tensor
             problems += _check_header(tensor, (config.vocab_size, config.hidden_size))
             continue
         if (match := _AT_END.fullmatch(tensor.key)) and (at_end := _end_slot(match)):
@@ -211,7 +246,28 @@ def _sort_tensors(
         problems.append(f"{tensors[0].file}: expected LoRA tensors, found none")
     if problems:
         raise InputError(problems)
-    return parts, saved, ends
+    return parts, _whole_ends(whole, settings), ends
+
+
+def _whole_ends(whole: Mapping[tuple[str, str], SourceTensor], settings: LoraSettings | None) -> dict[str, SavedEnd]:
+    """What acts at each end. peft writes a saved module under its own name and under `modules_to_save`."""
+    ends: dict[str, SavedEnd] = {}
+    problems = []
+    for module in ENDS.values():
+        original = whole.get((module, "original_module"))
+        names = ("modules_to_save", "", "base_layer", "token_adapter.base_layer")
+        acting = [whole[module, name] for name in names if (module, name) in whole]
+        problems += [
+            f"{other.where}: expected the values of {acting[0].key}, found others"
+            for other in acting[1:]
+            if not same_values(acting[0], other)
+        ]
+        if acting or original is not None:
+            apart = settings is not None and module in settings.saved
+            ends[module] = SavedEnd(acting[0] if acting else original, apart, original)
+    if problems:
+        raise InputError(problems)
+    return ends
 
 
 def _end_slot(match: re.Match[str]) -> EndSlot | None:
@@ -227,7 +283,10 @@ def _end_shape(
     end, part = slot
     vocab, width = config.vocab_size, config.hidden_size
     if part == "rows":
-        return (len(settings.tokens.get(end, ())) if settings is not None else "n", width)
+        # peft writes the embedding's rows at a tied head, too
+        as_embedding = settings is not None and config.tie_word_embeddings and end not in settings.tokens
+        ids = settings.tokens.get("embed" if as_embedding else end, ()) if settings is not None else None
+        return ("n" if ids is None else len(ids), width)
     rank = settings.rank_of(ENDS[end]) if settings is not None else "r"
     inputs, outputs = (vocab, width) if end == "embed" else (width, vocab)
     return (rank, inputs) if part == "a" else (outputs, rank)

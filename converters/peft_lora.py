@@ -20,9 +20,10 @@ import numpy as np
 
 from converters import rules
 from converters.base_folder import common_dtype
+from converters.claimed_base import norms_of
 from converters.folders import Journal, new_folder, sha256, write_json
 from converters.own_folders import read_base
-from converters.peft_folder import CONFIG, PeftAdapter, read_adapter
+from converters.peft_folder import CONFIG, PICKLED, WEIGHTS, PeftAdapter, read_adapter
 from converters.rules import Progress, TensorPlan, copy_tensor
 from converters.tensor_files import TensorWriter, dtype_name
 from meteora_jax.config import (
@@ -132,6 +133,8 @@ def plan_adapters(
         except InputError as e:
             problems += e.problems
     wrong, remarks = _compare_bases(loaded, origin)
+    twice = [a.name for a in loaded if (a.folder / PICKLED).exists() and a.weights.name != PICKLED]
+    remarks += [f"{', '.join(twice)}: {WEIGHTS} is read, not {PICKLED}"] if twice else []
     problems += [] if any_base else wrong
     if problems:
         # The values of the sound folders are read too: one error then holds all there is to mend.
@@ -153,7 +156,8 @@ def _compare_bases(adapters: Sequence[PeftAdapter], origin: BaseOrigin | None) -
             if not isinstance(said[key], str | None):
                 problems.append(f"{file}: {key}: expected a name, found {said[key]!r:.200}")
                 said[key] = None
-        verdict = compare(origin, said["base_model_name_or_path"] or None, said["revision"])
+        claimed = said["base_model_name_or_path"] or None
+        verdict = compare(origin, claimed, said["revision"], norms_of(claimed, said["revision"]))
         if verdict.expected is not None:
             problems.append(
                 f"{file}: {verdict.key}: expected {verdict.expected} (this base), found {said[verdict.key]} "
@@ -187,7 +191,7 @@ def describe_adapters(
         for (end, part), t in adapter.ends.items():
             how = f"transposed, scale {adapter.settings.scale_of(ENDS[end]):g}" if part == "b" else "as is"
             rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, f"{end}.{part}[{index}]", stored, how))
-        for t in adapter.saved.values():
+        for t in (end.tensor for end in adapter.saved.values()):
             rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, None, None, "dropped: must equal the base's"))
         plans[adapter.name] = rows
     return bank, plans
@@ -285,12 +289,12 @@ def _check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
         return []
     config, weights = read_base(base)
     problems = []
-    for name, tensor in adapter.saved.items():
-        embedding = name == "model.embed_tokens" or config.tie_word_embeddings
+    for module, end in adapter.saved.items():
+        embedding = module == ENDS["embed"] or config.tie_word_embeddings
         own = weights.slice("embed.embedding") if embedding else weights.slice("lm_head.kernel").T
-        if not all(np.array_equal(block, own[rows]) for rows, block in tensor.blocks()):
+        if not all(np.array_equal(block, own[rows]) for rows, block in end.tensor.blocks()):
             problems.append(
-                f"{tensor.where}: expected the values of the base, found others (a bank has one base: meteora import "
-                f"base SRC DEST --replace {adapter.folder} makes the one that has them)"
+                f"{end.tensor.where}: expected the values of the base, found others (a bank has one base: meteora "
+                f"import base SRC DEST --replace {adapter.folder} makes the one that has them)"
             )
     return problems

@@ -14,8 +14,6 @@ from typing import Any
 
 from meteora_jax.config import ENDS, InputError
 
-SAVED_MODULES = {module.rpartition(".")[2]: module for module in ENDS.values()}  # as settings name them: full names
-
 # Settings that say how an adapter is computed, and are read below.
 _READ = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
@@ -27,11 +25,11 @@ _READ = (
 _WITHOUT_EFFECT = (
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout",
     "runtime_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying",  # in training; the tensors say what came of it
 )  # fmt: skip
-# Settings that change the output, with the values that mean "off" and the reason for a refusal.
+# Settings that change the output, with the values that mean "off" (null does everywhere), and the reason for a refusal.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bias": (("none",), "trained biases of the base are not supported"),
-    "ensure_weight_tying": ((False,), "adapters on tied embeddings are not supported"),
     "target_parameters": ((None, []), "adapters on bare parameters are not supported"),
     "layer_replication": ((None, []), "a base with replicated layers is another base"),
     "arrow_config": ((None,), "Arrow routing between adapters is not supported"),
@@ -64,7 +62,7 @@ class LoraSettings:
     layers_pattern: tuple[str, ...]
     dora: bool
     lora_bias: bool
-    saved: tuple[str, ...]  # embed_tokens, lm_head: saved copies of the base's
+    saved: tuple[str, ...]  # model.embed_tokens, lm_head: modules that were trained whole, apart from the base's
     tokens: Mapping[str, tuple[int, ...]]  # embed, head: ids of the rows that were retrained there
     invocation: tuple[int, ...]  # token ids from which on the adapter acts; empty: everywhere
 
@@ -176,7 +174,7 @@ class _SettingsReader:
         for key, value in self.raw.items():
             if key in _REFUSED:
                 off, reason = _REFUSED[key]
-                if not _is_one_of(value, off):
+                if value is not None and not _is_one_of(value, off):
                     self.refuse(key, f"{off[0]!r} ({reason})", value)
             elif key not in _READ and key not in _WITHOUT_EFFECT and value not in (None, False, "", [], {}):
                 self.refuse(key, "no such setting (unknown to this importer)", value)
@@ -196,8 +194,8 @@ class _SettingsReader:
         return value
 
     def flag(self, key: str) -> bool:
-        value = self.raw.get(key, False)
-        if not isinstance(value, bool):
+        value = self.raw.get(key)
+        if not isinstance(value, bool | None):
             self.refuse(key, "true or false", value)
         return bool(value)
 
@@ -221,10 +219,11 @@ class _SettingsReader:
     def saved(self) -> tuple[str, ...]:
         value = self.raw.get("modules_to_save") or []
         names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list) or any(name not in SAVED_MODULES for name in names):
-            self.refuse("modules_to_save", "embed_tokens or lm_head, saved as the base has them", value)
+        ends = tuple(ENDS.values())
+        if not isinstance(names, list) or not all(isinstance(n, str) and n and _ends_with(ends, n) for n in names):
+            self.refuse("modules_to_save", "embed_tokens or lm_head", value)
             return ()
-        return tuple(names)
+        return tuple(module for module in ends if any(_ends_with((module,), name) for name in names))
 
     def tokens(self) -> dict[str, tuple[int, ...]]:
         """Of a list (the embedding's) or an object by module."""
@@ -237,7 +236,7 @@ class _SettingsReader:
             if not sound or len(set(ids)) != len(ids) or not ids or min(ids) < 0:
                 self.refuse("trainable_token_indices", "different token ids", ids)
             elif module not in places or places[module] in tokens:
-                self.refuse("trainable_token_indices", f"ids by {', '.join(SAVED_MODULES)}, each once", module)
+                self.refuse("trainable_token_indices", "ids by embed_tokens, lm_head, each once", module)
             else:
                 tokens[places[module]] = tuple(ids)
         return tokens
@@ -274,6 +273,11 @@ class _SettingsReader:
             self.refuse(key, f"a regex ({e})", pattern)
             return False
         return True
+
+
+def _ends_with(modules: Iterable[str], name: str) -> bool:
+    """peft's matching of `modules_to_save`."""
+    return any(module.endswith(name) for module in modules)
 
 
 def _is_one_of(value: Any, options: Iterable[Any]) -> bool:

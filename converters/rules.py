@@ -45,7 +45,8 @@ TRANSPOSE = Transform(transpose=True)
 class Rule:
     """One line of a conversion table.
 
-    `pattern` is the source key, `{layer}` standing for the index that becomes the destination's leading axis.
+    `pattern` is the source key, `{layer}` standing for the index that becomes the destination's leading axis, `{any}`
+    for whatever stands before a name that needs no more.
     A `path` of None drops a key that is known and carries nothing, for the reason `why`; with `same_as` it is dropped
     only if its values equal that other key's.
     """
@@ -57,7 +58,8 @@ class Rule:
     why: str = "implied"
 
     def match(self, key: str) -> re.Match[str] | None:
-        return re.fullmatch(re.escape(self.pattern).replace(r"\{layer\}", "(?P<layer>0|[1-9][0-9]*)"), key)
+        escaped = re.escape(self.pattern).replace(r"\{any\}", ".*")
+        return re.fullmatch(escaped.replace(r"\{layer\}", "(?P<layer>0|[1-9][0-9]*)"), key)
 
     @property
     def layered(self) -> bool:
@@ -158,10 +160,17 @@ def _check_dropped(rule: Rule, source: SourceTensor, by_key: Mapping[str, Source
         return []  # the missing tensor is reported as such
     if source.shape != other.shape:
         return [f"{source.where}: expected shape {other.shape} (tied to {other.key}), found {source.shape}"]
-    for rows, block in source.blocks():
-        if not np.array_equal(block, other.rows(rows.start, rows.stop)):
-            return [f"{source.where}: expected the values of {other.key} (tied in config.json), found others"]
+    if not same_values(source, other):
+        return [f"{source.where}: expected the values of {other.key} (tied in config.json), found others"]
     return []
+
+
+def same_values(first: SourceTensor, second: SourceTensor) -> bool:
+    """Whether two tensors hold the same values, whatever their types; read a block at a time."""
+    return first.shape == second.shape and all(
+        np.array_equal(block.astype(np.float32), second.rows(rows.start, rows.stop).astype(np.float32))
+        for rows, block in first.blocks()
+    )
 
 
 def _find_missing(

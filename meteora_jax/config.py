@@ -210,21 +210,16 @@ class _HfReader:
         return value
 
     def rope(self, max_positions: int | None) -> tuple[float | None, RopeScaling | None]:
-        new = self.raw.get("rope_parameters") or {}
-        old = self.raw.get("rope_scaling") or {}
-        for key, value in (("rope_parameters", new), ("rope_scaling", old)):
-            if not isinstance(value, Mapping):
-                self.problems.append(f"{self.source}: {key}: expected an object, found {value!r}")
-                return None, None
-        # transformers 5 moved rope_theta into rope_parameters; 10000 is the format's documented default.
-        holder = new if "rope_theta" in new else self.raw
-        theta = self.get("rope_theta", float, default=10000.0, raw=holder, low=1e-6)
-        params = new or old
-        kinds = {str(p.get("rope_type", p.get("type")) or "default") for p in (new, old) if p}
-        if len(kinds) > 1:
-            self.problems.append(f"{self.source}: rope_scaling: expected what rope_parameters say, found {old!r:.200}")
-        kind = params.get("rope_type", params.get("type", "default"))
-        if kind in (None, "default"):
+        """Theta and scaling, from whichever of `rope_parameters` (transformers 5), `rope_scaling` and the top level has
+        them; two that say different things are refused. 10000 is the format's documented default of theta."""
+        said = self.rope_settings()
+        # transformers' own names before it settled on one
+        kind = next((said[key] for key in ("rope_type", "type") if key in said), "default")
+        theta = self.get("rope_theta", float, default=10000.0, raw=said, low=1e-6)
+        if said.get("partial_rotary_factor", 1) != 1:
+            found = said["partial_rotary_factor"]
+            self.problems.append(f"{self.source}: partial_rotary_factor: expected 1 (whole heads), found {found!r}")
+        if kind == "default":
             return theta, None
         if kind not in ("linear", "dynamic", "llama3"):
             self.problems.append(
@@ -232,17 +227,45 @@ class _HfReader:
             )
             return theta, None
         before = len(self.problems)
-        factor = self.get("factor", float, raw=params, low=1.0)
+        factor = self.get("factor", float, raw=said, low=1.0)
         low_freq = high_freq = None
         if kind == "llama3":
-            low_freq = self.get("low_freq_factor", float, raw=params, low=1e-6)
-            high_freq = self.get("high_freq_factor", float, raw=params, low=1e-6)
-            original = self.get("original_max_position_embeddings", int, raw=params, low=1)
-        else:
-            original = self.get("original_max_position_embeddings", int, default=max_positions, raw=params, low=1)
+            low_freq = self.get("low_freq_factor", float, raw=said, low=1e-6)
+            high_freq = self.get("high_freq_factor", float, raw=said, low=1e-6)
+        original = self.get("original_max_position_embeddings", int, default=max_positions, raw=said, low=1)
+        if kind == "dynamic" and original and max_positions and original != max_positions:
+            self.problems.append(  # transformers grows theta from max_position_embeddings on, whatever the other says
+                f"{self.source}: original_max_position_embeddings: expected max_position_embeddings, {max_positions}, "
+                f"beside dynamic scaling, found {original}"
+            )
         if len(self.problems) > before:
             return theta, None
         return theta, RopeScaling(kind, factor, original, low_freq, high_freq)
+
+    def rope_settings(self) -> dict[str, Any]:
+        """Every rotary setting that is not null, by its own name, from all the places that may hold one."""
+        top = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+        places: dict[str, Mapping[str, Any]] = {"": {key: self.raw.get(key) for key in top}}
+        for name in ("rope_parameters", "rope_scaling"):
+            value = self.raw.get(name)
+            if not value:
+                continue
+            if not isinstance(value, Mapping):
+                self.problems.append(f"{self.source}: {name}: expected an object, found {value!r:.200}")
+                continue
+            # a dict of dicts has one for each kind of layer; the family's layers are all of one kind
+            places |= {f"{name}.{key}.": inner for key, inner in value.items() if isinstance(inner, Mapping)}
+            places[f"{name}."] = {key: inner for key, inner in value.items() if not isinstance(inner, Mapping)}
+        said: dict[str, tuple[str, Any]] = {}
+        for place, settings in places.items():
+            for key, value in settings.items():
+                name = "rope_type" if key == "type" else key
+                first, known = said.setdefault(name, (f"{place}{key}", value)) if value is not None else (key, None)
+                if value is not None and known != value:
+                    self.problems.append(
+                        f"{self.source}: {place}{key}: expected {known!r} as in {first}, found {value!r:.200}"
+                    )
+        return {name: value for name, (_, value) in said.items()}
 
     def window(self, model_type: str) -> int | None:
         """The sliding window that all layers share; 4096 is the format's documented default."""

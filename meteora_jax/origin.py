@@ -1,9 +1,10 @@
 """Which model a base is, as far as its source said so: what tells bases of one shape apart.
 
-A name is compared without its organisation or folder, case, separators, and what says only how the numbers are stored:
-`unsloth/Meta-Llama-3-8B-bnb-4bit`, `meta-llama/Llama-3-8B` and `Llama-3-8B.Q4_K_M.gguf` are one model. Only a name that
-is a hub's (`organisation/model`) or has a size in it (8B, 135M) is known to be another model's where it differs: a
-folder called `llama3` or `checkpoint-500` may hold anything.
+A name is compared without its organisation or folder, case, separators, and what says only how numbers are stored:
+`unsloth/Meta-Llama-3-8B-bnb-4bit`, `meta-llama/Llama-3-8B` and `Llama-3-8B.Q4_K_M.gguf` are one model. Only names with
+a size in them (8B, 135M) are known to be of different models where they differ: a folder `llama3` may hold any, and
+`unsloth/zephyr-sft-bnb-4bit` is `HuggingFaceH4/mistral-7b-sft-beta`. Where the weights that an adapter names lie on
+this machine their norms decide what names cannot.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ GIVEN = "name"  # among `BaseOrigin.names`: what the user said, which counts alo
 
 _STORAGE = re.compile(  # at a name's end: quantisations, types and formats
     r"[-_. ]+(?:[it]?q[1-8](?:_[0-9a-z]+)*|ud|bf16|fp?(?:8|16|32)|b?float(?:16|32)|mxfp4|nf4|int[48]|[3468]-?bit"
-    r"|bnb|awq|gptq|gguf|ggml|exl[23]|mlx|hf|unsloth|dynamic|imatrix|imat|quantized|marlin|w\d+a\d+"
+    r"|bnb|awq|gptq|hqq|gguf|ggml|exl[23]|mlx|hf|unsloth|dynamic|imatrix|imat|quantized|marlin|w\d+a\d+|nvfp4"
     r"|[0-9]{5}-of-[0-9]{5})$"
 )
 _SIZE = re.compile(r"(?<![0-9a-z])(?:[0-9]+x)?[0-9]+(?:[._][0-9]+)?[mbt](?![0-9a-z])", re.IGNORECASE)
@@ -103,9 +104,14 @@ def normalized(name: str) -> str:
     return re.sub(r"[\W_]+", "", re.sub(r"^meta[-_. ]+(?=llama)", "", name))
 
 
+def has_size(name: str) -> bool:
+    """Whether a name has a number of parameters in it (8B, 135M)."""
+    return _SIZE.search(split_name(name)[0]) is not None
+
+
 def is_known(name: str) -> bool:
-    """Whether a name says which model it is."""
-    if _SIZE.search(split_name(name)[0]):
+    """Whether a name says which model it is: it has a size, or is a hub's."""
+    if has_size(name):
         return True
     hub = _HUB.fullmatch(name.strip())
     return hub is not None and hub["owner"].lower() not in _LOCAL
@@ -120,8 +126,11 @@ class Verdict:
     remark: str | None = None
 
 
-def compare(origin: BaseOrigin | None, claimed: str | None, revision: str | None) -> Verdict:
-    """Whether an adapter whose settings name `claimed` (at `revision`) as its base may act on this one."""
+def compare(origin: BaseOrigin | None, claimed: str | None, revision: str | None, norms: str | None = None) -> Verdict:
+    """Whether an adapter whose settings name `claimed` (at `revision`) as its base may act on this one.
+
+    norms: `BaseOrigin.norms_sha256` of the weights that `claimed` names, where they are at hand.
+    """
     key = "base_model_name_or_path"
     names = origin.claims if origin else {}
     same = [where for where, name in names.items() if claimed and normalized(name) == normalized(claimed)]
@@ -141,9 +150,16 @@ def compare(origin: BaseOrigin | None, claimed: str | None, revision: str | None
         return Verdict(key, remark=called if others else None)
     if claimed is None:
         return Verdict(key, remark="the adapter does not say which base it was trained on")
+    if norms is not None and origin is not None and norms == origin.norms_sha256:
+        return Verdict(key)
+    sized = [name for where, name in (origin.known if origin else {}).items() if where == GIVEN or has_size(name)]
+    if norms is not None and origin is not None and not (has_size(claimed) and sized):
+        return Verdict(key, expected=f"a model with this base's norms, {origin.norms_sha256[:12]}")
     if not is_known(claimed):
         return Verdict(key, remark=f"trained on {claimed!r}, a name that does not say which model it is")
-    if not others:
+    if others and not has_size(claimed):
+        return Verdict(key, remark=f"trained on {claimed!r}, a name without a size, which may be {' or '.join(others)}")
+    if not sized:
         return Verdict(
             key, remark=f"trained on {claimed!r}; the base does not say which model it is (import it with --name)"
         )

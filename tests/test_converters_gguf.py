@@ -52,11 +52,18 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
+# Where the float16 scales of a block stand (llama.cpp's ggml-common.h), of types that `gguf` cannot quantise to.
+SCALES = {
+    Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.IQ4_NL: (0,),
+    Type.IQ4_XS: (0,), Type.IQ3_S: (0,), Type.IQ2_XXS: (0,),
+}  # fmt: skip
+
+
 def random_blocks(shape: tuple[int, ...], kind: Type, random: np.random.Generator) -> np.ndarray:
     """Valid random blocks of a type that `gguf` cannot quantise to: any bytes, with small scales."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // block, size), np.uint8)
-    at = {Type.Q4_K: (0, 2), Type.Q6_K: (size - 2,)}[kind]
+    at = SCALES[kind]
     for offset in at:
         scales = random.uniform(0.001, 0.01, blocks.shape[:-1]).astype(np.float16)
         blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
@@ -64,7 +71,7 @@ def random_blocks(shape: tuple[int, ...], kind: Type, random: np.random.Generato
 
 
 def encode(values: np.ndarray, kind: Type, random: np.random.Generator) -> np.ndarray:
-    if kind in (Type.Q4_K, Type.Q6_K):
+    if kind in SCALES:
         return random_blocks(values.shape, kind, random)
     return gguf.quantize(values, kind)
 
@@ -195,7 +202,9 @@ def test_a_float_file_gives_the_model_that_it_was_made_from(tmp_path: Path, vari
     assert ours == LlamaConfig.from_hf(read_json(folder / "config.json"))
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize(
+    "kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", *(kind.name for kind in SCALES)]
+)
 def test_every_type_equals_transformers(tmp_path: Path, kind: str):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     model, _ = tiny_llama(tmp_path, **sizes)
@@ -394,12 +403,14 @@ def test_split_files_give_what_the_whole_gives(tmp_path: Path):
 
 
 def test_unsupported_types_are_named(tmp_path: Path):
-    model, _ = tiny_llama(tmp_path, hidden_size=64, intermediate_size=96)
-    path = write_gguf(tmp_path / "m.gguf", model, Type.Q5_1)
-    dest = tmp_path / "base"
-    expected = "m.gguf: blk.2.attn_q.weight: expected type F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K, found Q5_1"
-    error = assert_refused(lambda: import_base(path, dest), dest)
-    assert any(expected in problem for problem in error.problems)
+    model, _ = tiny_llama(tmp_path, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    path = write_gguf(
+        tmp_path / "m.gguf", model, edit=lambda _, t: t.update(old=(np.zeros((4, 64), np.int32), Type.I32))
+    )
+    error = assert_refused(
+        lambda: import_base(path, tmp_path / "base"), tmp_path / "base", "old: expected type F32, F16"
+    )
+    assert all(word in str(error) for word in ("Q5_K", "IQ4_NL", "found I32"))
 
 
 def test_broken_tensors(tmp_path: Path):

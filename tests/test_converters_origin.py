@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Type
 from test_converters_gguf import write_gguf
-from tiny import assert_refused, edit_json, tiny_llama, tiny_peft
+from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama, tiny_peft
 
 import meteora_jax as mj
 from converters import export_adapter, export_base, export_merged, import_adapters, import_base
@@ -80,6 +82,14 @@ def test_claims_are_compared():
     told = dataclasses.replace(both, names={**both.names, "name": "SmolLM2-135M-Instruct"})
     assert compare(told, "HuggingFaceTB/SmolLM2-135M", None).expected == "SmolLM2-135M-Instruct"
     assert compare(told, "unsloth/SmolLM2-135M-Instruct", None).remark is None
+    # names without a size decide nothing, and where the weights are at hand their norms decide
+    zephyr = origin(path="HuggingFaceH4/mistral-7b-sft-beta")
+    assert "a name without a size, which may be" in str(compare(zephyr, "unsloth/zephyr-sft-bnb-4bit", None).remark)
+    assert compare(zephyr, "unsloth/zephyr-sft-bnb-4bit", None, "").remark is None
+    other = compare(zephyr, "unsloth/zephyr-sft-bnb-4bit", None, "0" * 64).expected
+    assert other == "a model with this base's norms, "
+    assert compare(zephyr, "mistralai/Mistral-7B-v0.3", None, "0" * 64).expected == "HuggingFaceH4/mistral-7b-sft-beta"
+    assert compare(zephyr, "renamed/Mistral-7B-v9", None, "").expected is None
     at = origin("62bd457b6fe961a42a631306577e622c83876cb6", path="SmolLM2-135M")
     for revision, expected in (("62bd457", None), ("main", None), (None, None), ("0" * 40, at.revision)):
         assert compare(at, "SmolLM2-135M", revision).expected == expected
@@ -177,6 +187,37 @@ def test_adapters_of_another_base_are_refused(tmp_path: Path, hf: Path, capsys: 
         odd = adapter(tmp_path, hf, f"odd-{key}", "someone/Tiny-1M-Chat", **({key: value} if key == "revision" else {}))
         edit_json(odd / "adapter_config.json", **{key: value})
         assert_refused(lambda f=odd: import_adapters(dest, base, {"a": f}), dest, f"{key}: expected a name, found")
+
+
+def test_norms_of_a_renamed_or_quantised_base_decide(tmp_path: Path, hf: Path, monkeypatch: pytest.MonkeyPatch):
+    base, dest = tmp_path / "base", tmp_path / "never"
+    import_base(hf, base)
+    quantised = tmp_path / "hub" / "models--unsloth--tiny-bnb-4bit" / "snapshots" / ("ab" * 20)
+    shutil.copytree(hf, quantised)
+    (quantised.parents[1] / "refs").mkdir()
+    (quantised.parents[1] / "refs" / "main").write_text("ab" * 20)
+    edit_json(quantised / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    packed = {"model.layers.0.mlp.up_proj.weight": torch.zeros(7, 1, dtype=torch.uint8)}  # as bitsandbytes stores them
+    edit_safetensors(quantised / "model.safetensors", lambda t: t.update(packed))
+    _, other = tiny_llama(tmp_path, seed=5, folder="other-model")
+    lines: list[str] = []
+    folder = adapter(tmp_path, hf, "a", "unsloth/tiny-bnb-4bit")
+    import_adapters(tmp_path / "bank", base, {"a": folder}, tell=lines.append)
+    assert "a name without a size, which may be someone/Tiny-1M-Chat" in lines[0]
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    import_adapters(tmp_path / "bank2", base, {"a": folder}, tell=lines.append)
+    assert len(lines) == 1
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(other))
+    said = "base_model_name_or_path: expected a model with this base's norms"
+    assert_refused(lambda: import_adapters(dest, base, {"a": folder}), dest, said)
+    shutil.copytree(hf, tmp_path / "Renamed-9B")  # a name that says something else, and the same weights
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "Renamed-9B"))
+    import_adapters(tmp_path / "bank3", base, {"a": folder}, tell=lines.append)
+    assert len(lines) == 1
+    edit_json(other / "config.json", quantization_config={"quant_method": "awq"})  # AWQ scales norms
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(other))
+    import_adapters(tmp_path / "bank4", base, {"a": folder}, tell=lines.append)
+    assert "a name that does not say which model it is" in lines[1]
 
 
 def test_revisions(tmp_path: Path, hf: Path):

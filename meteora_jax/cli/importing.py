@@ -38,14 +38,18 @@ def import_base(command: ImportBase) -> None:
     """Runs `meteora import base`."""
     import converters
 
+    remarks: list[str] = []
     if command.dry_run:
-        config, rows = converters.plan_base(command.src, command.dtype, command.replace)
+        config, rows = converters.plan_base(command.src, command.dtype, command.replace, remarks.append)
+        say(remarks)
         command.tell(plan_lines(rows), {"config": config.to_hf(), "tensors": [vars(row) for row in rows]})
         return
     convert = partial(
-        converters.import_base, command.src, command.dest, command.dtype, replace=command.replace, name=command.name
-    )
+        converters.import_base, command.src, command.dest, command.dtype, replace=command.replace, name=command.name,
+        tell=remarks.append,
+    )  # fmt: skip
     command.run("import base", convert)
+    say(remarks)
     config = LlamaConfig.from_hf(read_json(command.dest / "config.json"), str(command.dest / "config.json"))
     size = sum(f.stat().st_size for f in command.dest.iterdir())
     command.tell(
