@@ -48,6 +48,9 @@ def replace_ends(opened: OpenedBase, folder: str | os.PathLike[str]) -> OpenedBa
     own, others = _split_ends(opened)
     tied = config.tie_word_embeddings
     chosen = {end: _acting(end, saved, own, tied) for end in ENDS}
+    if tied and len(saved) == 2 and not any(end.apart for end in saved.values()) and not same_values(*chosen.values()):
+        expected = f"the values of {chosen['embed'].key} (the base ties the two, and neither is in modules_to_save)"
+        raise InputError(f"{chosen['head'].where}: expected {expected}, found others")
     problems = [
         f"{tensor.where}: expected {config.vocab_size} rows as {folder} has them, found {tensor.shape[0]} (the base's; "
         f"the adapter saved no {ENDS[end]}: import the base that was resized in training)"

@@ -200,7 +200,8 @@ class _SettingsReader:
         return bool(value)
 
     def patterns(self, key: str, kind: type) -> dict[str, Any]:
-        value = self.raw.get(key) or {}
+        value = self.raw.get(key)
+        value = {} if value is None else value
         if not isinstance(value, Mapping):
             self.refuse(key, "an object of module patterns and numbers", value)
             return {}

@@ -262,9 +262,34 @@ def links_and_folders(folder: Folder, rng: random.Random) -> None:
     folder.after.append(damage)
 
 
+def other_format(folder: Folder, rng: random.Random) -> None:
+    """The other kind of file beside, with other values: peft reads the safetensors."""
+    other, pickled = {k: torch.ones_like(v) for k, v in folder.tensors.items()}, folder.pickled
+
+    def beside(path: Path) -> None:
+        if pickled:
+            save_file({k: v.contiguous() for k, v in folder.tensors.items()}, path / WEIGHTS)
+        torch.save(other, path / PICKLED)
+
+    folder.after.append(beside)
+
+
+def saved_end(folder: Folder, rng: random.Random) -> None:
+    """A whole embedding or head under one of the names that peft gives them."""
+    module, place = rng.choice(["model.embed_tokens", "lm_head"]), rng.choice(["", ".base_layer", ".modules_to_save"])
+    folder.tensors[f"base_model.model.{module}{place}.weight"] = torch.ones(rng.choice([320, 320, 322]), 16)
+    folder.config["modules_to_save"] = rng.choice([None, [module], [module.rpartition(".")[2]]])
+
+
+def null_settings(folder: Folder, rng: random.Random) -> None:
+    off = [k for k, v in folder.config.items() if v in (False, "none", [], {})]
+    folder.config |= dict.fromkeys(rng.sample(sorted(off), k=min(3, len(off))))
+
+
 MUTATIONS = [
     drop, rename, respell, duplicate, swap, move_layer, reshape, poison, retype, extra, set_known, set_known, set_known,
     set_weighty, set_weighty, set_unknown, unset, flip_bytes, flip_bytes, truncate, oversize, bomb, links_and_folders,
+    other_format, saved_end, null_settings,
 ]  # fmt: skip
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -330,7 +355,7 @@ def bank_logits(model: LlamaForCausalLM, bank: Path) -> np.ndarray:
 def respelled(path: Path) -> Path:
     """The folder with its keys as today's peft writes them: it skips, in silence, those that it does not know."""
     copied = Path(shutil.copytree(path, path.with_name("respelled")))
-    pickled = (path / PICKLED).exists()
+    pickled = not (path / WEIGHTS).exists()
     tensors = torch.load(path / PICKLED) if pickled else load_file(path / WEIGHTS)
     keys = {k: f"base_model.model.{k.removeprefix('base_model.model.').replace('.default', '')}" for k in tensors}
     (copied / PICKLED).unlink(missing_ok=True)
@@ -377,7 +402,8 @@ def test_mutated_adapters(tmp_path: Path, hf: Path, kind: str):
         root.mkdir()
         mutant.write(root / "in")
         refusal = attempt(lambda r=root: import_adapters(r / "out", base, {"a": r / "in"}), root, root / "out")
-        what = f"{kind} {i}: {[m.__name__ for m in mutations]}"
+        changed = {k: v for k, v in mutant.config.items() if k not in config or config[k] != v}
+        what = f"{kind} {i}: {[m.__name__ for m in mutations]} {changed}"
         seen["refused" if refusal else "loaded"] += 1
         if refusal is None:
             found = bank_logits(model, root / "out")
@@ -396,7 +422,60 @@ def test_mutated_adapters(tmp_path: Path, hf: Path, kind: str):
     assert seen["compared"] >= 15
 
 
-BASE_MUTANTS = 150
+ENDS_MUTANTS = 120
+
+
+def test_mutated_ends(tmp_path: Path):
+    """Whole embeddings and heads on tied and untied bases: `--replace` makes the base on which peft's adapter acts."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    rng, seen = random.Random(1), Counter()
+    bases = [
+        tiny_llama(tmp_path, num_key_value_heads=1, folder=f"tied-{tied}", tie_word_embeddings=tied, **sizes)[1]
+        for tied in (True, False)
+    ]
+    with quiet():
+        sound = tiny_peft(tmp_path, bases[0], "sound", r=2, target_modules=["q_proj"])
+        models = [LlamaForCausalLM.from_pretrained(base, attn_implementation="eager") for base in bases]
+    config = json.loads((sound / CONFIG).read_text())
+    tensors = load_file(sound / WEIGHTS)
+    values = [torch.randn(320, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    for i in range(ENDS_MUTANTS):
+        root, which = tmp_path / str(i), rng.randrange(2)
+        saved, modules = {}, []
+        for module in rng.sample(list(ENDS.values()), k=rng.choice([1, 1, 2])):
+            apart, value = (
+                rng.random() < 0.6,
+                rng.choice([*values, models[which].get_submodule(module).weight.detach()]),
+            )
+            modules += [rng.choice([module, module.rpartition(".")[2]])] if apart else []
+            for place in rng.choice([["modules_to_save."], ["", "modules_to_save."], [""]]) if apart else [""]:
+                saved[f"base_model.model.{module}.{place}weight"] = value.clone()
+        mutant = Folder({**tensors, **saved}, {**config, "modules_to_save": modules or None}, pickled=False)
+        root.mkdir()
+        mutant.write(root / "in")
+        call = lambda r=root, base=bases[which]: import_base(base, r / "base", replace=r / "in")  # noqa: E731
+        refusal = attempt(call, root, root / "base")
+        if refusal is not None:  # two values of one weight
+            assert (which, len(saved), modules) == (0, 2, []), refusal
+            seen["refused"] += 1
+            continue
+        import_adapters(root / "bank", root / "base", {"a": root / "in"})
+        export_base(root / "base", root / "back")
+        with quiet():
+            found = bank_logits(
+                LlamaForCausalLM.from_pretrained(root / "back", attn_implementation="eager"), root / "bank"
+            )
+            oracle = {k.replace(".modules_to_save.", "."): v for k, v in mutant.tensors.items()}
+            save_file(oracle, root / "in" / WEIGHTS)  # the spelling that peft itself reads
+            expected = logits(PeftModel.from_pretrained(copy.deepcopy(models[which]), root / "in"))
+        what = f"{i} tied {which == 0}: {sorted(saved)}, {modules}"
+        assert np.allclose(found, expected, rtol=1e-5, atol=1e-4), what
+        seen[which, len(saved)] += 1
+        shutil.rmtree(root)
+    assert min(seen.values()) >= 3, seen
+
+
+BASE_MUTANTS = 220
 PATHS = [
     "../outside.safetensors", "/etc/passwd", "/etc/x.safetensors", "..", ".", "", "a/b.safetensors", "x\0.safetensors",
     "model.bin", ".hidden.safetensors", "C:\\x.safetensors", "gone.safetensors", 3, None, [], {},
@@ -404,10 +483,64 @@ PATHS = [
 ]  # fmt: skip
 
 
+def two_places(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Rotary settings in one or two of the places that may hold them, which may contradict each other."""
+    kinds: list[dict[str, Any]] = [
+        {"rope_type": "default"}, {"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8},
+    ]  # fmt: skip
+    settings = rng.choice(kinds) | {"rope_theta": rng.choice([100.0, 10000.0])}
+    found: dict[str, Any] = {"rope_parameters": None, "rope_scaling": None, "rope_theta": None}
+    places = rng.sample(["rope_parameters", "rope_scaling", "rope_theta"], k=rng.choice([1, 2, 2]))
+    for place in places:
+        found[place] = settings["rope_theta"] if place == "rope_theta" else dict(settings)
+    if len(places) > 1 and rng.random() < 0.5:
+        name = rng.choice([place for place in places if place != "rope_theta"])
+        key = rng.choice([key for key in found[name] if key != "low_freq_factor"])
+        found[name][key] = "linear" if "type" in key else found[name][key] * 2
+    return found
+
+
 def mutate_base(folder: Path, rng: random.Random) -> str:
     """Breaks one thing in a sharded Hugging Face folder; returns what."""
-    kind = rng.choice(["config", "config", "config", "path", "index", "shard", "key", "tokenizer"])
+    kinds = [
+        "config",
+        "config",
+        "config",
+        "path",
+        "index",
+        "shard",
+        "key",
+        "tokenizer",
+        "rope",
+        "tie",
+        "buffer",
+        "file",
+    ]
+    kind = rng.choice(kinds)
     shards = sorted(folder.glob("*.safetensors"))
+    if kind in ("rope", "tie"):
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"tie_word_embeddings": True} if kind == "tie" else two_places(config, rng)
+        (folder / "config.json").write_text(json.dumps(config))
+        return f"{kind} {config}"
+    if kind == "buffer":
+        name = rng.choice(["model.layers.1.self_attn.rotary_emb.", "model.rotary_emb.", "rotary_emb.", "x."])
+        name += rng.choice(["inv_freq", "cos_cached", "sin_cached", "weight"])
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"][name] = shards[0].name
+        (folder / INDEX).write_text(json.dumps(index))
+        save_file({**load_file(shards[0]), name: torch.ones(4)}, shards[0], {"format": "pt"})
+        return f"buffer {name}"
+    if kind == "file":
+        name, factor = rng.choice(["model.safetensors", "pytorch_model.bin"]), rng.choice([1.0, 0.5])
+        tensors = {k: t * factor for shard in shards for k, t in load_file(shard).items()}
+        if name == "pytorch_model.bin":
+            torch.save(tensors, folder / name)
+        else:
+            save_file(tensors, folder / name, {"format": "pt"})
+        return f"file {name} {factor}"
     if kind == "config":
         config = json.loads((folder / "config.json").read_text())
         key = rng.choice(sorted(config))
