@@ -45,6 +45,7 @@ class SourceTensor:
     shape: tuple[int, ...]
     rows: Callable[[int, int], np.ndarray]  # (start, stop) along the first axis -> [stop - start, ...]
     start: int | None = None  # offset of its values in the file, if they lie there as they are
+    stored: str | None = None  # the file's own name of the type it holds them in; None: dtype's
 
     @property
     def where(self) -> str:
