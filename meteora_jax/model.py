@@ -76,7 +76,7 @@ class Meteora:
     @property
     def dtype(self) -> str:
         """Of base, adapters and activations: float32, bfloat16 or float16."""
-        return str(self.weights["embed"]["embedding"].dtype)
+        return str(self.weights["embed"].dtype)
 
     def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""

@@ -1,5 +1,6 @@
 """The command line: what works exits 0 and writes what it says; what is refused is one line and status 1."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from worlds import NAMES
 import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.cli.demo import fetch_base
+from meteora_jax.cli.report import ProgressLines, progress_bar
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
@@ -69,6 +71,80 @@ def test_router_option(capsys, world, router):
     assert (
         out.removesuffix("\n") == world["model"].generate(["The lazy dog"], ROUTERS[router], max_new_tokens=8)[0].text
     )
+
+
+def test_stop_takes_one_string_and_leaves_the_prompt(capsys, world):
+    want = world["model"].generate(["The lazy dog"], None, max_new_tokens=8)[0].text
+    first, second = want[3:5], want[2:4]
+    base = ["--base", world["base"], "--max-new-tokens", 8]
+    for words in (["--stop", first, "The lazy dog"], ["The lazy dog", "--stop", first]):
+        status, out, _ = run(capsys, "generate", *base, *words)
+        assert (status, out) == (0, want[: want.index(first)] + "\n")
+    status, out, _ = run(capsys, "generate", *base, "--stop", first, "--stop", second, "The lazy dog")
+    assert (status, out) == (0, want[: min(want.index(first), want.index(second))] + "\n")
+
+
+def test_a_bank_that_nothing_chooses_from_is_remarked_on(capsys, world):
+    words = ["generate", "hi", "--base", world["base"], "--max-new-tokens", 1]
+    bank, gates = ["--bank", world["bank"]], ["--gates", world["gates"]]
+    status, _, err = run(capsys, *words, *bank)
+    assert status == 0
+    assert "no adapter acts" in err
+    assert "--router NAME" in err
+    for chosen in ([], [*bank, *gates], [*bank, "--router", "none"], [*bank, "--router", "birch"]):
+        assert "no adapter acts" not in run(capsys, *words, *chosen)[2]
+
+
+def test_one_rule_for_the_dtype(capsys, world):
+    """float32 on a CPU, for the command line and for `load` alike, and it is said."""
+    words = ["generate", "hi", "--base", world["base"], "--max-new-tokens", 1]
+    assert "as float32" in run(capsys, *words)[2]
+    assert "as bfloat16" in run(capsys, *words, "--dtype", "bfloat16")[2]
+    assert mj.load(world["base"]).dtype == "float32"
+    assert mj.load(world["base"], world["bank"], dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_text_that_is_no_unicode_is_refused(capsys, world, monkeypatch):
+    base = ["--base", world["base"]]
+    said = "expected text that UTF-8 can hold, found a lone surrogate at character 3"
+    assert f"prompts: word 1: {said}" in refused(capsys, "generate", "ok", "hi \ud83d", *base)
+    assert f"stop: word 0: {said}" in refused(capsys, "generate", "ok", "--stop", "hi \ud83d", *base)
+    assert f"router: {said}" in refused(capsys, "generate", "ok", "--router", "hi \ud83d", *base)
+    assert said in refused(capsys, "index", "query", world["base"], "hi \ud83d")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff"), "utf-8"))
+    assert "standard input: expected UTF-8 text, found byte 0xff" in refused(capsys, "generate", *base)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi \udcff"))
+    assert f"prompt 0: {said}" in refused(capsys, "generate", *base)
+
+
+def test_a_refusing_template_is_one_line(tmp_path, capsys, world):
+    shutil.copytree(world["base"], tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ raise_exception('Speak in turns') }}")
+    line = refused(capsys, "generate", "hi", "--chat", "--base", tmp_path / "base")
+    assert "prompt 0: expected messages that the chat template takes, found its refusal: Speak in turns" in line
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute(capsys):
+    now = [0.0]
+    lines = ProgressLines("train gates", lambda: now[0])
+    for step in range(1, 401):
+        now[0] = step / 2
+        lines.update(step, 1000, f"loss {step}")
+    lines.end()
+    lines.end()
+    assert capsys.readouterr().err.splitlines() == [
+        "train gates: 120/1000, 7 min left, loss 120",
+        "train gates: 240/1000, 6 min left, loss 240",
+        "train gates: 360/1000, 5 min left, loss 360",
+        "train gates: 400/1000, 5 min left, loss 400",
+    ]
+    with progress_bar("[import]") as bar:
+        for i in range(5):
+            bar(i + 1, 5)
+    assert capsys.readouterr().err == "[import]: 5/5\n"
+    with progress_bar("nothing"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_inspect_says_what_folders_hold(tmp_path, capsys, world):

@@ -280,7 +280,7 @@ def evaluate(command: Evaluate) -> None:
     sizes = read_sizes(command)
     mesh = make_devices_mesh(command)
     dtype = default_dtype(command.dtype)
-    with status.status("loading"):
+    with status.status(f"loading as {dtype}"):
         model = load(command.base, command.bank, command.gates, mesh, dtype)
         systems, banks = gather_systems(command, model, dtype)
         problems = gather_problems(command, model)
