@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.hf_llama import module_name
-from converters.peft_settings import SAVED_MODULES, LoraSettings, read_settings
+from converters.peft_settings import SAVED_MODULES, LoraSettings, is_lora, read_settings
 from converters.pickle_files import read_pickle
 from converters.tensor_files import FLOATS, SourceTensor, dtype_name, read_safetensors
 from meteora_jax.config import ENDS, PROJECTIONS, InputError, LlamaConfig, read_json
@@ -106,6 +106,8 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
         raw = read_json(folder / CONFIG)
         settings = read_settings(raw, f"{folder / CONFIG}")
     except InputError as e:
+        if isinstance(raw, dict) and raw and not is_lora(raw):
+            raise  # the tensors of another method would say the same many times
         problems += e.problems
     try:
         weights, tensors = read_tensors(folder)

@@ -1,5 +1,6 @@
 """The command line: what works exits 0 and writes what it says; what is refused is one line and status 1."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -8,14 +9,17 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from tiny import edit_json, tiny_llama
 from worlds import NAMES
 
+import converters
 import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.cli.demo import fetch_base
-from meteora_jax.cli.report import ProgressLines, progress_bar
+from meteora_jax.cli.report import ProgressLines, print_tables, progress_bar
+from meteora_jax.evaluation.table import markdown
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
@@ -147,12 +151,65 @@ def test_progress_without_a_terminal_is_a_line_a_minute(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table_s_headers_are_whole_in_80_columns(terminal):
+    systems = ["base", "oracle", "gates-top1", "gates-top2", "retrieval-selection", "retrieval-mixture",
+               "retrieval-fusion", "gates-within-top2", "averyveryverylongadaptername"]  # fmt: skip
+    cells = {name: {"accuracy": 0.125, "problems": 240} for name in systems}
+    tasks = {"object_counting_of_many_things": cells}
+    table = {"tasks": tasks, "clusters": {}, "mean accuracy": dict.fromkeys(systems, 0.125)}
+    screen = io.StringIO()
+    print_tables(markdown(table, systems), Console(file=screen, width=80, force_terminal=terminal, color_system=None))
+    said = screen.getvalue()
+    assert "…" not in said
+    assert said.count("12.5") == 2 * len(systems)
+    if not terminal:
+        assert said.startswith("| task | problems | base | oracle | gates-top1 |")
+        return
+    lines = said.splitlines()
+    assert max(map(len, lines)) <= 80
+    header = lines[: next(i for i, line in enumerate(lines) if line.strip().startswith("─"))]
+    # every letter of every header, whichever lines it went to
+    assert sorted("".join("".join(header).split())) == sorted("".join(["task", "problems", *systems]))
+
+
 def test_inspect_says_what_folders_hold(tmp_path, capsys, world):
     for kind, words in {"base": ["layers", "3"], "bank": list(NAMES), "gates": ["top_k", "2"]}.items():
         status, out, _ = run(capsys, "inspect", world[kind], "--json", tmp_path / "report.json")
         assert status == 0
         assert json.loads((tmp_path / "report.json").read_text())["kind"] == kind
         assert all(w in out for w in words)
+
+
+def test_inspect_counts_tensors_by_the_type_that_files_hold(tmp_path, capsys, world, monkeypatch):
+    for path, count in ((world["hf_folder"], 30), (world["peft"]["apple"], 42)):
+        status, out, _ = run(capsys, "inspect", path, "--json", tmp_path / "report.json")
+        report = json.loads((tmp_path / "report.json").read_text())
+        sizes = sum(np.prod(row["shape"]) * 4 for row in report["tensors"])
+        assert status == 0
+        assert report["about"]["tensors"] == len(report["tensors"]) == count
+        assert report["about"]["stored as"] == {"F32": f"{count} tensors, {sizes:,} bytes"}
+        assert report["tensors"][0]["key"] not in out
+        assert len(out.splitlines()) < 70
+        assert report["tensors"][0]["key"] in run(capsys, "inspect", path, "--tensors")[1]
+
+    # a file that packs its matrices, 20 bytes for 32 values
+    opened = converters.open_base(world["hf_folder"])
+    packed = [dataclasses.replace(t, stored="Q4_1") if len(t.shape) == 2 else t for t in opened.tensors]
+    monkeypatch.setattr(converters, "open_base", lambda path: dataclasses.replace(opened, tensors=packed))
+    run(capsys, "inspect", world["hf_folder"], "--json", tmp_path / "report.json")
+    about = json.loads((tmp_path / "report.json").read_text())["about"]
+    values = [np.prod(t.shape) for t in packed if t.stored]
+    assert values
+    assert about["stored as"]["Q4_1"] == f"{len(values)} tensors, {sum(values) * 20 // 32:,} bytes"
+    assert len(about["stored as"]) == 2
+
+
+def test_folders_that_hold_files_are_named_with_what_replaces_them(tmp_path, capsys, world):
+    (tmp_path / "file").write_text("x")
+    line = refused(capsys, "import", "base", world["hf_folder"], tmp_path)
+    assert "found one that holds files (overwrite replaces it)" in line
+    assert "=True" not in line
 
 
 def test_train_gates(tmp_path, capsys, world):
@@ -235,8 +292,6 @@ def test_damaged_folders_are_refused(tmp_path, capsys, world, kind, change):
 
 
 def test_wrong_companions_are_refused(tmp_path, capsys, world):
-    import converters
-
     _, other = tiny_llama(tmp_path, hidden_size=32, folder="other")
     converters.import_base(other, tmp_path / "base")
     line = refused(capsys, "generate", "x", "--base", tmp_path / "base", "--bank", world["bank"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from meteora_jax.compiler import default_dtype as default_dtype  # for every command
 
@@ -30,6 +34,29 @@ def write_json(path: Path | None, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def print_tables(text: str, to: Console = console) -> None:
+    """Prints Markdown's tables and the lines between them: as they are where there is no terminal, else as columns.
+
+    A header wraps behind its hyphens, and then anywhere: it is never cut.
+    """
+    if not to.is_terminal:
+        to.print(text, highlight=False, markup=False, soft_wrap=True)
+        return
+    for is_table, group in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        lines = list(group)
+        if not is_table:
+            to.print("\n".join(lines), highlight=False, markup=False)
+            continue
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        table = Table(box=SIMPLE, padding=0, pad_edge=False)
+        for i, name in enumerate(header):
+            side = "left" if i == 0 else "right"
+            table.add_column(Text(name.replace("-", "-\n")), overflow="fold", justify=side, vertical="bottom")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        to.print(table)
 
 
 @contextmanager
