@@ -253,12 +253,18 @@ class MeteoraLM(TemplateLM):
         settings = dict(settings)
         until = settings.pop("until", None) or []
         lengths = [settings.pop(k, None) for k in ("max_gen_toks", "max_new_tokens", "max_tokens")]
-        sample, temperature = settings.pop("do_sample", None), float(settings.pop("temperature", None) or 0.0)
+        length = next((n for n in lengths if n is not None), self.max_gen_toks)
+        sample, warmth = settings.pop("do_sample", None), settings.pop("temperature", None) or 0.0
+        try:
+            temperature, length = float(warmth), int(length)  # YAML reads 1e-3 as a text
+        except (TypeError, ValueError):
+            found = f"{warmth!r}, {length!r}"
+            raise InputError(f"generation_kwargs: temperature, max_gen_toks: expected numbers, found {found}") from None
         if sample and not temperature:
             temperature = 1.0  # transformers' own
         options: dict[str, Any] = {
-            "stop": [until] if isinstance(until, str) else list(until),
-            "max_new_tokens": int(next((n for n in lengths if n is not None), self.max_gen_toks)),
+            "stop": until,
+            "max_new_tokens": length,
             "temperature": 0.0 if sample is False else temperature,
             "seed": self.seed,
         }

@@ -206,6 +206,8 @@ def test_refusals(world, more, said):
         ({"num_beams": 2}, "no beams, found num_beams"),
         ({"repetition_penalty": 1.1}, "found repetition_penalty"),
         ({"max_gen_toks": 256}, "max_gen_toks: expected less than 256"),
+        ({"max_gen_toks": "some"}, "temperature, max_gen_toks: expected numbers, found 0.0, 'some'"),
+        ({"temperature": "hot"}, "temperature, max_gen_toks: expected numbers, found 'hot', 256"),
     ],
 )
 def test_generation_settings_that_mean_nothing_here_are_refused(models, settings, said):
