@@ -99,7 +99,8 @@ def _check_destination(dest: Path, overwrite: bool, sources: Iterable[Path]) -> 
     if not dest.is_dir():
         raise InputError(f"{dest}: expected a folder or nothing, found a file")
     if any(dest.iterdir()) and not overwrite:
-        raise InputError(f"{dest}: expected no folder or an empty one, found one that holds files (overwrite=True)")
+        expected = "no folder or an empty one"
+        raise InputError(f"{dest}: expected {expected}, found one that holds files (overwrite replaces it)")
 
 
 @contextlib.contextmanager

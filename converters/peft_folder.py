@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.hf_llama import module_name
-from converters.peft_settings import LoraSettings, read_settings
+from converters.peft_settings import LoraSettings, is_lora, read_settings
 from converters.pickle_files import read_pickle
 from converters.rules import same_values
 from converters.tensor_files import FLOATS, SourceTensor, dtype_name, read_safetensors
@@ -121,6 +121,8 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
         raw = read_json(folder / CONFIG)
         settings = read_settings(raw, f"{folder / CONFIG}")
     except InputError as e:
+        if isinstance(raw, dict) and raw and not is_lora(raw):
+            raise  # the tensors of another method would say the same many times
         problems += e.problems
     try:
         weights, tensors = read_tensors(folder)

@@ -116,6 +116,11 @@ def read_settings(raw: Any, file: str) -> LoraSettings:
     return _SettingsReader(raw, file).read()
 
 
+def is_lora(raw: Mapping[str, Any]) -> bool:
+    """Whether the method is LoRA, by what the file says."""
+    return raw.get("peft_type") == "LORA"
+
+
 class _SettingsReader:
     """Collects every problem of an `adapter_config.json` before it raises once."""
 
@@ -126,8 +131,8 @@ class _SettingsReader:
         self.problems.append(f"{self.file}: {key}: expected {expected}, found {found!r:.200}")
 
     def read(self) -> LoraSettings:
-        if self.raw.get("peft_type") != "LORA":
-            raise InputError(f"{self.file}: peft_type: expected 'LORA', found {self.raw.get('peft_type')!r}")
+        if not is_lora(self.raw):
+            raise InputError(f"{self.file}: peft_type: expected 'LORA', found {self.raw.get('peft_type')!r:.200}")
         self.check_features()
         target, exclude = self.modules("target_modules"), self.modules("exclude_modules")
         if self.raw.get("target_modules") is None:

@@ -43,6 +43,14 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def default_dtype(dtype: str | None = None) -> str:
+    """What weights and activations are, unless the caller says: float32 on a CPU, bfloat16 on an accelerator.
+
+    A CPU has no fast bfloat16.
+    """
+    return dtype or ("float32" if platform() == "cpu" else "bfloat16")
+
+
 class Jit:
     """`jax.jit` of a function, with `GPU_OPTIONS` where the program is for a GPU.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from meteora_jax.arguments import MOST, Arguments
 from meteora_jax.compiler import jit
 from meteora_jax.config import GROUPS, InputError, LlamaConfig
 from meteora_jax.kv_cache import EMPTY, KVCache
@@ -31,12 +31,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not (0 <= self.temperature < math.inf):
-            raise InputError(f"temperature: expected 0 or a positive number, found {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k: expected at least 1, found {self.top_k}")
-        if self.top_p is not None and not (0 < self.top_p <= 1):
-            raise InputError(f"top_p: expected a number in (0, 1], found {self.top_p}")
+        with Arguments() as given:
+            given.number("temperature", self.temperature, "0 or a positive number", lambda t: t >= 0)
+            given.whole("top_k", self.top_k, none=True)
+            if self.top_p is not None:
+                given.number("top_p", self.top_p, "a number in (0, 1]", lambda p: 0 < p <= 1)
+            given.whole("seed", self.seed, least=-MOST - 1)
 
     @property
     def traced(self) -> dict[str, jax.Array]:
@@ -209,6 +209,18 @@ def pad_batch(
     return np.pad(tokens, [(0, extra), (0, 0)]), np.pad(lengths, (0, extra)), router
 
 
+def check_token_ids(token_ids: Sequence[int], config: LlamaConfig) -> None:
+    """Refuses ids that are no tokens of the model."""
+    if wrong := strange_ids(token_ids, config):
+        raise InputError(f"token_ids: {wrong}")
+
+
+def strange_ids(token_ids: Sequence[int], config: LlamaConfig) -> str:
+    """What was expected instead of the first id that is no token of the model; empty where all are."""
+    strange = next((t for t in token_ids if not 0 <= t < config.vocab_size), None)
+    return "" if strange is None else f"expected token ids from 0 and below {config.vocab_size}, found {strange}"
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig, new_tokens: int) -> None:
     """Refuses empty prompts, unknown tokens, and prompts that with `new_tokens` exceed the context; all at once."""
     problems = []
@@ -219,8 +231,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig, new_tok
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             problems.append(f"prompt {i}: expected at least one token, found none")
-        elif min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            problems.append(f"prompt {i}: expected token ids below {config.vocab_size}, found {max(prompt)}")
+        elif wrong := strange_ids(prompt, config):
+            problems.append(f"prompt {i}: {wrong}")
         elif len(prompt) > room and not grows:
             problems.append(
                 f"prompt {i}: expected at most {max(room, 0)} tokens (a context of {config.max_position_embeddings} "

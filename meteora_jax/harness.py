@@ -10,6 +10,7 @@ own. What is asked, and how a text becomes tokens, is as in the harness' `hf` mo
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,8 +25,10 @@ from meteora_jax.config import InputError
 from meteora_jax.generation import bucket, pad_prompts
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.model import load
+from meteora_jax.prompts import render_chat
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.named import read_router
+from meteora_jax.text import check_text
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -34,6 +37,7 @@ try:
 except ModuleNotFoundError as e:
     raise InputError(f"lm-evaluation-harness: needs {e.name}, found none: pip install 'meteora-jax[harness]'") from None
 
+LOG = logging.getLogger(__name__)
 _CHUNK = 8  # positions whose logits exist at once; `bucket` gives multiples of it
 
 # (its text, context ids, continuation ids), as the harness hands a request to `_loglikelihood_tokens`
@@ -121,10 +125,11 @@ class MeteoraLM(TemplateLM):
             )
         del device
         self.batch_size = int(size)
-        default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        self.model = load(base, bank, gates, dtype=dtype or default)
+        self.model = load(base, bank, gates, dtype=dtype)
         self.tokenizer = self.model.tokenizer
         self.router = read_router(router, self.model.gates, self.model.adapter_names, top_k, temperature)
+        if bank is not None and router is None and self.router is None:
+            LOG.warning("%s: no adapter acts: of a bank alone none is chosen; router= or gates= chooses one", bank)
         self.max_length = max_length or self.model.config.max_position_embeddings
         self._base, self.max_gen_toks, self.add_bos_token, self.seed = base, max_gen_toks, add_bos_token, seed
         self._prefix = prefix_token_id
@@ -148,6 +153,7 @@ class MeteoraLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; a text that begins with the prefix token's own text gets no second one."""
+        check_text(string, "text")
         if add_special_tokens is None:
             twice = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
             add_special_tokens = False if twice else self.add_bos_token
@@ -155,15 +161,17 @@ class MeteoraLM(TemplateLM):
         return list(self.tokenizer(string, **special)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages as one text, by the tokenizer's template."""
-        if not self.tokenizer.chat_template:
-            raise InputError(f"{self._base}: expected a tokenizer with a chat template, found one without")
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """The messages as one text, by the tokenizer's template; one that refuses a system message gets none."""
+        where = f"{self._base}: chat history"
+        how = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
+        try:
+            return render_chat(self.tokenizer, chat_history, where, **how)
+        except InputError as e:
+            others = [m for m in chat_history if m.get("role") != "system"]
+            if len(others) == len(chat_history) or not self.tokenizer.chat_template:
+                raise
+            LOG.warning("%s: the system message is left out", e)
+            return render_chat(self.tokenizer, others, where, **how)
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
         wrong = [len(target) for _, _, target in requests if not 0 < len(target) <= self.max_length]
@@ -245,12 +253,18 @@ class MeteoraLM(TemplateLM):
         settings = dict(settings)
         until = settings.pop("until", None) or []
         lengths = [settings.pop(k, None) for k in ("max_gen_toks", "max_new_tokens", "max_tokens")]
-        sample, temperature = settings.pop("do_sample", None), float(settings.pop("temperature", None) or 0.0)
+        length = next((n for n in lengths if n is not None), self.max_gen_toks)
+        sample, warmth = settings.pop("do_sample", None), settings.pop("temperature", None) or 0.0
+        try:
+            temperature, length = float(warmth), int(length)  # YAML reads 1e-3 as a text
+        except (TypeError, ValueError):
+            found = f"{warmth!r}, {length!r}"
+            raise InputError(f"generation_kwargs: temperature, max_gen_toks: expected numbers, found {found}") from None
         if sample and not temperature:
             temperature = 1.0  # transformers' own
         options: dict[str, Any] = {
-            "stop": [until] if isinstance(until, str) else list(until),
-            "max_new_tokens": int(next((n for n in lengths if n is not None), self.max_gen_toks)),
+            "stop": until,
+            "max_new_tokens": length,
             "temperature": 0.0 if sample is False else temperature,
             "seed": self.seed,
         }

@@ -11,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from meteora_jax.arguments import Arguments
 from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
-from meteora_jax.compiler import jit, platform
+from meteora_jax.compiler import default_dtype, jit, platform
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.gate_config import GateConfig, GateForm
-from meteora_jax.generation import Generator, Sampling, check_prompts, pad_batch
+from meteora_jax.generation import Generator, Sampling, check_prompts, check_token_ids, pad_batch
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.llama import prepare_gates
+from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
 from meteora_jax.routing import BoundRouter, RoutingTrace, bind
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.invoked import watch
@@ -26,8 +29,6 @@ from meteora_jax.routing.retrieval import Found, look_up
 from meteora_jax.sharding import place_rows, use_mesh
 from meteora_jax.text import TextStream, load_tokenizer
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
-Prompt = str | Sequence[Message]
 FinishReason = Literal["end", "stop", "length"]
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -72,6 +73,11 @@ class Meteora:
         """The bank's adapters in its order; empty without a bank."""
         return self.bank.names if self.bank else ()
 
+    @property
+    def dtype(self) -> str:
+        """Of base, adapters and activations: float32, bfloat16 or float16."""
+        return str(self.weights["embed"].dtype)
+
     def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""
         if isinstance(router, str) and router == "gates if loaded":
@@ -80,11 +86,14 @@ class Meteora:
 
     def request_text(self, prompt: Prompt | Sequence[int]) -> str:
         """What a retrieval reads: the text itself, what the user said in messages, or the text of token ids."""
+        return self._request_text(read_prompt(prompt, "prompt"))
+
+    def _request_text(self, prompt: Any) -> str:
         if isinstance(prompt, str):
             return prompt
-        if _is_token_ids(prompt):
-            return self.decode(prompt)  # pyright: ignore[reportArgumentType]: told apart by the line above
-        return "\n".join(m["content"] for m in prompt if m["role"] == "user")  # pyright: ignore[reportArgumentType, reportIndexIssue]
+        if is_messages(prompt):
+            return "\n".join(m["content"] for m in prompt if m["role"] == "user")
+        return self._decode(prompt)
 
     def logits(self, token_ids: Any, router: Any = "gates if loaded") -> jax.Array:
         """Next-token logits at every position.
@@ -96,9 +105,9 @@ class Meteora:
         Returns:
             float32 [B, T, V], T the longest row; what stands behind a shorter row's end means nothing.
         """
-        rows = [list(map(int, row)) for row in token_ids]
+        rows = read_token_ids(token_ids)
         check_prompts(rows, self.config, 0)
-        router, _ = look_up(router, len(rows), lambda: [self.decode(row) for row in rows])
+        router, _ = look_up(router, len(rows), lambda: [self._decode(row) for row in rows])
         tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows), rows), self.mesh)
         with use_mesh(self.mesh):
             batch = place_rows((tokens, lengths), self.mesh)
@@ -107,15 +116,23 @@ class Meteora:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids as the tokenizer does by itself; a list of messages goes through the chat template."""
+        return self._encode(read_prompt(prompt, "prompt"), "prompt")
+
+    def _encode(self, prompt: Any, where: str) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        if not self.tokenizer.chat_template:
-            raise InputError("prompt: expected a tokenizer with a chat template for messages, found one without")
-        rendered = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        if not is_messages(prompt):
+            return prompt
+        rendered = render_chat(self.tokenizer, prompt, where, add_generation_prompt=True)
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Token ids -> text, special tokens left out."""
+        (row,) = read_token_ids([token_ids])
+        check_token_ids(row, self.config)
+        return self._decode(row)
+
+    def _decode(self, token_ids: Any) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def generate(
@@ -127,16 +144,22 @@ class Meteora:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> list[Completion]:
         """Answers a batch of prompts (text, messages, or token ids); greedy at temperature 0.
 
+        Args:
+            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, None (bare base), a list of them (one a prompt); by
+                default the gates if loaded, else None, whatever bank there is.
+            stop: texts that end a response, or one text.
+
         Raises:
-            InputError: empty prompt, prompt beyond the context, unknown adapter, bad sampling values.
+            InputError: empty prompt, prompt beyond the context, messages that the chat template refuses, text that
+                UTF-8 cannot hold, unknown adapter, bad sampling values.
         """
-        sampling = Sampling(temperature, top_k, top_p, seed)
         # without stop strings nothing needs the host before the end: one loop on the device
         chunk = 16 if stop else max_new_tokens
+        sampling = Sampling(temperature, top_k, top_p, seed)
         completions: list[Completion] = []
         for piece in self._run(prompts, router, max_new_tokens, sampling, stop, chunk):
             if isinstance(piece, list):
@@ -152,22 +175,37 @@ class Meteora:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         chunk: int = 8,
     ) -> Iterator[Delta | list[Completion]]:
         """As `generate`, in pieces: `Delta`s as text becomes certain, every `chunk` tokens, then the completions."""
-        yield from self._run(prompts, router, max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop, chunk)
+        return self._run(prompts, router, max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop, chunk)
 
     def _run(self, prompts, router, max_new_tokens, sampling, stop, chunk) -> Iterator[Delta | list[Completion]]:
-        if isinstance(prompts, str):
-            raise InputError("prompts: expected a list of prompts, found a single text")
-        ids = [list(p) if _is_token_ids(p) else self.encode(p) for p in prompts]
-        if not ids:
-            raise InputError("prompts: expected at least one, found none")
-        router, retrieved = look_up(router, len(ids), lambda: [self.request_text(p) for p in prompts])
+        """Checks the call, reads the prompts, and gives the pieces as they come."""
+        stop = (stop,) if isinstance(stop, str) else stop
+        with Arguments() as given:
+            given.whole("max_new_tokens", max_new_tokens)
+            given.whole("chunk", chunk)
+            given.texts("stop", stop)
+        asked, ids, problems = read_prompts(prompts), [], []
+        for i, prompt in enumerate(asked):
+            try:
+                ids.append(self._encode(prompt, f"prompt {i}"))
+            except InputError as e:
+                problems += e.problems
+        if problems:
+            raise InputError(problems)
+        check_prompts(ids, self.config, max_new_tokens)
+        router, retrieved = look_up(router, len(ids), lambda: list(map(self._request_text, asked)))
         bound = self.bind(router, len(ids), ids)
         batch = Generator(self.graph, self.weights, self.config, ids, bound, sampling, max_new_tokens, self.mesh)
-        streams = [TextStream(self.decode, stop) for _ in ids]
+        return self._pieces(batch, ids, stop, chunk, retrieved)
+
+    def _pieces(
+        self, batch: Generator, ids: list[list[int]], stop: Sequence[str], chunk: int, retrieved: list[Found]
+    ) -> Iterator[Delta | list[Completion]]:
+        streams = [TextStream(self._decode, stop) for _ in ids]
         seen = [0] * len(ids)
         running = True
         while running:
@@ -206,10 +244,6 @@ class Meteora:
         return out
 
 
-def _is_token_ids(prompt: Any) -> bool:
-    return not isinstance(prompt, str) and all(isinstance(t, int | np.integer) for t in prompt)
-
-
 @jit(static_argnames=("graph",))
 def _logits(graph: Any, weights: Any, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None) -> jax.Array:
     model = nnx.merge(graph, weights)
@@ -223,22 +257,29 @@ def load(
     bank: str | os.PathLike[str] | None = None,
     gates: str | os.PathLike[str] | None = None,
     mesh: Any = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
 ) -> Meteora:
     """Loads BASE, and on top of it BANK and GATES, made by `meteora import` and `meteora train gates`.
 
     Args:
         mesh: of `sharding.make_mesh`: weights are split over its devices, and batches too; None is one device.
-        dtype: of base, adapters and activations; gates stay float32.
+        dtype: of base, adapters and activations; by default float32 on a CPU, bfloat16 on an accelerator; the model's
+            `dtype` says which. Gates stay float32.
 
     Raises:
         InputError: a folder is missing, damaged, or made for another base or bank.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    with Arguments() as given:
+        given.path("base", base)
+        given.path("bank", bank, none=True)
+        given.path("gates", gates, none=True)
+        if mesh is not None and not isinstance(mesh, Mesh):
+            given.refuse("mesh", "one of sharding.make_mesh, or None", mesh)
+        if dtype is not None:
+            given.choice("dtype", dtype, DTYPES)
     if gates is not None and bank is None:
         raise InputError(f"{gates}: gates: expected a bank beside them, found none")
-    kind = jnp.dtype(dtype)
+    kind = jnp.dtype(default_dtype(dtype))
     config, weights = load_base(base, kind)
     loaded = load_bank(bank, config, kind, read_origin(base)) if bank is not None else None
     gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)

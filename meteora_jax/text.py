@@ -12,6 +12,20 @@ from meteora_jax.config import InputError
 REPLACEMENT = "\ufffd"  # what a tokenizer prints for bytes that are not yet a whole character
 
 
+def check_text(text: str, where: str) -> None:
+    """Refuses what UTF-8 cannot hold: half of a character (a lone surrogate), which JSON can spell and files cannot.
+
+    Raises:
+        InputError: one line that begins with `where`.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise InputError(
+            f"{where}: expected text that UTF-8 can hold, found a lone surrogate at character {e.start}"
+        ) from None
+
+
 class TextStream:
     """The text of one response as its tokens arrive.
 
@@ -61,10 +75,13 @@ class TextStream:
 
 
 def load_tokenizer(base: str | os.PathLike[str]) -> Any:
-    """The tokenizer saved in BASE."""
+    """The tokenizer saved in BASE; a tokenizer's own code is neither run nor asked about."""
     from transformers import AutoTokenizer  # slow to import, and logits need no tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(Path(base), local_files_only=True)
-    except (OSError, ValueError) as e:
-        raise InputError(f"{base}: expected a tokenizer's files, found none that load ({e})") from None
+        return AutoTokenizer.from_pretrained(Path(base), local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # what tokenizers and transformers raise at damaged files is of no one kind
+        said = (
+            "ones that need code of their own, which is not run" if "custom code" in str(e) else f"none that load ({e})"
+        )
+        raise InputError(f"{base}: expected a tokenizer's files, found {said}") from None

@@ -35,7 +35,7 @@ from rich.table import Table
 from settings import ANYWHERE, SETTINGS, Held, Timed, generating, has_bare, kernels_of, prepared, started, training
 
 import meteora_jax as mj
-from meteora_jax.compiler import platform
+from meteora_jax.compiler import default_dtype, platform
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.gate_config import IMPOSSIBLE, GateForm
 from meteora_jax.llama import Llama
@@ -424,8 +424,7 @@ def main(bench: Bench) -> None:
         raise InputError(f"--gate-input {bench.gate_input}: {IMPOSSIBLE}")
     if bench.layers is not None:
         config = dataclasses.replace(config, num_layers=bench.layers)
-    cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(bench.dtype or ("float32" if cpu else "bfloat16"))
+    dtype = jnp.dtype(default_dtype(bench.dtype))
     peak = ceilings(dtype)
     console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype.name}: a product reaches "
                   f"{peak.flops / 1e12:.3g} TFLOP/s, a copy {peak.bytes / 1e9:.3g} GB/s")  # fmt: skip

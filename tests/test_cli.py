@@ -1,5 +1,7 @@
 """The command line: what works exits 0 and writes what it says; what is refused is one line and status 1."""
 
+import dataclasses
+import io
 import json
 import shutil
 import subprocess
@@ -7,13 +9,17 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from tiny import edit_json, tiny_llama
 from worlds import NAMES
 
+import converters
 import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.cli.demo import fetch_base
+from meteora_jax.cli.report import ProgressLines, print_tables, progress_bar
+from meteora_jax.evaluation.table import markdown
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
@@ -71,12 +77,139 @@ def test_router_option(capsys, world, router):
     )
 
 
+def test_stop_takes_one_string_and_leaves_the_prompt(capsys, world):
+    want = world["model"].generate(["The lazy dog"], None, max_new_tokens=8)[0].text
+    first, second = want[3:5], want[2:4]
+    base = ["--base", world["base"], "--max-new-tokens", 8]
+    for words in (["--stop", first, "The lazy dog"], ["The lazy dog", "--stop", first]):
+        status, out, _ = run(capsys, "generate", *base, *words)
+        assert (status, out) == (0, want[: want.index(first)] + "\n")
+    status, out, _ = run(capsys, "generate", *base, "--stop", first, "--stop", second, "The lazy dog")
+    assert (status, out) == (0, want[: min(want.index(first), want.index(second))] + "\n")
+
+
+def test_a_bank_that_nothing_chooses_from_is_remarked_on(capsys, world):
+    words = ["generate", "hi", "--base", world["base"], "--max-new-tokens", 1]
+    bank, gates = ["--bank", world["bank"]], ["--gates", world["gates"]]
+    status, _, err = run(capsys, *words, *bank)
+    assert status == 0
+    assert "no adapter acts" in err
+    assert "--router NAME" in err
+    for chosen in ([], [*bank, *gates], [*bank, "--router", "none"], [*bank, "--router", "birch"]):
+        assert "no adapter acts" not in run(capsys, *words, *chosen)[2]
+
+
+def test_one_rule_for_the_dtype(capsys, world):
+    """float32 on a CPU, for the command line and for `load` alike, and it is said."""
+    words = ["generate", "hi", "--base", world["base"], "--max-new-tokens", 1]
+    assert "as float32" in run(capsys, *words)[2]
+    assert "as bfloat16" in run(capsys, *words, "--dtype", "bfloat16")[2]
+    assert mj.load(world["base"]).dtype == "float32"
+    assert mj.load(world["base"], world["bank"], dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_text_that_is_no_unicode_is_refused(capsys, world, monkeypatch):
+    base = ["--base", world["base"]]
+    said = "expected text that UTF-8 can hold, found a lone surrogate at character 3"
+    assert f"prompts: word 1: {said}" in refused(capsys, "generate", "ok", "hi \ud83d", *base)
+    assert f"stop: word 0: {said}" in refused(capsys, "generate", "ok", "--stop", "hi \ud83d", *base)
+    assert f"router: {said}" in refused(capsys, "generate", "ok", "--router", "hi \ud83d", *base)
+    assert said in refused(capsys, "index", "query", world["base"], "hi \ud83d")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff"), "utf-8"))
+    assert "standard input: expected UTF-8 text, found byte 0xff" in refused(capsys, "generate", *base)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi \udcff"))
+    assert f"prompt 0: {said}" in refused(capsys, "generate", *base)
+
+
+def test_a_refusing_template_is_one_line(tmp_path, capsys, world):
+    shutil.copytree(world["base"], tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ raise_exception('Speak in turns') }}")
+    line = refused(capsys, "generate", "hi", "--chat", "--base", tmp_path / "base")
+    assert "prompt 0: expected messages that the chat template takes, found its refusal: Speak in turns" in line
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute(capsys):
+    now = [0.0]
+    lines = ProgressLines("train gates", lambda: now[0])
+    for step in range(1, 401):
+        now[0] = step / 2
+        lines.update(step, 1000, f"loss {step}")
+    lines.end()
+    lines.end()
+    assert capsys.readouterr().err.splitlines() == [
+        "train gates: 120/1000, 7 min left, loss 120",
+        "train gates: 240/1000, 6 min left, loss 240",
+        "train gates: 360/1000, 5 min left, loss 360",
+        "train gates: 400/1000, 5 min left, loss 400",
+    ]
+    with progress_bar("[import]") as bar:
+        for i in range(5):
+            bar(i + 1, 5)
+    assert capsys.readouterr().err == "[import]: 5/5\n"
+    with progress_bar("nothing"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table_s_headers_are_whole_in_80_columns(terminal):
+    systems = ["base", "oracle", "gates-top1", "gates-top2", "retrieval-selection", "retrieval-mixture",
+               "retrieval-fusion", "gates-within-top2", "averyveryverylongadaptername"]  # fmt: skip
+    cells = {name: {"accuracy": 0.125, "problems": 240} for name in systems}
+    tasks = {"object_counting_of_many_things": cells}
+    table = {"tasks": tasks, "clusters": {}, "mean accuracy": dict.fromkeys(systems, 0.125)}
+    screen = io.StringIO()
+    print_tables(markdown(table, systems), Console(file=screen, width=80, force_terminal=terminal, color_system=None))
+    said = screen.getvalue()
+    assert "…" not in said
+    assert said.count("12.5") == 2 * len(systems)
+    if not terminal:
+        assert said.startswith("| task | problems | base | oracle | gates-top1 |")
+        return
+    lines = said.splitlines()
+    assert max(map(len, lines)) <= 80
+    header = lines[: next(i for i, line in enumerate(lines) if line.strip().startswith("─"))]
+    # every letter of every header, whichever lines it went to
+    assert sorted("".join("".join(header).split())) == sorted("".join(["task", "problems", *systems]))
+
+
 def test_inspect_says_what_folders_hold(tmp_path, capsys, world):
     for kind, words in {"base": ["layers", "3"], "bank": list(NAMES), "gates": ["top_k", "2"]}.items():
         status, out, _ = run(capsys, "inspect", world[kind], "--json", tmp_path / "report.json")
         assert status == 0
         assert json.loads((tmp_path / "report.json").read_text())["kind"] == kind
         assert all(w in out for w in words)
+
+
+def test_inspect_counts_tensors_by_the_type_that_files_hold(tmp_path, capsys, world, monkeypatch):
+    for path, count in ((world["hf_folder"], 30), (world["peft"]["apple"], 42)):
+        status, out, _ = run(capsys, "inspect", path, "--json", tmp_path / "report.json")
+        report = json.loads((tmp_path / "report.json").read_text())
+        sizes = sum(np.prod(row["shape"]) * 4 for row in report["tensors"])
+        assert status == 0
+        assert report["about"]["tensors"] == len(report["tensors"]) == count
+        assert report["about"]["stored as"] == {"F32": f"{count} tensors, {sizes:,} bytes"}
+        assert report["tensors"][0]["key"] not in out
+        assert len(out.splitlines()) < 70
+        assert report["tensors"][0]["key"] in run(capsys, "inspect", path, "--tensors")[1]
+
+    # a file that packs its matrices, 20 bytes for 32 values
+    opened = converters.open_base(world["hf_folder"])
+    packed = [dataclasses.replace(t, stored="Q4_1") if len(t.shape) == 2 else t for t in opened.tensors]
+    monkeypatch.setattr(converters, "open_base", lambda path: dataclasses.replace(opened, tensors=packed))
+    run(capsys, "inspect", world["hf_folder"], "--json", tmp_path / "report.json")
+    about = json.loads((tmp_path / "report.json").read_text())["about"]
+    values = [np.prod(t.shape) for t in packed if t.stored]
+    assert values
+    assert about["stored as"]["Q4_1"] == f"{len(values)} tensors, {sum(values) * 20 // 32:,} bytes"
+    assert len(about["stored as"]) == 2
+
+
+def test_folders_that_hold_files_are_named_with_what_replaces_them(tmp_path, capsys, world):
+    (tmp_path / "file").write_text("x")
+    line = refused(capsys, "import", "base", world["hf_folder"], tmp_path)
+    assert "found one that holds files (overwrite replaces it)" in line
+    assert "=True" not in line
 
 
 def test_train_gates(tmp_path, capsys, world):
@@ -159,8 +292,6 @@ def test_damaged_folders_are_refused(tmp_path, capsys, world, kind, change):
 
 
 def test_wrong_companions_are_refused(tmp_path, capsys, world):
-    import converters
-
     _, other = tiny_llama(tmp_path, hidden_size=32, folder="other")
     converters.import_base(other, tmp_path / "base")
     line = refused(capsys, "generate", "x", "--base", tmp_path / "base", "--bank", world["bank"])

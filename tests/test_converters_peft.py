@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import IA3Config, LoHaConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama, tiny_peft
 from transformers import LlamaForCausalLM
@@ -224,6 +224,20 @@ REFUSED_SETTINGS: dict[str, tuple[Any, str]] = {
     "layers_to_transform": (["1"], "expected layer indices"),
     "layers_pattern": ("layers", "expected layers_to_transform beside it"),
 }
+
+
+@pytest.mark.parametrize("method", ["IA3", "LOHA", "PROMPT_TUNING"])
+def test_another_method_is_one_line_and_not_one_a_tensor(tmp_path: Path, hf: Path, base: Path, method: str):
+    """Folders that peft itself wrote, each with the other method's tensors."""
+    kinds = {"IA3": IA3Config, "LOHA": LoHaConfig, "PROMPT_TUNING": PromptTuningConfig}
+    more: dict[str, Any] = {"num_virtual_tokens": 4} if method == "PROMPT_TUNING" else {"target_modules": ["up_proj"]}
+    more |= {"feedforward_modules": ["up_proj"]} if method == "IA3" else {}
+    made = get_peft_model(LlamaForCausalLM.from_pretrained(hf), kinds[method](task_type="CAUSAL_LM", **more))
+    made.save_pretrained(tmp_path / "other")
+    dest = tmp_path / "bank"
+    refusal = assert_refused(lambda: import_adapters(dest, base, {"a": tmp_path / "other"}), dest)
+    expected = f"{tmp_path / 'other' / CONFIG}: peft_type: expected 'LORA', found {method!r}"
+    assert list(refusal.problems) == [expected]
 
 
 @pytest.mark.parametrize("key", REFUSED_SETTINGS)

@@ -87,7 +87,7 @@ def test_inspect_reads_what_could_be_imported(tmp_path: Path, capsys: pytest.Cap
     adapter = tiny_peft(tmp_path, folder, "adapter", use_rslora=True)
     report = tmp_path / "report.json"
     for path, kind, count in ((folder, "source of a base", 30), (adapter, "PEFT adapter", 42)):
-        main(["inspect", str(path), "--json", str(report)])
+        main(["inspect", str(path), "--tensors", "--json", str(report)])
         found = json.loads(report.read_text())
         assert found["kind"] == kind
         assert len(found["tensors"]) == count

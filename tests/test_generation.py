@@ -1,17 +1,20 @@
 """Generation: ragged batches, sampling, stop strings, streaming, chat, and nothing compiled twice."""
 
+import copy
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import edit_json, tiny_tokenizer
 
 import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.generation import Sampling, bucket, decode, prefill, sample
-from meteora_jax.text import TextStream
+from meteora_jax.text import TextStream, check_text, load_tokenizer
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90)), [200]]
 
@@ -80,6 +83,15 @@ def test_stop_string_ends_text_and_tokens(world):
     assert middle not in model.decode(done.token_ids[:-1])
 
 
+def test_one_text_is_one_stop_string(world):
+    model = world["model"]
+    (whole,) = model.generate([ROWS[0]], max_new_tokens=20)
+    stop = whole.text[4:7]
+    found = [model.generate([ROWS[0]], max_new_tokens=20, stop=given)[0] for given in (stop, [stop])]
+    assert [c.text for c in found] == [whole.text[: whole.text.index(stop)]] * 2
+    assert found[0].token_ids == found[1].token_ids
+
+
 def test_an_end_token_ends_its_row_only(world):
     model = world["model"]
     first = int(np.argmax(np.asarray(model.logits([ROWS[1]], None))[0, -1]))
@@ -143,6 +155,78 @@ def test_chat_uses_the_template(world):
     assert chat.token_ids == plain.token_ids
 
 
+TEMPLATES = {
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x": (
+        "System role not supported"
+    ),
+    "{{ messages[0]['content'] + 1 }}": "can only concatenate str",
+    "{{ messages[0].nothing.at_all }}": "has no attribute 'nothing'",
+    "{% for m in %}": "Expected an expression",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ '\\ud83d' }}": "prompt 1: by the chat template: expected text that UTF-8 can hold",
+}
+
+
+def with_template(model, template):
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.chat_template = template
+    return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_a_template_refuses_is_said_in_a_line(world, template):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    model = with_template(world["model"], template)
+    for call in (model.generate, model.stream):
+        with pytest.raises(InputError, match=r"^prompt 1: [^\n]*$") as refusal:
+            call(["plain text", chat], max_new_tokens=1)
+        assert TEMPLATES[template] in str(refusal.value)
+    with pytest.raises(InputError, match=r"^prompt: "):
+        model.encode(chat)
+
+
+def test_named_templates_need_a_default(world):
+    chat = [{"role": "user", "content": "hi"}]
+    named = {"default": "{{ messages[0]['content'] }}", "tool_use": "x"}
+    assert with_template(world["model"], named).encode(chat) == world["model"].encode("hi")
+    with pytest.raises(InputError, match=r"^prompt: expected messages .*no default specified[^\n]*$"):
+        with_template(world["model"], {"rag": "x", "tool_use": "x"}).encode(chat)
+    with pytest.raises(InputError, match=r"^prompt 0: expected a tokenizer with a chat template"):
+        with_template(world["model"], None).generate([chat])
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known class", "unknown class"])
+def test_a_tokenizer_s_own_code_is_not_run(tmp_path, monkeypatch, known):
+    """Neither run nor asked about, whether transformers could do without it or not."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\nclass OwnConfig: pass\n")
+    changes = dict(auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
+    edit_json(tmp_path / "tokenizer_config.json", **changes, **({} if known else {"tokenizer_class": "Own"}))
+    model = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *given: asked.append(given) or "y")
+    if known:
+        assert load_tokenizer(tmp_path)("The")["input_ids"] == tiny_tokenizer()("The")["input_ids"]
+    else:
+        with pytest.raises(InputError, match=r"found ones that need code of their own, which is not run$"):
+            load_tokenizer(tmp_path)
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', '{"added_tokens_decoder": {"a": 3}}', "\xff"])
+def test_a_damaged_tokenizer_is_refused(tmp_path, file, text):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text, encoding="latin-1")
+    if (file, text) == ("tokenizer_config.json", '{"model": 3}'):
+        return  # says nothing about a tokenizer
+    with pytest.raises(InputError, match=r"^[^\n]*: expected a tokenizer's files, found none that load[^\n]*$"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -189,6 +273,17 @@ def test_streamed_text_adds_up_and_is_never_taken_back(text, stops, cuts):
     # two stop strings may be completed by one token: the earlier start wins
     assert said == stream.text
     assert said == want or (len(stops) == 2 and said == text[: min(at)])
+
+
+@pytest.mark.parametrize("text", ["", "hi", "\x00", "\ufffd", "\U0001f642", "漢字"])
+def test_text_that_utf8_holds_is_let_through(text):
+    check_text(text, "prompt 0")
+
+
+@pytest.mark.parametrize(("text", "at"), [("hi \ud83d", 3), ("\ude42", 0), ("\ud83d\ude42", 0), ("🙂\udc80x", 1)])
+def test_half_a_character_is_refused_where_it_stands(text, at):
+    with pytest.raises(InputError, match=rf"^prompt 7: expected text that UTF-8 can hold, .* at character {at}$"):
+        check_text(text, "prompt 7")
 
 
 def test_the_device_loop_runs_many_tokens_a_call(world):

@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tiny import CORPUS
+from tiny import CHAT_TEMPLATE, CORPUS
 
 from meteora_jax.config import InputError
 from meteora_jax.harness import MeteoraLM, main
@@ -159,6 +159,31 @@ def test_it_is_registered_and_made_from_an_argument_string(world):
     assert model.tok_encode(chat)[:1] == [1]
 
 
+def test_a_template_that_refuses_a_system_message_gets_none(models, caplog):
+    """As the harness' own model does, and with a warning too."""
+    ours, theirs = models["none"]
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    with pytest.MonkeyPatch.context() as patch:
+        for model in (ours, theirs):
+            patch.setattr(model.tokenizer, "chat_template", refusal + CHAT_TEMPLATE)
+        assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat)
+        assert "no system role: the system message is left out" in caplog.text
+        patch.setattr(ours.tokenizer, "chat_template", "{{ raise_exception('nobody may speak') }}")
+        for history in (chat, chat[1:]):
+            with pytest.raises(InputError, match=r"^[^\n]*chat history: expected messages .*: nobody may speak$"):
+                ours.apply_chat_template(history)
+    with pytest.raises(InputError, match="text: expected text that UTF-8 can hold"):
+        ours.tok_encode("hi \ud83d")
+
+
+def test_a_bank_that_nothing_chooses_from_is_remarked_on(world, caplog):
+    MeteoraLM(base=str(world["base"]), bank=str(world["bank"]), router="none")
+    assert "no adapter acts" not in caplog.text
+    MeteoraLM(base=str(world["base"]), bank=str(world["bank"]))
+    assert "no adapter acts" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -181,6 +206,8 @@ def test_refusals(world, more, said):
         ({"num_beams": 2}, "no beams, found num_beams"),
         ({"repetition_penalty": 1.1}, "found repetition_penalty"),
         ({"max_gen_toks": 256}, "max_gen_toks: expected less than 256"),
+        ({"max_gen_toks": "some"}, "temperature, max_gen_toks: expected numbers, found 0.0, 'some'"),
+        ({"temperature": "hot"}, "temperature, max_gen_toks: expected numbers, found 'hot', 256"),
     ],
 )
 def test_generation_settings_that_mean_nothing_here_are_refused(models, settings, said):

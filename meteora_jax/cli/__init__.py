@@ -6,10 +6,11 @@ ended after saving, which the same command goes on with; 130 interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -66,6 +67,7 @@ from meteora_jax.cli.train import (
 )
 from meteora_jax.cli.train_retriever import TrainRetriever, train_retriever
 from meteora_jax.config import InputError, Preempted
+from meteora_jax.text import check_text
 
 sub = tyro.conf.subcommand
 
@@ -150,6 +152,17 @@ ACTIONS = {
 }
 
 
+def check_texts(command: Any) -> None:
+    """Refuses words that are not valid UTF-8; paths may be anything."""
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        words = [value] if isinstance(value, str) else value if isinstance(value, tuple) else []
+        for i, word in enumerate(words):
+            if isinstance(word, str):
+                name = field.name.replace("_", "-")
+                check_text(word, name if isinstance(value, str) else f"{name}: word {i}")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Parses and runs one command; exits with the status that the module's docstring lists."""
     command = tyro.cli(
@@ -161,6 +174,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     command = command.what if isinstance(command, Import | Export | Train | IndexCommand) else command
     try:
+        check_texts(command)
         ACTIONS[type(command)](command)
     except Preempted as e:
         print(e, file=sys.stderr)

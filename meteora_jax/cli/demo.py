@@ -16,7 +16,7 @@ from rich.table import Table
 
 from meteora_jax.cli.generate import show_routing
 from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
-from meteora_jax.cli.report import console, default_dtype, progress_bar, write_json
+from meteora_jax.cli.report import console, progress_bar, write_json
 from meteora_jax.config import BankConfig, InputError, read_json
 from meteora_jax.gate_config import GateConfig
 
@@ -119,7 +119,7 @@ def demo(command: Demo) -> None:
         raise InputError(f"{command.assets}: expected the demo's adapters and gates, found none (--assets DIR)")
     names = GateConfig.from_json(read_json(command.assets / "gates" / "gates.json"), "gates.json").names
     base, bank, gates = import_all(command, {n: command.assets / "adapters" / n for n in names})
-    model = load(base, bank, gates, dtype=default_dtype(None))
+    model = load(base, bank, gates)
     problems = read_json(command.assets / "problems.json")
 
     console.rule("one prompt, three tasks: which adapter acts on which token?", align="left")

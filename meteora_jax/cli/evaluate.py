@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.markdown import Markdown
 
 from meteora_jax.checkpoint import WEIGHTS
 from meteora_jax.cli.devices import Devices, as_the_first_says, is_first_process, make_devices_mesh
-from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
+from meteora_jax.cli.report import console, default_dtype, print_tables, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import COMPOSITES, COUNT, SEED, SHOTS, generate_composites
 from meteora_jax.evaluation.problems import Problem, load_composites, load_problems, load_queries
@@ -280,7 +279,7 @@ def evaluate(command: Evaluate) -> None:
     sizes = read_sizes(command)
     mesh = make_devices_mesh(command)
     dtype = default_dtype(command.dtype)
-    with status.status("loading"):
+    with status.status(f"loading as {dtype}"):
         model = load(command.base, command.bank, command.gates, mesh, dtype)
         systems, banks = gather_systems(command, model, dtype)
         problems = gather_problems(command, model)
@@ -322,7 +321,7 @@ def report(command: Evaluate, problems: Sequence[Problem], systems: Sequence[Sys
     write_json(command.json, table)
     charts.write_bars(table, names, command.out / "bars.png", command.scoring)
     charts.write_radar(table, names, command.out / "radar.png", command.scoring)
-    console.print(Markdown(text))
+    print_tables(text)
 
 
 def report_retrieval(
@@ -395,4 +394,4 @@ def time_systems(
         write_json(path, {**about, "jax": jax.__version__, "records": records})
     write_throughput(records, command.out / "throughput.png")
     console.print(f"{device.device_kind}, jax {jax.__version__}, {about['dtype']}", highlight=False)
-    console.print(Markdown(throughput_markdown(records)))
+    print_tables(throughput_markdown(records))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from meteora_jax.cli.report import console, default_dtype, status, write_json
+from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
 
 
@@ -29,7 +29,8 @@ class Generate:
     """INDEX folder: the prompt's text finds its adapters."""
     router: str | None = None
     """"gates", "retrieval", "gates-within" (what was retrieved), "none", an adapter's name, or a mixture
-    NAME=WEIGHT,NAME=WEIGHT; by default what is given: gates within retrieval, retrieval, gates, else none."""
+    NAME=WEIGHT,NAME=WEIGHT; by default what is given: gates within retrieval, retrieval, gates, else none: a bank alone
+    does nothing."""
     retrieve: int = 3
     """Adapters that the index finds for a prompt."""
     compose: Literal["selection", "mixture", "fusion"] = "mixture"
@@ -50,8 +51,8 @@ class Generate:
     """Sample from the smallest set of tokens with this probability only."""
     seed: int = 0
     """Of the sampling."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a response."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A string that ends a response; may be given several times."""
     chat: bool = False
     """Each prompt is a user's message: the tokenizer's chat template is applied."""
     stream: bool = True
@@ -89,16 +90,30 @@ def parse_router(command: Generate, model: Any) -> Any:
     return Retrieval(Index.load(command.index), command.retrieve, command.compose, command.weights)
 
 
+def read_stdin() -> str:
+    """All of standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as e:
+        raise InputError(f"standard input: expected UTF-8 text, found byte {e.object[e.start]:#04x} ({e})") from None
+
+
 def generate(command: Generate) -> None:
     """Runs `meteora generate`."""
     from meteora_jax.model import load
 
-    prompts: list[Any] = list(command.prompts) or [sys.stdin.read()]
+    prompts: list[Any] = list(command.prompts) or [read_stdin()]
     if empty := [i for i, p in enumerate(prompts) if not p]:
         raise InputError([f"prompt {i}: expected a text, found an empty one" for i in empty])
     with status.status("loading"):
-        model = load(command.base, command.bank, command.gates, dtype=default_dtype(command.dtype))
+        model = load(command.base, command.bank, command.gates, dtype=command.dtype)
+    status.print(f"loaded {command.base} as {model.dtype}", highlight=False, markup=False, soft_wrap=True)
     router = parse_router(command, model)
+    if router is None and command.router is None and command.bank is not None:
+        status.print(
+            "no adapter acts: of a bank alone none is chosen; --gates, --index or --router NAME chooses one",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     asked = [[{"role": "user", "content": p}] if command.chat else p for p in prompts]
     options: dict[str, Any] = dict(
         max_new_tokens=command.max_new_tokens, temperature=command.temperature, top_k=command.top_k,

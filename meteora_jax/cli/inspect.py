@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ class Inspect:
 
     path: tyro.conf.Positional[Path]
     """BASE, BANK, GATES, INDEX or ENCODER folder; a source of base weights; or a PEFT folder."""
+    tensors: bool = False
+    """List the tensors of files that could be imported, each with where it would go."""
     json: Path | None = None
-    """Write the report here too."""
+    """Write the report here too, tensors included."""
 
 
 def inspect(command: Inspect) -> None:
@@ -37,7 +40,7 @@ def inspect(command: Inspect) -> None:
         for a in found["adapters"]:
             listing.add_row(a["name"], str(a["rank"]), " ".join(a["targets"]), a["source"], a["sha256"][:12])
         console.print(listing)
-    for row in found.get("tensors", ()):
+    for row in found.get("tensors", ()) if command.tensors else ():
         to = f" -> {row['to']}" if row.get("to") else ""
         console.print(f"{row['key']} {row['dtype']} {row['shape']}{to}", highlight=False, markup=False, soft_wrap=True)
     write_json(command.json, found)
@@ -52,7 +55,7 @@ def describe(path: Path) -> dict[str, Any]:
     import converters
     from converters.peft_folder import CONFIG, read_tensors
     from converters.peft_settings import read_settings
-    from converters.tensor_files import TensorReader, dtype_name
+    from converters.tensor_files import TensorReader
     from meteora_jax.checkpoint import WEIGHTS
 
     if (path / "bank.json").exists():
@@ -83,9 +86,9 @@ def describe(path: Path) -> dict[str, Any]:
         settings = read_settings(raw, str(path / CONFIG))
         weights, tensors = read_tensors(path)
         named = {key: raw.get(key) for key in ("base_model_name_or_path", "revision")}
-        about = {**vars(settings), **named, "weights": weights.name, "tensors": len(tensors)}
-        listing = [{"key": t.key, "dtype": dtype_name(t.dtype), "shape": t.shape} for t in tensors]
-        return {"kind": "PEFT adapter", "about": about, "tensors": listing}
+        about = {**vars(settings), **named, "weights": weights.name}
+        listing = [{"key": t.key, "dtype": stored_type(t), "shape": t.shape} for t in tensors]
+        return {"kind": "PEFT adapter", "about": about | stored_types(tensors), "tensors": listing}
     raw = read_json(path / "config.json") if (path / "config.json").exists() else {}
     if isinstance(raw, dict) and "meteora" in raw:
         config = LlamaConfig.from_hf(raw, str(path / "config.json"))
@@ -97,11 +100,44 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "base", "about": about}
     if path.suffix.lower() == ".gguf" or raw or (path / "params.json").exists():
         config, rows = converters.plan_base(path)
-        about = _about(config, sum(math.prod(row.shape) for row in rows)) | {"names": converters.open_base(path).names}
-        return {"kind": "source of a base", "about": about, "tensors": [vars(row) for row in rows]}
+        opened = converters.open_base(path)
+        about = _about(config, sum(math.prod(row.shape) for row in rows)) | {"names": opened.names}
+        types = {t.key: stored_type(t) for t in opened.tensors}
+        listing = [{**vars(row), "dtype": types.get(row.key, row.dtype)} for row in rows]
+        return {"kind": "source of a base", "about": about | stored_types(opened.tensors), "tensors": listing}
     raise InputError(
         f"{path}: expected config.json, bank.json, gates.json, index.json or encoder.json, found none of them"
     )
+
+
+def stored_type(tensor: Any) -> str:
+    """The type that a source's file holds a tensor in, by the file's own name: Q4_1, BF16."""
+    from converters.tensor_files import dtype_name
+
+    return tensor.stored or dtype_name(tensor.dtype)
+
+
+def stored_types(tensors: Sequence[Any]) -> dict[str, Any]:
+    """How many tensors there are, and of each stored type how many and how large; most bytes first."""
+    counts: dict[str, list[int]] = {}
+    for tensor in tensors:
+        of_type = counts.setdefault(stored_type(tensor), [0, 0])
+        of_type[0] += 1
+        of_type[1] += stored_bytes(tensor)
+    ranked = sorted(counts.items(), key=lambda item: -item[1][1])
+    stored = {kind: f"{count} tensors, {size:,} bytes" for kind, (count, size) in ranked}
+    return {"tensors": len(tensors), "type": ranked[0][0] if ranked else None, "stored as": stored}
+
+
+def stored_bytes(tensor: Any) -> int:
+    """The bytes of a tensor's values in its file."""
+    values = math.prod(tensor.shape)
+    if tensor.stored is None:
+        return values * tensor.dtype.itemsize
+    import gguf
+
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.stored]]
+    return values // block * block_bytes
 
 
 def _about(config: LlamaConfig, parameters: int) -> dict[str, Any]:

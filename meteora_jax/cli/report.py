@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from meteora_jax.compiler import default_dtype as default_dtype  # for every command
 
 T = TypeVar("T")
+LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
 console = Console()
 status = Console(stderr=True)  # progress and remarks stay out of what a pipe reads
 
@@ -28,9 +36,42 @@ def write_json(path: Path | None, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def print_tables(text: str, to: Console = console) -> None:
+    """Prints Markdown's tables and the lines between them: as they are where there is no terminal, else as columns.
+
+    A header wraps behind its hyphens, and then anywhere: it is never cut.
+    """
+    if not to.is_terminal:
+        to.print(text, highlight=False, markup=False, soft_wrap=True)
+        return
+    for is_table, group in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        lines = list(group)
+        if not is_table:
+            to.print("\n".join(lines), highlight=False, markup=False)
+            continue
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        table = Table(box=SIMPLE, padding=0, pad_edge=False)
+        for i, name in enumerate(header):
+            side = "left" if i == 0 else "right"
+            table.add_column(Text(name.replace("-", "-\n")), overflow="fold", justify=side, vertical="bottom")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        to.print(table)
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[..., None]]:
-    """A bar with time left on stderr; call it with (done, total, optional note)."""
+    """A bar with time left on stderr; call it with (done, total, optional note).
+
+    Where stderr is no terminal: a line a minute at most, and one at the end.
+    """
+    if not status.is_terminal:
+        lines = ProgressLines(what)
+        try:
+            yield lines.update
+        finally:
+            lines.end()
+        return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
@@ -42,6 +83,42 @@ def progress_bar(what: str) -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield update
+
+
+class ProgressLines:
+    """Progress for a log: `train gates: 120/1000, 3 min left, note`, every `LINE_EVERY` seconds at most."""
+
+    def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
+        self._what, self._now = what, now
+        self._said_at = now()
+        self._began: tuple[float, int] | None = None  # when the first report came, and how much was done then
+        self._unsaid = ""
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Notes how far it has come, and says so if it is time."""
+        now = self._now()
+        self._began = self._began or (now, done)
+        since, before = self._began
+        left = (now - since) / (done - before) * (total - done) if before < done < total else None
+        parts = [f"{done}/{total}", _time_left(left), note]
+        self._unsaid = f"{self._what}: {', '.join(part for part in parts if part)}"
+        if now - self._said_at >= LINE_EVERY:
+            self._say(now)
+
+    def end(self) -> None:
+        """Says the last report, if that was not said yet."""
+        if self._unsaid:
+            self._say(self._now())
+
+    def _say(self, now: float) -> None:
+        status.print(self._unsaid, highlight=False, markup=False, soft_wrap=True)
+        self._said_at, self._unsaid = now, ""
+
+
+def _time_left(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds / 3600:.1f} h left" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min left"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +140,3 @@ class Conversion:
         for line in [lines] if isinstance(lines, str) else lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         write_json(self.json, report)
-
-
-def default_dtype(dtype: str | None) -> str:
-    """bfloat16 on an accelerator, float32 on a CPU, which has no fast bfloat16, unless the caller says."""
-    import jax
-
-    return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

@@ -127,8 +127,8 @@ def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> Bo
     for r in per_prompt:
         if r is None or type(r) in kinds:
             continue
-        if not hasattr(r, "bind"):
-            raise InputError(f"router: expected Gates, Fixed, Retrieval, None or a list of them, found {r!r}")
+        if isinstance(r, type) or not hasattr(r, "bind"):
+            raise InputError(f"router: expected Gates, Fixed, Retrieval, None or a list of them, found {r!r:.200}")
         kinds.append(type(r))
     if not kinds:
         return None

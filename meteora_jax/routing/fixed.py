@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
 from meteora_jax.routing import NO_ADAPTER, Routing
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,20 +24,26 @@ class Fixed:
     adapters: str | Mapping[str, float]
     needs_gates = False
 
+    def __post_init__(self):
+        if isinstance(self.adapters, str):
+            return
+        with Arguments("Fixed") as given:
+            if not isinstance(self.adapters, Mapping) or not self.adapters:
+                given.refuse("adapters", "a name or {name: weight}", self.adapters)
+                return
+            for name, weight in self.adapters.items():
+                if not isinstance(name, str):
+                    given.refuse("adapters", "names", name)
+                given.number(f"{name}", weight, "a finite weight", lambda w: abs(w) <= LARGEST)
+
     def weights(self) -> dict[str, float]:
         """{adapter name: weight}."""
         return {self.adapters: 1.0} if isinstance(self.adapters, str) else dict(self.adapters)
 
     def bind(self, routers: Sequence[Fixed | None], names: tuple[str, ...]) -> BoundRequests:
         rows = [r.weights() if r is not None else {} for r in routers]
-        problems = []
-        for name, weight in sorted({item for row in rows for item in row.items()}):
-            if name not in names:
-                problems.append(f"Fixed: adapter: expected one of {', '.join(names)}, found {name!r}")
-            if not math.isfinite(weight):
-                problems.append(f"Fixed: {name}: expected a finite weight, found {weight}")
-        if problems:
-            raise InputError(problems)
+        if unknown := sorted({name for row in rows for name in row} - set(names)):
+            raise InputError([f"Fixed: adapter: expected one of {', '.join(names)}, found {n!r}" for n in unknown])
         width = max(1, *(len(row) for row in rows))
         indices = np.full((len(rows), width), NO_ADAPTER, np.int32)
         weights = np.zeros((len(rows), width), np.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
 from meteora_jax.routing import NO_ADAPTER, Routing
 from meteora_jax.routing.memory import FormedGate
@@ -35,6 +35,12 @@ def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(values, -1), jnp.stack(indices, -1)
 
 
+def check_choice(given: Arguments, top_k: Any, temperature: Any) -> None:
+    """How many adapters gates may choose, and how sharply."""
+    given.whole("top_k", top_k)
+    given.number("temperature", temperature, "a positive number", lambda t: t > 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gates:
     """Every projection's own gate picks its `top_k` adapters for every token.
@@ -49,10 +55,10 @@ class Gates:
     needs_gates = True
 
     def __post_init__(self):
-        if self.top_k < 1:
-            raise InputError(f"Gates: top_k: expected at least 1, found {self.top_k}")
-        if not (0 < self.temperature < math.inf):
-            raise InputError(f"Gates: temperature: expected a positive number, found {self.temperature}")
+        with Arguments("Gates") as given:
+            check_choice(given, self.top_k, self.temperature)
+            if self.within is not None:
+                given.texts("within", self.within)
         if self.within is not None and len(set(self.within)) < self.top_k:
             raise InputError(f"Gates: within: expected at least {self.top_k} adapters (top_k), found {self.within}")
 

@@ -13,15 +13,24 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
 from meteora_jax.retriever.index import Index
 from meteora_jax.routing import NO_ADAPTER
 from meteora_jax.routing.fixed import BoundRequests
-from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.gates import Gates, check_choice
 
 Compose = Literal["selection", "mixture", "fusion"]
 COMPOSITIONS: tuple[Compose, ...] = ("selection", "mixture", "fusion")
 Found = tuple[tuple[str, float], ...]  # (adapter, similarity), best first
+
+
+def check_query(given: Arguments, index: Any, k: Any, exclude: Any) -> None:
+    """What an index is asked for: how many adapters, and which it must not find."""
+    if not isinstance(index, Index):
+        given.refuse("index", "an Index", index)
+    given.whole("k", k)
+    given.texts("exclude", exclude)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,12 +50,10 @@ class Retrieval:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.compose not in COMPOSITIONS:
-            raise InputError(f"Retrieval: compose: expected {', '.join(COMPOSITIONS)}, found {self.compose!r}")
-        if self.weights not in ("uniform", "similarity"):
-            raise InputError(f"Retrieval: weights: expected uniform or similarity, found {self.weights!r}")
-        if self.k < 1:
-            raise InputError(f"Retrieval: k: expected at least 1, found {self.k}")
+        with Arguments("Retrieval") as given:
+            check_query(given, self.index, self.k, self.exclude)
+            given.choice("compose", self.compose, COMPOSITIONS)
+            given.choice("weights", self.weights, ("uniform", "similarity"))
 
     def router(self, found: Found) -> Composed:
         """The router of a request for which `found` was retrieved."""
@@ -71,7 +78,9 @@ class GatesWithin:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self):
-        Gates(self.top_k, self.temperature)  # refuses bad values
+        with Arguments("GatesWithin") as given:
+            check_choice(given, self.top_k, self.temperature)
+            check_query(given, self.index, self.k, self.exclude)
         if self.k < self.top_k:
             raise InputError(f"GatesWithin: k: expected at least {self.top_k} (top_k), found {self.k}")
 

@@ -1,0 +1,85 @@
+"""What a caller passes to a public function, checked: a line an argument, with what was expected and found."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from meteora_jax.config import InputError
+from meteora_jax.text import check_text
+
+MOST = 2**31 - 1  # what the device's int32 holds
+
+
+class Arguments:
+    """Collects what is wrong with the arguments of one call; leaving the `with` block raises all of it at once.
+
+    Args:
+        of: whose arguments, in front of their names.
+    """
+
+    def __init__(self, of: str = ""):
+        self._of, self._problems = f"{of}: " if of else "", []
+
+    def __enter__(self) -> Arguments:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._problems and kind is None:
+            raise InputError(self._problems)
+
+    def refuse(self, name: str, expected: str, found: Any) -> None:
+        """Notes a problem; `found` is shown as Python writes it, at most 200 characters."""
+        self.tell(f"{name}: expected {expected}, found {found!r:.200}")
+
+    def tell(self, problem: str) -> None:
+        """Notes a problem in words."""
+        self._problems.append(f"{self._of}{problem}")
+
+    def whole(self, name: str, value: Any, least: int = 1, most: int = MOST, none: bool = False) -> None:
+        """A whole number in [least, most] (or None, where `none`); True and 1.0 are not."""
+        if none and value is None:
+            return
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            self.refuse(name, "a whole number", value)
+        elif not least <= int(value) <= most:
+            self.refuse(name, f"at least {least}" if int(value) < least else f"at most {most}", value)
+
+    def number(self, name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
+        """A finite number for which `holds` is true; `expected` says so in words."""
+        sound = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not sound or not math.isfinite(value) or not holds(value):
+            self.refuse(name, expected, value)
+
+    def choice(self, name: str, value: Any, options: Collection[str]) -> None:
+        """One of some names."""
+        if not isinstance(value, str) or value not in options:
+            self.refuse(name, f"one of {', '.join(options)}", value)
+
+    def texts(self, name: str, value: Any) -> None:
+        """A list of texts; a single one is no list of its characters."""
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+            self.refuse(name, "a list of texts", value)
+            return
+        for i, text in enumerate(value):
+            if not isinstance(text, str):
+                self.refuse(f"{name} {i}", "a text", text)
+                continue
+            try:
+                check_text(text, f"{name} {i}")
+            except InputError as e:
+                self.tell(str(e))
+
+    def path(self, name: str, value: Any, none: bool = False) -> None:
+        """A path that the system can open (or None, where `none`)."""
+        if none and value is None:
+            return
+        try:
+            if isinstance(value, str | os.PathLike) and b"\0" not in os.fsencode(value):
+                return
+        except (TypeError, UnicodeEncodeError):
+            pass
+        self.refuse(name, "a path", value)
