@@ -12,6 +12,20 @@ from meteora_jax.config import InputError
 REPLACEMENT = "\ufffd"  # what a tokenizer prints for bytes that are not yet a whole character
 
 
+def check_text(text: str, where: str) -> None:
+    """Refuses what UTF-8 cannot hold: half of a character (a lone surrogate), which JSON can spell and files cannot.
+
+    Raises:
+        InputError: one line that begins with `where`.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise InputError(
+            f"{where}: expected text that UTF-8 can hold, found a lone surrogate at character {e.start}"
+        ) from None
+
+
 class TextStream:
     """The text of one response as its tokens arrive.
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.generation import Sampling, bucket, decode, prefill, sample
-from meteora_jax.text import TextStream
+from meteora_jax.text import TextStream, check_text
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90)), [200]]
 
@@ -189,6 +189,17 @@ def test_streamed_text_adds_up_and_is_never_taken_back(text, stops, cuts):
     # two stop strings may be completed by one token: the earlier start wins
     assert said == stream.text
     assert said == want or (len(stops) == 2 and said == text[: min(at)])
+
+
+@pytest.mark.parametrize("text", ["", "hi", "\x00", "\ufffd", "\U0001f642", "漢字"])
+def test_text_that_utf8_holds_is_let_through(text):
+    check_text(text, "prompt 0")
+
+
+@pytest.mark.parametrize(("text", "at"), [("hi \ud83d", 3), ("\ude42", 0), ("\ud83d\ude42", 0), ("🙂\udc80x", 1)])
+def test_half_a_character_is_refused_where_it_stands(text, at):
+    with pytest.raises(InputError, match=rf"^prompt 7: expected text that UTF-8 can hold, .* at character {at}$"):
+        check_text(text, "prompt 7")
 
 
 def test_the_device_loop_runs_many_tokens_a_call(world):

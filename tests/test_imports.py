@@ -1,7 +1,7 @@
 """The arrows between the rooms, and two habits of the house, read off the source of every module.
 
-    config, gate_config, origin, compiler, sharding -> retriever -> routing -> kv_cache, adapters, attention,
-        gates_ahead -> decoding, ends -> llama -> checkpoint, text -> generation, evaluation, training, viz -> planning
+    config, gate_config, origin, text, compiler, sharding -> retriever -> routing -> kv_cache, adapters, attention,
+        gates_ahead -> decoding, ends -> llama -> checkpoint -> generation, evaluation, training, viz -> planning
         -> model (with meteora_jax itself, the public API) -> harness, cli
 
 A room of meteora_jax may import the rooms to its left in ROOMS, and itself. pallas_kernels and converters
@@ -22,9 +22,9 @@ NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function
 
 # The rooms of meteora_jax in the order in which they may import each other; "" is meteora_jax/__init__.
 ROOMS = [
-    *("config", "gate_config", "origin", "compiler", "sharding", "retriever", "routing", "kv_cache", "adapters"),
-    *("attention", "gates_ahead", "decoding", "ends", "llama", "checkpoint"),
-    *("text", "generation", "evaluation", "training", "viz", "planning", "model", "", "harness", "cli"),
+    *("config", "gate_config", "origin", "text", "compiler", "sharding", "retriever", "routing", "kv_cache"),
+    *("adapters", "attention", "gates_ahead", "decoding", "ends", "llama", "checkpoint"),
+    *("generation", "evaluation", "training", "viz", "planning", "model", "", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ROOMS decides
