@@ -14,6 +14,8 @@ from rich.table import Table
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
 
+K = 3  # adapters a text
+
 
 @dataclass(frozen=True)
 class IndexBuild:
@@ -82,8 +84,8 @@ class IndexQuery:
     """INDEX folder."""
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts; none: standard input is one."""
-    k: int = 3
-    """Adapters a text."""
+    k: int | None = None
+    """Adapters a text; 3 unless given, and in a smaller index as many as there are."""
     exclude: tuple[str, ...] = ()
     """Adapters that are not to be found."""
     json: Path | None = None
@@ -205,14 +207,26 @@ def index_remove(command: IndexRemove) -> None:
     report(index, command.index, command.json)
 
 
+def read_standard_input() -> str:
+    """The one text that standard input is; refuses bytes that are no UTF-8."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as e:
+        raise InputError(f"standard input: expected UTF-8 text, found byte {e.object[e.start]:#04x}") from None
+
+
 def index_query(command: IndexQuery) -> None:
     """Runs `meteora index query`."""
     from meteora_jax.retriever.index import Index
 
-    texts = list(command.texts) or [sys.stdin.read()]
+    texts = list(command.texts) or [read_standard_input()]
     index = Index.load(command.index)
-    found = index.query(texts, command.k, [command.exclude] * len(texts) if command.exclude else None)
-    table = Table("text", *(f"{i + 1}" for i in range(command.k)))
+    k = K if command.k is None else command.k
+    found = index.query(texts, k, [command.exclude] * len(texts) if command.exclude else None)
+    count = found.similarities.shape[1]
+    if command.k is not None and count < k:
+        status.print(f"--k {k}: found all adapters that there are to find, {count}", highlight=False)
+    table = Table("text", *(f"{i + 1}" for i in range(count)))
     for text, names, similarities in zip(texts, *found, strict=True):
         shown = " ".join(text.split())
         cells = [f"{n} {s:.3f}" for n, s in zip(names, similarities, strict=True)]

@@ -235,6 +235,8 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """float32 [N, D] of N texts behind an instruction: sorted by length, in batches of one padded length, over all
         devices of this host."""
+        if isinstance(texts, str):
+            raise InputError("texts: expected a list of texts, found a single text")
         if not texts:
             return np.zeros((0, self.config.width), np.float32)
         ids = self.tokenize([instruction + text for text in texts])
