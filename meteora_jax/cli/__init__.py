@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from meteora_jax.cli.demo import Demo, demo
+from meteora_jax.cli.devices import quiet_libtpu
 from meteora_jax.cli.evaluate import Evaluate, evaluate
 from meteora_jax.cli.export import (
     ExportAdapter,
@@ -160,6 +161,7 @@ def main(args: Sequence[str] | None = None) -> None:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
     command = command.what if isinstance(command, Import | Export | Train | IndexCommand) else command
+    quiet_libtpu()
     try:
         ACTIONS[type(command)](command)
     except Preempted as e:
