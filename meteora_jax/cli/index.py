@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,13 +160,23 @@ def read_sources(command: IndexBuild | IndexAdd) -> dict[str, list[str]]:
     return {name: inputs for name, inputs in found if not wanted or name in wanted}
 
 
-def report(index: Any, folder: Path, path: Path | None) -> None:
-    """Says what an index holds now."""
+def report(index: Any, folder: Path, path: Path | None, added: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Says what an index holds now, and which of the inputs that were `added` its encoder reads in part only."""
+    from meteora_jax.cli.train_retriever import cut_line
+
+    cut = {}
+    if added and index.encoder is not None:
+        cut = {name: len(index.encoder.cut(inputs, index.instruction)) for name, inputs in added.items()}
+        cut = {name: count for name, count in cut.items() if count}
     count = sum(map(len, index.profiles.values()))
     how = f"{index.scoring} (means: too many inputs for a regression)" if index.large else index.scoring
     console.print(f"{folder}: {len(index.names)} adapters, {count} inputs, scoring {how}", highlight=False)
+    if line := cut_line(cut, added or {}, None):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     sizes = {name: len(inputs) for name, inputs in index.profiles.items()}
-    write_json(path, {"index": str(folder), "scoring": index.scoring, "large": index.large, "inputs": sizes})
+    write_json(
+        path, {"index": str(folder), "scoring": index.scoring, "large": index.large, "inputs": sizes, "cut": cut}
+    )
 
 
 def index_build(command: IndexBuild) -> None:
@@ -183,7 +193,7 @@ def index_build(command: IndexBuild) -> None:
         index = Index.build(profiles, command.scoring, encoder, command.instruction)
         index.fit()
         index.save(command.dest)
-    report(index, command.dest, command.json)
+    report(index, command.dest, command.json, profiles)
 
 
 def index_add(command: IndexAdd) -> None:
@@ -194,7 +204,7 @@ def index_add(command: IndexAdd) -> None:
     index = Index.load(command.index)
     index.add(profiles)
     index.save(command.index)
-    report(index, command.index, command.json)
+    report(index, command.index, command.json, profiles)
 
 
 def index_remove(command: IndexRemove) -> None:
