@@ -452,6 +452,24 @@ class BankConfig:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 
 
+def read_lines(path: str | os.PathLike[str]) -> list[tuple[str, bytes]]:
+    """(FILE:NUMBER, line) of each line of a JSON lines file, whatever ends it; blank lines may stand at the end.
+
+    Raises:
+        InputError: the file cannot be read, or a line before the last is blank.
+    """
+    try:
+        # by line ends alone: inside a JSON text other separators (U+2028) are legal
+        lines = [line.strip() for line in Path(path).read_bytes().split(b"\n")]
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    while lines and not lines[-1]:
+        lines.pop()
+    if blank := [n for n, line in enumerate(lines, start=1) if not line]:
+        raise InputError([f"{path}:{n}: expected a JSON object, found a blank line" for n in blank])
+    return [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1)]
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Parses a JSON file; a missing or malformed one is an InputError that names it."""
     path = Path(path)

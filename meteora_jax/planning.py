@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
 import os
 import re
 from collections import Counter
@@ -55,11 +57,10 @@ class Plan:
 
     what: training, prefill, or decoding (one token a row). weights: base, adapters, gates, and the optimiser or the
     cache. temporary: activations and what the compiler needs beside. collectives: how often each occurs in the program
-    (those of the layers' loop run once a layer).
+    (those of the layers' loop run once a layer); None of a program that the compiler gave up, as it does not fit.
     """
 
     what: str
-
     devices: int
     device_kind: str
     mesh: dict[str, int]
@@ -70,12 +71,22 @@ class Plan:
     memory: int | None
     flops: float
     seconds: float | None
-    collectives: dict[str, int]
+    collectives: dict[str, int] | None
+
+    @property
+    def needed(self) -> int:
+        """Bytes of one device that the program takes."""
+        return self.weights + self.temporary
+
+    @property
+    def excess(self) -> int | None:
+        """Bytes that a device lacks, 0 if it fits; None if its memory is not known."""
+        return None if self.memory is None else max(self.needed - self.memory, 0)
 
     @property
     def fits(self) -> bool | None:
         """Whether the step fits into a device's memory; None if that is not known."""
-        return None if self.memory is None else self.weights + self.temporary <= self.memory
+        return None if self.memory is None else self.needed <= self.memory
 
     def advice(self) -> str:
         """Which axis to grow where the step does not fit."""
@@ -96,6 +107,8 @@ def topology_devices(topology: str) -> list[Any]:
     Raises:
         InputError: libtpu is not installed, or knows no such topology.
     """
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise InputError("topology: expected libtpu to describe it, found none: pip install 'meteora-jax[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself,
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and none to lock against another process
     from jax.experimental import topologies
@@ -147,10 +160,11 @@ def plan_training(
         graph, state, tx, beta=50.0, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh
     )
     with use_mesh(mesh):
-        compiled = step.lower(frozen, state, batch, router).compile()
+        compiled = _compiled(step.lower(frozen, state, batch, router))
     per_token = flops_per_token(config, bank, chosen=top_k, gates=form, train_adapters=False)
     flops = rows * width * (per_token + flops_per_pair(config) * (width + 1) / 2)
-    return _figures("training", compiled, mesh, rows, width, flops, mfu)
+    held = _held((frozen, state, batch, router))
+    return _figures("training", compiled, held, mesh, rows, width, flops, mfu)
 
 
 def plan_generation(
@@ -165,9 +179,9 @@ def plan_generation(
     new_tokens: int = 64,
     top_k: int = 2,
     form: GateForm = METEORA_FORM,
-) -> tuple[Plan, Plan]:
+) -> tuple[Plan, ...]:
     """Compiles what evaluation runs, in bfloat16 with routing traces: the prefill of `rows` prompts of `width` tokens,
-    and the loop that decodes `new_tokens` more."""
+    and, if that fits, the loop that decodes `new_tokens` more."""
     if rows % rows_multiple(mesh):
         raise InputError(f"rows: expected a multiple of data x fsdp = {rows_multiple(mesh)}, found {rows}")
     abstract, bank = abstract_model(config, adapters, rank, form)
@@ -179,12 +193,14 @@ def plan_generation(
     call = dict(router=router, how=Sampling().traced, eos=whole((1,)))
     prompts = _rowwise(mesh, (rows, width), jnp.int32), _rowwise(mesh, (rows,), jnp.int32)
     with use_mesh(mesh):
-        first = prefill.lower(graph, weights, *prompts, room=new_tokens, **call).compile()
-        state, _ = jax.eval_shape(lambda w, *p: prefill(graph, w, *p, room=new_tokens, **call), weights, *prompts)
-        state = jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, first.output_shardings[0]
-        )
-        loop = decode.lower(graph, weights, state, limit=whole(()), **call).compile()
+        first = _compiled(prefill.lower(graph, weights, *prompts, room=new_tokens, **call))
+        if not isinstance(first, OutOfMemory):  # else nobody knows how its results, which decoding takes, would lie
+            state, _ = jax.eval_shape(lambda w, *p: prefill(graph, w, *p, room=new_tokens, **call), weights, *prompts)
+            state = jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                state, first.output_shardings[0],
+            )  # fmt: skip
+            loop = _compiled(decode.lower(graph, weights, state, limit=whole(()), **call))
     # forward alone, and no gate's gradient: a third of attention's count, and of 4 or 6 a weight 2 remain
     per_token = flops_per_token(config, None, chosen=0, gates=False, train_adapters=False) / 2
     gated = flops_per_token(config, bank, chosen=top_k, gates=False, train_adapters=False) / 2 - per_token
@@ -195,10 +211,11 @@ def plan_generation(
     head = 2.0 * config.hidden_size * config.vocab_size
     reading = rows * (width * (layers + pair * (width + 1) / 2) + head)
     writing = rows * (layers + head + pair * (width + new_tokens))
-    return (
-        _figures("prefill", first, mesh, rows, width, reading, mfu),
-        _figures("decoding", loop, mesh, rows, width + new_tokens, writing, None),
-    )
+    plans = [_figures("prefill", first, _held((weights, prompts, call)), mesh, rows, width, reading, mfu)]
+    if not isinstance(first, OutOfMemory):
+        held = _held((weights, state, call))
+        plans.append(_figures("decoding", loop, held, mesh, rows, width + new_tokens, writing, None))
+    return tuple(plans)
 
 
 def abstract_model(
@@ -222,17 +239,65 @@ def collectives(compiled: Any) -> dict[str, int]:
     return {k: found[k] for k in COLLECTIVES}
 
 
-def _figures(what: str, compiled: Any, mesh: Mesh, rows: int, width: int, flops: float, mfu: float | None) -> Plan:
-    """What the compiler says of a program that needs `flops` on all devices together."""
-    memory = compiled.memory_analysis()
+@dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """What the compiler says of a program that fits no device: bytes that it needs, and that there are."""
+
+    needed: int
+    available: int
+
+    @classmethod
+    def from_message(cls, message: str) -> OutOfMemory | None:
+        """Reads the compiler's words; None if they are about something else."""
+        size = r"([\d.]+)([KMGTP]?)"
+        said = re.search(rf"\({size}\) exceeds available \w+ \({size}\)", message)
+        said = said or re.search(rf"Used {size} of {size} \w+", message)
+        if "RESOURCE_EXHAUSTED" not in message or said is None:
+            return None
+        units = {unit: 1024**i for i, unit in enumerate(("", *"KMGTP"))}
+        needed, available = (int(float(n) * units[unit]) for n, unit in (said.groups()[:2], said.groups()[2:]))
+        return cls(max(needed, available + 1), available)  # both are rounded
+
+
+def _compiled(lowered: Any) -> Any:
+    """The compiled program, or how far it is from a device's memory."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if found := OutOfMemory.from_message(str(e)):
+            return found
+        if "RESOURCE_EXHAUSTED" in str(e):
+            raise InputError(
+                f"topology: expected a program that fits, found {str(e).strip().splitlines()[0]}"
+            ) from None
+        raise
+
+
+def _held(arguments: Any) -> int:
+    """Bytes of abstract arguments on one device."""
+    shard = lambda x: x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape  # noqa: E731
+    leaves = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.ShapeDtypeStruct)]
+    return sum(math.prod(shard(x)) * x.dtype.itemsize for x in leaves)
+
+
+def _figures(
+    what: str, compiled: Any, held: int, mesh: Mesh, rows: int, width: int, flops: float, mfu: float | None
+) -> Plan:
+    """What the compiler says of a program that takes `held` bytes a device, and `flops` on all together."""
     kind = mesh.devices.flat[0].device_kind
     peak = peak_flops(kind)
     room = next((n for name, n in MEMORY.items() if kind.startswith(name)), None)
     flops /= mesh.size
+    if isinstance(compiled, OutOfMemory):
+        weights, temporary, room = held, max(compiled.needed - held, 0), compiled.available
+        seen = None
+    else:
+        memory = compiled.memory_analysis()
+        weights, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        room, seen = room * GIB if room else None, collectives(compiled)
+    seconds = flops / (peak * mfu) if peak and mfu else None
     return Plan(
-        what, mesh.size, kind, dict(mesh.shape), rows, width, memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes, room * GIB if room else None, flops,
-        flops / (peak * mfu) if peak and mfu else None, collectives(compiled),
+        what, mesh.size, kind, dict(mesh.shape), rows, width, weights, temporary, room, flops, seconds, seen
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import html
 import itertools
 import json
@@ -131,15 +132,26 @@ def _legend(trace: RoutingTrace, leaders: np.ndarray, in_colour: bool) -> Table:
     table.add_column("adapter")
     for part in led:
         table.add_column(part, justify="right")
+    partial = _has_idle_places(trace)
+    if partial:
+        table.add_column("has weights in")
     colours = palette(len(trace.adapter_names))
     leading = [a for a in range(len(colours)) if any(fractions[a] for fractions in led.values())]
     for a in leading:
         mark = Text("  ", Style(bgcolor=colours[a])) if in_colour else Text(_letter(a))
-        table.add_row(mark, Text(_visible(trace.adapter_names[a])), *(_percent(float(f[a])) for f in led.values()))
+        cells = [_percent(float(f[a])) for f in led.values()]
+        if partial and trace.adapted is not None:
+            cells.append(f"{int(trace.adapted[..., a].sum())} of {trace.adapted[..., a].size} projections")
+        table.add_row(mark, Text(_visible(trace.adapter_names[a])), *cells)
     others = len(colours) - len(leading)
     if others:
         table.add_row("", Text(f"leading no token: {others}", "dim"))
     return table
+
+
+def _has_idle_places(trace: RoutingTrace) -> bool:
+    """Whether any adapter lacks weights somewhere, as far as the trace says."""
+    return trace.adapted is not None and not trace.adapted.all()
 
 
 def _letter(adapter: int) -> str:
@@ -161,6 +173,8 @@ def _percent(fraction: float) -> str:
 
 # HTML
 
+_IDLE_PAGE = "Grey: what was chosen has no weights there and changes nothing."
+
 
 def write_html(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> None:
     """Writes one standalone page: the coloured text, what routed the token in focus, the whole routing map.
@@ -181,6 +195,7 @@ def write_html(trace: RoutingTrace, path: str | os.PathLike[str], title: str) ->
         "legend": "".join(map(_legend_html, trace.adapter_names, colours)),
         "prompt": "".join(tokens[: trace.prompt_length]),
         "response": "".join(tokens[trace.prompt_length :]),
+        "idle": f" {_IDLE_PAGE}" if _has_idle_places(trace) else "",
         "trace": _page_data(trace, colours),
     }
     template = resources.files("meteora_jax").joinpath("routing_page.html").read_text(encoding="utf-8")
@@ -227,6 +242,7 @@ def _page_data(trace: RoutingTrace, colours: tuple[str, ...]) -> str:
         "none": none,
         "weights": _base64(np.rint(trace.weights / weight_step).astype("<i2")),
         "weightStep": weight_step,
+        "adapted": _base64(trace.adapted.astype("uint8")) if trace.adapted is not None else None,
     }
     # Inside <script> only "<" can end or change the element.
     return json.dumps(data, default=int, separators=(",", ":")).replace("<", "\\u003c")
@@ -238,15 +254,18 @@ def _base64(array: np.ndarray) -> str:
 
 # PNG
 
+_IDLE_LABEL = "chosen, no weights there"
 _MANY_ROWS = 420  # above this a row is a layer, not a projection of a layer
+_IDLE = 184 / 255  # grey of a cell whose chosen adapters have no weights there
 _MANY_TOKENS = 80  # above this the axis shows positions, not token text
 
 
 def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> None:
     """Draws the routing map: a column for each token, a row for each layer of each projection.
 
-    Colour is the cell's strongest adapter and opacity its weight; the strip on top has the whole model's
-    dominant adapters. Above 420 rows all projections of a layer share a row.
+    Colour is the cell's strongest adapter and opacity its weight, of those that have weights there; a cell is grey
+    where only others were chosen. The strip on top has the whole model's dominant adapters. Above 420 rows all
+    projections of a layer share a row.
 
     Raises:
         InputError: matplotlib is not installed, or the file cannot be written.
@@ -258,20 +277,24 @@ def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> 
         raise InputError(f"{path}: needs matplotlib, found none: pip install 'meteora-jax[eval]'") from None
     num_tokens, num_layers, num_projections, _ = trace.indices.shape
     by_layer = num_layers * num_projections > _MANY_ROWS
-    adapters, strengths = _layer_rows(trace) if by_layer else _projection_rows(trace)
+    acting = dataclasses.replace(trace, indices=trace.acting())
+    adapters, strengths = _layer_rows(acting) if by_layer else _projection_rows(acting)
+    picture = _rgba(adapters, strengths)
+    chosen = (_layer_rows(trace) if by_layer else _projection_rows(trace))[0]
+    picture[(adapters == NO_ADAPTER) & (chosen != NO_ADAPTER)] = (_IDLE, _IDLE, _IDLE, 1)
     bands = ("all projections",) if by_layer else trace.projections
 
     width = float(np.clip(3 + 0.19 * num_tokens, 8, 18))
     height = float(np.clip(0.028 * len(adapters), 2.4, 9))
     columns = _legend_columns(trace, width)
     margins = 1.85 if num_tokens <= _MANY_TOKENS else 1.35
-    legend_height = 0.2 + 0.28 * math.ceil(len(trace.adapter_names) / columns)
+    legend_height = 0.2 + 0.28 * math.ceil((len(trace.adapter_names) + _has_idle_places(trace)) / columns)
     figure = Figure(figsize=(width, margins + height + legend_height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     strip, cells = figure.subplots(2, sharex=True, height_ratios=(0.2, height), gridspec_kw={"hspace": 0.02})
     leaders = dominant(trace)[None]
     strip.imshow(_rgba(leaders, np.ones(leaders.shape)), aspect="auto", interpolation="nearest")
-    cells.imshow(_rgba(adapters, strengths), aspect="auto", interpolation="nearest")
+    cells.imshow(picture, aspect="auto", interpolation="nearest")
     strip.set_yticks([0], ["whole model"])
     _label_rows(cells, bands, num_layers)
     _label_tokens(cells, trace)
@@ -343,7 +366,8 @@ def _label_tokens(axes: Any, trace: RoutingTrace) -> None:
 
 def _legend_columns(trace: RoutingTrace, width: float) -> int:
     """How many entries of the longest name fit into `width` inches at 8 points."""
-    longest = max(map(len, trace.adapter_names), default=1)
+    idle = (_IDLE_LABEL,) if _has_idle_places(trace) else ()
+    longest = max(map(len, (*trace.adapter_names, *idle)), default=1)
     return max(int(width / (0.45 + 0.075 * longest)), 1)
 
 
@@ -352,6 +376,8 @@ def _draw_legend(figure: Any, trace: RoutingTrace, columns: int) -> None:
 
     names = [_drawable(name) for name in trace.adapter_names]
     patches = [Patch(color=c, label=name) for c, name in zip(palette(len(names)), names, strict=True)]
+    if _has_idle_places(trace):
+        patches.append(Patch(color=str(_IDLE), label=_IDLE_LABEL))
     legend = figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -217,13 +217,22 @@ def test_train_gates(tmp_path, capsys, world):
         folder = tmp_path / "tasks" / name
         folder.mkdir(parents=True)
         lines = [json.dumps({"prompt": f"{name} {i}\n", "response": f"{i}"}) for i in range(8)]
+        lines += [json.dumps({"prompt": f"{name} " * 60, "response": "long"})] * (name in ("apple", "cedar"))
         (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     options = ["--base", world["base"], "--bank", world["bank"], "--tasks", tmp_path / "tasks", "--out", tmp_path / "g"]
-    status, _, _ = run(
-        capsys, "train", "gates", *options, "--steps", 2, "--batch-size", 2, "--json", tmp_path / "r.json"
+    lost = (
+        "2 of 34 sequences are longer than --max-length (here 60 tokens) and are not used: apple 1 of 9, cedar 1 of 9"
     )
+    status, out, noted = run(
+        capsys, "train", "gates", *options, "--steps", 2, "--batch-size", 2, "--json", tmp_path / "r.json",
+        "--max-length", 60,
+    )  # fmt: skip
     assert status == 0
-    assert json.loads((tmp_path / "r.json").read_text())["step"] == 2
+    assert f"train gates: {lost}" in noted
+    assert lost in out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["step"] == 2
+    assert report["unused"]["too_long"] == {"apple": 1, "cedar": 1}
     assert mj.load(world["base"], world["bank"], tmp_path / "g", dtype="float32").gates.top_k == 2
     status, out, _ = run(
         capsys, "train", "adapter", "--base", world["base"], "--tasks", tmp_path / "tasks", "--task", "apple", "birch",

@@ -14,6 +14,7 @@ from meteora_jax.evaluation.problems import Problem, load_composites, load_queri
 from meteora_jax.evaluation.runner import Records, batches, run
 from meteora_jax.evaluation.systems import Given, check_routes, make_system, skipped
 from meteora_jax.evaluation.table import markdown, tabulate
+from meteora_jax.evaluation.tasks import Example, bigbench, load_split
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 
@@ -102,6 +103,9 @@ GOOD = {"prompt": "p", "response": "a@@@@\nb", "tasks": TASKS, "answers": ["a", 
         ([{"prompt": "p", "response": "a"}], ":1: response: expected 3, 5, 10 answers where no tasks stand, found 1"),
         ([{**GOOD, "answers": ["a"]}], r":1: answers: expected one a task \(2\), found 1"),
         ([{**GOOD, "tasks": "ab"}], ":1: tasks: expected a list of texts, found ab"),
+        ([{**GOOD, "answers": ["a", "\ud83d"]}], ":1: answers: 1: expected text that UTF-8 can hold"),
+        ([{**GOOD, "tasks": ["a", "\ud83d"]}], ":1: tasks: 1: expected text that UTF-8 can hold"),
+        ([GOOD, {**GOOD, "prompt": "\ud83d"}], ":2: prompt: expected text that UTF-8 can hold"),
         ([GOOD, {**GOOD, "tasks": TASKS[::-1]}], ":2: tasks: expected those of line 1"),
         ([{**GOOD, "tasks": ["elm", "oak"]}], "tasks: expected tasks with metrics, found elm, oak"),
     ],
@@ -111,6 +115,26 @@ def test_other_files_are_refused(tmp_path, lines, said):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError, match=said):
         read_composites(file)
+
+
+def test_line_ends_of_windows_and_blank_lines_at_the_end_are_fine(tmp_path):
+    path = tmp_path / "winowhy" / "test.jsonl"
+    path.parent.mkdir()
+    line = '{"prompt": "a\u2028\x85", "response": "b"}'.encode()
+    for end in (b"", b"\n", b"\r\n", b"\r\n\r\n \n"):
+        path.write_bytes(line + b"\r\n" + line + end)
+        assert load_split(tmp_path, "winowhy", "test") == [Example("a\u2028\x85", "b")] * 2
+    path.write_bytes(line + b'\n{"prompt": "\xff", "response": "b"}')
+    with pytest.raises(InputError, match=r"test.jsonl:2: expected a JSON object, found .*can't decode byte 0xff"):
+        load_split(tmp_path, "winowhy", "test")
+
+
+def test_half_a_character_in_a_source_is_refused(tmp_path):
+    task = tmp_path / "bigbench" / "benchmark_tasks" / "winowhy" / "task.json"
+    task.parent.mkdir(parents=True)
+    task.write_text(r'{"examples": [{"input": "hi \ud83d", "target": "x"}]}')
+    with pytest.raises(InputError, match=r"winowhy/task.json: example 0: input: expected text that UTF-8 can hold"):
+        bigbench.prepare(tmp_path, tmp_path / "tasks", ("winowhy",))
 
 
 def test_queries_have_their_own_metric(tmp_path):
@@ -133,6 +157,8 @@ def test_queries_have_their_own_metric(tmp_path):
     for change, said in (
         ({"metric": "f1"}, "metric: expected em or bleu or rouge, found 'f1'"),
         ({"task": "wmt"}, "metric: expected em, found 'bleu'|metric: expected bleu, found 'em'"),
+        ({"inputs": "\ud83d"}, "1: inputs: expected text that UTF-8 can hold"),
+        ({"targets": "\ud83d"}, "1: targets: expected text that UTF-8 can hold"),
         ({"inputs": 3}, "expected texts task, inputs, targets and metric"),
     ):
         file.write_text(json.dumps([queries[1], {**queries[0], **change}]))

@@ -12,7 +12,7 @@ from sklearn.kernel_ridge import KernelRidge
 import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.retriever.features import Features, damp, ngrams
-from meteora_jax.retriever.index import Index, read_profiles, read_training_file, spread, top
+from meteora_jax.retriever.index import Index, read_profiles, read_training_file, spread, text_problems, top
 from meteora_jax.retriever.scoring import SCORINGS, Lexical
 from meteora_jax.retriever.wording import Wording
 
@@ -324,10 +324,17 @@ def test_ten_thousand_adapters_cost_one_matmul():
         (lambda: Index.build(PROFILES, "magic"), "found 'magic'"),
         (lambda: Index.build(PROFILES).add({"count": ["x"]}), "expected a new adapter"),
         (lambda: Index.build(PROFILES).remove(["nobody"]), "found 'nobody'"),
-        (lambda: Index.build(PROFILES).query(QUERIES, k=4), "k: expected at most 3"),
         (lambda: Index.build(PROFILES).query(QUERIES, k=0), "k: expected at least 1"),
         (lambda: Index.build(PROFILES).query("text"), "found a single text"),
-        (lambda: Index.build(PROFILES).query(["x"], 3, exclude=[["count"]]), "k: expected at most 2"),
+        (lambda: Index.build(PROFILES).query("text", exclude=["count"]), "found a single text"),
+        (lambda: Index.build(PROFILES).query(["x"], exclude=["count"]), "exclude: expected a collection of names"),
+        (lambda: Index.build(PROFILES).query(["x"], exclude=[list(PROFILES)]), "expected an adapter that text 0 may"),
+        (lambda: Index.build(PROFILES).query([" \n"]), "query: text 0: expected a text, found ' \\n'"),
+        (lambda: Index.build(PROFILES).query(["hi \ud83d"]), "query: text 0: expected text that UTF-8 can hold"),
+        (lambda: Index.build(PROFILES).remove("count"), "found the single text 'count'"),
+        (lambda: Index.build({"a": ["x", "\udcff"]}), "profile 'a': input 1: expected text that UTF-8 can hold"),
+        (lambda: Index.build({"a\ud83d": ["x"]}), "name: expected text that UTF-8 can hold"),
+        (lambda: Index(instruction="\ud83d"), "instruction: expected text that UTF-8 can hold"),
         (lambda: Index.build(PROFILES).query(["x"], 1, exclude=[["nobody"]]), "found 'nobody'"),
         (lambda: Index.build(PROFILES).query(["x"], 1, exclude=[]), "expected 1 collections"),
         (lambda: Index().query(["x"]), "expected at least one adapter"),
@@ -337,6 +344,51 @@ def test_bad_input_is_refused(call, said):
     with pytest.raises(InputError, match="expected") as refusal:
         call()
     assert said in str(refusal.value)
+
+
+def test_what_is_no_text_is_refused_by_its_place():
+    assert text_problems(["x", 5, None], lambda i: f"text {i}") == [
+        "text 1: expected a text, found 5", "text 2: expected a text, found None",
+    ]  # fmt: skip
+
+
+def test_a_small_pool_gives_all_it_has():
+    index = Index.build(PROFILES)
+    free = index.query(QUERIES, k=3)
+    found = index.query(QUERIES, k=9)
+    assert found.names == free.names
+    assert np.array_equal(found.similarities, free.similarities)
+    one = Index.build({"count": PROFILES["count"]})
+    assert one.query(QUERIES).names == [("count",)] * len(QUERIES)
+    found = index.query(QUERIES[:2], k=3, exclude=[["translate"], []])
+    assert found.names == [tuple(n for n in free.names[0] if n != "translate"), free.names[1]]
+    assert np.isneginf(found.similarities[0, 2])
+    assert np.isfinite(found.similarities[1]).all()
+
+
+def test_profiles_and_training_files_are_read_as_any_lines_are(tmp_path):
+    """Line ends of Windows, U+2028 inside a text, and blank lines at the end are fine."""
+    train = tmp_path / "train.jsonl"
+    train.write_bytes('{"prompt": "x\u2028y"}\r\n{"prompt": "z"}\r\n\r\n\n'.encode())
+    assert read_training_file(train) == ["x\u2028y", "z"]
+    for lines, said in (
+        (b'{"prompt": "x"}\n\n{"prompt": "y"}\n', r"train\.jsonl:2: expected a JSON object, found a blank line"),
+        (b'{"prompt": "x"}\n{"prompt": 3}\n', r"train\.jsonl:2: prompt: expected a string, found 3"),
+        (b'{"prompt": "x"}\n{"prompt": "\\ud83d"}\n', r"train\.jsonl:2: prompt: expected text that UTF-8 can hold"),
+        (b'{"prompt": "x"}\n{"prompt": "\xff"}\n', r"train\.jsonl:2: expected"),
+    ):
+        train.write_bytes(lines)
+        with pytest.raises(InputError, match=said):
+            read_training_file(train)
+    profiles = tmp_path / "profiles.json"
+    for text, said in (
+        (r'{"a": ["x", "hi \ud83d"]}', r"profiles\.json: profile 'a': input 1: expected text that UTF-8 can hold"),
+        (r'[{"model_name": "a", "sample": [{"inputs": "\ud83d"}]}]', r"profiles\.json: profile 'a': input 0: expected"),
+        ('{"a": {"x": 1}}', r"profiles\.json: profile 'a': expected 1 to 20 inputs, found dict"),
+    ):
+        profiles.write_text(text)
+        with pytest.raises(InputError, match=said):
+            read_profiles(profiles)
 
 
 @pytest.mark.parametrize(

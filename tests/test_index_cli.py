@@ -1,5 +1,6 @@
 """`meteora index`, `import encoder`, `train retriever` and `generate --index`: files in, figures and text out."""
 
+import io
 import json
 
 import numpy as np
@@ -64,6 +65,32 @@ def test_an_index_is_built_changed_asked_and_judged(tmp_path, capsys, profiles, 
     status, said, _ = run(capsys, "inspect", index)
     assert status == 0
     assert "lexical" in said
+
+
+def test_a_query_of_a_small_index_finds_all_there_is(tmp_path, capsys, profiles, monkeypatch):
+    index, out = tmp_path / "index", tmp_path / "out.json"
+    assert run(capsys, "index", "build", index, "--profiles", profiles, "--only", "apple", "birch")[0] == 0
+    status, _, noted = run(capsys, "index", "query", index, "Translate this", "--json", out)
+    assert (status, noted) == (0, "")
+    assert sorted(json.loads(out.read_text())[0]["names"]) == ["apple", "birch"]
+    status, _, noted = run(capsys, "index", "query", index, "Translate this", "--k", 5)
+    assert status == 0
+    assert "--k 5: found all adapters that there are to find, 2" in noted
+    assert "query: text 0: expected a text, found ''" in refused(capsys, "index", "query", index, "")
+    assert "text 1: expected text that UTF-8 can hold" in refused(capsys, "index", "query", index, "x", "y \udcff")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff"), encoding="utf-8"))
+    assert "standard input: expected UTF-8 text, found byte 0xff" in refused(capsys, "index", "query", index)
+
+
+@pytest.mark.parametrize("key", ["inputs", "task", "domain"])
+def test_half_characters_in_queries_are_refused(tmp_path, key):
+    file = tmp_path / "queries.json"
+    file.write_text(json.dumps([{"inputs": "x", "task": "t"}, {"inputs": "x", "task": "t", key: "hi \ud83d"}]))
+    with pytest.raises(InputError, match=rf"queries\.json: query 1: {key}: expected text that UTF-8 can hold"):
+        evaluation.read_queries(file)
+    file.write_text(json.dumps([{"inputs": " ", "task": "t"}]))
+    with pytest.raises(InputError, match=r"queries\.json: query 0: inputs: expected a text, found ' '"):
+        evaluation.read_queries(file)
 
 
 def test_encoder_training_and_an_index_with_vectors(tmp_path, capsys, profiles):

@@ -1,17 +1,23 @@
 """A plan's figures are those of the arrays and formulas; the TPU compiler itself is asked only where libtpu is."""
 
 import dataclasses
+import glob
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from meteora_jax.cli import main
 from meteora_jax.config import InputError, LlamaConfig
-from meteora_jax.planning import Plan, plan_generation, plan_training, shape_of
+from meteora_jax.planning import OutOfMemory, Plan, plan_generation, plan_training, shape_of, topology_devices
 from meteora_jax.sharding import make_mesh
 
+NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 TINY = LlamaConfig.from_hf(
     dict(
         model_type="llama", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -59,6 +65,66 @@ def test_what_does_not_fit_is_told_what_to_grow():
     assert dataclasses.replace(plan, weights=10).advice() == ""
 
 
+@pytest.mark.parametrize(
+    ("message", "needed", "available"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (39.14T) exceeds available HBM (15.75G). HLO module: jit_step.",
+            39.14 * 2**40, 15.75 * 2**30,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile error. Ran out of memory in memory space hbm. Used 20.50G of "
+            "15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            20.5 * 2**30, 15.75 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: (15.75G) exceeds available HBM (15.75G).", 15.75 * 2**30 + 1, 15.75 * 2**30),
+    ],
+)  # fmt: skip
+def test_the_compilers_refusals_are_read(message, needed, available):
+    found = OutOfMemory.from_message(message)
+    assert found is not None
+    assert (found.needed, found.available) == (int(needed), available)
+    assert OutOfMemory.from_message("INTERNAL: (1.0G) exceeds available HBM (0.5G)") is None
+    assert OutOfMemory.from_message("RESOURCE_EXHAUSTED: quota") is None
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(InputError, match=re.escape("pip install 'meteora-jax[tpu]'")):
+        topology_devices("v5e:2x2")
+
+
+@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu (meteora-jax[tpu])")
+@pytest.mark.parametrize(("what", "key"), [("train", None), ("evaluate", "prefill")])
+def test_what_the_compiler_refuses_does_not_fit(what, key, tmp_path, capsys):
+    """That is the answer to the question, not an error: by how much, and which axis to grow."""
+    options = ["--topology", "v5e:2x2", "--width", "128", "--json", str(tmp_path / "plan.json")]
+    main(["plan", what, "--base", "llama3-8b", *options])
+    found = json.loads((tmp_path / "plan.json").read_text())
+    found = found[key] if key else found
+    assert found["fits"] is False
+    assert found["collectives"] is None
+    assert found["memory"] == 15.75 * 2**30
+    assert found["excess"] == found["weights"] + found["temporary"] - found["memory"] > 0
+    assert found["weights"] > 15.2e9  # each device holds the base, two bytes a weight
+    said = capsys.readouterr().out
+    assert f"does not fit: needs {found['needed'] / 2**30:.2f} GiB of 15.75 GiB a device, " in said
+    assert f"{found['excess'] / 2**30:.2f} GiB too much; " in said
+    assert found["advice"] in said
+    assert "grow" in found["advice"]
+
+
+@pytest.mark.skipif(NO_LIBTPU or bool(glob.glob("/dev/accel*")), reason="needs libtpu without a TPU")
+def test_libtpu_is_quiet_where_there_is_no_tpu():
+    """Its lines about a TPU that it did not find are none of a CPU's user's business."""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and not k.startswith("TPU_")}
+    program = "from meteora_jax.cli.devices import quiet_libtpu; quiet_libtpu(); import jax; jax.devices()"
+    quiet = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+
+
 def test_a_plan_refuses_what_it_cannot_compile(capsys):
     with pytest.raises(InputError, match=r"llama3-8b.*found 'llama9'"):
         shape_of("llama9")
@@ -69,7 +135,7 @@ def test_a_plan_refuses_what_it_cannot_compile(capsys):
     assert "topology: expected one that libtpu describes, found 'kitten:2x2'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (meteora-jax[tpu])")
+@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu (meteora-jax[tpu])")
 def test_a_tpu_step_compiles_without_a_tpu(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     options = ["--topology", "v5e:2x2", "--data", "1", "--fsdp", "2", "--tensor", "2", "--width", "128"]
@@ -80,7 +146,7 @@ def test_a_tpu_step_compiles_without_a_tpu(tmp_path):
     assert found["collectives"]["all-gather"] > 0
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (meteora-jax[tpu])")
+@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu (meteora-jax[tpu])")
 @pytest.mark.parametrize(("topology", "chips"), [("v5e:4x4", 16), ("v5e:16x16", 256)])
 def test_evaluation_of_an_8b_model_compiles_for_a_pod(topology, chips, tmp_path):
     options = ["--topology", topology, "--tensor", "4", "--width", "256", "--json", str(tmp_path / "plan.json")]

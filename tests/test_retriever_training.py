@@ -14,6 +14,7 @@ import torch
 from test_encoder import sentence_folder
 
 from converters.hf_encoder import import_encoder
+from meteora_jax.cli.train_retriever import cut_line
 from meteora_jax.config import InputError
 from meteora_jax.retriever.encoder import TextEncoder
 from meteora_jax.retriever.index import Index
@@ -117,6 +118,17 @@ def test_training_helps_and_only_the_chosen_are_seen(tmp_path, encoder):
     assert json.loads((tmp_path / "out" / "training.json").read_text())["trained"] == sorted(PROFILES)
     write_curves(report, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inputs_that_are_not_read_to_their_end_are_counted(tmp_path, encoder):
+    long = {**PROFILES, "eating": [*PROFILES["eating"], "Name what it likes. " * 40]}
+    told = []
+    settings = dataclasses.replace(SETTINGS, steps=1, save_every=1)
+    report = train_retriever(encoder, long, tmp_path / "out", settings, tmp_path / "points", begun=told.append)
+    assert told == [{"eating": 1}] == [report["cut"]]
+    assert cut_line(report["cut"], long, 32).endswith("their ends are not read: eating 1 of 9")
+    assert encoder.cut(["short", "word " * 2000], "behind this: ") == [1]
+    assert cut_line({}, long, 32) == ""
 
 
 PROGRAM = """

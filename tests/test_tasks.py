@@ -24,13 +24,9 @@ from meteora_jax.evaluation.tasks import (
     load_split,
     read_test_inputs,
     split_of,
+    write_splits,
 )
-from meteora_jax.evaluation.tasks.bigbench import (
-    BIGBENCH_TASKS,
-    COMPOSITE_10,
-    prepare,
-    verify,
-)
+from meteora_jax.evaluation.tasks.bigbench import BIGBENCH_TASKS, COMPOSITE_10, prepare, verify
 
 BIGBENCH = Path(__file__).parent / "fixtures" / "bigbench"
 FIXTURE_TASKS = ("logical_deduction", "object_counting", "question_selection", "strategyqa", "winowhy")
@@ -178,11 +174,10 @@ def test_archive_and_folder_give_the_same_files(tmp_path, tasks_dir):
             assert (tmp_path / "from_archive" / path.relative_to(tasks_dir)).read_bytes() == path.read_bytes()
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, tasks_dir):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tasks_dir):
     before = {path.name: path.read_bytes() for path in (tasks_dir / "winowhy").iterdir()}
-    write_task(tmp_path / "bad", "winowhy", {"examples": [{"input": "x", "target": "\ud800"}]})
     with pytest.raises(UnicodeEncodeError):
-        prepare(tmp_path / "bad", tasks_dir, ["winowhy"])
+        write_splits(tasks_dir / "winowhy", {"test": [Example("x", "\ud800")]})
     assert {path.name: path.read_bytes() for path in (tasks_dir / "winowhy").iterdir()} == before
 
 
@@ -253,6 +248,10 @@ def test_a_truncated_archive_is_refused(tmp_path):
         ('["a", "b"]', "test.jsonl:2: expected a JSON object, found "),
         ('{"prompt": "a"}', "test.jsonl:2: response: expected a string, found only the keys"),
         ('{"prompt": 1, "response": "b"}', "test.jsonl:2: prompt: expected a string, found 1$"),
+        (r'{"prompt": "hi \ud83d", "response": "b"}', "test.jsonl:2: prompt: expected text that UTF-8 can hold, found"),
+        (r'{"prompt": "a", "response": "\udc00"}', "test.jsonl:2: response: expected text that UTF-8 can hold, found"),
+        ('\n{"prompt": "a", "response": "b"}', "test.jsonl:2: expected a JSON object, found a blank line"),
+        ("[" * 100_000, "test.jsonl:2: expected a JSON object, found "),
     ],
 )
 def test_malformed_lines_are_refused(tmp_path, line, message):

@@ -25,7 +25,7 @@ from meteora_jax.cli import main as main_command
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.training.adapter import fresh_bank
-from meteora_jax.training.bank import BankTraining, Validation, hold_back, packed, train_bank
+from meteora_jax.training.bank import BankTraining, Validation, beside, hold_back, packed, train_bank
 from meteora_jax.training.data import NO_TASK, Batches, Layout, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.loop import RunFolder
 from meteora_jax.training.side_by_side import Average, BoundTasks, ByTask, clip_each, shares_of
@@ -246,6 +246,9 @@ def test_a_random_cut_of_prompts_is_held_back(world):
         assert not set(texts) & {e.prompt for e in left[name]}
         assert {e.prompt for e in doubled[name]} == set(texts) | {e.prompt for e in left[name]}
         assert all((s.tasks == i).all() and s.loss.any() for s in held[name])
+    for name, count in beside(doubled, left, held).items():
+        every = [*TASKS[name], *TASKS[name][:10]]
+        assert count == len(every) - len([e for e in every if e in left[name]]) - 6 > 0
     again, _ = hold_back(doubled, settings, world["model"].tokenizer, 2, 200)
     other, _ = hold_back(doubled, dataclasses.replace(settings, seed=1), world["model"].tokenizer, 2, 200)
     assert left == again != other

@@ -21,7 +21,8 @@ from meteora_jax.gate_config import GateConfig, GateForm
 from meteora_jax.training.adapter import fresh_adapter
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.loop import AdapterTraining, GateTraining, train_adapter, train_gates
-from meteora_jax.training.loss import gate_training_loss
+from meteora_jax.training.loss import Counts, gate_training_loss
+from meteora_jax.training.unused import TRIED, shared_prefix, unused
 from meteora_jax.training.watch import flops_per_pair, flops_per_token
 
 WORDS = ("How many apples?", "Which sentence follows", "The lazy dog", "漢字 bytes")
@@ -214,6 +215,55 @@ def test_a_mixture_is_balanced_or_as_it_comes_and_drops_what_is_too_long(world, 
     assert np.abs(shares() - 0.25).max() < 0.02
     assert np.abs(shares(mixture="natural") - np.asarray([1000, 20, 20, 20]) / 1060).max() < 0.04
     assert np.abs(shares(mixture="natural", samples_per_task=20) - 0.25).max() < 0.06
+
+
+def test_what_is_not_used_is_counted_by_task(world):
+    tasks = {
+        **TASKS,
+        "apple": [*TASKS["apple"], Example("x" * 900, "y"), Example("y" * 900, "y")],
+        "birch": [*TASKS["birch"], Example("How many?", " \n"), Example("How many pears?", "")],
+        "cedar": [*TASKS["cedar"], Example("", "")],  # its end token is the first, which nothing predicts
+    }
+    roomy, rng = mixture(world, tasks, max_length=400), np.random.default_rng(0)
+    fitting = roomy.chosen()
+    lengths = [len(roomy.composite_of(fitting, rng).tokens) for _ in range(200)]
+    limit = int(np.median(lengths))
+    settings = mixture(world, tasks, composite=0.2, max_length=limit)
+    lost = unused(settings, settings.chosen())
+    assert lost.examples == {"apple": 22, "birch": 22, "cedar": 21, "daisy": 20}
+    assert (lost.max_length, lost.too_long) == (limit, {"apple": 2})
+    assert lost.empty == {"birch": 2, "cedar": 1}
+    assert lost.unpredicted == {"cedar": 1}
+    assert abs(lost.composites / TRIED - np.mean(np.asarray(lengths) > limit)) < 0.2
+    few = mixture(world, tasks, samples_per_task=5)
+    lost = unused(few, few.chosen())
+    assert set(lost.examples.values()) == {5}  # the rest are left out by choice
+    assert lost.composites == 0
+
+
+def test_the_prefix_that_all_tasks_share():
+    rows = lambda *texts: [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]  # noqa: E731
+    assert shared_prefix({"a": rows("sys x1", "sys y1"), "b": rows("sys z", "sys w")}) == 4
+    assert shared_prefix({"a": rows("sys x1", "sys y1", "odd"), "b": rows("sys z", "sys w", "")}) == 4
+    assert shared_prefix({"a": rows("sys x", "sys y"), "b": rows("other", "more")}) == 0
+    assert shared_prefix({"a": rows("same", "same"), "b": rows("same", "same")}) == 4
+    assert shared_prefix({"a": rows("alone", "alone")}) == 0
+
+
+def test_accuracy_leaves_out_the_tokens_that_all_tasks_begin_with(world):
+    """What it is for the tokens behind them alone; the loss is that of all."""
+    model = world["model"]
+    batch = some_batch(model.tokenizer)
+    loss = lambda b, shared: gate_training_loss(  # noqa: E731
+        nnx.merge(model.graph, model.weights), b, bound(model), 50.0, remat=False, counts=Counts.of(b, shared)
+    )
+    whole, found = loss(batch, 0), loss(batch, 5)
+    behind = loss(dataclasses.replace(batch, tasks=jnp.where(batch.positions < 5, NO_TASK, batch.tasks)), 0)
+    for key in ("gate_accuracy", "hits", "judged"):
+        assert np.allclose(getattr(found, key), getattr(behind, key), atol=1e-6)
+        assert not np.allclose(getattr(found, key), getattr(whole, key), atol=1e-4)
+    for key in ("loss", "gate", "entropy", "load"):
+        assert np.array_equal(getattr(found, key), getattr(whole, key))
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -1,6 +1,7 @@
 """The pictures of routing: what they say is what the trace holds, and no token's text gets out of its place."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
+from worlds import NAMES, TARGETS
 
 from meteora_jax import viz
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share
+from meteora_jax.routing.trace import adapted_places
 
 ColourSystem = Literal["standard", "256", "truecolor"]
 NASTY = ("</script><b>", "<!--", "{{trace}}", "&amp;", "$x_$", '"\\', "\x1b[31m", "漢字", "\ufffd", " two \n\n lines ")
@@ -234,3 +237,70 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path, wr
         with pytest.raises(InputError, match="cannot be written"):
             write(random_trace(), path, "a title")
     assert [p.name for p in tmp_path.rglob("*")] == ["taken"]
+
+
+# --- adapters that have no weights everywhere ---
+
+
+def partial_trace() -> RoutingTrace:
+    """Adapter 0 leads all tokens and has weights in v_proj of layer 1 alone; 1, in every cell the weaker
+    choice of the second token, has them everywhere but in down_proj."""
+    trace = led_trace([0, 0, 0], ("a", "b", "c"), 2, adapters=2)
+    indices = np.concatenate([trace.indices, np.full_like(trace.indices, NO_ADAPTER)], -1)
+    weights = np.concatenate([trace.weights, np.zeros_like(trace.weights)], -1)
+    indices[1, ..., 1], weights[1] = 1, (0.75, 0.25)
+    adapted = np.zeros((2, len(PROJECTIONS), 2), bool)
+    adapted[1, PROJECTIONS.index("v_proj"), 0] = True
+    adapted[:, :-1, 1] = True
+    return dataclasses.replace(trace, indices=indices, weights=weights, adapted=adapted)
+
+
+def test_a_choice_without_weights_does_not_act():
+    trace = partial_trace()
+    assert PROJECTIONS[-1] == "down_proj"
+    acting = trace.acting()
+    for t, l, p, c in np.ndindex(acting.shape):
+        chosen = trace.indices[t, l, p, c]
+        acts = (
+            (chosen == 0 and (l, PROJECTIONS[p]) == (1, "v_proj")) or (chosen == 1 and PROJECTIONS[p] != "down_proj")
+        )  # fmt: skip
+        assert acting[t, l, p, c] == (chosen if acts else NO_ADAPTER)
+    everywhere = dataclasses.replace(trace, adapted=None)
+    assert np.array_equal(everywhere.acting(), trace.indices)
+
+
+def test_pictures_tell_where_what_was_chosen_has_no_weights(tmp_path: Path):
+    trace = partial_trace()
+    plain = dataclasses.replace(trace, adapted=None)
+    grey = tuple([round(viz._IDLE * 255)] * 3)
+    colours = {}
+    for name, each in (("partial", trace), ("plain", plain)):
+        viz.write_png(each, tmp_path / f"{name}.png", "a title")
+        pixels = np.rint(imread(tmp_path / f"{name}.png")[..., :3] * 255).astype(int).reshape(-1, 3)
+        colours[name] = {c: (pixels == bytes_of(c)).all(-1).sum() for c in viz.palette(2)}
+        colours[name]["grey"] = (pixels == grey).all(-1).sum()
+    first = viz.palette(2)[0]
+    assert colours["partial"]["grey"] > 3 * colours["plain"]["grey"] + 1000
+    assert 0 < colours["partial"][first] < 0.5 * colours["plain"][first]
+    page, whole = page_of(trace, tmp_path), page_of(plain, tmp_path)
+    assert viz._IDLE_PAGE in page
+    assert viz._IDLE_PAGE not in whole
+    data = json.loads(Page(page).texts("script", id="trace")[0])
+    held = np.frombuffer(base64.b64decode(data["adapted"]), np.uint8).reshape(trace.adapted.shape)
+    assert np.array_equal(held, trace.adapted)
+    assert json.loads(Page(whole).texts("script", id="trace")[0])["adapted"] is None
+    said = printed(trace, None)
+    assert re.search(r"A +winowhy +100% +100% +1 of 14 projections", said)
+    assert "projections" not in printed(plain, None)
+
+
+def bytes_of(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour[1:]))
+
+
+def test_a_model_knows_where_its_adapters_have_weights(world):
+    places = adapted_places(world["model"].weights)
+    assert places.shape == (3, len(PROJECTIONS), len(NAMES))
+    for a, targets in enumerate(TARGETS):
+        for p, projection in enumerate(PROJECTIONS):
+            assert (places[:, p, a] == (projection in targets)).all()

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from meteora_jax.cli.demo import Demo, demo
+from meteora_jax.cli.devices import quiet_libtpu
 from meteora_jax.cli.evaluate import Evaluate, evaluate
 from meteora_jax.cli.export import (
     ExportAdapter,
@@ -173,6 +174,7 @@ def main(args: Sequence[str] | None = None) -> None:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
     command = command.what if isinstance(command, Import | Export | Train | IndexCommand) else command
+    quiet_libtpu()
     try:
         check_texts(command)
         ACTIONS[type(command)](command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +49,15 @@ def make_devices_mesh(command: Devices) -> Any:
         raise InputError("coordinator, processes, process: expected --distributed beside them, found it missing")
     mesh = make_mesh(command.data, command.fsdp, command.tensor)
     return mesh if len(jax.devices()) > 1 else None
+
+
+def quiet_libtpu() -> None:
+    """Where there is no TPU, names one to libtpu if nobody has: it would else say on stderr that it found none,
+    whatever the platform that JAX takes then. Its log levels do not reach these lines."""
+    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def is_first_process() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,8 @@ from rich.table import Table
 
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
+
+K = 3  # adapters a text
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class IndexQuery:
     """INDEX folder."""
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts; none: standard input is one."""
-    k: int = 3
-    """Adapters a text."""
+    k: int | None = None
+    """Adapters a text; 3 unless given, and in a smaller index as many as there are."""
     exclude: tuple[str, ...] = ()
     """Adapters that are not to be found."""
     json: Path | None = None
@@ -158,13 +160,23 @@ def read_sources(command: IndexBuild | IndexAdd) -> dict[str, list[str]]:
     return {name: inputs for name, inputs in found if not wanted or name in wanted}
 
 
-def report(index: Any, folder: Path, path: Path | None) -> None:
-    """Says what an index holds now."""
+def report(index: Any, folder: Path, path: Path | None, added: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Says what an index holds now, and which of the inputs that were `added` its encoder reads in part only."""
+    from meteora_jax.cli.train_retriever import cut_line
+
+    cut = {}
+    if added and index.encoder is not None:
+        cut = {name: len(index.encoder.cut(inputs, index.instruction)) for name, inputs in added.items()}
+        cut = {name: count for name, count in cut.items() if count}
     count = sum(map(len, index.profiles.values()))
     how = f"{index.scoring} (means: too many inputs for a regression)" if index.large else index.scoring
     console.print(f"{folder}: {len(index.names)} adapters, {count} inputs, scoring {how}", highlight=False)
+    if line := cut_line(cut, added or {}, None):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     sizes = {name: len(inputs) for name, inputs in index.profiles.items()}
-    write_json(path, {"index": str(folder), "scoring": index.scoring, "large": index.large, "inputs": sizes})
+    write_json(
+        path, {"index": str(folder), "scoring": index.scoring, "large": index.large, "inputs": sizes, "cut": cut}
+    )
 
 
 def index_build(command: IndexBuild) -> None:
@@ -181,7 +193,7 @@ def index_build(command: IndexBuild) -> None:
         index = Index.build(profiles, command.scoring, encoder, command.instruction)
         index.fit()
         index.save(command.dest)
-    report(index, command.dest, command.json)
+    report(index, command.dest, command.json, profiles)
 
 
 def index_add(command: IndexAdd) -> None:
@@ -192,7 +204,7 @@ def index_add(command: IndexAdd) -> None:
     index = Index.load(command.index)
     index.add(profiles)
     index.save(command.index)
-    report(index, command.index, command.json)
+    report(index, command.index, command.json, profiles)
 
 
 def index_remove(command: IndexRemove) -> None:
@@ -205,14 +217,26 @@ def index_remove(command: IndexRemove) -> None:
     report(index, command.index, command.json)
 
 
+def read_standard_input() -> str:
+    """The one text that standard input is; refuses bytes that are no UTF-8."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as e:
+        raise InputError(f"standard input: expected UTF-8 text, found byte {e.object[e.start]:#04x}") from None
+
+
 def index_query(command: IndexQuery) -> None:
     """Runs `meteora index query`."""
     from meteora_jax.retriever.index import Index
 
-    texts = list(command.texts) or [sys.stdin.read()]
+    texts = list(command.texts) or [read_standard_input()]
     index = Index.load(command.index)
-    found = index.query(texts, command.k, [command.exclude] * len(texts) if command.exclude else None)
-    table = Table("text", *(f"{i + 1}" for i in range(command.k)))
+    k = K if command.k is None else command.k
+    found = index.query(texts, k, [command.exclude] * len(texts) if command.exclude else None)
+    count = found.similarities.shape[1]
+    if command.k is not None and count < k:
+        status.print(f"--k {k}: found all adapters that there are to find, {count}", highlight=False)
+    table = Table("text", *(f"{i + 1}" for i in range(count)))
     for text, names, similarities in zip(texts, *found, strict=True):
         shown = " ".join(text.split())
         cells = [f"{n} {s:.3f}" for n, s in zip(names, similarities, strict=True)]

@@ -97,7 +97,13 @@ def plan(command: Plan) -> None:
         plans = list(plan_generation(*of, rows=rows, new_tokens=command.new_tokens, **shape))
     for found in plans:
         _show(found, command.mfu)
-    figures = [{**dataclasses.asdict(found), "fits": found.fits, "advice": found.advice()} for found in plans]
+    figures = [
+        {
+            **dataclasses.asdict(found), "needed": found.needed, "excess": found.excess, "fits": found.fits,
+            "advice": found.advice(),
+        }
+        for found in plans
+    ]  # fmt: skip
     write_json(command.json, figures[0] if command.what == "train" else {f["what"]: f for f in figures})
 
 
@@ -108,15 +114,19 @@ def _show(found: Any, mfu: float) -> None:
     axes = " x ".join(f"{k} {n}" for k, n in found.mesh.items())
     tokens = f"{found.rows} rows of {found.width} tokens" if found.what != "decoding" else f"{found.rows} rows, a token"
     show(f"{found.what}: {found.devices} devices ({found.device_kind}), {axes}; {tokens} a step")
-    room = f" of {found.memory / GIB:.0f} GiB" if found.memory else ""
+    room = f" of {found.memory / GIB:.4g} GiB" if found.memory else ""
     beside = "optimiser" if found.what == "training" else "cache" if found.what == "decoding" else "prompts"
     parts = f"weights and {beside} {found.weights / GIB:.2f} GiB, temporary {found.temporary / GIB:.2f} GiB"
     show(f"  memory a device: {parts}{room}")
-    show("  collectives in the program: " + ", ".join(f"{n} {k}" for k, n in found.collectives.items()))
+    if found.collectives is not None:
+        show("  collectives in the program: " + ", ".join(f"{n} {k}" for k, n in found.collectives.items()))
     time = ""
     if found.seconds is not None:
         rate = found.rows * found.width / found.seconds
         time = f"; at MFU {mfu:.0%}: {found.seconds:.3f} s, {rate:,.0f} tokens/s"
     show(f"  {found.flops:.3g} FLOPs a device and step{time}")
-    if found.fits is not None:
-        show("  fits" if found.fits else f"  does not fit: {found.advice()}")
+    if found.fits is False:
+        sizes = f"needs {found.needed / GIB:.2f} GiB{room} a device, {found.excess / GIB:.2f} GiB too much"
+        show(f"  does not fit: {sizes}; {found.advice()}")
+    elif found.fits:
+        show("  fits")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,7 +230,7 @@ def train_gates(command: TrainGates) -> None:
         final = train(
             command.base, command.bank, tasks, command.out, settings,
             dtype=default_dtype(command.dtype), mesh=mesh, run=_run(command), new_bank=command.new_bank,
-            extend=command.extend, log=command.log, progress=progress,
+            extend=command.extend, log=command.log, progress=progress, begun=_begun("train gates"),
         )  # fmt: skip
     _report(command, settings, final, {"gates": str(command.out)})
 
@@ -314,7 +314,7 @@ def train_adapter(command: TrainAdapter) -> None:
     with _progress(f"train {command.name}", command.steps) as progress:
         final = train(
             command.base, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,
-            run=_run(command), log=command.log, progress=progress,
+            run=_run(command), log=command.log, progress=progress, begun=_begun(f"train {command.name}"),
         )  # fmt: skip
     _report(command, settings, final, {"bank": str(command.out), "tasks": list(command.task)})
 
@@ -345,6 +345,7 @@ def train_bank(command: TrainBank) -> None:
         final = train(
             command.base, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,
             run=_run(command), log=command.log, progress=progress, told=told,
+            begun=_begun("train bank"),
         )  # fmt: skip
     if is_first_process():
         for name, kept in final["kept"].items():
@@ -384,6 +385,35 @@ def _progress(what: str, steps: int) -> Iterator[Callable[[int, dict[str, Any]],
         yield show
 
 
+def _begun(what: str) -> Callable[[Any], None]:
+    def say(lost: Any) -> None:
+        for line in unused_lines(lost.record()) if is_first_process() else ():
+            status.print(f"{what}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+    return say
+
+
+def unused_lines(lost: Mapping[str, Any]) -> list[str]:
+    """What of a run's data is not used, a sentence a reason with all tasks that it concerns; nothing where all is."""
+
+    def of(counts: Mapping[str, int]) -> str:
+        return ", ".join(f"{name} {n:,} of {lost['examples'][name]:,}" for name, n in counts.items())
+
+    total, lines = sum(lost["examples"].values()), []
+    for key, what in (
+        ("too_long", f"sequences are longer than --max-length (here {lost['max_length']:,} tokens) and are not used"),
+        ("empty", "responses are empty and train the end token alone"),
+        ("unpredicted", "sequences have no token to predict"),
+        ("beside_held_back", "examples share their prompt with one that is held back and are not used"),
+    ):
+        if counts := lost[key]:
+            lines.append(f"{sum(counts.values()):,} of {total:,} {what}: {of(counts)}")
+    if count := lost["composites"]:
+        tried = f"{count} of {lost['composites_tried']} composites, drawn on trial,"
+        lines.append(f"{tried} are longer than --max-length; others take their place")
+    return lines
+
+
 def _report(command: _Train, settings: Any, final: dict[str, Any], what: dict[str, Any]) -> None:
     if not is_first_process():
         return
@@ -397,4 +427,6 @@ def _report(command: _Train, settings: Any, final: dict[str, Any], what: dict[st
         f"{out}: {command.steps} steps in {final['seconds']:.0f} s; last tenth: {', '.join(figures)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    for line in unused_lines(final["unused"]):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     write_json(command.json, {**what, "settings": vars(settings), **final})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from meteora_jax.cli.report import console, progress_bar, write_json
+from meteora_jax.cli.report import console, progress_bar, status, write_json
 from meteora_jax.config import InputError
 
 
@@ -76,12 +77,28 @@ def train_retriever(command: TrainRetriever) -> None:
         def progress(step: int, record: dict) -> None:
             bar(step, command.steps, f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.3f}")
 
+        def begun(cut: dict[str, int]) -> None:
+            if line := cut_line(cut, profiles, command.max_length):
+                status.print(f"train retriever: {line}", highlight=False, markup=False, soft_wrap=True)
+
         encoder = TextEncoder.load(command.encoder)
-        report = training.train_retriever(encoder, profiles, command.out, settings, checkpoints, progress)
+        report = training.train_retriever(encoder, profiles, command.out, settings, checkpoints, progress, begun)
     training.write_curves(report, command.out / "training.png")
     last = report["steps"][-1]
     console.print(
         f"{command.out}: {command.steps} steps on {len(report['trained'])} of {len(profiles)} adapters, "
         f"loss {last['loss']:.4f}, accuracy {last['accuracy']:.3f}", highlight=False
     )  # fmt: skip
-    write_json(command.json, {"encoder": str(command.out), "trained": report["trained"], **last})
+    if line := cut_line(report["cut"], profiles, command.max_length):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    told = {"encoder": str(command.out), "trained": report["trained"], "cut": report["cut"]}
+    write_json(command.json, {**told, **last})
+
+
+def cut_line(cut: Mapping[str, int], profiles: Mapping[str, Sequence[str]], max_length: int | None) -> str:
+    """How many inputs of each adapter are longer than an encoder reads; "" where none is."""
+    if not cut:
+        return ""
+    limit = "the encoder reads" if max_length is None else f"the encoder or --max-length {max_length} allows"
+    of = ", ".join(f"{name} {count} of {len(profiles[name])}" for name, count in cut.items())
+    return f"{sum(cut.values())} inputs are longer than {limit}, their ends are not read: {of}"

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from meteora_jax.config import InputError
+from meteora_jax.config import InputError, read_lines
 from meteora_jax.evaluation.metrics import METRICS
 from meteora_jax.evaluation.tasks import Example, load_split, parse_example, write_splits
 from meteora_jax.evaluation.tasks.bigbench import COMPOSITE_10
+from meteora_jax.text import check_text
 
 # MeteoRA's own problems, by n.
 COMPOSITES: dict[int, tuple[str, ...]] = {
@@ -103,8 +104,7 @@ def read_composites(path: Path) -> list[Composite]:
     """
     if not path.is_file():
         raise InputError(f"{path}: expected composite problems, found no file")
-    with path.open("rb") as lines:
-        problems = [_read_composite(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    problems = [_read_composite(line, where) for where, line in read_lines(path)]
     if not problems:
         raise InputError(f"{path}: expected composite problems, found none")
     for number, problem in enumerate(problems, start=1):
@@ -128,6 +128,8 @@ def _read_composite(line: bytes, where: str) -> Composite:
     for key, value in (("tasks", tasks), ("answers", answers)):
         if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
             raise InputError(f"{where}: {key}: expected a list of texts, found {str(value)[:60]}")
+        for i, text in enumerate(value):
+            check_text(text, f"{where}: {key}: {i}")
     if len(tasks) != len(answers):
         raise InputError(f"{where}: answers: expected one a task ({len(tasks)}), found {len(answers)}")
     return Composite(example.prompt, example.response, tuple(tasks), tuple(answers))

@@ -11,6 +11,7 @@ from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.composite import read_composites
 from meteora_jax.evaluation.metrics import METRICS
 from meteora_jax.evaluation.tasks import load_split
+from meteora_jax.text import check_text
 
 LORARETRIEVER_METRICS = ("em", "bleu", "rouge")
 
@@ -93,6 +94,8 @@ def load_queries(path: Path, limit: int | None) -> list[Problem]:
         found = [query.get(k) if isinstance(query, dict) else None for k in ("task", "inputs", "targets", "metric")]
         if not all(isinstance(text, str) for text in found):
             raise InputError(f"{path}: {i}: expected texts task, inputs, targets and metric, found {str(query)[:60]!r}")
+        for key in ("task", "inputs", "targets", "domain"):
+            check_text(str(query.get(key, "")), f"{path}: {i}: {key}")
         task, prompt, response, metric = map(str, found)
         row = rows.setdefault(task, [])
         expected = [row[0].metric] if row else LORARETRIEVER_METRICS

@@ -221,8 +221,18 @@ class TextEncoder:
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut at `max_length`."""
-        texts = [text.strip().lower() if self.config.lower_case else text.strip() for text in texts]
-        return self.tokenizer(texts, truncation=True, max_length=self.config.max_length)["input_ids"]
+        return self.tokenizer(self._normal(texts), truncation=True, max_length=self.config.max_length)["input_ids"]
+
+    def cut(self, texts: Sequence[str], instruction: str = "") -> list[int]:
+        """Which of N texts behind an instruction are longer than `max_length` tokens, so that their ends are not
+        read."""
+        if not texts:
+            return []
+        whole = self.tokenizer(self._normal([instruction + text for text in texts]), verbose=False)["input_ids"]
+        return [i for i, ids in enumerate(whole) if len(ids) > self.config.max_length]
+
+    def _normal(self, texts: Sequence[str]) -> list[str]:
+        return [text.strip().lower() if self.config.lower_case else text.strip() for text in texts]
 
     def skipped(self, instruction: str) -> int:
         """How many of a text's first tokens the pooling leaves out: those of an instruction, if the encoder says so."""
@@ -235,6 +245,8 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """float32 [N, D] of N texts behind an instruction: sorted by length, in batches of one padded length, over all
         devices of this host."""
+        if isinstance(texts, str):
+            raise InputError("texts: expected a list of texts, found a single text")
         if not texts:
             return np.zeros((0, self.config.width), np.float32)
         ids = self.tokenize([instruction + text for text in texts])

@@ -16,6 +16,7 @@ from meteora_jax.config import InputError, read_json
 from meteora_jax.retriever.features import Features, ngrams, unit
 from meteora_jax.retriever.index import Index, top
 from meteora_jax.retriever.wording import Wording
+from meteora_jax.text import check_text
 
 KS = (1, 3, 5, 8)
 WORDINGS = ("own", "removed", "paraphrased")
@@ -50,6 +51,9 @@ def read_queries(path: str | os.PathLike[str]) -> list[Query]:
         for key, value in (("inputs", None), ("task", None), ("domain", "")):
             if not isinstance(found := query.get(key, value), str):
                 raise InputError(f"{path}: query {i}: {key}: expected a text, found {found!r:.60}")
+            check_text(found, f"{path}: query {i}: {key}")
+        if not query["inputs"].strip():
+            raise InputError(f"{path}: query {i}: inputs: expected a text, found {query['inputs']!r:.60}")
         queries.append(Query(query["inputs"], query["task"], query.get("domain", "")))
     return queries
 
@@ -66,6 +70,11 @@ def read_paraphrases(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     ]
     if wrong:
         raise InputError(wrong)
+    for name, templates in raw.items():
+        for i, template in enumerate(templates):
+            if not isinstance(template, str):
+                raise InputError(f"{path}: {name}: {i}: expected a text, found {template!r:.60}")
+            check_text(template, f"{path}: {name}: {i}")
     return raw
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from meteora_jax.config import InputError, read_json
+from meteora_jax.config import InputError, read_json, read_lines
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
 from meteora_jax.retriever.scoring import Profile, is_large, make_scoring
 from meteora_jax.retriever.wording import Wording
+from meteora_jax.text import check_text
 
 FORMAT = "meteora-index-1"
 INSTRUCTION = "Represent the sentence for similar task retrieval: "  # LoraRetriever's own (section 3.2)
@@ -35,16 +36,30 @@ class Retrieved(NamedTuple):
     similarities: np.ndarray
 
 
-def check_profile(name: str, inputs: Sequence[str]) -> list[str]:
+def check_profile(name: Any, inputs: Any) -> list[str]:
     """What is wrong with a profile, one line each."""
-    problems = []
     if not isinstance(name, str) or not name:
-        problems.append(f"profiles: expected an adapter's name, found {name!r}")
-    if isinstance(inputs, str) or not 1 <= len(inputs) <= MOST_INPUTS:
-        found = "a single text" if isinstance(inputs, str) else len(inputs)
-        problems.append(f"profile {name!r}: expected 1 to {MOST_INPUTS} inputs, found {found}")
-    elif blank := [i for i, text in enumerate(inputs) if not isinstance(text, str) or not text.strip()]:
-        problems.append(f"profile {name!r}: input {blank[0]}: expected a text, found {inputs[blank[0]]!r}")
+        return [f"profiles: expected an adapter's name, found {name!r}"]
+    where, problems = f"profile {name!r}", text_problems([name], lambda _: f"profile {name!r}: name")
+    if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence):
+        found = "a single text" if isinstance(inputs, str) else type(inputs).__name__
+        return [*problems, f"{where}: expected 1 to {MOST_INPUTS} inputs, found {found}"]
+    if not 1 <= len(inputs) <= MOST_INPUTS:
+        problems.append(f"{where}: expected 1 to {MOST_INPUTS} inputs, found {len(inputs)}")
+    return problems + text_problems(inputs, lambda i: f"{where}: input {i}")
+
+
+def text_problems(texts: Sequence[Any], where: Callable[[int], str]) -> list[str]:
+    """What is wrong with texts, one line each: no text at all, a blank one, one that UTF-8 cannot hold."""
+    problems = []
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            problems.append(f"{where(i)}: expected a text, found {text!r:.60}")
+            continue
+        try:
+            check_text(text, where(i))
+        except InputError as e:
+            problems += e.problems
     return problems
 
 
@@ -66,6 +81,7 @@ class Index:
     """
 
     def __init__(self, scoring: str | None = None, encoder: Encoder | None = None, instruction: str = ""):
+        check_text(instruction, "instruction")
         self.scoring = scoring or ("hybrid" if encoder is not None else "lexical")
         self.instruction, self.encoder = instruction, encoder
         self._scoring = make_scoring(self.scoring)
@@ -114,6 +130,8 @@ class Index:
 
     def add(self, profiles: Mapping[str, Sequence[str]]) -> None:
         """Adds adapters, all or none. Raises InputError for bad profiles and for names that are there already."""
+        if not isinstance(profiles, Mapping):
+            raise InputError(f"profiles: expected {{adapter: [inputs]}}, found {type(profiles).__name__}")
         problems = [p for name, inputs in profiles.items() for p in check_profile(name, inputs)]
         problems += [
             f"profile {n!r}: expected a new adapter, found it in the index" for n in profiles if n in self.names
@@ -144,6 +162,8 @@ class Index:
 
     def remove(self, names: Sequence[str]) -> None:
         """Removes adapters, all or none. Raises InputError for names that are not there."""
+        if isinstance(names, str):
+            raise InputError(f"remove: expected a list of names, found the single text {names!r}")
         if unknown := [n for n in names if n not in self._profiles]:
             raise InputError([f"remove: expected an adapter of the index, found {n!r}" for n in unknown])
         self._profiles = {n: p for n, p in self._profiles.items() if n not in set(names)}
@@ -168,20 +188,29 @@ class Index:
         self._fitted, self._saved_fit = True, None
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [B, A]: every adapter's similarity to every text, adapters in the order of `names`."""
-        if isinstance(texts, str):
+        """float32 [B, A]: every adapter's similarity to every text, adapters in the order of `names`.
+
+        Raises:
+            InputError: a single text instead of a list; texts that are blank, or that UTF-8 cannot hold.
+        """
+        if isinstance(texts, str | bytes):
             raise InputError("query: expected a list of texts, found a single text")
+        texts = list(texts)
+        if problems := text_problems(texts, lambda i: f"query: text {i}"):
+            raise InputError(problems)
         self.fit()
         return self._scoring.score(self._features(texts)) if texts else np.zeros((0, len(self.names)), np.float32)
 
     def query(self, texts: Sequence[str], k: int = 3, exclude: Sequence[Collection[str]] | None = None) -> Retrieved:
         """The k most similar adapters of each text, best first; exact, ties to the one added first.
 
+        Where there are fewer than k adapters all of them are found.
+
         Args:
             exclude: for each text the adapters that it must not get (out-of-distribution evaluation, permissions).
 
         Raises:
-            InputError: k is more than the adapters left, an excluded name is unknown.
+            InputError: a text may have no adapter at all, an excluded name is unknown, texts that `scores` refuses.
         """
         return top(self.scores(texts), self.names, k, exclude)
 
@@ -272,10 +301,15 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 def top(
     scores: np.ndarray, names: Sequence[str], k: int, exclude: Sequence[Collection[str]] | None = None
 ) -> Retrieved:
-    """The k largest of each row of `scores` float32 [B, A], largest first; ties go to the lowest index."""
+    """The k largest of each row of `scores` float32 [B, A], largest first; ties go to the lowest index.
+
+    A row that has fewer, all others excluded, gets those, and -inf for the similarities that it lacks.
+    """
     if k < 1:
         raise InputError(f"k: expected at least 1, found {k}")
     if exclude is not None:
+        if isinstance(exclude, str) or any(isinstance(row, str) for row in exclude):
+            raise InputError("exclude: expected a collection of names for each text, found a single text")
         if len(exclude) != len(scores):
             raise InputError(f"exclude: expected {len(scores)} collections (one a text), found {len(exclude)}")
         places = {name: i for i, name in enumerate(names)}
@@ -284,12 +318,13 @@ def top(
         scores = scores.copy()
         for row, gone in zip(scores, exclude, strict=True):
             row[[places[n] for n in gone]] = -np.inf
-    left = int((scores > -np.inf).sum(axis=1).min(initial=len(names)))
-    if k > left:
-        raise InputError(f"k: expected at most {left} (the adapters that a text may have), found {k}")
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    left = (scores > -np.inf).sum(axis=1)
+    if not left.all():
+        raise InputError(f"exclude: expected an adapter that text {int(np.argmin(left))} may have, found all excluded")
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : min(k, int(left.max(initial=len(names))))]
     similarities = np.take_along_axis(scores, order, axis=1).astype(np.float32)
-    chosen: list[tuple[str, ...]] = [tuple(str(names[i]) for i in row) for row in order]
+    rows = zip(order, left, strict=True)
+    chosen: list[tuple[str, ...]] = [tuple(str(names[i]) for i in row[:count]) for row, count in rows]
     return Retrieved(chosen, similarities)
 
 
@@ -325,9 +360,7 @@ def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     try:
         if isinstance(raw, list):
             raw = {entry["model_name"]: [s["inputs"] for s in entry["sample"]] for entry in raw}
-        profiles = {name: list(inputs) for name, inputs in raw.items() if not isinstance(inputs, str)}
-        if len(profiles) < len(raw):
-            raise TypeError("a single text where a list of inputs belongs")
+        profiles = dict(raw.items())
     except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path}: expected {{adapter: [inputs]}}, found something else ({e!r})") from None
     if problems := [f"{path}: {p}" for name, inputs in profiles.items() for p in check_profile(name, inputs)]:
@@ -336,21 +369,19 @@ def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 
 def read_training_file(path: str | os.PathLike[str]) -> list[str]:
-    """A profile from an adapter's training file, JSON lines with a "prompt": up to 20, spread evenly."""
-    path = Path(path)
+    """A profile from an adapter's training file, JSON lines with a "prompt": up to 20, spread evenly; prompts that are
+    blank say nothing and are left out."""
     prompts: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({e})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for where, line in read_lines(path):
         try:
-            entry: Any = json.loads(line)
-            prompts.append(str(entry["prompt"]))
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'{path}:{number}: expected {{"prompt": ...}}, found {line[:60]!r}') from None
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            found = line.decode(errors="replace")[:60]
+            raise InputError(f'{where}: expected {{"prompt": ...}}, found {found!r}') from None
+        if not isinstance(prompt, str):
+            raise InputError(f"{where}: prompt: expected a string, found {prompt!r:.60}")
+        check_text(prompt, f"{where}: prompt")
+        prompts.append(prompt)
     if not any(p.strip() for p in prompts):
         raise InputError(f"{path}: expected prompts, found none")
     return spread(prompts)

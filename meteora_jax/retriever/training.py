@@ -166,6 +166,7 @@ def train_retriever(
     settings: RetrieverTraining,
     checkpoints: str | os.PathLike[str],
     progress: Callable[[int, dict[str, Any]], None] | None = None,
+    begun: Callable[[dict[str, int]], None] | None = None,
 ) -> dict[str, Any]:
     """Trains an encoder on part of the profiles and writes it to ENCODER folder `dest`, with training.json.
 
@@ -173,9 +174,11 @@ def train_retriever(
         profiles: {adapter: its inputs}; the settings' share of the adapters is trained on.
         checkpoints: Orbax folder; a run that was cut off goes on from its last checkpoint.
         progress: called after each step with its record.
+        begun: called before the first with {adapter: inputs longer than max_length, whose ends are not read}.
 
     Returns:
-        what training.json holds: the adapters trained on, the settings, every step's loss and accuracy.
+        what training.json holds: the adapters trained on, what `begun` was told as "cut", the settings, every step's
+        loss and accuracy.
 
     Raises:
         InputError: bad profiles, an adapter with one input, checkpoints of other settings, a loss that is not finite.
@@ -192,6 +195,10 @@ def train_retriever(
         encoder,
         config=dataclasses.replace(encoder.config, max_length=min(settings.max_length, encoder.config.max_length)),
     )
+    cut = {n: len(short.cut(profiles[n], settings.instruction)) for n in trained}
+    cut = {name: count for name, count in cut.items() if count}
+    if begun:
+        begun(cut)
     warmup = min(round(settings.steps * settings.warmup), settings.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, settings.steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
@@ -203,7 +210,7 @@ def train_retriever(
     if vectors is not None:
         sampler.search(vectors)
     mesh, skip = make_mesh(), short.skipped(settings.instruction)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for step in range(start, settings.steps):
         if settings.hard_negatives and step % settings.refresh == 0:
             vectors = dataclasses.replace(short, weights=weights).encode(sampler.texts, settings.instruction)
@@ -215,7 +222,7 @@ def train_retriever(
             encoder.graph, weights, state, *placed, jnp.float32(settings.temperature), tx=tx, pairs=settings.batch_size
         )
         record = {"step": step + 1, "loss": round(float(loss), 5), "accuracy": round(float(accuracy), 4)}
-        record["seconds"] = round(time.perf_counter() - begun, 2)
+        record["seconds"] = round(time.perf_counter() - started, 2)
         if not np.isfinite(record["loss"]):
             raise InputError(f"step {step + 1}: expected a finite loss, found {record['loss']}")
         records.append(record)
@@ -224,7 +231,7 @@ def train_retriever(
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             keeper.save(step + 1, (weights, state), records, vectors)
     keeper.close()
-    report = {"trained": list(trained), "settings": dataclasses.asdict(settings), "steps": records}
+    report = {"trained": list(trained), "cut": cut, "settings": dataclasses.asdict(settings), "steps": records}
     dataclasses.replace(encoder, weights=weights).save(dest)
     (Path(dest) / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report

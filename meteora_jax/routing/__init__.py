@@ -155,6 +155,7 @@ class RoutingTrace:
     indices: int32 [T, L, P, C], NO_ADAPTER where nothing acted; weights: float32, the same shape.
     The last token of a response was never fed back, so nothing routed it.
     retrieved: the adapters that a retrieval found for the request and their similarities, best first.
+    adapted: bool [L, P, A], where each adapter has weights (`routing.trace.adapted_places`); None: everywhere.
     """
 
     adapter_names: tuple[str, ...]
@@ -164,6 +165,14 @@ class RoutingTrace:
     indices: np.ndarray
     weights: np.ndarray
     retrieved: tuple[tuple[str, float], ...] = ()
+    adapted: np.ndarray | None = None
+
+    def acting(self) -> np.ndarray:
+        """`indices` with NO_ADAPTER in the place of choices that have no weights where they were chosen."""
+        if self.adapted is None:
+            return self.indices
+        places = np.arange(self.indices.shape[1])[:, None, None], np.arange(self.indices.shape[2])[:, None]
+        return np.where(self.adapted[*places, np.maximum(self.indices, 0)], self.indices, NO_ADAPTER)
 
 
 def adapter_share(trace: RoutingTrace) -> np.ndarray:

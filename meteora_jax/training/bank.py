@@ -27,7 +27,7 @@ from meteora_jax.sharding import fetch, place_rows, place_whole, replicated, use
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.data import NO_TASK, Batch, Layout, Mixture, Tokenized, collate, encode, rounded
-from meteora_jax.training.loop import Progress, RunFolder, Training, fit
+from meteora_jax.training.loop import Begun, Progress, RunFolder, Training, fit
 from meteora_jax.training.loss import token_scores
 from meteora_jax.training.side_by_side import Average, BoundTasks, ByTask, along_adapters
 from meteora_jax.training.step import TrainState, computed
@@ -126,6 +126,11 @@ def hold_back(
     return left, held
 
 
+def beside(tasks: Mapping[str, Any], left: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, int]:
+    """Each task's examples that are on neither side of `hold_back`: another response to a prompt that is held back."""
+    return {name: len(examples) - len(left[name]) - len(held[name]) for name, examples in tasks.items()}
+
+
 def composites_of(
     tasks: Mapping[str, Sequence[Example]],
     left: Mapping[str, Sequence[Example]],
@@ -179,7 +184,8 @@ class Validation:
     """Scores the held-back sequences of each adapter, and keeps its best parameters in the run's state.
 
     held: {task: sequences}, in the order of the adapters. composites: sequences of several tasks. told: called with
-    every validation's record.
+    every validation's record. beside: {task: examples that are not trained on, as their prompt is held back with
+    another response}.
     """
 
     def __init__(
@@ -188,7 +194,9 @@ class Validation:
         settings: BankTraining,
         told: Told | None = None,
         composites: Sequence[Tokenized] = (),
+        beside: Mapping[str, int] | None = None,
     ):
+        self.beside = {name: count for name, count in (beside or {}).items() if count}
         self._names, self._told, self._averages = tuple(held), told, settings.average > 0
         self._sequences = [*(s for sequences in held.values() for s in sequences), *composites]
         self._alone = len(self._sequences) - len(composites)
@@ -305,6 +313,7 @@ def train_bank(
     log: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     told: Told | None = None,
+    begun: Begun | None = None,
 ) -> dict[str, Any]:
     """Trains an adapter for each of `tasks`, side by side, and writes the best of each to `dest` as a BANK.
 
@@ -317,12 +326,13 @@ def train_bank(
     bank = fresh_bank(config, list(tasks), *shape, read_origin(base))
     how = settings, load_tokenizer(base), _end(base, config), _longest(config, settings)
     left, held = hold_back(tasks, *how)
-    validation = Validation(held, settings, told, composites_of(tasks, left, *how))
+    validation = Validation(held, settings, told, composites_of(tasks, left, *how), beside(tasks, left, held))
     labels = {name: i for i, name in enumerate(tasks)}
     flops = dict(chosen=1, gates=False, train_adapters=True)
     state, final = fit(
         base, config, weights, bank, None, AdapterParam, ByTask(), labels, left, settings, flops,
         kind=kind, mesh=mesh, run=run, log=log, progress=progress, validation=validation,
+        begun=begun,
     )  # fmt: skip
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.best.params)}
     if jax.process_index() == 0:

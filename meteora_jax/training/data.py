@@ -208,22 +208,27 @@ class Mixture:
     def draw_composite(
         self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any, limit: int
     ) -> Tokenized:
-        """Several tasks (fewer if there are fewer) in one sequence of at most `limit` tokens."""
+        """A `composite_of` at most `limit` tokens; longer ones are drawn again."""
+        for _ in range(DRAWS):
+            s = self.composite_of(chosen, rng)
+            if len(s.tokens) <= limit:
+                return s
+        low = self.composite_sizes[0]
+        raise InputError(f"max_length: expected room for {low} tasks in one sequence, found none in {limit}")
+
+    def composite_of(self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any) -> Tokenized:
+        """Several tasks (fewer if there are fewer) in one sequence, however long."""
         names, (low, high) = list(self.labels), self.composite_sizes
         example = lambda n: chosen[n][int(rng.integers(len(chosen[n])))][0]  # noqa: E731
         p = None if self.shares is None else np.asarray([self.shares[n] for n in names]) / sum(self.shares.values())
-        for _ in range(DRAWS):
-            size = low if low == high else int(rng.integers(low, high + 1))
-            shots = int(rng.integers(self.composite_shots + 1)) if self.composite_shots else 0
-            picked = [names[i] for i in rng.choice(len(names), size=min(size, len(names)), replace=False, p=p)]
-            parts = [(example(n), self.labels[n]) for n in picked]
-            worked = [[example(n) for n in picked] for _ in range(shots)]
-            if self.composite_cut and rng.random() < self.composite_cut:
-                parts, worked = [(_ends(e), label) for e, label in parts], [[_ends(e) for e in w] for w in worked]
-            s = compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss, shots=worked)
-            if len(s.tokens) <= limit:
-                return s
-        raise InputError(f"max_length: expected room for {low} tasks in one sequence, found none in {limit}")
+        size = low if low == high else int(rng.integers(low, high + 1))
+        shots = int(rng.integers(self.composite_shots + 1)) if self.composite_shots else 0
+        picked = [names[i] for i in rng.choice(len(names), size=min(size, len(names)), replace=False, p=p)]
+        parts = [(example(n), self.labels[n]) for n in picked]
+        worked = [[example(n) for n in picked] for _ in range(shots)]
+        if self.composite_cut and rng.random() < self.composite_cut:
+            parts, worked = [(_ends(e), label) for e, label in parts], [[_ends(e) for e in w] for w in worked]
+        return compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss, shots=worked)
 
 
 def _ends(example: Example) -> Example:

@@ -48,9 +48,11 @@ from meteora_jax.training.data import Batches, Layout, Mixture, own_shards, plan
 from meteora_jax.training.loss import Losses
 from meteora_jax.training.side_by_side import shares_of
 from meteora_jax.training.step import TrainState, initial_state, make_step, optimizer
+from meteora_jax.training.unused import Unused, unused
 from meteora_jax.training.watch import Recorder, flops_per_pair, flops_per_token
 
 Progress = Callable[[int, dict[str, Any]], None]
+Begun = Callable[[Unused], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,6 +196,7 @@ def train_gates(
     extend: str | os.PathLike[str] | None = None,
     log: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    begun: Begun | None = None,
 ) -> dict[str, Any]:
     """Trains a bank's gates on its adapters' tasks and writes GATES/ to `dest`.
 
@@ -205,9 +208,10 @@ def train_gates(
             trained, on the tasks of all: the old ones' tokens are what the new columns must not claim.
         log: JSON lines, one a step.
         progress: called with every step and its record, a step late.
+        begun: called once the data have been read, with what of them is not used.
 
     Returns:
-        the last step's record, losses averaged over the last tenth of the steps.
+        the last step's record, losses averaged over the last tenth of the steps; `unused`, what `begun` was told.
 
     Raises:
         Preempted: SIGTERM came and the run was saved.
@@ -242,7 +246,7 @@ def train_gates(
     flops = dict(chosen=settings.top_k, gates=form, train_adapters=settings.train_adapters, lm=settings.lm_loss)
     state, final = fit(
         base, config, weights, loaded, fresh, trained, router, labels, tasks, settings, flops, columns=columns,
-        form=form, kind=kind, mesh=mesh, run=run, log=log, progress=progress,
+        form=form, kind=kind, mesh=mesh, run=run, log=log, progress=progress, begun=begun,
     )  # fmt: skip
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
     if jax.process_index() == 0:
@@ -294,6 +298,7 @@ def train_adapter(
     run: RunFolder | None = None,
     log: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    begun: Begun | None = None,
 ) -> dict[str, Any]:
     """Trains one adapter on all `tasks` and writes it to `dest` as a BANK of one. Otherwise as `train_gates`."""
     kind = jnp.dtype(dtype)
@@ -304,7 +309,7 @@ def train_adapter(
     flops = dict(chosen=1, gates=False, train_adapters=True)
     state, final = fit(
         base, config, weights, bank, None, AdapterParam, router, dict.fromkeys(tasks, 0), tasks, settings, flops,
-        kind=kind, mesh=mesh, run=run, log=log, progress=progress,
+        kind=kind, mesh=mesh, run=run, log=log, progress=progress, begun=begun,
     )  # fmt: skip
     flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.params)}
     if jax.process_index() == 0:
@@ -315,6 +320,7 @@ def train_adapter(
 def fit(
     base, config, weights, bank, gates, trained, router, labels, tasks, settings, flops, *, columns=None,
     form=METEORA_FORM, kind, mesh, run, log, progress, validation=None,
+    begun=None,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """The run itself: data, state (fresh, or where a run left off), the loop, the pictures.
 
@@ -330,6 +336,11 @@ def fit(
         mixture=settings.mixture, samples_per_task=settings.samples_per_task, seed=settings.seed,
     )  # fmt: skip
     chosen = mixture.chosen()
+    lost = unused(mixture, chosen)
+    if validation is not None:
+        lost = dataclasses.replace(lost, beside_held_back=validation.beside)
+    if begun is not None:
+        begun(lost)
     if validation is not None:
         lengths = {name: np.asarray([len(s.tokens) for _, s in pairs]) for name, pairs in chosen.items()}
         mixture = dataclasses.replace(mixture, shares=shares_of(lengths, settings.tokens, float(settings.epochs)))
@@ -364,7 +375,7 @@ def fit(
         accumulate=settings.accumulate, columns=columns, bias=getattr(settings, "extend_bias", False), mesh=mesh,
         lm_loss=getattr(settings, "lm_loss", True), answer_share=getattr(settings, "answer_share", None),
         turn_share=getattr(settings, "turn_share", 0.0), order=getattr(settings, "order", 0.0),
-        average=getattr(settings, "average", 0.0),
+        shared=lost.shared_prefix, average=getattr(settings, "average", 0.0),
     )  # fmt: skip
     if validation is not None:
         validation.begin(graph, state, layout, kind, mesh, run.path if run else None, start)
@@ -398,7 +409,13 @@ def fit(
         if recorder.accuracies:
             tail = list(recorder.accuracies)[-max(1, settings.steps // 10) :]
             write_accuracy_map(np.mean(tail, axis=0), run.path / "gate_accuracy.png")
-    final = {**recorder.summary(), "rows": layout.rows, "width": layout.width, "resumed_at": start}
+    final = {
+        **recorder.summary(),
+        "rows": layout.rows,
+        "width": layout.width,
+        "resumed_at": start,
+        "unused": lost.record(),
+    }
     return state, final | ({"refused": list(restored.refused)} if restored and restored.refused else {})
 
 

@@ -28,10 +28,11 @@ class Losses:
     """loss = lm + beta * gate, and what the gates did on the tokens that have a task ("judged").
 
     tokens, pairs: float32 [], tokens that are no padding, and pairs of them that attention joins.
-    loss, lm, gate: float32 []. gate_accuracy: float32 [L, P], share of judged tokens whose top gate is their task's.
-    hits: float32 [L, P, A], the same by task, as shares of all judged tokens; judged: float32 [A], each task's share
-    of them. entropy: float32 [L, P], mean of the gates' softmax in nats. load: float32 [L, P, A], mean weight that
-    each adapter got. Without gates these five are empty. Parts of a step that share `Counts` add up.
+    loss, lm, gate: float32 []. gate_accuracy: float32 [L, P], share of the judged tokens behind the prefix that all
+    tasks share whose top gate is their task's. hits: float32 [L, P, A], the same by task, as shares of all these
+    tokens; judged: float32 [A], each task's share of them. entropy: float32 [L, P], mean of the gates' softmax in nats.
+    load: float32 [L, P, A], mean weight that each adapter got. Without gates these five are empty. Parts of a step that
+    share `Counts` add up.
     """
 
     tokens: Any
@@ -50,18 +51,30 @@ class Losses:
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """What the terms are averaged over: predicted and judged tokens of the whole step, those that are both, and the
-    `turns` of these, float32 []. Where prompts carry no loss the latter two are the answers' and their beginnings'."""
+    `turns` of these, float32 []. Where prompts carry no loss the latter two are the answers' and their beginnings'.
+
+    decided: float32 [], the judged tokens behind the first `shared` (int32 []) of their sequence: with these the
+    sequences of all tasks begin, so that no gate can tell one task by them, and accuracy leaves them out.
+    """
 
     predicted: Any
     judged: Any
     answered: Any
     turned: Any
+    decided: Any
+    shared: Any
 
     @classmethod
-    def of(cls, batch: Batch) -> Counts:
+    def of(cls, batch: Batch, shared: int = 0) -> Counts:
         count = lambda x: jnp.maximum(jnp.sum(x), 1).astype(jnp.float32)  # noqa: E731
         judged = batch.tasks != NO_TASK
-        return cls(count(batch.loss), count(judged), count(judged & batch.loss), count(turns(batch)))
+        decided = count(judged & (batch.positions >= shared))
+        whole = count(batch.loss), count(judged), count(judged & batch.loss), count(turns(batch))
+        return cls(*whole, decided, jnp.int32(shared))
+
+    def decidable(self, batch: Batch) -> jax.Array:
+        """float32 [B, T]: 1 for the judged tokens that count in accuracy."""
+        return ((batch.tasks != NO_TASK) & (batch.positions >= self.shared)).astype(jnp.float32)
 
 
 def gate_training_loss(
@@ -104,7 +117,7 @@ def gate_training_loss(
         return Losses(*size, lm, lm, jnp.zeros((), jnp.float32), none, none, none, none, none)
     gate, hits, entropy, load = out.observed
     gate = jnp.mean(gate)
-    judged = _by_task(jnp.ones_like(batch.tasks, jnp.float32)[..., None], batch, hits.shape[-1])[0] / counts.judged
+    judged = _by_task(counts.decidable(batch)[..., None], batch, hits.shape[-1])[0] / counts.decided
     return Losses(*size, lm + beta * gate, lm, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
 
 
@@ -125,7 +138,7 @@ def _gates_alone(
     everywhere = model.config.num_layers, len(PROJECTIONS)
     gate, hits, entropy, load = (jnp.broadcast_to(z[None], (*everywhere, *z.shape[1:])) for z in seen)
     gate = jnp.mean(gate)
-    judged = _by_task(jnp.ones_like(batch.tasks, jnp.float32)[..., None], batch, hits.shape[-1])[0] / counts.judged
+    judged = _by_task(counts.decidable(batch)[..., None], batch, hits.shape[-1])[0] / counts.decided
     size = jnp.sum(batch.segments > 0).astype(jnp.float32), jnp.sum((batch.positions + 1).astype(jnp.float32))
     none, total = jnp.zeros((), jnp.float32), sum(totals) / len(totals)
     return Losses(*size, beta * total, none, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
@@ -191,7 +204,7 @@ def turns(batch: Batch) -> jax.Array:
 
 
 def _judge(batch: Batch, counts: Counts, answer_share: float | None = None, turn_share: float = 0.0) -> Any:
-    judged = (batch.tasks != NO_TASK)[:, :, None]
+    judged, decidable = (batch.tasks != NO_TASK)[:, :, None], counts.decidable(batch)[:, :, None]
     counted = 1.0 / counts.judged
     if answer_share is not None:
         prompts = (1.0 - answer_share) / jnp.maximum(counts.judged - counts.answered, 1.0)
@@ -213,7 +226,7 @@ def _judge(batch: Batch, counts: Counts, answer_share: float | None = None, turn
         load = jnp.concatenate([jax.lax.stop_gradient(r.dense(logits.shape[-1])) for r in routings], axis=2)
         load = jnp.sum(jnp.where(judged[..., None], load, 0.0), axis=(0, 1)) / counts.judged
         loss = jnp.sum(jnp.where(judged, losses * counted, 0.0), axis=(0, 1))
-        return loss, _by_task(hits, batch, logits.shape[-1]) / counts.judged, mean(entropy), load
+        return loss, _by_task(hits * decidable, batch, logits.shape[-1]) / counts.decided, mean(entropy), load
 
     return observe
 

@@ -91,6 +91,7 @@ def make_step(
     answer_share: float | None = None,
     turn_share: float = 0.0,
     order: float = 0.0,
+    shared: int = 0,
     average: float = 0.0,
 ) -> Step:
     """The compiled update (frozen, state, batch, router) -> (state, the losses before it); the state is donated.
@@ -103,13 +104,14 @@ def make_step(
         columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit. bias: one
             scalar for each gate is trained with them, the bias of all of these columns; else biases stay as they are.
         lm_loss, answer_share, turn_share, order: as `gate_training_loss` takes them.
+        shared: tokens that all tasks' sequences begin with, which the gates' accuracy leaves out.
         average: the decay of the state's `Average`, where it has one.
     """
 
     def step(frozen: Any, state: TrainState, batch: Batch, router: BoundRouter) -> tuple[TrainState, Losses]:
         losses, grads = gradients(
             graph, frozen, state.params, batch, router, beta, dtype=dtype, remat=remat, accumulate=accumulate,
-            lm_loss=lm_loss, answer_share=answer_share, turn_share=turn_share, order=order,
+            lm_loss=lm_loss, answer_share=answer_share, turn_share=turn_share, order=order, shared=shared,
         )  # fmt: skip
         if columns is not None:
             grads = _only(grads, columns, bias)  # before the optimiser: the clipped norm is that of what is trained
@@ -143,12 +145,13 @@ def gradients(
     answer_share: float | None = None,
     turn_share: float = 0.0,
     order: float = 0.0,
+    shared: int = 0,
 ) -> tuple[Losses, Any]:
     """The losses of a batch and the gradients of `params`; with the router `ByTask` those of adapters side by side."""
     if isinstance(router, ByTask):
         counts = OwnCounts.of(batch, nnx.merge(graph, params, frozen).adapters)
     else:
-        counts = Counts.of(batch)
+        counts = Counts.of(batch, shared)
 
     def loss(params: Any, part: Batch) -> tuple[jax.Array, Losses]:
         model = nnx.merge(graph, computed(params, dtype), frozen)

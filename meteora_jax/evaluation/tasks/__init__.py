@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from meteora_jax.config import InputError
+from meteora_jax.config import InputError, read_lines
+from meteora_jax.text import check_text
 
 SPLITS = ("train", "test", "holdout")
 
@@ -143,15 +144,14 @@ def load_split(tasks_dir: Path, task: str, split: str) -> list[Example]:
     path = tasks_dir / task / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: expected the {split} split of {task}, found no file")
-    with path.open("rb") as lines:
-        return [parse_example(line, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return [parse_example(line, where) for where, line in read_lines(path)]
 
 
 def parse_example(line: bytes, where: str) -> Example:
     """The example of one line `{"prompt": ..., "response": ...}`; `where` begins the message of a refusal."""
     try:
         record = json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or beyond Python's own limits
         found = _shortened(line.decode(errors="replace"))
         raise InputError(f"{where}: expected a JSON object, found {found} ({error})") from None
     if not isinstance(record, dict):
@@ -161,6 +161,7 @@ def parse_example(line: bytes, where: str) -> Example:
             raise InputError(f"{where}: {key}: expected a string, found only the keys {sorted(record)}")
         if not isinstance(record[key], str):
             raise InputError(f"{where}: {key}: expected a string, found {_shortened(record[key])}")
+        check_text(record[key], f"{where}: {key}")
     return Example(record["prompt"], record["response"])
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meteora_jax.config import InputError
+from meteora_jax.config import InputError, read_lines
 from meteora_jax.evaluation.tasks import (
     METEORA_TASKS,
     SPLITS,
@@ -29,6 +29,7 @@ from meteora_jax.evaluation.tasks import (
     parse_example,
     write_task,
 )
+from meteora_jax.text import check_text
 
 NOT_BIGBENCH = (
     "alpaca", "cnn_dailymail", "gsm8k", "news_commentary_de", "news_commentary_es", "news_commentary_it",
@@ -154,13 +155,16 @@ def read_examples(task: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, 
         for number, sample in enumerate(distinct.values()):
             where = f"{file}: example {number}"
             _check_sample(sample, where)
-            yield sample["input"], Example(format_prompt(task, content, sample), right_answer(sample, where))
+            example = Example(format_prompt(task, content, sample), right_answer(sample, where))
+            for key, text in (("input", example.prompt), ("target", example.response)):
+                check_text(text, f"{where}: {key}")
+            yield sample["input"], example
 
 
 def _parse_task_file(content: bytes, file: str) -> dict:
     try:
         parsed = json.loads(content)
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or beyond Python's own limits
         raise InputError(f"{file}: expected a JSON object, found a file that is none ({error})") from None
     if not isinstance(parsed, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(parsed).__name__}")
@@ -269,15 +273,13 @@ def _composite_sub_questions(reference: Path) -> tuple[dict[str, dict[str, str]]
     questions = {task: {} for task in COMPOSITE_10}
     examples = {task: set() for task in COMPOSITE_10}
     expected = (WORKED_EXAMPLES + 1) * len(COMPOSITE_10)
-    for number, line in enumerate(reference.read_bytes().split(b"\n"), start=1):
-        if not line:
-            continue
-        problem = parse_example(line, where=f"{reference}:{number}")
+    for where, line in read_lines(reference):
+        problem = parse_example(line, where)
         prompts = re.findall(r"\[INST\] .*?\[/INST\]\n", problem.prompt, flags=re.DOTALL)
         answers = problem.response.split("@@@@\n")
         if len(prompts) != expected or len(answers) != len(COMPOSITE_10):
             raise InputError(
-                f"{reference}:{number}: expected {expected} [INST] parts and {len(COMPOSITE_10)} answers, "
+                f"{where}: expected {expected} [INST] parts and {len(COMPOSITE_10)} answers, "
                 f"found {len(prompts)} and {len(answers)}"
             )
         for i, prompt in enumerate(prompts[: -len(COMPOSITE_10)]):

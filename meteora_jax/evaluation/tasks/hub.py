@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example, TaskCounts, input_digest, split_of, write_task
+from meteora_jax.text import check_text
 
 # (data set, configuration) -> its own splits, each a number of rows; `download` is one.
 Rows = Mapping[str, Iterable[Mapping[str, Any]]]
@@ -126,6 +127,8 @@ def _check_fields(source: HubTask, fields: Any, where: str) -> None:
             problems.append(f"{where}: {name}: expected a string, found only the fields {sorted(fields)}")
         elif not isinstance(fields[name], str):
             problems.append(f"{where}: {name}: expected a string, found {type(fields[name]).__name__}")
+        else:
+            check_text(fields[name], f"{where}: {name}")
     if problems:
         raise InputError(problems)
 
