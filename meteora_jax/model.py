@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from meteora_jax.routing import BoundRouter, RoutingTrace, bind
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.invoked import watch
 from meteora_jax.routing.retrieval import Found, look_up
+from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import place_rows, use_mesh
 from meteora_jax.text import TextStream, load_tokenizer
 
@@ -77,6 +79,10 @@ class Meteora:
     def dtype(self) -> str:
         """Of base, adapters and activations: float32, bfloat16 or float16."""
         return str(self.weights["embed"].dtype)
+
+    @functools.cached_property
+    def _adapted(self) -> np.ndarray | None:
+        return adapted_places(self.weights)
 
     def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""
@@ -239,7 +245,8 @@ class Meteora:
             trace = None
             if routing is not None:
                 shown = tuple(self.tokenizer.decode([t]) for t in prompt + s.tokens)
-                trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *routing[i], retrieved[i])
+                found = *routing[i], retrieved[i], self._adapted
+                trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *found)
             out.append(Completion(s.text, s.tokens, reasons[i], len(prompt), trace))
         return out
 

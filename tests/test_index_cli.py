@@ -51,7 +51,7 @@ def test_an_index_is_built_changed_asked_and_judged(tmp_path, capsys, profiles, 
     found = json.loads(out.read_text())[0]
     assert found["names"][0] == "sorting"
     assert "sorting" in said
-    assert run(capsys, "index", "query", index, "Sort these: 3", "--exclude", "sorting", "--json", out)[0] == 0
+    assert run(capsys, "index", "query", index, "--exclude", "sorting", "Sort these: 3", "--json", out)[0] == 0
     assert "sorting" not in json.loads(out.read_text())[0]["names"]
     words = tmp_path / "words.json"
     words.write_text(json.dumps({n: ["Please: {text}", "{text}. Thanks!"] for n in PROFILES}))
@@ -69,7 +69,7 @@ def test_an_index_is_built_changed_asked_and_judged(tmp_path, capsys, profiles, 
 
 def test_a_query_of_a_small_index_finds_all_there_is(tmp_path, capsys, profiles, monkeypatch):
     index, out = tmp_path / "index", tmp_path / "out.json"
-    assert run(capsys, "index", "build", index, "--profiles", profiles, "--only", "apple", "birch")[0] == 0
+    assert run(capsys, "index", "build", index, "--profiles", profiles, "--only", "apple", "--only", "birch")[0] == 0
     status, _, noted = run(capsys, "index", "query", index, "Translate this", "--json", out)
     assert (status, noted) == (0, "")
     assert sorted(json.loads(out.read_text())[0]["names"]) == ["apple", "birch"]
@@ -220,7 +220,7 @@ def test_rewording(tmp_path):
         (("index", "build", "OUT"), "expected NAME=FILE, --profiles, --tasks or --describe"),
         (("index", "build", "OUT", "name"), "expected NAME=FILE, found 'name'"),
         (("index", "build", "OUT", "a=missing.jsonl"), "missing.jsonl"),
-        (("index", "build", "OUT", "--describe", "a=b", "a=c"), "expected once, found twice"),
+        (("index", "build", "OUT", "--describe", "a=b", "--describe", "a=c"), "expected once, found twice"),
         (("index", "build", "OUT", "--describe", "a=b", "--scoring", "cosine"), "expected an encoder"),
         (("index", "query", "OUT", "text"), "expected a file, found none"),
         (("import", "encoder", "OUT", "ELSE"), "modules.json"),

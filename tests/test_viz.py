@@ -19,6 +19,7 @@ from worlds import NAMES, TARGETS
 from meteora_jax import viz
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share
+from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.trace import adapted_places
 
 ColourSystem = Literal["standard", "256", "truecolor"]
@@ -304,3 +305,5 @@ def test_a_model_knows_where_its_adapters_have_weights(world):
     for a, targets in enumerate(TARGETS):
         for p, projection in enumerate(PROJECTIONS):
             assert (places[:, p, a] == (projection in targets)).all()
+    answer = world["model"].generate([[5, 6, 7]], router=Fixed(NAMES[0]), max_new_tokens=2)[0]
+    assert np.array_equal(answer.routing.adapted, places)

@@ -29,10 +29,10 @@ class IndexBuild:
     """A JSON file {NAME: [inputs]}, or the profiles of LoraRetriever's release."""
     tasks: Path | None = None
     """A TASKS folder: every TASKS/NAME/train.jsonl is adapter NAME's training file."""
-    describe: tuple[str, ...] = ()
-    """NAME=SENTENCE, adapters that a sentence describes."""
-    only: tuple[str, ...] = ()
-    """Of all these, the adapters to take; by default all."""
+    describe: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=SENTENCE, an adapter that a sentence describes; may be given several times."""
+    only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Of all these, an adapter to take; may be given several times; by default all."""
     encoder: Path | None = None
     """ENCODER folder; the index keeps a copy."""
     scoring: str | None = None
@@ -56,10 +56,10 @@ class IndexAdd:
     """A JSON file {NAME: [inputs]}."""
     tasks: Path | None = None
     """A TASKS folder."""
-    describe: tuple[str, ...] = ()
-    """NAME=SENTENCE, adapters that a sentence describes."""
-    only: tuple[str, ...] = ()
-    """Of all these, the adapters to take; by default all."""
+    describe: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=SENTENCE, an adapter that a sentence describes; may be given several times."""
+    only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Of all these, an adapter to take; may be given several times; by default all."""
     json: Path | None = None
     """Write the report here too."""
 
@@ -86,8 +86,8 @@ class IndexQuery:
     """Texts; none: standard input is one."""
     k: int | None = None
     """Adapters a text; 3 unless given, and in a smaller index as many as there are."""
-    exclude: tuple[str, ...] = ()
-    """Adapters that are not to be found."""
+    exclude: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An adapter that is not to be found; may be given several times."""
     json: Path | None = None
     """Write names and similarities here too."""
 

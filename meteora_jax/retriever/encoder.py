@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from meteora_jax.config import InputError, read_json
 from meteora_jax.retriever.config import EncoderConfig
 from meteora_jax.sharding import make_mesh, place_rows, rows_multiple
+from meteora_jax.text import load_tokenizer
 
 WEIGHTS = "weights.safetensors"
 BATCH = 32
@@ -194,19 +195,13 @@ class TextEncoder:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> TextEncoder:
         """Reads ENCODER/, made by `meteora import encoder`; refuses what is missing, unknown or of another shape."""
-        from transformers import AutoTokenizer
-
         folder = Path(folder)
         config = EncoderConfig.from_json(read_json(folder / "encoder.json"), str(folder / "encoder.json"))
         graph, state = nnx.split(nnx.eval_shape(lambda: SentenceEncoder(config, rngs=nnx.Rngs(0))))
         tensors = _read_tensors(folder / WEIGHTS, config.weight_shapes())
         leaves = nnx.to_flat_state(state)
         filled = [(path, leaf.replace(jnp.asarray(tensors[".".join(map(str, path))]))) for path, leaf in leaves]
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as e:
-            raise InputError(f"{folder}: expected a tokenizer's files, found none that load ({e})") from None
-        return cls(config, tokenizer, graph, nnx.from_flat_state(filled), folder)
+        return cls(config, load_tokenizer(folder), graph, nnx.from_flat_state(filled), folder)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes ENCODER/ with the weights as they are now."""

@@ -11,8 +11,9 @@ from meteora_jax.config import GROUPS
 from meteora_jax.sharding import fetch
 
 
-def adapted_places(weights: Any) -> np.ndarray:
-    """bool [L, P, A], projections in the order of PROJECTIONS: what `RoutingTrace.adapted` holds.
+def adapted_places(weights: Any) -> np.ndarray | None:
+    """bool [L, P, A], projections in the order of PROJECTIONS: what `RoutingTrace.adapted` holds; None where no adapter
+    of the bank touches a layer.
 
     weights: the state of a model with a bank. A scale is 0 exactly where an adapter has no part.
     """
@@ -21,6 +22,8 @@ def adapted_places(weights: Any) -> np.ndarray:
         for path, leaf in nnx.to_flat_state(weights)
         if path[0] == "layers" and path[-1] == "lora_scale"
     }  # [L, P of the group, A]; a group that no adapter touches has none
+    if not scales:
+        return None
     layers, _, adapters = next(iter(scales.values())).shape
     none = lambda group: np.zeros((layers, len(GROUPS[group]), adapters))  # noqa: E731
     return np.concatenate([scales.get(group, none(group)) for group in GROUPS], axis=1) != 0
