@@ -77,7 +77,7 @@ def test_a_query_of_a_small_index_finds_all_there_is(tmp_path, capsys, profiles,
     assert status == 0
     assert "--k 5: found all adapters that there are to find, 2" in noted
     assert "query: text 0: expected a text, found ''" in refused(capsys, "index", "query", index, "")
-    assert "text 1: expected text that UTF-8 can hold" in refused(capsys, "index", "query", index, "x", "y \udcff")
+    assert "word 1: expected text that UTF-8 can hold" in refused(capsys, "index", "query", index, "x", "y \udcff")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff"), encoding="utf-8"))
     assert "standard input: expected UTF-8 text, found byte 0xff" in refused(capsys, "index", "query", index)
 
