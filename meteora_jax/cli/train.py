@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -337,4 +337,4 @@ def _report(command: _Run, settings: Any, final: dict[str, Any], what: dict[str,
         f"{out}: {settings.steps} steps in {final['seconds']:.0f} s; last tenth: {', '.join(figures)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    write_json(command.json, {**what, "settings": vars(settings), **final})
+    write_json(command.json, {**what, "settings": asdict(settings), **final})
