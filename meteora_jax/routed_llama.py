@@ -10,6 +10,7 @@ from flax import nnx
 
 from meteora_jax.config import BankConfig, LlamaConfig
 from meteora_jax.gate_config import TokenRouterForm
+from meteora_jax.kv_cache import KVCache
 from meteora_jax.llama import Llama, LlamaOutput, Observer, matmul_precision
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.token_router import Hop, TokenRouter, choose
@@ -53,10 +54,11 @@ class RoutedLlama(Llama):
             return run(tokens, positions, router, cache=cache, **how)
         held, own = cache, None
         if cache is not None:
-            held = cache.model if isinstance(cache, RoutedCache) else cache
-            own = self.token_router.new_cache(held)
             if isinstance(cache, RoutedCache):
-                own = dataclasses.replace(own, keys=cache.keys, values=cache.values)
+                held = cache.model
+                own = KVCache(cache.keys, cache.values, held.positions, held.length)
+            else:
+                own = self.token_router.new_cache(held)
             own = own.claim(positions)
         with matmul_precision(self.embed.dtype):
             mask, fused = self.visible(positions, own, fresh, segments)
