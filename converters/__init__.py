@@ -68,8 +68,9 @@ def _opened(
 ) -> OpenedBase:
     opened = open_base(src)
     opened = opened if replace is None else replace_ends(opened, replace)
-    for line in opened.remarks if tell is not None else ():
-        tell(line)
+    if tell is not None:
+        for line in opened.remarks:
+            tell(line)
     return opened
 
 

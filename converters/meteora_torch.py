@@ -379,8 +379,8 @@ def export_gates(
         What the layout has no place for: {"names": in the checkpoint's order, "rank", "alpha"}.
 
     Raises:
-        InputError: damaged folders or ones that do not belong together; DoRA, biases, scales that differ, or gates
-            of another form, none of which the original knows.
+        InputError: damaged folders or ones that do not belong together; DoRA, biases, scales that differ, or a
+            token router, none of which the original knows.
     """
     base, bank, gates = Path(base), Path(bank), Path(gates)
     config, own = read_base(base)
@@ -427,17 +427,11 @@ def export_gates(
 
 
 def _open_gates(folder: Path, config: LlamaConfig, gates: GateConfig) -> TensorReader:
-    """The gates' columns; refused where the original's layout has no place for their form or a bias."""
-    source, changes = folder / "gates.json", {k: v for k, v in gates.form.changes.items() if k != "bias"}
-    if changes:
-        raise InputError(f"{source}: form: expected MeteoRA's (its layout has no place for another), found {changes}")
-    shapes = _gate_shapes(config, len(gates.names))
-    biases = {f"{p}.bias": (s[0], s[2]) for p, s in shapes.items()} if gates.form.bias else {}
-    columns = TensorReader(folder / "weights.safetensors", shapes | biases)
-    if acting := [key for key in biases if np.any(columns.slice(key))]:
-        found = ", ".join(acting)
-        raise InputError(f"{folder}: expected biases of 0 (MeteoRA's layout has no place for others), found {found}")
-    return columns
+    """The gates' columns; refused where the original's layout has no place for their form."""
+    if gates.form is not None:
+        expected = "MeteoRA's own gates (its layout has no place for others)"
+        raise InputError(f"{folder / 'gates.json'}: form: expected {expected}, found a token router")
+    return TensorReader(folder / "weights.safetensors", _gate_shapes(config, len(gates.names)))
 
 
 def _common_scale(

@@ -264,9 +264,9 @@ def _whole_ends(whole: Mapping[tuple[str, str], SourceTensor], settings: LoraSet
             for other in acting[1:]
             if not same_values(acting[0], other)
         ]
-        if acting or original is not None:
+        if tensor := acting[0] if acting else original:
             apart = settings is not None and module in settings.saved
-            ends[module] = SavedEnd(acting[0] if acting else original, apart, original)
+            ends[module] = SavedEnd(tensor, apart, original)
     if problems:
         raise InputError(problems)
     return ends

@@ -14,10 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
-from meteora_jax.gate_config import METEORA_FORM, GateForm
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.gates import BoundGates
-from meteora_jax.routing.memory import ChosenAhead, FormedGate, served_gates
+from meteora_jax.routing.gates import BoundGates, GateParam, ProjectionGates
 from meteora_jax.sharding import constrain, splits_inner
 from pallas_kernels.routed_lora import add_routed_lora, gated, routed_lora
 from pallas_kernels.routed_lora.reference import FEW_ROWS, KEPT, add_expanded, einsum_float32, shrink
@@ -37,10 +35,6 @@ class AdapterParam(nnx.Param):
 
 class AdapterConstant(nnx.Param):
     """What of the adapters nobody trains: scales (alpha over rank), DoRA's columns, biases."""
-
-
-class GateParam(nnx.Param):
-    """A weight of the gates."""
 
 
 @jax.tree_util.register_dataclass
@@ -241,19 +235,16 @@ class AdaptedLinear(nnx.Module):
     """One projection group: the projections that read the same input, their adapters and their gates.
 
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
-    lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A] (P = 1 if shared);
-    gate_mean float32 [I, P, A] and gate_bias float32 [P, A], None where the gates' form has none;
+    lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A], None without gates here;
     lora_dora, lora_bias float32 [A, O], None where no adapter has any; slim [P, N, I], see `prepare`.
-    joined: N where the kernel is [L, O + N, I] instead, gates and A's as rows behind its own and, as the last `beside`
-    of them, what the gates' stream reads; else 0.
+    joined: P N where the kernel is [L, O + P N, I] instead, gates and A's as rows behind its own; else 0.
     O's columns lie in `shards` parts of equal width, each with its share of every projection: `sharding.shard_order`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
 
     def __init__(
-        self, config: LlamaConfig, group: str, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs,
-        form: GateForm = METEORA_FORM,
-    ):  # fmt: skip
+        self, config: LlamaConfig, group: str, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs
+    ):
         shapes = [config.projection_shape(p) for p in GROUPS[group]]
         width, self.splits, self.shards = shapes[0][0], tuple(o for _, o in shapes), 1
         total, count, rank = sum(self.splits), len(self.splits), group_rank(bank, group)
@@ -276,44 +267,31 @@ class AdaptedLinear(nnx.Module):
         columns = lambda: AdapterConstant(jnp.zeros((adapters, total), jnp.float32), axes=(None, o))  # noqa: E731
         self.lora_dora = columns() if bank and any(p in bank.dora for p in GROUPS[group]) else None
         self.lora_bias = columns() if bank and any(p in bank.lora_bias for p in GROUPS[group]) else None
-        self.group, self.form = group, form
-        own = 1 if form.shared else count
-        gate = lambda: GateParam(jnp.zeros((width, own, adapters), jnp.float32), axes=(i, None, None))  # noqa: E731
-        self.gate = gate() if gates and not form.alone else None
-        self.gate_mean = gate() if gates and form.input == "prefix-mean" else None
-        self.gate_bias = (
-            GateParam(jnp.zeros((own, adapters), jnp.float32), axes=(None, None)) if gates and form.bias else None
-        )
+        gate = jnp.zeros((width, count, adapters), jnp.float32) if gates else None
+        self.gate = None if gate is None else GateParam(gate, axes=(i, None, None))
         self.slim: AdapterConstant | None = None
-        self.joined = self.beside = 0
+        self.joined = 0
 
-    def prepare(self, joined: bool = False, read: jax.Array | None = None) -> None:
+    def prepare(self, joined: bool, by_token: bool) -> None:
         """Keeps the gates, and the A's of a bank that is not too wide, as one matrix in A's dtype beside them.
 
         joined: as the last rows of a new kernel [L, O + P N, I] instead: one product serves a decoding step, and a
-        prompt reads the first O rows, or the P N behind them, where they lie. read [L, X, I]: what the gates' stream
-        reads of x, as X rows more.
+        prompt reads the first O rows, or the P N behind them, where they lie. by_token: whether tokens of this model
+        are routed one by one, by gates here or by a token router.
 
         For inference on one device, on layers as they are stacked. Nothing is kept, and gates and adapters stay apart,
-        where DoRA or biases act, and for gates that remember more than a stream (prefix-mean, carry).
+        where DoRA or biases act.
         """
         if self.lora_a is None or self.lora_dora is not None or self.lora_bias is not None:
-            return
-        if not self.form.is_served:
             return
         a = self.lora_a[...]
         layers, _, adapters, _, width = a.shape
         wide = adapters * a.shape[-2] > gated.DENSE_WIDTH
-        slim = jnp.zeros((layers, len(self.splits), 0, width), a.dtype)
-        if self.gate is not None or (not wide and (joined or self.form.alone)):
-            shape = layers, width, len(self.splits), adapters
-            gate = jnp.zeros(shape, a.dtype) if self.gate is None else jnp.broadcast_to(self.gate[...], shape)
-            slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a[..., :0, :] if wide else a)
-        if joined and read is not None:
-            self.beside = read.shape[1]
-            slim = jnp.concatenate([slim.reshape(layers, 1, -1, width), read[:, None].astype(slim.dtype)], axis=2)
-        if slim.size == 0:
+        if self.gate is None and (wide or not (joined or by_token)):
             return
+        shape = layers, width, len(self.splits), adapters
+        gate = jnp.zeros(shape, a.dtype) if self.gate is None else self.gate[...]
+        slim = jax.jit(jax.vmap(gated.slim_matrix))(gate, a[..., :0, :] if wide else a)
         if joined:
             self.joined = slim.shape[1] * slim.shape[2]
             self.kernel = JoinedKernel(_join(self.kernel[...], slim), axes=self.sides[::-1])
@@ -321,7 +299,7 @@ class AdaptedLinear(nnx.Module):
         self.slim = nnx.data(AdapterConstant(slim, axes=(None, None, None)))  # was None, which NNX took for static
 
     def __call__(
-        self, x: jax.Array, router: BoundRouter | None, layer: jax.Array | int = 0, keep: bool = False
+        self, x: jax.Array, router: BoundRouter | Routing | None, layer: jax.Array | int = 0, keep: bool = False
     ) -> tuple[list[jax.Array], Routing | None]:
         """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base).
 
@@ -329,15 +307,12 @@ class AdaptedLinear(nnx.Module):
         """
         rows, total = x.shape[0] * x.shape[1], sum(self.splits)
         kernel, slim, made = self.kernel[...], None if self.slim is None else self.slim[...], None
-        own = self.joined - self.beside  # P N of a joined kernel
-        gates: BoundGates | ChosenAhead | None = None  # the router that slim serves
-        more = None  # what its gates remember
-        if (own or slim is not None) and (self.gate is not None or self.form.alone):
-            found, more = served_gates(router, self.group)
-            if isinstance(found, BoundGates):
-                gates = found if found.allowed is None else None
-            elif isinstance(found, ChosenAhead):
-                gates = found if found.fused is None else None
+        gates: BoundGates | Routing | None = None  # the router that slim serves
+        if self.joined or slim is not None:
+            if isinstance(router, BoundGates):
+                gates = router if router.allowed is None else None
+            elif isinstance(router, Routing):
+                gates = router if router.fused is None else None
 
         def part(start: int, count: int) -> jax.Array:
             """Rows of the layer, in one slice of the stack: XLA copies a slice of a slice, 15 GB a prompt."""
@@ -347,11 +322,11 @@ class AdaptedLinear(nnx.Module):
         # y, logits and shrinks of few tokens cross devices as one float32 sum: a second one would take as long again
         joined = self.sides[0] == "inner" and splits_inner(x.shape[-1]) and rows <= FEW_ROWS
         if self.joined and gates is not None and rows <= gated.TRITON_ROWS:
-            plain = contract("bti,oi->bto", x, part(0, total + own), 1)
+            plain = contract("bti,oi->bto", x, part(0, total + self.joined), 1)
             plain, made = plain[..., :total], plain[..., total:]
         elif self.joined:
             plain = contract("bti,oi->bto", x, part(0, total), 1)
-            slim = part(total, own).reshape(len(self.splits), -1, x.shape[-1]) if own else None
+            slim = part(total, self.joined).reshape(len(self.splits), -1, x.shape[-1])
         elif joined and x.dtype != jnp.float32:
             plain = einsum_float32(x.dtype, "bti,io->bto", x, kernel)
         else:
@@ -359,9 +334,10 @@ class AdaptedLinear(nnx.Module):
         y = plain if self.bias is None else plain + self.bias[...].astype(plain.dtype)[None, None, :]
         routing = None
         if gates is not None:
-            y, routing = self._gated(x, y, slim, made, gates, more)
+            y, routing = self._gated(x, y, slim, made, gates)
         elif router is not None:
-            routing = router.route(x, self._gate())
+            gate: Any = None if self.gate is None else ProjectionGates(self.gate[...])
+            routing = router if isinstance(router, Routing) else router.route(x, gate)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
                 y = self._adapted(x, plain, y, routing, joined)
         y = y.astype(x.dtype)
@@ -406,18 +382,12 @@ class AdaptedLinear(nnx.Module):
             constrain(part.reshape(*y.shape[:2], -1), "batch", None, inner) for part in jnp.split(y, starts, axis=-1)
         ]
 
-    def _gate(self) -> Any:
-        """The gate as routers take it."""
-        weight, mean, bias = (z if z is None else z[...] for z in (self.gate, self.gate_mean, self.gate_bias))
-        return FormedGate(weight, mean, bias, self.group) if self.form.changes else weight
-
     def _gated(
-        self, x: jax.Array, base: jax.Array, slim: Any, made: Any, router: BoundGates | ChosenAhead, more: Any
+        self, x: jax.Array, base: jax.Array, slim: Any, made: Any, router: BoundGates | Routing
     ) -> tuple[jax.Array, Routing]:
-        """base [B, T, O] + the update of tokens routed by gates, and the routing without its logits.
+        """base [B, T, O] + the update of tokens routed one by one, and the routing without its logits.
 
         slim: [P, N, I], or made: [B, T, P N], x times it, where the kernel's product has given that already.
-        more: float32 [B, T, P, A], added to the logits; None: nothing.
         """
         assert self.lora_a is not None
         assert self.lora_b is not None
@@ -428,35 +398,25 @@ class AdaptedLinear(nnx.Module):
         flat = lambda z: z.reshape(rows, *z.shape[2:])  # noqa: E731
         wide = a.shape[1] * a.shape[2] > gated.DENSE_WIDTH
         made = None if made is None else flat(made).astype(jnp.float32).reshape(rows, len(self.splits), -1)
-        if isinstance(router, ChosenAhead):
-            routing = router.route(x, self._gate())
+        if isinstance(router, Routing):
             chosen = flat(router.indices[:, :, 0]), flat(router.weights[:, :, 0])
-            if wide:
-                each = flat(routing.indices), flat(routing.weights)
-                y = add_routed_lora(flat(x), a, b, *each, scale, flat(base), self.splits)
-            else:
-                how = gated.choose_expand(platform())
-                y = gated.chosen_lora(
-                    flat(x), slim, b, scale, *chosen, flat(base), self.splits, made=made, implementation=how
-                )
-            return y.reshape(base.shape), dataclasses.replace(routing, logits=None)
+            y = gated.chosen_lora(
+                flat(x), slim, b, scale, *chosen, flat(base), self.splits, made=made,
+                implementation=gated.choose_expand(platform()),
+            )  # fmt: skip
+            return y.reshape(base.shape), dataclasses.replace(router, logits=None)
         by_row = lambda z: jnp.broadcast_to(z[:, None], (batch, length)).reshape(rows)  # noqa: E731
         choice = by_row(router.counts), by_row(router.temperatures)
-        bias = None if self.gate_bias is None else jnp.broadcast_to(self.gate_bias[...], scale.shape)
-        if more is not None:
-            bias = flat(more) if bias is None else flat(more) + bias[None]
         if not wide:
             y, *routing = gated.gated_lora(
-                flat(x), slim, b, scale, *choice, flat(base), self.splits, router.max_k, bias=bias,
+                flat(x), slim, b, scale, *choice, flat(base), self.splits, router.max_k,
                 implementation=gated.choose(platform(), rows), made=made,
             )  # fmt: skip
         else:
             if made is None:
                 assert slim is not None
                 made = einsum_float32(x.dtype, "mi,pni->mpn", flat(x), slim)
-            logits = made[..., : scale.shape[1]]
-            logits = logits if bias is None else logits + bias.reshape(-1, *bias.shape[-2:])
-            routing = gated.choose_adapters(logits, *choice, router.max_k)
+            routing = gated.choose_adapters(made[..., : scale.shape[1]], *choice, router.max_k)
             y = add_routed_lora(flat(x), a, b, *routing, scale, flat(base), self.splits)
         indices, weights = (z.reshape(batch, length, *z.shape[1:]) for z in routing)
         return y.reshape(base.shape), Routing(indices, weights)

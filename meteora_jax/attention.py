@@ -1,4 +1,4 @@
-"""Rotary embedding and attention, as the model's layers and gates that look back share them."""
+"""Rotary embedding and attention, as the model's layers and the token router share them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-def stream_rotation(width: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines float32 [B, T, 1, width / 2] of gates that look back, int32 positions [B, T]: wavelengths up to
+def router_rotation(width: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines float32 [B, T, 1, width / 2] of the token router, int32 positions [B, T]: wavelengths up to
     10,000, whatever the base's."""
     frequencies = 10000.0 ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]

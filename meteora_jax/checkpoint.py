@@ -27,13 +27,13 @@ from safetensors.numpy import save_file
 from meteora_jax.adapters import AdapterBank, column_shards
 from meteora_jax.config import ENDS, GROUPS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.ends import end_tensors
-from meteora_jax.gate_config import METEORA_FORM, SHIFTS, GateConfig, GateForm
+from meteora_jax.gate_config import SEGMENTS, SHIFTS, GateConfig, TokenRouterForm
 from meteora_jax.llama import Llama, lay_out
 from meteora_jax.origin import BaseOrigin, misfits
+from meteora_jax.routed_llama import gated_llama
 from meteora_jax.sharding import place, shard_order, sharding, tensor_shards
 
 WEIGHTS = "weights.safetensors"
-BACKGROUND = "background.json"  # of independent gates: the tokens that they were trained against
 
 
 def open_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -155,65 +155,51 @@ def load_bank(
     return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config, dora, bias, ends)
 
 
-def gate_shapes(form: GateForm, base: LlamaConfig, adapters: int) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of `GATES/weights.safetensors`: a gate [L, I, A] named like its projection, or like its group where
-    the projections of a group share one; `NAME.mean` [L, I, A] and `NAME.bias` [L, A] where the form has them, and so
-    `STREAM`'s three: `stream.read` [L, D, 4, E] and `stream.own` [L, E, 3, E] serve all adapters, `stream.out`
-    [L, E, 7, A]. Gates that read the embeddings have `AHEAD`'s alone, as `GatesAhead` shapes them."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for group, projections in GROUPS.items():
-        for name in (group,) if form.shared else projections:
-            shape = (base.num_layers, base.projection_shape(projections[0])[0], adapters)
-            shapes |= {name: shape} if not form.alone else {}
-            shapes |= {f"{name}.mean": shape} if form.input == "prefix-mean" else {}
-            shapes |= {f"{name}.bias": (base.num_layers, adapters)} if form.bias else {}
-    e, f = form.stream, form.depth
-    if form.is_ahead:
-        parts = {
-            "read": (base.hidden_size, e),
-            "shift": (SHIFTS, e, e),
-            "look": (f, base.hidden_size, 3, e),
-            "own": (f, e, 3, e),
-        }
-        parts |= {"o": (f, e, e), "up": (f, e, 2, 2 * e), "down": (f, 2 * e, e), "first": (e, 1), "point": (2,)}
-        parts |= {"again": (1 + SHIFTS, e, e)} if form.rounds == 2 else {}
-        parts |= {"number": (e, form.turns)} if form.turns else {}
-        parts |= {"out": (e, adapters), "before": (e, adapters)}
-        shapes |= {f"ahead.{part}": shape for part, shape in parts.items()}
-    elif e:
-        count = sum(map(len, GROUPS.values()))
-        parts = {"read": (base.hidden_size, 4, e), "own": (e, 3, e), "out": (e, count, adapters)}
-        shapes |= {f"stream.{part}": (base.num_layers, *shape) for part, shape in parts.items()}
-    return shapes
+# Tensors of a token router, in the order in which `fresh_gates` draws them; the last two have a column an adapter.
+_ROUTER = ("embed", "shift", "qkv_embed", "qkv", "o", "gate_up", "down", "lookup", "first", "hop", "segment", "task",
+           "previous")  # fmt: skip
+TOKEN_ROUTER = tuple(f"token_router.{part}" for part in _ROUTER)
+SHARED_BY_ADAPTERS = TOKEN_ROUTER[:-2]  # of a gate's tensors those whose last axis is not the adapters'
+# What they were called in GATES of format "meteora-gates-2".
+_FORMER = dict(zip(TOKEN_ROUTER, (f"ahead.{part}" for part in (
+    "read", "shift", "look", "own", "o", "up", "down", "point", "first", "again", "number", "out", "before"
+)), strict=True))  # fmt: skip
+LOOKUP = 8.0, 4.0  # of a fresh token router: the look-up's sharpness and weight
+# Fresh ones are normal with 1 over the square root of their inputs times this: less where a stream of several layers
+# adds up and at its end, more for `hop`, since what it reads has the length 1 and the stream that of sqrt(E).
+_SIZES = {"qkv_embed": 0.3, "o": 0.5, "down": 0.5, "shift": 0.5, "hop": 4.0}
+_SIZES |= dict.fromkeys(("task", "previous", "first", "segment"), 0.1)
 
 
-STREAM = ("stream.read", "stream.own", "stream.out")
-AHEAD = tuple(
-    f"ahead.{part}"
-    for part in (
-        "read", "shift", "look", "own", "o", "up", "down", "point", "first", "again", "number", "out", "before"
-    )
-)  # fmt: skip
-SHARED_BY_ADAPTERS = STREAM[:-1] + AHEAD[:-2]  # of a gate's tensors those whose last axis is not the adapters'
-_PLACES = {n: ("layers", "gate_stream", n.removeprefix("stream.")) for n in STREAM}  # in the module tree
-POINT = 8.0, 4.0  # fresh gates' `ahead.point`
-SMALLER = {"ahead.look": 0.3, "ahead.o": 0.5, "ahead.down": 0.5, "ahead.shift": 0.5}
-SMALLER |= {"ahead.out": 0.1, "ahead.before": 0.1, "ahead.first": 0.1, "ahead.number": 0.1}
-SMALLER |= {"ahead.again": 4.0}  # what it reads has the length 1, the stream that of sqrt(E)
-_PLACES |= {n: ("gates_ahead", n.removeprefix("ahead.")) for n in AHEAD}
+def gate_shapes(form: TokenRouterForm | None, base: LlamaConfig, adapters: int) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of `GATES/weights.safetensors`: MeteoRA's gates [L, I, A], named like their projections; or the
+    parameters of a token router, as `TokenRouter` has them."""
+    if form is None:
+        return {
+            p: (base.num_layers, base.projection_shape(p)[0], adapters) for ps in GROUPS.values() for p in ps
+        }  # fmt: skip
+    d, e, f = base.hidden_size, form.width, form.depth
+    parts = {
+        "embed": (d, e), "shift": (SHIFTS, e, e), "qkv_embed": (f, d, 3, e), "qkv": (f, e, 3, e), "o": (f, e, e),
+        "gate_up": (f, e, 2, 2 * e), "down": (f, 2 * e, e), "lookup": (2,), "first": (e, 1),
+        "hop": (1 + SHIFTS, e, e), "segment": (e, SEGMENTS), "task": (e, adapters), "previous": (e, adapters),
+    }  # fmt: skip
+    return {f"token_router.{part}": parts[part] for part in _ROUTER}
 
 
-def fresh_gates(form: GateForm, base: LlamaConfig, adapters: int, seed: int) -> dict[str, np.ndarray]:
-    """Gates before their training, float32 as `gate_shapes` has them: zeros, but for what only the stream's own
-    products give a gradient, which is normal with 1 over the square root of its inputs, less where a stream of several
-    layers adds up and at its end."""
+def fresh_gates(form: TokenRouterForm | None, base: LlamaConfig, adapters: int, seed: int) -> dict[str, np.ndarray]:
+    """Gates before their training, float32 as `gate_shapes` has them: MeteoRA's zeros, a token router's normal."""
     gates = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, base, adapters).items()}
+    if form is None:
+        return gates
     rng = np.random.default_rng(seed)
-    if form.is_ahead:
-        gates["ahead.point"][:] = POINT
-    for name in [n for n in (*SHARED_BY_ADAPTERS, *AHEAD[-2:]) if n in gates and n != "ahead.point"]:
-        inputs = gates[name].shape[0 if gates[name].ndim == 2 else 1]
-        gates[name] = rng.standard_normal(gates[name].shape).astype(np.float32) * SMALLER.get(name, 1.0) * inputs**-0.5
+    for name, zeros in gates.items():
+        part = name.removeprefix("token_router.")
+        if part == "lookup":
+            zeros[:] = LOOKUP
+            continue
+        inputs = zeros.shape[0 if zeros.ndim == 2 else 1]
+        gates[name] = rng.standard_normal(zeros.shape).astype(np.float32) * _SIZES.get(part, 1.0) * inputs**-0.5
     return gates
 
 
@@ -229,47 +215,21 @@ def load_gates(
     if missing or unknown:
         wrong = [f"no gate for {n!r}" for n in missing] + [f"a gate for {n!r}" for n in unknown]
         raise InputError(f"{source}: names: expected the bank's adapters, found {', '.join(wrong)}")
-    tensors = read_tensors(folder / WEIGHTS, gate_shapes(config.form, base, len(names)))
+    shapes = gate_shapes(config.form, base, len(names))
+    if former := config.former:
+        shapes = {_FORMER[name]: shape for name, shape in shapes.items()}
+    tensors = read_tensors(folder / WEIGHTS, shapes)
+    if former:
+        tensors = {name: tensors[before] for name, before in _FORMER.items()}
     order = [config.names.index(n) for n in names]
     tensors = {p: t if p in SHARED_BY_ADAPTERS else t[..., order] for p, t in tensors.items()}
     return config, {p: np.ascontiguousarray(t.astype(np.float32)) for p, t in tensors.items()}
 
 
-def digest(texts: Sequence[Sequence[int]]) -> str:
-    """SHA-256 of a background's tokens."""
-    return hashlib.sha256(json.dumps([list(map(int, t)) for t in texts]).encode()).hexdigest()
-
-
-def load_background(folder: str | os.PathLike[str]) -> list[list[int]]:
-    """The tokens that the columns of GATES/ were trained against.
-
-    Raises:
-        InputError: gates that were trained together have none; the tokens are not those that gates.json names.
-    """
-    source, path = Path(folder) / "gates.json", Path(folder) / BACKGROUND
-    mark = GateConfig.from_json(read_json(source), str(source)).background
-    if mark is None:
-        raise InputError(f"{source}: background: expected gates trained with --independent, found none")
-    texts = read_json(path)
-    lists = isinstance(texts, list) and all(isinstance(t, list) and t for t in texts) and texts
-    if not lists or not all(isinstance(token, int) for t in texts for token in t) or digest(texts) != mark:
-        raise InputError(f"{path}: expected the tokens that {source.name} names (SHA-256 {mark[:12]}), found others")
-    return texts
-
-
-def save_gates(
-    folder: str | os.PathLike[str],
-    config: GateConfig,
-    gates: Mapping[str, np.ndarray],
-    background: Sequence[Sequence[int]] | None = None,
-) -> None:
-    """Writes GATES/ whole or not at all; an existing folder is replaced only once the new one is complete.
-
-    background: of independent columns, stored beside them.
-    """
+def save_gates(folder: str | os.PathLike[str], config: GateConfig, gates: Mapping[str, np.ndarray]) -> None:
+    """Writes GATES/ whole or not at all; an existing folder is replaced only once the new one is complete."""
     tensors = {p: np.ascontiguousarray(g, np.float32) for p, g in gates.items()}
-    beside = {} if background is None else {BACKGROUND: background}
-    _write_folder(Path(folder), "gates.json", config.to_json(), tensors, beside)
+    _write_folder(Path(folder), "gates.json", config.to_json(), tensors)
 
 
 def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
@@ -313,58 +273,12 @@ def take_adapters(folder: str | os.PathLike[str], dest: str | os.PathLike[str], 
     _write_folder(Path(dest), "bank.json", config.to_json(), taken)
 
 
-def join_gates(
-    folders: Sequence[str | os.PathLike[str]],
-    dest: str | os.PathLike[str],
-    base: str | os.PathLike[str],
-    bank: str | os.PathLike[str],
-) -> list[str]:
-    """Writes GATES/ for a bank from independent columns of several GATES/, and returns the names left out.
-
-    Raises:
-        InputError: gates that were trained together, or against another background; an adapter without a column, or
-            with columns that differ.
-    """
-    config = LlamaConfig.from_hf(read_json(Path(base) / "config.json"), str(Path(base) / "config.json"))
-    names = BankConfig.from_json(read_json(Path(bank) / "bank.json"), str(Path(bank) / "bank.json")).names
-    found: dict[str, dict[str, np.ndarray]] = {}
-    problems: list[str] = []
-    first, texts = None, None
-    for folder in map(Path, folders):
-        source = folder / "gates.json"
-        described = GateConfig.from_json(read_json(source), str(source))
-        texts = load_background(folder) if texts is None or first is None else texts
-        first = described if first is None else first
-        for key in ("background", "form", "top_k", "temperature"):
-            wanted, own = getattr(first, key), getattr(described, key)
-            if wanted != own:
-                problems.append(f"{source}: {key}: expected {wanted!r} (as {folders[0]} has it), found {own!r}")
-        _, tensors = load_gates(folder, config, described.names)
-        for i, name in enumerate(described.names):
-            column = {key: tensor[..., i] for key, tensor in tensors.items()}
-            known = found.setdefault(name, column)
-            if known.keys() == column.keys() and any(not np.array_equal(known[k], column[k]) for k in known):
-                problems.append(f"{source}: {name}: expected the column that an earlier folder has, found another")
-    if first is None or texts is None:
-        raise InputError("gates: expected at least one GATES folder, found none")
-    problems += [f"{bank}: {n}: expected a column in one of the folders, found none" for n in names if n not in found]
-    if problems:
-        raise InputError(problems)
-    joined = {key: np.stack([found[n][key] for n in names], axis=-1) for key in found[names[0]]}
-    save_gates(dest, dataclasses.replace(first, names=names), joined, texts)
-    return [n for n in found if n not in names]
-
-
-def _write_folder(
-    folder: Path, name: str, description: Any, tensors: dict[str, np.ndarray], beside: Mapping[str, Any] | None = None
-) -> None:
+def _write_folder(folder: Path, name: str, description: Any, tensors: dict[str, np.ndarray]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         save_file(tensors, temporary / WEIGHTS)
         (temporary / name).write_text(json.dumps(description, indent=1) + "\n")
-        for file, content in (beside or {}).items():
-            (temporary / file).write_text(json.dumps(content) + "\n")
         os.chmod(temporary, 0o755)
         if folder.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -377,35 +291,23 @@ def _write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# The parts of a gate, and the axis of the module tree's own along which the projections are stacked.
-_GATE_PARTS = {"": 2, ".mean": 2, ".bias": 1}
+_PLACES = {name: tuple(name.split(".")) for name in TOKEN_ROUTER}  # in the module tree
 
 
 def gate_weights(gates: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], np.ndarray]:
-    """Gates as `gate_shapes` has them -> the module tree's, [L, I, P, A] a group (biases [L, P, A])."""
-    weights = {}
-    for group, projections in GROUPS.items():
-        names = (group,) if group in gates else projections
-        for part, axis in _GATE_PARTS.items():
-            if f"{names[0]}{part}" in gates:
-                stacked = np.stack([gates[f"{name}{part}"] for name in names], axis=axis)
-                weights["layers", group, f"gate{part.replace('.', '_')}"] = stacked
-    return weights | {place: gates[name] for name, place in _PLACES.items() if name in gates}
+    """Gates as `gate_shapes` has them -> the module tree's, MeteoRA's as [L, I, P, A] a group."""
+    if any(name in gates for name in _PLACES):
+        return {place: gates[name] for name, place in _PLACES.items()}
+    return {("layers", group, "gate"): np.stack([gates[p] for p in ps], axis=2) for group, ps in GROUPS.items()}
 
 
 def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     """The inverse of `gate_weights`."""
-    gates = {}
+    gates = {name: np.asarray(state[place]) for name, place in _PLACES.items() if place in state}
     for group, projections in GROUPS.items():
-        gate = state.get(("layers", "qkv", "gate"))
-        shared = gate is not None and gate.shape[2] == 1  # of several projections
-        for part, axis in _GATE_PARTS.items():
-            stacked = state.get(("layers", group, f"gate{part.replace('.', '_')}"))
-            if stacked is not None:
-                for i, name in enumerate((group,) if shared else projections):
-                    gates[f"{name}{part}"] = np.take(np.asarray(stacked), i, axis=axis)
-    found = {name: state.get(place) for name, place in _PLACES.items()}
-    return gates | {name: np.asarray(value) for name, value in found.items() if value is not None}
+        if (stacked := state.get(("layers", group, "gate"))) is not None:
+            gates |= {p: np.take(np.asarray(stacked), i, axis=2) for i, p in enumerate(projections)}
+    return gates
 
 
 def split_bank(
@@ -452,15 +354,21 @@ def assemble(
     gates: Mapping[str, np.ndarray] | None,
     dtype: Any,
     mesh: Mesh | None = None,
-    form: GateForm = METEORA_FORM,
+    form: TokenRouterForm | None = None,
 ) -> tuple[Any, Any]:
     """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced.
 
     With a mesh every leaf goes straight to the devices that hold a part of it; of a base that `load_base` left on disk
-    a host reads only those parts.
+    a host reads only those parts. form: of the gates, if there are any.
     """
     bank_config = bank.config if bank is not None else None
-    abstract = nnx.eval_shape(lambda: Llama(config, bank_config, gates is not None, dtype, rngs=nnx.Rngs(0), form=form))
+
+    def fresh() -> Llama:
+        if gates is None or bank_config is None:
+            return Llama(config, bank_config, dtype=dtype, rngs=nnx.Rngs(0))
+        return gated_llama(config, bank_config, form, dtype, nnx.Rngs(0))
+
+    abstract = nnx.eval_shape(fresh)
     lay_out(abstract, tensor_shards(mesh))
     graph, state = nnx.split(abstract)
     filled = dict(weights)

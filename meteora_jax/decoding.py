@@ -11,13 +11,10 @@ import jax.numpy as jnp
 from meteora_jax.adapters import AdaptedLinear
 from meteora_jax.compiler import Step
 from meteora_jax.config import GROUPS, LlamaConfig
-from meteora_jax.gate_config import GateForm
 from meteora_jax.kv_cache import KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
-from meteora_jax.routing.memory import ChosenAhead
-from pallas_kernels.decode_step import stream_gpu, triton_gpu
-from pallas_kernels.decode_step.stream_gpu import GateStream, Looked
+from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, Stream, Tail
 from pallas_kernels.routed_lora import gated
 
@@ -25,7 +22,9 @@ TAILS: dict[str, Tail] = {"qkv": "rope", "o": "residual", "gate_up": "silu", "do
 FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
 
 
-def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: int, step: Step) -> str | None:
+def refusal(
+    layers: Any, config: LlamaConfig, router: BoundRouter | Routing | None, rows: int, step: Step
+) -> str | None:
     """Why this model or router is left to XLA; None where the kernels of `step` serve both."""
     if config.qk_norm or config.sliding_window is not None:
         return "head norms or a sliding window"
@@ -44,10 +43,11 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
     gates = isinstance(router, BoundGates)
     if gates and router.allowed is not None:
         return "gates within a set"
-    if not gates and not getattr(router, "per_request", False) and not isinstance(router, ChosenAhead):
-        return "a router that is neither gates nor one routing a request"
-    if not gates and router.route(jnp.zeros((rows, 1, 1)), None).fused is not None:
-        return "fusion"
+    if not gates:
+        if not isinstance(router, Routing) and not getattr(router, "per_request", False):
+            return "a router that is neither gates nor one routing a request"
+        if _given(router, jnp.zeros((rows, 1))).fused is not None:
+            return "fusion"
     for linear in linears:
         if (
             linear.lora_a is None
@@ -56,22 +56,14 @@ def refusal(layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: 
             or linear.lora_bias is not None
         ):
             return "a group without adapters, DoRA or biases of adapters"
-        if gates and (found := _unserved(linear.form)):
-            return f"gates of another form than MeteoRA's: {found}"
-        needed = (gates and not linear.form.alone) or not _wide(linear)
-        needed = needed or (gates and linear.group == "qkv")  # what the stream reads
-        if not linear.joined and needed:
+        if not linear.joined and (gates or not _wide(linear)):
             return "gates and A's that are not behind the kernel's rows"
     return None
 
 
-def _unserved(form: GateForm) -> str | None:
-    """What of a gate's form the kernels do not compute."""
-    if not form.is_served:
-        return "carried logits" if form.carry else form.input
-    if form.bias and not form.stream:
-        return "biases without a stream"
-    return f"a stream wider than {stream_gpu.MAX_WIDTH}" if form.stream > stream_gpu.MAX_WIDTH else None
+def _given(router: BoundRouter | Routing, x: jax.Array) -> Routing:
+    """The routing of a token a row, chosen before, or by a router that reads nothing; x [B, D]."""
+    return router if isinstance(router, Routing) else router.route(x[:, None], None)
 
 
 def _wide(linear: AdaptedLinear) -> bool:
@@ -86,23 +78,8 @@ def group_weights(linear: AdaptedLinear, norm: Any, adapt: bool) -> Group:
     first = gated.first_shrink(linear.lora_b.shape[1]) if adapt and linear.lora_b is not None else 0
     return Group(
         linear.kernel[...], a, read(linear.lora_b), read(linear.lora_scale), linear.splits,
-        None if norm is None else norm.eps, (linear.joined - linear.beside) // len(linear.splits), first,
-        linear.beside,
+        None if norm is None else norm.eps, linear.joined // len(linear.splits), first,
     )  # fmt: skip
-
-
-def stream_weights(layers: Any) -> GateStream:
-    """The stacked weights of the gates' stream, and their biases beside them."""
-    own, out, qkv = layers.gate_stream.own[...], layers.gate_stream.out[...], layers.qkv
-    bias = None
-    if qkv.form.bias:
-        shape = out.shape[0], 1, out.shape[3]
-        each = [
-            jnp.broadcast_to(getattr(layers, g).gate_bias[...], (shape[0], len(p), shape[2])) for g, p in GROUPS.items()
-        ]
-        bias = jnp.concatenate(each, axis=1)
-    first = sum(qkv.splits) + qkv.joined - qkv.beside
-    return GateStream(own, out, bias, first, layers.attention_norm.eps)
 
 
 def run_layers(
@@ -112,15 +89,13 @@ def run_layers(
     angles: tuple[jax.Array, jax.Array],
     cache: KVCache,
     positions: jax.Array,
-    router: BoundRouter | None,
+    router: BoundRouter | Routing | None,
     step: Step,
-    turns: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache, tuple[Routing, ...]]:
     """All layers of one step, the cache's slot claimed already.
 
     Args:
         layers: the stacked `Layer`. x [B, D]. angles: cosines and sines float32 [B, H/2]. positions int32 [B].
-        turns: cosines and sines float32 [B, E/2] of the gates' stream.
 
     Returns:
         x [B, D], the cache with the slot written, each group's routing with layers first: [L, B, 1, P or 1, C].
@@ -129,23 +104,17 @@ def run_layers(
     choice = None
     traced = jnp.full((1,), -1, jnp.int32), jnp.zeros((1,), jnp.float32)
     if isinstance(router, BoundGates):
-        alone = layers.qkv.form.alone
-        choice = Choice(router.max_k, router.counts, router.temperatures, alone=alone)
+        choice = Choice(router.max_k, router.counts, router.temperatures)
         shape = (depth, rows, sum(map(len, GROUPS.values())), router.max_k)
         traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
     elif router is not None:
-        given = router.route(x[:, None], None)
+        given = _given(router, x)
         choice = Choice(given.indices.shape[-1], indices=given.indices[:, 0, 0], weights=given.weights[:, 0, 0])
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
     groups = {g: group_weights(getattr(layers, g), norms.get(g), choice is not None) for g in GROUPS}
     flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
     carried = Carried(flat(cache.keys), flat(cache.values), *traced)
     slot, used = cache.length[None], cache.length[None] + 1
-    gate_stream, looked, more = None, None, None
-    if isinstance(router, BoundGates) and layers.gate_stream is not None:
-        gate_stream = stream_weights(layers)
-        looked = Looked.begin(flat(cache.stream.keys), flat(cache.stream.values))
-
     stream = Stream.begin(x, layers.attention_norm.scale[0])
     for layer in range(depth):  # written out: cuBLAS reads a layer in place where its number is known
 
@@ -155,26 +124,16 @@ def run_layers(
                 first_projection=FIRST[group], captured=step.captured, **more,
             )  # fmt: skip
 
-        sums = triton_gpu.product(stream.scaled, groups["qkv"], layer)
-        if gate_stream is not None and looked is not None and turns is not None:
-            more, looked = stream_gpu.look_back(
-                layer, sums, stream.squares, config.hidden_size, gate_stream, looked, turns, positions,
-                cache.positions, slot, step.captured,
-            )  # fmt: skip
-        own = dict(squares=stream.squares, more=more)
-        q, carried = run("qkv", stream.scaled, carried, **own, sums=sums, angles=angles, slot=slot)
+        q, carried = run("qkv", stream.scaled, carried, squares=stream.squares, angles=angles, slot=slot)
         heads = config.num_heads, config.head_dim
         y = triton_gpu.attend(layer, q, carried, positions, cache.positions, used, *heads, captured=step.captured)
         then = layers.mlp_norm.scale[...], 0
-        stream, carried = run("o", y, carried, residual=stream.x, following=then, more=more)
-        y, carried = run("gate_up", stream.scaled, carried, squares=stream.squares, more=more)
+        stream, carried = run("o", y, carried, residual=stream.x, following=then)
+        y, carried = run("gate_up", stream.scaled, carried, squares=stream.squares)
         then = layers.attention_norm.scale[...], 1
-        stream, carried = run("down", y, carried, residual=stream.x, following=then, more=more)
+        stream, carried = run("down", y, carried, residual=stream.x, following=then)
     keys, values = (z.reshape(cache.keys.shape) for z in (carried.keys, carried.values))
     cache = dataclasses.replace(cache, keys=keys, values=values)
-    if looked is not None:
-        kept = (z.reshape(cache.stream.keys.shape) for z in (looked.keys, looked.values))
-        cache = dataclasses.replace(cache, stream=dataclasses.replace(cache.stream, keys=next(kept), values=next(kept)))
     routings: tuple[Routing, ...] = ()
     if choice is not None:
         routings = tuple(_routing(carried, choice, g, depth) for g in GROUPS)

@@ -95,13 +95,13 @@ def _chosen(routing: Routing) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(routing.indices[:, 0, 0], 0), routing.weights[:, 0, 0]
 
 
-def request_routing(router: BoundRouter, at_ends: tuple[str, ...], x: jax.Array) -> Routing:
+def request_routing(router: BoundRouter | Routing, at_ends: tuple[str, ...], x: jax.Array) -> Routing:
     """The one choice of each request, which the adapters `at_ends` follow.
 
     Raises:
         InputError: a router that chooses for every token, beside adapters that act where no gate stands.
     """
-    if not getattr(router, "per_request", False):
+    if isinstance(router, Routing) or not getattr(router, "per_request", False):
         raise InputError(
             f"router: expected one that names the adapters of a request (Fixed, Retrieval): {', '.join(at_ends)} "
             "change the embedding or the head, where no gate stands; found one that chooses for every token"

@@ -77,14 +77,8 @@ def sample(logits: jax.Array, step: jax.Array, how: dict[str, jax.Array]) -> jax
 
 def observe_routing(routings: tuple[Routing, ...]) -> tuple[jax.Array, jax.Array]:
     """A layer's routing with its projections side by side: indices int32 and weights float32 [B, T or 1, P, C]."""
-
-    def wide(x: jax.Array, projections: int) -> jax.Array:
-        return jnp.broadcast_to(x, (*x.shape[:2], projections, x.shape[3]))
-
-    sizes = [len(ps) for ps in GROUPS.values()]
-    indices = jnp.concatenate([wide(r.indices, n) for r, n in zip(routings, sizes, strict=True)], axis=2)
-    weights = jnp.concatenate([wide(r.weights, n) for r, n in zip(routings, sizes, strict=True)], axis=2)
-    return indices, weights
+    wide = [r.spread(len(ps)) for r, ps in zip(routings, GROUPS.values(), strict=True)]
+    return jnp.concatenate([r.indices for r in wide], axis=2), jnp.concatenate([r.weights for r in wide], axis=2)
 
 
 @jax.tree_util.register_dataclass

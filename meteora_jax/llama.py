@@ -10,22 +10,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from meteora_jax.adapters import AdaptedLinear, BaseParam, GateParam, JoinedKernel, column_shards, contract
-from meteora_jax.attention import Fused, attend, rotate, stream_rotation, unit_rms
+from meteora_jax.adapters import AdaptedLinear, BaseParam, JoinedKernel, column_shards, contract
+from meteora_jax.attention import Fused, attend, rotate
 from meteora_jax.compiler import Step, platform, step_form
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.decoding import refusal, run_layers
 from meteora_jax.ends import EndAdapters, request_routing
-from meteora_jax.gate_config import METEORA_FORM, GateForm
-from meteora_jax.gates_ahead import GatesAhead, Pointed
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
-from meteora_jax.routing.memory import ChosenAhead, GateMemory
 from meteora_jax.sharding import constrain
-from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
+from pallas_kernels.routed_lora.reference import KEPT
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
 Observer = Callable[[tuple[Routing, ...]], Any]
@@ -94,82 +90,27 @@ class RmsNorm(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Where:
     """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2], mask bool [B, 1, T, S], and
-    `attend`'s `fused`; keep: products stay for the backward pass; stream: the rotary angles [B, T, 1, E/2] of the
-    gates' stream, None without one."""
+    `attend`'s `fused`; keep: products stay for the backward pass."""
 
     cos: Any
     sin: Any
     mask: Any
     fused: Any = dataclasses.field(default=None, metadata={"static": True})
     keep: bool = dataclasses.field(default=False, metadata={"static": True})
-    stream: Any = None
-
-
-class GateStream(nnx.Module):
-    """A layer's part of the gates' own residual stream; see meteora_jax.routing.memory.
-
-    read float32 [D, 4, E]: of the layer's input x to queries, keys, values, and straight into the stream. own float32
-    [E, 3, E]: of the stream to queries, keys, values. out float32 [E, 7, A]: of the stream to logits. Once `prepare`d
-    they have the model's dtype.
-    """
-
-    def __init__(self, config: LlamaConfig, width: int, adapters: int):
-        count = sum(map(len, GROUPS.values()))
-        weight = lambda axes, *shape: GateParam(jnp.zeros(shape, jnp.float32), axes=axes)  # noqa: E731
-        self.read = weight(("model", None, None), config.hidden_size, 4, width)
-        self.own = weight((None, None, None), width, 3, width)
-        self.out = weight((None, None, None), width, count, adapters)
-
-    def prepare(self, dtype: Any) -> jax.Array:
-        """Keeps the weights of stacked layers as products read them; those of x, [L, 4 E, D]."""
-        for name in ("read", "own", "out"):
-            weight = getattr(self, name)
-            setattr(self, name, GateParam(weight[...].astype(dtype), axes=weight.axes))
-        read = self.read[...]
-        return jnp.swapaxes(read.reshape(*read.shape[:2], -1), 1, 2)
-
-    def __call__(
-        self, x: jax.Array, u: jax.Array, where: Where, cache: KVCache | None, index: jax.Array, fresh: bool
-    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
-        """x [B, T, D] as q k v read it, u float32 [B, T, E] -> u, what logits gain [B, T, 7, A], the cache."""
-        seen = checkpoint_name(einsum_float32(x.dtype, "btd,dpe->btpe", x, self.read[...].astype(x.dtype)), KEPT)
-        own = einsum_float32(x.dtype, "btd,dpe->btpe", unit_rms(u).astype(x.dtype), self.own[...].astype(x.dtype))
-        q, k, v = (z.astype(x.dtype) for z in jnp.split(seen[:, :, :3] + own, 3, axis=2))  # [B, T, 1, E]: one head
-        q, k = rotate(q, *where.stream), rotate(k, *where.stream)
-        if cache is not None:
-            cache, *kept = cache.look_back(index, k, v)
-            k, v = (k, v) if fresh else kept
-        u = u + seen[:, :, 3] + attend(q, k, v, where.mask, where.fused).astype(jnp.float32)
-        out = self.out[...].astype(x.dtype)
-        return u, einsum_float32(x.dtype, "bte,epa->btpa", unit_rms(u).astype(x.dtype), out), cache
 
 
 class Layer(nnx.Module):
     """One transformer layer."""
 
-    def __init__(
-        self, config: LlamaConfig, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs, form: GateForm
-    ):
+    def __init__(self, config: LlamaConfig, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs):
         self.config = config
         norm = config.hidden_size, config.rms_norm_eps, dtype
         self.attention_norm, self.mlp_norm = RmsNorm(*norm), RmsNorm(*norm)
         head_norm = config.head_dim, config.rms_norm_eps, dtype
         self.q_norm, self.k_norm = (RmsNorm(*head_norm) if config.qk_norm else None for _ in "qk")
-        linear = lambda group: AdaptedLinear(config, group, bank, gates, dtype, rngs, form)  # noqa: E731
+        linear = lambda group: AdaptedLinear(config, group, bank, gates, dtype, rngs)  # noqa: E731
         self.qkv, self.o = linear("qkv"), linear("o")
         self.gate_up, self.down = linear("gate_up"), linear("down")
-        beside = gates and bank is not None and form.stream and not form.is_ahead
-        self.gate_stream = GateStream(config, form.stream, len(bank.names)) if beside and bank else None
-
-    def look_back(
-        self, x: jax.Array, where: Where, cache: KVCache | None, index: jax.Array, fresh: bool, memory: GateMemory
-    ) -> tuple[GateMemory, KVCache | None]:
-        """The gates' memory with the stream taken through this layer, before the layer itself; x [B, T, D]."""
-        if self.gate_stream is None:
-            return memory, cache
-        given = self.attention_norm(x), memory.stream, where, cache, index, fresh
-        u, seen, cache = self.gate_stream(*given)
-        return dataclasses.replace(memory, stream=u, seen=seen), cache
 
     def __call__(
         self,
@@ -178,7 +119,7 @@ class Layer(nnx.Module):
         cache: KVCache | None,
         index: jax.Array,
         fresh: bool,
-        router: BoundRouter | None,
+        router: BoundRouter | Routing | None,
     ) -> tuple[jax.Array, KVCache | None, tuple[Routing, ...]]:
         """x [B, T, D] -> x, the cache with this layer's keys and values, the routing of each group."""
         width = self.config.head_dim
@@ -221,9 +162,8 @@ class Llama(nnx.Module):
         dtype: Any = jnp.float32,
         *,
         rngs: nnx.Rngs,
-        form: GateForm = METEORA_FORM,
     ):
-        self.config, self.form, self.has_gates = config, form, gates
+        self.config, self.has_gates = config, gates
         self.adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
         self.embed = BaseParam(
@@ -233,10 +173,9 @@ class Llama(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
         def stack(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, bank, gates, dtype, rngs, form)
+            return Layer(config, bank, gates, dtype, rngs)
 
         self.layers = stack(rngs)
-        self.gates_ahead = GatesAhead(config, form, self.adapters) if gates and form.is_ahead and bank else None
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
         shape = (config.hidden_size, config.vocab_size)
@@ -251,7 +190,7 @@ class Llama(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        router: BoundRouter | None = None,
+        router: BoundRouter | Routing | None = None,
         *,
         cache: KVCache | None = None,
         fresh: bool = False,
@@ -264,6 +203,7 @@ class Llama(nnx.Module):
         Args:
             tokens: int32 [B, T]. positions: int32 [B, T], each token's place in its own sequence, EMPTY for
                 padding, which nobody attends to.
+            router: who chooses the adapters; a Routing [B, T, 1, C] was chosen before, the same for all layers.
             cache: read and extended; `fresh` says that it is still empty, so that only the new keys are read, and that
                 each row is one sequence from position 0 on, its padding behind it.
             segments: int32 [B, T] for packed sequences (no cache): a token sees its own segment only.
@@ -277,62 +217,43 @@ class Llama(nnx.Module):
     def _run(self, tokens, positions, router, cache, fresh, segments, observe, remat) -> LlamaOutput:
         if cache is not None:
             cache = cache.claim(positions)
-        where = self._where(positions, cache, fresh, segments, remat)
+        mask, fused = self.visible(positions, cache, fresh, segments)
+        where = Where(*rotation(self.config, positions), mask, fused, remat == "dots")
         router = router.at(positions) if isinstance(router, Invoked) else router
         x = self.embed[...][tokens]
         acting = self._at_ends(router, x)
         if acting is not None and self.embed_adapters is not None:
             x = self.embed_adapters.embed(x, tokens, acting)
         x = constrain(x, "batch", None, None)
-        if self.form.stream and cache is not None and fresh and self._remembers(router):
-            cache = cache.with_stream(self.form)
-        router, cache = self._look_ahead(tokens, positions, router, where, cache, fresh)
         one = cache is not None and not fresh and tokens.shape[1] == 1 and segments is None
         step = step_form(tokens.shape[0]) if one else None
         if step is not None and refusal(self.layers, self.config, router, tokens.shape[0], step) is None:
             return self._step(x, positions, cache, router, where, observe, step)
-        memory, kept = None, None
-        if self.form.remembers:
-            kept = None if cache is None or fresh else cache.sums
-            layers = self.config.num_layers
-            memory = GateMemory.create(self.form, router, positions, layers, self.adapters, kept)
-            later = memory is not None and cache is not None and not fresh
-            assert not later or kept is not None or self.form.input != "prefix-mean", "a cache's first call is fresh"
-            cache = cache if cache is None else dataclasses.replace(cache, sums=None)  # they pass through the layers
-            if memory is not None and memory.stream is not None:
-                where = dataclasses.replace(where, stream=stream_rotation(self.form.stream, positions))
         graph, whole, weights = nnx.split(self.layers, JoinedKernel, ...)
 
-        def body(carry: tuple[jax.Array, jax.Array, KVCache | None, GateMemory | None], own: Any):
-            index, x, cache, memory = carry
-            layer = nnx.merge(graph, whole, own)
-            here = router
-            if memory is not None and router is not None:
-                memory, cache = layer.look_back(x, where, cache, index, fresh, memory)
-                here = memory.at(index, router)
-            x, cache, routings = layer(x, where, cache, index, fresh, here)
-            memory = None if memory is None else memory.after(index, routings)
-            return (index + 1, x, cache, memory), None if observe is None else observe(routings)
+        def body(carry: tuple[jax.Array, jax.Array, KVCache | None], own: Any):
+            index, x, cache = carry
+            x, cache, routings = nnx.merge(graph, whole, own)(x, where, cache, index, fresh, router)
+            return (index + 1, x, cache), None if observe is None else observe(routings)
 
         policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy) if remat else body
         # carried, not scanned over: only of a loop's own counter does XLA know where a slice lies
-        begin = jnp.zeros((), jnp.int32), x, cache, memory
-        (_, x, cache, memory), observed = jax.lax.scan(body, begin, weights)
-        if cache is not None:
-            cache = cache.advance(tokens.shape[1])
-            cache = cache if memory is None else dataclasses.replace(cache, sums=memory.sums)
+        (_, x, cache), observed = jax.lax.scan(body, (jnp.zeros((), jnp.int32), x, cache), weights)
+        cache = cache if cache is None else cache.advance(tokens.shape[1])
         return LlamaOutput(self.norm(x), cache, observed)
 
-    def _where(self, positions, cache, fresh, segments, remat) -> Where:
-        """What the layers share; `cache` has claimed the positions."""
+    def visible(
+        self, positions: jax.Array, cache: KVCache | None, fresh: bool, segments: jax.Array | None
+    ) -> tuple[jax.Array, Fused | None]:
+        """Which tokens see which, bool [B, 1, T, S], and `attend`'s `fused`; `cache` has claimed the positions."""
         keys = positions if cache is None or fresh else cache.positions
         mask = (keys[:, None, :] != EMPTY) & (keys[:, None, :] <= positions[:, :, None])  # [B, T, S]
         if self.config.sliding_window is not None:
             mask &= keys[:, None, :] > positions[:, :, None] - self.config.sliding_window
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
-        fused = None
+        fused: Fused | None = None
         if self._has_fused_attention():
             if fresh and self.config.sliding_window is None and "prompt" in FUSED_ATTENTION:
                 fused = "prompt"
@@ -341,40 +262,17 @@ class Llama(nnx.Module):
             elif segments is not None and "packed" in FUSED_ATTENTION:
                 fused = "packed"
                 mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
-        return Where(*rotation(self.config, positions), mask[:, None], fused, remat == "dots")
+        return mask[:, None], fused
 
     def _step(self, x, positions, cache, router, where, observe, step: Step) -> LlamaOutput:
         """The layers of one token a row by Triton; see meteora_jax.decoding."""
         angles = where.cos[:, 0, 0], where.sin[:, 0, 0]
         rows = (jnp.broadcast_to(z, (x.shape[0], z.shape[1])) for z in angles)
-        beside = self.form.stream and not self.form.is_ahead
-        turns = stream_rotation(self.form.stream, positions) if beside else None
         x, cache, routings = run_layers(
-            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step,
-            turns and (turns[0][:, 0, 0], turns[1][:, 0, 0]),
-        )  # fmt: skip
+            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step
+        )
         observed = None if observe is None else jax.vmap(observe)(routings)
         return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
-
-    def _remembers(self, router: BoundRouter | None) -> bool:
-        """Whether gates of this call keep a stream."""
-        return router is not None and self.has_gates and not getattr(router, "per_request", False)
-
-    def _look_ahead(self, tokens, positions, router, where, cache, fresh) -> tuple[Any, KVCache | None]:
-        """The router; with gates ahead of the layers what it chooses by them, and the cache with what they keep."""
-        if self.gates_ahead is None or not self._remembers(router):
-            return router, cache
-        x = self.embed[...][tokens]
-        rounds, cache = self.gates_ahead(x, positions, where.mask, where.fused, cache, fresh)
-        return ChosenAhead.by(router, x, rounds[-1].logits), cache
-
-    def look_ahead(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[Pointed, ...]:
-        """What each round of `GatesAhead` points to in packed sequences; no layer runs."""
-        assert self.gates_ahead is not None, "gates of another form need the layers"
-        with matmul_precision(self.embed.dtype):
-            where = self._where(positions, None, False, segments, False)
-            x = self.embed[...][tokens]
-            return self.gates_ahead(x, positions, where.mask, where.fused, None, False)[0]
 
     def _has_fused_attention(self) -> bool:
         """Whether cuDNN's attention serves this model here: 16 bit on GPUs since Ampere, head dims it knows."""
@@ -383,7 +281,7 @@ class Llama(nnx.Module):
         recent = float(jax.devices()[0].compute_capability) >= 8.0
         return recent and self.config.head_dim % 8 == 0 and self.config.head_dim <= 128
 
-    def _at_ends(self, router: BoundRouter | None, x: jax.Array) -> Routing | None:
+    def _at_ends(self, router: BoundRouter | Routing | None, x: jax.Array) -> Routing | None:
         """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
         return request_routing(router, self.at_ends, x) if router is not None and self.at_ends else None
 
@@ -416,12 +314,9 @@ def prepare_gates(graph: Any, weights: Any, joined: bool | None = None, release:
     """
     joined = step_form(1) is not None if joined is None else joined
     model = nnx.merge(graph, weights)
-    stream, read = model.layers.gate_stream, None
-    if stream is not None and model.form.is_served:
-        read = stream.prepare(model.embed.dtype)
     for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
         before = linear.kernel[...]
-        linear.prepare(joined, read if linear is model.layers.qkv else None)
+        linear.prepare(joined, model.has_gates)
         if release and linear.joined:
             before.delete()
     return nnx.split(model)

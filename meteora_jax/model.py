@@ -18,7 +18,7 @@ from meteora_jax.arguments import Arguments
 from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
 from meteora_jax.compiler import default_dtype, jit, platform
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
-from meteora_jax.gate_config import GateConfig, GateForm
+from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Generator, Sampling, check_prompts, check_token_ids, pad_batch
 from meteora_jax.kv_cache import EMPTY
 from meteora_jax.llama import prepare_gates
@@ -290,7 +290,7 @@ def load(
     config, weights = load_base(base, kind)
     loaded = load_bank(bank, config, kind, read_origin(base)) if bank is not None else None
     gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
-    form = gate_config.form if gate_config else GateForm()
+    form = gate_config.form if gate_config else None
     graph, state = assemble(config, weights, loaded, columns, kind, mesh, form)
     if platform() == "gpu" and mesh is None and kind.itemsize == 2:
         graph, state = prepare_gates(graph, state, release=True)

@@ -17,12 +17,15 @@ from jax.sharding import Mesh
 
 from meteora_jax.adapters import GateParam
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
-from meteora_jax.gate_config import METEORA_FORM, GateForm
+from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Sampling, decode, prefill
-from meteora_jax.llama import Llama, lay_out
+from meteora_jax.llama import lay_out
+from meteora_jax.routed_llama import gated_llama
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import replicated, rows_multiple, sharding, tensor_shards, use_mesh
 from meteora_jax.training.data import Batch
+from meteora_jax.training.loop import GateTraining
+from meteora_jax.training.recipes import RECIPES
 from meteora_jax.training.step import TrainState, make_step, optimizer
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
 
@@ -132,18 +135,18 @@ def plan_training(
     top_k: int = 2,
     accumulate: int = 1,
     remat: Any = True,
-    form: GateForm = METEORA_FORM,
+    recipe: GateTraining = RECIPES["meteora"],
 ) -> Plan:
     """Compiles one step of gate training in bfloat16 for `mesh`, whose devices need not exist."""
     if rows % (rows_multiple(mesh) * accumulate):
         raise InputError(
             f"rows: expected a multiple of data x fsdp x accumulate = {rows_multiple(mesh) * accumulate}, found {rows}"
         )
-    abstract, bank = abstract_model(config, adapters, rank, form)
+    abstract, bank = abstract_model(config, adapters, rank, recipe.form)
     lay_out(abstract, tensor_shards(mesh))
     graph, params, frozen = nnx.split(abstract, GateParam, ...)
     params, frozen = spread(params, mesh), spread(frozen, mesh)
-    tx = optimizer(1000, 5e-4, 0.005, 0.3)
+    tx = optimizer(recipe.steps, recipe.learning_rate, recipe.warmup, recipe.clip)
     like = {x.shape: x.sharding for x in jax.tree.leaves(params)}
     whole = replicated(mesh)
     moments = jax.tree.map(
@@ -157,12 +160,14 @@ def plan_training(
     part = (rows // accumulate,)
     router = BoundGates(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), None, max_k=top_k)
     step: Any = make_step(
-        graph, state, tx, beta=50.0, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh
-    )
+        graph, state, tx, beta=recipe.beta, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
+        lm_loss=recipe.lm_loss, answer_share=recipe.answer_share, turn_share=recipe.turn_share, order=recipe.order,
+    )  # fmt: skip
     with use_mesh(mesh):
         compiled = _compiled(step.lower(frozen, state, batch, router))
-    per_token = flops_per_token(config, bank, chosen=top_k, gates=form, train_adapters=False)
-    flops = rows * width * (per_token + flops_per_pair(config) * (width + 1) / 2)
+    gates = recipe.form or "meteora"
+    per_token = flops_per_token(config, bank, chosen=top_k, gates=gates, train_adapters=False, lm=recipe.lm_loss)
+    flops = rows * width * (per_token + recipe.lm_loss * flops_per_pair(config) * (width + 1) / 2)
     held = _held((frozen, state, batch, router))
     return _figures("training", compiled, held, mesh, rows, width, flops, mfu)
 
@@ -178,7 +183,7 @@ def plan_generation(
     mfu: float,
     new_tokens: int = 64,
     top_k: int = 2,
-    form: GateForm = METEORA_FORM,
+    form: TokenRouterForm | None = None,
 ) -> tuple[Plan, ...]:
     """Compiles what evaluation runs, in bfloat16 with routing traces: the prefill of `rows` prompts of `width` tokens,
     and, if that fits, the loop that decodes `new_tokens` more."""
@@ -202,10 +207,10 @@ def plan_generation(
             )  # fmt: skip
             loop = _compiled(decode.lower(graph, weights, state, limit=whole(()), **call))
     # forward alone, and no gate's gradient: a third of attention's count, and of 4 or 6 a weight 2 remain
-    per_token = flops_per_token(config, None, chosen=0, gates=False, train_adapters=False) / 2
-    gated = flops_per_token(config, bank, chosen=top_k, gates=False, train_adapters=False) / 2 - per_token
-    gates = flops_per_token(config, bank, chosen=0, gates=form, train_adapters=False) / 3
-    gates -= flops_per_token(config, bank, chosen=0, gates=False, train_adapters=False) / 3
+    per_token = flops_per_token(config, None, chosen=0, gates=None, train_adapters=False) / 2
+    gated = flops_per_token(config, bank, chosen=top_k, gates=None, train_adapters=False) / 2 - per_token
+    gates = flops_per_token(config, bank, chosen=0, gates=form or "meteora", train_adapters=False) / 3
+    gates -= flops_per_token(config, bank, chosen=0, gates=None, train_adapters=False) / 3
     layers = per_token - 2.0 * config.hidden_size * config.vocab_size + gated + gates
     pair = flops_per_pair(config) / 3
     head = 2.0 * config.hidden_size * config.vocab_size
@@ -219,13 +224,13 @@ def plan_generation(
 
 
 def abstract_model(
-    config: LlamaConfig, adapters: int, rank: int, form: GateForm = METEORA_FORM
+    config: LlamaConfig, adapters: int, rank: int, form: TokenRouterForm | None = None
 ) -> tuple[Any, BankConfig]:
     """The model in bfloat16 with a bank of such adapters and its gates, shapes only; and the bank."""
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     info = tuple(AdapterInfo(f"adapter {i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
     bank = BankConfig(info, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
-    return nnx.eval_shape(lambda: Llama(config, bank, True, jnp.bfloat16, rngs=nnx.Rngs(0), form=form)), bank
+    return nnx.eval_shape(lambda: gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0))), bank
 
 
 def _rowwise(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -37,8 +37,9 @@ from settings import ANYWHERE, SETTINGS, Held, Timed, generating, has_bare, kern
 import meteora_jax as mj
 from meteora_jax.compiler import default_dtype, platform
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
-from meteora_jax.gate_config import IMPOSSIBLE, GateForm
-from meteora_jax.llama import Llama
+from meteora_jax.gate_config import FormName, TokenRouterForm
+from meteora_jax.routed_llama import gated_llama
+from meteora_jax.training.recipes import RECIPES
 from pallas_kernels.routed_lora import add_routed_lora
 from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
 
@@ -68,17 +69,8 @@ class Bench:
     rank: tuple[int, ...] = (8,)
     top_k: tuple[int, ...] = (2,)
     """Several are timed in turns, beside one bare model."""
-    gate_stream: int = 0
-    """Not `kernel`: width of the gates' own stream; 0 for MeteoRA's gates."""
-    gate_input: Literal["token", "stream", "embedding"] = "token"
-    """With --gate-stream: what gates read beside it; "stream" for nothing else, "embedding" for gates ahead of the
-    layers."""
-    gate_depth: int = 0
-    """Of gates ahead of the layers: their own layers."""
-    gate_rounds: int = 1
-    """How often these point."""
-    gate_turns: int = 0
-    """How many turns they count."""
+    gates: FormName = "meteora"
+    """Not `kernel`: whose gates, a gate at every projection or the token router as its recipe has it."""
     routing: Literal["gates", "given", "request"] = "gates"
     """Tokens routed by gates (which are timed too), `kernel` only: by indices given beforehand, or a mixture of
     --top-k adapters for each request."""
@@ -101,9 +93,8 @@ class Bench:
     picture: Path | None = None
 
     @property
-    def form(self) -> GateForm:
-        sizes = self.gate_stream, self.gate_depth, self.gate_rounds, self.gate_turns
-        return GateForm(self.gate_input, False, False, False, *sizes)
+    def form(self) -> TokenRouterForm | None:
+        return RECIPES[self.gates].form
 
 
 def llama(name: str) -> LlamaConfig:
@@ -262,13 +253,13 @@ def bench_kernel(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> I
 
 
 def random_model(
-    config: LlamaConfig, adapters: int, rank: int, dtype: Any, form: GateForm
+    config: LlamaConfig, adapters: int, rank: int, dtype: Any, form: TokenRouterForm | None
 ) -> tuple[Held, tuple[str, ...]]:
     """A model with a bank and gates, as training has it, and the adapters' names."""
     infos = tuple(AdapterInfo(f"adapter_{i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
-    abstract = nnx.eval_shape(lambda: Llama(config, bank, gates=True, dtype=dtype, rngs=nnx.Rngs(0), form=form))
+    abstract = nnx.eval_shape(lambda: gated_llama(config, bank, form, dtype, nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     return Held(graph, state, lambda: random_arrays(state, 0)), bank.names
 
@@ -283,7 +274,7 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
             ready = {joined: prepared(model, joined) for joined in ready}
         choices = {"adapted" + f":{k}" * (len(bench.top_k) > 1): min(k, adapters) for k in bench.top_k}
         case: dict[str, Any] = dict(adapters=adapters, rank=rank)
-        case |= {f"gate_{key}": value for key, value in bench.form.changes.items()}
+        case |= {"gates": bench.gates} if bench.form else {}
         for batch, length in ((b, s) for b in bench.batch for s in bench.sequence):
             routers = {kind: bound_router(bench.routing, k, batch, names) for kind, k in choices.items()}
             routers: dict[str, Any] = {"bare": None, **routers}
@@ -420,8 +411,6 @@ def main(bench: Bench) -> None:
         raise InputError(f"--what train: expected --routing gates, found {bench.routing}")
     if bench.routing == "given" and set(bench.what) != {"kernel"}:
         raise InputError(f"--routing given: expected --what kernel, found {', '.join(bench.what)}")
-    if not bench.form.is_possible:
-        raise InputError(f"--gate-input {bench.gate_input}: {IMPOSSIBLE}")
     if bench.layers is not None:
         config = dataclasses.replace(config, num_layers=bench.layers)
     dtype = jnp.dtype(default_dtype(bench.dtype))

@@ -160,7 +160,7 @@ def main(s: Scaling) -> None:
         raise InputError(f"--shape: expected tiny or one of {', '.join(SHAPES)}, found {s.shape}")
     config = LlamaConfig.from_hf(TINY, "tiny") if s.shape == "tiny" else shape_of(s.shape)
     _, bank = abstract_model(config, s.adapters, s.rank)
-    per_token = flops_per_token(config, bank, chosen=s.top_k, gates=True, train_adapters=False)
+    per_token = flops_per_token(config, bank, chosen=s.top_k, gates="meteora", train_adapters=False)
     per_token += flops_per_pair(config) * (s.width + 1) / 2
     kind = jax.devices()[0].device_kind
     peak = peak_flops(kind)

@@ -8,15 +8,11 @@ last four), gates*, lora-*, index, evaluation/<part>, jobs.jsonl (every command 
 programs), and of all that is judged table.md and records.json. `--dry-run` prints the commands in an order that works.
 Systems in the table:
 
-    gates-topN             the default: one choice for all layers, made of the embeddings before the first
-    gates-stream-topN      a stream beside the layers   gates-both-topN         each token's own input beside that
-    gates-token-topN       MeteoRA's form, what follows too
+    gates-topN             the token router, the recipe of `train gates`
+    gates-meteora-topN     a gate at every projection, what follows too
     gates-original-topN    without composite sequences  gates-response-topN     prompts without LM loss
-    gates-beta-5-topN      a tenth of beta              gates-mean-topN         --gate-input prefix-mean
-    gates-carry-topN       --carry-logits               gates-shared-topN       --shared-gates
-    gates-all-topN         these three together
-    gates-independent-topN --independent                gates-grown-topN        four adapters by --extend
-    gates-stream-grown-topN the same of a stream        gates-stream-grown-bias-topN and with --extend-bias
+    gates-beta-5-topN      a tenth of beta
+    gates-grown-topN       the token router, four adapters by --extend
     oracle, base, lora-f-rR, lora-b-rR
     retrieval-COMPOSE      of k adapters by the index   gates-within-topN       gates among them
     NAME-unseen            without the adapters of a problem's own task
@@ -46,44 +42,22 @@ from meteora_jax.evaluation.composite import COMPOSITES
 METEORA = ("-m", "meteora_jax.cli")
 BALANCED_SAMPLES = 1000  # a task, of LoRA-B (MeteoRA, section 4.1)
 HELD_OUT = 4  # adapters that a bank grows by
-PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms", "independent")
+PARTS = ("single", "baselines", "composite", "retrieval", "growth", "ablations", "forms")
 # Problems of two to ten tasks behind up to two worked examples if they fit: two thirds of the gates' tokens, 44 % of
 # the adapters'.
 SIZES = ("--composite-sizes", "2", "10", "--composite-shots", "2")
 COMPOSITE = ("--composite", "0.2", *SIZES)
 LORA = ("--learning-rate", "1e-3", "--warmup", "0.03", "--clip", "1", *SIZES)
-# The default: nothing else finds which question an answer's line belongs to among ten, and no layer of the model runs
-# in training, so steps cost little and are many.
-ONCE = (
-    "--gate-input", "embedding", "--gate-stream", "128", "--gate-depth", "4", "--no-lm-loss", "--no-prompt-loss",
-    "--clip", "1", "--answer-share", "0.7", "--turn-share", "0.5", "--order", "0.5",
-    "--composite", "0.8", "--composite-cut", "0.6", *SIZES,
-)  # fmt: skip
-ROUNDS, TURNS = ("--gate-rounds", "2"), ("--gate-turns", "16")
-AHEAD = (*ONCE, *ROUNDS, *TURNS)
-AHEAD_ROWS, AHEAD_LENGTH, AHEAD_RATE = 2, 8192, "3e-3"
+METEORA_GATES = ("--recipe", "meteora", *COMPOSITE, "--learning-rate", "2e-3", "--warmup", "0.03")
 # Two of MeteoRA's composite-10 tasks are the hub's; what stands for them where they are not at hand.
 COMPOSITE_10 = {"news_commentary_de": "vitaminc_fact_verification", "alpaca": "object_counting"}
 RETRIEVAL = "retrieval-selection,retrieval-mixture,retrieval-fusion,gates-top2,gates-within-top2"
-ABLATIONS: dict[str, tuple[str, ...]] = {  # of training, beside the composite sequences that the default has
+ABLATIONS: dict[str, tuple[str, ...]] = {  # of training gates at the projections on composite sequences, too
     "gates-original": ("--composite", "0"),
-    "gates-response": (*COMPOSITE, "--no-prompt-loss"),
-    "gates-beta-5": (*COMPOSITE, "--beta", "5"),
+    "gates-response": ("--no-prompt-loss",),
+    "gates-beta-5": ("--beta", "5"),
 }
-MEAN, CARRY, SHARED = ("--gate-input", "prefix-mean"), ("--carry-logits",), ("--shared-gates",)
-STREAM = ("--gate-stream", "64", "--gate-input", "stream")  # a token's own input misleads it
-FORMS: dict[str, tuple[str, ...]] = {
-    "gates-stream": STREAM,
-    "gates-token": (),
-    "gates-both": ("--gate-stream", "64"),
-    "gates-mean": MEAN,
-    "gates-carry": CARRY,
-    "gates-shared": SHARED,
-    "gates-all": (*MEAN, *CARRY, *SHARED),
-    "gates-once": ONCE,
-    "gates-rounds": (*ONCE, *ROUNDS),
-    "gates-turns": (*ONCE, *TURNS),
-}
+FORMS: dict[str, tuple[str, ...]] = {"gates-meteora": ()}
 
 
 @dataclass(frozen=True)
@@ -107,7 +81,7 @@ class Quality:
     device: str = ""
     """What records.json calls them."""
     form_length: int = 4096
-    """Tokens of a training sequence of gates beside the layers: a composite of ten tasks with a worked example has
+    """Tokens of a training sequence of gates at the projections: a composite of ten tasks with a worked example has
     3,700."""
     bank_steps: int = 850
     bank_length: int = 2048
@@ -131,10 +105,8 @@ class Quality:
     """Examples of a task that gates may see."""
     gate_steps: int = 5000
     form_steps: int = 750
-    """Of gates beside the layers."""
+    """Of gates at the projections."""
     form_rows: int = 8
-    independent_samples: int = 500
-    """Examples of a task that an independent column is made from."""
     baseline_steps: int = 470
     baseline_rows: int = 16
     rank: int = 8
@@ -166,9 +138,9 @@ class Quality:
     """Of training and evaluation; `meteora`'s own default unless given."""
     parts: tuple[str, ...] = PARTS
     """What is judged: single (base, oracle, gates on each task), baselines, composite, retrieval, growth, ablations,
-    forms, independent."""
+    forms."""
     variants: tuple[str, ...] = ()
-    """Of ablations, forms and growth only these, by their names (gates-token ...), in the plan's order; all unless
+    """Of ablations, forms and growth only these, by their names (gates-meteora ...), in the plan's order; all unless
     given."""
     seconds: float | None = None
     """After so many, end as at SIGTERM: trainings save, nothing new begins, the tables show what is there. The same
@@ -189,13 +161,15 @@ class Plan:
     ) -> None:
         self.jobs.append(Job(name, tuple(map(str, arguments)), makes, tuple(after), gpus, shares))
 
-    def common(self, rows: int, steps: int, length: int) -> tuple[Any, ...]:
-        """Options of every training."""
+    def common(self, rows: int | None, steps: int, length: int | None) -> tuple[Any, ...]:
+        """Options of every training; rows, length: None for the recipe's."""
         q = self.q
         remat = {"all": (), "dots": ("--remat-keeps", "dots"), "none": ("--no-remat",)}[q.remat]
         dtype = () if q.dtype is None else ("--dtype", q.dtype)
-        return ("--base", q.base, "--tasks", q.tasks, "--max-length", length, "--rows", rows, "--steps", steps,
-                "--accumulate", q.accumulate, "--save-every", q.save_every, "--keep", 1, *remat, *dtype)  # fmt: skip
+        given = (("--max-length", length), ("--rows", rows), ("--steps", steps))
+        shape = tuple(word for option, value in given if value is not None for word in (option, value))
+        return ("--base", q.base, "--tasks", q.tasks, *shape, "--accumulate", q.accumulate, "--save-every",
+                q.save_every, "--keep", 1, *remat, *dtype)  # fmt: skip
 
     def bank(self) -> None:
         """All adapters, and the bank that is to grow."""
@@ -212,39 +186,25 @@ class Plan:
                      makes=out / "bank-small" / "bank.json", after=("bank",), gpus=0)  # fmt: skip
 
     def gates(self, name: str, *more: Any, bank: str = "bank", after: Sequence[str] = ()) -> None:
+        """A training of gates, of the token router unless `more` names another recipe."""
         q, out = self.q, self.q.out
-        more = more if "--samples-per-task" in more else (*more, "--samples-per-task", q.gate_samples)
-        ahead = "embedding" in more
-        shape = (AHEAD_ROWS, q.gate_steps, AHEAD_LENGTH) if ahead else (q.form_rows, q.form_steps, q.form_length)
-        self.add(name, "train", "gates", *self.common(*shape), "--bank",
-                 out / bank, "--out", out / name, "--learning-rate", AHEAD_RATE if ahead else "2e-3", "--warmup",
-                 "0.03", "--log", out / f"{name}.jsonl", *more,
+        shape = (q.form_rows, q.form_steps, q.form_length) if "--recipe" in more else (None, q.gate_steps, None)
+        self.add(name, "train", "gates", *self.common(*shape), "--bank", out / bank, "--out", out / name,
+                 "--samples-per-task", q.gate_samples, "--log", out / f"{name}.jsonl", *more,
                  makes=out / name / "gates.json", after=(bank, *after))  # fmt: skip
 
     def variants(self) -> None:
         """Gates beside the default ones, each judged as these are."""
         q = self.q
-        made: dict[str, tuple[Any, ...]] = {}
-        made |= ABLATIONS if "ablations" in q.parts else {}
-        if "forms" in q.parts:
-            made |= {n: o if o[: len(ONCE)] == ONCE else (*COMPOSITE, *o) for n, o in FORMS.items()}
-        if "independent" in q.parts:
-            made["gates-independent"] = ("--independent", "--samples-per-task", q.independent_samples)
+        made = (ABLATIONS if "ablations" in q.parts else {}) | (FORMS if "forms" in q.parts else {})
         wanted = lambda name: not q.variants or name in q.variants  # noqa: E731
-        grown = {"gates-grown": (), "gates-stream-grown": (), "gates-stream-grown-bias": ("--extend-bias",)}
-        for name, options in grown.items() if "growth" in q.parts and self.held else ():
-            ahead = not name.startswith("gates-stream")
-            form, small = (AHEAD, "gates-small") if ahead else ((*COMPOSITE, *STREAM), "gates-stream-small")
-            if not wanted(name):
-                continue
-            if small not in {job.name for job in self.jobs}:
-                self.gates(small, *form, bank="bank-small")
-            data = AHEAD if ahead else COMPOSITE
-            self.gates(name, *data, "--extend", q.out / small, *options, after=(small,))
-            self.evaluate_variant(name)
+        if "growth" in q.parts and self.held and wanted("gates-grown"):
+            self.gates("gates-small", bank="bank-small")
+            self.gates("gates-grown", "--extend", q.out / "gates-small", after=("gates-small",))
+            self.evaluate_variant("gates-grown")
         for name, options in made.items():
             if wanted(name):
-                self.gates(name, *options)
+                self.gates(name, *METEORA_GATES, *options)
                 self.evaluate_variant(name)
 
     def baselines(self) -> None:
@@ -298,7 +258,7 @@ def plan(q: Quality, names: Sequence[str]) -> list[Job]:
         raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {', '.join(unknown)}")
     p.bank()
     if set(q.parts) & {"single", "composite", "retrieval"}:
-        p.gates("gates", *AHEAD)
+        p.gates("gates")
     if "single" in q.parts:
         p.evaluate("single", "gates-top1,gates-top2")
         p.evaluate("plain", "base,oracle", gates=None)

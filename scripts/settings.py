@@ -22,7 +22,8 @@ from flax import nnx
 from meteora_jax import compiler, llama
 from meteora_jax.adapters import GateParam
 from meteora_jax.compiler import Jit, Step, jit
-from meteora_jax.generation import Sampling, decode, prefill
+from meteora_jax.generation import Decoding, Sampling, decode, prefill
+from meteora_jax.routed_llama import RoutedCache
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.decode_step import triton_gpu
@@ -198,6 +199,11 @@ def started(model: Held, router: Any, tokens: jax.Array, steps: int = 32) -> Hel
     return Held(None, shapes, lambda: call(model(), *rest)[0])
 
 
+def model_keys(state: Decoding) -> Any:
+    """Keys [L, B, S, K, H] of the model's cache, whether a token router has its own beside it or not."""
+    return (state.cache.model if isinstance(state.cache, RoutedCache) else state.cache).keys
+
+
 def generating(
     what: str, model: Held, router: Any, tokens: jax.Array, setting: Setting, start: Held | None, steps: int = 32
 ) -> Timed:
@@ -207,12 +213,13 @@ def generating(
         lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
         rest = tokens, lengths, router, how, NO_END
         call = compiled(prefill, setting, model.graph, model.shapes, *rest, room=2 * steps, static=("graph", "room"))
-        return Timed(lambda _: call(model(), *rest)[0], shown=lambda state: state.cache.keys[:, :, tokens.shape[1] - 1])
+        last = lambda state: model_keys(state)[:, :, tokens.shape[1] - 1]  # noqa: E731
+        return Timed(lambda _: call(model(), *rest)[0], shown=last)
     rest = (router, how, NO_END, jnp.int32(steps + 1))
     call = compiled(
         decode, setting, model.graph, model.shapes, start.shapes, *rest, static=("graph",), donate=("state",)
     )
-    keys = lambda state: state.cache.keys[:, :, tokens.shape[1]]  # noqa: E731 - of the first step, which all are given
+    keys = lambda state: model_keys(state)[:, :, tokens.shape[1]]  # noqa: E731 - of the first step, which all are given
     return Timed(lambda s: call(model(), s, *rest), start.copy, calls=steps, shown=keys)
 
 

@@ -24,10 +24,10 @@ import meteora_jax as mj
 from meteora_jax import generation, llama
 from meteora_jax.adapters import _join
 from meteora_jax.compiler import Step
-from meteora_jax.gate_config import GateForm
+from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Generator, Sampling
-from meteora_jax.kv_cache import KVCache
-from pallas_kernels.decode_step import stream_gpu, triton_gpu
+from meteora_jax.routed_llama import RoutedCache
+from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, Stream
 from pallas_kernels.routed_lora import gated
 
@@ -80,7 +80,7 @@ def softmax_of_largest(logits: np.ndarray, count: int, temperature: float) -> tu
 def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict[str, Any]) -> tuple[Any, Any, float]:
     """(result, [[(adapters, weights) by projection] by row], size of the sums), float64.
 
-    extra: residual, cos, sin, norm [L, I] or None, slim [L, P, N, I] or None, more [M, P, A] or None.
+    extra: residual, cos, sin, norm [L, I] or None, slim [L, P, N, I] or None.
     """
     f = lambda z: np.asarray(z, np.float64)  # noqa: E731
     x, starts, factor = f(x), np.cumsum((0, *g.splits)), np.ones(len(x))
@@ -98,9 +98,7 @@ def group(x, g: Group, layer: int, tail: str, choice: Choice | None, extra: dict
             # the factor last: equal logits stay equal
             slim = f(extra["slim"])[layer, p] @ x[m] * factor[m] if extra["slim"] is not None else None
             if choice.counts is not None:
-                logits = 0 * slim[: g.b.shape[1]] if choice.alone else slim[: g.b.shape[1]]
-                logits = logits if extra["more"] is None else logits + f(extra["more"])[m, p]
-                chosen = softmax_of_largest(logits, int(choice.counts[m]), float(choice.temperatures[m]))
+                chosen = softmax_of_largest(slim[: g.b.shape[1]], int(choice.counts[m]), float(choice.temperatures[m]))
             else:
                 chosen = np.asarray(choice.indices)[m], f(choice.weights)[m]
             routed[-1].append(chosen)
@@ -174,10 +172,6 @@ def one_case(seed: int, launches: list[str]) -> None:
     triton_gpu.RESIDENT = (1, 4096)[seed % 2]  # wide tiles, narrow ones
     empty = lambda: jnp.asarray(rng.standard_normal((layers, rows, slots, kv * head)), kind)  # noqa: E731
     traced = how == "gates"
-    reads = ("token", "both", "stream")[(seed // 9 + seed) % 3]
-    more = None
-    if traced and reads != "token":
-        more = jnp.asarray(rng.integers(-9, 10, (rows, 7, adapters)), jnp.float32)
     carried = Carried(
         empty(), empty(), jnp.full((layers, rows, 7, top_k) if traced else (1,), 99, jnp.int32),
         jnp.zeros((layers, rows, 7, top_k) if traced else (1,), jnp.float32),
@@ -185,7 +179,7 @@ def one_case(seed: int, launches: list[str]) -> None:
     choice = None
     if how == "gates":
         choice = Choice(top_k, jnp.asarray(rng.integers(0, top_k + 1, rows), jnp.int32),
-                        jnp.asarray(rng.uniform(5, 20, rows), jnp.float32), alone=reads == "stream")  # fmt: skip
+                        jnp.asarray(rng.uniform(5, 20, rows), jnp.float32))  # fmt: skip
     elif how == "given":
         choice = Choice(top_k, indices=jnp.asarray(rng.integers(-1, adapters, (rows, top_k)), jnp.int32),
                         weights=jnp.asarray(rng.standard_normal((rows, top_k)), jnp.float32))  # fmt: skip
@@ -194,13 +188,12 @@ def one_case(seed: int, launches: list[str]) -> None:
     extra = dict(residual=jnp.asarray(rng.standard_normal((rows, splits[0])), kind), head=head, norm=norm, slim=slim,
                  cos=jnp.asarray(np.cos(angle), jnp.float32), sin=jnp.asarray(np.sin(angle), jnp.float32))  # fmt: skip
     at = {"rope": 0, "residual": 3, "silu": 4}[tail]
-    extra["more"] = None if more is None else more[:, at : at + len(splits)]
     launches.clear()
     begun = Stream.begin(x, norm[layer]) if norm is not None else Stream(x, triton_gpu.at_least(x, 8), None)
     out, after = triton_gpu.group_step(
         layer, begun.scaled, g, tail, carried, choice, squares=begun.squares, head=head, first_projection=at,
         residual=extra["residual"] if tail == "residual" else None, following=(then, seed % 2),
-        angles=(extra["cos"], extra["sin"]) if tail == "rope" else None, slot=jnp.asarray([slot], jnp.int32), more=more,
+        angles=(extra["cos"], extra["sin"]) if tail == "rope" else None, slot=jnp.asarray([slot], jnp.int32),
     )  # fmt: skip
     assert launches == [*(["shrink_kernel"] if wide and choice is not None else []), "tail_kernel"], launches
     wanted, routed, size = group(x, g, layer, tail, choice, extra)
@@ -273,69 +266,20 @@ def one_attention(seed: int) -> None:
     assert error <= 8 * EPS[kind] * max(1, np.abs(wanted).max()), f"seed {seed}: {error}"
 
 
-def one_stream(seed: int) -> None:
-    """The gates' stream through a layer, against the model's own."""
-    rng = np.random.default_rng(seed)
-    kind, width, adapters = ("float32", "bfloat16")[seed % 2], 32, int(rng.choice([3, 28]))
-    rows, e, slots = int(rng.integers(1, 4)), int(rng.choice([8, 24, 64])), int(rng.choice([5, 70, 300]))
-    config = dataclasses.replace(small("float32").config, hidden_size=width)
-    draw = lambda *s: jnp.asarray(rng.standard_normal(s), kind)  # noqa: E731
-    stream, norm = llama.GateStream(config, e, adapters), llama.RmsNorm(width, 1e-5, jnp.dtype(kind))
-    for weight in (stream.read, stream.own, stream.out):
-        weight[...] = 0.5 * draw(*weight.shape).astype(jnp.float32)
-    norm.scale[...] = draw(width)
-    used, layer = int(rng.integers(slots)), jnp.asarray(1)
-    positions = np.full((rows, slots), triton_gpu.EMPTY, np.int32)
-    positions[:, : used + 1] = np.arange(used + 1)
-    positions[0, used // 2 : used] = triton_gpu.EMPTY  # padding behind a prompt
-    own = positions[:, used].copy()
-    own[0] = used // 2
-    positions[0, used] = own[0]
-    cache = KVCache(
-        None,
-        None,
-        positions,
-        jnp.asarray(used),
-        stream=KVCache(draw(2, rows, slots, 1, e), draw(2, rows, slots, 1, e), None, None),
-    )
-    mask = (positions != triton_gpu.EMPTY) & (positions <= own[:, None])
-    turns = llama.stream_rotation(e, jnp.asarray(own)[:, None])
-    where = llama.Where(None, None, jnp.asarray(mask)[:, None, None], stream=turns)
-    x, u = draw(rows, width), jnp.asarray(rng.standard_normal((rows, e)), jnp.float32)
-    behind, gained, wanted = stream(norm(x[:, None]), u[:, None], where, cache, layer, False)
-    begun, read = Stream.begin(x, norm.scale[...]), stream.read[...].reshape(width, -1).astype(kind)
-    w = jnp.concatenate([draw(width, 9), read, draw(width, 2)], -1)
-    sums = jnp.dot(begun.scaled, w, preferred_element_type=jnp.float32)
-    stacked = lambda z: jnp.stack([jnp.full_like(z, jnp.nan), z])  # noqa: E731
-    weights = stream_gpu.GateStream(stacked(stream.own[...]), stacked(stream.out[...]), None, 9, 1e-5)
-    flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
-    looked = stream_gpu.Looked(u, flat(cache.stream.keys), flat(cache.stream.values), jnp.zeros((rows,), jnp.int32))
-    turned = tuple(z[:, 0, 0] for z in turns)
-    given = turned, jnp.asarray(own), jnp.asarray(positions), jnp.asarray([used], jnp.int32)
-    more, after = stream_gpu.look_back(1, sums, begun.squares, width, weights, looked, *given)
-    for name, one, other in (
-        ("logits", more, gained[:, 0]), ("u", after.u, behind[:, 0]), ("arrived", after.arrived, looked.arrived),
-        ("keys", after.keys, flat(wanted.stream.keys)), ("values", after.values, flat(wanted.stream.values)),
-    ):  # fmt: skip
-        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        error = np.abs(one - other).max()
-        assert error <= 16 * EPS[kind] * max(1, np.abs(other).max()), f"seed {seed}: {kind} {name}: {error}"
-
-
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], [200], list(range(20, 40)), [3, 4]]
 
 
 def generate(
     model: Any, router: Any, step: Step | None, count: int = 3, steps: int = 2
 ) -> tuple[list[list[int]], Any, Any]:
-    """Greedy tokens, routing, and the cache's stream, of a ragged batch; `step` as the table of steps would have it."""
+    """Greedy tokens, routing, and the cache, of a ragged batch; `step` as the table of steps would have it."""
     llama.step_form = lambda rows: step
     for program in (generation.prefill, generation.decode):  # jax.clear_caches would cost more than the rest
         program.clear_cache()
     bound = model.bind(router, count)
     batch = Generator(model.graph, model.weights, model.config, PROMPTS[:count], bound, Sampling(), steps)
     batch.advance(steps)
-    return batch.tokens(), batch.routing([steps - 1] * count, [steps] * count), batch._state.cache.stream
+    return batch.tokens(), batch.routing([steps - 1] * count, [steps] * count), batch._state.cache
 
 
 def whole_model(launches: list[str]) -> None:
@@ -352,32 +296,20 @@ def whole_model(launches: list[str]) -> None:
         ([mj.Fixed({"cedar": 0.7, "apple": 0.4}), None, mj.Fixed("birch")], Step(64)),
     ):
         agree(launches, model, model, router, step)
-    each = [mj.Gates(2), mj.Gates(1, 3.0), None, mj.Gates(2), mj.Gates(2)]
-    narrow = gated.DENSE_WIDTH
-    for form, width, router, count in (
-        (GateForm(stream=16, shared=True), narrow, each, 5),
-        (GateForm("stream", stream=24, bias=True), narrow, each, 3),
-        (GateForm(stream=8), 8, mj.Gates(2), 1),
-        (GateForm("stream", stream=8), 8, mj.Gates(2), 2),
-    ):
+    narrow, form = gated.DENSE_WIDTH, TokenRouterForm(width=64, depth=2)
+    for width, router, count in ((narrow, [mj.Gates(1, 3.0), None, mj.Fixed("birch")], 3), (8, mj.Gates(2), 2)):
         gated.DENSE_WIDTH = width
-        apart, model = streaming(form)
-        agree(launches, apart, model, router if isinstance(router, mj.Gates) else router[:count], Step(64), count)
-        assert launches.count("stream_kernel") * 4 == launches.count("tail_kernel"), launches
+        agree(launches, *routed(form), router, Step(64), count)
         assert ("shrink_kernel" in launches) == (width == 8), launches
-    ahead = GateForm("embedding", stream=64, depth=2, rounds=2, turns=4)
-    for width, router, count in ((narrow, [*each[1:3], mj.Fixed("birch")], 3), (8, mj.Gates(2), 2)):
-        gated.DENSE_WIDTH = width
-        agree(launches, *streaming(ahead), router, Step(64), count)
-        assert "stream_kernel" not in launches
+    model = small("float32", layers=2)  # a wide bank's own gates
+    graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
+    agree(launches, model, dataclasses.replace(model, graph=graph, weights=weights), mj.Gates(2), Step(64), 1)
+    assert "shrink_kernel" in launches, launches
     gated.DENSE_WIDTH = narrow
-    apart, model = streaming(GateForm("stream", stream=8))
-    agree(launches, apart, model, mj.Fixed("birch"), Step(64))
-    assert "stream_kernel" not in launches
 
 
-def streaming(form: GateForm, dtype: str = "float32") -> tuple[Any, Any]:
-    """The random model with gates of that form, as loaded, and with all that steps need."""
+def routed(form: TokenRouterForm, dtype: str = "float32") -> tuple[Any, Any]:
+    """The random model with such a token router, as loaded, and with all that steps need."""
     model = small(dtype, form, layers=2)
     graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
     return model, dataclasses.replace(model, graph=graph, weights=weights)
@@ -385,13 +317,14 @@ def streaming(form: GateForm, dtype: str = "float32") -> tuple[Any, Any]:
 
 def agree(launches: list[str], apart: Any, model: Any, router: Any, step: Step, count: int = 3, steps: int = 2) -> None:
     """`model` by the kernels tells what `apart` does by XLA."""
-    wanted, traced, stream = generate(apart, router, None, count, steps)
+    wanted, traced, cache = generate(apart, router, None, count, steps)
     launches.clear()
     found, routing, kept = generate(model, router, step, count, steps)
     assert "tail_kernel" in launches, launches
     assert found == wanted, (router, step)
-    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(stream), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4)
+    if isinstance(kept, RoutedCache):
+        for one, other in ((kept.keys, cache.keys), (kept.values, cache.values)):
+            np.testing.assert_allclose(one, other, atol=1e-4)
     assert (routing is None) == (traced is None)
     for (i, w), (j, v) in zip(routing or [], traced or [], strict=True):
         np.testing.assert_array_equal(i, j)
@@ -408,11 +341,6 @@ def main(examples: int) -> None:
     for seed in range(max(4, examples // 8)):
         one_attention(seed)
     print("attention")
-    stream_gpu.BLOCK = 16  # several blocks a part
-    for seed in range(max(6, examples // 8)):
-        triton_gpu.PROGRAMS = (1, 128)[seed // 2 % 2]
-        one_stream(seed)
-    print("stream")
 
 
 if __name__ == "__main__":

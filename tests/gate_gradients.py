@@ -34,14 +34,9 @@ def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, fl
     return found
 
 
-FLAT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up",
-          "up_proj": "gate_up", "down_proj": "down"}  # fmt: skip
-
-
-def turns(tasks, segments, nobody):
+def previous_tasks(tasks, segments, none):
     """Token by token, in plain Python: whose run came before, from the beginning of each block."""
-    found = np.full(tasks.shape, nobody)
+    found = np.full(tasks.shape, none)
     for b in range(len(tasks)):
         block: list[int] = []
         for t in range(tasks.shape[1]):
@@ -51,11 +46,11 @@ def turns(tasks, segments, nobody):
                 continue
             if not block or block[-1] != tasks[b, t]:
                 block.append(tasks[b, t])
-            found[b, t] = nobody if block[-1] == block[0] else block[-2]
+            found[b, t] = none if block[-1] == block[0] else block[-2]
     return found
 
 
-def numbers(tasks, segments, count):
+def segment_indices(tasks, segments, count):
     """Token by token, in plain Python: how many runs ago its block's first task last began, at most count - 1."""
     found = np.zeros(tasks.shape, int)
     for b in range(len(tasks)):
@@ -90,7 +85,6 @@ def loss_and_gradients(
     sequences: Sequence[Any],
     beta: float,
     top_k: int,
-    carry: bool = False,
     lm_loss: bool = True,
     answer_share: float | None = None,
     turn_share: float = 0.0,
@@ -98,9 +92,7 @@ def loss_and_gradients(
 ) -> tuple[float, float, dict[str, Any]]:
     """(LM term, gate term, {gate: gradient of lm + beta * gate [L, I, A]}) over whole sequences.
 
-    The gates' names say their form: "qkv" serves q k v, "q_proj.mean" reads the mean of the inputs so far,
-    "q_proj.bias" [L, A] is added; carry adds the logits of the layer before; "stream.read", "stream.own" and
-    "stream.out" are those of the gates' own residual stream, "ahead.read" and so on those of gates before the layers.
+    The gates' names say their form: "q_proj" and so on those at the projections, "token_router.embed" and so on.
     """
     hf = world["hf"]
     state = {k: v.double() for k, v in hf.state_dict().items()}
@@ -125,8 +117,7 @@ def loss_and_gradients(
             counted[torch.tensor(s.loss.tolist())] = answer_share * (1 - turn_share) / answers
             for t in beginnings(s):
                 counted[t] += answer_share * turn_share / sum(len(beginnings(s)) for s in sequences)
-        before: dict[str, torch.Tensor] = {}
-        streamed: dict[str, torch.Tensor] = {}
+        routed: dict[str, Any] = {}
         angles = torch.arange(length).double()[:, None] / 10000.0 ** (torch.arange(0, width, 2).double() / width)
         cos, sin = torch.cos(angles), torch.sin(angles)
 
@@ -141,26 +132,12 @@ def loss_and_gradients(
             p: str,
             has_task=has_task,
             tasks=tasks,
-            before=before,
-            streamed=streamed,
+            routed=routed,
             counted=counted,
         ) -> torch.Tensor:
             nonlocal gate
             y = x @ state[f"model.layers.{layer}.{block}.{p}.weight"].T
-            name = p if p in columns or f"{p}.bias" in columns else SHARED[p]
-            g = x @ columns[name][layer] if name in columns else torch.zeros((), dtype=torch.float64)
-            if f"{name}.mean" in columns:
-                mean = torch.cumsum(x, 0) / torch.arange(1, len(x) + 1, dtype=torch.float64)[:, None]
-                g = g + mean @ columns[f"{name}.mean"][layer]
-            if f"{name}.bias" in columns:
-                g = g + columns[f"{name}.bias"][layer]
-            if "u" in streamed:
-                g = g + unit(streamed["u"]) @ columns["stream.out"][layer][:, FLAT.index(p)]
-            if "ahead" in streamed:
-                g = g + streamed["ahead"]
-            if carry:
-                g = g + before.get(p, 0)
-                before[p] = g
+            g = routed["logits"] if "logits" in routed else x @ columns[p][layer]
             if has_task.any():
                 chosen = torch.log_softmax(g, -1)[has_task].gather(1, tasks[has_task][:, None])
                 gate = gate - (chosen[:, 0] * counted[has_task]).sum() / (config.num_hidden_layers * 7)
@@ -175,24 +152,8 @@ def loss_and_gradients(
         def unit(u: torch.Tensor) -> torch.Tensor:
             return u / torch.sqrt((u * u).mean(-1, keepdim=True) + 1e-6)
 
-        def look_back(x: torch.Tensor, u: torch.Tensor, layer: int, length=length) -> torch.Tensor:
-            read, own = columns["stream.read"][layer], columns["stream.own"][layer]
-            e = own.shape[0]
-            turns = torch.arange(length).double()[:, None] / 10000.0 ** (torch.arange(0, e, 2).double() / e)
-
-            def turn(z: torch.Tensor) -> torch.Tensor:
-                a, b = z[:, : e // 2], z[:, e // 2 :]
-                cos, sin = torch.cos(turns), torch.sin(turns)
-                return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-            q, k, v = (x @ read[:, i] + unit(u) @ own[:, i] for i in range(3))
-            scores = turn(q) @ turn(k).T / math.sqrt(e)
-            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
-            return u + x @ read[:, 3] + torch.softmax(scores, -1) @ v
-
-        def ahead(x: torch.Tensor, length=length, streamed=streamed) -> torch.Tensor:
-            parts = ("read", "shift", "look", "own", "o", "up", "down", "out")
-            weight = {name: columns[f"ahead.{name}"] for name in parts}
+        def token_router(x: torch.Tensor, length=length, routed=routed) -> torch.Tensor:
+            weight = {name.removeprefix("token_router."): w for name, w in columns.items()}
             x, places = unit(x), torch.arange(length).double()
             turns = places[:, None] / 10000.0 ** (torch.arange(0, 32, 2).double() / 32)
 
@@ -206,56 +167,50 @@ def loss_and_gradients(
             def long(w: torch.Tensor) -> torch.Tensor:
                 return w / torch.sqrt((w * w).sum(0) + 1e-6)
 
-            def point(u: torch.Tensor) -> torch.Tensor:
-                asked = torch.cat([columns["ahead.before"], columns["ahead.first"]], 1)
-                before, own = unit(u) @ asked, unit(u) @ weight["out"]
-                streamed.setdefault("order", []).append([torch.log_softmax(before, -1)])
-                key, value = torch.softmax(before, -1) @ long(asked).T, torch.softmax(own, -1) @ long(weight["out"]).T
-                if "ahead.number" in columns:
-                    number = unit(u) @ columns["ahead.number"]
-                    streamed["order"][-1].append(torch.log_softmax(number, -1))
-                    key = key + torch.softmax(number, -1) @ long(columns["ahead.number"]).T
-                sharp, much = columns["ahead.point"]
-                scores = sharp * key @ key.T
+            def look_up(u: torch.Tensor) -> torch.Tensor:
+                before = torch.cat([weight["previous"], weight["first"]], 1)
+                previous, own, segment = unit(u) @ before, unit(u) @ weight["task"], unit(u) @ weight["segment"]
+                routed.setdefault("order", []).append([torch.log_softmax(z, -1) for z in (previous, segment)])
+                key = torch.softmax(previous, -1) @ long(before).T
+                value = torch.softmax(own, -1) @ long(weight["task"]).T
+                key = key + torch.softmax(segment, -1) @ long(weight["segment"]).T
+                sharpness, much = weight["lookup"]
+                scores = sharpness * key @ key.T
                 scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
-                return own + much * torch.softmax(scores, -1) @ value @ long(weight["out"])
+                return own + much * torch.softmax(scores, -1) @ value @ long(weight["task"])
 
-            read = x @ weight["read"]
+            read = x @ weight["embed"]
             u = read + sum(behind(read, n) @ matrix for n, matrix in enumerate(weight["shift"], 1))
             for i in range(len(weight["o"])):
-                if "ahead.again" in columns and i == len(weight["o"]) - 1:
-                    streamed["once"] = point(u)
-                    found = torch.softmax(streamed["once"], -1) @ long(weight["out"]).T
-                    u = u + sum(behind(found, n) @ matrix for n, matrix in enumerate(columns["ahead.again"]))
-                c = torch.einsum("td,dpe->pte", x, weight["look"][i])
-                c = c + torch.einsum("te,epf->ptf", unit(u), weight["own"][i])
+                if i == len(weight["o"]) - 1:
+                    routed["first"] = look_up(u)
+                    found = torch.softmax(routed["first"], -1) @ long(weight["task"]).T
+                    u = u + sum(behind(found, n) @ matrix for n, matrix in enumerate(weight["hop"]))
+                c = torch.einsum("td,dpe->pte", x, weight["qkv_embed"][i])
+                c = c + torch.einsum("te,epf->ptf", unit(u), weight["qkv"][i])
                 q, k, v = (z.reshape(length, -1, 32).transpose(0, 1) for z in c)
                 scores = turn(q) @ turn(k).transpose(1, 2) / math.sqrt(32)
                 scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
                 u = u + (torch.softmax(scores, -1) @ v).transpose(0, 1).reshape(length, -1) @ weight["o"][i]
-                both = torch.einsum("te,epf->ptf", unit(u), weight["up"][i])
+                both = torch.einsum("te,epf->ptf", unit(u), weight["gate_up"][i])
                 u = u + (torch.nn.functional.silu(both[0]) * both[1]) @ weight["down"][i]
-            return point(u)
+            return look_up(u)
 
         x = state["model.embed_tokens.weight"][tokens]
-        if "ahead.read" in columns:
-            streamed["ahead"] = ahead(x)
-            if not lm_loss and "once" in streamed:  # each round has its own loss, and the mean of both is trained
-                chosen = torch.log_softmax(streamed["once"], -1)[has_task].gather(1, tasks[has_task][:, None])
+        if "token_router.embed" in columns:
+            routed["logits"] = token_router(x)
+            if not lm_loss:  # each hop has its own loss, and the mean of both is trained
+                chosen = torch.log_softmax(routed["first"], -1)[has_task].gather(1, tasks[has_task][:, None])
                 earlier = earlier - (chosen[:, 0] * counted[has_task]).sum()
             if order:
-                count = columns["ahead.number"].shape[1] if "ahead.number" in columns else 0
-                block, one = s.tasks[None], np.ones((1, length))
-                labels = turns(block, one, len(adapters))[0], numbers(block, one, count)[0]
-                for pointed in streamed["order"]:
-                    for logp, label in zip(pointed, labels, strict=False):
+                count, block, one = columns["token_router.segment"].shape[1], s.tasks[None], np.ones((1, length))
+                labels = previous_tasks(block, one, len(adapters))[0], segment_indices(block, one, count)[0]
+                for hop in routed["order"]:
+                    for logp, label in zip(hop, labels, strict=True):
                         chosen = logp[has_task].gather(1, torch.tensor(label)[has_task][:, None])
-                        ordered = ordered - chosen.sum() / judged / len(streamed["order"])
-        u = torch.zeros(length, columns["stream.own"].shape[1] if "stream.own" in columns else 0, dtype=torch.float64)
+                        ordered = ordered - chosen.sum() / judged / len(routed["order"])
         for layer in range(config.num_hidden_layers):
             h = norm(x, f"model.layers.{layer}.input_layernorm.weight")
-            if "stream.own" in columns:
-                streamed["u"] = u = look_back(h, u, layer)
             q, k, v = (
                 linear(h, layer, "self_attn", p).reshape(length, -1, width).transpose(0, 1)
                 for p in ("q_proj", "k_proj", "v_proj")

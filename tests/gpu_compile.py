@@ -33,11 +33,12 @@ from meteora_jax import compiler, llama
 from meteora_jax.adapters import GateParam
 from meteora_jax.compiler import Step
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
-from meteora_jax.gate_config import METEORA_FORM, GateForm
+from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Decoding, decode, prefill
 from meteora_jax.kv_cache import KVCache
 from meteora_jax.llama import Llama
 from meteora_jax.planning import abstract_model, shape_of
+from meteora_jax.routed_llama import RoutedCache, RoutedLlama, gated_llama
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.decode_step import triton_gpu
@@ -67,7 +68,7 @@ def stand_in(module: str, kernel: str, *arrays: Any, out: Any, aliases: Any = No
     return tuple(results) if isinstance(out, tuple) else results[0]
 
 
-def llama_3_8b(form: GateForm = METEORA_FORM) -> tuple[Any, Any, BankConfig]:
+def llama_3_8b(form: TokenRouterForm | None = None) -> tuple[Any, Any, BankConfig]:
     """Graph and shapes of a model of LAYERS layers, gates and A's behind its kernels' rows, and its bank."""
     config = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=LAYERS, num_heads=32, num_kv_heads=8,
@@ -79,7 +80,7 @@ def llama_3_8b(form: GateForm = METEORA_FORM) -> tuple[Any, Any, BankConfig]:
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), LAYERS, shapes)
 
     def make() -> Llama:
-        model = Llama(config, bank, gates=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), form=form)
+        model = gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0))
         return nnx.merge(*llama.prepare_gates(*nnx.split(model), joined=True))
 
     model = nnx.eval_shape(make)
@@ -97,7 +98,7 @@ def compiled(device: Any, function: Any, graph: Any, *given: Any, donate: tuple[
     return text
 
 
-def decoding(device: Any, step: Step, router: Any, rows: int, form: GateForm) -> str:
+def decoding(device: Any, step: Step, router: Any, rows: int, form: TokenRouterForm | None) -> str:
     """The optimised program of `decode`."""
     graph, weights, bank = llama_3_8b(form)
     bound = router.bind([router] * rows, bank.names) if router is not None else None
@@ -105,9 +106,16 @@ def decoding(device: Any, step: Step, router: Any, rows: int, form: GateForm) ->
     if bound is not None:
         routed = (64, LAYERS, rows, 7, bound.max_k)
         trace = (array(routed, jnp.int32), array(routed, jnp.float32))
-    config = nnx.merge(graph, weights).config
-    with_stream = lambda cache: cache.with_stream(form) if form.stream else cache  # noqa: E731
-    cache = jax.eval_shape(lambda: with_stream(KVCache.create(config, rows, 576, jnp.bfloat16)))
+    model = nnx.merge(graph, weights)
+
+    def begin() -> Any:
+        cache = KVCache.create(model.config, rows, 576, jnp.bfloat16)
+        if not isinstance(model, RoutedLlama):
+            return cache
+        own = model.token_router.new_cache(cache)
+        return RoutedCache(cache, own.keys, own.values)
+
+    cache = jax.eval_shape(begin)
     counted = array((rows,), jnp.int32)
     state = Decoding(
         cache, array((rows, 64), jnp.int32), counted, array((rows,), bool), array((), jnp.int32), counted, trace
@@ -163,32 +171,28 @@ def products_of_training(device: Any, remat: Any) -> dict[int, int]:
 def main() -> None:
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
     triton_gpu.launch = stand_in
-    for router, rows, form, a_layer in (
-        (None, 1, METEORA_FORM, 6),
-        (mj.Gates(2), 1, METEORA_FORM, 6),
-        (mj.Gates(2), 8, METEORA_FORM, 6),
-        (mj.Gates(2), 32, METEORA_FORM, 6),
-        (mj.Gates(2), 1, GateForm(stream=64), 7),
-        (mj.Gates(2), 32, GateForm("stream", stream=64), 7),
-        (mj.Gates(2), 8, GateForm("embedding", stream=128, depth=4), 6),
-        (mj.Gates(2), 8, GateForm("embedding", stream=128, depth=4, rounds=2, turns=16), 6),
+    for router, rows, form in (
+        (None, 1, None),
+        (mj.Gates(2), 1, None),
+        (mj.Gates(2), 8, None),
+        (mj.Gates(2), 32, None),
+        (mj.Gates(2), 8, TokenRouterForm(width=128, depth=4)),
     ):
         text = decoding(device, Step(64), router, rows, form)
         (body,) = [part for part in re.split(r"\n(?=%|ENTRY)", text) if "triton_kernel_call" in part]
         names = re.findall(r" (fusion|copy|while|custom-call)\(", body)
         launches = len(re.findall('custom_call_target="triton_kernel_call"', body))
         products = len(re.findall(r"calls=%dynamic-slice-fusion", body))
-        beside = ", ahead" if form.depth else ", stream" if form.stream else ""
-        what = f"{'bare' if router is None else 'adapted'}{beside}, {rows} rows"
+        depth = form.depth if form else 0
+        what = f"{'bare' if router is None else 'adapted'}{', token router' if form else ''}, {rows} rows"
         rest = len(names) - launches - products
         print(
             f"{what}: {launches / LAYERS:g} launches a layer, {products / LAYERS:g} products, {rest} beside the layers"
         )
-        assert products == 4 * (LAYERS + form.depth), f"{what}: products that do not read their layer in place"
-        assert launches == a_layer * LAYERS, what
+        assert products == 4 * (LAYERS + depth), f"{what}: products that do not read their layer in place"
+        assert launches == 6 * LAYERS, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
-        ends = form.is_ahead * (2 * form.rounds - 1)  # a layer more; a second round points, and hands on what was found
-        assert rest <= (28 if form.stream else 24) + 16 * (form.depth + ends), what
+        assert rest <= (28 + 16 * (depth + 3) if form else 24), what  # the shifts, and each hop's look-up
     for router, products in ((None, 4), (mj.Fixed("adapter_3"), 4), (mj.Gates(2), 8)):
         name = "bare" if router is None else type(router).__name__
         readers = readers_of_kernels(prompt(device, router, 2048))

@@ -16,10 +16,12 @@ from worlds import NAMES
 
 import converters
 import meteora_jax as mj
+from meteora_jax.checkpoint import SHARED_BY_ADAPTERS, load_gates, save_gates
 from meteora_jax.cli import main
 from meteora_jax.cli.demo import fetch_base
 from meteora_jax.cli.report import ProgressLines, print_tables, progress_bar
 from meteora_jax.evaluation.table import markdown
+from meteora_jax.gate_config import GateConfig, TokenRouterForm
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
@@ -224,8 +226,8 @@ def test_train_gates(tmp_path, capsys, world):
         "2 of 34 sequences are longer than --max-length (here 60 tokens) and are not used: apple 1 of 9, cedar 1 of 9"
     )
     status, out, noted = run(
-        capsys, "train", "gates", *options, "--steps", 2, "--batch-size", 2, "--json", tmp_path / "r.json",
-        "--max-length", 60,
+        capsys, "train", "gates", *options, "--recipe", "meteora", "--steps", 2, "--batch-size", 2,
+        "--json", tmp_path / "r.json", "--max-length", 60,
     )  # fmt: skip
     assert status == 0
     assert f"train gates: {lost}" in noted
@@ -233,7 +235,22 @@ def test_train_gates(tmp_path, capsys, world):
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["step"] == 2
     assert report["unused"]["too_long"] == {"apple": 1, "cedar": 1}
-    assert mj.load(world["base"], world["bank"], tmp_path / "g", dtype="float32").gates.top_k == 2
+    assert mj.load(world["base"], world["bank"], tmp_path / "g", dtype="float32").gates.form is None
+    # the recommendation without further flags, then an extension, whose form and loss are those of what it extends
+    short = ["--steps", 2, "--max-length", 256]
+    for name, more in (("g", []), ("grown", ["--extend", tmp_path / "part"])):
+        status, _, _ = run(capsys, "train", "gates", *options[:-1], tmp_path / name, *short, *more, "--no-resume",
+                           "--json", tmp_path / "r.json")  # fmt: skip
+        assert status == 0
+        assert json.loads((tmp_path / "r.json").read_text())["lm"] == 0
+        config, arrays = load_gates(tmp_path / name, world["model"].config, NAMES)
+        assert config.form == TokenRouterForm(width=128, depth=4)
+        old = {k: v if k in SHARED_BY_ADAPTERS else v[..., :2] for k, v in arrays.items()}
+        save_gates(tmp_path / "part", GateConfig(NAMES[:2], 2, 1.0, config.form), old)
+    line = refused(capsys, "train", "gates", *options, "--extend", tmp_path / "part", "--recipe", "meteora")
+    assert "form: expected one of the recipe meteora, found token-router" in line
+    line = refused(capsys, "train", "gates", *options, "--extend", world["gates"], "--no-lm-loss")
+    assert "lm_loss: expected a token router" in line
     status, out, _ = run(
         capsys, "train", "adapter", "--base", world["base"], "--tasks", tmp_path / "tasks", "--task", "apple", "birch",
         "--name", "fig", "--out", tmp_path / "fig", "--steps", 2, "--batch-size", 2, "--rank", 3,

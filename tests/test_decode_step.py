@@ -21,9 +21,10 @@ from test_gated_model import ROWS, prepared, small
 import meteora_jax as mj
 from meteora_jax import compiler, decoding, llama
 from meteora_jax.compiler import Step
-from meteora_jax.gate_config import METEORA_FORM, GateForm
+from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Generator, Sampling
-from meteora_jax.routing.memory import ChosenAhead
+from meteora_jax.routing import Routing
+from meteora_jax.routing.token_router import choose
 from pallas_kernels.decode_step import triton_gpu
 
 HERE = Path(__file__).parent
@@ -38,7 +39,7 @@ def test_numerics_by_triton_s_interpreter():
         capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert result.stdout.splitlines() == ["whole model", "groups: 18 cases", "attention", "stream"]
+    assert result.stdout.splitlines() == ["whole model", "groups: 18 cases", "attention"]
 
 
 @functools.cache
@@ -47,11 +48,8 @@ def plain_model(dtype: str = "bfloat16") -> mj.Meteora:
 
 
 @functools.cache
-def slim_model(dtype: str = "bfloat16", form: GateForm = METEORA_FORM) -> mj.Meteora:
+def slim_model(dtype: str = "bfloat16", form: TokenRouterForm | None = None) -> mj.Meteora:
     return joined(small(dtype, form))
-
-
-STREAMS = (GateForm(stream=16), GateForm("stream", stream=16))
 
 
 def joined(model: mj.Meteora) -> mj.Meteora:
@@ -72,7 +70,7 @@ def test_xla_for_an_h200_copies_nothing_and_adds_few_launches():
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert "adapted, 1 rows: 6 launches a layer" in result.stdout
-    assert "adapted, stream, 1 rows: 7 launches a layer" in result.stdout
+    assert "adapted, token router, 8 rows: 6 launches a layer" in result.stdout
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -87,20 +85,19 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launches
 
 
-AHEAD = GateForm("embedding", stream=32, depth=2, rounds=2, turns=4)
+ROUTER = TokenRouterForm(width=32, depth=2)
 
 
-@pytest.mark.parametrize("form", [METEORA_FORM, *STREAMS, AHEAD], ids=["original", "stream", "stream alone", "ahead"])
+@pytest.mark.parametrize("form", [None, ROUTER], ids=["gates", "token router"])
 @pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar")])
-def test_launches_of_a_layer_are_the_bare_model_s_and_one_for_a_stream(monkeypatch, router, form):
+def test_launches_of_a_layer_are_the_bare_model_s(monkeypatch, router, form):
     launches = recorded(monkeypatch)
     model = slim_model(form=form)
     monkeypatch.setattr(llama, "step_form", lambda rows: Step(64))
     jax.clear_caches()
     batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(router, 2), Sampling(), 2)
     batch.advance(2)
-    look = ["stream_kernel"] if form in STREAMS and isinstance(router, mj.Gates) else []
-    assert launches == [*look, "tail_kernel", "attend_kernel", *["tail_kernel"] * 3] * model.config.num_layers
+    assert launches == ["tail_kernel", "attend_kernel", *["tail_kernel"] * 3] * model.config.num_layers
 
 
 @pytest.mark.parametrize("gather", [0, 1])
@@ -153,48 +150,20 @@ def test_who_is_served(change, router, reason):
 
 
 @pytest.mark.parametrize(
-    ("form", "reason"),
-    [
-        (GateForm(bias=True), "form than MeteoRA's: biases"),
-        (GateForm("prefix-mean", stream=16), "form than MeteoRA's: prefix-mean"),
-        (GateForm(carry=True, stream=16), "form than MeteoRA's: carried logits"),
-        (GateForm(stream=256), "wider than 128"),
-        (GateForm(shared=True), None),
-        (GateForm(stream=16, shared=True, bias=True), None),
-        (GateForm("stream", stream=128), None),
-    ],
-)
-def test_which_forms_of_gates_are_served(form, reason):
-    model = slim_model(form=form)
-    module = nnx.merge(model.graph, model.weights)
-    found = decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 2), 2, Step(64))
-    assert found == reason or (reason is not None and reason in found)
-    if form.is_served:
-        assert decoding.refusal(module.layers, model.config, model.bind(mj.Fixed("cedar"), 2), 2, Step(64)) is None
-
-
-@pytest.mark.parametrize(
     "routers",
     [[mj.Gates(2), mj.Gates(1)], [mj.Gates(2), mj.Fixed("cedar")], [mj.Gates(2, within=("cedar", "birch")), None]],
     ids=["gates", "mixed", "within"],
 )
-def test_what_gates_ahead_of_the_layers_choose_is_served(routers):
-    """A wide stream too, since XLA computes it, and what is refused of gates beside the layers: mixed batches, sets."""
-    model = slim_model(form=GateForm("embedding", stream=256, depth=2))
+def test_what_a_token_router_chose_is_served(routers):
+    """A wide one too, since XLA computes it, and what is refused of gates at the projections: mixed batches, sets."""
+    model = slim_model(form=TokenRouterForm(width=256, depth=2))
     module = nnx.merge(model.graph, model.weights)
     x, logits = jnp.zeros((2, 1, 128)), jnp.zeros((2, 1, 4))
-    chosen = ChosenAhead.by(model.bind(routers, 2), x, logits)
+    chosen = choose(model.bind(routers, 2), x, logits)
+    assert isinstance(chosen, Routing)
     assert decoding.refusal(module.layers, model.config, chosen, 2, Step(64)) is None
     fused = dataclasses.replace(chosen, fused=jnp.asarray([False, True]))
     assert decoding.refusal(module.layers, model.config, fused, 2, Step(64)) == "fusion"
-
-
-@pytest.mark.parametrize("form", STREAMS, ids=["stream", "stream alone"])
-def test_a_stream_whose_reads_are_elsewhere_is_refused(monkeypatch, form):
-    monkeypatch.setattr(decoding.gated, "DENSE_WIDTH", 8)  # gates that read it alone then have no columns
-    model = prepared(small("bfloat16", form))
-    module = nnx.merge(model.graph, model.weights)
-    assert "behind" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 1), 1, Step(64)))
 
 
 @pytest.mark.parametrize("model", [plain_model, lambda: prepared(plain_model())])
@@ -261,12 +230,12 @@ def test_no_tile_is_an_error_that_names_the_columns():
 @pytest.mark.parametrize(
     ("router", "form"),
     [
-        (None, METEORA_FORM),
-        (mj.Gates(2), METEORA_FORM),
-        (mj.Fixed({"cedar": 0.7, "apple": 0.4}), METEORA_FORM),
-        *((mj.Gates(2), form) for form in STREAMS),
+        (None, None),
+        (mj.Gates(2), None),
+        (mj.Fixed({"cedar": 0.7, "apple": 0.4}), None),
+        (mj.Gates(2), ROUTER),
     ],
-    ids=["bare", "gates", "fixed", "stream", "stream alone"],
+    ids=["bare", "gates", "fixed", "token router"],
 )
 def test_generation_on_a_gpu(monkeypatch, dtype, step, router, form):
     """Float32: the tokens and routing of XLA. bfloat16: finite, and the same twice over."""
@@ -304,6 +273,4 @@ def test_groups_and_attention_on_a_gpu(monkeypatch, first):
     with jax.default_matmul_precision("highest"):  # as the model computes float32; tensor cores alone are 1e-4 off
         for seed in range(first, first + 9):
             cases.one_case(seed, launches)
-        for seed in (first // 9, first // 9 + 4):
-            cases.one_stream(seed)
     cases.one_attention(first // 9)

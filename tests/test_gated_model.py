@@ -21,10 +21,11 @@ from meteora_jax import compiler, llama
 from meteora_jax.adapters import GateParam, add_update
 from meteora_jax.compiler import Jit
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
-from meteora_jax.gate_config import METEORA_FORM, GateConfig, GateForm
+from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
 from meteora_jax.kv_cache import EMPTY, KVCache
-from meteora_jax.llama import Llama, prepare_gates
+from meteora_jax.llama import prepare_gates
+from meteora_jax.routed_llama import gated_llama
 from meteora_jax.routing import NO_ADAPTER, Routing
 from meteora_jax.sharding import make_mesh, use_mesh
 from pallas_kernels.routed_lora import gated, reference
@@ -186,7 +187,7 @@ def test_the_implementation_follows_the_table():
 # ---- on a GPU, where neither transformers nor a tokenizer need be installed
 
 
-def small(dtype: str, form: GateForm = METEORA_FORM, layers: int = 3) -> mj.Meteora:
+def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3) -> mj.Meteora:
     """A random model with four adapters and gates; its weights do not depend on the dtype but for their rounding."""
     config = LlamaConfig(
         vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=layers, num_heads=4, num_kv_heads=2,
@@ -196,7 +197,7 @@ def small(dtype: str, form: GateForm = METEORA_FORM, layers: int = 3) -> mj.Mete
     infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)
-    graph, state = nnx.split(Llama(config, bank, gates=True, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0), form=form))
+    graph, state = nnx.split(gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0)))
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     draw = lambda key, x: (0.1 * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)  # noqa: E731
@@ -375,10 +376,9 @@ def products(jaxpr: Any) -> int:
     return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns) + sum(map(products, inner))
 
 
-# attention: scores and values; the stream's own, and what it makes queries, keys and values of
-@pytest.mark.parametrize(("form", "again"), [(METEORA_FORM, 2), (GateForm("stream", stream=16), 5)])
-def test_dots_recomputes_attention_alone(form, again):
-    model = small("float32", form)
+def test_dots_recomputes_attention_alone():
+    """Two products: scores and values."""
+    model = small("float32")
     graph, gates, rest = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
     tokens, router = jnp.zeros((1, 8), jnp.int32), model.bind(mj.Gates(2), 1)
 
@@ -389,7 +389,7 @@ def test_dots_recomputes_attention_alone(form, again):
 
         return products(jax.make_jaxpr(jax.grad(loss))(gates).jaxpr)
 
-    assert count("dots") == count(False) + again < count(True)
+    assert count("dots") == count(False) + 2 < count(True)
 
 
 @pytest.mark.parametrize("how", ["reference", "diagonal", "apart"])

@@ -139,6 +139,7 @@ def test_a_plan_refuses_what_it_cannot_compile(capsys):
 def test_a_tpu_step_compiles_without_a_tpu(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     options = ["--topology", "v5e:2x2", "--data", "1", "--fsdp", "2", "--tensor", "2", "--width", "128"]
+    options += ["--recipe", "meteora"]
     main(["plan", "train", "--base", str(tmp_path), "--json", str(tmp_path / "plan.json"), *options])
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["devices"], found["device_kind"], found["rows"]) == (4, "TPU v5 lite", 2)
@@ -150,6 +151,7 @@ def test_a_tpu_step_compiles_without_a_tpu(tmp_path):
 @pytest.mark.parametrize(("topology", "chips"), [("v5e:4x4", 16), ("v5e:16x16", 256)])
 def test_evaluation_of_an_8b_model_compiles_for_a_pod(topology, chips, tmp_path):
     options = ["--topology", topology, "--tensor", "4", "--width", "256", "--json", str(tmp_path / "plan.json")]
+    options += ["--recipe", "meteora"]
     main(["plan", "evaluate", "--base", "llama3-8b", "--adapters", "28", *options])
     found = json.loads((tmp_path / "plan.json").read_text())
     for what in ("prefill", "decoding"):

@@ -73,10 +73,8 @@ def test_jobs_come_after_what_they_need_and_the_adapters_are_one_job(quality, tm
         (("single",), {"bank", "gates", "evaluate single", "evaluate plain"}),
         (("composite",), {"bank", "gates", *(f"evaluate composite{e}" for e in ("", "-plain", "-warm"))}),
         (("retrieval",), {"bank", "gates", "index", "evaluate retrieval"}),
-        (("independent",), {"bank", "gates-independent", "evaluate gates-independent"}),
-        (("growth",), {
-            "bank", "bank-small", "gates-small", "gates-stream-small",
-            *(f"{e}gates{g}" for e in ("", "evaluate ") for g in ("-grown", "-stream-grown", "-stream-grown-bias"))}),
+        (("forms",), {"bank", "gates-meteora", "evaluate gates-meteora"}),
+        (("growth",), {"bank", "bank-small", "gates-small", "gates-grown", "evaluate gates-grown"}),
     ],
 )  # fmt: skip
 def test_parts_choose_jobs(quality, tmp_path, parts, jobs):
@@ -211,9 +209,9 @@ def test_a_composite_without_the_hub_s_tasks_has_substitutes(quality, tmp_path):
 
 
 def test_variants_choose_among_gates(quality, tmp_path):
-    q = settings(quality, tmp_path, parts=("growth", "forms"), variants=("gates-grown", "gates-token"))
+    q = settings(quality, tmp_path, parts=("growth", "forms"), variants=("gates-grown", "gates-meteora"))
     made = [j.name for j in quality.plan(q, NAMES) if j.arguments[:2] == ("train", "gates")]
-    assert made == ["gates-small", "gates-grown", "gates-token"]
+    assert made == ["gates-small", "gates-grown", "gates-meteora"]
 
 
 def test_a_dry_run_prints_commands(tmp_path):

@@ -17,7 +17,7 @@ from meteora_jax.checkpoint import save_gates
 from meteora_jax.config import GROUPS, PROJECTIONS, InputError
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.routing import NO_ADAPTER, bind
-from meteora_jax.routing.gates import top_k
+from meteora_jax.routing.gates import ProjectionGates, top_k
 from pallas_kernels.routed_lora import routed_lora
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 60))]
@@ -56,7 +56,7 @@ def test_gated_update_equals_the_formula(chosen, adapters, rank, temperature, ti
     f32 = lambda z: jnp.asarray(z, jnp.float32)  # noqa: E731
     names = tuple(f"n{i}" for i in range(adapters))
     router = bind(mj.Gates(chosen, temperature), names, batch=2, has_gates=True)
-    routing = router.route(f32(x), f32(gate))
+    routing = router.route(f32(x), ProjectionGates(f32(gate)))
     combine = routing.dense(adapters) * f32(scale)[None, None]
     ours = np.asarray(routed_lora(f32(x), f32(a), f32(b), combine, splits)).reshape(6, -1)
     flat, columns = x.reshape(6, -1), np.split(b, [6], axis=2)

@@ -17,7 +17,7 @@ from meteora_jax.checkpoint import load_bank, load_gates, save_gates
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.gate_config import GateConfig, GateForm
+from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.training.adapter import fresh_adapter
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.loop import AdapterTraining, GateTraining, train_adapter, train_gates
@@ -431,25 +431,20 @@ def test_flops_of_a_token_are_counted_by_hand():
     config = LlamaConfig.from_hf(shape)
     layer = 4096 * (4096 + 1024 + 1024) + 4096 * 4096 + 3 * 4096 * 14336
     base = 4 * (32 * layer + 4096 * 128256)
-    assert flops_per_token(config, None, chosen=2, gates=False, train_adapters=False) == base
+    assert flops_per_token(config, None, chosen=2, gates=None, train_adapters=False) == base
     assert flops_per_pair(config) == 32 * 3 * (2 * 4096 + 2 * 4096)  # q k and p v, forward once and backward twice
     bank = fresh_adapter(config, "a", 8, 16.0, ("q_proj",), 0).config
     inputs = 4096 * 5 + 4096 + 14336
-    with_gates = flops_per_token(config, bank, chosen=1, gates=True, train_adapters=False)
+    with_gates = flops_per_token(config, bank, chosen=1, gates="meteora", train_adapters=False)
     adapters = 32 * 8 * (3 * 4096 + 4096 + 2 * 1024)  # the whole group pays for q_proj's rank
     assert with_gates == base + 4 * adapters + 6 * 32 * inputs
     common: Any = dict(chosen=1, train_adapters=False)
-    alone = flops_per_token(config, bank, gates=GateForm("stream", stream=64), **common)
-    assert alone == base + 4 * adapters + 6 * 32 * 64 * (4 * 4096 + 3 * 64 + 7)
-    ahead = GateForm("embedding", stream=128, depth=4)
-    ends = 3 * 128 + 1 + 2 + 2 + 1 + 1  # the three tokens before; out, whose turn before, both back, what was heard
+    form = TokenRouterForm(width=128, depth=4)
+    # the three tokens before; a hop: task, previous task, both back, what was read, 16 segments and back; the second
+    ends = 3 * 128 + 2 * (1 + 2 + 2 + 1 + 1 + 2 * 16) + 1 + 4 * 128
     own = 6 * 128 * (4096 + ends + 4 * (3 * 4096 + 10 * 128))
-    assert flops_per_token(config, bank, gates=ahead, **common) == base + 4 * adapters + own
-    assert flops_per_token(config, bank, gates=ahead, lm=False, **common) == own
-    twice = dataclasses.replace(ahead, rounds=2, turns=16)
-    # each round tells 16 turns and reads them back; what was found, of a token and the three before it
-    more = 2 * (1 + 2 + 2 + 1 + 1 + 2 * 16) - (1 + 2 + 2 + 1 + 1) + 1 + 4 * 128
-    assert flops_per_token(config, bank, gates=twice, lm=False, **common) == own + 6 * 128 * more
+    assert flops_per_token(config, bank, gates=form, **common) == base + 4 * adapters + own
+    assert flops_per_token(config, bank, gates=form, lm=False, **common) == own
 
 
 def test_training_refuses_missing_tasks(tmp_path, world):

@@ -26,7 +26,6 @@ from jax_triton import triton_lib
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pallas_kernels.decode_step import stream_gpu
 from pallas_kernels.decode_step import triton_gpu as decode_step
 from pallas_kernels.routed_lora import gated
 from pallas_kernels.routed_lora.api import add_routed_lora
@@ -121,61 +120,47 @@ def main() -> None:
         )
         run = functools.partial(gated.gated_lora, splits=splits, top_k=2, implementation=name)
         lower(run, *arrays)
-        if rows == 1:
-            lower(lambda *z, run=run: run(*z[:-1], bias=z[-1]), *arrays, array((len(splits), adapters), jnp.float32))
     decode_steps()
 
 
 def decode_steps() -> None:
-    """The launches of a layer of Llama-3-8B, bare and adapted, by gates with a stream, too; and a wide bank's."""
+    """The launches of a layer of Llama-3-8B, bare and adapted, by gates and by a choice given; and a wide bank's."""
     array, layers = jax.ShapeDtypeStruct, 32
     half = lambda *shape: array((layers, *shape), jnp.bfloat16)  # noqa: E731
     for tail, (width, splits), norm in [
         ("rope", QKV, True), ("residual", (4096, (4096,)), False), ("silu", GATE_UP, True), ("residual", DOWN, False)
     ]:  # fmt: skip
-        for rows, adapters, rank, gates in [
-            *((rows, 28, 8, gates) for rows in (1, 8, 32) for gates in ("token", "both", "stream")), (1, 0, 0, ""),
-            (32, 0, 0, ""), (8, 256, 16, "token"), (8, 256, 16, "stream"),
+        for rows, adapters, rank, how in [
+            *((rows, 28, 8, how) for rows in (1, 8, 32) for how in ("gates", "given")), (1, 0, 0, ""), (32, 0, 0, ""),
+            (8, 256, 16, "gates"), (8, 256, 16, "given"),
         ]:  # fmt: skip
-            print(f"decode_step {rows} {width}->{splits} {adapters} of rank {rank} {gates} bfloat16")
+            print(f"decode_step {rows} {width}->{splits} {adapters} of rank {rank} {how} bfloat16")
             p, wide, some = len(splits), adapters * rank > gated.DENSE_WIDTH, max(1, adapters)
             group = decode_step.Group(
                 half(sum(splits) + 256 * p, width), half(p, some, rank, width) if wide else None,
                 half(some, rank, sum(splits)), array((layers, p, some), jnp.float32), splits, 1e-5, 256,
                 gated.first_shrink(some),
             )  # fmt: skip
-            trace = (layers, rows, 7, 2)
+            trace = (layers, rows, 7, 2) if how == "gates" else (1,)
             carried = decode_step.Carried(
                 half(rows, 1024, 1024), half(rows, 1024, 1024), array(trace, jnp.int32), array(trace, jnp.float32)
             )
             limits = array((rows,), jnp.int32), array((rows,), jnp.float32)
-            choice = decode_step.Choice(2, *limits, alone=gates == "stream") if adapters else None
-            more = array((rows, 7, adapters), jnp.float32) if gates in ("both", "stream") else None
+            given = array((rows, 2), jnp.int32), array((rows, 2), jnp.float32)
+            choice = decode_step.Choice(2, *limits) if how == "gates" else decode_step.Choice(2, None, None, *given)
+            choice = choice if adapters else None
 
-            def step(x, group, carried, choice, cos, sin, residual, squares, slot, scales, more, tail=tail, norm=norm):
+            def step(x, group, carried, choice, cos, sin, residual, squares, slot, scales, tail=tail, norm=norm):
                 return decode_step.group_step(
                     1, x, group, tail, carried, choice, squares=squares if norm else None, head=128,
                     residual=residual if tail == "residual" else None, angles=(cos, sin) if tail == "rope" else None,
-                    slot=slot, following=(scales, 1), more=more,
+                    slot=slot, following=(scales, 1),
                 )  # fmt: skip
 
             angle, x = array((rows, 64), jnp.float32), array((max(8, rows), width), jnp.bfloat16)
             residual, squares = array((rows, 4096), jnp.bfloat16), array((rows, 128), jnp.float32)
-            given = angle, angle, residual, squares, array((1,), jnp.int32), half(4096), more
+            given = angle, angle, residual, squares, array((1,), jnp.int32), half(4096)
             lower(step, x, group, carried, choice, *given)
-    for rows, e, adapters, slots in [(1, 64, 28, 1024), (32, 64, 28, 1024), (8, 64, 256, 4096), (8, 128, 28, 1024)]:
-        print(f"decode_step {rows} gates' stream of {e}, {adapters} adapters, {slots} slots")
-        stream = stream_gpu.GateStream(half(e, 3, e), half(e, 7, adapters), None, 6144 + 768, 1e-5)
-        u, squares, turn = (array((rows, n), jnp.float32) for n in (e, 128, e // 2))
-        row = array((rows,), jnp.int32)
-        looked = stream_gpu.Looked(u, half(rows, slots, e), half(rows, slots, e), row)
-        sums = array((max(8, rows), 6144 + 768 + 4 * e), jnp.float32)
-        positions, one = array((rows, slots), jnp.int32), array((1,), jnp.int32)
-
-        def look(sums, squares, stream, looked, cos, sin, *where):
-            return stream_gpu.look_back(1, sums, squares, 4096, stream, looked, (cos, sin), *where)
-
-        lower(look, sums, squares, stream, looked, turn, turn, row, positions, one)
     print("decode_step attention bfloat16")
     rows, one = array((8,), jnp.int32), array((1,), jnp.int32)
     carried = decode_step.Carried(half(8, 1024, 1024), half(8, 1024, 1024), one, one)

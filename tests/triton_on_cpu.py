@@ -124,24 +124,20 @@ def gated_cases(draw) -> tuple[Any, ...]:
     # few distinct values make ties
     gate = jnp.asarray(rng.integers(-2, 3, (width, len(splits), adapters)).astype(np.float32))
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)).astype(kind))
-    shared = () if draw(st.booleans()) else (rows,)  # of all tokens, or each token's own
-    bias = jnp.asarray(rng.integers(-9, 10, (*shared, len(splits), adapters)).astype(np.float32))
-    bias = bias if draw(st.booleans()) else None
     a, b = draws(len(splits), adapters, rank, width), draws(adapters, rank, sum(splits))
     scale = jnp.asarray(rng.uniform(0.5, 2, (len(splits), adapters)).astype(np.float32))
     counts = jnp.asarray(rng.integers(0, top_k + 1, rows).astype(np.int32))
     temperatures = jnp.asarray(rng.uniform(0.5, 20, rows).astype(np.float32))
-    return x, gate, a, b, scale, counts, temperatures, draws(rows, sum(splits)), splits, top_k, bias
+    return x, gate, a, b, scale, counts, temperatures, draws(rows, sum(splits)), splits, top_k
 
 
 def random_gated_shapes(name: str, examples: int) -> None:
     @settings(max_examples=examples, **RANDOM)
     @given(case=gated_cases())
     def check(case: tuple[Any, ...]) -> None:
-        x, gate, a, b, scale, counts, temperatures, base, splits, top_k, bias = case
+        x, gate, a, b, scale, counts, temperatures, base, splits, top_k = case
         # the choice, by NumPy: logits are exact, being sums of small integers
         logits = np.einsum("mi,ipa->mpa", np.asarray(x, np.float64), np.asarray(gate, np.float64))
-        logits += 0 if bias is None else np.asarray(bias, np.float64)
         order = np.argsort(-logits, axis=-1, kind="stable")[..., :top_k]
         taken = (np.arange(top_k) < np.asarray(counts)[:, None])[:, None, :]
         values = np.take_along_axis(logits, order, -1) / np.asarray(temperatures, np.float64)[:, None, None]
@@ -156,7 +152,7 @@ def random_gated_shapes(name: str, examples: int) -> None:
             np.asarray(base),
         )
         y, found_indices, found_weights = gated.gated_lora.__wrapped__(
-            x, gated.slim_matrix(gate, a), b, scale, counts, temperatures, base, splits, top_k, bias=bias,
+            x, gated.slim_matrix(gate, a), b, scale, counts, temperatures, base, splits, top_k,
             implementation=name,
         )  # fmt: skip
         np.testing.assert_array_equal(found_indices, indices)

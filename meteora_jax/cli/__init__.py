@@ -57,11 +57,9 @@ from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.train import (
-    Join,
     TrainAdapter,
     TrainBank,
     TrainGates,
-    join,
     train_adapter,
     train_bank,
     train_gates,
@@ -117,7 +115,6 @@ Command = (
     | Annotated[IndexCommand, sub("index")]
     | Annotated[Prepare, sub("prepare")]
     | Annotated[Train, sub("train")]
-    | Annotated[Join, sub("join")]
     | Annotated[Plan, sub("plan")]
     | Annotated[Generate, sub("generate")]
     | Annotated[Evaluate, sub("evaluate")]
@@ -144,7 +141,6 @@ ACTIONS = {
     TrainGates: train_gates,
     TrainAdapter: train_adapter,
     TrainBank: train_bank,
-    Join: join,
     Plan: plan,
     TrainRetriever: train_retriever,
     Generate: generate,

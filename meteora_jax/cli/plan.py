@@ -11,7 +11,7 @@ import tyro
 
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError, LlamaConfig, read_json
-from meteora_jax.gate_config import IMPOSSIBLE, GateForm
+from meteora_jax.gate_config import FormName
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,8 @@ class Plan:
     """Parts that a step's batch is worked off in."""
     remat: bool = True
     """Recompute activations in the backward pass."""
-    gate_input: Literal["token", "prefix-mean", "stream", "embedding"] = "token"
-    """As of `meteora train gates`; so are the next six."""
-    carry_logits: bool = False
-    """Add the logits of the layer before."""
-    shared_gates: bool = False
-    """One gate for the projections that read the same input."""
-    gate_stream: int = 0
-    """Width of the gates' own residual stream."""
-    gate_depth: int = 0
-    """Layers of it that read the embeddings."""
-    gate_rounds: int = 1
-    """How often these point."""
-    gate_turns: int = 0
-    """How many turns they count."""
+    recipe: FormName = "token-router"
+    """As of `meteora train gates`: whose gates, and what a training step computes."""
     mfu: float = 0.4
     """Share of the peak FLOP/s that the expected time supposes."""
     json: Path | None = None
@@ -72,6 +60,7 @@ def plan(command: Plan) -> None:
     from meteora_jax.adapters import column_shards
     from meteora_jax.planning import plan_generation, plan_training, shape_of, topology_devices
     from meteora_jax.sharding import make_mesh, rows_multiple
+    from meteora_jax.training.recipes import RECIPES
 
     if not 0 < command.mfu <= 1:
         raise InputError(f"mfu: expected a share above 0 and at most 1, found {command.mfu}")
@@ -83,18 +72,17 @@ def plan(command: Plan) -> None:
         line = f"columns of {' and '.join(uncut)} will cross devices: tensor {command.tensor} does not divide {why}"
         status.print(line, highlight=False, soft_wrap=True)
     status.print("compiling; this takes minutes", highlight=False)
-    own = command.gate_stream, command.gate_depth, command.gate_rounds, command.gate_turns
-    form = GateForm(command.gate_input, command.carry_logits, command.shared_gates, False, *own)
-    if not form.is_possible:
-        raise InputError(f"{IMPOSSIBLE}; found {form.changes}")
-    shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k, form=form)
+    recipe = RECIPES[command.recipe]
+    shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k)
     of = config, command.adapters, command.rank, mesh
     if command.what == "train":
         rows = command.rows or rows_multiple(mesh) * command.accumulate
-        plans = [plan_training(*of, rows=rows, accumulate=command.accumulate, remat=command.remat, **shape)]
+        plans = [
+            plan_training(*of, rows=rows, accumulate=command.accumulate, remat=command.remat, recipe=recipe, **shape)
+        ]
     else:
         rows = command.rows or rows_multiple(mesh)
-        plans = list(plan_generation(*of, rows=rows, new_tokens=command.new_tokens, **shape))
+        plans = list(plan_generation(*of, rows=rows, new_tokens=command.new_tokens, form=recipe.form, **shape))
     for found in plans:
         _show(found, command.mfu)
     figures = [

@@ -4,50 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from meteora_jax.cli.devices import Devices, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
 from meteora_jax.config import BankConfig, InputError, read_json
-from meteora_jax.gate_config import GateConfig
+from meteora_jax.gate_config import FormName
+
+T = TypeVar("T")
+# An option that is the recipe's unless given.
+ByRecipe = Annotated[
+    T | None, tyro.conf.arg(help_behavior_hint="(default: as the recipe says)"), tyro.conf.DisallowNone
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Train(Devices):
+class _Run(Devices):
     """What these commands share."""
 
     base: Path
     """BASE folder."""
     tasks: Path
     """TASKS folder: TASKS/<task>/train.jsonl."""
-    steps: int = 1000
-    """Updates."""
-    batch_size: int = 32
-    """Sequences a step; packed: on average."""
-    learning_rate: float = 5e-4
-    """Peak of the cosine schedule."""
-    warmup: float = 0.005
-    """Share of the steps that warm up."""
-    clip: float = 0.3
-    """Largest global gradient norm."""
-    composite: float = 0.0
-    """Share of the sequences that hold several tasks: composite problems."""
-    composite_sizes: tuple[int, int] = (3, 3)
-    """The fewest and the most tasks that one holds."""
-    composite_shots: int = 0
-    """At most so many worked examples stand before one, any number as likely as another."""
-    samples_per_task: int | None = None
-    """At most so many examples of a task, chosen at random."""
-    max_length: int = 4096
-    """Longer sequences are passed over."""
     packing: bool = True
     """Several sequences a row, each attending to itself alone; else one a row, padded."""
-    rows: int | None = None
-    """Rows of the packed batch, instead of what batch size and mean length give."""
     accumulate: int = 1
     """Parts that a step's batch is worked off in: less memory, the same result."""
     remat: bool = True
@@ -73,10 +57,36 @@ class _Train(Devices):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainGates(_Train):
-    """Train the gates of a bank on its adapters' tasks; base and adapters stay frozen.
+class _Train(_Run):
+    """What those that train adapters share."""
 
-    With --independent each column is made from its own task alone, in closed form: --steps batches of it at most.
+    steps: int = 1000
+    """Updates."""
+    batch_size: int = 32
+    """Sequences a step; packed: on average."""
+    learning_rate: float = 5e-4
+    """Peak of the cosine schedule."""
+    warmup: float = 0.005
+    """Share of the steps that warm up."""
+    clip: float = 0.3
+    """Largest global gradient norm."""
+    composite: float = 0.0
+    """Share of the sequences that hold several tasks: composite problems."""
+    composite_sizes: tuple[int, int] = (3, 3)
+    """The fewest and the most tasks that one holds."""
+    composite_shots: int = 0
+    """At most so many worked examples stand before one, any number as likely as another."""
+    samples_per_task: int | None = None
+    """At most so many examples of a task, chosen at random."""
+    max_length: int = 4096
+    """Longer sequences are passed over."""
+    rows: int | None = None
+    """Rows of the packed batch, instead of what batch size and mean length give."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainGates(_Run):
+    """Train the gates of a bank on its adapters' tasks; base and adapters stay frozen.
 
     Stopped by SIGTERM it saves and exits with status 75; the same command goes on from the last checkpoint.
     """
@@ -85,60 +95,61 @@ class TrainGates(_Train):
     """BANK folder; adapter NAME is trained towards TASKS/NAME."""
     out: Path
     """GATES folder to write; replaced once the new gates are complete."""
-    mixture: Literal["balanced", "natural"] = "balanced"
-    """Every task equally often, or as often as it has examples."""
-    beta: float = 50.0
+    recipe: FormName | None = None
+    """token-router (the default): one choice a token before the first layer, trained without the model; meteora: a gate
+    at every projection, as in the paper. With --extend that of what is extended."""
+    extend: Path | None = None
+    """GATES of a part of the bank: their columns keep every bit, only the other adapters' are trained. Their form, and
+    the recipe with it, is taken."""
+    steps: ByRecipe[int] = None
+    """Updates."""
+    batch_size: ByRecipe[int] = None
+    """Sequences a step; packed: on average."""
+    rows: ByRecipe[int] = None
+    """Rows of the packed batch, instead of what batch size and mean length give."""
+    max_length: ByRecipe[int] = None
+    """Longer sequences are passed over."""
+    learning_rate: ByRecipe[float] = None
+    """Peak of the cosine schedule."""
+    warmup: ByRecipe[float] = None
+    """Share of the steps that warm up."""
+    clip: ByRecipe[float] = None
+    """Largest global gradient norm."""
+    beta: ByRecipe[float] = None
     """Weight of the gate cross-entropy beside the language model's."""
-    top_k: int = 2
+    top_k: ByRecipe[int] = None
     """Adapters a token."""
-    temperature: float = 1.0
+    temperature: ByRecipe[float] = None
     """Of the softmax over the chosen gates."""
-    prompt_loss: bool = True
+    lm_loss: ByRecipe[bool] = None
+    """Whether the language model's loss is trained on, too; without it, for a token router, no layer runs."""
+    prompt_loss: ByRecipe[bool] = None
     """Whether prompt tokens count in the language model's loss, as in the original."""
+    mixture: ByRecipe[Literal["balanced", "natural"]] = None
+    """Every task equally often, or as often as it has examples."""
+    samples_per_task: ByRecipe[int] = None
+    """At most so many examples of a task, chosen at random."""
+    composite: ByRecipe[float] = None
+    """Share of the sequences that hold several tasks: composite problems."""
+    composite_sizes: ByRecipe[tuple[int, int]] = None
+    """The fewest and the most tasks that one holds."""
+    composite_shots: ByRecipe[int] = None
+    """At most so many worked examples stand before one, any number as likely as another."""
+    composite_cut: ByRecipe[float] = None
+    """With --no-lm-loss, share of the composites whose questions and answers are cut to their ends."""
+    answer_share: ByRecipe[float] = None
+    """With --no-prompt-loss, what the answers' tokens together count in the gate loss; their number unless given."""
+    turn_share: ByRecipe[float] = None
+    """The part of --answer-share that the first two tokens of each answer count by themselves."""
+    order: ByRecipe[float] = None
+    """With --no-lm-loss, weight of learning the previous segment's task and the own segment's index, which teaches the
+    look-up."""
     train_adapters: bool = False
     """Train the adapters too, in float32, and write them as a new bank."""
     adapter_learning_rate: float | None = None
     """Peak for the adapters that --train-adapters trains; the gates' unless given."""
     new_bank: Path | None = None
     """BANK folder for the adapters that --train-adapters trains."""
-    extend: Path | None = None
-    """GATES of a part of the bank: their columns keep every bit, only the other adapters' are trained."""
-    extend_bias: bool = False
-    """With --extend, also train one scalar a layer and projection, added to the logits of all new columns."""
-    gate_input: Literal["token", "prefix-mean", "stream", "embedding"] = "token"
-    """What a gate reads: a token's own input; the mean of the sequence's inputs so far, too; --gate-stream alone; or
-    the token embeddings, by a stream of --gate-depth layers that chooses once for all layers of the model."""
-    carry_logits: bool = False
-    """Add the logits of the layer before to each layer's."""
-    shared_gates: bool = False
-    """One gate for the projections that read the same input (q k v; gate up)."""
-    gate_stream: int = 0
-    """Width (a multiple of 8) of a residual stream of the gates' own that looks back over the sequence; 0: none."""
-    gate_depth: int = 0
-    """With --gate-input embedding, layers of the stream."""
-    gate_rounds: int = 1
-    """2: the stream's last layer knows what was found before it, and looks up once more."""
-    gate_turns: int = 0
-    """How many turns of a block (questions, or the answers to them) the stream counts; 0: none."""
-    lm_loss: bool = True
-    """Whether the language model's loss is trained on, too; without it, for --gate-input embedding, no layer runs."""
-    answer_share: float | None = None
-    """With --no-prompt-loss, what the answers' tokens together count in the gate loss; their number unless given."""
-    turn_share: float = 0.0
-    """The part of --answer-share that the first two tokens of each answer count by themselves."""
-    order: float = 0.0
-    """With --no-lm-loss, weight of learning whose turn it was before each token's, which teaches to look turns up."""
-    composite_cut: float = 0.0
-    """With --no-lm-loss, share of the composites whose questions and answers are cut to their ends."""
-    independent: bool = False
-    """Make each adapter's column from its own task and a background of texts that the base writes, never from another
-    adapter's task. `meteora join` puts columns of several runs with one background together. Run again if killed."""
-    background: Path | None = None
-    """With --independent: GATES whose background to take, so that the columns can be joined with theirs."""
-    background_texts: int = 256
-    """Texts that the base writes for the background."""
-    background_length: int = 128
-    """Tokens of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,91 +225,20 @@ def train_gates(command: TrainGates) -> None:
     from meteora_jax.evaluation.tasks import load_split
     from meteora_jax.training.loop import GateTraining
     from meteora_jax.training.loop import train_gates as train
+    from meteora_jax.training.recipes import gate_training
 
-    if command.independent:
-        check_independent(command)
-    elif command.background is not None:
-        raise InputError("--background: expected --independent beside it")
+    given = {k: v for k, v in _settings(command, GateTraining).items() if v is not None}
+    settings = gate_training(command.recipe, command.extend, given)
     mesh = make_devices_mesh(command)
     names = BankConfig.from_json(read_json(command.bank / "bank.json"), str(command.bank / "bank.json")).names
     tasks = {name: load_split(command.tasks, name, "train") for name in names}
-    if command.independent:
-        train_independent(command, tasks, mesh)
-        return
-    settings = GateTraining(**_settings(command, GateTraining))
-    with _progress("train gates", command.steps) as progress:
+    with _progress("train gates", settings.steps) as progress:
         final = train(
             command.base, command.bank, tasks, command.out, settings,
             dtype=default_dtype(command.dtype), mesh=mesh, run=_run(command), new_bank=command.new_bank,
             extend=command.extend, log=command.log, progress=progress, begun=_begun("train gates"),
         )  # fmt: skip
     _report(command, settings, final, {"gates": str(command.out)})
-
-
-def check_independent(command: TrainGates) -> None:
-    """Refuses what has no meaning for columns that know no other adapter."""
-    wanted = {
-        "extend": None, "extend_bias": False, "train_adapters": False, "new_bank": None, "composite": 0.0,
-        "gate_input": "token", "carry_logits": False, "gate_stream": 0, "adapter_learning_rate": None, "gate_depth": 0,
-        "gate_rounds": 1, "gate_turns": 0,
-        "lm_loss": True, "answer_share": None, "turn_share": 0.0, "order": 0.0, "composite_cut": 0.0,
-    }  # fmt: skip
-    given = [k for k, v in wanted.items() if getattr(command, k) != v]
-    if given:
-        raise InputError([f"--{k.replace('_', '-')}: expected none beside --independent" for k in given])
-
-
-def train_independent(command: TrainGates, tasks: Any, mesh: Any) -> None:
-    """`meteora train gates --independent`."""
-    from meteora_jax.training.independent import IndependentTraining, train_independent_gates
-
-    settings = IndependentTraining(
-        batch_size=command.batch_size, batches=command.steps, samples_per_task=command.samples_per_task,
-        max_length=command.max_length, texts=command.background_texts, length=command.background_length,
-        top_k=command.top_k, temperature=command.temperature, seed=command.seed,
-    )  # fmt: skip
-    with progress_bar("train gates") as bar:
-        found = train_independent_gates(
-            command.base, command.bank, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,
-            background=command.background, progress=lambda name, number, count: bar(number, count, name),
-        )  # fmt: skip
-    if not is_first_process():
-        return
-    for name, column in found["columns"].items():
-        console.print(
-            f"{name}: {column['tokens']:,} tokens, {column['distance']:.2f} deviations from the background",
-            highlight=False,
-        )
-    console.print(f"{command.out}: background {found['background'][:12]}", highlight=False, soft_wrap=True)
-    write_json(command.json, {"gates": str(command.out), "settings": vars(settings), **found})
-
-
-@dataclass(frozen=True)
-class Join:
-    """Put independent gate columns of several runs side by side, for a bank of those adapters; nothing is trained."""
-
-    dest: tyro.conf.Positional[Path]
-    """GATES folder to write; replaced once the new one is complete."""
-    gates: tyro.conf.Positional[tuple[Path, ...]]
-    """GATES folders of `meteora train gates --independent`, all with one background."""
-    base: Path
-    """BASE folder."""
-    bank: Path
-    """BANK folder; each of its adapters has a column somewhere, and the columns come in its order."""
-    json: Path | None = None
-    """Write the names here too."""
-
-
-def join(command: Join) -> None:
-    """Runs `meteora join`."""
-    from meteora_jax.checkpoint import join_gates
-
-    left_out = join_gates(command.gates, command.dest, command.base, command.bank)
-    names = GateConfig.from_json(read_json(command.dest / "gates.json"), str(command.dest / "gates.json")).names
-    console.print(f"{command.dest}: {' '.join(names)}", highlight=False, soft_wrap=True)
-    if left_out:
-        console.print(f"not in the bank, left out: {' '.join(left_out)}", highlight=False, soft_wrap=True)
-    write_json(command.json, {"gates": str(command.dest), "names": list(names), "left out": left_out})
 
 
 def train_adapter(command: TrainAdapter) -> None:
@@ -354,12 +294,12 @@ def train_bank(command: TrainBank) -> None:
     _report(command, settings, final, {"bank": str(command.out), "tasks": list(names)})
 
 
-def _settings(command: _Train, kind: Any) -> dict[str, Any]:
+def _settings(command: _Run, kind: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {k: v for k, v in vars(command).items() if k in kind.__dataclass_fields__}
     return fields | {"remat": "dots" if command.remat and command.remat_keeps == "dots" else command.remat}
 
 
-def _run(command: _Train) -> Any:
+def _run(command: _Run) -> Any:
     from meteora_jax.training.loop import RunFolder
 
     out: Path = vars(command)["out"]
@@ -414,7 +354,7 @@ def unused_lines(lost: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _report(command: _Train, settings: Any, final: dict[str, Any], what: dict[str, Any]) -> None:
+def _report(command: _Run, settings: Any, final: dict[str, Any], what: dict[str, Any]) -> None:
     if not is_first_process():
         return
     for line in final.get("refused", ()):
@@ -424,9 +364,9 @@ def _report(command: _Train, settings: Any, final: dict[str, Any], what: dict[st
     figures = [f"{k.replace('_', ' ')} {final[k]:.4f}" for k in ("lm", "gate", "gate_accuracy") if k in final]
     out: Path = vars(command)["out"]
     console.print(
-        f"{out}: {command.steps} steps in {final['seconds']:.0f} s; last tenth: {', '.join(figures)}",
+        f"{out}: {settings.steps} steps in {final['seconds']:.0f} s; last tenth: {', '.join(figures)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for line in unused_lines(final["unused"]):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-    write_json(command.json, {**what, "settings": vars(settings), **final})
+    write_json(command.json, {**what, "settings": asdict(settings), **final})

@@ -3,11 +3,11 @@
 A router as the caller writes it (`Gates`, `Fixed`, a list of them, None) is *bound* to a bank's names and
 a batch of prompts; what comes out is a small pytree with one method,
 
-    route(x [B, T, I], gate [I, P, A] | FormedGate | None) -> Routing [B, T, P, C]
+    route(x [B, T, I], gate: ProjectionGates | TokenLogits | None) -> Routing [B, T, P, C]
 
-called once for each projection group (P projections read the same x); where gates ahead of the layers give the
-logits, once for all groups, on the embeddings. Request-level routers were told their routing beforehand and
-ignore x; their Routing has size 1 on the T and P axes and broadcasts.
+called once for each projection group (P projections read the same x); where a token router gives the logits, once
+for all groups, on the embeddings, and layers are given the Routing itself. Request-level routers were told their
+routing beforehand and ignore x; their Routing has size 1 on the T and P axes and broadcasts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class Routing:
     logits: float32 [B, T, P, A], the gates' own, for the router that has them; what gate training reads.
     fused: bool [B], the requests whose chosen adapters act as one, their matrices averaged by the weights, cross
     terms included (LoraRetriever's fusion); None: nobody's. Such a request's choice is the same at every T and P.
-    sums: float32 [B, P, A], what the gates of routing.memory remember of each sequence behind its last token.
     Axes T and P of each array may be 1 and then broadcast.
     """
 
@@ -43,12 +42,19 @@ class Routing:
     weights: Any
     logits: Any = None
     fused: Any = None
-    sums: Any = None
 
     @property
     def per_request(self) -> bool:
         """Whether one choice serves all tokens and projections of a request (its weights may still differ by token)."""
         return self.indices.shape[1] == self.indices.shape[2] == 1
+
+    def spread(self, projections: int) -> Routing:
+        """The same with so many projections on the P axis."""
+
+        def wide(x: Any) -> Any:
+            return x if x is None else jnp.broadcast_to(x, (*x.shape[:2], projections, x.shape[3]))
+
+        return dataclasses.replace(self, **{k: wide(getattr(self, k)) for k in ("indices", "weights", "logits")})
 
     def dense(self, num_adapters: int) -> jax.Array:
         """[B, T, P, A]: the weight of every adapter, zero where it was not chosen."""

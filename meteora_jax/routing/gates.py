@@ -1,4 +1,4 @@
-"""Token-level routing by trained gates (MeteoRA, arXiv 2405.13053, section 3)."""
+"""Token-level routing by trained gates (MeteoRA, arXiv 2405.13053, section 3), or by the token router's logits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
 from meteora_jax.routing import NO_ADAPTER, Routing
-from meteora_jax.routing.memory import FormedGate
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
+
+
+class GateParam(nnx.Param):
+    """A weight of the gates, or of the token router."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProjectionGates:
+    """The gates of a group's projections: weight float32 [I, P, A]."""
+
+    weight: Any
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x @ Wg, float32 [B, T, P, A], of the group's input x [B, T, I]."""
+        return checkpoint_name(einsum_float32(x.dtype, "bti,ipa->btpa", x, self.weight.astype(x.dtype)), KEPT)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenLogits:
+    """Logits float32 [B, T, 1, A] that are there already, the same for all layers and projections."""
+
+    values: Any
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """These, whatever x is."""
+        return self.values
 
 
 def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -91,13 +119,9 @@ class BoundGates:
     allowed: Any
     max_k: int = dataclasses.field(metadata={"static": True})
 
-    def route(self, x: jax.Array, gate: jax.Array | FormedGate) -> Routing:
-        """x [B, T, I], gate float32 [I, P, A] or of another form -> Routing [B, T, P, max_k], with its logits."""
-        if isinstance(gate, FormedGate):
-            logits = gate.logits(x)
-        else:
-            logits = checkpoint_name(einsum_float32(x.dtype, "bti,ipa->btpa", x, gate.astype(x.dtype)), KEPT)
-        eligible = logits
+    def route(self, x: jax.Array, gate: ProjectionGates | TokenLogits) -> Routing:
+        """x [B, T, I] -> Routing [B, T, P, max_k], with its logits."""
+        eligible = logits = gate.logits(x)
         if self.allowed is not None:
             eligible = jnp.where(self.allowed[:, None, None, :], logits, -jnp.inf)
         values, indices = top_k(eligible, self.max_k)

@@ -350,7 +350,7 @@ def _stream(mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Token
         composites = grain.MapDataset.range(1 << 30).seed(first).random_map(draw)
         share = mixture.composite
         sequences = grain.MapDataset.mix([sequences, composites], [1 - share, share]) if share < 1 else composites
-    # a step of gates ahead of the layers takes less long than the composites of its batch in one thread
+    # a step of a token router's training takes less long than the composites of its batch in one thread
     stream = sequences.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=4 * THREADS))
     rows, width = layout.rows // layout.shards, layout.width
     if layout.packing:

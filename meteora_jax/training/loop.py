@@ -35,7 +35,7 @@ from meteora_jax.checkpoint import (
 )
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig, Preempted, read_json
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.gate_config import IMPOSSIBLE, METEORA_FORM, GateConfig, GateForm
+from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
@@ -97,15 +97,13 @@ class Training:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateTraining(Training):
-    """How gates are trained; the defaults are the original's, batch and steps aside.
+    """How gates are trained; the defaults are the original's, batch and steps aside. `training.recipes` has whole ones.
 
-    gate_input, carry_logits, shared_gates, gate_stream, gate_depth, gate_rounds, gate_turns: the gates' form.
-    extend_bias: beside an extension, one scalar for each layer and projection is trained that raises or lowers all new
-    columns against the old ones. lm_loss: without it gates that read the embeddings are trained by the gate term alone,
-    and no layer runs. answer_share: what the answers' tokens, together, count in the gate term; as many as they are
-    unless given. turn_share: the part of that which the first two tokens of each answer count by themselves. order:
-    without the LM loss, the weight beside the gate term of telling whose turn it was before a token's, and which it is.
-    composite_cut: without it, too, the share of composites whose questions and answers are cut to their ends.
+    form: a token router, or None: MeteoRA's own gates. lm_loss: without it a token router is trained by the gate term
+    alone, and no layer runs. answer_share: what the answers' tokens, together, count in the gate term; as many as they
+    are unless given. turn_share: the part of that which the first two tokens of each answer count by themselves. order:
+    without the LM loss, the weight beside the gate term of telling the previous segment's task and the own segment's
+    index. composite_cut: without it, too, the share of composites whose questions and answers are cut to their ends.
     """
 
     beta: float = 50.0
@@ -113,14 +111,7 @@ class GateTraining(Training):
     temperature: float = 1.0
     train_adapters: bool = False
     adapter_learning_rate: float | None = None
-    gate_input: Literal["token", "prefix-mean", "stream", "embedding"] = "token"
-    carry_logits: bool = False
-    shared_gates: bool = False
-    gate_stream: int = 0
-    gate_depth: int = 0
-    gate_rounds: int = 1
-    gate_turns: int = 0
-    extend_bias: bool = False
+    form: TokenRouterForm | None = None
     lm_loss: bool = True
     answer_share: float | None = None
     turn_share: float = 0.0
@@ -130,8 +121,8 @@ class GateTraining(Training):
     def __post_init__(self):
         super().__post_init__()
         problems = []
-        if not self.lm_loss and (self.gate_input != "embedding" or self.train_adapters):
-            problems.append("lm_loss: expected gate_input embedding and frozen adapters to go without it, found others")
+        if not self.lm_loss and (self.form is None or self.train_adapters):
+            problems.append("lm_loss: expected a token router and frozen adapters to go without it, found others")
         if self.answer_share is not None and not 0 <= self.answer_share <= 1:
             problems.append(f"answer_share: expected a share from 0 to 1, found {self.answer_share}")
         if self.answer_share is not None and self.prompt_loss:
@@ -144,12 +135,6 @@ class GateTraining(Training):
             problems.append("order, composite_cut: expected no lm_loss beside them")
         if problems:
             raise InputError(problems)
-
-    @property
-    def form(self) -> GateForm:
-        """Of the gates that are trained."""
-        form = self.gate_input, self.carry_logits, self.shared_gates, self.extend_bias, self.gate_stream
-        return GateForm(*form, self.gate_depth, self.gate_rounds, self.gate_turns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,8 +203,6 @@ def train_gates(
     """
     if settings.train_adapters != (new_bank is not None):
         raise InputError("train_adapters: expected a new bank to write exactly if adapters are trained")
-    if settings.extend_bias and extend is None:
-        raise InputError("extend_bias: expected gates to extend beside it, found none")
     if settings.adapter_learning_rate is not None and not settings.train_adapters:
         raise InputError("adapter_learning_rate: expected train_adapters beside it, found adapters frozen")
     kind = jnp.dtype(dtype)
@@ -228,13 +211,9 @@ def train_gates(
     names = loaded.names
     if settings.top_k > len(names):
         raise InputError(f"top_k: expected at most {len(names)} (the bank's adapters), found {settings.top_k}")
-    form = settings.form if extend is None else _extended_form(extend, settings)
-    if form.stream % 8 or form.stream < 0:
-        raise InputError(f"gate_stream: expected 0 or a multiple of 8, found {form.stream}")
-    if not form.is_possible:
-        raise InputError(f"{IMPOSSIBLE}; found {form.changes}")
+    form = settings.form
     fresh = fresh_gates(form, config, len(names), settings.seed)
-    columns = _extended(extend, config, names, fresh) if extend is not None else None
+    columns = _extended(extend, config, names, form, fresh) if extend is not None else None
     if settings.train_adapters and (loaded.config.dora or loaded.config.lora_bias):
         raise InputError(f"{bank}: train_adapters: expected plain LoRA, found an adapter with DoRA or a bias")
     if loaded.config.invoked:
@@ -243,7 +222,8 @@ def train_gates(
     labels = {name: i for i, name in enumerate(names)}
     trained = (GateParam, AdapterParam) if settings.train_adapters else GateParam
     router = Gates(settings.top_k, settings.temperature)
-    flops = dict(chosen=settings.top_k, gates=form, train_adapters=settings.train_adapters, lm=settings.lm_loss)
+    flops = dict(chosen=settings.top_k, gates=form or "meteora", train_adapters=settings.train_adapters)
+    flops |= {"lm": settings.lm_loss}
     state, final = fit(
         base, config, weights, loaded, fresh, trained, router, labels, tasks, settings, flops, columns=columns,
         form=form, kind=kind, mesh=mesh, run=run, log=log, progress=progress, begun=begun,
@@ -256,22 +236,20 @@ def train_gates(
     return final
 
 
-def _extended_form(folder: str | os.PathLike[str], settings: GateTraining) -> GateForm:
-    """The form of gates that extend those of GATES/: theirs, with a bias if they have one or it is asked for."""
-    source = Path(folder) / "gates.json"
-    old = GateConfig.from_json(read_json(source), str(source)).form
-    asked = dataclasses.replace(settings.form, bias=False)
-    if asked.changes and asked != dataclasses.replace(old, bias=False):
-        raise InputError(f"{source}: form: expected {asked.changes} (as asked for), found {old.changes}")
-    return dataclasses.replace(old, bias=old.bias or settings.extend_bias)
-
-
 def _extended(
-    folder: str | os.PathLike[str], config: LlamaConfig, names: tuple[str, ...], gates: dict[str, np.ndarray]
+    folder: str | os.PathLike[str],
+    config: LlamaConfig,
+    names: tuple[str, ...],
+    form: TokenRouterForm | None,
+    gates: dict[str, np.ndarray],
 ) -> np.ndarray:
-    """Fills the columns that GATES/ has into `gates`; which columns it has not, bool [A]."""
+    """Fills the columns that GATES/ has into `gates`, of that form; which columns it has not, bool [A]."""
     source = Path(folder) / "gates.json"
-    old = GateConfig.from_json(read_json(source), str(source)).names
+    described = GateConfig.from_json(read_json(source), str(source))
+    if described.form != form:
+        asked, found = (f or "MeteoRA's own gates" for f in (form, described.form))
+        raise InputError(f"{source}: form: expected {asked} (as asked for), found {found}")
+    old = described.names
     unknown = [n for n in old if n not in names]
     if unknown:
         raise InputError(f"{source}: names: expected adapters of the bank, found {', '.join(unknown)}")
@@ -306,7 +284,7 @@ def train_adapter(
     shape = settings.rank, settings.alpha, settings.targets, settings.seed
     bank = fresh_adapter(config, settings.name, *shape, read_origin(base))
     router = Fixed(settings.name)
-    flops = dict(chosen=1, gates=False, train_adapters=True)
+    flops = dict(chosen=1, gates=None, train_adapters=True)
     state, final = fit(
         base, config, weights, bank, None, AdapterParam, router, dict.fromkeys(tasks, 0), tasks, settings, flops,
         kind=kind, mesh=mesh, run=run, log=log, progress=progress, begun=begun,
@@ -319,8 +297,7 @@ def train_adapter(
 
 def fit(
     base, config, weights, bank, gates, trained, router, labels, tasks, settings, flops, *, columns=None,
-    form=METEORA_FORM, kind, mesh, run, log, progress, validation=None,
-    begun=None,
+    form=None, kind, mesh, run, log, progress, validation=None, begun=None,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """The run itself: data, state (fresh, or where a run left off), the loop, the pictures.
 
@@ -372,7 +349,7 @@ def fit(
     bound = place_rows(jax.tree.map(np.asarray, router.bind([router] * part, bank.names)), mesh)
     step = make_step(
         graph, state, tx, beta=getattr(settings, "beta", 0.0), dtype=kind, remat=settings.remat,
-        accumulate=settings.accumulate, columns=columns, bias=getattr(settings, "extend_bias", False), mesh=mesh,
+        accumulate=settings.accumulate, columns=columns, mesh=mesh,
         lm_loss=getattr(settings, "lm_loss", True), answer_share=getattr(settings, "answer_share", None),
         turn_share=getattr(settings, "turn_share", 0.0), order=getattr(settings, "order", 0.0),
         shared=lost.shared_prefix, average=getattr(settings, "average", 0.0),
@@ -486,9 +463,8 @@ def _identity(
     for path in sorted(weights, key=str):  # a few rows of each weight tell one base from another
         sample.update(weights[path].first(4096).tobytes())
     own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
-    forms = ("gate_input", "carry_logits", "shared_gates", "gate_stream", "gate_depth", "gate_rounds", "gate_turns")
-    forms += ("extend_bias", "lm_loss", "answer_share", "turn_share", "order", "composite_cut")
-    for key in ("composite_sizes", "composite_shots", *forms):
+    later = ("form", "lm_loss", "answer_share", "turn_share", "order", "composite_cut")
+    for key in ("composite_sizes", "composite_shots", *later):
         if key in own and getattr(settings, key) == getattr(GateTraining, key):
             own.pop(key)  # runs that were begun before there was a choice go on
     if not own.get("average", True):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from meteora_jax.config import PROJECTIONS
-from meteora_jax.gates_ahead import Pointed
+from meteora_jax.config import GROUPS, PROJECTIONS
+from meteora_jax.gate_config import SEGMENTS
 from meteora_jax.llama import Llama
+from meteora_jax.routed_llama import RoutedLlama
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.memory import FormedGate
+from meteora_jax.routing.token_router import Hop, choose
 from meteora_jax.sharding import constrain
 from meteora_jax.training.data import NO_TASK, Batch
 
@@ -96,20 +98,24 @@ def gate_training_loss(
     that has a task; each layer reduces its own gate logits, so no [L, B, T, P, A] is ever kept. A model without
     gates has the LM term alone.
 
-    lm_loss: without it gates that read the embeddings have their own term alone, and no layer runs. answer_share: what
-    the tokens that carry loss count in the gate term, together; the other judged ones count the rest. turn_share: the
-    part of answer_share that `turns` count by themselves. order: of such gates alone, the weight beside the gate term
-    of CE(whose turn it was before), `turn_before`, and which it is, `turn_number`, if the gates count turns.
+    lm_loss: without it a token router has its own term alone, and no layer runs. answer_share: what the tokens that
+    carry loss count in the gate term, together; the other judged ones count the rest. turn_share: the part of
+    answer_share that `turns` count by themselves. order: then, the weight beside the gate term of
+    CE(previous segment's task, `previous_task`) + CE(its own segment's index, `segment_index`).
     """
     counts = Counts.of(batch) if counts is None else counts
     gates = model.has_gates
-    observe = _judge(batch, counts, answer_share, turn_share) if gates else None
+    judge = _judge(batch, counts, answer_share, turn_share)
     if not lm_loss:
-        assert observe is not None
-        return _gates_alone(model, batch, router, beta, counts, observe, order)
+        assert isinstance(model, RoutedLlama), "gates at the projections need the layers"
+        return _router_alone(model, batch, router, beta, counts, judge, order)
+
+    def observe(routings: tuple[Routing, ...]) -> tuple[jax.Array, ...]:
+        return judge([r.spread(len(ps)) for r, ps in zip(routings, GROUPS.values(), strict=True)])
+
     out = model(
-        batch.tokens, batch.positions, router, segments=batch.segments, observe=observe, remat=remat
-    )  # fmt: skip
+        batch.tokens, batch.positions, router, segments=batch.segments, observe=observe if gates else None, remat=remat
+    )
     lm = next_token_loss(model, out.hidden, batch) / counts.predicted
     size = jnp.sum(batch.segments > 0).astype(jnp.float32), jnp.sum((batch.positions + 1).astype(jnp.float32))
     if not gates:
@@ -121,19 +127,24 @@ def gate_training_loss(
     return Losses(*size, lm + beta * gate, lm, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
 
 
-def _gates_alone(
-    model: Llama, batch: Batch, router: BoundRouter, beta: float | jax.Array, counts: Counts, observe: Any, order: float
+def _router_alone(
+    model: RoutedLlama,
+    batch: Batch,
+    router: BoundRouter,
+    beta: float | jax.Array,
+    counts: Counts,
+    judge: Any,
+    order: float,
 ) -> Losses:
-    """The gate term of gates ahead of the layers; each figure stands for all layers and projections, and is the last
-    round's. The loss is the mean of all rounds'."""
-    rounds = model.look_ahead(batch.tokens, batch.positions, batch.segments)
+    """The gate term of a token router; each figure stands for all layers and projections, and is the last hop's. The
+    loss is the mean of both hops'."""
+    hops = model.hops(batch.tokens, batch.positions, batch.segments)
     totals, seen = [], ()
-    for pointed in rounds:
-        logits = pointed.logits[:, :, None]
-        seen = observe((router.route(pointed.logits, FormedGate(None, None, None, "o", more=logits)),))
+    for hop in hops:
+        seen = judge([choose(router, hop.logits, hop.logits)])
         totals.append(jnp.mean(seen[0]))
         if order:
-            losses = jnp.where(batch.tasks != NO_TASK, _order_losses(pointed, batch), 0.0)
+            losses = jnp.where(batch.tasks != NO_TASK, _order_losses(hop, batch), 0.0)
             totals[-1] += order * jnp.sum(losses) / counts.judged
     everywhere = model.config.num_layers, len(PROJECTIONS)
     gate, hits, entropy, load = (jnp.broadcast_to(z[None], (*everywhere, *z.shape[1:])) for z in seen)
@@ -144,40 +155,38 @@ def _gates_alone(
     return Losses(*size, beta * total, none, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
 
 
-def _order_losses(pointed: Pointed, batch: Batch) -> jax.Array:
-    """CE(whose turn it was before) + CE(which turn of its block it is), if turns are counted, float32 [B, T]."""
+def _order_losses(hop: Hop, batch: Batch) -> jax.Array:
+    """CE(previous segment's task) + CE(own segment's index), float32 [B, T]."""
     entropy = optax.softmax_cross_entropy_with_integer_labels
-    losses = entropy(pointed.before, turn_before(batch.tasks, batch.segments, pointed.before.shape[-1] - 1))
-    if turns := pointed.number.shape[-1]:
-        losses += entropy(pointed.number, turn_number(batch.tasks, batch.segments, turns))
-    return losses
+    losses = entropy(hop.previous, previous_task(batch.tasks, batch.segments, hop.previous.shape[-1] - 1))
+    return losses + entropy(hop.segment, segment_index(batch.tasks, batch.segments, SEGMENTS))
 
 
-def turn_before(tasks: jax.Array, segments: jax.Array, nobody: int) -> jax.Array:
-    """Whose turn it was before each token's, int32 [B, T]: the task of the run of tokens before its own.
+def previous_task(tasks: jax.Array, sequences: jax.Array, none: int) -> jax.Array:
+    """The task of the segment before each token's own, int32 [B, T]; a segment is a run of one task's tokens.
 
-    `nobody` for the first question and the first answer of a block, which are known by their task: a block begins
+    `none` for the first question and the first answer of a block, which are known by their task: a block begins
     with a sequence, or behind tokens of no task. That is what a line of a composite problem and its question have in
     common, whatever their number, and what attention can look up.
     """
-    last, apart, first = _runs(tasks, segments)
+    last, apart, first = _runs(tasks, sequences)
     before = _latest(jnp.where(apart, NO_TASK, last), (tasks != last) | apart)
-    return jnp.where((tasks == first) | (before == NO_TASK), nobody, before)
+    return jnp.where((tasks == first) | (before == NO_TASK), none, before)
 
 
-def turn_number(tasks: jax.Array, segments: jax.Array, turns: int) -> jax.Array:
-    """Which turn of its block each token's is, int32 [B, T], from 0 and at most turns - 1: of the runs of tokens since
-    the latest of the task that the block began with, so that a line has its question's."""
-    last, apart, first = _runs(tasks, segments)
+def segment_index(tasks: jax.Array, sequences: jax.Array, count: int) -> jax.Array:
+    """The index of each token's segment in its block, int32 [B, T], from 0 and at most count - 1: segments since the
+    latest of the task that the block began with, so that a line has its question's."""
+    last, apart, first = _runs(tasks, sequences)
     begins = (tasks != NO_TASK) & ((tasks != last) | apart)
-    count = jnp.cumsum(begins, axis=1)
-    return jnp.minimum(count - _latest(count, begins & (tasks == first)), turns - 1)
+    number = jnp.cumsum(begins, axis=1)
+    return jnp.minimum(number - _latest(number, begins & (tasks == first)), count - 1)
 
 
-def _runs(tasks: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _runs(tasks: jax.Array, sequences: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of each token [B, T]: the task of the one before, whether a sequence begins, the task its block began with."""
     behind = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=NO_TASK)  # noqa: E731
-    last, apart = behind(tasks), segments != behind(segments)
+    last, apart = behind(tasks), sequences != behind(sequences)
     return last, apart, _latest(tasks, (tasks != NO_TASK) & ((last == NO_TASK) | apart))
 
 
@@ -214,7 +223,7 @@ def _judge(batch: Batch, counts: Counts, answer_share: float | None = None, turn
     labels = jnp.maximum(batch.tasks, 0)[:, :, None]
     mean = lambda x: jnp.sum(jnp.where(judged, x, 0.0), axis=(0, 1)) / counts.judged  # noqa: E731
 
-    def observe(routings: tuple[Routing, ...]) -> tuple[jax.Array, ...]:
+    def judge(routings: Sequence[Routing]) -> tuple[jax.Array, ...]:
         """A layer's gate loss [P], hits [P, A], entropy [P], load [P, A]."""
         logits = jnp.concatenate([r.logits for r in routings], axis=2)  # [B, T, P, A]
         wanted = jnp.broadcast_to(labels, logits.shape[:-1])
@@ -228,7 +237,7 @@ def _judge(batch: Batch, counts: Counts, answer_share: float | None = None, turn
         loss = jnp.sum(jnp.where(judged, losses * counted, 0.0), axis=(0, 1))
         return loss, _by_task(hits * decidable, batch, logits.shape[-1]) / counts.decided, mean(entropy), load
 
-    return observe
+    return judge
 
 
 def next_token_loss(model: Llama, hidden: jax.Array, batch: Batch, share: jax.Array | None = None) -> jax.Array:

@@ -21,6 +21,8 @@ from meteora_jax.training.data import Batch
 from meteora_jax.training.loss import Counts, Losses, Remat, gate_training_loss
 from meteora_jax.training.side_by_side import ByTask, OwnCounts, clip_each, side_by_side_loss
 
+COLUMNS = ("gate", "task", "previous")  # parameters of gates and token router with a column an adapter
+
 Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
 
 
@@ -85,7 +87,6 @@ def make_step(
     remat: Remat,
     accumulate: int = 1,
     columns: np.ndarray | None = None,
-    bias: bool = False,
     mesh: Mesh | None = None,
     lm_loss: bool = True,
     answer_share: float | None = None,
@@ -101,8 +102,7 @@ def make_step(
         dtype: of base, adapters and activations; trained adapters are cast to it, gates stay float32.
         accumulate: the batch is worked off in so many parts, whose gradients add up to the whole batch's; the router
             is bound for the rows of one part.
-        columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit. bias: one
-            scalar for each gate is trained with them, the bias of all of these columns; else biases stay as they are.
+        columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit.
         lm_loss, answer_share, turn_share, order: as `gate_training_loss` takes them.
         shared: tokens that all tasks' sequences begin with, which the gates' accuracy leaves out.
         average: the decay of the state's `Average`, where it has one.
@@ -114,12 +114,10 @@ def make_step(
             lm_loss=lm_loss, answer_share=answer_share, turn_share=turn_share, order=order, shared=shared,
         )  # fmt: skip
         if columns is not None:
-            grads = _only(grads, columns, bias)  # before the optimiser: the clipped norm is that of what is trained
+            grads = _only(grads, columns)  # before the optimiser: the clipped norm is that of what is trained
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the rest of the program says
             updates, moments = tx.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        if columns is not None and bias:
-            params = _level(params, columns)
         mean = None if state.average is None else state.average.after(params, average)
         return TrainState(params, moments, state.best, mean), losses
 
@@ -184,37 +182,17 @@ def gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _only(grads: Any, columns: np.ndarray, bias: bool) -> Any:
-    """Gate gradients [.., A] with zeros outside `columns`; AdamW without decay leaves such entries alone.
-
-    The one scalar of all these columns' biases stands in the first of them, with the sum of their gradients.
-    """
+def _only(grads: Any, columns: np.ndarray) -> Any:
+    """Gate gradients [.., A] with zeros outside `columns`; AdamW without decay leaves such entries alone."""
 
     def keep(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, GateParam):
             return leaf
-        own_columns = path[-2] not in ("gate_stream", "gates_ahead") or path[-1] in ("out", "before")
-        if not own_columns:  # the old columns read them too
+        if path[-1] not in COLUMNS:  # the old columns read them too
             return leaf.replace(jnp.zeros_like(leaf[...]))
-        own = jnp.where(columns, leaf[...], 0)
-        if path[-1] != "gate_bias":
-            return leaf.replace(own)
-        first = bias & (np.arange(len(columns)) == np.argmax(columns))
-        return leaf.replace(jnp.where(first, jnp.sum(own, axis=-1, keepdims=True), 0))
+        return leaf.replace(jnp.where(columns, leaf[...], 0))
 
     return nnx.from_flat_state([(path, keep(path, leaf)) for path, leaf in nnx.to_flat_state(grads)])
-
-
-def _level(params: Any, columns: np.ndarray) -> Any:
-    """Gives all of `columns` the bias of the first of them."""
-
-    def level(path: Any, leaf: Any) -> Any:
-        if path[-1] != "gate_bias":
-            return leaf
-        first = leaf[...][..., int(np.argmax(columns)), None]
-        return leaf.replace(jnp.where(columns, first, leaf[...]))
-
-    return nnx.from_flat_state([(path, level(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
 
 
 def computed(params: Any, dtype: Any) -> Any:

@@ -7,14 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from meteora_jax.adapters import group_rank
 from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig
-from meteora_jax.gate_config import SHIFTS, GateForm
+from meteora_jax.gate_config import HOPS, SEGMENTS, SHIFTS, TokenRouterForm
 from meteora_jax.training.loss import Losses
 
 # Dense bfloat16 FLOP/s of one device, by the beginning of its `device_kind` (the makers' data sheets).
@@ -36,7 +36,7 @@ def flops_per_token(
     bank: BankConfig | None,
     *,
     chosen: int,
-    gates: bool | GateForm,
+    gates: TokenRouterForm | Literal["meteora"] | None,
     train_adapters: bool,
     lm: bool = True,
 ) -> float:
@@ -44,29 +44,23 @@ def flops_per_token(
 
     2 forward and 2 backward through the activations for every weight of a matmul, 2 more for a weight that is trained;
     recomputation is not counted. Frozen: the base, its head included, and, unless trained, the `chosen` adapters.
-    lm: whether the model runs beside gates that read its embeddings.
+    gates: a token router, "meteora" for those at the projections, None for none. lm: whether the model runs beside a
+    token router.
     """
     base = config.hidden_size * config.vocab_size
     adapters = gate = 0
-    form = gates if isinstance(gates, GateForm) else GateForm()
+    count = len(bank.names) if bank is not None else 0
     for group, projections in GROUPS.items():
         shapes = [config.projection_shape(p) for p in projections]
         base += config.num_layers * sum(i * o for i, o in shapes)
         adapters += config.num_layers * chosen * group_rank(bank, group) * sum(i + o for i, o in shapes)
-        if gates and bank is not None:
-            inputs = (
-                sum(i for i, _ in shapes[: 1 if form.shared else None])
-                * {"token": 1, "prefix-mean": 2, "stream": 0, "embedding": 0}[form.input]
-            )
-            gate += config.num_layers * len(bank.names) * inputs
-    if gates and bank is not None and form.is_ahead:
-        layers = form.depth * (3 * config.hidden_size + 10 * form.stream)
-        points = form.rounds * (5 * len(bank.names) + 2 + 2 * form.turns)
-        again = (form.rounds - 1) * ((1 + SHIFTS) * form.stream + len(bank.names))
-        gate += form.stream * (config.hidden_size + SHIFTS * form.stream + layers + points + again)
-    elif gates and bank is not None:
-        more = 4 * config.hidden_size + 3 * form.stream + len(PROJECTIONS) * len(bank.names)
-        gate += config.num_layers * form.stream * more
+        if gates == "meteora":
+            gate += config.num_layers * count * sum(i for i, _ in shapes)
+    if isinstance(gates, TokenRouterForm):
+        layers = gates.depth * (3 * config.hidden_size + 10 * gates.width)
+        lookups = HOPS * (5 * count + 2 + 2 * SEGMENTS)
+        hop = (1 + SHIFTS) * gates.width + count
+        gate = gates.width * (config.hidden_size + SHIFTS * gates.width + layers + lookups + hop)
     if not lm:
         return 6.0 * gate
     return 4.0 * base + (6.0 if train_adapters else 4.0) * adapters + 6.0 * gate

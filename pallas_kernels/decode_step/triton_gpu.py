@@ -42,7 +42,7 @@ ONE_WARP = 1024  # values of B in a block of one warp
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["w", "a", "b", "scale"],
-    meta_fields=["splits", "eps", "columns", "first", "beside"],
+    meta_fields=["splits", "eps", "columns", "first"],
 )
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -50,8 +50,7 @@ class Group:
 
     w [L, I, O], or rows [L, O + N, I]: behind the O rows N / P a projection, its gates, and its A's from row `first` on
     (or gates alone beside a [L, P, A, R, I]); b [L, A, R, O]; scale float32 [L, P, A]. None: has none. eps: of the norm
-    before it, None without one. columns: N / P, of the product. beside: rows behind these that are no
-    projection's, part of N. N = 0: w is [L, I, O].
+    before it, None without one. columns: N / P, of the product. N = 0: w is [L, I, O].
     """
 
     w: Any
@@ -62,29 +61,26 @@ class Group:
     eps: float | None
     columns: int
     first: int
-    beside: int = 0
 
     @property
     def rows_behind(self) -> int:
-        return self.columns * len(self.splits) + self.beside
+        return self.columns * len(self.splits)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["counts", "temperatures", "indices", "weights"],
-    meta_fields=["top_k", "alone"],
+    meta_fields=["top_k"],
 )
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Who acts: gates, with int32 [M] counts and float32 [M] temperatures; or indices and weights given, [M, C].
-    alone: the gates' logits are those that their stream gives; they have no columns."""
+    """Who acts: gates, with int32 [M] counts and float32 [M] temperatures; or indices and weights given, [M, C]."""
 
     top_k: int
     counts: Any = None
     temperatures: Any = None
     indices: Any = None
     weights: Any = None
-    alone: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -169,8 +165,6 @@ def group_step(
     following: tuple[jax.Array, int] | None = None,
     angles: tuple[jax.Array, jax.Array] | None = None,
     slot: jax.Array | None = None,
-    sums: jax.Array | None = None,
-    more: jax.Array | None = None,
     captured: bool = True,
 ) -> tuple[Any, Carried]:
     """A group of one layer.
@@ -183,8 +177,6 @@ def group_step(
             [M, O], and the norm that follows: its scales [L, O], and how many layers on it is.
         choice: None adds no adapters.
         first_projection: of the group, in the traced choices.
-        sums: the group's `product`, where it is there already.
-        more: float32 [M, projections of a layer, A], what the gates' stream adds to their logits.
         captured: launches may become part of CUDA graphs.
 
     Returns:
@@ -199,7 +191,7 @@ def group_step(
     depth, width = group.w.shape[0], x.shape[1]
     total, extra = sum(group.splits), group.rows_behind
     wide = choice is not None and group.a is not None
-    if choice is not None and not group.columns and (not wide or (choice.counts is not None and not choice.alone)):
+    if choice is not None and not group.columns and (not wide or choice.counts is not None):
         raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
     gates = choice is not None and choice.counts is not None
     gather = None if choice is None else wide or rows * choice.top_k <= GATHER * group.b.shape[1]
@@ -211,16 +203,11 @@ def group_step(
     norm = dict(NORM=squares is not None, EPS=group.eps or 0.0, NS=parts, NSP=power(parts))
     squares = none if squares is None else squares
 
-    sums = product(x, group, layer) if sums is None else sums
+    sums = product(x, group, layer)
     routed, sizes = _adapters(none, group, choice, carried, rows, total + extra, first_projection, bool(gather))
-    more = more if gates else None
-    sizes |= dict(OWN=int(choice is None or not choice.alone), MORE=0, MORE_FIRST=0)
-    if more is not None:
-        sizes |= dict(MORE=math.prod(more.shape[1:]), MORE_FIRST=first_projection * more.shape[2])
-    more = none if more is None else more
     h = sums
     if wide:
-        h, carried = _shrink(number, x, squares, group, choice, carried, sums, more, norm, sizes, call)
+        h, carried = _shrink(number, x, squares, group, choice, carried, sums, norm, sizes, call)
         if gates:
             routed = (*routed[:4], carried.indices, carried.weights)
     padded = max(rows, LEAST_ROWS)
@@ -236,7 +223,7 @@ def group_step(
     cos, sin = angles or (none, none)
     inputs = (
         number, sums, squares, h, *routed, none if residual is None else residual, scales, cos, sin,
-        none if slot is None else slot, more, *changed,
+        none if slot is None else slot, *changed,
     )  # fmt: skip
     start = len(inputs) - 4
     in_place = {10: 0} if residual is not None else {}  # a program reads the columns that it writes
@@ -301,7 +288,7 @@ def shrink_parts(group: Group, rows: int, choices: int) -> int:
 
 def _shrink(
     layer: jax.Array, x: jax.Array, squares: jax.Array, group: Group, choice: Any, carried: Carried, sums: jax.Array,
-    more: jax.Array, norm: dict[str, Any], sizes: dict[str, Any], call: Any,
+    norm: dict[str, Any], sizes: dict[str, Any], call: Any,
 ) -> tuple[jax.Array, Carried]:  # fmt: skip
     """The shrinks of the chosen adapters of a wide bank, float32 [HPARTS, M, P, C, R]; the choice is traced."""
     rows, width = carried.keys.shape[1], x.shape[1]
@@ -311,7 +298,7 @@ def _shrink(
     given = (
         (choice.counts, choice.temperatures, layer, layer) if gates else (layer, layer, choice.indices, choice.weights)
     )
-    inputs = (layer, x, squares, group.a, sums, *given, more, *traces)
+    inputs = (layer, x, squares, group.a, sums, *given, *traces)
     shape = jax.ShapeDtypeStruct
     h, indices, weights = call(
         "shrink_kernel", *inputs,
@@ -324,7 +311,7 @@ def _shrink(
         W=group.columns, GATES=gates, PART=width // parts,
         BK=divisor(width // parts, *(k for k in (256, 128, 64, 32, 16) if k * rank <= 4096), 16),
         **norm, **{k: sizes[k] for k in ("A", "AP", "R", "RP", "C", "CP", "CHOICE_ROW", "CHOICE_P", "CHOICE_LAYER",
-                                         "TRACE_ROW", "TRACE_FIRST", "OWN", "MORE", "MORE_FIRST")},
+                                         "TRACE_ROW", "TRACE_FIRST")},
     )  # fmt: skip
     return h, dataclasses.replace(carried, indices=indices, weights=weights) if gates else carried
 

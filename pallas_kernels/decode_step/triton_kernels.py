@@ -52,18 +52,16 @@ def rms_factor(
 
 @triton.jit
 def routing(
-    h_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, more_ptr, trace_ptr, traced_ptr, p,
-    rows, writes, M: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    ROW: tl.constexpr, GATES: tl.constexpr, CHOICE_ROW: tl.constexpr, CHOICE_P: tl.constexpr,
-    TRACE_ROW: tl.constexpr, OWN: tl.constexpr, MORE: tl.constexpr, BM: tl.constexpr,
+    h_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr, traced_ptr, p, rows, writes,
+    M: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ROW: tl.constexpr,
+    GATES: tl.constexpr, CHOICE_ROW: tl.constexpr, CHOICE_P: tl.constexpr, TRACE_ROW: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """(adapters, weights times scale) of projection p: by its gates, then also traced, or as they were given."""
     which = tl.arange(0, CP)
     inside = (rows < M)[:, None] & (which < C)[None, :]
     if GATES:
         adapters, weights = choose(
-            h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, ROW, OWN, BM, more_ptr + p * A, MORE > 0, factor,
-            MORE,
+            h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, ROW, 1, BM, factor
         )  # fmt: skip
         place = rows[:, None] * TRACE_ROW + p * C + which[None, :]
         tl.store(trace_ptr + place, adapters, mask=inside & writes)
@@ -185,7 +183,6 @@ def tail_kernel(
     cos_ptr,  # float32 [M, H / 2]
     sin_ptr,  # float32 [M, H / 2]
     slot_ptr,  # int32 [1]
-    more_ptr,  # float32 [M, projections of a layer, A], added to the gates' logits, if MORE, its row's width
     keys_in, values_in, trace_in, traced_in,  # the last four outputs before this launch
     out_ptr,  # [M, Q], [at least M, O / 2] or [M, O], written
     scaled_ptr,  # [at least M, O], the new residual stream times the next norm's scale, written
@@ -200,9 +197,8 @@ def tail_kernel(
     GATHER: tl.constexpr, COMPACT: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, R: tl.constexpr,
     RP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr, ROW: tl.constexpr,
     HPARTS: tl.constexpr, CHOICE_ROW: tl.constexpr, CHOICE_P: tl.constexpr, CHOICE_LAYER: tl.constexpr,
-    CHOICE_FIRST: tl.constexpr, TRACE_ROW: tl.constexpr, TRACE_FIRST: tl.constexpr, OWN: tl.constexpr,
-    MORE: tl.constexpr, MORE_FIRST: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BE: tl.constexpr,
-    STAGES: tl.constexpr,
+    CHOICE_FIRST: tl.constexpr, TRACE_ROW: tl.constexpr, TRACE_FIRST: tl.constexpr, BM: tl.constexpr,
+    BH: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What follows a group's product: norm's factor, choice, update, and rotary and cache (rope), silu(gate) up
     (silu), or the residual sum with the next norm's scale and squares (residual). Programs: column blocks, row blocks.
@@ -233,7 +229,6 @@ def tail_kernel(
         scale_ptr += layer * (P * A)
         index_ptr += layer * CHOICE_LAYER + CHOICE_FIRST
         weight_ptr += layer * CHOICE_LAYER + CHOICE_FIRST
-        more_ptr += MORE_FIRST
         trace_ptr += layer * (M * TRACE_ROW) + TRACE_FIRST
         traced_ptr += layer * (M * TRACE_ROW) + TRACE_FIRST
         SAME: tl.constexpr = TAIL != "silu"
@@ -243,17 +238,15 @@ def tail_kernel(
         for i in tl.static_range(P - 1):
             start = tl.where(p > i, start + SPLITS[i], start)
         adapters0, weights0 = routing(
-            h_ptr + p * W, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, more_ptr, trace_ptr,
-            traced_ptr, p, rows, first == start, M, A, AP, C, CP, ROW, GATES, CHOICE_ROW, CHOICE_P, TRACE_ROW, OWN,
-            MORE, BM,
+            h_ptr + p * W, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
+            traced_ptr, p, rows, first == start, M, A, AP, C, CP, ROW, GATES, CHOICE_ROW, CHOICE_P, TRACE_ROW, BM,
         )  # fmt: skip
         adapters1 = adapters0
         weights1 = weights0
         if not SAME:
             adapters1, weights1 = routing(
-                h_ptr + W, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, more_ptr, trace_ptr,
-                traced_ptr, 1, rows, first == 0, M, A, AP, C, CP, ROW, GATES, CHOICE_ROW, CHOICE_P, TRACE_ROW, OWN,
-                MORE, BM,
+                h_ptr + W, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
+                traced_ptr, 1, rows, first == 0, M, A, AP, C, CP, ROW, GATES, CHOICE_ROW, CHOICE_P, TRACE_ROW, BM,
             )  # fmt: skip
         if not COMPACT:
             weights0 *= factor
@@ -319,7 +312,6 @@ def shrink_kernel(
     a_ptr,  # [L, P, A, R, I]
     logit_ptr,  # float32 [at least M, O + N]: the gates' product from column O on, W columns a projection
     count_ptr, temperature_ptr, index_ptr, weight_ptr,
-    more_ptr,  # float32 [M, projections of a layer, A], added to the gates' logits, if MORE, its row's width
     trace_in, traced_in,
     h_ptr,  # float32 [HPARTS, M, P, C, R], written
     trace_ptr,  # int32 [L, M, projections of a layer, C], written where gates choose
@@ -327,9 +319,8 @@ def shrink_kernel(
     M: tl.constexpr, I: tl.constexpr, O: tl.constexpr, N: tl.constexpr, P: tl.constexpr, A: tl.constexpr,
     AP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, W: tl.constexpr,
     GATES: tl.constexpr, CHOICE_ROW: tl.constexpr, CHOICE_P: tl.constexpr, CHOICE_LAYER: tl.constexpr,
-    TRACE_ROW: tl.constexpr, TRACE_FIRST: tl.constexpr, OWN: tl.constexpr, MORE: tl.constexpr,
-    MORE_FIRST: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, NS: tl.constexpr, NSP: tl.constexpr,
-    PART: tl.constexpr, BK: tl.constexpr,
+    TRACE_ROW: tl.constexpr, TRACE_FIRST: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, NS: tl.constexpr,
+    NSP: tl.constexpr, PART: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The shrinks of a wide bank's chosen adapters, and the choice: a program a row, projection, choice and part."""
     layer = tl.load(layer_ptr).to(tl.int64)
@@ -344,10 +335,7 @@ def shrink_kernel(
         factor = rms_factor(square_ptr, row, M, I, NS, NSP, EPS)
     if GATES:
         logits = logit_ptr + O + p * W
-        adapters, weights = choose(
-            logits, count_ptr, temperature_ptr, row, M, A, AP, C, CP, O + N, OWN, 1, more_ptr + MORE_FIRST + p * A,
-            MORE > 0, factor, MORE,
-        )  # fmt: skip
+        adapters, weights = choose(logits, count_ptr, temperature_ptr, row, M, A, AP, C, CP, O + N, 1, 1, factor)
         place = layer * (M * TRACE_ROW) + TRACE_FIRST + m * TRACE_ROW + p * C + which[None, :]
         writes = (which < C)[None, :] & (c == 0) & (part == 0)
         tl.store(trace_ptr + place, adapters, mask=writes)

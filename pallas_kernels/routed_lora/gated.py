@@ -98,7 +98,6 @@ def gated_lora(
     splits: tuple[int, ...],
     top_k: int,
     *,
-    bias: Float[Array, "P A"] | Float[Array, "M P A"] | None = None,
     made: Float[Array, "M P N"] | None = None,
     implementation: Implementation = "reference",
 ) -> tuple[Float[Array, "M O"], Int32[Array, "M P C"], Float[Array, "M P C"]]:
@@ -107,7 +106,6 @@ def gated_lora(
     Args:
         slim: from `slim_matrix`. b, scale, base, splits: as `api.add_routed_lora` has them.
         counts: how many adapters each token takes, at most `top_k`. temperatures: float32, of its softmax.
-        bias: float32, added to the gates' logits; of all tokens, or each token's own.
         made: x times the slim matrix (then None) where it is there already, float32.
         implementation: "reference" in XLA; "triton" the slim product by XLA and one launch; "triton_slim" two
             launches, the slim product too cut over the whole chip (few tokens). For many tokens: "tiles" mask and
@@ -130,10 +128,6 @@ def gated_lora(
             h = triton_gpu.slim_product(x, flat)
         else:
             h = einsum_float32(x.dtype, "mi,ni->mn", x, flat)[None]
-    if bias is not None and (bias.ndim == 3 or implementation in ("tiles", "masked_diagonal", "masked_apart")):
-        wide = jnp.pad(bias, (*((0, 0),) * (bias.ndim - 1), (0, rows - adapters)))
-        h = jnp.concatenate([h[:1] + wide.reshape(1, -1, projections * rows), h[1:]])  # to one part of the product
-        bias = None
     if implementation in ("tiles", "masked_diagonal", "masked_apart"):
         from pallas_kernels.routed_lora import triton_gpu
 
@@ -146,10 +140,9 @@ def gated_lora(
     if implementation in ("triton", "triton_slim"):
         from pallas_kernels.routed_lora import triton_gpu
 
-        return triton_gpu.gated_expand(h, b, scale, counts, temperatures, base, splits, top_k, first, bias)
+        return triton_gpu.gated_expand(h, b, scale, counts, temperatures, base, splits, top_k, first)
     h = h.reshape(-1, projections, rows)
-    logits = h[..., :adapters] if bias is None else h[..., :adapters] + bias[None]
-    indices, weights = choose_adapters(logits, counts, temperatures, top_k)
+    indices, weights = choose_adapters(h[..., :adapters], counts, temperatures, top_k)
     combine = dense_weights(indices, weights, adapters) * scale[None]
     return _add(base, h, combine, b, splits, x.dtype, implementation), indices, weights
 

@@ -156,7 +156,6 @@ def gated_expand(
     splits: tuple[int, ...],
     top_k: int,
     first: int,
-    bias: Float[Array, "P A"] | None = None,
 ) -> tuple[Float[Array, "M O"], Int32[Array, "M P C"], Float[Array, "M P C"]]:
     """(base + update, indices, weights) from the slim product (the sum of h's K parts); see `gated.gated_lora`.
 
@@ -167,9 +166,8 @@ def gated_expand(
     projections = len(splits)
     tiles = expand_tiles(rows, b.dtype)
     routing = (rows, projections, top_k)
-    added = scale if bias is None else bias  # a kernel has no argument that is absent: this one is not read
     return launch(
-        "gated_expand_kernel", h, b, scale, added, counts, temperatures, base,
+        "gated_expand_kernel", h, b, scale, counts, temperatures, base,
         out=(
             jax.ShapeDtypeStruct(base.shape, base.dtype),
             jax.ShapeDtypeStruct(routing, jnp.int32),
@@ -178,7 +176,7 @@ def gated_expand(
         grid=(column_blocks(splits, tiles["BN"]), math.ceil(rows / tiles["BM"])),
         warps=4 if tiles["BM"] <= 64 else 8,
         M=rows, O=total, A=adapters, AP=power(adapters), K=adapters * rank, R=rank, C=top_k, CP=power(top_k),
-        W=columns // projections, FIRST=first, SPLITS=splits, PARTS=parts, BIASED=bias is not None, **tiles,
+        W=columns // projections, FIRST=first, SPLITS=splits, PARTS=parts, **tiles,
     )  # fmt: skip
 
 

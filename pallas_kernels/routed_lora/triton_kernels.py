@@ -280,13 +280,11 @@ def dense_expand_kernel(
 @triton.jit
 def choose(
     logit_ptr, count_ptr, temperature_ptr, rows, M: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, bias_ptr=None,
-    BIASED: tl.constexpr = False, factor=1.0, BIAS_ROW: tl.constexpr = 0,
+    CP: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, factor=1.0,
 ):  # fmt: skip
     """(adapters, weights), each [BM, CP]: the C largest logits, ties to the lowest index, and their softmax.
 
-    factor: what the logits are times, [BM, 1] or a number. PARTS: 0 for logits that are the bias alone. BIAS_ROW: of a
-    bias that each row has its own of, 0 for one that all share.
+    factor: what the logits are times, [BM, 1] or a number.
     """
     scores = tl.arange(0, AP)
     inside = (rows < M)[:, None] & (scores < A)[None, :]
@@ -295,11 +293,6 @@ def choose(
         place = (part * M + rows)[:, None] * ROW + scores[None, :]
         logits += tl.load(logit_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
     logits *= factor
-    if BIASED:
-        if BIAS_ROW == 0:
-            logits += tl.load(bias_ptr + scores, mask=scores < A, other=0.0)[None, :]
-        else:
-            logits += tl.load(bias_ptr + rows[:, None] * BIAS_ROW + scores[None, :], mask=inside, other=0.0)
     logits = tl.where((scores < A)[None, :], logits, float("-inf"))
     count = tl.load(count_ptr + rows, mask=rows < M, other=0)
     temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)
@@ -324,7 +317,6 @@ def gated_expand_kernel(
     h_ptr,  # float32 [PARTS, M, P, W]: the gates' logits in columns 0 .. A, the shrink from column FIRST on
     b_ptr,  # [K, O], K = A * R
     scale_ptr,  # float32 [P, A]
-    bias_ptr,  # float32 [P, A], added to the logits if BIASED
     count_ptr,  # int32 [M]: how many adapters a row takes
     temperature_ptr,  # float32 [M]
     base_ptr,  # [M, O]
@@ -343,7 +335,6 @@ def gated_expand_kernel(
     FIRST: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
-    BIASED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -354,9 +345,7 @@ def gated_expand_kernel(
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = first + tl.arange(0, BN)
     h_ptr += p * W
-    adapters, weights = choose(
-        h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, P * W, PARTS, BM, bias_ptr + p * A, BIASED
-    )
+    adapters, weights = choose(h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, P * W, PARTS, BM)
     which = tl.arange(0, CP)
     choice = (rows[:, None] * P + p) * C + which[None, :]
     inside = (rows < M)[:, None] & (which < C)[None, :] & (first == start)  # one block writes

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# Train the demo's gates on the adapters of scripts/demo/train_adapters.py, and measure them.
-#   scripts/demo/train_gates.sh GGUF TASKS ADAPTERS OUT
-# OUT gets gates/ (as the demo keeps them: in 16 bit, so that all its files stay below 45 MB), gates.jsonl (a line a step),
-# gates.json and evaluation/. Seeds are fixed.
+# Train the demo's gates, a token router by its recipe, on the adapters of scripts/demo, and measure them.
+#   scripts/demo/train_gates.sh
+# From a checkout, with what the demo fetches at hand (the GGUF base in runs/demo/download, or GGUF=FILE) and TASKS
+# (runs/tasks). OUT (runs/demo-gates) gets gates/ (in 16 bit, so that the demo's files stay below 45 MB), gates.jsonl (a
+# line a step), gates.json and evaluation/. STEPS and EACH shorten training and evaluation. Seeds are fixed.
 set -euo pipefail
-gguf=$1 tasks=$2 adapters=$3 out=$4
+here=$(cd "$(dirname "$0")" && pwd)
+cd "$here/../.."
+gguf=${GGUF:-$(find runs/demo -name '*.gguf' 2>/dev/null | head -n 1)}
+tasks=${TASKS:-runs/tasks} adapters=${ADAPTERS:-$here/adapters} out=${OUT:-runs/demo-gates}
 work=${WORK:-$out/work}
+[ -f "$gguf" ] || { echo "GGUF: expected the demo's base (scripts/demo.sh fetches it), found '$gguf'" >&2; exit 1; }
+[ -d "$tasks" ] || { echo "TASKS: expected a folder of scripts/prepare_tasks.py, found '$tasks'" >&2; exit 1; }
 mkdir -p "$out" "$work"
 python=${PYTHON:-python3}
 meteora() { "$python" -m meteora_jax.cli "$@"; }
@@ -17,11 +23,7 @@ done
 meteora import base "$gguf" "$work/base" --dtype bfloat16 --overwrite
 meteora import adapters "$work/bank" "${pairs[@]}" --base "$work/base" --overwrite
 meteora train gates --base "$work/base" --bank "$work/bank" --tasks "$tasks" --out "$work/gates" \
-    --steps "${STEPS:-2500}" --rows "${ROWS:-4}" --max-length "${LENGTH:-4096}" --learning-rate 3e-3 --warmup 0.03 --clip 1 \
-    --gate-input embedding --gate-stream 128 --gate-depth 4 --no-lm-loss --no-prompt-loss \
-    --answer-share 0.7 --turn-share 0.5 --order 0.5 --samples-per-task 2000 \
-    --composite 0.8 --composite-sizes 2 5 --composite-shots 2 --composite-cut 0.6 \
-    --seed 0 --log "$out/gates.jsonl" --json "$out/gates.json"
+    ${STEPS:+--steps "$STEPS"} --seed 0 --log "$out/gates.jsonl" --json "$out/gates.json"
 "$python" - "$work/gates" "$out/gates" <<'PY'
 import shutil, sys
 import numpy as np

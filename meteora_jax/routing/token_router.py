@@ -1,0 +1,183 @@
+"""The token router: one choice a token for all layers and projections, made before the model's first layer.
+
+A narrow transformer over the token embeddings. A gate at a projection knows what the frozen layers below it have
+brought to a token, and the lowest know next to nothing; which adapter a line of a composite problem needs must be
+looked up several steps back. Here every layer gets one choice with all of that done, and training runs no layer of the
+model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meteora_jax.attention import Fused, attend, rotate, router_rotation, unit_rms
+from meteora_jax.gate_config import HEAD, HOPS, SEGMENTS, SHIFTS, TokenRouterForm
+from meteora_jax.kv_cache import EMPTY, KVCache
+from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing.gates import GateParam, TokenLogits
+from pallas_kernels.routed_lora.reference import einsum_float32
+
+WIDEST = 128  # head that cuDNN's attention knows
+
+
+class Hop(NamedTuple):
+    """What one look-up gives: logits float32 [B, T, A] of the tokens' tasks, previous float32 [B, T, A + 1] of the task
+    of the segment before a token's own (the last: none), segment float32 [B, T, SEGMENTS] of its own segment's index.
+    """
+
+    logits: jax.Array
+    previous: jax.Array
+    segment: jax.Array
+
+
+def choose(router: BoundRouter, x: jax.Array, logits: jax.Array) -> Routing:
+    """What a router makes of the token router's logits, once for all layers: Routing [B, T, 1, C].
+
+    x: embeddings [B, T, D]. logits: float32 [B, T, A].
+    """
+    routing = router.route(x, TokenLogits(logits[:, :, None]))
+    indices, weights = (
+        jnp.broadcast_to(z, (*logits.shape[:2], *z.shape[2:])) for z in (routing.indices, routing.weights)
+    )
+    return Routing(indices, weights, routing.logits, routing.fused)
+
+
+class TokenRouter(nnx.Module):
+    """docs/words.md has the formula. Parameters, float32, with D the model's width, E the router's, F its depth:
+
+    embed [D, E]: of the embedding into the stream. shift [SHIFTS, E, E]: of what `embed` makes of the tokens 1, 2, 3
+        before: with it the first layer tells the "2" at the beginning of a line, which a look-up starts with.
+    qkv_embed [F, D, 3, E], qkv [F, E, 3, E], o [F, E, E]: attention; queries, keys and values of embedding and stream.
+    gate_up [F, E, 2, 2 E], down [F, 2 E, E]: silu(gate) up.
+    task [E, A]: logits of the token's own task. previous [E, A], first [E, 1]: logits of the task of the segment before
+        its own, an adapter's or none. segment [E, SEGMENTS]: logits of its segment's index. lookup [2]: the sharpness
+        of the look-up, in which tokens that agree in the latter two read each other's task, and its weight.
+    hop [1 + SHIFTS, E, E]: of the tasks that the first hop found, at a token and those before it, into the last layer:
+        by it a line's first token knows the task of the line before, which that line's text, "5. incorrect", hides.
+    """
+
+    def __init__(self, width: int, form: TokenRouterForm, adapters: int):
+        """width: D."""
+        e, f = form.width, form.depth
+        self.form = form
+        weight = lambda *shape: GateParam(jnp.zeros(shape, jnp.float32), axes=(None,) * len(shape))  # noqa: E731
+        self.embed, self.shift = weight(width, e), weight(SHIFTS, e, e)
+        self.qkv_embed, self.qkv, self.o = weight(f, width, 3, e), weight(f, e, 3, e), weight(f, e, e)
+        self.gate_up, self.down = weight(f, e, 2, 2 * e), weight(f, 2 * e, e)
+        self.task, self.previous, self.first = weight(e, adapters), weight(e, adapters), weight(e, 1)
+        self.segment, self.lookup = weight(e, SEGMENTS), weight(2)
+        self.hop = weight(1 + SHIFTS, e, e)
+
+    def new_cache(self, like: KVCache) -> KVCache:
+        """An empty cache for what later tokens read, in the slots of the model's cache `like`."""
+        shape = (self.form.cache_layers, *like.keys.shape[1:3], self.form.width // HEAD, HEAD)
+        return KVCache.zeros(shape, like)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        fused: Fused | None,
+        cache: KVCache | None,
+        fresh: bool,
+    ) -> tuple[tuple[Hop, Hop], KVCache | None]:
+        """Of embeddings x [B, T, D]: both hops, the second of which chooses, and the cache, extended.
+
+        positions int32 [B, T]; mask bool [B, 1, T, S], fused: as `attend` takes them; cache: its positions claimed.
+        """
+        kind, angles, depth = x.dtype, router_rotation(HEAD, positions), self.form.depth
+        heads = lambda z: z.astype(kind).reshape(*z.shape[:2], -1, HEAD)  # noqa: E731
+        product = lambda spec, x, w: einsum_float32(kind, spec, x, w.astype(kind))  # noqa: E731
+        unit = lambda u: unit_rms(u.astype(jnp.float32)).astype(kind)  # noqa: E731
+        x = unit(x)
+
+        def layer(carry: tuple[jax.Array, jax.Array, KVCache | None], weights: tuple[jax.Array, ...]) -> Any:
+            index, u, cache = carry
+            qkv_embed, qkv, o, gate_up, down = weights
+            seen = product("btd,dpe->btpe", x, qkv_embed) + product("bte,epf->btpf", unit(u), qkv)
+            q, k, v = (heads(z) for z in jnp.moveaxis(seen, 2, 0))
+            q, k = rotate(q, *angles), rotate(k, *angles)
+            if cache is not None:
+                cache = cache.write(index, k, v)
+                k, v = (k, v) if fresh else cache.layer(index)
+            u = u + product("bte,ef->btf", attend(q, k, v, mask, fused), o)
+            gate, up = jnp.moveaxis(product("bte,epf->btpf", unit(u), gate_up), 2, 0)
+            return (index + 1, u + product("btf,fe->bte", (jax.nn.silu(gate) * up).astype(kind), down), cache), None
+
+        weights = tuple(w[...] for w in (self.qkv_embed, self.qkv, self.o, self.gate_up, self.down))
+        unroll = depth if x.shape[1] == 1 else 1  # a decoding step has no use for a loop
+        run = lambda state, weights: jax.lax.scan(layer, state, weights, unroll=unroll)[0]  # noqa: E731
+        shifted = lambda z, slot, cache: self._shifted(z.astype(kind), slot, positions, cache, fresh)  # noqa: E731
+        look_up = lambda u, slot, cache: self._look_up(unit(u), slot, mask, fused, cache, fresh)  # noqa: E731
+
+        read = product("btd,de->bte", x, self.embed[...])
+        before, cache = shifted(read, depth, cache)
+        u = read + product("nbte,nef->btf", before, self.shift[...])
+        index, u, cache = run((jnp.zeros((), jnp.int32), u, cache), tuple(w[: 1 - HOPS] for w in weights))
+        first, cache = look_up(u, depth + 1, cache)
+        found = product("bta,ea->bte", jax.nn.softmax(first.logits).astype(kind), _columns(self.task[...]))
+        before, cache = shifted(found, depth + 2, cache)
+        found = jnp.concatenate([found.astype(kind)[None], before])
+        u = u + product("nbte,nef->btf", found, self.hop[...])
+        _, u, cache = run((index, u, cache), tuple(w[1 - HOPS :] for w in weights))
+        second, cache = look_up(u, depth + 3, cache)
+        return (first, second), cache
+
+    def _look_up(
+        self, u: jax.Array, slot: int, mask: jax.Array, fused: Fused | None, cache: KVCache | None, fresh: bool
+    ) -> tuple[Hop, KVCache | None]:
+        """Tokens read the task of those that agree with them in the previous segment's task and in their own segment's
+        index; u [B, T, E], the cache keeps keys and values at `slot`.
+
+        A line of a composite problem has both in common with its question. A stream that has to learn this look-up by
+        itself had not after 138 million tokens.
+        """
+        kind = u.dtype
+        product = lambda spec, x, w: einsum_float32(kind, spec, x.astype(kind), w.astype(kind))  # noqa: E731
+        tasks, segments = self.task[...], self.segment[...]
+        before = jnp.concatenate([self.previous[...], self.first[...]], axis=1)
+        own, previous = product("bte,ea->bta", u, tasks), product("bte,ea->bta", u, before)
+        key = product("bta,ea->bte", jax.nn.softmax(previous), _columns(before))
+        segment = product("bte,en->btn", u, segments)
+        key = (key + product("btn,en->bte", jax.nn.softmax(segment), _columns(segments))).astype(kind)
+        value = product("bta,ea->bte", jax.nn.softmax(own), _columns(tasks)).astype(kind)
+        e, (sharpness, weight) = u.shape[-1], self.lookup[...]
+        query, keys, values = key * (sharpness * e**0.5).astype(kind), key, value
+        if cache is not None:
+            split = lambda z: z.reshape(*z.shape[:2], -1, HEAD)  # noqa: E731
+            cache = cache.write(jnp.int32(slot), split(key), split(value))
+            if not fresh:
+                keys, values = (z.reshape(*z.shape[:2], -1) for z in cache.layer(jnp.int32(slot)))
+        one_head = lambda z: z[:, :, None]  # noqa: E731
+        read = attend(one_head(query), one_head(keys), one_head(values), mask, fused if e <= WIDEST else None)
+        return Hop(own + weight * product("bte,ea->bta", read, _columns(tasks)), previous, segment), cache
+
+    def _shifted(
+        self, z: jax.Array, slot: int, positions: jax.Array, cache: KVCache | None, fresh: bool
+    ) -> tuple[jax.Array, KVCache | None]:
+        """z [B, T, E] of the SHIFTS tokens before each in its own sequence, [SHIFTS, B, T, E], zeros where there is
+        none; the cache keeps z at `slot`."""
+        kept, before = z, []
+        if cache is not None:
+            split = z.reshape(*z.shape[:2], -1, HEAD)
+            cache = cache.write(jnp.int32(slot), split, split)
+            kept = cache.layer(jnp.int32(slot))[0].reshape(*cache.keys.shape[1:3], -1)
+        for n in range(1, SHIFTS + 1):
+            place = jnp.where(positions >= n, positions - n, EMPTY - 1)  # no token's
+            if cache is None or fresh:  # neighbours
+                back = lambda z, n=n: jnp.pad(z[:, :-n], ((0, 0), (n, 0), *[(0, 0)] * (z.ndim - 2)))  # noqa: E731
+                before.append(jnp.where((back(positions) == place)[..., None], back(z), 0))
+            else:
+                there = (cache.positions[:, None] == place[..., None]).astype(z.dtype)
+                before.append(jnp.einsum("bts,bse->bte", there, kept))
+        return jnp.stack(before), cache
+
+
+def _columns(w: jax.Array) -> jax.Array:
+    """w [E, N] with columns of length 1."""
+    return w * jax.lax.rsqrt(jnp.sum(w * w, axis=0, keepdims=True) + 1e-6)
