@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meteora_jax.config import InputError
+from meteora_jax.files import put_in_place
 
 _JOURNAL = "journal"
 
@@ -80,7 +81,7 @@ def new_folder(
             if conversion:
                 Journal(partial).end()
             _sync(partial)
-            _replace(partial, dest)
+            put_in_place(partial, dest)
     except BaseException as e:
         for parent in made:
             with contextlib.suppress(OSError):
@@ -147,27 +148,6 @@ def _sync(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def _replace(partial: Path, dest: Path) -> None:
-    """Renames `partial` to `dest`; an old `dest` is deleted only once the new one is in its place."""
-    if not dest.exists() or not any(dest.iterdir()):
-        os.rename(partial, dest)
-    else:
-        old = dest.parent / f".{dest.name}.replaced"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(dest, old)
-        try:
-            os.rename(partial, dest)
-        except BaseException:
-            os.rename(old, dest)
-            raise
-        shutil.rmtree(old)
-    parent = os.open(dest.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from safetensors.numpy import save_file
 from meteora_jax.adapters import AdapterBank, column_shards
 from meteora_jax.config import ENDS, GROUPS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.ends import end_tensors
+from meteora_jax.files import whole_folder, write_json
 from meteora_jax.gate_config import SEGMENTS, SHIFTS, GateConfig, TokenRouterForm
 from meteora_jax.llama import Llama, lay_out
 from meteora_jax.origin import BaseOrigin, misfits
@@ -274,21 +272,10 @@ def take_adapters(folder: str | os.PathLike[str], dest: str | os.PathLike[str], 
 
 
 def _write_folder(folder: Path, name: str, description: Any, tensors: dict[str, np.ndarray]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        save_file(tensors, temporary / WEIGHTS)
-        (temporary / name).write_text(json.dumps(description, indent=1) + "\n")
-        os.chmod(temporary, 0o755)
-        if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            os.replace(folder, retired / "old")
-            os.replace(temporary, folder)
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(folder) as partial:
+        save_file(tensors, partial / WEIGHTS)
+        (partial / WEIGHTS).chmod(0o644)  # safetensors keeps others from reading
+        write_json(partial / name, description)
 
 
 _PLACES = {name: tuple(name.split(".")) for name in TOKEN_ROUTER}  # in the module tree

@@ -7,7 +7,6 @@ control characters are shown as pictures, and whatever goes into the page is esc
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import html
 import itertools
@@ -15,9 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meteora_jax.config import InputError
+from meteora_jax.files import whole_file
 from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share, weight_share
 
 # Ten picked by hand, then the candidate furthest from all before it (Oklab distance, the least of normal,
@@ -201,7 +199,7 @@ def write_html(trace: RoutingTrace, path: str | os.PathLike[str], title: str) ->
     template = resources.files("meteora_jax").joinpath("routing_page.html").read_text(encoding="utf-8")
     # One pass: text that happens to hold {{...}} is never taken for a slot.
     page = re.sub(r"\{\{(\w+)\}\}", lambda slot: fill[slot[1]], template)
-    with _replacing(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(page, encoding="utf-8", errors="replace")  # lone surrogates have no UTF-8
 
 
@@ -306,7 +304,7 @@ def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> 
     _mark_response(strip, trace.prompt_length)
     _draw_legend(figure, trace, columns)
     figure.suptitle(_drawable(title), x=0.01, ha="left", fontsize=12, parse_math=False)
-    with _replacing(path) as partial:
+    with whole_file(path) as partial:
         figure.savefig(partial, format="png", facecolor="white")
 
 
@@ -389,20 +387,3 @@ def _drawable(text: str) -> str:
 
     known = get_font(findfont(FontProperties())).get_charmap()
     return "".join(c if ord(c) in known else "\ufffd" for c in _visible(text))
-
-
-# Files
-
-
-@contextlib.contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place only if the body succeeds."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)

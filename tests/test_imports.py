@@ -1,6 +1,6 @@
 """The arrows between the rooms, and two habits of the house, read off the source of every module.
 
-    config, gate_config, origin, text, arguments, prompts, compiler, sharding -> retriever -> kv_cache, attention
+    config, files, gate_config, origin, text, arguments, prompts, compiler, sharding -> retriever -> kv_cache, attention
         -> routing -> adapters -> decoding, ends -> llama, routed_llama -> checkpoint -> generation, evaluation,
         training, viz -> planning -> model (with meteora_jax itself, the public API) -> harness, cli
 
@@ -22,7 +22,7 @@ NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function
 
 # The rooms of meteora_jax in the order in which they may import each other; "" is meteora_jax/__init__.
 ROOMS = [
-    *("config", "gate_config", "origin", "text", "arguments", "prompts", "compiler", "sharding", "retriever"),
+    *("config", "files", "gate_config", "origin", "text", "arguments", "prompts", "compiler", "sharding", "retriever"),
     *("kv_cache", "attention", "routing", "adapters", "decoding", "ends", "llama", "routed_llama", "checkpoint"),
     *("generation", "evaluation", "training", "viz", "planning", "model", "", "harness", "cli"),
 ]
@@ -30,7 +30,8 @@ PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ROOMS decides
     "pallas_kernels": (),
     "converters": (
-        *("meteora_jax.config", "meteora_jax.gate_config", "meteora_jax.origin", "meteora_jax.retriever.config"),
+        *("meteora_jax.config", "meteora_jax.files", "meteora_jax.gate_config", "meteora_jax.origin"),
+        *("meteora_jax.retriever.config",),
     ),
     "meteora_jax": ("pallas_kernels",),
     "meteora_jax.cli": ("converters", "pallas_kernels"),

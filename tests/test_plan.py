@@ -100,7 +100,8 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
 @pytest.mark.parametrize(("what", "key"), [("train", None), ("evaluate", "prefill")])
 def test_what_the_compiler_refuses_does_not_fit(what, key, tmp_path, capsys):
     """That is the answer to the question, not an error: by how much, and which axis to grow."""
-    options = ["--topology", "v5e:2x2", "--width", "128", "--json", str(tmp_path / "plan.json")]
+    options = ["--topology", "v5e:2x2", "--recipe", "meteora", "--width", "128"]
+    options += ["--json", str(tmp_path / "plan.json")]
     main(["plan", what, "--base", "llama3-8b", *options])
     found = json.loads((tmp_path / "plan.json").read_text())
     found = found[key] if key else found

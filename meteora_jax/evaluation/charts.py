@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.table import shown
+from meteora_jax.files import whole_file
 
 
 def accuracies(table: Mapping[str, Any], systems: Sequence[str], scoring: str = "meteora") -> dict[str, list[float]]:
@@ -100,6 +100,5 @@ def save_picture(draw: Callable[[Any], None], path: Path) -> None:
     figure = Figure(dpi=130)
     FigureCanvasAgg(figure)
     draw(figure)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", bbox_inches="tight")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", bbox_inches="tight")

@@ -17,6 +17,7 @@ from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.metrics import read_composite
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.table import score_row
+from meteora_jax.files import write_json
 
 RUN, RECORDS = "run.json", "records.jsonl"
 
@@ -36,9 +37,7 @@ class Records:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / RECORDS
         settings = _settings(out / RUN, settings)
-        partial = out / f".{RUN}"
-        partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, out / RUN)
+        write_json(out / RUN, settings)
         self.done: dict[tuple[str, str], dict[str, Any]] = {}
         if self.path.exists():
             self._read()

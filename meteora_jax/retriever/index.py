@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from meteora_jax.config import InputError, read_json, read_lines
+from meteora_jax.files import whole_folder, write_json
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
 from meteora_jax.retriever.scoring import Profile, is_large, make_scoring
 from meteora_jax.retriever.wording import Wording
@@ -225,8 +223,11 @@ class Index:
         }  # fmt: skip
         if self._profiles:
             self.fit()
-        with _replacing(folder) as new:
-            (new / "index.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if there and not (folder / "index.json").exists():
+            raise InputError(f"{folder}: expected an index folder or nothing, found something else")
+        with whole_folder(folder) as new:
+            write_json(new / "index.json", description)
             if self.encoder is not None:
                 self.encoder.save(new / ENCODER)
             parts = [v for _, p in profiles if (v := p.inputs.computed_vectors) is not None]
@@ -326,29 +327,6 @@ def top(
     rows = zip(order, left, strict=True)
     chosen: list[tuple[str, ...]] = [tuple(str(names[i]) for i in row[:count]) for row, count in rows]
     return Retrieved(chosen, similarities)
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A hidden sibling to write into; it becomes `folder` when the block ends without an exception."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "index.json").exists())):
-        raise InputError(f"{folder}: expected an index folder or nothing, found something else")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        new = work / "new"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, work / "old")
-        try:
-            os.replace(new, folder)
-        except BaseException:
-            if (work / "old").exists():
-                os.replace(work / "old", folder)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:

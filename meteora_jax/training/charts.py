@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from meteora_jax.config import PROJECTIONS, InputError
+from meteora_jax.files import whole_file
 
 
 def write_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -57,6 +57,5 @@ def _save(draw: Callable[[Any], None], path: Path) -> None:
     figure = Figure(layout="constrained")
     draw(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=130)
-    os.replace(temporary, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)

@@ -8,13 +8,13 @@ scores reads them with `load_split`. Holdout is scored once, for a release, and 
 import hashlib
 import json
 import re
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from meteora_jax.config import InputError, read_lines
+from meteora_jax.files import whole_file
 from meteora_jax.text import check_text
 
 SPLITS = ("train", "test", "holdout")
@@ -136,7 +136,8 @@ def write_splits(task_dir: Path, splits: Mapping[str, Iterable[Example]]) -> Non
     task_dir.mkdir(parents=True, exist_ok=True)
     for split, examples in splits.items():
         lines = (json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
-        _write_atomically(task_dir / f"{split}.jsonl", lines)
+        with whole_file(task_dir / f"{split}.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def load_split(tasks_dir: Path, task: str, split: str) -> list[Example]:
@@ -168,14 +169,3 @@ def parse_example(line: bytes, where: str) -> Example:
 def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _write_atomically(path: Path, lines: Iterable[str]) -> None:
-    # a name of its own: on a shared disk every process of a job may write this file at once
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

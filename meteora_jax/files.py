@@ -1,0 +1,77 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from meteora_jax.config import InputError
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes its place when the block ends without an exception.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    path = Path(path)
+    # a name of its own: on a shared disk every process of a job may write this file at once
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, indent: int = 1) -> None:
+    """Writes readable JSON, whole or not at all. Raises InputError as `whole_file`."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden folder beside `dest` to write into; it takes its place, and that of what was there, when the block ends
+    without an exception."""
+    dest = Path(dest)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    try:
+        yield partial
+        os.chmod(partial, 0o755)
+        put_in_place(partial, dest)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(new: Path, dest: Path) -> None:
+    """Renames the folder `new` to `dest`; an old one there is deleted only once the new one is in its place."""
+    if not dest.exists() or not any(dest.iterdir()):
+        os.rename(new, dest)
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+        os.rename(dest, old / "old")
+        try:
+            os.rename(new, dest)
+        except BaseException:
+            os.rename(old / "old", dest)
+            old.rmdir()
+            raise
+        shutil.rmtree(old)
+    parent = os.open(dest.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
