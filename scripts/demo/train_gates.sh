@@ -2,12 +2,12 @@
 # Train the demo's gates, a token router by its recipe, on the adapters of scripts/demo, and measure them.
 #   scripts/demo/train_gates.sh
 # From a checkout, with what the demo fetches at hand (the GGUF base in runs/demo/download, or GGUF=FILE) and TASKS
-# (runs/tasks). OUT (runs/demo-gates) gets gates/ (in 16 bit, so that the demo's files stay below 45 MB), gates.jsonl (a
+# (runs/tasks). OUT (runs/demo-gates) gets gates/ in 16 bit, as scripts/demo/gates has them, gates.jsonl (a
 # line a step), gates.json and evaluation/. STEPS and EACH shorten training and evaluation. Seeds are fixed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
-gguf=${GGUF:-$(find runs/demo -name '*.gguf' 2>/dev/null | head -n 1)}
+gguf=${GGUF:-$(find runs/demo -name '*.gguf' 2>/dev/null | head -n 1 || true)}
 tasks=${TASKS:-runs/tasks} adapters=${ADAPTERS:-$here/adapters} out=${OUT:-runs/demo-gates}
 work=${WORK:-$out/work}
 [ -f "$gguf" ] || { echo "GGUF: expected the demo's base (scripts/demo.sh fetches it), found '$gguf'" >&2; exit 1; }
