@@ -301,7 +301,8 @@ class _HfReader:
             self.problems.append(f"{self.source}: hidden_act: expected 'silu', found {act!r}")
         heads = self.get("num_attention_heads", int, low=1)
         hidden = self.get("hidden_size", int, low=1)
-        kv_heads = self.get("num_key_value_heads", int, default=heads if llama else _REQUIRED, low=1)
+        own = llama or "num_key_value_heads" in self.raw  # null means as many as there are heads
+        kv_heads = self.get("num_key_value_heads", int, default=heads if own else _REQUIRED, low=1)
         if heads and kv_heads and heads % kv_heads:
             self.problems.append(
                 f"{self.source}: num_key_value_heads: expected a divisor of {heads} heads, found {kv_heads}"

@@ -181,6 +181,8 @@ def test_null_is_off(tmp_path: Path, base: tuple[Path, Path]):
     shutil.copytree(hf, copy)
     edit_json(copy / "config.json", tie_word_embeddings=None, attention_bias=None, mlp_bias=None)
     assert LlamaConfig.from_hf(read_json(copy / "config.json")) == LlamaConfig.from_hf(read_json(hf / "config.json"))
+    raw = {**read_json(hf / "config.json"), "model_type": "mistral", "num_key_value_heads": None}
+    assert LlamaConfig.from_hf(raw).num_kv_heads == raw["num_attention_heads"]
     edit_json(folder / "adapter_config.json", use_dora="no")
     with pytest.raises(InputError, match="use_dora: expected true or false, found 'no'"):
         import_adapters(tmp_path / "never", ours_base, {"a": folder})
