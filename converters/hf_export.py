@@ -167,8 +167,11 @@ def _check_fit(config: LlamaConfig, origin: BaseOrigin | None, adapter: BankAdap
 def _open(reader: TensorReader, path: str, layer: int | None) -> SourceTensor:
     values = reader.slice(path) if layer is None else reader.slice(path, layer)
     index = () if layer is None else (layer,)
+
     # The mapping is opened anew for each block, so that its pages do not pile up in this process.
-    rows = lambda start, stop: reader.slice(path, *index)[start:stop]  # noqa: E731
+    def rows(start, stop):
+        return reader.slice(path, *index)[start:stop]
+
     return SourceTensor("weights.safetensors", path, values.dtype, values.shape, rows)
 
 
@@ -189,7 +192,10 @@ def _merged_bias(base: SourceTensor, adapter: BankAdapter, layer: int, p: str) -
     if p not in adapter.bank.lora_bias:
         return base
     added = np.float32(adapter.scale(layer, p)) * adapter.slice(layer, p, "bias").astype(np.float32)
-    rows = lambda start, stop: base.rows(start, stop).astype(np.float32) + added[start:stop]  # noqa: E731
+
+    def rows(start, stop):
+        return base.rows(start, stop).astype(np.float32) + added[start:stop]
+
     return dataclasses.replace(base, dtype=np.dtype(np.float32), rows=rows)
 
 

@@ -155,7 +155,9 @@ def _rows_joined(parts: Sequence[SourceTensor]) -> SourceTensor:
 
 
 def _columns_joined(parts: Sequence[SourceTensor]) -> SourceTensor:
-    rows = lambda start, stop: np.concatenate([p.rows(start, stop) for p in parts], axis=1)  # noqa: E731
+    def rows(start, stop):
+        return np.concatenate([p.rows(start, stop) for p in parts], axis=1)
+
     shape = (parts[0].shape[0], sum(p.shape[1] for p in parts))
     return SourceTensor(parts[0].file, parts[0].key, parts[0].dtype, shape, rows)
 

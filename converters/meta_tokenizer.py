@@ -80,7 +80,10 @@ def _byte_letters() -> list[str]:
 def _merges(tokens: list[bytes], letters: list[str]) -> list[str]:
     """Each way to make a token of two others, lower ranks first: the order in which tiktoken merges."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    spell = lambda token: "".join(letters[b] for b in token)  # noqa: E731
+
+    def spell(token):
+        return "".join(letters[b] for b in token)
+
     merges = []
     for token in tokens:
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]

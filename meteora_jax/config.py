@@ -433,7 +433,11 @@ class BankConfig:
         try:
             if raw["format"] != "meteora-bank-1":
                 raise InputError(f"{source}: format: expected 'meteora-bank-1', found {raw['format']!r}")
-            invoked = lambda a: tuple(map(int, a.get("invocation", ())))  # older banks have none  # noqa: E731
+
+            # older banks have none
+            def invoked(a):
+                return tuple(map(int, a.get("invocation", ())))
+
             own = ({**a, "targets": tuple(a["targets"]), "invocation": invoked(a)} for a in raw["adapters"])
             adapters = tuple(AdapterInfo(**a) for a in own)
             shapes = {p: (int(i), int(o)) for p, (i, o) in raw["base_shapes"].items()}

@@ -37,7 +37,10 @@ class EndAdapters(nnx.Module):
         (vocab, width), held, count = bank.vocab_shape, bank.ends[end], len(bank.names)
         embed, rank = end == "embed", held.rank
         a_shape, a_axes = ((vocab, rank), ("vocab", None)) if embed else ((rank, width), (None, "model"))
-        zeros = lambda kind, shape, axes, dtype: kind(jnp.zeros((count, *shape), dtype), axes=(None, *axes))  # noqa: E731
+
+        def zeros(kind, shape, axes, dtype):
+            return kind(jnp.zeros((count, *shape), dtype), axes=(None, *axes))
+
         self.lora_a = zeros(AdapterParam, a_shape, a_axes, dtype) if rank else None
         b_shape, b_axes = ((rank, width), (None, "model")) if embed else ((rank, vocab), (None, "vocab"))
         self.lora_b = zeros(AdapterParam, b_shape, b_axes, dtype) if rank else None

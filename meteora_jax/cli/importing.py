@@ -120,7 +120,10 @@ def import_adapters(command: ImportAdapters) -> None:
     )
     bank = command.run("import adapters", convert)
     say(remarks)
-    since = lambda a: f", from tokens {' '.join(map(str, a.invocation))} on" if a.invocation else ""  # noqa: E731
+
+    def since(a):
+        return f", from tokens {' '.join(map(str, a.invocation))} on" if a.invocation else ""
+
     lines = [f"{a.name}: rank {a.rank}, {' '.join(a.targets)}{since(a)}" for a in bank.adapters]
     command.tell(lines, {"bank": str(command.dest), **bank.to_json()})
 

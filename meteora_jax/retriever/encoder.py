@@ -92,7 +92,9 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def attend(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        heads = lambda y: y.reshape(*y.shape[:2], self.config.num_heads, self.config.head_dim)  # noqa: E731
+        def heads(y):
+            return y.reshape(*y.shape[:2], self.config.num_heads, self.config.head_dim)
+
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         if self.config.family == "bert":  # T5 leaves the scores unscaled
             q = q * self.config.head_dim**-0.5

@@ -134,7 +134,9 @@ def judge(index: Index, queries: Sequence[Query], ks: Sequence[int] = KS) -> dic
     kin = [{a for a, c in cluster.items() if c and c == q.cluster and a != q.adapter} for q in queries]
     hits = np.asarray([[q.adapter in row[:k] for k in ks] for q, row in zip(queries, found, strict=True)])
     others = np.asarray([[bool(s & set(r[:k])) for k in ks] for s, r in zip(kin, masked, strict=True) if s])
-    percent = lambda rows: {k: round(100 * float(v), 2) for k, v in zip(ks, rows.mean(axis=0), strict=True)}  # noqa: E731
+
+    def percent(rows):
+        return {k: round(100 * float(v), 2) for k, v in zip(ks, rows.mean(axis=0), strict=True)}
 
     def split(group: Callable[[Query], str]) -> dict[str, dict[int, float]]:
         members = {

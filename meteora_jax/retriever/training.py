@@ -84,7 +84,10 @@ def contrastive_loss(
     mean_i -log( exp(c_ii / t) / (exp(c_ii / t) + sum_j exp(c_ij / t)) ), c the cosine, j over the candidates of other
     adapters: a second input of the anchor's own adapter is no negative, and counts for nothing.
     """
-    length = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)  # noqa: E731
+
+    def length(x):
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
     scores = jnp.einsum("be,me->bm", length(anchors), length(candidates), precision="highest") / temperature
     own = jnp.arange(anchors.shape[0])[:, None] == jnp.arange(candidates.shape[0])[None, :]
     counted = own | (adapters[:, None] != candidate_adapters[None, :])

@@ -64,7 +64,10 @@ class TokenRouter(nnx.Module):
         """width: D."""
         e, f = form.width, form.depth
         self.form = form
-        weight = lambda *shape: GateParam(jnp.zeros(shape, jnp.float32), axes=(None,) * len(shape))  # noqa: E731
+
+        def weight(*shape):
+            return GateParam(jnp.zeros(shape, jnp.float32), axes=(None,) * len(shape))
+
         self.embed, self.shift = weight(width, e), weight(SHIFTS, e, e)
         self.qkv_embed, self.qkv, self.o = weight(f, width, 3, e), weight(f, e, 3, e), weight(f, e, e)
         self.gate_up, self.down = weight(f, e, 2, 2 * e), weight(f, 2 * e, e)
@@ -91,9 +94,16 @@ class TokenRouter(nnx.Module):
         positions int32 [B, T]; mask bool [B, 1, T, S], fused: as `attend` takes them; cache: its positions claimed.
         """
         kind, angles, depth = x.dtype, router_rotation(HEAD, positions), self.form.depth
-        heads = lambda z: z.astype(kind).reshape(*z.shape[:2], -1, HEAD)  # noqa: E731
-        product = lambda spec, x, w: einsum_float32(kind, spec, x, w.astype(kind))  # noqa: E731
-        unit = lambda u: unit_rms(u.astype(jnp.float32)).astype(kind)  # noqa: E731
+
+        def heads(z):
+            return z.astype(kind).reshape(*z.shape[:2], -1, HEAD)
+
+        def product(spec, x, w):
+            return einsum_float32(kind, spec, x, w.astype(kind))
+
+        def unit(u):
+            return unit_rms(u.astype(jnp.float32)).astype(kind)
+
         x = unit(x)
 
         def layer(carry: tuple[jax.Array, jax.Array, KVCache | None], weights: tuple[jax.Array, ...]) -> Any:
@@ -111,9 +121,15 @@ class TokenRouter(nnx.Module):
 
         weights = tuple(w[...] for w in (self.qkv_embed, self.qkv, self.o, self.gate_up, self.down))
         unroll = depth if x.shape[1] == 1 else 1  # a decoding step has no use for a loop
-        run = lambda state, weights: jax.lax.scan(layer, state, weights, unroll=unroll)[0]  # noqa: E731
-        shifted = lambda z, slot, cache: self._shifted(z.astype(kind), slot, positions, cache, fresh)  # noqa: E731
-        look_up = lambda u, slot, cache: self._look_up(unit(u), slot, mask, fused, cache, fresh)  # noqa: E731
+
+        def run(state, weights):
+            return jax.lax.scan(layer, state, weights, unroll=unroll)[0]
+
+        def shifted(z, slot, cache):
+            return self._shifted(z.astype(kind), slot, positions, cache, fresh)
+
+        def look_up(u, slot, cache):
+            return self._look_up(unit(u), slot, mask, fused, cache, fresh)
 
         read = product("btd,de->bte", x, self.embed[...])
         before, cache = shifted(read, depth, cache)
@@ -138,7 +154,10 @@ class TokenRouter(nnx.Module):
         itself had not after 138 million tokens.
         """
         kind = u.dtype
-        product = lambda spec, x, w: einsum_float32(kind, spec, x.astype(kind), w.astype(kind))  # noqa: E731
+
+        def product(spec, x, w):
+            return einsum_float32(kind, spec, x.astype(kind), w.astype(kind))
+
         tasks, segments = self.task[...], self.segment[...]
         before = jnp.concatenate([self.previous[...], self.first[...]], axis=1)
         own, previous = product("bte,ea->bta", u, tasks), product("bte,ea->bta", u, before)
@@ -149,11 +168,17 @@ class TokenRouter(nnx.Module):
         e, (sharpness, weight) = u.shape[-1], self.lookup[...]
         query, keys, values = key * (sharpness * e**0.5).astype(kind), key, value
         if cache is not None:
-            split = lambda z: z.reshape(*z.shape[:2], -1, HEAD)  # noqa: E731
+
+            def split(z):
+                return z.reshape(*z.shape[:2], -1, HEAD)
+
             cache = cache.write(jnp.int32(slot), split(key), split(value))
             if not fresh:
                 keys, values = (z.reshape(*z.shape[:2], -1) for z in cache.layer(jnp.int32(slot)))
-        one_head = lambda z: z[:, :, None]  # noqa: E731
+
+        def one_head(z):
+            return z[:, :, None]
+
         read = attend(one_head(query), one_head(keys), one_head(values), mask, fused if e <= WIDEST else None)
         return Hop(own + weight * product("bte,ea->bta", read, _columns(tasks)), previous, segment), cache
 
@@ -170,7 +195,10 @@ class TokenRouter(nnx.Module):
         for n in range(1, SHIFTS + 1):
             place = jnp.where(positions >= n, positions - n, EMPTY - 1)  # no token's
             if cache is None or fresh:  # neighbours
-                back = lambda z, n=n: jnp.pad(z[:, :-n], ((0, 0), (n, 0), *[(0, 0)] * (z.ndim - 2)))  # noqa: E731
+
+                def back(z, n=n):
+                    return jnp.pad(z[:, :-n], ((0, 0), (n, 0), *[(0, 0)] * (z.ndim - 2)))
+
                 before.append(jnp.where((back(positions) == place)[..., None], back(z), 0))
             else:
                 there = (cache.positions[:, None] == place[..., None]).astype(z.dtype)

@@ -25,5 +25,8 @@ def adapted_places(weights: Any) -> np.ndarray | None:
     if not scales:
         return None
     layers, _, adapters = next(iter(scales.values())).shape
-    none = lambda group: np.zeros((layers, len(GROUPS[group]), adapters))  # noqa: E731
+
+    def none(group):
+        return np.zeros((layers, len(GROUPS[group]), adapters))
+
     return np.concatenate([scales.get(group, none(group)) for group in GROUPS], axis=1) != 0
