@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from meteora_jax.compiler import platform
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates, GateParam, ProjectionGates
 from meteora_jax.sharding import constrain, splits_inner
 from pallas_kernels.routed_lora import add_routed_lora, gated, routed_lora
-from pallas_kernels.routed_lora.reference import FEW_ROWS, KEPT, add_expanded, einsum_float32, shrink
+from pallas_kernels.routed_lora.reference import FEW_ROWS, KEPT, Expand, add_expanded, einsum_float32, shrink
 
 
 class BaseParam(nnx.Param):
@@ -154,11 +154,11 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
 
 def add_update(
     y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, routing: Routing,
-    splits: tuple[int, ...], every: bool = False,
+    splits: tuple[int, ...], every: bool = False, expand: Expand = "reference",
 ) -> jax.Array:  # fmt: skip
     """y [B, T, O] + what the routed adapters add to it, in y's dtype; a, b, scale as in `AdaptedLinear`.
 
-    every: shrink by every adapter, whichever the routing chose.
+    every: shrink by every adapter, whichever the routing chose. expand: of `ExecutionConfig`.
     """
     requests, choices = routing.indices.shape[0], routing.indices.shape[-1]
     # a batch whose requests name as many adapters as there are reads every one of them once
@@ -166,7 +166,7 @@ def add_update(
     if routing.fused is not None or not dense or (y.dtype == jnp.float32 and not every):
         return (y.astype(jnp.float32) + routed_update(x, a, b, scale, routing, splits)).astype(y.dtype)
     h = shrink(x, a, routing.dense(scale.shape[1]) * scale[None, None])
-    return add_expanded(y, h, b, splits)
+    return add_expanded(y, h, b, splits, expand)
 
 
 def routed_update(
@@ -272,12 +272,12 @@ class AdaptedLinear(nnx.Module):
         self.slim: AdapterConstant | None = None
         self.joined = 0
 
-    def prepare(self, joined: bool, by_token: bool) -> None:
+    def prepare(self, joined: bool, by_token: bool, dense_width: int) -> None:
         """Keeps the gates, and the A's of a bank that is not too wide, as one matrix in A's dtype beside them.
 
         joined: as the last rows of a new kernel [L, O + P N, I] instead: one product serves a decoding step, and a
         prompt reads the first O rows, or the P N behind them, where they lie. by_token: whether tokens of this model
-        are routed one by one, by gates here or by a token router.
+        are routed one by one, by gates here or by a token router. dense_width: of `ExecutionConfig`.
 
         For inference on one device, on layers as they are stacked. Nothing is kept, and gates and adapters stay apart,
         where DoRA or biases act.
@@ -286,7 +286,7 @@ class AdaptedLinear(nnx.Module):
             return
         a = self.lora_a[...]
         layers, _, adapters, _, width = a.shape
-        wide = adapters * a.shape[-2] > gated.DENSE_WIDTH
+        wide = adapters * a.shape[-2] > dense_width
         if self.gate is None and (wide or not (joined or by_token)):
             return
         shape = layers, width, len(self.splits), adapters
@@ -299,7 +299,12 @@ class AdaptedLinear(nnx.Module):
         self.slim = nnx.data(AdapterConstant(slim, axes=(None, None, None)))  # was None, which NNX took for static
 
     def __call__(
-        self, x: jax.Array, router: BoundRouter | Routing | None, layer: jax.Array | int = 0, keep: bool = False
+        self,
+        x: jax.Array,
+        router: BoundRouter | Routing | None,
+        execution: ExecutionConfig,
+        layer: jax.Array | int = 0,
+        keep: bool = False,
     ) -> tuple[list[jax.Array], Routing | None]:
         """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted (None: the bare base).
 
@@ -334,28 +339,30 @@ class AdaptedLinear(nnx.Module):
         y = plain if self.bias is None else plain + self.bias[...].astype(plain.dtype)[None, None, :]
         routing = None
         if gates is not None:
-            y, routing = self._gated(x, y, slim, made, gates)
+            y, routing = self._gated(x, y, slim, made, gates, execution)
         elif router is not None:
             gate: Any = None if self.gate is None else ProjectionGates(self.gate[...])
             routing = router if isinstance(router, Routing) else router.route(x, gate)
             if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
-                y = self._adapted(x, plain, y, routing, joined)
+                y = self._adapted(x, plain, y, routing, joined, execution)
         y = y.astype(x.dtype)
         if keep:
             # without the barrier XLA multiplies a second time, to write one of the results where it is kept
             y = checkpoint_name(jax.lax.optimization_barrier(y), KEPT)
         return self._split(y), routing
 
-    def _adapted(self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing, joined: bool) -> jax.Array:
+    def _adapted(
+        self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing, joined: bool, execution: ExecutionConfig
+    ) -> jax.Array:
         """y [B, T, O], the base's output, + what the routed adapters add; plain is y without the base's bias."""
         assert self.lora_a is not None
         assert self.lora_b is not None
         assert self.lora_scale is not None
         a, scale, splits = self.lora_a[...], self.lora_scale[...], tuple(o // self.shards for o in self.splits)
-        every = joined and a.shape[1] * a.shape[2] <= gated.DENSE_WIDTH
+        every = joined and a.shape[1] * a.shape[2] <= execution.dense_width
 
         def part(plain: jax.Array, y: jax.Array, b: jax.Array, dora: Any, bias: Any) -> jax.Array:
-            y = add_update(y, x, a, b, scale, routing, splits, every)
+            y = add_update(y, x, a, b, scale, routing, splits, every=every, expand=execution.expand)
             if dora is not None:
                 more = by_column(routing.dense(scale.shape[1]), dora, splits) * plain.astype(jnp.float32)
                 y = (y.astype(jnp.float32) + more).astype(y.dtype)
@@ -383,8 +390,9 @@ class AdaptedLinear(nnx.Module):
         ]
 
     def _gated(
-        self, x: jax.Array, base: jax.Array, slim: Any, made: Any, router: BoundGates | Routing
-    ) -> tuple[jax.Array, Routing]:
+        self, x: jax.Array, base: jax.Array, slim: Any, made: Any, router: BoundGates | Routing,
+        execution: ExecutionConfig,
+    ) -> tuple[jax.Array, Routing]:  # fmt: skip
         """base [B, T, O] + the update of tokens routed one by one, and the routing without its logits.
 
         slim: [P, N, I], or made: [B, T, P N], x times it, where the kernel's product has given that already.
@@ -396,13 +404,13 @@ class AdaptedLinear(nnx.Module):
         batch, length, _ = x.shape
         rows = batch * length
         flat = lambda z: z.reshape(rows, *z.shape[2:])  # noqa: E731
-        wide = a.shape[1] * a.shape[2] > gated.DENSE_WIDTH
+        wide = a.shape[1] * a.shape[2] > execution.dense_width
         made = None if made is None else flat(made).astype(jnp.float32).reshape(rows, len(self.splits), -1)
         if isinstance(router, Routing):
             chosen = flat(router.indices[:, :, 0]), flat(router.weights[:, :, 0])
             y = gated.chosen_lora(
                 flat(x), slim, b, scale, *chosen, flat(base), self.splits, made=made,
-                implementation=gated.choose_expand(platform()),
+                implementation=execution.expand,
             )  # fmt: skip
             return y.reshape(base.shape), dataclasses.replace(router, logits=None)
         by_row = lambda z: jnp.broadcast_to(z[:, None], (batch, length)).reshape(rows)  # noqa: E731
@@ -410,7 +418,7 @@ class AdaptedLinear(nnx.Module):
         if not wide:
             y, *routing = gated.gated_lora(
                 flat(x), slim, b, scale, *choice, flat(base), self.splits, router.max_k,
-                implementation=gated.choose(platform(), rows), made=made,
+                implementation=execution.gated if rows <= gated.TRITON_ROWS else execution.expand, made=made,
             )  # fmt: skip
         else:
             if made is None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from meteora_jax.execution import Fused
 from meteora_jax.sharding import by_device
 from pallas_kernels.routed_lora.reference import einsum_float32
-
-# What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences,
-# "decode" steps that read the cache.
-Fused = Literal["prompt", "packed", "decode"]
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -40,12 +36,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, fused: Fus
     """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H].
 
     Scores and softmax are float32. `fused`: by cuDNN, which never writes the scores; see
-    `llama.FUSED_ATTENTION`. A prompt's mask is causal, its padding behind it, and is not read. What stands at padding
-    means nothing.
+    `ExecutionConfig.fused_attention`. A prompt's mask is causal, its padding behind it, and is not read. What stands at
+    padding means nothing.
     jax.nn.dot_product_attention is not used elsewhere: it refuses float16 on a CPU.
     """
     if fused is not None:
-        cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=fused != "decode", implementation="cudnn")
+        cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         rows, heads = ("batch", None, "heads", None), ("heads", k.shape[2])
         given = [(q, rows), (k, rows), (v, rows)] + ([] if fused == "prompt" else [(mask, ("batch", None, None, None))])
         y = by_device(lambda q, k, v, mask=None: cudnn(q, k, v, mask=mask), given, rows, heads)

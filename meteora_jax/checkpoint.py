@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from meteora_jax.adapters import AdapterBank, column_shards
 from meteora_jax.config import ENDS, GROUPS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.ends import end_tensors
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.files import whole_folder, write_json
 from meteora_jax.gate_config import SEGMENTS, SHIFTS, GateConfig, TokenRouterForm
 from meteora_jax.llama import Llama, lay_out
@@ -349,11 +350,12 @@ def assemble(
     a host reads only those parts. form: of the gates, if there are any.
     """
     bank_config = bank.config if bank is not None else None
+    execution = ExecutionConfig.here(dtype, mesh)
 
     def fresh() -> Llama:
         if gates is None or bank_config is None:
-            return Llama(config, bank_config, dtype=dtype, rngs=nnx.Rngs(0))
-        return gated_llama(config, bank_config, form, dtype, nnx.Rngs(0))
+            return Llama(config, bank_config, dtype=dtype, rngs=nnx.Rngs(0), execution=execution)
+        return gated_llama(config, bank_config, form, dtype, nnx.Rngs(0), execution)
 
     abstract = nnx.eval_shape(fresh)
     lay_out(abstract, tensor_shards(mesh))

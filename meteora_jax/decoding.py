@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from meteora_jax.adapters import AdaptedLinear
-from meteora_jax.compiler import Step
 from meteora_jax.config import GROUPS, LlamaConfig
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.kv_cache import KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
@@ -23,12 +23,14 @@ FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projec
 
 
 def refusal(
-    layers: Any, config: LlamaConfig, router: BoundRouter | Routing | None, rows: int, step: Step
+    layers: Any, config: LlamaConfig, router: BoundRouter | Routing | None, rows: int, execution: ExecutionConfig
 ) -> str | None:
-    """Why this model or router is left to XLA; None where the kernels of `step` serve both."""
+    """Why this model or router is left to XLA; None where the kernels of `execution.step` serve both."""
+    if execution.step is None:
+        return "no steps by Triton"
     if config.qk_norm or config.sliding_window is not None:
         return "head norms or a sliding window"
-    if rows > triton_gpu.MAX_ROWS or config.head_dim < 32 or config.head_dim & (config.head_dim - 1):
+    if rows > execution.step.rows or config.head_dim < 32 or config.head_dim & (config.head_dim - 1):
         return "rows or heads that no tile has"
     linears: list[AdaptedLinear] = [getattr(layers, name) for name in GROUPS]
     for linear, tail in zip(linears, TAILS.values(), strict=True):
@@ -56,7 +58,7 @@ def refusal(
             or linear.lora_bias is not None
         ):
             return "a group without adapters, DoRA or biases of adapters"
-        if not linear.joined and (gates or not _wide(linear)):
+        if not linear.joined and (gates or not _wide(linear, execution)):
             return "gates and A's that are not behind the kernel's rows"
     return None
 
@@ -66,15 +68,15 @@ def _given(router: BoundRouter | Routing, x: jax.Array) -> Routing:
     return router if isinstance(router, Routing) else router.route(x[:, None], None)
 
 
-def _wide(linear: AdaptedLinear) -> bool:
+def _wide(linear: AdaptedLinear, execution: ExecutionConfig) -> bool:
     assert linear.lora_a is not None
-    return linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > gated.DENSE_WIDTH
+    return linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
 
 
-def group_weights(linear: AdaptedLinear, norm: Any, adapt: bool) -> Group:
+def group_weights(linear: AdaptedLinear, norm: Any, adapt: bool, execution: ExecutionConfig) -> Group:
     """The stacked weights of a group; `norm` is the RmsNorm before it."""
     read = lambda z: None if z is None or not adapt else z[...]  # noqa: E731
-    a = read(linear.lora_a) if adapt and _wide(linear) else None
+    a = read(linear.lora_a) if adapt and _wide(linear, execution) else None
     first = gated.first_shrink(linear.lora_b.shape[1]) if adapt and linear.lora_b is not None else 0
     return Group(
         linear.kernel[...], a, read(linear.lora_b), read(linear.lora_scale), linear.splits,
@@ -90,7 +92,7 @@ def run_layers(
     cache: KVCache,
     positions: jax.Array,
     router: BoundRouter | Routing | None,
-    step: Step,
+    execution: ExecutionConfig,
 ) -> tuple[jax.Array, KVCache, tuple[Routing, ...]]:
     """All layers of one step, the cache's slot claimed already.
 
@@ -100,6 +102,8 @@ def run_layers(
     Returns:
         x [B, D], the cache with the slot written, each group's routing with layers first: [L, B, 1, P or 1, C].
     """
+    assert execution.step is not None
+    limits = execution.step
     rows, depth = x.shape[0], config.num_layers
     choice = None
     traced = jnp.full((1,), -1, jnp.int32), jnp.zeros((1,), jnp.float32)
@@ -111,7 +115,7 @@ def run_layers(
         given = _given(router, x)
         choice = Choice(given.indices.shape[-1], indices=given.indices[:, 0, 0], weights=given.weights[:, 0, 0])
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
-    groups = {g: group_weights(getattr(layers, g), norms.get(g), choice is not None) for g in GROUPS}
+    groups = {g: group_weights(getattr(layers, g), norms.get(g), choice is not None, execution) for g in GROUPS}
     flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
     carried = Carried(flat(cache.keys), flat(cache.values), *traced)
     slot, used = cache.length[None], cache.length[None] + 1
@@ -121,12 +125,12 @@ def run_layers(
         def run(group: str, x: jax.Array, carried: Carried, layer: int = layer, **more: Any) -> tuple[Any, Carried]:
             return triton_gpu.group_step(
                 layer, x, groups[group], TAILS[group], carried, choice, head=config.head_dim,
-                first_projection=FIRST[group], captured=step.captured, **more,
+                first_projection=FIRST[group], limits=limits, **more,
             )  # fmt: skip
 
         q, carried = run("qkv", stream.scaled, carried, squares=stream.squares, angles=angles, slot=slot)
         heads = config.num_heads, config.head_dim
-        y = triton_gpu.attend(layer, q, carried, positions, cache.positions, used, *heads, captured=step.captured)
+        y = triton_gpu.attend(layer, q, carried, positions, cache.positions, used, *heads)
         then = layers.mlp_norm.scale[...], 0
         stream, carried = run("o", y, carried, residual=stream.x, following=then)
         y, carried = run("gate_up", stream.scaled, carried, squares=stream.squares)

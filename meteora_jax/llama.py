@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meteora_jax.adapters import AdaptedLinear, BaseParam, JoinedKernel, column_shards, contract
-from meteora_jax.attention import Fused, attend, rotate
-from meteora_jax.compiler import Step, platform, step_form
+from meteora_jax.attention import attend, rotate
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.decoding import refusal, run_layers
 from meteora_jax.ends import EndAdapters, request_routing
+from meteora_jax.execution import ExecutionConfig, Fused
 from meteora_jax.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.invoked import Invoked
@@ -69,10 +69,6 @@ def rotation(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.
     return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
 
 
-# See `attention.Fused`.
-FUSED_ATTENTION: tuple[Fused, ...] = ("prompt", "packed")
-
-
 class RmsNorm(nnx.Module):
     """x / rms(x) * scale, in float32."""
 
@@ -90,11 +86,12 @@ class RmsNorm(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Where:
     """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2], mask bool [B, 1, T, S], and
-    `attend`'s `fused`; keep: products stay for the backward pass."""
+    `attend`'s `fused`; execution: the model's; keep: products stay for the backward pass."""
 
     cos: Any
     sin: Any
     mask: Any
+    execution: ExecutionConfig = dataclasses.field(metadata={"static": True})
     fused: Any = dataclasses.field(default=None, metadata={"static": True})
     keep: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -123,7 +120,7 @@ class Layer(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None, tuple[Routing, ...]]:
         """x [B, T, D] -> x, the cache with this layer's keys and values, the routing of each group."""
         width = self.config.head_dim
-        (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router, index, where.keep)
+        (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router, where.execution, index, where.keep)
         heads = lambda y: constrain(y.reshape(*y.shape[:2], -1, width), "batch", None, "heads", None)  # noqa: E731
         q, k, v = heads(q), heads(k), heads(v)
         if self.q_norm is not None and self.k_norm is not None:
@@ -133,11 +130,11 @@ class Layer(nnx.Module):
             cache = cache.write(index, k, v)
             if not fresh:
                 k, v = cache.layer(index)
-        (y,), r_o = self.o(attend(q, k, v, where.mask, where.fused), router, index, where.keep)
+        (y,), r_o = self.o(attend(q, k, v, where.mask, where.fused), router, where.execution, index, where.keep)
         x = x + y
-        (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router, index, where.keep)
+        (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router, where.execution, index, where.keep)
         # down's is added to the residual stream and to nothing else: no backward pass reads it
-        (y,), r_down = self.down(jax.nn.silu(gate) * up, router, index)
+        (y,), r_down = self.down(jax.nn.silu(gate) * up, router, where.execution, index)
         return x + y, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
 
 
@@ -162,8 +159,10 @@ class Llama(nnx.Module):
         dtype: Any = jnp.float32,
         *,
         rngs: nnx.Rngs,
+        execution: ExecutionConfig | None = None,
     ):
         self.config, self.has_gates = config, gates
+        self.execution = ExecutionConfig.here(dtype) if execution is None else execution
         self.adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
         self.embed = BaseParam(
@@ -218,7 +217,7 @@ class Llama(nnx.Module):
         if cache is not None:
             cache = cache.claim(positions)
         mask, fused = self.visible(positions, cache, fresh, segments)
-        where = Where(*rotation(self.config, positions), mask, fused, remat == "dots")
+        where = Where(*rotation(self.config, positions), mask, self.execution, fused, remat == "dots")
         router = router.at(positions) if isinstance(router, Invoked) else router
         x = self.embed[...][tokens]
         acting = self._at_ends(router, x)
@@ -226,9 +225,8 @@ class Llama(nnx.Module):
             x = self.embed_adapters.embed(x, tokens, acting)
         x = constrain(x, "batch", None, None)
         one = cache is not None and not fresh and tokens.shape[1] == 1 and segments is None
-        step = step_form(tokens.shape[0]) if one else None
-        if step is not None and refusal(self.layers, self.config, router, tokens.shape[0], step) is None:
-            return self._step(x, positions, cache, router, where, observe, step)
+        if one and refusal(self.layers, self.config, router, tokens.shape[0], self.execution) is None:
+            return self._step(x, positions, cache, router, where, observe)
         graph, whole, weights = nnx.split(self.layers, JoinedKernel, ...)
 
         def body(carry: tuple[jax.Array, jax.Array, KVCache | None], own: Any):
@@ -254,32 +252,25 @@ class Llama(nnx.Module):
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
         fused: Fused | None = None
-        if self._has_fused_attention():
-            if fresh and self.config.sliding_window is None and "prompt" in FUSED_ATTENTION:
+        if self.config.head_dim % 8 == 0 and self.config.head_dim <= 128:  # what cuDNN knows
+            allowed = self.execution.fused_attention
+            if fresh and self.config.sliding_window is None and "prompt" in allowed:
                 fused = "prompt"
-            elif cache is not None and not fresh and "decode" in FUSED_ATTENTION:
-                fused = "decode"
-            elif segments is not None and "packed" in FUSED_ATTENTION:
+            elif segments is not None and "packed" in allowed:
                 fused = "packed"
                 mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
         return mask[:, None], fused
 
-    def _step(self, x, positions, cache, router, where, observe, step: Step) -> LlamaOutput:
+    def _step(self, x, positions, cache, router, where, observe) -> LlamaOutput:
         """The layers of one token a row by Triton; see meteora_jax.decoding."""
         angles = where.cos[:, 0, 0], where.sin[:, 0, 0]
         rows = (jnp.broadcast_to(z, (x.shape[0], z.shape[1])) for z in angles)
         x, cache, routings = run_layers(
-            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router, step
-        )
+            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router,
+            self.execution,
+        )  # fmt: skip
         observed = None if observe is None else jax.vmap(observe)(routings)
         return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
-
-    def _has_fused_attention(self) -> bool:
-        """Whether cuDNN's attention serves this model here: 16 bit on GPUs since Ampere, head dims it knows."""
-        if platform() != "gpu" or self.embed.dtype.itemsize != 2:
-            return False
-        recent = float(jax.devices()[0].compute_capability) >= 8.0
-        return recent and self.config.head_dim % 8 == 0 and self.config.head_dim <= 128
 
     def _at_ends(self, router: BoundRouter | Routing | None, x: jax.Array) -> Routing | None:
         """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
@@ -306,17 +297,24 @@ def lay_out(model: Llama, tensor: int) -> None:
         getattr(model.layers, group).shards = column_shards(model.config, group, tensor)
 
 
+def with_execution(graph: Any, weights: Any, execution: ExecutionConfig) -> Any:
+    """The graph definition of the same model, run otherwise; its weights stay."""
+    model = nnx.merge(graph, weights)
+    model.execution = execution
+    return nnx.split(model)[0]
+
+
 def prepare_gates(graph: Any, weights: Any, joined: bool | None = None, release: bool = False) -> tuple[Any, Any]:
     """The model with `AdaptedLinear.prepare` done to every group: what `mj.load` gives a GPU in 16 bit.
 
     joined: gates and A's behind the kernels' rows, as decoding steps read them; by default where there are steps.
     release: a kernel's memory is given back as soon as there is another; `weights` is then of no more use.
     """
-    joined = step_form(1) is not None if joined is None else joined
     model = nnx.merge(graph, weights)
+    joined = model.execution.step is not None if joined is None else joined
     for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
         before = linear.kernel[...]
-        linear.prepare(joined, model.has_gates)
+        linear.prepare(joined, model.has_gates, model.execution.dense_width)
         if release and linear.joined:
             before.delete()
     return nnx.split(model)

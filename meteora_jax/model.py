@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from meteora_jax.arguments import Arguments
 from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
-from meteora_jax.compiler import default_dtype, jit, platform
+from meteora_jax.compiler import jit
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
+from meteora_jax.execution import default_dtype, platform
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Generator, Sampling, check_prompts, check_token_ids, pad_batch
 from meteora_jax.kv_cache import EMPTY

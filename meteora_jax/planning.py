@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.adapters import GateParam
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.llama import lay_out
@@ -142,7 +143,7 @@ def plan_training(
         raise InputError(
             f"rows: expected a multiple of data x fsdp x accumulate = {rows_multiple(mesh) * accumulate}, found {rows}"
         )
-    abstract, bank = abstract_model(config, adapters, rank, recipe.form)
+    abstract, bank = abstract_model(config, adapters, rank, recipe.form, ExecutionConfig.here(jnp.bfloat16, mesh))
     lay_out(abstract, tensor_shards(mesh))
     graph, params, frozen = nnx.split(abstract, GateParam, ...)
     params, frozen = spread(params, mesh), spread(frozen, mesh)
@@ -189,7 +190,7 @@ def plan_generation(
     and, if that fits, the loop that decodes `new_tokens` more."""
     if rows % rows_multiple(mesh):
         raise InputError(f"rows: expected a multiple of data x fsdp = {rows_multiple(mesh)}, found {rows}")
-    abstract, bank = abstract_model(config, adapters, rank, form)
+    abstract, bank = abstract_model(config, adapters, rank, form, ExecutionConfig.here(jnp.bfloat16, mesh))
     lay_out(abstract, tensor_shards(mesh))
     graph, weights = nnx.split(abstract)
     weights = spread(weights, mesh)
@@ -224,13 +225,14 @@ def plan_generation(
 
 
 def abstract_model(
-    config: LlamaConfig, adapters: int, rank: int, form: TokenRouterForm | None = None
-) -> tuple[Any, BankConfig]:
+    config: LlamaConfig, adapters: int, rank: int, form: TokenRouterForm | None = None,
+    execution: ExecutionConfig | None = None,
+) -> tuple[Any, BankConfig]:  # fmt: skip
     """The model in bfloat16 with a bank of such adapters and its gates, shapes only; and the bank."""
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     info = tuple(AdapterInfo(f"adapter {i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
     bank = BankConfig(info, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
-    return nnx.eval_shape(lambda: gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0))), bank
+    return nnx.eval_shape(lambda: gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0), execution)), bank
 
 
 def _rowwise(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

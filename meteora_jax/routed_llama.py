@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from meteora_jax.config import BankConfig, LlamaConfig
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.kv_cache import KVCache
 from meteora_jax.llama import Llama, LlamaOutput, Observer, matmul_precision
@@ -30,8 +31,17 @@ class RoutedLlama(Llama):
     """Routers that take part in each token's choice are given the token router's logits, once, on the embeddings; the
     layers then get their routing. Others, which name the adapters of a request, go past it."""
 
-    def __init__(self, config: LlamaConfig, bank: BankConfig, dtype: Any, *, rngs: nnx.Rngs, form: TokenRouterForm):
-        super().__init__(config, bank, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        config: LlamaConfig,
+        bank: BankConfig,
+        dtype: Any,
+        *,
+        rngs: nnx.Rngs,
+        form: TokenRouterForm,
+        execution: ExecutionConfig | None = None,
+    ):
+        super().__init__(config, bank, dtype=dtype, rngs=rngs, execution=execution)
         self.has_gates = True
         self.token_router = TokenRouter(config.hidden_size, form, self.adapters)
 
@@ -77,9 +87,10 @@ class RoutedLlama(Llama):
 
 
 def gated_llama(
-    config: LlamaConfig, bank: BankConfig, form: TokenRouterForm | None, dtype: Any, rngs: nnx.Rngs
-) -> Llama:
-    """A model with a bank and gates of that form; None: MeteoRA's own, at every projection."""
+    config: LlamaConfig, bank: BankConfig, form: TokenRouterForm | None, dtype: Any, rngs: nnx.Rngs,
+    execution: ExecutionConfig | None = None,
+) -> Llama:  # fmt: skip
+    """A model with a bank and gates of that form (None: MeteoRA's own, at every projection), as `Llama` has it."""
     if form is None:
-        return Llama(config, bank, gates=True, dtype=dtype, rngs=rngs)
-    return RoutedLlama(config, bank, dtype, rngs=rngs, form=form)
+        return Llama(config, bank, gates=True, dtype=dtype, rngs=rngs, execution=execution)
+    return RoutedLlama(config, bank, dtype, rngs=rngs, form=form, execution=execution)

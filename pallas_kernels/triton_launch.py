@@ -11,14 +11,13 @@ CAPTURABLE = "triton_kernel_call_ffi"  # jaxlib's second entry to the same launc
 
 def launch(
     module: str, kernel: str, *arrays: Any, out: Any, grid: tuple[int, ...], warps: int = 4,
-    aliases: dict[int, int] | None = None, capturable: bool = True, **constants: Any,
+    aliases: dict[int, int] | None = None, **constants: Any,
 ) -> Any:  # fmt: skip
     """Launches a kernel by its module's and its own name.
 
     Args:
         out: a ShapeDtypeStruct or a tuple of them; the kernel's last parameters.
         aliases: {input: output}: the output starts as that input, in its place.
-        capturable: through the entry that CUDA graphs know.
 
     Raises:
         NotImplementedError: the extra `gpu` is not installed.
@@ -31,12 +30,10 @@ def launch(
         raise NotImplementedError(
             f"Triton kernels: expected the extra `gpu` (pip install meteora-jax[gpu]), found no {e.name}"
         ) from e
-    if capturable:
-        _lower_capturable()
-        constants["custom_call_target_name"] = CAPTURABLE
+    _lower_capturable()
     return jax_triton.triton_call(
         *arrays, kernel=getattr(kernels, kernel), out_shape=out, grid=grid, num_warps=warps, name=kernel,
-        input_output_aliases=aliases, **constants,
+        input_output_aliases=aliases, custom_call_target_name=CAPTURABLE, **constants,
     )  # fmt: skip
 
 

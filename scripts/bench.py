@@ -27,16 +27,27 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
+from bench_programs import (
+    DOTS,
+    Held,
+    Timed,
+    executions,
+    generating,
+    kernels_of,
+    prepared,
+    run_as,
+    started,
+    training,
+)  # fmt: skip
 from bench_tables import LABELS, draw, show
 from flax import nnx
 from least import Work, adapter_work, group_work, least_work
 from rich.console import Console
 from rich.table import Table
-from settings import ANYWHERE, SETTINGS, Held, Timed, generating, has_bare, kernels_of, prepared, started, training
 
 import meteora_jax as mj
-from meteora_jax.compiler import default_dtype, platform
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.execution import default_dtype, platform
 from meteora_jax.gate_config import FormName, TokenRouterForm
 from meteora_jax.routed_llama import gated_llama
 from meteora_jax.training.recipes import RECIPES
@@ -45,11 +56,10 @@ from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_m
 
 Group = Literal["qkv", "o", "gate_up", "down"]
 XLA = ("reference", "gathered", "grouped")
-TRITON = ("triton_fused", "triton_gathered", "triton_dense")
-GATED = {"gated_reference": "reference", "gated_triton": "triton", "gated_triton_slim": "triton_slim"}
+GATED = {"gated_reference": "reference", "gated_triton": "triton", "gated_diagonal": "diagonal"}
 AVAILABLE = {
     "cpu": (*XLA, "gated_reference"),
-    "gpu": (*XLA, *TRITON, *GATED),
+    "gpu": (*XLA, *GATED),
     "tpu": (*XLA, "tpu_gathered", "tpu_dense", "gated_reference"),
 }
 
@@ -79,8 +89,8 @@ class Bench:
     group: tuple[Group, ...] = ("qkv", "o", "gate_up", "down")
     """`kernel` only: which projection groups to time."""
     settings: tuple[str, ...] = ()
-    """Not `kernel`: switches of settings.py to time side by side, each bare and adapted; "all" for every one that this
-    device has. The last table says which to make the default."""
+    """Not `kernel`: `ExecutionConfig`s to time side by side, each bare and adapted: today, xla (without Triton), plain
+    (nothing that is a GPU's alone) and, of training, dots; or "all"."""
     profile: bool = False
     """Also list the kernels of each setting's fastest call that take longest: name, launches, microseconds."""
     layers: int | None = None
@@ -269,9 +279,11 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
     size = jnp.dtype(dtype).itemsize
     for adapters, rank in ((a, r) for a in bench.adapters for r in bench.rank):
         model, names = random_model(config, adapters, rank, dtype, bench.form)
-        ready = {False: model, True: model}
+        ways = executions("train", dtype)
+        bare = {name: run_as(model, way) for name, way in ways.items()}
+        ready = dict(bare)
         if platform() == "gpu" and size == 2:
-            ready = {joined: prepared(model, joined) for joined in ready}
+            ready = {name: prepared(model, way) for name, way in ways.items()}
         choices = {"adapted" + f":{k}" * (len(bench.top_k) > 1): min(k, adapters) for k in bench.top_k}
         case: dict[str, Any] = dict(adapters=adapters, rank=rank)
         case |= {"gates": bench.gates} if bench.form else {}
@@ -283,25 +295,23 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
                 title, contenders = f"{what} {batch}x{length}", {}
                 starts: dict[str, Any] = dict.fromkeys(routers)
                 if what == "decode":
-                    given = lambda kind: model if kind == "bare" else ready[False]  # noqa: B023, E731
-                    starts = {kind: started(given(kind), router, tokens) for kind, router in routers.items()}
+                    starts = {
+                        kind: started((bare if kind == "bare" else ready)["xla"], router, tokens)
+                        for kind, router in routers.items()
+                    }
                 for name in chosen_settings(bench, what):
-                    setting = SETTINGS[what][name]
                     try:
                         if what == "train":
                             first = next(iter(choices))
-                            made = training(model, routers[first], tokens, adapters, setting)
+                            remat = "dots" if name == DOTS else True
+                            made = training(bare[name], routers[first], tokens, adapters, remat)
                             made = {first if kind == "adapted" else kind: timed for kind, timed in made.items()}
                         else:
-                            # bare is a model without gates; beside joined ones a prompt reads the first rows of their
-                            # kernels, and that is timed as the other settings'
-                            used = dict.fromkeys(choices, ready[setting.joined]) | {"bare": model}
-                            if what == "prefill" and setting.joined and name != "today":
-                                used["bare"] = ready[True]
                             made = {
-                                kind: generating(what, used[kind], router, tokens, setting, starts[kind])
+                                kind: generating(
+                                    (bare if kind == "bare" else ready)[name], router, tokens, starts[kind]
+                                )
                                 for kind, router in routers.items()
-                                if kind != "bare" or has_bare(what, setting)
                             }
                     except Exception as e:  # whatever it is, the other settings are worth their time on the device
                         if name == "today":
@@ -309,8 +319,10 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
                         console.print(f"{title} {name}: not timed: {reason(e)}", markup=False)
                         continue
                     contenders |= {f"{kind} {name}": timed for kind, timed in made.items()}
-                times = measure(title, contenders, bench, [model, *ready.values(), *filter(None, starts.values())])
-                bare = min(ms for name, ms in times.items() if name.startswith("bare "))
+                times = measure(
+                    title, contenders, bench, [model, *bare.values(), *ready.values(), *filter(None, starts.values())]
+                )
+                ms_bare = min(ms for name, ms in times.items() if name.startswith("bare "))
                 least = functools.partial(least_work, config, what, batch, length, adapters, rank)
                 for name, ms in times.items():
                     kind, setting = name.split(" ")
@@ -319,7 +331,7 @@ def bench_model(bench: Bench, config: LlamaConfig, dtype: Any, peak: Work) -> It
                     k = choices.get(kind, max(choices.values()))
                     more = dict(setting=setting, model=kind.partition(":")[0]) if bench.settings else {}
                     yield measured(
-                        bench, what, ms, bare, least(k, bench.routing, size), peak, top_k=k, **case, batch=batch,
+                        bench, what, ms, ms_bare, least(k, bench.routing, size), peak, top_k=k, **case, batch=batch,
                         sequence=length, routing=bench.routing, **more,
                     )  # fmt: skip
 
@@ -352,14 +364,11 @@ def measure(title: str, contenders: dict[str, Timed], bench: Bench, held: list[H
 
 
 def chosen_settings(bench: Bench, what: str) -> tuple[str, ...]:
-    """Names of `SETTINGS[what]`; today's is always among them."""
-    here = [n for n in SETTINGS[what] if jax.default_backend() == "gpu" or n in ANYWHERE]
-    if not bench.settings:
-        return ("today",)
-    named = here if "all" in bench.settings else [n for n in bench.settings if n in SETTINGS[what]]
-    known = {n for group in SETTINGS.values() for n in group} | {"all"}
-    if wrong := sorted((set(bench.settings) - known) | (set(named) - set(here))):
-        raise InputError(f"--settings: expected all or some of {', '.join(here)}; found {', '.join(wrong)}")
+    """Names of `executions(what)`; today's is always among them."""
+    known = {w: tuple(executions(w, "float32")) for w in ("decode", "prefill", "train")}
+    if wrong := sorted(set(bench.settings) - set(known["train"]) - {"all"}):
+        raise InputError(f"--settings: expected all or some of {', '.join(known['train'])}; found {', '.join(wrong)}")
+    named = known[what] if "all" in bench.settings else [n for n in bench.settings if n in known[what]]
     return tuple(dict.fromkeys(("today", *named)))
 
 

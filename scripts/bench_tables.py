@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from settings import SETTINGS
 
 LABELS = ("what", "model", "setting", "group", "implementation")
 
@@ -31,7 +30,7 @@ def show(records: list[dict[str, Any]], console: Console) -> None:
         setting = best["setting"]
         console.print(
             f"{what} {in_words(*rest)}: fastest adapted by {setting}, {best['ms']:.4g} ms, "
-            f"{best['ratio']:.3f} of the fastest bare; to make it the default: {SETTINGS[what][setting].switch}",
+            f"{best['ratio']:.3f} of the fastest bare",
             markup=False, soft_wrap=True,
         )  # fmt: skip
 

@@ -21,16 +21,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_gated_model import small
 
 import meteora_jax as mj
-from meteora_jax import generation, llama
+from meteora_jax import llama
 from meteora_jax.adapters import _join
-from meteora_jax.compiler import Step
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Generator, Sampling
 from meteora_jax.routed_llama import RoutedCache
 from pallas_kernels.decode_step import triton_gpu
-from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, Stream
+from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, StepLimits, Stream
 from pallas_kernels.routed_lora import gated
 
+RAN: list[str] = []  # the kernels whose results were needed; one traced before runs without being launched again
 EPS = {"float32": 2.0**-22, "bfloat16": 2.0**-7}
 
 
@@ -41,13 +42,14 @@ def interpret() -> list[str]:
 
     launches: list[str] = []
 
-    def launch(module, kernel, *arrays, out, grid, warps=4, aliases=None, capturable=False, **constants):
+    def launch(module, kernel, *arrays, out, grid, warps=4, aliases=None, **constants):
         launches.append(kernel)
         several = isinstance(out, tuple)
         shapes = out if several else (out,)
         aliases = {o: i for i, o in (aliases or {}).items()}
 
         def run(*arrays):
+            RAN.append(kernel)
             results = []
             for place, shape in enumerate(shapes):
                 wild = np.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 10**6
@@ -168,8 +170,8 @@ def one_case(seed: int, launches: list[str]) -> None:
     )
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)), kind)
     layer, slots, slot = int(rng.integers(layers)), 5, 3
-    triton_gpu.GATHER = (1, 64)[seed // 2 % 2]  # every B masked, or each row its own, by many rows, too
-    triton_gpu.RESIDENT = (1, 4096)[seed % 2]  # wide tiles, narrow ones
+    # every B masked, or each row its own, by many rows, too; wide tiles, narrow ones
+    limits = StepLimits(gather=(1, 64)[seed // 2 % 2], programs=(1, 4096)[seed % 2])
     empty = lambda: jnp.asarray(rng.standard_normal((layers, rows, slots, kv * head)), kind)  # noqa: E731
     traced = how == "gates"
     carried = Carried(
@@ -194,6 +196,7 @@ def one_case(seed: int, launches: list[str]) -> None:
         layer, begun.scaled, g, tail, carried, choice, squares=begun.squares, head=head, first_projection=at,
         residual=extra["residual"] if tail == "residual" else None, following=(then, seed % 2),
         angles=(extra["cos"], extra["sin"]) if tail == "rope" else None, slot=jnp.asarray([slot], jnp.int32),
+        limits=limits,
     )  # fmt: skip
     assert launches == [*(["shrink_kernel"] if wide and choice is not None else []), "tail_kernel"], launches
     wanted, routed, size = group(x, g, layer, tail, choice, extra)
@@ -269,59 +272,54 @@ def one_attention(seed: int) -> None:
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], [200], list(range(20, 40)), [3, 4]]
 
 
-def generate(
-    model: Any, router: Any, step: Step | None, count: int = 3, steps: int = 2
-) -> tuple[list[list[int]], Any, Any]:
-    """Greedy tokens, routing, and the cache, of a ragged batch; `step` as the table of steps would have it."""
-    llama.step_form = lambda rows: step
-    for program in (generation.prefill, generation.decode):  # jax.clear_caches would cost more than the rest
-        program.clear_cache()
+FEW = StepLimits(programs=1)  # fewer programs to interpret
+NARROW, WIDE = ExecutionConfig(step=FEW), ExecutionConfig(step=FEW, dense_width=8)
+
+
+def generate(model: Any, router: Any, count: int = 3, steps: int = 2) -> tuple[list[list[int]], Any, Any]:
+    """Greedy tokens, routing, and the cache, of a ragged batch."""
     bound = model.bind(router, count)
     batch = Generator(model.graph, model.weights, model.config, PROMPTS[:count], bound, Sampling(), steps)
     batch.advance(steps)
     return batch.tokens(), batch.routing([steps - 1] * count, [steps] * count), batch._state.cache
 
 
-def whole_model(launches: list[str]) -> None:
+def stepping(model: Any, execution: ExecutionConfig) -> Any:
+    """The model with all that steps need."""
+    graph = llama.with_execution(model.graph, model.weights, execution)
+    graph, weights = llama.prepare_gates(graph, model.weights)
+    return dataclasses.replace(model, graph=graph, weights=weights)
+
+
+def whole_model() -> None:
     """Generation by the kernels tells what generation by XLA does."""
     gated.ROWS = 64  # fewer blocks of zeros to interpret
-    triton_gpu.RESIDENT = 1  # fewer programs
     model = small("float32", layers=2)
-    graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
-    model = dataclasses.replace(model, graph=graph, weights=weights)
-    for router, step in (
-        (None, Step(64)),
-        (mj.Gates(2), Step(64)),
-        ([mj.Gates(1, 3.0), mj.Gates(2), None], Step(64, captured=False)),
-        ([mj.Fixed({"cedar": 0.7, "apple": 0.4}), None, mj.Fixed("birch")], Step(64)),
+    stepped = stepping(model, NARROW)
+    plain = dataclasses.replace(stepped, graph=llama.with_execution(stepped.graph, stepped.weights, ExecutionConfig()))
+    for router in (
+        None,
+        mj.Gates(2),
+        [mj.Gates(1, 3.0), mj.Gates(2), None],
+        [mj.Fixed({"cedar": 0.7, "apple": 0.4}), None, mj.Fixed("birch")],
     ):
-        agree(launches, model, model, router, step)
-    narrow, form = gated.DENSE_WIDTH, TokenRouterForm(width=64, depth=2)
-    for width, router, count in ((narrow, [mj.Gates(1, 3.0), None, mj.Fixed("birch")], 3), (8, mj.Gates(2), 2)):
-        gated.DENSE_WIDTH = width
-        agree(launches, *routed(form), router, Step(64), count)
-        assert ("shrink_kernel" in launches) == (width == 8), launches
-    model = small("float32", layers=2)  # a wide bank's own gates
-    graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
-    agree(launches, model, dataclasses.replace(model, graph=graph, weights=weights), mj.Gates(2), Step(64), 1)
-    assert "shrink_kernel" in launches, launches
-    gated.DENSE_WIDTH = narrow
+        agree(plain, stepped, router)
+    form = TokenRouterForm(width=64, depth=2)
+    for execution, router, count in ((NARROW, [mj.Gates(1, 3.0), None, mj.Fixed("birch")], 3), (WIDE, mj.Gates(2), 2)):
+        routed = small("float32", form, layers=2)
+        agree(routed, stepping(routed, execution), router, count)
+        assert ("shrink_kernel" in RAN) == (execution is WIDE), RAN
+    agree(model, stepping(model, WIDE), mj.Gates(2), 1)  # a wide bank's own gates
+    assert "shrink_kernel" in RAN, RAN
 
 
-def routed(form: TokenRouterForm, dtype: str = "float32") -> tuple[Any, Any]:
-    """The random model with such a token router, as loaded, and with all that steps need."""
-    model = small(dtype, form, layers=2)
-    graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
-    return model, dataclasses.replace(model, graph=graph, weights=weights)
-
-
-def agree(launches: list[str], apart: Any, model: Any, router: Any, step: Step, count: int = 3, steps: int = 2) -> None:
+def agree(apart: Any, model: Any, router: Any, count: int = 3, steps: int = 2) -> None:
     """`model` by the kernels tells what `apart` does by XLA."""
-    wanted, traced, cache = generate(apart, router, None, count, steps)
-    launches.clear()
-    found, routing, kept = generate(model, router, step, count, steps)
-    assert "tail_kernel" in launches, launches
-    assert found == wanted, (router, step)
+    wanted, traced, cache = generate(apart, router, count, steps)
+    RAN.clear()
+    found, routing, kept = generate(model, router, count, steps)
+    assert "tail_kernel" in RAN, RAN
+    assert found == wanted, router
     if isinstance(kept, RoutedCache):
         for one, other in ((kept.keys, cache.keys), (kept.values, cache.values)):
             np.testing.assert_allclose(one, other, atol=1e-4)
@@ -333,7 +331,7 @@ def agree(launches: list[str], apart: Any, model: Any, router: Any, step: Step, 
 
 def main(examples: int) -> None:
     launches = interpret()
-    whole_model(launches)
+    whole_model()
     print("whole model")
     for seed in range(examples):
         one_case(seed, launches)

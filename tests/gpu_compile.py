@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import meteora_jax as mj
 from meteora_jax import compiler, llama
 from meteora_jax.adapters import GateParam
-from meteora_jax.compiler import Step
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Decoding, decode, prefill
 from meteora_jax.kv_cache import KVCache
@@ -42,7 +42,6 @@ from meteora_jax.routed_llama import RoutedCache, RoutedLlama, gated_llama
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.decode_step import triton_gpu
-from pallas_kernels.routed_lora import gated, reference
 
 # What the compiler asks of a GPU; source: the vendor's data sheet and CUDA's device properties.
 H200 = """
@@ -56,6 +55,7 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } device_description_str: "NVIDIA H200"
 """
 LAYERS = 4
+GPU = ExecutionConfig.of("gpu", "bfloat16")
 array = jax.ShapeDtypeStruct
 
 
@@ -68,7 +68,7 @@ def stand_in(module: str, kernel: str, *arrays: Any, out: Any, aliases: Any = No
     return tuple(results) if isinstance(out, tuple) else results[0]
 
 
-def llama_3_8b(form: TokenRouterForm | None = None) -> tuple[Any, Any, BankConfig]:
+def llama_3_8b(form: TokenRouterForm | None = None, execution: ExecutionConfig = GPU) -> tuple[Any, Any, BankConfig]:
     """Graph and shapes of a model of LAYERS layers, gates and A's behind its kernels' rows, and its bank."""
     config = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=LAYERS, num_heads=32, num_kv_heads=8,
@@ -80,7 +80,7 @@ def llama_3_8b(form: TokenRouterForm | None = None) -> tuple[Any, Any, BankConfi
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), LAYERS, shapes)
 
     def make() -> Llama:
-        model = gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0))
+        model = gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0), execution)
         return nnx.merge(*llama.prepare_gates(*nnx.split(model), joined=True))
 
     model = nnx.eval_shape(make)
@@ -93,12 +93,12 @@ def compiled(device: Any, function: Any, graph: Any, *given: Any, donate: tuple[
     own = lambda *given: function(graph, *given, **static)  # noqa: E731
     jitted = jax.jit(own, donate_argnums=donate)
     lowered = jitted.trace(*jax.tree.map(place, given)).lower(lowering_platforms=("cuda",))
-    text = lowered.compile(compiler_options=compiler.GPU_OPTIONS | {"xla_gpu_autotune_level": 0}).as_text()
+    text = lowered.compile(compiler_options=dict(compiler.GPU_OPTIONS) | {"xla_gpu_autotune_level": 0}).as_text()
     assert text is not None
     return text
 
 
-def decoding(device: Any, step: Step, router: Any, rows: int, form: TokenRouterForm | None) -> str:
+def decoding(device: Any, router: Any, rows: int, form: TokenRouterForm | None) -> str:
     """The optimised program of `decode`."""
     graph, weights, bank = llama_3_8b(form)
     bound = router.bind([router] * rows, bank.names) if router is not None else None
@@ -120,17 +120,14 @@ def decoding(device: Any, step: Step, router: Any, rows: int, form: TokenRouterF
     state = Decoding(
         cache, array((rows, 64), jnp.int32), counted, array((rows,), bool), array((), jnp.int32), counted, trace
     )
-    llama.step_form = lambda rows: step
     rest = {}, array((1,), jnp.int32), array((), jnp.int32)
     return compiled(device, decode.__wrapped__, graph, weights, state, bound, *rest, donate=(1,))
 
 
 def prompt(device: Any, router: Any, length: int) -> str:
     """The optimised program of `prefill`; attention by XLA, as cuDNN's asks for a GPU."""
-    graph, weights, bank = llama_3_8b()
+    graph, weights, bank = llama_3_8b(execution=dataclasses.replace(GPU, fused_attention=()))
     bound = router.bind([router], bank.names) if router is not None else None
-    llama.FUSED_ATTENTION = ()
-    gated.choose = lambda platform, rows: gated.PROMPTS
     rest = array((1, length), jnp.int32), array((1,), jnp.int32), bound, {}, array((1,), jnp.int32)
     return compiled(device, prefill.__wrapped__, graph, weights, *rest, room=64)
 
@@ -150,8 +147,9 @@ def readers_of_kernels(text: str) -> list[str]:
 
 def products_of_training(device: Any, remat: Any) -> dict[int, int]:
     """Products with results of so many columns, q k v's and gate up's, in a step of gate training."""
-    reference.UPDATES = "diagonal"  # as on a GPU
-    abstract, bank = abstract_model(dataclasses.replace(shape_of("llama3-8b"), num_layers=2), 28, 8)
+    config = dataclasses.replace(shape_of("llama3-8b"), num_layers=2)
+    # attention by XLA, as cuDNN's asks for a GPU
+    abstract, bank = abstract_model(config, 28, 8, execution=dataclasses.replace(GPU, fused_attention=()))
     graph, params, frozen = nnx.split(abstract, GateParam, ...)
     tx = optimizer(1000, 1e-4, 0.0, 0.3)
     state = jax.eval_shape(lambda p: initial_state(p, tx, None), params)
@@ -162,7 +160,7 @@ def products_of_training(device: Any, remat: Any) -> dict[int, int]:
     jitted = jax.jit(step.__wrapped__, donate_argnums=1)  # pyright: ignore[reportFunctionMemberAccess]
     given = map(place, (frozen, state, batch, mj.Gates(2).bind([mj.Gates(2)] * rows, bank.names)))
     lowered = jitted.trace(*given).lower(lowering_platforms=("cuda",))
-    text = lowered.compile(compiler_options=compiler.GPU_OPTIONS | {"xla_gpu_autotune_level": 0}).as_text()
+    text = lowered.compile(compiler_options=dict(compiler.GPU_OPTIONS) | {"xla_gpu_autotune_level": 0}).as_text()
     assert text is not None
     found = re.findall(r"= \(bf16\[2048,(\d+)\][^\n]*? custom-call\([^\n]*?__cublas", text)
     return {columns: found.count(str(columns)) for columns in (6144, 28672)}
@@ -178,7 +176,7 @@ def main() -> None:
         (mj.Gates(2), 32, None),
         (mj.Gates(2), 8, TokenRouterForm(width=128, depth=4)),
     ):
-        text = decoding(device, Step(64), router, rows, form)
+        text = decoding(device, router, rows, form)
         (body,) = [part for part in re.split(r"\n(?=%|ENTRY)", text) if "triton_kernel_call" in part]
         names = re.findall(r" (fusion|copy|while|custom-call)\(", body)
         launches = len(re.findall('custom_call_target="triton_kernel_call"', body))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from flax import nnx
 from test_gated_model import ROWS, prepared, small
 
 import meteora_jax as mj
-from meteora_jax import compiler, decoding, llama
-from meteora_jax.compiler import Step
+from meteora_jax import decoding, execution, llama
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Generator, Sampling
 from meteora_jax.routing import Routing
 from meteora_jax.routing.token_router import choose
 from pallas_kernels.decode_step import triton_gpu
+from pallas_kernels.decode_step.triton_gpu import StepLimits
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -47,13 +49,17 @@ def plain_model(dtype: str = "bfloat16") -> mj.Meteora:
     return small(dtype)
 
 
+STEPS = ExecutionConfig(step=StepLimits())
+
+
 @functools.cache
-def slim_model(dtype: str = "bfloat16", form: TokenRouterForm | None = None) -> mj.Meteora:
-    return joined(small(dtype, form))
-
-
-def joined(model: mj.Meteora) -> mj.Meteora:
-    graph, weights = llama.prepare_gates(model.graph, model.weights, joined=True)
+def packed_model(
+    dtype: str = "bfloat16", form: TokenRouterForm | None = None, execution: ExecutionConfig = STEPS
+) -> mj.Meteora:
+    """Gates and A's behind the kernels' rows; another `execution` is another program."""
+    model = small(dtype, form)
+    graph = llama.with_execution(model.graph, model.weights, execution)
+    graph, weights = llama.prepare_gates(graph, model.weights, joined=True)
     return dataclasses.replace(model, graph=graph, weights=weights)
 
 
@@ -86,15 +92,19 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 ROUTER = TokenRouterForm(width=32, depth=2)
+NUMBERS = itertools.count(65)
+
+
+def recorded_steps(gather: int = StepLimits.gather, width: int = 512) -> ExecutionConfig:
+    """One that nobody had before: a program must be traced for its launches to be seen."""
+    return ExecutionConfig(step=StepLimits(rows=next(NUMBERS), gather=gather), dense_width=width)
 
 
 @pytest.mark.parametrize("form", [None, ROUTER], ids=["gates", "token router"])
 @pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar")])
 def test_launches_of_a_layer_are_the_bare_model_s(monkeypatch, router, form):
     launches = recorded(monkeypatch)
-    model = slim_model(form=form)
-    monkeypatch.setattr(llama, "step_form", lambda rows: Step(64))
-    jax.clear_caches()
+    model = packed_model(form=form, execution=recorded_steps())
     batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(router, 2), Sampling(), 2)
     batch.advance(2)
     assert launches == ["tail_kernel", "attend_kernel", *["tail_kernel"] * 3] * model.config.num_layers
@@ -109,10 +119,7 @@ def test_a_tail_gathers_exactly_where_its_tiles_are_single_rows(monkeypatch, gat
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)
 
     monkeypatch.setattr(triton_gpu, "launch", launch)
-    monkeypatch.setattr(triton_gpu, "GATHER", gather)
-    monkeypatch.setattr(llama, "step_form", lambda rows: Step(64))
-    jax.clear_caches()
-    model = slim_model()
+    model = packed_model(execution=recorded_steps(gather=gather))
     batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(mj.Gates(2), 2), Sampling(), 2)
     batch.advance(2)
     assert {(sizes["GATHER"], sizes["BM"]) for sizes in told} == {(bool(gather), 1 if gather else 16)}
@@ -120,10 +127,7 @@ def test_a_tail_gathers_exactly_where_its_tiles_are_single_rows(monkeypatch, gat
 
 def test_a_wide_bank_has_one_launch_more_a_group(monkeypatch):
     launches = recorded(monkeypatch)
-    monkeypatch.setattr(decoding.gated, "DENSE_WIDTH", 8)
-    model = joined(plain_model())
-    monkeypatch.setattr(llama, "step_form", lambda rows: Step(64))
-    jax.clear_caches()
+    model = packed_model(execution=recorded_steps(width=8))
     batch = Generator(model.graph, model.weights, model.config, ROWS[:1], model.bind(mj.Gates(2), 1), Sampling(), 2)
     batch.advance(2)
     assert [launches.count(name) for name in ("shrink_kernel", "tail_kernel")] == [4 * model.config.num_layers] * 2
@@ -142,10 +146,10 @@ def test_a_wide_bank_has_one_launch_more_a_group(monkeypatch):
     ],
 )
 def test_who_is_served(change, router, reason):
-    model = slim_model()
+    model = packed_model()
     module = nnx.merge(model.graph, model.weights)
     config = dataclasses.replace(model.config, **change)
-    found = decoding.refusal(module.layers, config, model.bind(router, 2), 2, Step(64))
+    found = decoding.refusal(module.layers, config, model.bind(router, 2), 2, STEPS)
     assert found == reason or (reason is not None and reason in found)
 
 
@@ -156,31 +160,42 @@ def test_who_is_served(change, router, reason):
 )
 def test_what_a_token_router_chose_is_served(routers):
     """A wide one too, since XLA computes it, and what is refused of gates at the projections: mixed batches, sets."""
-    model = slim_model(form=TokenRouterForm(width=256, depth=2))
+    model = packed_model(form=TokenRouterForm(width=256, depth=2))
     module = nnx.merge(model.graph, model.weights)
     x, logits = jnp.zeros((2, 1, 128)), jnp.zeros((2, 1, 4))
     chosen = choose(model.bind(routers, 2), x, logits)
     assert isinstance(chosen, Routing)
-    assert decoding.refusal(module.layers, model.config, chosen, 2, Step(64)) is None
+    assert decoding.refusal(module.layers, model.config, chosen, 2, STEPS) is None
     fused = dataclasses.replace(chosen, fused=jnp.asarray([False, True]))
-    assert decoding.refusal(module.layers, model.config, fused, 2, Step(64)) == "fusion"
+    assert decoding.refusal(module.layers, model.config, fused, 2, STEPS) == "fusion"
 
 
 @pytest.mark.parametrize("model", [plain_model, lambda: prepared(plain_model())])
 def test_a_model_whose_gates_are_elsewhere_is_refused(model):
     model = model()
     module = nnx.merge(model.graph, model.weights)
-    assert "behind" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 1), 1, Step(64)))
+    assert "behind" in str(decoding.refusal(module.layers, model.config, model.bind(mj.Gates(2), 1), 1, STEPS))
 
 
-def test_the_table_of_steps(monkeypatch):
-    assert compiler.step_form(1) is None  # no GPU
-    steps = (Step(4), Step(32, captured=False))
-    monkeypatch.setattr(compiler, "STEPS", steps)
-    assert compiler.step_form(1) is None
-    monkeypatch.setattr(compiler, "platform", lambda: "gpu")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert [compiler.step_form(rows) for rows in (1, 4, 5, 32, 33)] == [*steps[:1] * 2, *steps[1:] * 2, None]
+def test_more_rows_than_a_step_has_are_refused():
+    model = packed_model()
+    layers, four = nnx.merge(model.graph, model.weights).layers, ExecutionConfig(step=StepLimits(rows=4))
+    assert decoding.refusal(layers, model.config, None, 4, four) is None
+    assert "rows" in str(decoding.refusal(layers, model.config, None, 5, four))
+    assert "no steps" in str(decoding.refusal(layers, model.config, None, 1, ExecutionConfig()))
+
+
+def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
+    of = ExecutionConfig.of
+    assert of("cpu", "float32") == of("tpu", "bfloat16") == ExecutionConfig()
+    gpu = of("gpu", "bfloat16")
+    assert gpu == ExecutionConfig(StepLimits(64, 4, 4096), ("prompt", "packed"), "triton", "diagonal")
+    assert of("gpu", "float32") == dataclasses.replace(gpu, fused_attention=())
+    assert of("gpu", "bfloat16", triton=False) == dataclasses.replace(gpu, step=None, gated="reference")
+    many = jax.sharding.AbstractMesh((2,), ("data",))
+    assert of("gpu", "bfloat16", many) == dataclasses.replace(gpu, step=None)
+    monkeypatch.setattr(execution, "platform", lambda: "tpu")
+    assert ExecutionConfig.here("bfloat16") == ExecutionConfig()
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 32, 64])
@@ -210,7 +225,7 @@ def test_tiles_of_chosen_rows_widen_with_the_rows(tail, total, few, more):
     assert ranks == [more[1], min(more[1], 64), min(more[1], few)]  # one warp's
     for rows in (16, 32, 64):
         widest = min(triton_gpu.WIDEST, 64 if tail == "rope" else total // 2)
-        assert rows * total <= 2 * width(rows) * triton_gpu.RESIDENT or width(rows) == widest
+        assert rows * total <= 2 * width(rows) * StepLimits.programs or width(rows) == widest
 
 
 def test_no_tile_is_an_error_that_names_the_columns():
@@ -222,11 +237,7 @@ def test_no_tile_is_an_error_that_names_the_columns():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("dtype", "step"),
-    [("float32", Step(64)), ("bfloat16", Step(64)), ("float32", Step(64, captured=False))],
-    ids=["float32", "bfloat16", "not captured"],
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("router", "form"),
     [
@@ -237,18 +248,17 @@ def test_no_tile_is_an_error_that_names_the_columns():
     ],
     ids=["bare", "gates", "fixed", "token router"],
 )
-def test_generation_on_a_gpu(monkeypatch, dtype, step, router, form):
+def test_generation_on_a_gpu(dtype, router, form):
     """Float32: the tokens and routing of XLA. bfloat16: finite, and the same twice over."""
-    model = slim_model(dtype, form)
 
-    def run(step: Step | None) -> Any:
-        monkeypatch.setattr(llama, "step_form", lambda rows: step)
-        jax.clear_caches()
+    def run(execution: ExecutionConfig) -> Any:
+        model = packed_model(dtype, form, execution)
         batch = Generator(model.graph, model.weights, model.config, ROWS, model.bind(router, 4), Sampling(), 12)
         batch.advance(12)
         return batch.tokens(), batch.routing([11] * 4, [12] * 4)
 
-    wanted, found = run(None if dtype == "float32" else step), run(step)
+    gpu = ExecutionConfig.of("gpu", dtype)
+    wanted, found = run(dataclasses.replace(gpu, step=None) if dtype == "float32" else gpu), run(gpu)
     assert found[0] == wanted[0]
     traced: list[Any] = wanted[1] or []
     for (i, w), (j, v) in zip(found[1] or [], traced, strict=True):

@@ -21,10 +21,11 @@ from meteora_jax import compiler, llama
 from meteora_jax.adapters import GateParam, add_update
 from meteora_jax.compiler import Jit
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
+from meteora_jax.execution import ExecutionConfig, platform
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
 from meteora_jax.kv_cache import EMPTY, KVCache
-from meteora_jax.llama import prepare_gates
+from meteora_jax.llama import prepare_gates, with_execution
 from meteora_jax.routed_llama import gated_llama
 from meteora_jax.routing import NO_ADAPTER, Routing
 from meteora_jax.sharding import make_mesh, use_mesh
@@ -35,8 +36,10 @@ NAMES = ("apple", "birch", "cedar", "daisy")
 HALF = (jnp.bfloat16, jnp.float16)
 
 
-def prepared(model: mj.Meteora) -> mj.Meteora:
-    graph, weights = prepare_gates(model.graph, model.weights)
+def prepared(model: mj.Meteora, width: int = 512, joined: bool | None = None) -> mj.Meteora:
+    """With gates and A's in one matrix; width: of banks whose A's are there."""
+    graph = with_execution(model.graph, model.weights, ExecutionConfig(dense_width=width))
+    graph, weights = prepare_gates(graph, model.weights, joined)
     return dataclasses.replace(model, graph=graph, weights=weights)
 
 
@@ -50,11 +53,10 @@ def run(model: mj.Meteora, router: Any) -> tuple[np.ndarray, np.ndarray, np.ndar
     return np.asarray(module.logits(out.hidden, None)), np.asarray(indices), np.asarray(weights)
 
 
-@pytest.mark.parametrize("width", [gated.DENSE_WIDTH, 1], ids=["gates and shrinks", "gates alone"])
+@pytest.mark.parametrize("width", [512, 1], ids=["gates and shrinks", "gates alone"])
 @pytest.mark.parametrize("router", [mj.Gates(2), mj.Gates(1), mj.Gates(3, temperature=4.0)])
-def test_the_slim_matrix_routes_and_computes_as_gates_and_adapters_do(world, monkeypatch, router, width):
-    monkeypatch.setattr(gated, "DENSE_WIDTH", width)
-    model, slim = world["model"], prepared(world["model"])
+def test_the_slim_matrix_routes_and_computes_as_gates_and_adapters_do(world, router, width):
+    model, slim = world["model"], prepared(world["model"], width)
     held = nnx.merge(slim.graph, slim.weights).layers.qkv
     assert held.slim[...].shape[1:] == (3, 256, held.kernel.shape[1])
     assert bool(jnp.any(held.slim[...][:, :, 32:] != 0)) == (width > 1)
@@ -64,17 +66,14 @@ def test_the_slim_matrix_routes_and_computes_as_gates_and_adapters_do(world, mon
     assert np.allclose(found[2], wanted[2], atol=1e-4)
 
 
-@pytest.mark.parametrize("width", [gated.DENSE_WIDTH, 1], ids=["gates and shrinks", "gates alone"])
+@pytest.mark.parametrize("width", [512, 1], ids=["gates and shrinks", "gates alone"])
 @pytest.mark.parametrize("router", [mj.Gates(2), mj.Fixed("cedar"), mj.Gates(1, within=("apple", "birch")), None])
-def test_gates_behind_the_kernel_s_rows_are_the_same_model(world, monkeypatch, router, width):
-    monkeypatch.setattr(gated, "DENSE_WIDTH", width)
+def test_gates_behind_the_kernel_s_rows_are_the_same_model(world, router, width):
     model = world["model"]
-    graph, weights = prepare_gates(model.graph, model.weights, joined=True)
-    jax.clear_caches()  # a program for the other width looks the same from outside
-    held = nnx.merge(graph, weights).layers.down
+    joined = prepared(model, width, joined=True)
+    held = nnx.merge(joined.graph, joined.weights).layers.down
     assert held.kernel.shape[1] == held.splits[0] + held.joined == held.splits[0] + 256
     assert held.slim is None
-    joined = dataclasses.replace(model, graph=graph, weights=weights)
     for rows in (ROWS, ROWS[:1]):  # more tokens than TRITON_ROWS, and fewer
         wanted, found = (m.logits(rows, router) for m in (model, joined))
         for a, b, row in zip(wanted, found, rows, strict=True):
@@ -108,9 +107,8 @@ def test_half_precision_is_as_near_to_float32_as_its_rounding(world, slim):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("rows", [1, reference.FEW_ROWS, reference.FEW_ROWS + 1])
-@pytest.mark.parametrize("updates", ["exact", "rounded", "diagonal"])
-def test_a_16_bit_sum_equals_the_formula(monkeypatch, dtype, rows, updates):
-    monkeypatch.setattr(reference, "UPDATES", updates)
+@pytest.mark.parametrize("expand", ["reference", "diagonal"])
+def test_a_16_bit_sum_equals_the_formula(dtype, rows, expand):
     rng = np.random.default_rng(rows)
     splits, adapters, rank = (24, 8, 8), 5, 3
     base, h, b = (rng.standard_normal(s) for s in ((rows, 40), (rows, 3, adapters, rank), (adapters, rank, 40)))
@@ -119,7 +117,7 @@ def test_a_16_bit_sum_equals_the_formula(monkeypatch, dtype, rows, updates):
     starts = np.cumsum((0, *splits))
     update = [np.einsum("mar,aro->mo", h[:, p], b[:, :, starts[p] : starts[p + 1]]) for p in range(3)]
     wanted = base + np.concatenate(update, 1)
-    found = reference.add_expanded(*half, splits)
+    found = reference.add_expanded(*half, splits, expand)
     assert found.dtype == dtype
     rounding = float(jnp.finfo(dtype).eps)
     assert np.abs(np.asarray(found, np.float64) - wanted).max() <= 2 * rounding * np.abs(wanted).max()
@@ -162,8 +160,7 @@ def test_gradients_of_bfloat16_products_are_products_of_bfloat16():
 
 
 def test_options_reach_the_compiler_on_a_gpu_alone(monkeypatch):
-    monkeypatch.setattr(compiler, "GPU_OPTIONS", {"xla_no_such_option": True})
-    double = Jit(lambda x: x * 2)
+    double = Jit(lambda x: x * 2, gpu_options={"xla_no_such_option": True})
     assert double(3) == 6
     assert double._cache_size() == 1
     monkeypatch.setattr(compiler, "platform", lambda: "gpu")
@@ -173,15 +170,16 @@ def test_options_reach_the_compiler_on_a_gpu_alone(monkeypatch):
 
 
 def test_the_platform_is_that_of_the_mesh():
-    assert compiler.platform() == jax.default_backend()
+    assert platform() == jax.default_backend()
     with use_mesh(make_mesh(devices=jax.devices("cpu")[:1])):
-        assert compiler.platform() == "cpu"
+        assert platform() == "cpu"
 
 
-def test_the_implementation_follows_the_table():
-    assert gated.choose("cpu", 1) == gated.choose("tpu", 1) == "reference"
-    assert gated.choose("gpu", gated.TRITON_ROWS + 1) == "reference"
-    assert gated.choose("gpu", 1) == ("triton" if gated._has_triton() else "reference")
+def test_two_executions_are_two_programs():
+    model = small("float32", layers=1)
+    one, other = (with_execution(model.graph, model.weights, ExecutionConfig(dense_width=w)) for w in (1, 2))
+    assert one != other
+    assert hash(one) == hash(with_execution(other, model.weights, ExecutionConfig(dense_width=1)))
 
 
 # ---- on a GPU, where neither transformers nor a tokenizer need be installed
@@ -222,19 +220,28 @@ def prompt_hidden(model: mj.Meteora, router: Any = None) -> np.ndarray:
     return np.asarray(Jit(call)(model.weights), np.float64) * real[:, :, None]
 
 
-def compare_prompts(monkeypatch: pytest.MonkeyPatch, router: Any) -> None:
+def run_as(model: mj.Meteora, execution: ExecutionConfig) -> mj.Meteora:
+    return dataclasses.replace(model, graph=with_execution(model.graph, model.weights, execution))
+
+
+def here() -> ExecutionConfig:
+    """What bfloat16 is run by on this device."""
+    return ExecutionConfig.here("bfloat16")
+
+
+def compare_prompts(router: Any) -> None:
     """The fused attention and the slim matrix against neither, both in bfloat16."""
-    model = prepared(small("bfloat16"))
-    fused = prompt_hidden(model, router)
-    monkeypatch.setattr(llama, "FUSED_ATTENTION", ())
-    plain = prompt_hidden(small("bfloat16"), router)
+    fused = prompt_hidden(run_as(prepared(small("bfloat16")), here()), router)
+    plain = prompt_hidden(run_as(small("bfloat16"), ExecutionConfig()), router)
     assert np.isfinite(fused).all()
     assert np.linalg.norm(fused - plain) <= 0.05 * np.linalg.norm(plain)
 
 
 def decode_twice(rows: int) -> None:
     """Two runs of one batch: nothing compiled for the second, and the same tokens and routing."""
-    model = prepared(small("bfloat16"))
+    model = run_as(small("bfloat16"), here())
+    graph, weights = prepare_gates(model.graph, model.weights)
+    model = dataclasses.replace(model, graph=graph, weights=weights)
     runs, compiled = [], []
     for _ in range(2):
         batch = Generator(
@@ -253,7 +260,7 @@ def decode_twice(rows: int) -> None:
         assert (indices[:-1] >= 0).all()
 
 
-def packed_gradient(dtype: str) -> tuple[float, np.ndarray]:
+def packed_gradient(dtype: str, fused: Any = None) -> tuple[float, np.ndarray]:
     """A loss over two sequences in a row with padding behind, and its gradient by the embedding."""
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(3, 300, (2, 64)), jnp.int32)
@@ -261,6 +268,8 @@ def packed_gradient(dtype: str) -> tuple[float, np.ndarray]:
     positions = np.array([[*range(30), *range(20), *[EMPTY] * 14], [*range(64)]], np.int32)
     real = jnp.asarray(positions != EMPTY)
     model = small(dtype)
+    if fused is not None:
+        model = run_as(model, dataclasses.replace(here(), fused_attention=fused))
     router = model.bind(mj.Gates(4, 20.0), 2)  # every adapter: no choice for rounding to turn
 
     def loss(weights: Any) -> jax.Array:
@@ -273,8 +282,8 @@ def packed_gradient(dtype: str) -> tuple[float, np.ndarray]:
     return float(value), np.asarray(embed, np.float64)
 
 
-def compare_packed() -> None:
-    (_, wanted), (value, found) = packed_gradient("float32"), packed_gradient("bfloat16")
+def compare_packed(fused: Any = None) -> None:
+    (_, wanted), (value, found) = packed_gradient("float32"), packed_gradient("bfloat16", fused)
     assert np.isfinite(value)
     assert np.isfinite(found).all()
     assert np.linalg.norm(found - wanted) <= 0.1 * np.linalg.norm(wanted)
@@ -309,8 +318,8 @@ def compare_packed_attention() -> None:
 
 
 # The same three on any device: here they keep the GPU's tests alive, and prove bfloat16's own gradients.
-def test_prompts_with_the_slim_matrix(monkeypatch):
-    compare_prompts(monkeypatch, mj.Gates(4, 20.0))
+def test_prompts_with_the_slim_matrix():
+    compare_prompts(mj.Gates(4, 20.0))
 
 
 def test_decoding_with_the_slim_matrix_compiles_once():
@@ -323,16 +332,13 @@ def test_packed_training_in_bfloat16():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("router", [None, mj.Gates(4, 20.0), mj.Fixed("cedar")])
-def test_prompts_by_cudnn_equal_prompts_by_xla(monkeypatch, router):
-    compare_prompts(monkeypatch, router)
+def test_prompts_by_cudnn_equal_prompts_by_xla(router):
+    compare_prompts(router)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [4, 1])
-@pytest.mark.parametrize("fused", [(), ("prompt", "decode")])
-def test_a_gpu_decodes_and_compiles_once(monkeypatch, rows, fused):
-    monkeypatch.setattr(llama, "FUSED_ATTENTION", fused)
-    jax.clear_caches()
+def test_a_gpu_decodes_and_compiles_once(rows):
     decode_twice(rows)
 
 
@@ -365,9 +371,8 @@ def test_packed_attention_by_cudnn_has_the_gradients_of_xla():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [(), ("prompt", "packed")])
-def test_packed_training_on_a_gpu(monkeypatch, fused):
-    monkeypatch.setattr(llama, "FUSED_ATTENTION", fused)
-    compare_packed()
+def test_packed_training_on_a_gpu(fused):
+    compare_packed(fused)
 
 
 def products(jaxpr: Any) -> int:
@@ -392,7 +397,7 @@ def test_dots_recomputes_attention_alone():
     assert count("dots") == count(False) + 2 < count(True)
 
 
-@pytest.mark.parametrize("how", ["reference", "diagonal", "apart"])
+@pytest.mark.parametrize("how", ["reference", "diagonal"])
 def test_a_choice_that_is_there_already_equals_the_formula(how):
     """Two of five adapters a token for three projections, none for one token; float64 NumPy."""
     keys = jax.random.split(jax.random.key(0), 7)

@@ -1,8 +1,9 @@
 """The arrows between the rooms, and two habits of the house, read off the source of every module.
 
-    config, files, gate_config, origin, text, arguments, prompts, compiler, sharding -> retriever -> kv_cache, attention
-        -> routing -> adapters -> decoding, ends -> llama, routed_llama -> checkpoint -> generation, evaluation,
-        training, viz -> planning -> model (with meteora_jax itself, the public API) -> harness, cli
+    config, files, gate_config, origin, text, arguments, prompts, execution, compiler, sharding -> retriever
+        -> kv_cache, attention -> routing -> adapters -> decoding, ends -> llama, routed_llama -> checkpoint
+        -> generation, evaluation, training, viz -> planning -> model (with meteora_jax itself, the public API)
+        -> harness, cli
 
 A room of meteora_jax may import the rooms to its left in ROOMS, and itself. pallas_kernels and converters
 know only what THIRD_PARTY and PROJECT grant them; nobody else imports scripts or tests.
@@ -22,7 +23,8 @@ NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function
 
 # The rooms of meteora_jax in the order in which they may import each other; "" is meteora_jax/__init__.
 ROOMS = [
-    *("config", "files", "gate_config", "origin", "text", "arguments", "prompts", "compiler", "sharding", "retriever"),
+    *("config", "files", "gate_config", "origin", "text", "arguments", "prompts", "execution", "compiler"),
+    *("sharding", "retriever"),
     *("kv_cache", "attention", "routing", "adapters", "decoding", "ends", "llama", "routed_llama", "checkpoint"),
     *("generation", "evaluation", "training", "viz", "planning", "model", "", "harness", "cli"),
 ]

@@ -4,6 +4,7 @@ Run as a script it is a process with the devices.
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -36,10 +37,11 @@ from meteora_jax.checkpoint import (
 )
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.generation import observe_routing
 from meteora_jax.kv_cache import EMPTY
-from meteora_jax.llama import prepare_gates
+from meteora_jax.llama import prepare_gates, with_execution
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
 from meteora_jax.training.data import CUT, NO_TASK, Mixture
@@ -47,7 +49,6 @@ from meteora_jax.training.loop import GateTraining, train_gates
 from meteora_jax.training.loss import previous_task, segment_index
 from meteora_jax.training.recipes import RECIPES, gate_training
 from meteora_jax.training.step import gradients
-from pallas_kernels.routed_lora import gated
 
 FORM = TokenRouterForm(width=64, depth=3)
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 75)), [200]]
@@ -186,14 +187,13 @@ def test_gates_and_other_routers_in_one_batch(routed):
     assert [c.token_ids for c in together] == [alone[i].token_ids for i in range(4)]
 
 
-@pytest.mark.parametrize("width", [gated.DENSE_WIDTH, 1], ids=["narrow bank", "wide bank"])
+@pytest.mark.parametrize("width", [512, 1], ids=["narrow bank", "wide bank"])
 @pytest.mark.parametrize("joined", [False, True], ids=["slim", "joined"])
-def test_a_s_in_one_matrix_serve_what_the_router_chose(monkeypatch, routed, joined, width):
+def test_a_s_in_one_matrix_serve_what_the_router_chose(routed, joined, width):
     """Not those of a wide bank: no gates' columns, no A's."""
-    monkeypatch.setattr(gated, "DENSE_WIDTH", width)
-    jax.clear_caches()  # a program for the other width looks the same from outside
     model = routed[2]
-    graph, weights = prepare_gates(model.graph, model.weights, joined)
+    graph = with_execution(model.graph, model.weights, ExecutionConfig(dense_width=width))
+    graph, weights = prepare_gates(graph, model.weights, joined)
     held = nnx.merge(graph, weights).layers
     served = width > 1
     assert (held.o.slim is not None, held.o.joined > 0) == (served and not joined, served and joined)
@@ -380,12 +380,13 @@ def test_a_token_router_chooses_once(monkeypatch, routed):
     """Not once a group: all layers and projections get one choice, whoever else is in the batch."""
     calls, route = [], BoundGates.route
     monkeypatch.setattr(BoundGates, "route", lambda self, x, gate: calls.append(x.shape) or route(self, x, gate))
-    model = routed[2]
+    model, widths = routed[2], itertools.count(513)
     ids = np.asarray([[5, 6, 7, 8], [9, 10, 11, 12]], np.int32)
     for router in (mj.Gates(2), [mj.Gates(1), mj.Fixed("cedar")]):
         calls.clear()
-        jax.clear_caches()
-        model.logits(ids, router)
+        execution = ExecutionConfig(dense_width=next(widths))  # one that nobody had: a program is traced
+        graph = with_execution(model.graph, model.weights, execution)
+        dataclasses.replace(model, graph=graph).logits(ids, router)
         assert len(calls) == 1, calls
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meteora_jax import files
-from meteora_jax.compiler import default_dtype as default_dtype  # for every command
+from meteora_jax.execution import default_dtype as default_dtype  # for every command
 
 T = TypeVar("T")
 LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal

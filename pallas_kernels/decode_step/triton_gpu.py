@@ -25,18 +25,28 @@ KERNELS = "pallas_kernels.decode_step.triton_kernels"
 ATTENTION = "pallas_kernels.decode_step.attention_kernels"
 Tail = Literal["rope", "silu", "residual"]
 EMPTY = -1  # position of a slot that holds no token
-# A row of a step reads its own adapters' rows of B while there are at most so many times those of all; beyond, every B
-# is read once and masked. On an H200 gathering 64 of 28 takes 3 % off a step, 96 of 28 7 %.
-GATHER = 4
 MAX_ROWS = 64
 LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
 PROGRAMS = 128  # of an H200's 132 multiprocessors
-# Tails of chosen rows have so many programs at most, as far as blocks of WIDEST columns go: a chip holds 32 of one warp
-# a multiprocessor, and a second wave waits for the whole chain again. One H100, 32 rows: a tail takes 8.9 us with
-# narrow blocks, 6.5 so, and 6.1 with half as many, which no requests were timed with.
-RESIDENT = 32 * PROGRAMS
-WIDEST = 128
+WIDEST = 128  # columns of a block
 ONE_WARP = 1024  # values of B in a block of one warp
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLimits:
+    """Which decoding steps the kernels serve, and how.
+
+    rows: a step of at most so many.
+    gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, every B
+        is read once and masked. On an H200 gathering 64 of 28 takes 3 % off a step, 96 of 28 7 %.
+    programs: epilogues of chosen rows have so many at most, as far as blocks of WIDEST columns go: a chip holds 32 of
+        one warp a multiprocessor, and a second wave waits for the whole chain again. One H100, 32 rows: an epilogue
+        takes 8.9 us with narrow blocks, 6.5 so, and 6.1 with half as many, which no requests were timed with.
+    """
+
+    rows: int = MAX_ROWS
+    gather: int = 4
+    programs: int = 32 * PROGRAMS
 
 
 @functools.partial(
@@ -123,9 +133,18 @@ def divisor(total: int, *candidates: int) -> int:
     return next((c for c in candidates if total % c == 0), 0)
 
 
-def tiles(rows: int, total: int, tail: Tail, head: int, gather: bool | None, rank: int = 1) -> dict[str, int]:
-    """Tiles of a tail over `total` columns: BM rows, two blocks of BH columns. gather: None without adapters. rank: of
-    these.
+def tiles(
+    rows: int,
+    total: int,
+    tail: Tail,
+    head: int,
+    gather: bool | None,
+    rank: int = 1,
+    programs: int = StepLimits.programs,
+) -> dict[str, int]:
+    """Tiles of a tail over `total` columns: BM rows, two blocks of BH columns.
+
+    gather: None without adapters. rank: of these. programs: of `StepLimits`.
 
     Raises:
         NotImplementedError: no tile divides the columns.
@@ -139,7 +158,7 @@ def tiles(rows: int, total: int, tail: Tail, head: int, gather: bool | None, ran
     # chosen rows of B are read by a program for each row; every B by matrix products, which have 16 rows
     bm = min(8, power(rows)) if gather is None else 1 if gather else max(16, power(rows))
     widest = min(WIDEST, ONE_WARP // rank)
-    while gather and rows * total > 2 * bh * RESIDENT and block % (2 * bh) == 0 and 2 * bh <= widest:
+    while gather and rows * total > 2 * bh * programs and block % (2 * bh) == 0 and 2 * bh <= widest:
         bh *= 2
     return dict(BM=bm, BH=bh)
 
@@ -165,7 +184,7 @@ def group_step(
     following: tuple[jax.Array, int] | None = None,
     angles: tuple[jax.Array, jax.Array] | None = None,
     slot: jax.Array | None = None,
-    captured: bool = True,
+    limits: StepLimits = StepLimits(),
 ) -> tuple[Any, Carried]:
     """A group of one layer.
 
@@ -177,7 +196,7 @@ def group_step(
             [M, O], and the norm that follows: its scales [L, O], and how many layers on it is.
         choice: None adds no adapters.
         first_projection: of the group, in the traced choices.
-        captured: launches may become part of CUDA graphs.
+        limits: how chosen rows of B are read.
 
     Returns:
         (the queries [M, N H], silu(gate) up [at least M, O/2], or the `Stream`; what was changed).
@@ -194,9 +213,9 @@ def group_step(
     if choice is not None and not group.columns and (not wide or choice.counts is not None):
         raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
     gates = choice is not None and choice.counts is not None
-    gather = None if choice is None else wide or rows * choice.top_k <= GATHER * group.b.shape[1]
-    size = tiles(rows, total, tail, head, gather, 1 if choice is None else power(group.b.shape[2]))
-    call: Any = functools.partial(launch, KERNELS, capturable=captured)
+    gather = None if choice is None else wide or rows * choice.top_k <= limits.gather * group.b.shape[1]
+    size = tiles(rows, total, tail, head, gather, 1 if choice is None else power(group.b.shape[2]), limits.programs)
+    call: Any = functools.partial(launch, KERNELS)
     number = jnp.full((1,), layer, jnp.int32)
     shape, none = jax.ShapeDtypeStruct, number  # a parameter that is not looked at
     parts = 1 if squares is None else squares.shape[1]
@@ -325,7 +344,6 @@ def attend(
     used: jax.Array,
     heads: int,
     head: int,
-    captured: bool = True,
 ) -> jax.Array:
     """Attention of one token a row over its cache, [at least M, N H]: the input of a product.
 
@@ -349,12 +367,9 @@ def attend(
     y = launch(
         ATTENTION, "attend_kernel", number, q, carried.keys, carried.values, own, positions, used,
         out=result if parts == 1 else shape((parts, rows, heads, head + 2), jnp.float32),
-        grid=(rows, groups, parts), capturable=captured, S=slots, KV=kv, G=heads // groups,
+        grid=(rows, groups, parts), S=slots, KV=kv, G=heads // groups,
         GP=max(16, power(heads // groups)), PART=part, EMPTY=EMPTY, FACTOR=head**-0.5, BS=block, STAGES=3, **sizes,
     )  # fmt: skip
     if parts == 1:
         return y
-    return launch(
-        ATTENTION, "combine_kernel", y, out=result, grid=(rows * heads,),
-        capturable=captured, **sizes,
-    )  # fmt: skip
+    return launch(ATTENTION, "combine_kernel", y, out=result, grid=(rows * heads,), **sizes)

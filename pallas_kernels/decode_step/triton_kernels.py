@@ -61,7 +61,7 @@ def routing(
     inside = (rows < M)[:, None] & (which < C)[None, :]
     if GATES:
         adapters, weights = choose(
-            h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, ROW, 1, BM, factor
+            h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, ROW, BM, factor
         )  # fmt: skip
         place = rows[:, None] * TRACE_ROW + p * C + which[None, :]
         tl.store(trace_ptr + place, adapters, mask=inside & writes)
@@ -335,7 +335,7 @@ def shrink_kernel(
         factor = rms_factor(square_ptr, row, M, I, NS, NSP, EPS)
     if GATES:
         logits = logit_ptr + O + p * W
-        adapters, weights = choose(logits, count_ptr, temperature_ptr, row, M, A, AP, C, CP, O + N, 1, 1, factor)
+        adapters, weights = choose(logits, count_ptr, temperature_ptr, row, M, A, AP, C, CP, O + N, 1, factor)
         place = layer * (M * TRACE_ROW) + TRACE_FIRST + m * TRACE_ROW + p * C + which[None, :]
         writes = (which < C)[None, :] & (c == 0) & (part == 0)
         tl.store(trace_ptr + place, adapters, mask=writes)

@@ -27,9 +27,6 @@ Implementation = Literal[
     "reference",  # XLA; every adapter for every token, masked
     "gathered",  # XLA; the chosen adapters of every token or request are read
     "grouped",  # XLA; tokens sorted by adapter
-    "triton_fused",  # GPU; shrink and expand of one or two tokens in one launch
-    "triton_gathered",  # GPU; the chosen adapters, few tokens or requests
-    "triton_dense",  # GPU; every adapter, masked, on tensor cores
     "tpu_gathered",  # TPU; the chosen adapters, few tokens or requests
     "tpu_dense",  # TPU; every adapter, masked
 ]
@@ -54,8 +51,8 @@ class Rule(NamedTuple):
     min_tokens: int = 1  # S
 
 
-# The first rule that fits decides. Measured with `scripts/bench.py --what kernel`; the Triton and TPU kernels
-# enter here when they have been timed on their hardware, and not before.
+# The first rule that fits decides. Measured with `scripts/bench.py --what kernel`; the TPU kernels enter here when they
+# have been timed on their hardware, and not before.
 ACCELERATOR = (
     Rule("gathered", min_tokens=2),  # one routing a request
     Rule(
@@ -75,8 +72,11 @@ def choose(platform: str, shape: Shape) -> Implementation:
     if shape.adapters <= shape.choices:  # every adapter is chosen: nothing to leave out
         return "reference"
     rows, width = shape.groups * shape.tokens, shape.adapters * shape.rank
-    fits = lambda r: rows <= r.max_rows and width <= r.max_width and shape.tokens >= r.min_tokens  # noqa: E731
-    return next(rule.implementation for rule in RULES[platform] if fits(rule))
+    return next(
+        rule.implementation
+        for rule in RULES[platform]
+        if rows <= rule.max_rows and width <= rule.max_width and shape.tokens >= rule.min_tokens
+    )
 
 
 def add_routed_lora(
@@ -190,10 +190,6 @@ def _forward(x, a, b, indices, weights, base, splits: tuple[int, ...], name: str
         implementation = gathered_lora
     elif name == "grouped":
         implementation = grouped_lora
-    elif name.startswith("triton_"):
-        from pallas_kernels.routed_lora import triton_gpu
-
-        implementation = triton_gpu.IMPLEMENTATIONS[name]
     elif name.startswith("tpu_"):
         from pallas_kernels.routed_lora import pallas_tpu
 

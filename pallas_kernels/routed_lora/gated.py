@@ -7,46 +7,21 @@ with the base follow from it without reading x again. For inference: the choice 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.routed_lora.reference import add_diagonal, add_expanded, dense_weights, einsum_float32
+from pallas_kernels.routed_lora.reference import Expand, add_diagonal, add_expanded, dense_weights, einsum_float32
 
 GATES = 32  # the gates' rows of a projection are padded to a multiple of this ...
 ROWS = 256  # ... and all its rows to a multiple of this: matrix units want whole tiles
-DENSE_WIDTH = 512  # A * R up to which every shrink is taken
-# Tokens up to which the Triton kernel follows the slim product on a GPU; a prompt's kernel took 17 ms of 62 on an H200.
-TRITON_ROWS = 64
+TRITON_ROWS = 64  # tokens up to which one Triton launch may follow the product; a prompt's took 17 ms of 62 on an H200
 
-Implementation = Literal[
-    "reference", "triton", "triton_slim", "diagonal", "masked_diagonal", "apart", "masked_apart", "tiles"
-]
-# What serves more tokens than that on a GPU; from `scripts/bench.py --what prefill --settings all`, slim matrix apart.
-PROMPTS: Implementation = "diagonal"
-Expand = Literal["reference", "diagonal", "apart"]
-
-
-def choose(platform: str, rows: int) -> Implementation:
-    """The implementation of `gated_lora` for so many tokens; without the extra `gpu` it is always XLA's."""
-    if platform != "gpu" or not _has_triton():
-        return "reference"
-    return "triton" if rows <= TRITON_ROWS else PROMPTS
-
-
-def choose_expand(platform: str) -> Expand:
-    """The same of `chosen_lora`, which launches nothing of its own."""
-    if platform != "gpu":
-        return "reference"
-    return "apart" if PROMPTS in ("apart", "masked_apart") else "diagonal"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return all(map(importlib.util.find_spec, ("jax_triton", "triton")))
+# "reference" in XLA; "triton" the product by XLA and one launch (few tokens); "diagonal" the update as one cuBLAS
+# product that adds in place, B's on a diagonal of blocks (many tokens)
+Implementation = Literal["reference", "triton", "diagonal"]
 
 
 def first_shrink(num_adapters: int) -> int:
@@ -107,41 +82,15 @@ def gated_lora(
         slim: from `slim_matrix`. b, scale, base, splits: as `api.add_routed_lora` has them.
         counts: how many adapters each token takes, at most `top_k`. temperatures: float32, of its softmax.
         made: x times the slim matrix (then None) where it is there already, float32.
-        implementation: "reference" in XLA; "triton" the slim product by XLA and one launch; "triton_slim" two
-            launches, the slim product too cut over the whole chip (few tokens). For many tokens: "tiles" mask and
-            expand as two launches, the latter one pass over the output; "diagonal" the expand as one cuBLAS product
-            that adds in place, B's block-diagonal; "apart" that product by itself, the sum left to what reads it;
-            "masked_diagonal" and "masked_apart" those behind the mask's launch.
     """
-    adapters, rank, _ = b.shape
+    adapters = b.shape[0]
     first = first_shrink(adapters)
-    if made is not None:
-        _, projections, rows = made.shape
-        h = made.reshape(1, made.shape[0], -1)
-    else:
-        assert slim is not None
-        projections, rows, width = slim.shape
-        flat = slim.reshape(projections * rows, width)
-        if implementation == "triton_slim":
-            from pallas_kernels.routed_lora import triton_gpu
-
-            h = triton_gpu.slim_product(x, flat)
-        else:
-            h = einsum_float32(x.dtype, "mi,ni->mn", x, flat)[None]
-    if implementation in ("tiles", "masked_diagonal", "masked_apart"):
+    h = _product(x, slim) if made is None else made
+    if implementation == "triton":
         from pallas_kernels.routed_lora import triton_gpu
 
-        masked, indices, weights = triton_gpu.masked_shrink(
-            h[0], rank, x.dtype, scale, counts, temperatures, top_k, first
-        )
-        if implementation == "tiles":
-            return triton_gpu.add_tiles(base, masked, b, splits), indices, weights
-        return add_diagonal(base, masked, b, splits, implementation == "masked_apart"), indices, weights
-    if implementation in ("triton", "triton_slim"):
-        from pallas_kernels.routed_lora import triton_gpu
-
-        return triton_gpu.gated_expand(h, b, scale, counts, temperatures, base, splits, top_k, first)
-    h = h.reshape(-1, projections, rows)
+        flat = h.reshape(h.shape[0], -1)
+        return triton_gpu.gated_expand(flat, b, scale, counts, temperatures, base, splits, top_k, first)
     indices, weights = choose_adapters(h[..., :adapters], counts, temperatures, top_k)
     combine = dense_weights(indices, weights, adapters) * scale[None]
     return _add(base, h, combine, b, splits, x.dtype, implementation), indices, weights
@@ -165,23 +114,27 @@ def chosen_lora(
 
     indices: -1 for none; weights float32.
     """
-    if made is None:
-        assert slim is not None
-        flat = slim.reshape(-1, slim.shape[2])
-        made = einsum_float32(x.dtype, "mi,ni->mn", x, flat).reshape(-1, *slim.shape[:2])
+    made = _product(x, slim) if made is None else made
     combine = dense_weights(indices[:, None], weights[:, None], b.shape[0]) * scale[None]
     return _add(base, made, combine, b, splits, x.dtype, implementation)
 
 
+def _product(x: jax.Array, slim: jax.Array | None) -> jax.Array:
+    """float32 [M, P, N]: x [M, I] times the rows of gates and A's."""
+    assert slim is not None
+    flat = slim.reshape(-1, slim.shape[2])
+    return einsum_float32(x.dtype, "mi,ni->mn", x, flat).reshape(-1, *slim.shape[:2])
+
+
 def _add(
     base: jax.Array, h: jax.Array, combine: jax.Array, b: jax.Array, splits: tuple[int, ...], kind: Any,
-    implementation: str,
+    implementation: Expand,
 ) -> jax.Array:  # fmt: skip
     """base [M, O] + the update of h [M, P, N], x of dtype `kind` times the slim matrix; combine float32 [M, P, A]."""
     adapters, rank, _ = b.shape
     first = first_shrink(adapters)
     h = h[..., first : first + adapters * rank].reshape(*h.shape[:2], adapters, rank)
     h = (h * combine[..., None]).astype(kind)
-    if implementation in ("diagonal", "apart"):
-        return add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits, implementation == "apart")
+    if implementation == "diagonal":
+        return add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits)
     return add_expanded(base, h, b, splits)

@@ -1,5 +1,7 @@
 """TPUs: Pallas kernels whose blocks follow the routing.
 
+They are compiled for TPU topologies (v5e, v5p, v6e) and have never been timed on a TPU: no rule picks them yet.
+
     tpu_dense      many tokens, few adapters: x A^T of all adapters at once, masked in VMEM, through every B.
     tpu_gathered   few tokens, or one routing a request: the prefetched indices say which blocks of A and B are
                    fetched, so bytes follow the choices; NO_ADAPTER fetches nothing new and multiplies nothing.

@@ -13,10 +13,9 @@ from jaxtyping import Array, Float, Int32
 # Products so named are kept where a layer is otherwise recomputed in the backward pass (`remat="dots"`).
 KEPT = "product"
 FEW_ROWS = 64  # tokens for which a product's operands cost more than its operations
-# How the 16-bit updates of many tokens are added: "exact" in float32 and rounded once; "rounded" before they are added,
-# fewer bytes and one error more; "diagonal" by one product a group that adds in place, see `add_diagonal`. None: that
-# one on a GPU, where it was timed and cuBLAS adds before it rounds, "exact" elsewhere.
-UPDATES: Literal["exact", "rounded", "diagonal"] | None = None
+# How the 16-bit updates of many tokens are added: in float32 and rounded once, projection by projection; or by one
+# product a group that adds in place, see `add_diagonal`, which cuBLAS does in float32 too and a GPU was timed with.
+Expand = Literal["reference", "diagonal"]
 
 
 def einsum_float32(dtype: Any, equation: str, *operands: jax.Array) -> jax.Array:
@@ -71,9 +70,10 @@ def expand(h: Float[Array, "B T P A R"], b: Float[Array, "A R O"], splits: tuple
 
 
 def add_expanded(
-    base: Float[Array, "*L O"], h: Float[Array, "*L P A R"], b: Float[Array, "A R O"], splits: tuple[int, ...]
-) -> Float[Array, "*L O"]:
-    """base + `expand`, in base's dtype."""
+    base: Float[Array, "*L O"], h: Float[Array, "*L P A R"], b: Float[Array, "A R O"], splits: tuple[int, ...],
+    implementation: Expand = "reference",
+) -> Float[Array, "*L O"]:  # fmt: skip
+    """base + `expand`, in base's dtype; `implementation` of many tokens in 16 bit."""
     lead, width = base.shape[:-1], base.shape[-1]
     base, h = base.reshape(-1, width), h.reshape(-1, *h.shape[-3:])
     if base.dtype == jnp.float32:
@@ -83,31 +83,24 @@ def add_expanded(
         wide = jnp.einsum("mpar,aro->mpo", h, b, preferred_element_type=jnp.float32)
         own = [wide[:, p, start:stop] for p, (start, stop) in enumerate(columns(splits))]
         y = (base.astype(jnp.float32) + jnp.concatenate(own, axis=-1)).astype(base.dtype)
-    elif UPDATES == "diagonal" or (UPDATES is None and jax.default_backend() == "gpu"):
+    elif implementation == "diagonal":
         y = add_diagonal(base, h.reshape(*h.shape[:2], -1), b, splits)
     else:
         parts = []
         for p, (start, stop) in enumerate(columns(splits)):
-            plain, update = base[:, start:stop], (h[:, p], b[:, :, start:stop])
-            if UPDATES == "rounded":
-                parts.append(plain + jnp.einsum("mar,aro->mo", *update))
-            else:
-                total = plain.astype(jnp.float32) + einsum_float32(b.dtype, "mar,aro->mo", *update)
-                parts.append(total.astype(base.dtype))
+            update = einsum_float32(b.dtype, "mar,aro->mo", h[:, p], b[:, :, start:stop])
+            parts.append((base[:, start:stop].astype(jnp.float32) + update).astype(base.dtype))
         y = jnp.concatenate(parts, axis=-1)
     return y.reshape(*lead, width)
 
 
 def add_diagonal(
-    base: Float[Array, "M O"], h: Float[Array, "M P K"], b: Float[Array, "A R O"], splits: tuple[int, ...],
-    apart: bool = False,
-) -> Float[Array, "M O"]:  # fmt: skip
+    base: Float[Array, "M O"], h: Float[Array, "M P K"], b: Float[Array, "A R O"], splits: tuple[int, ...]
+) -> Float[Array, "M O"]:
     """base + h B as one product: B's columns of each projection on a diagonal of blocks, zeros beside them.
 
     P times the operations, but no slices of base and no concatenation, and the sum is the product's own (cuBLAS adds to
     float32 and rounds once; elsewhere the update is rounded to base's dtype first).
-
-    apart: the sum is left to whatever reads it.
     """
     rows, projections, inner = h.shape
     total = b.shape[2]
@@ -115,7 +108,7 @@ def add_diagonal(
     pieces = [jnp.pad(flat[:, i:j], ((0, 0), (i, total - j))) for i, j in columns(splits)]
     wide = flat if projections == 1 else jnp.concatenate(pieces, axis=0)
     update = jnp.einsum("mk,ko->mo", h.reshape(rows, projections * inner), wide)
-    return base + (jax.lax.optimization_barrier(update) if apart else update)
+    return base + update
 
 
 def shrink(

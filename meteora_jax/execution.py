@@ -1,0 +1,81 @@
+"""How a program runs: one frozen value, made once from platform, dtype and mesh, held by the model and passed down."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from pallas_kernels.decode_step.triton_gpu import StepLimits
+from pallas_kernels.routed_lora.reference import Expand
+
+# What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences.
+Fused = Literal["prompt", "packed"]
+
+
+def platform() -> str:
+    """What a program traced now will run on, "cpu", "gpu" or "tpu": the devices of `use_mesh`, else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def default_dtype(dtype: str | None = None) -> str:
+    """What weights and activations are, unless the caller says: float32 on a CPU, bfloat16 on an accelerator.
+
+    A CPU has no fast bfloat16.
+    """
+    return dtype or ("float32" if platform() == "cpu" else "bfloat16")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the extra `gpu` is installed."""
+    return all(map(importlib.util.find_spec, ("jax_triton", "triton")))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """Which implementation serves what. `Llama.execution` is static: models that run otherwise are other programs.
+
+    step: decoding steps by cuBLAS and Triton, and of how many rows; None: XLA's. Where there are any, `prepare_gates`
+        packs gates and A's behind the kernels' rows.
+    fused_attention: what cuDNN attends to, where the model's heads allow it.
+    gated: what follows the product with gates and A's for up to `gated.TRITON_ROWS` tokens.
+    expand: how many tokens' updates are added in 16 bit.
+    dense_width: A * R of a bank up to which every adapter's shrink is taken with the gates.
+    """
+
+    step: StepLimits | None = None
+    fused_attention: tuple[Fused, ...] = ()
+    gated: Literal["reference", "triton"] = "reference"
+    expand: Expand = "reference"
+    dense_width: int = 512
+
+    @classmethod
+    def of(
+        cls, platform: str, dtype: Any, mesh: Mesh | AbstractMesh | None = None, triton: bool = True
+    ) -> ExecutionConfig:
+        """What was timed fastest on "cpu", "gpu" or "tpu" (docs/performance.md); triton: with the extra `gpu`."""
+        if platform != "gpu":
+            return cls()
+        alone = mesh is None or mesh.size == 1
+        return cls(
+            step=StepLimits() if triton and alone else None,
+            fused_attention=("prompt", "packed") if jnp.dtype(dtype).itemsize == 2 else (),
+            gated="triton" if triton else "reference",
+            expand="diagonal",
+        )
+
+    @classmethod
+    def here(cls, dtype: Any, mesh: Mesh | None = None, triton: bool | None = None) -> ExecutionConfig:
+        """The same for the mesh's devices, or those of this process."""
+        kind = platform() if mesh is None else mesh.devices.flat[0].platform
+        found = cls.of(kind, dtype, mesh, has_triton() if triton is None else triton)
+        if found.fused_attention and float(jax.devices()[0].compute_capability) < 8.0:  # before Ampere
+            found = dataclasses.replace(found, fused_attention=())
+        return found
