@@ -25,8 +25,8 @@ from meteora_jax.routed_llama import gated_llama
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import replicated, rows_multiple, sharding, tensor_shards, use_mesh
 from meteora_jax.training.data import Batch
-from meteora_jax.training.loop import GateTraining
 from meteora_jax.training.recipes import RECIPES
+from meteora_jax.training.settings import GateTraining
 from meteora_jax.training.step import TrainState, make_step, optimizer
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
 
@@ -147,7 +147,8 @@ def plan_training(
     lay_out(abstract, tensor_shards(mesh))
     graph, params, frozen = nnx.split(abstract, GateParam, ...)
     params, frozen = spread(params, mesh), spread(frozen, mesh)
-    tx = optimizer(recipe.steps, recipe.learning_rate, recipe.warmup, recipe.clip)
+    run, speed, objective = recipe.optimization, recipe.schedule, recipe.objective
+    tx = optimizer(run.steps, run.learning_rate, speed.warmup, speed.clip)
     like = {x.shape: x.sharding for x in jax.tree.leaves(params)}
     whole = replicated(mesh)
     moments = jax.tree.map(
@@ -161,14 +162,15 @@ def plan_training(
     part = (rows // accumulate,)
     router = BoundGates(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), None, max_k=top_k)
     step: Any = make_step(
-        graph, state, tx, beta=recipe.beta, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
-        lm_loss=recipe.lm_loss, answer_share=recipe.answer_share, turn_share=recipe.turn_share, order=recipe.order,
+        graph, state, tx, beta=objective.beta, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
+        lm_loss=objective.lm_loss, answer_share=objective.answer_share, turn_share=objective.turn_share,
+        order=objective.order,
     )  # fmt: skip
     with use_mesh(mesh):
         compiled = _compiled(step.lower(frozen, state, batch, router))
     gates = recipe.form or "meteora"
-    per_token = flops_per_token(config, bank, chosen=top_k, gates=gates, train_adapters=False, lm=recipe.lm_loss)
-    flops = rows * width * (per_token + recipe.lm_loss * flops_per_pair(config) * (width + 1) / 2)
+    per_token = flops_per_token(config, bank, chosen=top_k, gates=gates, train_adapters=False, lm=objective.lm_loss)
+    flops = rows * width * (per_token + objective.lm_loss * flops_per_pair(config) * (width + 1) / 2)
     held = _held((frozen, state, batch, router))
     return _figures("training", compiled, held, mesh, rows, width, flops, mfu)
 

@@ -1,22 +1,22 @@
 """Composites of held-back examples in the validation of a bank: what they are made of, how scored, what they decide."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flat_settings import changed, flat
 from flax import nnx
 from test_train_bank import NAMES, SMALL, TASKS, begun, parts, random_bank, sequences
 
 from meteora_jax.config import InputError
-from meteora_jax.training.bank import BankTraining, composites_of, hold_back
 from meteora_jax.training.data import NO_TASK, collate, compose, encode
+from meteora_jax.training.settings import BankTraining
 from meteora_jax.training.side_by_side import BoundTasks
+from meteora_jax.training.validation import composites_of, hold_back
 
 
 def test_held_composites_are_made_of_what_training_does_not_see(world):
-    settings = BankTraining(**SMALL, held_composites=5, composite_sizes=(2, 3), composite_shots=1)
+    settings = flat(BankTraining, **SMALL, held_composites=5, composite_sizes=(2, 3), composite_shots=1)
     how = world["model"].tokenizer, 2, 400
     left, _ = hold_back(TASKS, settings, *how)
     made = composites_of(TASKS, left, settings, *how)
@@ -31,9 +31,9 @@ def test_held_composites_are_made_of_what_training_does_not_see(world):
         assert any(q in text for q in away)
         assert not any(q in text for q in seen)
         assert 2 <= len(set(s.tasks.tolist()) - {NO_TASK}) <= 3
-    assert composites_of(TASKS, left, dataclasses.replace(settings, held_composites=0), *how) == []
+    assert composites_of(TASKS, left, changed(settings, held_composites=0), *how) == []
     with pytest.raises(InputError, match="held_composites: expected 0 where composite is 0, found 5"):
-        dataclasses.replace(settings, composite=0.0)
+        changed(settings, composite=0.0)
 
 
 def test_parts_of_composites_are_scored_by_who_predicts_them(tmp_path, world):
@@ -61,7 +61,7 @@ def test_parts_of_composites_are_scored_by_who_predicts_them(tmp_path, world):
             at = [t for t in np.flatnonzero(s.loss) if s.tasks[t - 1] == i]
             losses[i] += [-logp[t - 1, s.tokens[t]] for t in at]
             right[i] += [all(logits[t - 1].argmax() == s.tokens[t] for t in at)] if at else []
-    validation, frozen, state = begun(tmp_path, world, held, BankTraining(**SMALL), composites=composites)
+    validation, frozen, state = begun(tmp_path, world, held, flat(BankTraining, **SMALL), composites=composites)
     exact, loss = validation.scores(frozen, state.params)
     assert any(right[0])
     assert not all(right[0])
@@ -70,7 +70,7 @@ def test_parts_of_composites_are_scored_by_who_predicts_them(tmp_path, world):
     np.testing.assert_allclose(loss[1][:2], [np.mean(x) for x in losses[:2]], atol=1e-5)
     assert np.isnan(exact[1][2])
     assert np.isnan(loss[1][2])
-    alone, _, _ = begun(tmp_path, world, held, BankTraining(**SMALL))
+    alone, _, _ = begun(tmp_path, world, held, flat(BankTraining, **SMALL))
     for one, other in zip(alone.scores(frozen, state.params), (exact, loss), strict=True):
         np.testing.assert_allclose(one[0], other[0], atol=1e-5)
 
@@ -78,7 +78,7 @@ def test_parts_of_composites_are_scored_by_who_predicts_them(tmp_path, world):
 def test_the_mean_of_both_kinds_decides(tmp_path, world, monkeypatch):
     held = {n: sequences(world, i, 2) for i, n in enumerate(NAMES)}
     both = [compose([(TASKS[n][0], i) for i, n in enumerate(NAMES)], world["model"].tokenizer, 2, prompt_loss=False)]
-    validation, frozen, state = begun(tmp_path, world, held, BankTraining(**SMALL), composites=both)
+    validation, frozen, state = begun(tmp_path, world, held, flat(BankTraining, **SMALL), composites=both)
     nan = np.nan
     script = {  # (exact, loss), each alone and in composites
         2: ([[0.6, 0.5, 0.3], [0.0, 0.0, nan]], [[1.0, 2.0, 1.0], [3.0, 2.0, nan]]),

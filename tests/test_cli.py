@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -249,8 +250,6 @@ def test_train_gates(tmp_path, capsys, world):
         save_gates(tmp_path / "part", GateConfig(NAMES[:2], 2, 1.0, config.form), old)
     line = refused(capsys, "train", "gates", *options, "--extend", tmp_path / "part", "--recipe", "meteora")
     assert "form: expected one of the recipe meteora, found token-router" in line
-    line = refused(capsys, "train", "gates", *options, "--extend", world["gates"], "--no-lm-loss")
-    assert "lm_loss: expected a token router" in line
     status, out, _ = run(
         capsys, "train", "adapter", "--base", world["base"], "--tasks", tmp_path / "tasks", "--task", "apple", "birch",
         "--name", "fig", "--out", tmp_path / "fig", "--steps", 2, "--batch-size", 2, "--rank", 3,
@@ -265,9 +264,28 @@ def test_train_gates(tmp_path, capsys, world):
     assert "response" in line
 
 
+def shown(capsys, *command):
+    """The options of a command by its --help, and the whole text."""
+    status, out, _ = run(capsys, *command, "--help")
+    assert status == 0
+    return set(re.findall(r"^│ (--[a-z-]+)", out, re.MULTILINE)), out
+
+
+def test_train_gates_has_few_options_and_shows_its_recipe_s_values(tmp_path, capsys):
+    options, text = shown(capsys, "train", "gates")
+    assert len(options) <= 25, sorted(options)
+    assert "Updates. (default: 5000)" in text
+    assert "Updates. (default: 15000)" in shown(capsys, "train", "gates", "--recipe", "meteora")[1]
+    assert "Updates. (default: 15000)" in shown(capsys, "train", "gates", "--recipe=meteora")[1]
+    assert not options & {"--beta", "--warmup", "--turn-share", "--order", "--composite-cut", "--answer-share"}
+    line = refused(capsys, "train", "gates", "--extend", tmp_path / "none")
+    assert "gates.json" in line
+
+
 def test_a_bar_s_thread_draws_only_once_grain_is_imported():
-    inside = "with _progress('x', 1): assert 'grain' in sys.modules"
-    code = f"import sys; from meteora_jax.cli.train import _progress; assert 'grain' not in sys.modules\n{inside}"
+    inside = "with _callbacks('x', GateTraining()): assert 'grain' in sys.modules"
+    named = "from meteora_jax.cli.train import GateTraining, _callbacks"
+    code = f"import sys; {named}; assert 'grain' not in sys.modules\n{inside}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

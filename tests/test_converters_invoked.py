@@ -21,7 +21,8 @@ from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.routing.invoked import NEVER, activation
 from meteora_jax.routing.retrieval import Composed
-from meteora_jax.training.loop import GateTraining, train_gates
+from meteora_jax.training.gates import train_gates
+from meteora_jax.training.settings import GateTraining
 
 # peft warns of biases where the base has none, and mistakes them for tensors that were lost
 pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")
@@ -221,4 +222,4 @@ def test_training_gates_and_the_command_line(world: dict[str, Any], tmp_path: Pa
     main(["import", "adapters", two, *pairs, "--base", base])
     assert f"waits: rank 3, {' '.join(ALL)}, from tokens 40 7 40 on" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"expected adapters that act on every token \(gates choose for each\), found"):
-        train_gates(base, two, {}, tmp_path / "gates", GateTraining(steps=1, batch_size=1))
+        train_gates(base, two, {}, tmp_path / "gates", GateTraining())

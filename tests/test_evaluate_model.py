@@ -205,14 +205,14 @@ def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_pat
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = arguments(folders, tmp_path / "run", "--batch-size", "4", *COMPOSITE, "--distributed", "--processes", "2")
+    command = arguments(folders, tmp_path / "run", "--batch-size", "4", *COMPOSITE)
     kept = (whole / "records.jsonl").read_text().splitlines(keepends=True)[:2]
     alone = tmp_path / "run" / "records.jsonl"
     alone.parent.mkdir()
     alone.write_text("".join(kept))
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "meteora_jax.cli", *command, "--coordinator", address, "--process", str(i)],
+            [sys.executable, "-m", "meteora_jax.cli", *command, "--distributed", address, "2", str(i)],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(2)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flat_settings import flat
 from safetensors.numpy import load_file
 from test_sharding import devices
 from tiny import tiny_llama, tiny_peft
@@ -67,13 +68,14 @@ def answers(folder: Path, mesh: Any) -> dict[str, np.ndarray]:
 
 def train(folder: Path, mesh: Any, dest: Path, run: Path | None = None) -> None:
     """Gates and adapters together, into `dest`; with a `run` its checkpoints are kept, and gone on from."""
-    from meteora_jax.training.loop import GateTraining, RunFolder, train_gates
+    from meteora_jax.training.gates import train_gates
+    from meteora_jax.training.settings import Checkpointing, GateTraining
 
-    settings = GateTraining(steps=STEPS, batch_size=4, rows=4, learning_rate=2e-3, train_adapters=True, max_length=60)
-    keep = RunFolder(run, every=2, keep=9) if run else None
+    settings = flat(GateTraining, steps=STEPS, batch_size=4, rows=4, learning_rate=2e-3, max_length=60)
+    keep = Checkpointing(run=run, save_every=2, keep=9)
     train_gates(
-        folder / "base", folder / "trainable", TASKS, dest / "gates", settings, dtype="float32", mesh=mesh, run=keep,
-        new_bank=dest / "bank",
+        folder / "base", folder / "trainable", TASKS, dest / "gates", settings, dtype="float32", mesh=mesh,
+        checkpointing=keep, new_bank=dest / "bank",
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flat_settings import changed, flat
 from flax import nnx
 from gate_gradients import loss_and_gradients, previous_tasks, segment_indices
 from test_sharding import devices
@@ -45,9 +46,10 @@ from meteora_jax.llama import prepare_gates, with_execution
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
 from meteora_jax.training.data import CUT, NO_TASK, Mixture
-from meteora_jax.training.loop import GateTraining, train_gates
+from meteora_jax.training.gates import train_gates
 from meteora_jax.training.loss import previous_task, segment_index
-from meteora_jax.training.recipes import RECIPES, gate_training
+from meteora_jax.training.recipes import RECIPES, recipe_of, settled
+from meteora_jax.training.settings import Checkpointing, GateTraining
 from meteora_jax.training.step import gradients
 
 FORM = TokenRouterForm(width=64, depth=3)
@@ -220,8 +222,9 @@ def test_an_extension_keeps_every_bit_and_its_form_is_what_it_extends(tmp_path, 
     train = lambda dest, settings: train_gates(  # noqa: E731
         world["base"], world["bank"], TASKS, dest, settings, dtype="float32", extend=tmp_path / "old"
     )
-    settings = gate_training(None, tmp_path / "old", {**SETTINGS, "max_length": 400})
-    assert (settings.form, settings.lm_loss, settings.rows) == (FORM, False, None)
+    recipe = recipe_of(None, tmp_path / "old")
+    settings = settled(changed(recipe, **{**SETTINGS, "max_length": 400}), recipe)
+    assert (settings.form, settings.objective.lm_loss, settings.drawing.rows) == (FORM, False, None)
     train(tmp_path / "new", settings)
     grown, tensors = load_gates(tmp_path / "new", config, NAMES)
     assert grown.form == FORM
@@ -231,22 +234,29 @@ def test_an_extension_keeps_every_bit_and_its_form_is_what_it_extends(tmp_path, 
         assert shared or np.abs(columns[..., [1, 3]]).min() > 0
     for other in (None, TokenRouterForm(width=32, depth=3)):
         with pytest.raises(InputError, match=r"form: expected .*\(as asked for\), found TokenRouterForm"):
-            train(tmp_path / "x", GateTraining(**SETTINGS, form=other))
+            train(tmp_path / "x", flat(GateTraining, **SETTINGS, form=other))
 
 
 def test_a_recipe_is_that_of_what_is_extended_unless_it_contradicts(tmp_path, world, routed):
     folder = routed[0]
-    assert gate_training(None, None, {}) == RECIPES["token-router"]
-    assert gate_training("meteora", None, {"clip": 2.0}) == dataclasses.replace(RECIPES["meteora"], clip=2.0)
-    assert gate_training(None, folder, {}) == dataclasses.replace(RECIPES["token-router"], form=FORM)
-    assert gate_training("token-router", folder, {"lm_loss": True, "order": 0.0, "composite_cut": 0.0}).lm_loss
-    assert gate_training(None, world["gates"], {}) == RECIPES["meteora"]
+    assert recipe_of(None) == RECIPES["token-router"]
+    assert recipe_of("meteora") == RECIPES["meteora"]
+    assert recipe_of(None, folder) == dataclasses.replace(RECIPES["token-router"], form=FORM)
+    assert recipe_of("token-router", folder).form == FORM
+    assert recipe_of(None, world["gates"]) == RECIPES["meteora"]
     with pytest.raises(InputError, match="form: expected one of the recipe meteora, found token-router"):
-        gate_training("meteora", folder, {})
+        recipe_of("meteora", folder)
     with pytest.raises(InputError, match="form: expected one of the recipe token-router, found meteora"):
-        gate_training("token-router", world["gates"], {})
-    with pytest.raises(InputError, match="lm_loss: expected a token router"):  # inherited first, then checked
-        gate_training(None, world["gates"], {"lm_loss": False})
+        recipe_of("token-router", world["gates"])
+    with pytest.raises(InputError, match="lm_loss: expected a token router"):
+        changed(recipe_of(None, world["gates"]), lm_loss=False)
+
+
+def test_a_recipe_s_rows_belong_to_its_batch_size():
+    recipe = RECIPES["token-router"]
+    longer = changed(recipe, steps=9000)
+    assert settled(longer, recipe) == longer
+    assert settled(changed(recipe, batch_size=64), recipe).drawing.rows is None
 
 
 def test_the_original_s_layout_refuses_a_token_router_by_name(tmp_path, world, routed):
@@ -354,9 +364,9 @@ def test_a_share_of_composites_is_cut_to_the_ends_of_its_examples(world):
 def test_a_token_router_learns_alone_from_what_is_cut_short(tmp_path, world):
     how = dict(form=TokenRouterForm(width=32, depth=2), lm_loss=False, prompt_loss=False, order=0.5, answer_share=0.5,
                composite=0.5, composite_cut=0.5, composite_sizes=(2, 3), max_length=400)  # fmt: skip
-    settings = GateTraining(**{**SETTINGS, "steps": 40, "learning_rate": 1e-2, **how})
+    settings = flat(GateTraining, **{**SETTINGS, "steps": 40, "learning_rate": 1e-2, **how})
     final = train_gates(world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32",
-                        log=tmp_path / "log.jsonl")  # fmt: skip
+                        checkpointing=Checkpointing(log=tmp_path / "log.jsonl"))  # fmt: skip
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert first["lm"] == final["lm"] == 0
     assert final["gate"] < 0.7 * first["gate"]
@@ -394,7 +404,6 @@ def test_a_token_router_chooses_once(monkeypatch, routed):
     ("how", "said"),
     [
         (dict(lm_loss=False), "lm_loss: expected a token router"),
-        (dict(form=FORM, lm_loss=False, train_adapters=True), "lm_loss: expected a token router and frozen adapters"),
         (dict(answer_share=0.5), "answer_share: expected no prompt_loss"),
         (dict(answer_share=1.5, prompt_loss=False), "answer_share: expected a share"),
         (dict(turn_share=0.5, prompt_loss=False), "turn_share: expected a share from 0 to 1 beside answer_share"),
@@ -404,7 +413,7 @@ def test_a_token_router_chooses_once(monkeypatch, routed):
 )
 def test_what_its_training_needs_is_said(how, said):
     with pytest.raises(InputError, match=said):
-        GateTraining(**SETTINGS, **how)
+        flat(GateTraining, **SETTINGS, **how)
 
 
 if __name__ == "__main__":

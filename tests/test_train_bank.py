@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flat_settings import changed, flat
 from flax import nnx
 from test_sharding import devices
 
@@ -25,11 +26,13 @@ from meteora_jax.cli import main as main_command
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.training.adapter import fresh_bank
-from meteora_jax.training.bank import BankTraining, Validation, beside, hold_back, packed, train_bank
+from meteora_jax.training.bank import train_bank
 from meteora_jax.training.data import NO_TASK, Batches, Layout, Mixture, Tokenized, collate, compose, encode, plan
-from meteora_jax.training.loop import RunFolder
+from meteora_jax.training.settings import BankTraining, Checkpointing
 from meteora_jax.training.side_by_side import Average, BoundTasks, ByTask, clip_each, shares_of
 from meteora_jax.training.step import gradients, initial_state, make_step, optimizer
+from meteora_jax.training.trainer import Callbacks
+from meteora_jax.training.validation import Validation, beside, hold_back, packed
 
 NAMES = ("apple", "birch", "cedar")
 WORDS = ("How many apples?", "Which sentence follows", "The lazy dog")
@@ -237,7 +240,7 @@ def test_small_tasks_are_drawn_less_than_large_ones(world):
 
 
 def test_a_random_cut_of_prompts_is_held_back(world):
-    settings = BankTraining(**{**SMALL, "held_least": 4, "held_most": 6, "held_back": 0.5})
+    settings = flat(BankTraining, **{**SMALL, "held_least": 4, "held_most": 6, "held_back": 0.5})
     doubled = {n: [*examples, *examples[:10], Example("x" * 900, "y")] for n, examples in TASKS.items()}
     left, held = hold_back(doubled, settings, world["model"].tokenizer, 2, 200)
     for i, name in enumerate(NAMES):
@@ -250,7 +253,7 @@ def test_a_random_cut_of_prompts_is_held_back(world):
         every = [*TASKS[name], *TASKS[name][:10]]
         assert count == len(every) - len([e for e in every if e in left[name]]) - 6 > 0
     again, _ = hold_back(doubled, settings, world["model"].tokenizer, 2, 200)
-    other, _ = hold_back(doubled, dataclasses.replace(settings, seed=1), world["model"].tokenizer, 2, 200)
+    other, _ = hold_back(doubled, changed(settings, seed=1), world["model"].tokenizer, 2, 200)
     assert left == again != other
     few = {**TASKS, "birch": TASKS["birch"][:4]}
     with pytest.raises(InputError, match="birch: expected more than 4 examples"):
@@ -271,7 +274,7 @@ def begun(tmp_path, world, held, settings, bank=None, composites=()):
 
 def test_scores_are_those_of_each_adapter_asked_by_name(tmp_path, world):
     """Teacher-forced through the public API, one sequence at a time."""
-    settings = BankTraining(**SMALL)
+    settings = flat(BankTraining, **SMALL)
     tokenizer = world["model"].tokenizer
     held = {n: [encode(e, i, tokenizer, 2, prompt_loss=False) for e in TASKS[n][: 7 - i]] for i, n in enumerate(NAMES)}
     validation, frozen, state = begun(tmp_path, world, held, settings)
@@ -299,7 +302,7 @@ def test_scores_are_those_of_each_adapter_asked_by_name(tmp_path, world):
 
 def test_each_adapters_best_is_kept(tmp_path, world, monkeypatch):
     held = {n: sequences(world, i, 2) for i, n in enumerate(NAMES)}
-    validation, frozen, state = begun(tmp_path, world, held, BankTraining(**SMALL))
+    validation, frozen, state = begun(tmp_path, world, held, flat(BankTraining, **SMALL))
     script = {  # (exact, loss) of each adapter
         2: ([0.5, 0.0, 0.0], [1.0, 3.0, 2.0]),
         4: ([0.5, 0.2, 0.0], [1.1, 9.0, 1.5]),  # a worse loss; more right; a better loss
@@ -325,9 +328,9 @@ def test_each_adapters_best_is_kept(tmp_path, world, monkeypatch):
 
 
 def trained(world, dest, run=None, **more):
-    options = {k: more.pop(k) for k in ("progress", "mesh", "told") if k in more}
-    settings = BankTraining(**{**SMALL, **more})
-    return train_bank(world["base"], TASKS, dest, settings, dtype="float32", run=run, **options)
+    callbacks = Callbacks(**{k: more.pop(k) for k in ("progress", "validated") if k in more})
+    how: Any = dict(mesh=more.pop("mesh", None), checkpointing=run or Checkpointing(), callbacks=callbacks)
+    return train_bank(world["base"], TASKS, dest, flat(BankTraining, **{**SMALL, **more}), dtype="float32", **how)
 
 
 def test_a_bank_learns_and_becomes_peft_folders(tmp_path, world):
@@ -335,7 +338,12 @@ def test_a_bank_learns_and_becomes_peft_folders(tmp_path, world):
 
     told = []
     final = trained(
-        world, tmp_path / "bank", RunFolder(tmp_path / "run", every=20), steps=40, learning_rate=2e-2, told=told.append
+        world,
+        tmp_path / "bank",
+        Checkpointing(run=tmp_path / "run", save_every=20),
+        steps=40,
+        learning_rate=2e-2,
+        validated=told.append,
     )
     assert [r["step"] for r in told] == [10, 20, 30, 40]
     assert told[-1]["loss"] < 0.7 * told[0]["loss"]
@@ -354,7 +362,7 @@ def test_a_bank_learns_and_becomes_peft_folders(tmp_path, world):
     assert all(np.array_equal(again.a[p][:, 0], bank.a[p][:, 1]) for p in bank.a)
     # the scores are those of the folder that was written
     model = mj.load(world["base"], tmp_path / "bank", dtype="float32")
-    _, held = hold_back(TASKS, BankTraining(**{**SMALL, "steps": 40}), model.tokenizer, 2, 200)
+    _, held = hold_back(TASKS, flat(BankTraining, **{**SMALL, "steps": 40}), model.tokenizer, 2, 200)
     for name in NAMES:
         losses = []
         for s in held[name]:
@@ -394,11 +402,17 @@ def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, world):
             raise Killed
 
     how: dict[str, Any] = dict(average=0.9, held_composites=2)
-    whole = trained(world, tmp_path / "whole", RunFolder(tmp_path / "whole-run", every=3), **how)
+    whole = trained(world, tmp_path / "whole", Checkpointing(run=tmp_path / "whole-run", save_every=3), **how)
     with pytest.raises(Killed):
-        trained(world, tmp_path / "killed", RunFolder(tmp_path / "killed-run", every=3), progress=progress, **how)
+        trained(
+            world,
+            tmp_path / "killed",
+            Checkpointing(run=tmp_path / "killed-run", save_every=3),
+            progress=progress,
+            **how,
+        )
     assert not (tmp_path / "killed").exists()
-    again = trained(world, tmp_path / "killed", RunFolder(tmp_path / "killed-run", every=3), **how)
+    again = trained(world, tmp_path / "killed", Checkpointing(run=tmp_path / "killed-run", save_every=3), **how)
     assert again["resumed_at"] == 6
     assert again["kept"] == whole["kept"]
     for file in ("killed/weights.safetensors", "killed-run/validation.jsonl"):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flat_settings import flat
 from flax import nnx
 from worlds import NAMES
 
@@ -18,10 +19,11 @@ from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.training.adapter import fresh_adapter
+from meteora_jax.training.adapter import fresh_adapter, train_adapter
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
-from meteora_jax.training.loop import AdapterTraining, GateTraining, train_adapter, train_gates
+from meteora_jax.training.gates import train_gates
 from meteora_jax.training.loss import Counts, gate_training_loss
+from meteora_jax.training.settings import AdapterTraining, Checkpointing, GateTraining
 from meteora_jax.training.unused import TRIED, shared_prefix, unused
 from meteora_jax.training.watch import flops_per_pair, flops_per_token
 
@@ -162,9 +164,15 @@ def test_composites_of_several_sizes_and_shots_are_drawn(world):
 
 
 def test_training_routes_each_task_to_its_adapter(tmp_path, world):
-    settings = GateTraining(steps=60, batch_size=8, learning_rate=5e-2, composite=0.25, max_length=200)
+    settings = flat(GateTraining, steps=60, batch_size=8, learning_rate=5e-2, composite=0.25, max_length=200)
     final = train_gates(
-        world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32", log=tmp_path / "log.jsonl"
+        world["base"],
+        world["bank"],
+        TASKS,
+        tmp_path / "gates",
+        settings,
+        dtype="float32",
+        checkpointing=Checkpointing(log=tmp_path / "log.jsonl"),
     )
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 60
@@ -324,7 +332,8 @@ def test_the_data_go_on_where_their_position_says(world, packing):
 
 
 def test_one_adapter_learns_and_becomes_a_bank(tmp_path, world):
-    settings = AdapterTraining(
+    settings = flat(
+        AdapterTraining,
         name="elder",
         rank=4,
         steps=60,
@@ -335,7 +344,12 @@ def test_one_adapter_learns_and_becomes_a_bank(tmp_path, world):
     )
     tasks = {n: TASKS[n] for n in NAMES[:2]}
     final = train_adapter(
-        world["base"], tasks, tmp_path / "bank", settings, dtype="float32", log=tmp_path / "log.jsonl"
+        world["base"],
+        tasks,
+        tmp_path / "bank",
+        settings,
+        dtype="float32",
+        checkpointing=Checkpointing(log=tmp_path / "log.jsonl"),
     )
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert final["lm"] < 0.5 * first["lm"]
@@ -352,10 +366,10 @@ def test_a_bank_grows_and_its_old_gates_keep_every_bit(tmp_path, world):
     config = world["model"].config
     old = {p: np.ascontiguousarray(0.05 * g[..., [2, 0]]) for p, g in world["gate_arrays"].items()}
     save_gates(tmp_path / "old", GateConfig(("cedar", "apple"), 2, 1.0), old)
-    settings = GateTraining(steps=40, batch_size=8, learning_rate=3e-2, max_length=100, beta=5.0)
+    settings = flat(GateTraining, steps=40, batch_size=8, learning_rate=3e-2, max_length=100, beta=5.0)
     final = train_gates(
         world["base"], world["bank"], TASKS, tmp_path / "new", settings, dtype="float32", extend=tmp_path / "old",
-        log=tmp_path / "log.jsonl",
+        checkpointing=Checkpointing(log=tmp_path / "log.jsonl"),
     )  # fmt: skip
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert final["gate"] < 0.9 * first["gate"]
@@ -375,7 +389,7 @@ def test_a_bank_grows_and_its_old_gates_keep_every_bit(tmp_path, world):
 
 
 def test_adapters_can_be_trained_beside_the_gates(tmp_path, world):
-    settings = GateTraining(steps=5, batch_size=8, learning_rate=1e-2, train_adapters=True, max_length=100)
+    settings = flat(GateTraining, steps=5, batch_size=8, learning_rate=1e-2, max_length=100)
     train_gates(
         world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32", new_bank=tmp_path / "bank"
     )
@@ -395,8 +409,8 @@ def test_adapters_may_have_a_learning_rate_of_their_own(tmp_path, world):
     moved = {}
     for rate in (None, 1e-3):
         out = tmp_path / str(rate)
-        settings = GateTraining(steps=1, batch_size=8, learning_rate=1e-2, warmup=0.0, train_adapters=True,
-                                adapter_learning_rate=rate, max_length=100)  # fmt: skip
+        settings = flat(GateTraining, steps=1, batch_size=8, learning_rate=1e-2, warmup=0.0,
+                        adapter_learning_rate=rate, max_length=100)  # fmt: skip
         train_gates(
             world["base"], world["bank"], TASKS, out / "gates", settings, dtype="float32", new_bank=out / "bank"
         )
@@ -405,13 +419,13 @@ def test_adapters_may_have_a_learning_rate_of_their_own(tmp_path, world):
         moved[rate] = (np.abs(new.b["q_proj"] - old.b["q_proj"]).max(), np.abs(gates["q_proj"]).max())
     assert moved[1e-3][0] == pytest.approx(0.1 * moved[None][0], rel=0.01)
     assert moved[1e-3][1] == moved[None][1]
-    frozen = GateTraining(steps=1, batch_size=8, adapter_learning_rate=1e-3)
-    with pytest.raises(InputError, match="expected train_adapters beside it"):
+    frozen = flat(GateTraining, steps=1, batch_size=8, adapter_learning_rate=1e-3)
+    with pytest.raises(InputError, match="expected a new_bank beside it"):
         train_gates(world["base"], world["bank"], TASKS, tmp_path / "x", frozen, dtype="float32")
 
 
 def test_bfloat16_trains_float32_gates_to_about_the_same_loss(tmp_path, world):
-    settings = GateTraining(steps=4, batch_size=8, max_length=100, beta=1.0)
+    settings = flat(GateTraining, steps=4, batch_size=8, max_length=100, beta=1.0)
     finals = {
         dtype: train_gates(world["base"], world["bank"], TASKS, tmp_path / dtype, settings, dtype=dtype)
         for dtype in ("float32", "bfloat16")
@@ -448,7 +462,7 @@ def test_flops_of_a_token_are_counted_by_hand():
 
 
 def test_training_refuses_missing_tasks(tmp_path, world):
-    settings = GateTraining(steps=1, batch_size=2)
+    settings = flat(GateTraining, steps=1, batch_size=2)
     few = {n: TASKS[n] for n in NAMES[:2]}
     with pytest.raises(InputError, match="found none for cedar, daisy"):
         train_gates(world["base"], world["bank"], few, tmp_path / "gates", settings, dtype="float32")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flat_settings import flat
 from safetensors.numpy import load_file
 from test_sharding import devices
 from test_training_mesh import free_port, together
@@ -44,7 +45,9 @@ def main(
 
     from meteora_jax.evaluation.tasks import load_split
     from meteora_jax.sharding import initialize_distributed, make_mesh
-    from meteora_jax.training.loop import GateTraining, RunFolder, train_gates
+    from meteora_jax.training.gates import train_gates
+    from meteora_jax.training.settings import Checkpointing, GateTraining
+    from meteora_jax.training.trainer import Callbacks
 
     if coordinator:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -54,12 +57,14 @@ def main(
         if step == int(kill_at):
             threading.Timer(float(delay), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 
-    settings = GateTraining(
-        steps=STEPS, batch_size=8, learning_rate=2e-3, composite=0.25, max_length=200, rows=4, warmup=0.2
+    settings = flat(
+        GateTraining, steps=STEPS, batch_size=8, learning_rate=2e-3, composite=0.25, max_length=200, rows=4, warmup=0.2
     )
     final = train_gates(
         base, bank, {n: load_split(Path(tasks), n, "train") for n in NAMES}, dest, settings, dtype="float32",
-        mesh=make_mesh(*json.loads(mesh)) if mesh else None, run=RunFolder(Path(run), EVERY, 2), progress=progress,
+        mesh=make_mesh(*json.loads(mesh)) if mesh else None,
+        checkpointing=Checkpointing(run=Path(run), save_every=EVERY, keep=2),
+        callbacks=Callbacks(progress=progress),
     )  # fmt: skip
     print(json.dumps(final))
 

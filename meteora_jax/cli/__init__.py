@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, make_dataclass
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -60,6 +60,7 @@ from meteora_jax.cli.train import (
     TrainAdapter,
     TrainBank,
     TrainGates,
+    gates_by_recipe,
     train_adapter,
     train_bank,
     train_gates,
@@ -100,26 +101,36 @@ class Export:
 class Train:
     """Train gates, one adapter, all adapters of a bank, or the retriever's encoder."""
 
-    what: (
-        Annotated[TrainGates, sub("gates")]
-        | Annotated[TrainAdapter, sub("adapter")]
-        | Annotated[TrainBank, sub("bank")]
-        | Annotated[TrainRetriever, sub("retriever")]
-    )
+    what: Any
 
 
-Command = (
-    Annotated[Import, sub("import")]
-    | Annotated[Export, sub("export")]
-    | Annotated[Inspect, sub("inspect")]
-    | Annotated[IndexCommand, sub("index")]
-    | Annotated[Prepare, sub("prepare")]
-    | Annotated[Train, sub("train")]
-    | Annotated[Plan, sub("plan")]
-    | Annotated[Generate, sub("generate")]
-    | Annotated[Evaluate, sub("evaluate")]
-    | Annotated[Demo, sub("demo")]
-)
+def train_commands(gates: TrainGates) -> type[Train]:
+    """`Train` with its commands; gates: what `train gates` is by its recipe, unless options change it."""
+    commands = Union[  # noqa: UP007 - a value here, no annotation
+        Annotated[TrainGates, sub("gates", default=gates)],
+        Annotated[TrainAdapter, sub("adapter")],
+        Annotated[TrainBank, sub("bank")],
+        Annotated[TrainRetriever, sub("retriever")],
+    ]
+    own = {"__doc__": Train.__doc__}
+    return make_dataclass("Train", [("what", commands)], bases=(Train,), frozen=True, namespace=own)
+
+
+def commands_for(args: Sequence[str]) -> Any:
+    """All commands, as these words need them."""
+    return Union[  # noqa: UP007 - a value here, no annotation
+        Annotated[Import, sub("import")],
+        Annotated[Export, sub("export")],
+        Annotated[Inspect, sub("inspect")],
+        Annotated[IndexCommand, sub("index")],
+        Annotated[Prepare, sub("prepare")],
+        Annotated[train_commands(gates_by_recipe(args)), sub("train")],
+        Annotated[Plan, sub("plan")],
+        Annotated[Generate, sub("generate")],
+        Annotated[Evaluate, sub("evaluate")],
+        Annotated[Demo, sub("demo")],
+    ]
+
 
 ACTIONS = {
     ImportBase: import_base,
@@ -153,6 +164,8 @@ def check_texts(command: Any) -> None:
     """Refuses words that are not valid UTF-8; paths may be anything."""
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
+        if dataclasses.is_dataclass(value):
+            check_texts(value)
         words = [value] if isinstance(value, str) else value if isinstance(value, tuple) else []
         for i, word in enumerate(words):
             if isinstance(word, str):
@@ -160,18 +173,27 @@ def check_texts(command: Any) -> None:
                 check_text(word, name if isinstance(value, str) else f"{name}: word {i}")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Parses and runs one command; exits with the status that the module's docstring lists."""
+def parse(args: Sequence[str]) -> Any:
+    """The command that these words are; exits with status 2 where they are none.
+
+    Raises:
+        InputError: as `gates_by_recipe`.
+    """
     command = tyro.cli(
-        Command,
+        commands_for(args),
         prog="meteora",
         description="One LLaMA-family model, many LoRA adapters inside, and nobody has to pick the adapter.",
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    command = command.what if isinstance(command, Import | Export | Train | IndexCommand) else command
-    quiet_libtpu()
+    return command.what if isinstance(command, Import | Export | Train | IndexCommand) else command
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Parses and runs one command; exits with the status that the module's docstring lists."""
     try:
+        command = parse(sys.argv[1:] if args is None else args)
+        quiet_libtpu()
         check_texts(command)
         ACTIONS[type(command)](command)
     except Preempted as e:

@@ -6,49 +6,54 @@ import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+import tyro
 
 from meteora_jax.config import InputError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
     """Options of a command that runs on a mesh; the same command is given on every host."""
 
-    data: int = -1
-    """Mesh axis that splits batches; -1 takes the devices that the others leave."""
-    fsdp: int = 1
-    """Mesh axis that splits batches and weights."""
-    tensor: int = 1
-    """Mesh axis that splits the work of each projection."""
-    distributed: bool = False
-    """One process of several (TPU pod, Slurm, MPI, or the three options below)."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, with --distributed."""
-    processes: int | None = None
-    """How many processes, with --distributed."""
-    process: int | None = None
-    """Which of them this is, from 0, with --distributed."""
+    mesh: tuple[int, int, int] = (-1, 1, 1)
+    """Devices along the axes data (splits batches), fsdp (batches and weights) and tensor (the work of each
+    projection); -1 takes those that the others leave."""
+    distributed: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[HOST:PORT COUNT INDEX]")] = None
+    """One process of several. A TPU pod, Slurm and MPI say which; elsewhere HOST:PORT of process 0, how many there are,
+    and which this is, from 0."""
 
 
-def make_devices_mesh(command: Devices) -> Any:
+def make_devices_mesh(command: Devices) -> Mesh | None:
     """Joins the other processes if there are any; the mesh over all devices, None for a single one.
 
     Raises:
-        InputError: the axes do not multiply to the devices, or the options of several processes lack --distributed.
+        InputError: the axes do not multiply to the devices, or --distributed is malformed.
     """
     import jax
 
     from meteora_jax.sharding import initialize_distributed, make_mesh
 
     if command.distributed:
-        initialize_distributed(command.coordinator, command.processes, command.process)
-    elif (command.coordinator, command.processes, command.process) != (None, None, None):
-        raise InputError("coordinator, processes, process: expected --distributed beside them, found it missing")
-    mesh = make_mesh(command.data, command.fsdp, command.tensor)
+        initialize_distributed(*_cluster(command.distributed))
+    elif command.distributed is not None:
+        initialize_distributed()
+    mesh = make_mesh(*command.mesh)
     return mesh if len(jax.devices()) > 1 else None
+
+
+def _cluster(words: Sequence[str]) -> tuple[str, int, int]:
+    """The values of --distributed."""
+    try:
+        address, count, index = words
+        return address, int(count), int(index)
+    except ValueError as e:
+        raise InputError(f"--distributed: expected HOST:PORT COUNT INDEX or nothing, found {' '.join(words)}") from e
 
 
 def quiet_libtpu() -> None:

@@ -1,15 +1,27 @@
-"""LoRAs before their training, as banks."""
+"""LoRAs before their training, as banks, and the training of one."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from meteora_jax.adapters import AdapterBank
+from meteora_jax.adapters import AdapterBank, AdapterParam
+from meteora_jax.checkpoint import load_base, read_origin, save_bank, split_bank
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.evaluation.tasks import Example
 from meteora_jax.origin import BaseOrigin
+from meteora_jax.routing.fixed import Fixed
+from meteora_jax.training.settings import AdapterTraining, Checkpointing
+from meteora_jax.training.step import optimizer
+from meteora_jax.training.trainer import Callbacks, Trainee, Trainer, fetched
+from meteora_jax.training.watch import FlopCount
 
 
 def fresh_adapter(
@@ -66,6 +78,41 @@ def fresh_bank(
 ) -> AdapterBank:
     """A `fresh_adapter` of each name, each with an A of its own, side by side."""
     banks = [fresh_adapter(config, n, rank, alpha, targets, [seed, i], origin) for i, n in enumerate(names)]
-    side_by_side = lambda part: {p: np.concatenate([getattr(b, part)[p] for b in banks], 1) for p in banks[0].a}  # noqa: E731
+    a, b, scale = (
+        {p: np.concatenate([held[p] for held in parts], 1) for p in banks[0].a}
+        for parts in zip(*((b.a, b.b, b.scale) for b in banks), strict=True)
+    )
     whole = dataclasses.replace(banks[0].config, adapters=tuple(b.config.adapters[0] for b in banks))
-    return AdapterBank(side_by_side("a"), side_by_side("b"), side_by_side("scale"), whole)
+    return AdapterBank(a, b, scale, whole)
+
+
+def train_adapter(
+    base: str | os.PathLike[str],
+    tasks: Mapping[str, Sequence[Example]],
+    dest: str | os.PathLike[str],
+    settings: AdapterTraining,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    checkpointing: Checkpointing = Checkpointing(),
+    callbacks: Callbacks = Callbacks(),
+) -> dict[str, Any]:
+    """Trains one adapter on all `tasks` and writes it to `dest` as a BANK of one. Otherwise as `gates.train_gates`."""
+    kind = jnp.dtype(dtype)
+    config, weights = load_base(base, kind)
+    shape = settings.lora.rank, settings.lora.numerator, settings.lora.targets, settings.seed
+    bank = fresh_adapter(config, settings.name, *shape, read_origin(base))
+    run, speed = settings.optimization, settings.schedule
+    trainer = Trainer(
+        trainee=Trainee(
+            base=base, config=config, weights=weights, bank=bank, trained=AdapterParam, router=Fixed(settings.name),
+            flops=FlopCount.of(config, bank.config, chosen=1, gates=None, train_adapters=True),
+        ),
+        tasks=tasks, labels=dict.fromkeys(tasks, 0), settings=settings, mixture=settings.mixture,
+        optimizer=optimizer(run.steps, run.learning_rate, speed.warmup, speed.clip),
+        dtype=kind, mesh=mesh, checkpointing=checkpointing, callbacks=callbacks,
+    )  # fmt: skip
+    state, final = trainer.run()
+    if jax.process_index() == 0:
+        save_bank(dest, split_bank(bank, fetched(state.params), config, mesh))
+    return final

@@ -1,304 +1,27 @@
-"""All adapters of a bank trained in one run, and of each the state that served its held-back examples best.
-
-Small tasks are learnt by heart long before large ones are learnt, so adapters that share a run must not share its end.
-"""
+"""All adapters of a bank trained in one run, and of each the state that served its validation split best."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.adapters import AdapterParam
 from meteora_jax.checkpoint import load_base, read_origin, save_bank, split_bank
-from meteora_jax.compiler import Jit
-from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.sharding import fetch, place_rows, place_whole, replicated, use_mesh
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_bank
-from meteora_jax.training.data import NO_TASK, Batch, Layout, Mixture, Tokenized, collate, encode, rounded
-from meteora_jax.training.loop import Begun, Progress, RunFolder, Training, fit
-from meteora_jax.training.loss import token_scores
-from meteora_jax.training.side_by_side import Average, BoundTasks, ByTask, along_adapters
-from meteora_jax.training.step import TrainState, computed
-from meteora_jax.training.watch import kept_records
-
-Told = Callable[[dict[str, Any]], None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BankTraining(Training):
-    """How the adapters of a bank are trained, one a task: each W x + alpha / rank * B A x at every projection in
-    `targets`.
-
-    tokens, epochs: how often a task's sequences are drawn. Every task for as many tokens (`tokens`), but none more
-    often than `epochs` times over; `steps` says how long the run is, whatever these add up to. validations: how often a
-    run scores what is held back: of each task the share `held_back` of its examples, no fewer than `held_least` and no
-    more than `held_most`. held_composites: so many composite problems made of what is held back are scored, too, and an
-    adapter's score is the mean of both: a task that is soon learnt by heart would else be kept as it was before it
-    learnt to answer among others. average: what is scored and kept is not an adapter as a step left it but its mean
-    over steps, each counting so much of the next; 0: as the step left it.
-    """
-
-    prompt_loss: bool = False
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = PROJECTIONS
-    tokens: int = 2_500_000
-    epochs: float = 8.0
-    validations: int = 8
-    held_back: float = 0.05
-    held_least: int = 8
-    held_most: int = 64
-    held_composites: int = 0
-    average: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        low = {"tokens": 1, "validations": 1, "held_least": 1, "held_most": self.held_least}
-        problems = [
-            f"{k}: expected at least {n}, found {getattr(self, k)}" for k, n in low.items() if getattr(self, k) < n
-        ]
-        if self.held_composites < 0 or (self.held_composites and not self.composite):
-            wanted = "0 or more" if self.composite else "0 where composite is 0"
-            problems.append(f"held_composites: expected {wanted}, found {self.held_composites}")
-        if self.epochs <= 0:
-            problems.append(f"epochs: expected more than 0, found {self.epochs}")
-        if not 0 <= self.held_back < 1:
-            problems.append(f"held_back: expected a share from 0 to below 1, found {self.held_back}")
-        if not 0 <= self.average < 1:
-            problems.append(f"average: expected a decay from 0 to below 1, found {self.average}")
-        if problems:
-            raise InputError(problems)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Best:
-    """Each adapter's best parameters so far, the step that left them (int32 [A]), and their scores on what is held
-    back: the share of sequences whose response tokens are all the likeliest, and the mean loss (float32 [A])."""
-
-    params: Any
-    step: Any
-    exact: Any
-    loss: Any
-
-
-def hold_back(
-    tasks: Mapping[str, Sequence[Example]], settings: BankTraining, tokenizer: Any, end: int, max_length: int
-) -> tuple[dict[str, list[Example]], dict[str, list[Tokenized]]]:
-    """Each task's examples without a random cut of them, and that cut as sequences whose responses are predicted.
-
-    A prompt is on one side only. Sequences beyond max_length are not held back: no training would learn for them.
-    """
-    left, held, problems = {}, {}, []
-    for i, (name, examples) in enumerate(tasks.items()):
-        wanted = min(settings.held_most, max(settings.held_least, round(settings.held_back * len(examples))))
-        prompts: set[str] = set()
-        held[name] = []
-        for j in np.random.default_rng([settings.seed, i, 1]).permutation(len(examples)):
-            if len(held[name]) == wanted:
-                break
-            if examples[j].prompt in prompts:
-                continue
-            sequence = encode(examples[j], i, tokenizer, end, prompt_loss=False)
-            if len(sequence.tokens) <= max_length:
-                held[name].append(sequence)
-                prompts.add(examples[j].prompt)
-        left[name] = [e for e in examples if e.prompt not in prompts]
-        if len(held[name]) < settings.held_least or not left[name]:
-            problems.append(
-                f"tasks: {name}: expected more than {settings.held_least} examples of at most {max_length} tokens, "
-                f"found {len(held[name])} to hold back and {len(left[name])} to train on"
-            )
-    if problems:
-        raise InputError(problems)
-    return left, held
-
-
-def beside(tasks: Mapping[str, Any], left: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, int]:
-    """Each task's examples that are on neither side of `hold_back`: another response to a prompt that is held back."""
-    return {name: len(examples) - len(left[name]) - len(held[name]) for name, examples in tasks.items()}
-
-
-def composites_of(
-    tasks: Mapping[str, Sequence[Example]],
-    left: Mapping[str, Sequence[Example]],
-    settings: BankTraining,
-    tokenizer: Any,
-    end: int,
-    max_length: int,
-) -> list[Tokenized]:
-    """`settings.held_composites` composite problems, drawn as training draws its own, of examples that are not in
-    `left`; worked examples too."""
-    if not settings.held_composites:
-        return []
-    seen = {name: {e.prompt for e in left[name]} for name in tasks}
-    away = {name: [e for e in examples if e.prompt not in seen[name]] for name, examples in tasks.items()}
-    mixture = Mixture(
-        away, {name: i for i, name in enumerate(tasks)}, tokenizer, end, max_length, False, seed=settings.seed,
-        composite_sizes=settings.composite_sizes, composite_shots=settings.composite_shots,
-    )  # fmt: skip
-    chosen, rng = mixture.chosen(), np.random.default_rng([settings.seed, len(tasks), 2])
-    return [mixture.draw_composite(chosen, rng, max_length) for _ in range(settings.held_composites)]
-
-
-def packed(sequences: Sequence[Tokenized], layout: Layout) -> list[Batch]:
-    """All sequences in as few batches of that layout as first-fit needs, every token with its sequence's number (from
-    1) as its segment; the last batch is filled up with empty rows."""
-    rows: list[tuple[int, list[int]]] = []  # tokens so far, sequences
-    for number, s in enumerate(sequences):
-        room = (k for k, (used, _) in enumerate(rows) if used + len(s.tokens) <= layout.width)
-        at = next(room, len(rows))
-        if at == len(rows):
-            rows.append((0, []))
-        rows[at] = rows[at][0] + len(s.tokens), [*rows[at][1], number]
-    batches = []
-    for first in range(0, len(rows), layout.rows):
-        own = [numbers for _, numbers in rows[first : first + layout.rows]]
-        empty = Tokenized(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int32))
-        batch = collate([empty] * layout.rows, layout.width)
-        for row, numbers in enumerate(own):
-            start = 0
-            for number in numbers:
-                s = sequences[number]
-                at = slice(start, start + len(s.tokens))
-                batch.tokens[row, at], batch.loss[row, at], batch.tasks[row, at] = s.tokens, s.loss, s.tasks
-                batch.positions[row, at], batch.segments[row, at] = np.arange(len(s.tokens)), number + 1
-                start = at.stop
-        batches.append(batch)
-    return batches
-
-
-class Validation:
-    """Scores the held-back sequences of each adapter, and keeps its best parameters in the run's state.
-
-    held: {task: sequences}, in the order of the adapters. composites: sequences of several tasks. told: called with
-    every validation's record. beside: {task: examples that are not trained on, as their prompt is held back with
-    another response}.
-    """
-
-    def __init__(
-        self,
-        held: Mapping[str, Sequence[Tokenized]],
-        settings: BankTraining,
-        told: Told | None = None,
-        composites: Sequence[Tokenized] = (),
-        beside: Mapping[str, int] | None = None,
-    ):
-        self.beside = {name: count for name, count in (beside or {}).items() if count}
-        self._names, self._told, self._averages = tuple(held), told, settings.average > 0
-        self._sequences = [*(s for sequences in held.values() for s in sequences), *composites]
-        self._alone = len(self._sequences) - len(composites)
-        every = -(-settings.steps // settings.validations)
-        self._due = {*range(every, settings.steps + 1, every), settings.steps}
-        self.records: list[dict[str, Any]] = []
-        self._file: Path | None = None
-
-    def first(self, state: TrainState, mesh: Mesh | None) -> TrainState:
-        """The state with a place for the best, which anything will beat, and for the mean over steps."""
-        count = len(self._names)
-        scores = np.zeros(count, np.int32), np.full(count, -1, np.float32), np.full(count, np.inf, np.float32)
-        placed = lambda x: place_whole(x, mesh) if mesh is not None else jax.tree.map(jnp.asarray, x)  # noqa: E731
-        copied = lambda: jax.tree.map(jnp.copy, state.params)  # noqa: E731 - a donated state has every buffer once
-        average = Average(copied(), placed(np.int32(0))) if self._averages else None
-        return dataclasses.replace(state, best=Best(copied(), *placed(scores)), average=average)
-
-    def begin(
-        self, graph: Any, state: TrainState, layout: Layout, kind: Any, mesh: Mesh | None, run: Path | None, start: int
-    ) -> None:
-        """What a run knows once its layout is settled; run: the folder that gets validation.jsonl."""
-        width = max(layout.width, *(rounded(len(s.tokens)) for s in self._sequences))
-        self._mesh, self._batches = mesh, packed(self._sequences, dataclasses.replace(layout, width=width))
-
-        def score(frozen: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graph, computed(params, kind), frozen)
-            out = model(batch.tokens, batch.positions, BoundTasks(batch.tasks), segments=batch.segments)
-            return token_scores(model, out.hidden, batch)
-
-        def keep(params: Any, best: Any, better: jax.Array) -> Any:
-            return jax.tree.map(lambda new, old: jnp.where(along_adapters(better, new), new, old), params, best)
-
-        self._score = Jit(score) if mesh is None else Jit(score, out_shardings=replicated(mesh))
-        where = {} if mesh is None else {"out_shardings": jax.tree.map(lambda x: x.sharding, state.best.params)}
-        self._keep = Jit(keep, donate_argnums=1, **where)
-        if run is None or jax.process_index() != 0:
-            return
-        self._file = run / "validation.jsonl"
-        self.records = kept_records(self._file, start)
-        run.mkdir(parents=True, exist_ok=True)
-        self._file.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-
-    def due(self, step: int) -> bool:
-        """Whether a validation comes after this step."""
-        return step in self._due
-
-    def scores(self, frozen: Any, params: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Each adapter's share of sequences in which all that it predicts of the response is the likeliest, and its
-        mean loss a token of these; float32 [1, A], or [2, A]: of its task alone, and in composites (nan where it is in
-        none).
-
-        An adapter predicts what follows its own tokens.
-        """
-        count = len(self._names)
-        wrong, loss, tokens = (np.zeros((len(self._sequences) + 1) * count) for _ in range(3))
-        for batch in self._batches:
-            losses, likeliest = map(fetch, self._score(frozen, params, place_rows(batch, self._mesh)))
-            owner = np.roll(batch.tasks, 1, axis=1)  # a sequence's first token is never predicted
-            of = np.where(batch.loss & (owner != NO_TASK), batch.segments * count + owner, 0)  # 0: nobody's
-            for total, part in ((wrong, ~likeliest), (loss, losses), (tokens, np.ones(of.shape))):
-                total += np.bincount(of.reshape(-1), part.reshape(-1), len(total))
-        wrong, loss, tokens = (x.reshape(-1, count)[1:] for x in (wrong, loss, tokens))
-        kinds = [slice(0, self._alone), slice(self._alone, None)][: 1 + (self._alone < len(self._sequences))]
-        with np.errstate(invalid="ignore"):
-            exact = [((wrong[k] == 0) & (tokens[k] > 0)).sum(0) / (tokens[k] > 0).sum(0) for k in kinds]
-            losses = [loss[k].sum(0) / tokens[k].sum(0) for k in kinds]
-        return np.asarray(exact, np.float32), np.asarray(losses, np.float32)
-
-    def judge(self, step: int, frozen: Any, state: TrainState) -> TrainState:
-        """The state with the best of each adapter: more sequences right, or as many and a smaller loss; where there are
-        composites, by the mean of both kinds."""
-        best, current = state.best, state.average.params if self._averages else state.params
-        with use_mesh(self._mesh):
-            kinds = self.scores(frozen, current)
-            exact, loss = (np.nanmean(x, axis=0) for x in kinds)
-            old_exact, old_loss = fetch(best.exact), fetch(best.loss)
-            better = (exact > old_exact) | ((exact == old_exact) & (loss < old_loss))
-            params = self._keep(current, best.params, place_whole(jnp.asarray(better), self._mesh))
-        pick = lambda new, old: np.where(better, new, fetch(old)).astype(old.dtype)  # noqa: E731
-        scores = pick(np.int32(step), best.step), pick(exact, best.exact), pick(loss, best.loss)
-        scores = place_whole(scores, self._mesh) if self._mesh is not None else jax.tree.map(jnp.asarray, scores)
-        by_task = {
-            name: {"exact": round(float(e), 4), "loss": round(float(l), 5), "better": bool(b)}
-            for name, e, l, b in zip(self._names, exact, loss, better, strict=True)
-        }
-        for by_kind, key in zip(kinds, ("exact", "loss"), strict=True) if len(kinds[0]) == 2 else ():
-            for name, alone, among in zip(self._names, *by_kind, strict=True):
-                among = None if np.isnan(among) else round(float(among), 5)
-                by_task[name] |= {f"{key}_alone": round(float(alone), 5), f"{key}_in_composites": among}
-        record = {"step": step, "exact": float(exact.mean()), "loss": float(loss.mean()), "tasks": by_task}
-        self.records.append(record)
-        if self._file:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        if self._told:
-            self._told(record)
-        return dataclasses.replace(state, best=Best(params, *scores))
-
-    def summary(self, best: Best) -> dict[str, Any]:
-        """{task: step, exact and loss of the parameters kept}."""
-        rows = zip(self._names, fetch(best.step), fetch(best.exact), fetch(best.loss), strict=True)
-        return {n: {"step": int(s), "exact": round(float(e), 4), "loss": round(float(l), 5)} for n, s, e, l in rows}
+from meteora_jax.training.settings import BankTraining, Checkpointing
+from meteora_jax.training.side_by_side import ByTask, shares_of
+from meteora_jax.training.step import optimizer
+from meteora_jax.training.trainer import Callbacks, Trainee, Trainer, end_token, fetched, longest
+from meteora_jax.training.validation import Validation, beside, composites_of, hold_back
+from meteora_jax.training.watch import FlopCount
 
 
 def train_bank(
@@ -309,42 +32,34 @@ def train_bank(
     *,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
-    run: RunFolder | None = None,
-    log: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-    told: Told | None = None,
-    begun: Begun | None = None,
+    checkpointing: Checkpointing = Checkpointing(),
+    callbacks: Callbacks = Callbacks(),
 ) -> dict[str, Any]:
     """Trains an adapter for each of `tasks`, side by side, and writes the best of each to `dest` as a BANK.
 
-    told: called with every validation's record. Otherwise as `loop.train_gates`; the result has beside the last step's
-    record `kept`, {task: step, exact and loss of what the bank holds}.
+    As `gates.train_gates`; the result has beside the last step's record `kept`, {task: step, exact and loss of what the
+    bank holds}.
     """
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
-    shape = settings.rank, settings.alpha, settings.targets, settings.seed
+    shape = settings.lora.rank, settings.lora.numerator, settings.lora.targets, settings.seed
     bank = fresh_bank(config, list(tasks), *shape, read_origin(base))
-    how = settings, load_tokenizer(base), _end(base, config), _longest(config, settings)
+    how = settings, load_tokenizer(base), end_token(base, config), longest(config, settings)
     left, held = hold_back(tasks, *how)
-    validation = Validation(held, settings, told, composites_of(tasks, left, *how), beside(tasks, left, held))
-    labels = {name: i for i, name in enumerate(tasks)}
-    flops = dict(chosen=1, gates=False, train_adapters=True)
-    state, final = fit(
-        base, config, weights, bank, None, AdapterParam, ByTask(), labels, left, settings, flops,
-        kind=kind, mesh=mesh, run=run, log=log, progress=progress, validation=validation,
-        begun=begun,
+    composites = composites_of(tasks, left, *how)
+    validation = Validation(held, settings, callbacks.validated, composites, beside(tasks, left, held))
+    run, speed = settings.optimization, settings.schedule
+    trainer = Trainer(
+        trainee=Trainee(
+            base=base, config=config, weights=weights, bank=bank, trained=AdapterParam, router=ByTask(),
+            flops=FlopCount.of(config, bank.config, chosen=1, gates=None, train_adapters=True),
+        ),
+        tasks=left, labels={name: i for i, name in enumerate(tasks)}, settings=settings,
+        optimizer=optimizer(run.steps, run.learning_rate, speed.warmup, speed.clip, each=True),
+        shares=functools.partial(shares_of, tokens=settings.tokens, epochs=float(settings.epochs)),
+        dtype=kind, mesh=mesh, checkpointing=checkpointing, callbacks=callbacks, validation=validation,
     )  # fmt: skip
-    flat = {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(state.best.params)}
+    state, final = trainer.run()
     if jax.process_index() == 0:
-        save_bank(dest, split_bank(bank, flat, config, mesh))
+        save_bank(dest, split_bank(bank, fetched(state.best.params), config, mesh))
     return {**final, "kept": validation.summary(state.best)}
-
-
-def _end(base: Any, config: LlamaConfig) -> int:
-    if not config.eos_token_ids:
-        raise InputError(f"{base}: eos_token_id: expected an end token, found none")
-    return config.eos_token_ids[0]
-
-
-def _longest(config: LlamaConfig, settings: Training) -> int:
-    return min(settings.max_length, config.max_position_embeddings)

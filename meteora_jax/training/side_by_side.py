@@ -8,7 +8,7 @@ Where several tasks share a sequence (composites) an adapter also answers for wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,7 +128,7 @@ class Average:
         return Average(mean, self.steps + 1)
 
 
-def shares_of(lengths: dict[str, np.ndarray], tokens: int, epochs: float) -> dict[str, float]:
+def shares_of(lengths: Mapping[str, np.ndarray], tokens: int, epochs: float) -> dict[str, float]:
     """How often each task's sequences are to be drawn, sums to 1: every task for `tokens` tokens, but none more than
     `epochs` times over. lengths: of each task's sequences."""
     draws = {name: min(tokens / float(np.mean(n)), epochs * len(n)) for name, n in lengths.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections import deque
@@ -71,12 +72,35 @@ def flops_per_pair(config: LlamaConfig) -> float:
     return 12.0 * config.num_layers * config.num_heads * config.head_dim
 
 
+@dataclasses.dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of training: of a token beside attention, and of a pair of tokens in attention."""
+
+    token: float
+    pair: float
+
+    @classmethod
+    def of(
+        cls,
+        config: LlamaConfig,
+        bank: BankConfig | None,
+        *,
+        chosen: int,
+        gates: TokenRouterForm | Literal["meteora"] | None,
+        train_adapters: bool,
+        lm: bool = True,
+    ) -> FlopCount:
+        """As `flops_per_token` and `flops_per_pair` count them."""
+        token = flops_per_token(config, bank, chosen=chosen, gates=gates, train_adapters=train_adapters, lm=lm)
+        return cls(token, flops_per_pair(config) if lm else 0.0)
+
+
 class Recorder:
     """Turns each step's losses, when they have arrived, into its record.
 
     Args:
         names: of the tasks, by adapter index. log: JSON lines, a record a step; on resuming at step n its first n
-            records are kept. tensorboard: folder of scalars. flops: of a token, and of a pair in attention.
+            records are kept. tensorboard: folder of scalars.
     """
 
     def __init__(
@@ -85,7 +109,7 @@ class Recorder:
         log: Path | None,
         tensorboard: Path | None,
         *,
-        flops: tuple[float, float],
+        flops: FlopCount,
         start: int,
         progress: Callable[[int, dict[str, Any]], None] | None,
     ):
@@ -116,7 +140,7 @@ class Recorder:
         losses = jax.tree.map(np.asarray, losses)
         tokens, pairs = int(losses.tokens), float(losses.pairs)
         now = time.perf_counter()
-        self._times.append((now, tokens, tokens * self._flops[0] + pairs * self._flops[1]))
+        self._times.append((now, tokens, tokens * self._flops.token + pairs * self._flops.pair))
         (first, *_), *later = self._times
         rate, flops = (sum(t[i] for t in later) / max(now - first, 1e-9) for i in (1, 2))
         record = {"step": step, "lm": round(float(losses.lm), 5)}

@@ -23,7 +23,8 @@ done
 meteora import base "$gguf" "$work/base" --dtype bfloat16 --overwrite
 meteora import adapters "$work/bank" "${pairs[@]}" --base "$work/base" --overwrite
 meteora train gates --base "$work/base" --bank "$work/bank" --tasks "$tasks" --out "$work/gates" \
-    ${STEPS:+--steps "$STEPS"} --seed 0 --log "$out/gates.jsonl" --json "$out/gates.json"
+    ${STEPS:+--steps "$STEPS"} --seed 0 --json "$out/gates.json"
+cp "$work/gates-run/log.jsonl" "$out/gates.jsonl"
 "$python" - "$work/gates" "$out/gates" <<'PY'
 import shutil, sys
 import numpy as np

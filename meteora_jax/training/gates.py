@@ -1,0 +1,145 @@
+"""Gates of a bank trained on its adapters' tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from meteora_jax.adapters import AdapterParam, GateParam
+from meteora_jax.checkpoint import (
+    SHARED_BY_ADAPTERS,
+    fresh_gates,
+    load_bank,
+    load_base,
+    load_gates,
+    read_origin,
+    save_bank,
+    save_gates,
+    split_bank,
+    split_gates,
+)
+from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
+from meteora_jax.evaluation.tasks import Example
+from meteora_jax.gate_config import GateConfig, TokenRouterForm
+from meteora_jax.routing.gates import Gates
+from meteora_jax.training.settings import Checkpointing, GateTraining
+from meteora_jax.training.step import optimizer
+from meteora_jax.training.trainer import Callbacks, Trainee, Trainer, fetched
+from meteora_jax.training.watch import FlopCount
+
+
+def train_gates(
+    base: str | os.PathLike[str],
+    bank: str | os.PathLike[str],
+    tasks: Mapping[str, Sequence[Example]],
+    dest: str | os.PathLike[str],
+    settings: GateTraining,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    checkpointing: Checkpointing = Checkpointing(),
+    callbacks: Callbacks = Callbacks(),
+    new_bank: str | os.PathLike[str] | None = None,
+    extend: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Trains a bank's gates on its adapters' tasks and writes GATES/ to `dest`.
+
+    Args:
+        tasks: {adapter name: training examples}, one for every adapter of the bank.
+        checkpointing: without a run folder nothing is saved before the end.
+        new_bank: the adapters are trained, too, and written to this BANK folder.
+        extend: GATES of a part of the bank's adapters. Their columns are kept bit for bit and only the others'
+            trained, on the tasks of all: the old ones' tokens are what the new columns must not claim.
+
+    Returns:
+        the last step's record, losses averaged over the last tenth of the steps; `unused`, what `begun` was told.
+
+    Raises:
+        Preempted: SIGTERM came and the run was saved.
+    """
+    both, form, objective = new_bank is not None, settings.form, settings.objective
+    kind = jnp.dtype(dtype)
+    config, weights = load_base(base, kind)
+    loaded = load_bank(bank, config, kind, read_origin(base))
+    names = loaded.names
+    if problems := _problems(settings, loaded.config, str(bank), both):
+        raise InputError(problems)
+    fresh = fresh_gates(form, config, len(names), settings.seed)
+    columns = _extended(extend, config, names, form, fresh) if extend is not None else None
+    run, speed = settings.optimization, settings.schedule
+    trainer = Trainer(
+        trainee=Trainee(
+            base=base, config=config, weights=weights, bank=loaded, gates=fresh, form=form, columns=columns,
+            trained=(GateParam, AdapterParam) if both else GateParam,
+            router=Gates(settings.top_k, settings.temperature),
+            flops=FlopCount.of(
+                config, loaded.config, chosen=settings.top_k, gates=form or "meteora", train_adapters=both,
+                lm=objective.lm_loss,
+            ),
+        ),
+        tasks=tasks, labels={name: i for i, name in enumerate(names)}, settings=settings, objective=objective,
+        optimizer=optimizer(
+            run.steps, run.learning_rate, speed.warmup, speed.clip, settings.adapter_learning_rate
+        ),
+        dtype=kind, mesh=mesh, checkpointing=checkpointing, callbacks=callbacks, identity={"train_adapters": both},
+    )  # fmt: skip
+    state, final = trainer.run()
+    flat = fetched(state.params)
+    if jax.process_index() == 0:
+        if new_bank is not None:
+            save_bank(new_bank, split_bank(loaded, flat, config, mesh))
+        save_gates(Path(dest), GateConfig(names, settings.top_k, settings.temperature, form), split_gates(flat))
+    return final
+
+
+def _problems(settings: GateTraining, bank: BankConfig, folder: str, both: bool) -> list[str]:
+    """Why these gates cannot be trained for this bank; both: the adapters are trained, too."""
+    problems, count = [], len(bank.names)
+    if settings.adapter_learning_rate is not None and not both:
+        problems.append("adapter_learning_rate: expected a new_bank beside it, found adapters frozen")
+    if both and not settings.objective.lm_loss:
+        problems.append("lm_loss: expected frozen adapters to go without it, found a new_bank")
+    if settings.top_k > count:
+        problems.append(f"top_k: expected at most {count} (the bank's adapters), found {settings.top_k}")
+    if both and (bank.dora or bank.lora_bias):
+        problems.append(f"{folder}: new_bank: expected plain LoRA, found an adapter with DoRA or a bias")
+    if bank.invoked:
+        found = ", ".join(bank.invoked)
+        problems.append(f"{folder}: expected adapters that act on every token (gates choose for each), found {found}")
+    return problems
+
+
+def _extended(
+    folder: str | os.PathLike[str],
+    config: LlamaConfig,
+    names: tuple[str, ...],
+    form: TokenRouterForm | None,
+    gates: dict[str, np.ndarray],
+) -> np.ndarray:
+    """Fills the columns that GATES/ has into `gates`, of that form; which columns it has not, bool [A]."""
+    source = Path(folder) / "gates.json"
+    described = GateConfig.from_json(read_json(source), str(source))
+    if described.form != form:
+        asked, found = (f or "MeteoRA's own gates" for f in (form, described.form))
+        raise InputError(f"{source}: form: expected {asked} (as asked for), found {found}")
+    old = described.names
+    unknown = [n for n in old if n not in names]
+    if unknown:
+        raise InputError(f"{source}: names: expected adapters of the bank, found {', '.join(unknown)}")
+    if len(old) == len(names):
+        raise InputError(f"{source}: names: expected a part of the bank's adapters, found all of them")
+    _, trained = load_gates(folder, config, old)
+    at = [names.index(n) for n in old]
+    for name, columns in trained.items():
+        if name in SHARED_BY_ADAPTERS:
+            gates[name] = columns
+        else:
+            gates[name][..., at] = columns
+    return ~np.isin(np.arange(len(names)), at)
