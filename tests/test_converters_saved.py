@@ -45,6 +45,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "LoRA of the head": {"target_modules": ["q_proj", "lm_head"]},
 }
+
+
+def changed(base: LlamaForCausalLM, kind: str) -> Any:
+    """peft's model of an adapter of that kind, everything that it trains random."""
+    settings: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **KINDS[kind]}
+    model = get_peft_model(base, LoraConfig(**settings)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model
+
+
 PEFT_TALKS = pytest.mark.filterwarnings(
     "ignore:Model has `tie_word_embeddings=True`",
     "ignore:Setting `save_embedding_layers`",
@@ -62,13 +76,7 @@ def test_a_resized_vocabulary_comes_from_the_adapters_folder(tmp_path: Path, kin
     torch.manual_seed(0)
     resized = LlamaForCausalLM.from_pretrained(hf, attn_implementation="eager")
     resized.resize_token_embeddings(323)
-    settings: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **KINDS[kind]}
-    model = get_peft_model(resized, LoraConfig(**settings)).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    model = changed(resized, kind)
     folder, base, bank = tmp_path / "adapter", tmp_path / "base", tmp_path / "bank"
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(hf)
@@ -110,13 +118,7 @@ def test_a_saved_module_replaces_itself_alone(tmp_path: Path, kind: str):
     """peft on a tied base: the end that was not saved stays the base's (peft#1750, #2777)."""
     _, hf = tiny_llama(tmp_path, num_hidden_layers=1, tie_word_embeddings=True)
     resized = LlamaForCausalLM.from_pretrained(hf, attn_implementation="eager")
-    settings: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **KINDS[kind]}
-    model = get_peft_model(resized, LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    model = changed(resized, kind)
     folder, base, bank = tmp_path / "adapter", tmp_path / "base", tmp_path / "bank"
     model.save_pretrained(folder)
     theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(hf, attn_implementation="eager"), folder).eval()
