@@ -21,7 +21,7 @@ from converters.folders import Journal, new_folder, sha256, write_json
 from converters.rules import Placement, Progress, Rule, TensorPlan, fill, find_rule, plan
 from converters.tensor_files import SourceTensor, TensorWriter, dtype_name
 from meteora_jax.config import InputError, LlamaConfig
-from meteora_jax.origin import GIVEN, BaseOrigin, normalized, split_name
+from meteora_jax.io.provenance import GIVEN, BaseOrigin, normalized, split_name
 
 _DTYPES = {
     "float32": np.dtype(np.float32),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meteora_jax.config import InputError
-from meteora_jax.files import put_in_place
+from meteora_jax.io.files import put_in_place
 
 _JOURNAL = "journal"
 

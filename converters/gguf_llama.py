@@ -22,7 +22,7 @@ from converters.gguf_tokenizer import build_tokenizer
 from converters.hf_llama import DERIVED
 from converters.rules import TRANSPOSE, Rule, Transform
 from meteora_jax.config import InputError, LlamaConfig
-from meteora_jax.origin import is_known
+from meteora_jax.io.provenance import is_known
 
 ROPE_FACTORS = "rope_freqs.weight"
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # transformers names these model types alike

@@ -21,7 +21,7 @@ from converters.peft_export import BankAdapter, list_modules, open_adapter
 from converters.rules import AS_IS, Progress, Transform, copy_tensor
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
-from meteora_jax.origin import BaseOrigin, misfits
+from meteora_jax.io.provenance import BaseOrigin, misfits
 
 SHARD_BYTES = 5_000_000_000
 _HF_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -27,7 +27,7 @@ from converters.rules import TRANSPOSE, Placement, Progress, Rule, TensorPlan, c
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.origin import BaseOrigin, misfits
+from meteora_jax.io.provenance import BaseOrigin, misfits
 
 PREFIX = "base_model.model."
 _GATE = "moe_gate.weight"

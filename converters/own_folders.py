@@ -6,7 +6,7 @@ from pathlib import Path
 
 from converters.tensor_files import TensorReader
 from meteora_jax.config import BankConfig, LlamaConfig, read_json
-from meteora_jax.origin import BaseOrigin
+from meteora_jax.io.provenance import BaseOrigin
 
 
 def read_base(folder: Path) -> tuple[LlamaConfig, TensorReader]:

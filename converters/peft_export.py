@@ -22,7 +22,7 @@ from converters.peft_settings import read_settings
 from converters.rules import Progress
 from converters.tensor_files import DTYPES, TensorReader, TensorWriter
 from meteora_jax.config import ENDS, PROJECTIONS, AdapterInfo, BankConfig, InputError
-from meteora_jax.origin import BaseOrigin
+from meteora_jax.io.provenance import BaseOrigin
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _AT_ENDS = {

@@ -36,7 +36,7 @@ from meteora_jax.config import (
     LlamaConfig,
     read_json,
 )
-from meteora_jax.origin import BaseOrigin, compare
+from meteora_jax.io.provenance import BaseOrigin, compare
 
 Adapters: TypeAlias = Iterable[tuple[str, str | os.PathLike[str]]]  # (name, PEFT folder)
 _DORA_ROWS = 512  # of a kernel at a time

@@ -1,7 +1,7 @@
 """One LLaMA-family model with many LoRA adapters inside, where nobody has to pick the adapter."""
 
+from meteora_jax.api import Completion, Delta, Meteora, load
 from meteora_jax.config import InputError
-from meteora_jax.model import Completion, Delta, Meteora, load
 from meteora_jax.retriever.index import Index
 from meteora_jax.routing import Routing, RoutingTrace
 from meteora_jax.routing.fixed import Fixed

@@ -14,9 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.arguments import MOST, Arguments
-from meteora_jax.compiler import jit
 from meteora_jax.config import GROUPS, InputError, LlamaConfig
-from meteora_jax.kv_cache import EMPTY, KVCache
+from meteora_jax.execution import jit
+from meteora_jax.model.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import NO_ADAPTER, BoundRouter, Routing
 from meteora_jax.sharding import fetch, pad_rows, place_rows, place_whole, rows_multiple, use_mesh
 

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from meteora_jax.compiler import jit
+from meteora_jax.api import load
 from meteora_jax.config import InputError
+from meteora_jax.execution import jit
 from meteora_jax.generation import bucket, pad_prompts
-from meteora_jax.kv_cache import EMPTY
-from meteora_jax.model import load
+from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.prompts import render_chat
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.named import read_router

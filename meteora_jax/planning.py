@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from meteora_jax.adapters import GateParam
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Sampling, decode, prefill
-from meteora_jax.llama import lay_out
-from meteora_jax.routed_llama import gated_llama
+from meteora_jax.model.llama import lay_out
+from meteora_jax.model.lora_linear import GateParam
+from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import replicated, rows_multiple, sharding, tensor_shards, use_mesh
 from meteora_jax.training.data import Batch

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meteora_jax.config import InputError
-from meteora_jax.files import whole_file
+from meteora_jax.io.files import whole_file
 from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share, weight_share
 
 # Ten picked by hand, then the candidate furthest from all before it (Oklab distance, the least of normal,

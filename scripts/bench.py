@@ -49,7 +49,7 @@ import meteora_jax as mj
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.execution import default_dtype, platform
 from meteora_jax.gate_config import FormName, TokenRouterForm
-from meteora_jax.routed_llama import gated_llama
+from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.training.recipes import RECIPES
 from pallas_kernels.routed_lora import add_routed_lora
 from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix

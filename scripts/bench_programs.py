@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meteora_jax import llama
-from meteora_jax.adapters import GateParam
-from meteora_jax.compiler import jit
-from meteora_jax.execution import ExecutionConfig
+from meteora_jax.execution import ExecutionConfig, jit
 from meteora_jax.generation import Decoding, Sampling, decode, prefill
-from meteora_jax.routed_llama import RoutedCache
+from meteora_jax.model import llama
+from meteora_jax.model.lora_linear import GateParam
+from meteora_jax.model.routed_llama import RoutedCache
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import initial_state, make_step, optimizer
 

@@ -28,9 +28,9 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from meteora_jax.adapters import GateParam
 from meteora_jax.config import InputError, LlamaConfig
-from meteora_jax.llama import lay_out
+from meteora_jax.model.llama import lay_out
+from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.planning import SHAPES, abstract_model, collectives, shape_of, spread
 from meteora_jax.routing.gates import Gates
 from meteora_jax.sharding import make_mesh, place_rows, rows_multiple, use_mesh

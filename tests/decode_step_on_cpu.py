@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_gated_model import small
 
 import meteora_jax as mj
-from meteora_jax import llama
-from meteora_jax.adapters import _join
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Generator, Sampling
-from meteora_jax.routed_llama import RoutedCache
+from meteora_jax.model import llama
+from meteora_jax.model.lora_linear import _join
+from meteora_jax.model.routed_llama import RoutedCache
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, StepLimits, Stream
 from pallas_kernels.routed_lora import gated

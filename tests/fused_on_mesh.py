@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from meteora_jax import llama
+from meteora_jax.model import llama
 from meteora_jax.sharding import make_mesh, use_mesh
 
 B, T, H = 8, 24, 16

@@ -29,16 +29,17 @@ from jax.sharding import SingleDeviceSharding
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import meteora_jax as mj
-from meteora_jax import compiler, llama
-from meteora_jax.adapters import GateParam
+from meteora_jax import execution
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Decoding, decode, prefill
-from meteora_jax.kv_cache import KVCache
-from meteora_jax.llama import Llama
+from meteora_jax.model import llama
+from meteora_jax.model.kv_cache import KVCache
+from meteora_jax.model.llama import Llama
+from meteora_jax.model.lora_linear import GateParam
+from meteora_jax.model.routed_llama import RoutedCache, RoutedLlama, gated_llama
 from meteora_jax.planning import abstract_model, shape_of
-from meteora_jax.routed_llama import RoutedCache, RoutedLlama, gated_llama
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.decode_step import triton_gpu
@@ -93,7 +94,7 @@ def compiled(device: Any, function: Any, graph: Any, *given: Any, donate: tuple[
     own = lambda *given: function(graph, *given, **static)  # noqa: E731
     jitted = jax.jit(own, donate_argnums=donate)
     lowered = jitted.trace(*jax.tree.map(place, given)).lower(lowering_platforms=("cuda",))
-    text = lowered.compile(compiler_options=dict(compiler.GPU_OPTIONS) | {"xla_gpu_autotune_level": 0}).as_text()
+    text = lowered.compile(compiler_options=dict(execution.GPU_OPTIONS) | {"xla_gpu_autotune_level": 0}).as_text()
     assert text is not None
     return text
 
@@ -160,7 +161,7 @@ def products_of_training(device: Any, remat: Any) -> dict[int, int]:
     jitted = jax.jit(step.__wrapped__, donate_argnums=1)  # pyright: ignore[reportFunctionMemberAccess]
     given = map(place, (frozen, state, batch, mj.Gates(2).bind([mj.Gates(2)] * rows, bank.names)))
     lowered = jitted.trace(*given).lower(lowering_platforms=("cuda",))
-    text = lowered.compile(compiler_options=dict(compiler.GPU_OPTIONS) | {"xla_gpu_autotune_level": 0}).as_text()
+    text = lowered.compile(compiler_options=dict(execution.GPU_OPTIONS) | {"xla_gpu_autotune_level": 0}).as_text()
     assert text is not None
     found = re.findall(r"= \(bf16\[2048,(\d+)\][^\n]*? custom-call\([^\n]*?__cublas", text)
     return {columns: found.count(str(columns)) for columns in (6144, 28672)}

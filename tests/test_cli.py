@@ -17,12 +17,12 @@ from worlds import NAMES
 
 import converters
 import meteora_jax as mj
-from meteora_jax.checkpoint import SHARED_BY_ADAPTERS, load_gates, save_gates
 from meteora_jax.cli import main
 from meteora_jax.cli.demo import fetch_base
 from meteora_jax.cli.report import ProgressLines, print_tables, progress_bar
 from meteora_jax.evaluation.table import markdown
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
+from meteora_jax.io.checkpoint import SHARED_BY_ADAPTERS, load_gates, save_gates
 
 
 def run(capsys, *args) -> tuple[int, str, str]:

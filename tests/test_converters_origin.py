@@ -16,7 +16,7 @@ import meteora_jax as mj
 from converters import export_adapter, export_base, export_merged, import_adapters, import_base
 from meteora_jax.cli import main
 from meteora_jax.config import BankConfig, InputError, read_json
-from meteora_jax.origin import BaseOrigin, Verdict, compare, is_known, normalized, split_name
+from meteora_jax.io.provenance import BaseOrigin, Verdict, compare, is_known, normalized, split_name
 
 SAME = [
     ("meta-llama/Meta-Llama-3-8B", "unsloth/Meta-Llama-3-8B-bnb-4bit", "meta-llama/Llama-3-8B", "llama-3-8b",

@@ -20,9 +20,9 @@ from transformers import LlamaForCausalLM
 import meteora_jax as mj
 from converters import export_adapter, export_merged, import_adapters, import_base
 from converters.pickle_files import read_pickle
-from meteora_jax.checkpoint import save_gates
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.io.checkpoint import save_gates
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROW = [5, 6, 7, 8, 9, 300, 17]

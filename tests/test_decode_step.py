@@ -20,10 +20,11 @@ from flax import nnx
 from test_gated_model import ROWS, prepared, small
 
 import meteora_jax as mj
-from meteora_jax import decoding, execution, llama
+from meteora_jax import execution
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Generator, Sampling
+from meteora_jax.model import decoding, llama
 from meteora_jax.routing import Routing
 from meteora_jax.routing.token_router import choose
 from pallas_kernels.decode_step import triton_gpu

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from worlds import NAMES
 
-from meteora_jax.checkpoint import save_gates
 from meteora_jax.cli import main
 from meteora_jax.cli.evaluate import fingerprint
 from meteora_jax.config import InputError
@@ -14,6 +13,7 @@ from meteora_jax.evaluation import runner
 from meteora_jax.evaluation.problems import load_problems
 from meteora_jax.evaluation.table import markdown, tabulate
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.io.checkpoint import save_gates
 
 TASKS = ("winowhy", "disfl_qa", "object_counting")
 

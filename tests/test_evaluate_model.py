@@ -24,7 +24,7 @@ from meteora_jax.cli.evaluate import other_bank
 from meteora_jax.evaluation.composite import COMPOSITES
 from meteora_jax.evaluation.metrics import read_composite, score_composite
 from meteora_jax.evaluation.tasks import Example, write_splits
-from meteora_jax.llama import base_arrays, prepare_gates
+from meteora_jax.model.llama import base_arrays, prepare_gates
 from meteora_jax.routing import adapter_share
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates

@@ -17,16 +17,16 @@ from flax import nnx
 from test_sharding import devices
 
 import meteora_jax as mj
-from meteora_jax import compiler, llama
-from meteora_jax.adapters import GateParam, add_update
-from meteora_jax.compiler import Jit
+from meteora_jax import execution
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
-from meteora_jax.execution import ExecutionConfig, platform
+from meteora_jax.execution import ExecutionConfig, Jit, platform
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
-from meteora_jax.kv_cache import EMPTY, KVCache
-from meteora_jax.llama import prepare_gates, with_execution
-from meteora_jax.routed_llama import gated_llama
+from meteora_jax.model import llama
+from meteora_jax.model.kv_cache import EMPTY, KVCache
+from meteora_jax.model.llama import prepare_gates, with_execution
+from meteora_jax.model.lora_linear import GateParam, add_update
+from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing import NO_ADAPTER, Routing
 from meteora_jax.sharding import make_mesh, use_mesh
 from pallas_kernels.routed_lora import gated, reference
@@ -163,7 +163,7 @@ def test_options_reach_the_compiler_on_a_gpu_alone(monkeypatch):
     double = Jit(lambda x: x * 2, gpu_options={"xla_no_such_option": True})
     assert double(3) == 6
     assert double._cache_size() == 1
-    monkeypatch.setattr(compiler, "platform", lambda: "gpu")
+    monkeypatch.setattr(execution, "platform", lambda: "gpu")
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         double(3)
     assert jax.eval_shape(double, jnp.arange(3)).shape == (3,)  # JAX refuses options below the top

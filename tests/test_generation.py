@@ -289,10 +289,10 @@ def test_half_a_character_is_refused_where_it_stands(text, at):
 def test_the_device_loop_runs_many_tokens_a_call(world):
     """One dispatch decodes all: the jitted function holds a while loop, and `advance` calls it once."""
     calls = []
-    original = mj.model.Generator.advance
-    mj.model.Generator.advance = lambda self, n: (calls.append(n), original(self, n))[1]
+    original = mj.api.Generator.advance
+    mj.api.Generator.advance = lambda self, n: (calls.append(n), original(self, n))[1]
     try:
         world["model"].generate([ROWS[0]], max_new_tokens=20)
     finally:
-        mj.model.Generator.advance = original
+        mj.api.Generator.advance = original
     assert calls == [20]

@@ -1,13 +1,8 @@
-"""The arrows between the rooms, and two habits of the house, read off the source of every module.
+"""Which module may import which, and two habits, read off the source of every module.
 
-    config, files, gate_config, origin, text, arguments, prompts, execution, compiler, sharding -> retriever
-        -> kv_cache, attention -> routing -> adapters -> decoding, ends -> llama, routed_llama -> checkpoint
-        -> generation, evaluation, training, viz -> planning -> model (with meteora_jax itself, the public API)
-        -> harness, cli
-
-A room of meteora_jax may import the rooms to its left in ROOMS, and itself. pallas_kernels and converters
-know only what THIRD_PARTY and PROJECT grant them; nobody else imports scripts or tests.
-A module that is no room yet fails here until it has its place in ROOMS.
+ORDER lists the modules and packages of meteora_jax; each may import those before it, and itself. pallas_kernels and
+converters know only what THIRD_PARTY and PROJECT grant them; nobody else imports scripts or tests. A module that has no
+place in ORDER fails here until it has one.
 """
 
 import ast
@@ -21,18 +16,17 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 500
 NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function lives with the noun it serves
 
-# The rooms of meteora_jax in the order in which they may import each other; "" is meteora_jax/__init__.
-ROOMS = [
-    *("config", "files", "gate_config", "origin", "text", "arguments", "prompts", "execution", "compiler"),
-    *("sharding", "retriever"),
-    *("kv_cache", "attention", "routing", "adapters", "decoding", "ends", "llama", "routed_llama", "checkpoint"),
-    *("generation", "evaluation", "training", "viz", "planning", "model", "", "harness", "cli"),
+# meteora_jax in the order in which it may import; "" is meteora_jax/__init__, the public API.
+ORDER = [
+    *("config", "io.files", "gate_config", "io.provenance", "text", "arguments", "prompts", "execution", "sharding"),
+    *("retriever", "model.kv_cache", "model.attention", "routing", "model", "io", "generation", "evaluation"),
+    *("training", "viz", "planning", "api", "", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
-PROJECT = {  # what else of this project a package imports; of meteora_jax, ROOMS decides
+PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDER decides
     "pallas_kernels": (),
     "converters": (
-        *("meteora_jax.config", "meteora_jax.files", "meteora_jax.gate_config", "meteora_jax.origin"),
+        *("meteora_jax.config", "meteora_jax.io.files", "meteora_jax.gate_config", "meteora_jax.io.provenance"),
         *("meteora_jax.retriever.config",),
     ),
     "meteora_jax": ("pallas_kernels",),
@@ -79,20 +73,21 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[s
     return walk(tree, True)
 
 
-def room_of(name: str) -> str:
-    """The room that a full name below meteora_jax belongs to; an attribute of the package is the API, ""."""
-    first = [*name.split("."), ""][1]
-    return first if first in ROOMS else ""
+def place_of(name: str) -> str:
+    """Whose place in ORDER a full name has: the longest that it begins with; an attribute of the package is the API."""
+    inner = name.partition(".")[2]
+    return max((place for place in ORDER if f"{inner}.".startswith(f"{place}.")), key=len, default="")
 
 
 def violations(path: str, text: str) -> list[str]:
-    """Every import of one file (its path from the root, its text) against the table, one line each."""
+    """Every import of one file (its path from the root, its text) against the tables, one line each."""
     module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     package, _, inner = module.partition(".")
-    room = inner.split(".")[0]
+    place = place_of(module)
+    placed = place != "" or not inner
     found = []
-    if package == "meteora_jax" and room not in ROOMS:
-        found.append(f"{path}: {room!r} is no room yet; give it its place in ROOMS")
+    if package == "meteora_jax" and not placed:
+        found.append(f"{path}: {inner!r} has no place in ORDER")
     for name, line, eager in imports(ast.parse(text), module, path.endswith("__init__.py")):
         top = name.split(".")[0]
         where = f"{path}:{line} imports {name}"
@@ -101,12 +96,11 @@ def violations(path: str, text: str) -> list[str]:
         if package not in PACKAGES or top == package != "meteora_jax":
             continue
         if top == "meteora_jax" == package:
-            theirs = room_of(name)
-            if room in ROOMS and theirs != room and ROOMS.index(theirs) > ROOMS.index(room):
-                theirs = theirs or "the public API"
-                found.append(f"{where}: {theirs} comes after {room or 'the public API'}")
+            theirs = place_of(name)
+            if placed and theirs != place and ORDER.index(theirs) > ORDER.index(place):
+                found.append(f"{where}: {theirs or 'the public API'} comes after {place or 'the public API'}")
         elif top in PACKAGES:
-            granted = PROJECT.get(f"{package}.{room}", PROJECT[package])
+            granted = PROJECT.get(f"{package}.{place}", PROJECT[package])
             if not any(f"{name}.".startswith(f"{grant}.") for grant in granted):
                 found.append(f"{where}: {package} may not")
         elif top not in sys.stdlib_module_names:
@@ -123,7 +117,7 @@ def sources() -> list[str]:
 
 
 @pytest.mark.parametrize("path", sources())
-def test_file_keeps_to_the_house(path: str):
+def test_file_keeps_the_order(path: str):
     text = (ROOT / path).read_text(encoding="utf-8")
     found = violations(path, text)
     lines = len(text.splitlines())
@@ -141,20 +135,22 @@ def test_file_keeps_to_the_house(path: str):
         ("pallas_kernels/routed_lora/api.py", "from meteora_jax.config import BankConfig", "may not"),
         ("converters/rules.py", "import jax.numpy as jnp", "converters may not"),
         ("converters/rules.py", "import torch", "converters may not"),
-        ("converters/rules.py", "from meteora_jax import llama", "converters may not"),
+        ("converters/rules.py", "from meteora_jax.model import llama", "converters may not"),
         ("converters/gguf_llama.py", "import gguf", "only inside"),
         ("converters/gguf_llama.py", "class Reader:\n    import gguf", "only inside"),
-        ("meteora_jax/config.py", "from meteora_jax.llama import Llama", "llama comes after config"),
-        ("meteora_jax/config.py", "def f():\n    from meteora_jax import llama", "llama comes after config"),
-        ("meteora_jax/llama.py", "from . import cli", "cli comes after llama"),
-        ("meteora_jax/routing/gates.py", "from ..llama import Llama", "llama comes after routing"),
+        ("meteora_jax/config.py", "from meteora_jax.model.llama import Llama", "model comes after config"),
+        ("meteora_jax/config.py", "def f():\n    from meteora_jax.model import llama", "model comes after config"),
+        ("meteora_jax/model/llama.py", "from .. import cli", "cli comes after model"),
+        ("meteora_jax/model/attention.py", "from meteora_jax.routing import Routing", "routing comes after"),
+        ("meteora_jax/io/files.py", "import meteora_jax.io.provenance", "comes after io.files"),
+        ("meteora_jax/routing/gates.py", "from ..model.llama import Llama", "model comes after routing"),
         ("meteora_jax/generation.py", "import meteora_jax as mj", "the public API comes after generation"),
         ("meteora_jax/generation.py", "from meteora_jax import Gates", "the public API comes after"),
         ("meteora_jax/__init__.py", "from meteora_jax.cli import main", "cli comes after the public API"),
-        ("meteora_jax/model.py", "from converters import rules", "meteora_jax may not"),
-        ("meteora_jax/llama.py", "import torch", "meteora_jax may not"),
+        ("meteora_jax/api.py", "from converters import rules", "meteora_jax may not"),
+        ("meteora_jax/model/llama.py", "import torch", "meteora_jax may not"),
         ("meteora_jax/viz.py", "import matplotlib.pyplot as plt", "only inside"),
-        ("meteora_jax/kittens.py", "", "no room yet"),
+        ("meteora_jax/kittens.py", "", "no place"),
         ("tests/test_x.py", "from scripts import bench", "nobody imports scripts"),
         ("scripts/bench.py", "import tests.tiny", "nobody imports tests"),
     ],
@@ -171,9 +167,9 @@ def test_a_wrong_import_is_named(path: str, text: str, complaint: str):
         ("pallas_kernels/routed_lora/api.py", "import jax\nfrom .reference import routed_lora"),
         ("converters/gguf_llama.py", "from meteora_jax.config import LlamaConfig\ndef f():\n    import gguf"),
         ("meteora_jax/routing/__init__.py", "from .gates import Gates\nfrom meteora_jax import config"),
-        ("meteora_jax/adapters.py", "from meteora_jax.routing import Routing\nimport pallas_kernels"),
+        ("meteora_jax/model/lora_linear.py", "from meteora_jax.routing import Routing\nimport pallas_kernels"),
         ("meteora_jax/cli/convert.py", "import converters.rules\nimport meteora_jax as mj"),
-        ("meteora_jax/__init__.py", "from .model import load"),
+        ("meteora_jax/__init__.py", "from .api import load"),
         ("scripts/demo/train.py", "import torch\nimport meteora_jax as mj"),
     ],
 )

@@ -11,7 +11,7 @@ from tiny import tiny_llama
 import converters
 import meteora_jax as mj
 from meteora_jax.config import LlamaConfig
-from meteora_jax.llama import Llama
+from meteora_jax.model.llama import Llama
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90))]
 LLAMA3_SCALING = {

@@ -13,14 +13,14 @@ from test_sharding import devices
 from tiny import tiny_llama
 
 from converters import import_base
-from meteora_jax.checkpoint import StoredArray, load_base, open_tensors
+from meteora_jax.io.checkpoint import StoredArray, load_base, open_tensors
 
 PARTS = """
 import sys
 import jax
 import numpy as np
 from flax import nnx
-from meteora_jax import checkpoint
+from meteora_jax.io import checkpoint
 from meteora_jax.sharding import make_mesh
 
 read, largest = [], []

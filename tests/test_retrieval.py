@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 from worlds import NAMES
 
 import meteora_jax as mj
-from meteora_jax.adapters import request_lora, routed_update
 from meteora_jax.config import PROJECTIONS, InputError
+from meteora_jax.model.lora_linear import request_lora, routed_update
 from meteora_jax.routing import NO_ADAPTER, Routing
 from meteora_jax.routing.retrieval import Composed
 

@@ -44,7 +44,7 @@ def main(base: str, bank: str, gates: str, dest: str) -> None:
     from flax import nnx
 
     import meteora_jax as mj
-    from meteora_jax.adapters import BaseParam
+    from meteora_jax.model.lora_linear import BaseParam
     from meteora_jax.sharding import make_mesh
 
     split = {}
@@ -60,8 +60,8 @@ def main(base: str, bank: str, gates: str, dest: str) -> None:
 @pytest.fixture(scope="module")
 def calm(world, tmp_path_factory) -> list[str]:
     """The world with smaller gates: at their own size a rounding of x changes a softmax by more than 1e-5."""
-    from meteora_jax.checkpoint import save_gates
     from meteora_jax.gate_config import GateConfig
+    from meteora_jax.io.checkpoint import save_gates
 
     gates = tmp_path_factory.mktemp("calm") / "gates"
     save_gates(gates, GateConfig(NAMES, 2, 1.0), {p: 0.2 * g for p, g in world["gate_arrays"].items()})

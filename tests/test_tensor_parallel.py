@@ -20,11 +20,11 @@ from tiny import tiny_llama, tiny_peft
 
 import meteora_jax as mj
 from converters import import_adapters, import_base
-from meteora_jax.adapters import column_shards
-from meteora_jax.checkpoint import save_gates
 from meteora_jax.config import PROJECTIONS, LlamaConfig, read_json
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.io.checkpoint import save_gates
+from meteora_jax.model.lora_linear import column_shards
 from meteora_jax.planning import COLLECTIVES
 from meteora_jax.sharding import shard_order
 

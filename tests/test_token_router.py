@@ -25,8 +25,12 @@ from worlds import NAMES
 
 import converters
 import meteora_jax as mj
-from meteora_jax.adapters import GateParam
-from meteora_jax.checkpoint import (
+from meteora_jax.config import InputError
+from meteora_jax.evaluation.tasks import Example
+from meteora_jax.execution import ExecutionConfig
+from meteora_jax.gate_config import GateConfig, TokenRouterForm
+from meteora_jax.generation import observe_routing
+from meteora_jax.io.checkpoint import (
     SHARED_BY_ADAPTERS,
     fresh_gates,
     gate_shapes,
@@ -36,13 +40,9 @@ from meteora_jax.checkpoint import (
     save_gates,
     split_gates,
 )
-from meteora_jax.config import InputError
-from meteora_jax.evaluation.tasks import Example
-from meteora_jax.execution import ExecutionConfig
-from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.generation import observe_routing
-from meteora_jax.kv_cache import EMPTY
-from meteora_jax.llama import prepare_gates, with_execution
+from meteora_jax.model.kv_cache import EMPTY
+from meteora_jax.model.llama import prepare_gates, with_execution
+from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
 from meteora_jax.training.data import CUT, NO_TASK, Mixture

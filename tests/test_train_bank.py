@@ -20,11 +20,11 @@ from flax import nnx
 from test_sharding import devices
 
 import meteora_jax as mj
-from meteora_jax.adapters import AdapterParam
-from meteora_jax.checkpoint import load_bank, save_bank, take_adapters
 from meteora_jax.cli import main as main_command
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.io.checkpoint import load_bank, save_bank, take_adapters
+from meteora_jax.model.lora_linear import AdapterParam
 from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.bank import train_bank
 from meteora_jax.training.data import NO_TASK, Batches, Layout, Mixture, Tokenized, collate, compose, encode, plan

@@ -13,12 +13,12 @@ from flax import nnx
 from worlds import NAMES
 
 import meteora_jax as mj
-from meteora_jax.adapters import GateParam
-from meteora_jax.checkpoint import load_bank, load_gates, save_gates
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
+from meteora_jax.io.checkpoint import load_bank, load_gates, save_gates
+from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.training.adapter import fresh_adapter, train_adapter
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.gates import train_gates

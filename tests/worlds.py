@@ -10,9 +10,9 @@ from tiny import tiny_llama, tiny_peft
 
 import converters
 import meteora_jax as mj
-from meteora_jax.checkpoint import save_gates
 from meteora_jax.config import PROJECTIONS, LlamaConfig, read_json
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.io.checkpoint import save_gates
 
 NAMES = ("apple", "birch", "cedar", "daisy")
 RANKS = (4, 2, 8, 4)

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from meteora_jax.checkpoint import WEIGHTS
 from meteora_jax.cli.devices import Devices, as_the_first_says, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, print_tables, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import COMPOSITES, COUNT, SEED, SHOTS, generate_composites
 from meteora_jax.evaluation.problems import Problem, load_composites, load_problems, load_queries
 from meteora_jax.evaluation.systems import Given, System, check_routes, make_system, skipped, with_unseen
+from meteora_jax.io.checkpoint import WEIGHTS
 from meteora_jax.retriever.index import Index
 from meteora_jax.routing import RoutingTrace, adapter_share
 
@@ -228,7 +228,7 @@ def gather_systems(command: Evaluate, model: Any, dtype: str) -> tuple[list[Syst
     names = with_unseen(names) if command.unseen else names
     if not names:
         raise InputError("--systems: expected at least one system, found none")
-    from meteora_jax.llama import base_arrays
+    from meteora_jax.model.llama import base_arrays
 
     arrays = base_arrays(model.graph, model.weights) if folders else {}
     loaded = {name: other_bank(model, arrays, name, folder, command.base, dtype) for name, folder in folders.items()}
@@ -245,7 +245,7 @@ def other_bank(model: Any, arrays: Any, name: str, folder: Path, base: Path, dty
     arrays: the base's, of `base_arrays`. All other banks share them, so that each costs its own size and no more.
     """
     import converters
-    from meteora_jax.checkpoint import assemble, load_bank, read_origin
+    from meteora_jax.io.checkpoint import assemble, load_bank, read_origin
 
     with tempfile.TemporaryDirectory() as temporary:
         bank_folder = folder
@@ -269,8 +269,8 @@ def fingerprint(folder: Path | None, file: str = WEIGHTS) -> str | None:
 
 def evaluate(command: Evaluate) -> None:
     """Runs `meteora evaluate`."""
+    from meteora_jax.api import load
     from meteora_jax.evaluation import runner
-    from meteora_jax.model import load
 
     counts = ("max_new_tokens", "batch_size", "limit", "max_prompt", "composite_max_new_tokens", "retrieve", "repeats")
     for name in counts:

@@ -122,7 +122,7 @@ class ExportBank:
 
 def export_bank(command: ExportBank) -> None:
     """Runs `meteora export bank`."""
-    from meteora_jax.checkpoint import take_adapters
+    from meteora_jax.io.checkpoint import take_adapters
 
     take_adapters(command.bank, command.dest, command.names)
     console.print(f"{command.dest}: {' '.join(command.names)}", highlight=False, soft_wrap=True)

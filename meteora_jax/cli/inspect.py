@@ -56,7 +56,7 @@ def describe(path: Path) -> dict[str, Any]:
     from converters.peft_folder import CONFIG, read_tensors
     from converters.peft_settings import read_settings
     from converters.tensor_files import TensorReader
-    from meteora_jax.checkpoint import WEIGHTS
+    from meteora_jax.io.checkpoint import WEIGHTS
 
     if (path / "bank.json").exists():
         bank = BankConfig.from_json(read_json(path / "bank.json"), str(path / "bank.json"))

@@ -57,7 +57,7 @@ class Plan:
 
 def plan(command: Plan) -> None:
     """Runs `meteora plan train | evaluate`."""
-    from meteora_jax.adapters import column_shards
+    from meteora_jax.model.lora_linear import column_shards
     from meteora_jax.planning import plan_generation, plan_training, shape_of, topology_devices
     from meteora_jax.sharding import make_mesh, rows_multiple
     from meteora_jax.training.recipes import RECIPES

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from meteora_jax import files
 from meteora_jax.execution import default_dtype as default_dtype  # for every command
+from meteora_jax.io import files
 
 T = TypeVar("T")
 LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal

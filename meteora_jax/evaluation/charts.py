@@ -9,7 +9,7 @@ from typing import Any
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.table import shown
-from meteora_jax.files import whole_file
+from meteora_jax.io.files import whole_file
 
 
 def accuracies(table: Mapping[str, Any], systems: Sequence[str], scoring: str = "meteora") -> dict[str, list[float]]:

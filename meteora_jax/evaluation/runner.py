@@ -17,7 +17,7 @@ from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.metrics import read_composite
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.table import score_row
-from meteora_jax.files import write_json
+from meteora_jax.io.files import write_json
 
 RUN, RECORDS = "run.json", "records.jsonl"
 

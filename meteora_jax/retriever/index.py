@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from meteora_jax.config import InputError, read_json, read_lines
-from meteora_jax.files import whole_folder, write_json
+from meteora_jax.io.files import whole_folder, write_json
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
 from meteora_jax.retriever.scoring import Profile, is_large, make_scoring
 from meteora_jax.retriever.wording import Wording

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meteora_jax.attention import Fused, attend, rotate, router_rotation, unit_rms
 from meteora_jax.gate_config import HEAD, HOPS, SEGMENTS, SHIFTS, TokenRouterForm
-from meteora_jax.kv_cache import EMPTY, KVCache
+from meteora_jax.model.attention import Fused, attend, rotate, router_rotation, unit_rms
+from meteora_jax.model.kv_cache import EMPTY, KVCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import GateParam, TokenLogits
 from pallas_kernels.routed_lora.reference import einsum_float32

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from meteora_jax.config import PROJECTIONS, InputError
-from meteora_jax.files import whole_file
+from meteora_jax.io.files import whole_file
 
 
 def write_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import answer_pieces, prompt_pieces
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.kv_cache import EMPTY
+from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.sharding import local_rows
 
 NO_TASK = -1  # a token that no gate is judged on

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from meteora_jax.adapters import AdapterParam, GateParam
-from meteora_jax.checkpoint import (
+from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
+from meteora_jax.evaluation.tasks import Example
+from meteora_jax.gate_config import GateConfig, TokenRouterForm
+from meteora_jax.io.checkpoint import (
     SHARED_BY_ADAPTERS,
     fresh_gates,
     load_bank,
@@ -25,9 +27,7 @@ from meteora_jax.checkpoint import (
     split_bank,
     split_gates,
 )
-from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
-from meteora_jax.evaluation.tasks import Example
-from meteora_jax.gate_config import GateConfig, TokenRouterForm
+from meteora_jax.model.lora_linear import AdapterParam, GateParam
 from meteora_jax.routing.gates import Gates
 from meteora_jax.training.settings import Checkpointing, GateTraining
 from meteora_jax.training.step import optimizer

@@ -12,8 +12,8 @@ import optax
 
 from meteora_jax.config import GROUPS, PROJECTIONS
 from meteora_jax.gate_config import SEGMENTS
-from meteora_jax.llama import Llama
-from meteora_jax.routed_llama import RoutedLlama
+from meteora_jax.model.llama import Llama
+from meteora_jax.model.routed_llama import RoutedLlama
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.token_router import Hop, choose
 from meteora_jax.sharding import constrain

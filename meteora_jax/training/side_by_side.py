@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from meteora_jax.llama import Llama
+from meteora_jax.model.llama import Llama
 from meteora_jax.routing import NO_ADAPTER, Routing
 from meteora_jax.training.data import NO_TASK, Batch
 from meteora_jax.training.loss import Losses, Remat, next_token_loss

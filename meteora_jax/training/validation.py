@@ -17,9 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from meteora_jax.compiler import Jit
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.execution import Jit
 from meteora_jax.sharding import fetch, place_rows, place_whole, replicated, use_mesh
 from meteora_jax.training.data import NO_TASK, Batch, Layout, Mixture, Tokenized, collate, encode, rounded
 from meteora_jax.training.loss import token_scores

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.launch import launch
 from pallas_kernels.routed_lora.triton_gpu import power
-from pallas_kernels.triton_launch import launch
 
 KERNELS = "pallas_kernels.decode_step.triton_kernels"
 ATTENTION = "pallas_kernels.decode_step.attention_kernels"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import triton_launch
+from pallas_kernels import launch as triton_launch
 
 
 def power(n: int) -> int:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from meteora_jax.config import InputError, read_lines
-from meteora_jax.files import whole_file
+from meteora_jax.io.files import whole_file
 from meteora_jax.text import check_text
 
 SPLITS = ("train", "test", "holdout")

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meteora_jax.adapters import AdaptedLinear, BaseParam, JoinedKernel, column_shards, contract
-from meteora_jax.attention import attend, rotate
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
-from meteora_jax.decoding import refusal, run_layers
-from meteora_jax.ends import EndAdapters, request_routing
 from meteora_jax.execution import ExecutionConfig, Fused
-from meteora_jax.kv_cache import EMPTY, KVCache
+from meteora_jax.model.attention import attend, rotate
+from meteora_jax.model.decoding import refusal, run_layers
+from meteora_jax.model.kv_cache import EMPTY, KVCache
+from meteora_jax.model.lora_linear import AdaptedLinear, BaseParam, JoinedKernel, column_shards, contract
+from meteora_jax.model.vocab_adapters import EndAdapters, request_routing
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.invoked import Invoked
+from meteora_jax.routing.alora import Invoked
 from meteora_jax.sharding import constrain
 from pallas_kernels.routed_lora.reference import KEPT
 
@@ -262,7 +262,7 @@ class Llama(nnx.Module):
         return mask[:, None], fused
 
     def _step(self, x, positions, cache, router, where, observe) -> LlamaOutput:
-        """The layers of one token a row by Triton; see meteora_jax.decoding."""
+        """The layers of one token a row by Triton; see meteora_jax.model.decoding."""
         angles = where.cos[:, 0, 0], where.sin[:, 0, 0]
         rows = (jnp.broadcast_to(z, (x.shape[0], z.shape[1])) for z in angles)
         x, cache, routings = run_layers(

@@ -11,8 +11,8 @@ from flax import nnx
 from meteora_jax.config import BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.kv_cache import KVCache
-from meteora_jax.llama import Llama, LlamaOutput, Observer, matmul_precision
+from meteora_jax.model.kv_cache import KVCache
+from meteora_jax.model.llama import Llama, LlamaOutput, Observer, matmul_precision
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.token_router import Hop, TokenRouter, choose
 

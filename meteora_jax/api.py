@@ -15,18 +15,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.arguments import Arguments
-from meteora_jax.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
-from meteora_jax.compiler import jit
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
-from meteora_jax.execution import default_dtype, platform
+from meteora_jax.execution import default_dtype, jit, platform
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Generator, Sampling, check_prompts, check_token_ids, pad_batch
-from meteora_jax.kv_cache import EMPTY
-from meteora_jax.llama import prepare_gates
+from meteora_jax.io.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
+from meteora_jax.model.kv_cache import EMPTY
+from meteora_jax.model.llama import prepare_gates
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
 from meteora_jax.routing import BoundRouter, RoutingTrace, bind
+from meteora_jax.routing.alora import watch
 from meteora_jax.routing.gates import Gates
-from meteora_jax.routing.invoked import watch
 from meteora_jax.routing.retrieval import Found, look_up
 from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import place_rows, use_mesh

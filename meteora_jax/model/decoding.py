@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meteora_jax.adapters import AdaptedLinear
 from meteora_jax.config import GROUPS, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
-from meteora_jax.kv_cache import KVCache
+from meteora_jax.model.kv_cache import KVCache
+from meteora_jax.model.lora_linear import AdaptedLinear
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import BoundGates
 from pallas_kernels.decode_step import triton_gpu

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from meteora_jax.adapters import AdapterBank, AdapterConstant, AdapterParam
 from meteora_jax.config import BankConfig, InputError
+from meteora_jax.model.lora_linear import AdapterBank, AdapterConstant, AdapterParam
 from meteora_jax.routing import BoundRouter, Routing
 from pallas_kernels.routed_lora.reference import einsum_float32
 

@@ -1,0 +1,1 @@
+"""Base, bank and gates folders: reading and writing them whole."""
