@@ -21,7 +21,7 @@ from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Generator, Sampling, check_prompts, check_token_ids, pad_batch
 from meteora_jax.io.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
 from meteora_jax.model.kv_cache import EMPTY
-from meteora_jax.model.llama import prepare_gates
+from meteora_jax.model.llama import pack
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
 from meteora_jax.routing import BoundRouter, RoutingTrace, bind
 from meteora_jax.routing.alora import watch
@@ -293,5 +293,5 @@ def load(
     form = gate_config.form if gate_config else None
     graph, state = assemble(config, weights, loaded, columns, kind, mesh, form)
     if platform() == "gpu" and mesh is None and kind.itemsize == 2:
-        graph, state = prepare_gates(graph, state, release=True)
+        graph, state = pack(graph, state, release=True)
     return Meteora(config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh)

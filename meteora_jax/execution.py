@@ -15,10 +15,10 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
 from pallas_kernels.decode_step.triton_gpu import StepLimits
-from pallas_kernels.routed_lora.reference import Expand
 
 # What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences.
 Fused = Literal["prompt", "packed"]
+Platform = Literal["cpu", "gpu", "tpu"]
 
 
 def platform() -> str:
@@ -45,18 +45,18 @@ def has_triton() -> bool:
 class ExecutionConfig:
     """Which implementation serves what. `Llama.execution` is static: models that run otherwise are other programs.
 
-    step: decoding steps by cuBLAS and Triton, and of how many rows; None: XLA's. Where there are any, `prepare_gates`
+    platform: what the routed LoRA product's implementation is chosen for.
+    step: decoding steps by cuBLAS and Triton, and of how many rows; None: XLA's. Where there are any, `pack`
         packs gates and A's behind the kernels' rows.
     fused_attention: what cuDNN attends to, where the model's heads allow it.
-    gated: what follows the product with gates and A's for up to `gated.TRITON_ROWS` tokens.
-    expand: how many tokens' updates are added in 16 bit.
+    triton: whether few tokens are routed and adapted by one Triton launch behind a packed weight's product.
     dense_width: A * R of a bank up to which every adapter's shrink is taken with the gates.
     """
 
+    platform: Platform = "cpu"
     step: StepLimits | None = None
     fused_attention: tuple[Fused, ...] = ()
-    gated: Literal["reference", "triton"] = "reference"
-    expand: Expand = "reference"
+    triton: bool = False
     dense_width: int = 512
 
     @classmethod
@@ -65,13 +65,13 @@ class ExecutionConfig:
     ) -> ExecutionConfig:
         """What was timed fastest on "cpu", "gpu" or "tpu" (docs/performance.md); triton: with the extra `gpu`."""
         if platform != "gpu":
-            return cls()
+            return cls("tpu" if platform == "tpu" else "cpu")
         alone = mesh is None or mesh.size == 1
         return cls(
+            "gpu",
             step=StepLimits() if triton and alone else None,
             fused_attention=("prompt", "packed") if jnp.dtype(dtype).itemsize == 2 else (),
-            gated="triton" if triton else "reference",
-            expand="diagonal",
+            triton=triton,
         )
 
     @classmethod

@@ -20,15 +20,15 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.model.llama import lay_out
-from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.model.routed_llama import gated_llama
-from meteora_jax.routing.gates import BoundGates
+from meteora_jax.routing.gates import BoundGates, GateParam
 from meteora_jax.sharding import replicated, rows_multiple, sharding, tensor_shards, use_mesh
 from meteora_jax.training.data import Batch
 from meteora_jax.training.recipes import RECIPES
 from meteora_jax.training.settings import GateTraining
 from meteora_jax.training.step import TrainState, make_step, optimizer
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
+from pallas_kernels.topk_gating import TopK
 
 GIB = 1 << 30
 # Memory of one device by the beginning of its `device_kind` (Google's data sheets; a TPU7x chip is two devices).
@@ -160,7 +160,7 @@ def plan_training(
     ints = lambda: _rowwise(mesh, (rows, width), jnp.int32)  # noqa: E731
     batch = Batch(ints(), ints(), ints(), _rowwise(mesh, (rows, width), bool), ints())
     part = (rows // accumulate,)
-    router = BoundGates(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), None, max_k=top_k)
+    router = BoundGates(TopK(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), top_k))
     step: Any = make_step(
         graph, state, tx, beta=objective.beta, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
         lm_loss=objective.lm_loss, answer_share=objective.answer_share, turn_share=objective.turn_share,
@@ -197,7 +197,7 @@ def plan_generation(
     graph, weights = nnx.split(abstract)
     weights = spread(weights, mesh)
     whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))  # noqa: E731
-    router = BoundGates(_rowwise(mesh, (rows,), jnp.int32), _rowwise(mesh, (rows,), jnp.float32), None, max_k=top_k)
+    router = BoundGates(TopK(_rowwise(mesh, (rows,), jnp.int32), _rowwise(mesh, (rows,), jnp.float32), top_k))
     call = dict(router=router, how=Sampling().traced, eos=whole((1,)))
     prompts = _rowwise(mesh, (rows, width), jnp.int32), _rowwise(mesh, (rows,), jnp.int32)
     with use_mesh(mesh):

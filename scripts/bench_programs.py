@@ -17,8 +17,8 @@ from flax import nnx
 from meteora_jax.execution import ExecutionConfig, jit
 from meteora_jax.generation import Decoding, Sampling, decode, prefill
 from meteora_jax.model import llama
-from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.model.routed_llama import RoutedCache
+from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import initial_state, make_step, optimizer
 
@@ -72,12 +72,12 @@ def run_as(model: Held, execution: ExecutionConfig) -> Held:
 
 
 def prepared(model: Held, execution: ExecutionConfig) -> Held:
-    """The model as a GPU has it in 16 bit, after `prepare_gates`."""
+    """The model as a GPU has it in 16 bit, after `pack`."""
     graphs = []
     graph = llama.with_execution(model.graph, model.shapes, execution)
 
     def prepare(weights: Any) -> Any:
-        made, weights = llama.prepare_gates(graph, weights)
+        made, weights = llama.pack(graph, weights)
         graphs.append(made)
         return weights
 

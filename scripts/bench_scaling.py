@@ -30,9 +30,8 @@ from rich.table import Table
 
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.model.llama import lay_out
-from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.planning import SHAPES, abstract_model, collectives, shape_of, spread
-from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.gates import GateParam, Gates
 from meteora_jax.sharding import make_mesh, place_rows, rows_multiple, use_mesh
 from meteora_jax.training.checkpoints import Checkpoints
 from meteora_jax.training.data import Batch, Layout

@@ -287,7 +287,7 @@ def generate(model: Any, router: Any, count: int = 3, steps: int = 2) -> tuple[l
 def stepping(model: Any, execution: ExecutionConfig) -> Any:
     """The model with all that steps need."""
     graph = llama.with_execution(model.graph, model.weights, execution)
-    graph, weights = llama.prepare_gates(graph, model.weights)
+    graph, weights = llama.pack(graph, model.weights)
     return dataclasses.replace(model, graph=graph, weights=weights)
 
 

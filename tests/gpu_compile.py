@@ -37,9 +37,9 @@ from meteora_jax.generation import Decoding, decode, prefill
 from meteora_jax.model import llama
 from meteora_jax.model.kv_cache import KVCache
 from meteora_jax.model.llama import Llama
-from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.model.routed_llama import RoutedCache, RoutedLlama, gated_llama
 from meteora_jax.planning import abstract_model, shape_of
+from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.data import Batch
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.decode_step import triton_gpu
@@ -82,7 +82,7 @@ def llama_3_8b(form: TokenRouterForm | None = None, execution: ExecutionConfig =
 
     def make() -> Llama:
         model = gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0), execution)
-        return nnx.merge(*llama.prepare_gates(*nnx.split(model), joined=True))
+        return nnx.merge(*llama.pack(*nnx.split(model), joined=True))
 
     model = nnx.eval_shape(make)
     return *nnx.split(model), bank

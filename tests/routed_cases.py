@@ -9,13 +9,16 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
+from meteora_jax.routing import Routing
+from pallas_kernels.routed_lora import LoraBank, routed_lora
+
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Arrays as `add_routed_lora` takes them; x [M, I] if tokens == 1, else [G, S, I] with one routing a group."""
+    """Arrays as `routed_lora` takes them; x [M, I] if tokens == 1, else [G, S, I] with one routing a group."""
 
     dtype: str
     x: np.ndarray
@@ -71,6 +74,11 @@ def make_case(
     scale = rng.uniform(0.5, 2, (projections, adapters)).astype(np.float32)
     base, dy = draw(*lead, sum(splits)), draw(*lead, sum(splits))
     return Case(dtype, x, a, b, indices.astype(np.int32), weights, scale, base, splits, dy)
+
+
+def apply(x, a, b, indices, weights, scale, base, splits, implementation=None):
+    """`routed_lora` of a case's arrays."""
+    return routed_lora(x, LoraBank(a, b, scale, splits), Routing(indices, weights), base, implementation=implementation)
 
 
 @st.composite

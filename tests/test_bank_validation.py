@@ -11,7 +11,7 @@ from test_train_bank import NAMES, SMALL, TASKS, begun, parts, random_bank, sequ
 from meteora_jax.config import InputError
 from meteora_jax.training.data import NO_TASK, collate, compose, encode
 from meteora_jax.training.settings import BankTraining
-from meteora_jax.training.side_by_side import BoundTasks
+from meteora_jax.training.side_by_side import task_routing
 from meteora_jax.training.validation import composites_of, hold_back
 
 
@@ -46,7 +46,7 @@ def test_parts_of_composites_are_scored_by_who_predicts_them(tmp_path, world):
 
     def logits_of(s):
         batch = jax.tree.map(jnp.asarray, collate([s]))
-        hidden = llama(batch.tokens, batch.positions, BoundTasks(batch.tasks)).hidden
+        hidden = llama(batch.tokens, batch.positions, task_routing(batch.tasks)).hidden
         return np.asarray(llama.logits(hidden, None), np.float64)[0]
 
     first = composites[0]  # its first adapter's part becomes what the model says

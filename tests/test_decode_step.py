@@ -60,7 +60,7 @@ def packed_model(
     """Gates and A's behind the kernels' rows; another `execution` is another program."""
     model = small(dtype, form)
     graph = llama.with_execution(model.graph, model.weights, execution)
-    graph, weights = llama.prepare_gates(graph, model.weights, joined=True)
+    graph, weights = llama.pack(graph, model.weights, joined=True)
     return dataclasses.replace(model, graph=graph, weights=weights)
 
 

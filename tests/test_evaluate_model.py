@@ -24,7 +24,7 @@ from meteora_jax.cli.evaluate import other_bank
 from meteora_jax.evaluation.composite import COMPOSITES
 from meteora_jax.evaluation.metrics import read_composite, score_composite
 from meteora_jax.evaluation.tasks import Example, write_splits
-from meteora_jax.model.llama import base_arrays, prepare_gates
+from meteora_jax.model.llama import base_arrays, pack
 from meteora_jax.routing import adapter_share
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
@@ -102,11 +102,11 @@ def test_composite_row_is_what_the_parts_say(folders, whole):
     assert f"| {ROW}, ROUGE-L | 5 | " in text
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_another_bank_has_the_base_of_a_model_prepared_for_a_gpu(folders, joined):
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_bank_has_the_base_of_a_model_prepared_for_a_gpu(folders, packed):
     model = mj.load(folders["base"], folders["bank"], folders["gates"], dtype="float32")
-    graph, weights = prepare_gates(model.graph, model.weights, joined)
-    assert any("JoinedKernel" in str(type(x)) for _, x in nnx.to_flat_state(weights)) == joined
+    graph, weights = pack(model.graph, model.weights) if packed else (model.graph, model.weights)
+    assert any("PackedKernel" in str(type(x)) for _, x in nnx.to_flat_state(weights)) == packed
     arrays = base_arrays(graph, weights)
     ready = dataclasses.replace(model, graph=graph, weights=weights)
     other, _ = other_bank(ready, arrays, "one", folders["root"] / "cedar", folders["base"], "float32")

@@ -24,22 +24,23 @@ from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
 from meteora_jax.model import llama
 from meteora_jax.model.kv_cache import EMPTY, KVCache
-from meteora_jax.model.llama import prepare_gates, with_execution
-from meteora_jax.model.lora_linear import GateParam, add_update
+from meteora_jax.model.llama import pack, with_execution
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing import NO_ADAPTER, Routing
+from meteora_jax.routing.gates import GateParam
 from meteora_jax.sharding import make_mesh, use_mesh
-from pallas_kernels.routed_lora import gated, reference
+from pallas_kernels.routed_lora import LoraBank, packing, reference, routed_lora, xla
+from pallas_kernels.topk_gating import TopK, topk_gating
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90)), [200]]
 NAMES = ("apple", "birch", "cedar", "daisy")
 HALF = (jnp.bfloat16, jnp.float16)
 
 
-def prepared(model: mj.Meteora, width: int = 512, joined: bool | None = None) -> mj.Meteora:
-    """With gates and A's in one matrix; width: of banks whose A's are there."""
+def prepared(model: mj.Meteora, width: int = 512) -> mj.Meteora:
+    """With packed weights; width: of banks whose A's are in them."""
     graph = with_execution(model.graph, model.weights, ExecutionConfig(dense_width=width))
-    graph, weights = prepare_gates(graph, model.weights, joined)
+    graph, weights = pack(graph, model.weights)
     return dataclasses.replace(model, graph=graph, weights=weights)
 
 
@@ -55,12 +56,13 @@ def run(model: mj.Meteora, router: Any) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 @pytest.mark.parametrize("width", [512, 1], ids=["gates and shrinks", "gates alone"])
 @pytest.mark.parametrize("router", [mj.Gates(2), mj.Gates(1), mj.Gates(3, temperature=4.0)])
-def test_the_slim_matrix_routes_and_computes_as_gates_and_adapters_do(world, router, width):
-    model, slim = world["model"], prepared(world["model"], width)
-    held = nnx.merge(slim.graph, slim.weights).layers.qkv
-    assert held.slim[...].shape[1:] == (3, 256, held.kernel.shape[1])
-    assert bool(jnp.any(held.slim[...][:, :, 32:] != 0)) == (width > 1)
-    wanted, found = run(model, router), run(slim, router)
+def test_packed_weights_route_and_compute_as_gates_and_adapters_do(world, router, width):
+    model, packed = world["model"], prepared(world["model"], width)
+    held = nnx.merge(packed.graph, packed.weights).layers.qkv
+    rows = held.kernel[...][:, sum(held.splits) :].reshape(-1, 3, 256, held.kernel.shape[-1])
+    assert held.packed_rows == 3 * 256
+    assert bool(jnp.any(rows[:, :, 32:] != 0)) == (width > 1)
+    wanted, found = run(model, router), run(packed, router)
     assert np.abs(found[0] - wanted[0]).max() <= 1e-4 * np.abs(wanted[0]).max()
     assert np.array_equal(found[1], wanted[1])
     assert np.allclose(found[2], wanted[2], atol=1e-4)
@@ -68,19 +70,17 @@ def test_the_slim_matrix_routes_and_computes_as_gates_and_adapters_do(world, rou
 
 @pytest.mark.parametrize("width", [512, 1], ids=["gates and shrinks", "gates alone"])
 @pytest.mark.parametrize("router", [mj.Gates(2), mj.Fixed("cedar"), mj.Gates(1, within=("apple", "birch")), None])
-def test_gates_behind_the_kernel_s_rows_are_the_same_model(world, router, width):
-    model = world["model"]
-    joined = prepared(model, width, joined=True)
-    held = nnx.merge(joined.graph, joined.weights).layers.down
-    assert held.kernel.shape[1] == held.splits[0] + held.joined == held.splits[0] + 256
-    assert held.slim is None
-    for rows in (ROWS, ROWS[:1]):  # more tokens than TRITON_ROWS, and fewer
-        wanted, found = (m.logits(rows, router) for m in (model, joined))
+def test_packed_weights_are_the_same_model(world, router, width):
+    model, packed = world["model"], prepared(world["model"], width)
+    held = nnx.merge(packed.graph, packed.weights).layers.down
+    assert held.kernel.shape[1] == held.splits[0] + held.packed_rows == held.splits[0] + 256
+    for rows in (ROWS, ROWS[:1]):  # more tokens than one product serves, and fewer
+        wanted, found = (m.logits(rows, router) for m in (model, packed))
         for a, b, row in zip(wanted, found, rows, strict=True):
             assert np.abs(b[: len(row)] - a[: len(row)]).max() <= 1e-4 * np.abs(a[: len(row)]).max()
 
 
-def test_generation_with_the_slim_matrix_tells_the_same_story(world):
+def test_generation_with_packed_weights_tells_the_same_story(world):
     model = world["model"]
     routers = [mj.Gates(2), mj.Gates(1), mj.Gates(3), None]
     wanted = model.generate(ROWS, routers, max_new_tokens=12)
@@ -91,23 +91,23 @@ def test_generation_with_the_slim_matrix_tells_the_same_story(world):
 
 
 @pytest.mark.parametrize("router", [mj.Fixed("cedar"), mj.Gates(1, within=("apple", "birch")), [mj.Gates(1)], None])
-def test_other_routers_are_served_beside_the_slim_matrix(world, router):
+def test_packed_weights_serve_other_routers(world, router):
     wanted, found = (m.logits([ROWS[0]], router) for m in (world["model"], prepared(world["model"])))
     assert np.allclose(np.asarray(found), np.asarray(wanted), atol=1e-4)
 
 
-@pytest.mark.parametrize("slim", [False, True])
-def test_half_precision_is_as_near_to_float32_as_its_rounding(world, slim):
+@pytest.mark.parametrize("packed", [False, True])
+def test_half_precision_is_as_near_to_float32_as_its_rounding(world, packed):
     """With every adapter chosen: a choice that rounding turns is no small error."""
     model = mj.load(world["base"], world["bank"], world["gates"], dtype="bfloat16")
-    model = prepared(model) if slim else model
+    model = prepared(model) if packed else model
     exact, found = run(world["model"], mj.Gates(4, 20.0))[0], run(model, mj.Gates(4, 20.0))[0]
     assert np.linalg.norm(found - exact) <= 0.05 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("rows", [1, reference.FEW_ROWS, reference.FEW_ROWS + 1])
-@pytest.mark.parametrize("expand", ["reference", "diagonal"])
+@pytest.mark.parametrize("rows", [1, xla.FEW_ROWS, xla.FEW_ROWS + 1])
+@pytest.mark.parametrize("expand", ["reference", "masked"])
 def test_a_16_bit_sum_equals_the_formula(dtype, rows, expand):
     rng = np.random.default_rng(rows)
     splits, adapters, rank = (24, 8, 8), 5, 3
@@ -117,7 +117,11 @@ def test_a_16_bit_sum_equals_the_formula(dtype, rows, expand):
     starts = np.cumsum((0, *splits))
     update = [np.einsum("mar,aro->mo", h[:, p], b[:, :, starts[p] : starts[p + 1]]) for p in range(3)]
     wanted = base + np.concatenate(update, 1)
-    found = reference.add_expanded(*half, splits, expand)
+    base, h, b = half
+    if expand == "masked":
+        found = xla.masked_expand(h, b, base, splits)
+    else:
+        found = reference.expand(h[None], b, base[None], splits)[0]
     assert found.dtype == dtype
     rounding = float(jnp.finfo(dtype).eps)
     assert np.abs(np.asarray(found, np.float64) - wanted).max() <= 2 * rounding * np.abs(wanted).max()
@@ -133,7 +137,7 @@ def test_requests_that_name_every_adapter_read_the_bank_once(requests):
     indices[-1, 0, 0, 1] = NO_ADAPTER
     weights = np.where(indices == NO_ADAPTER, 0, 0.7).astype(np.float32)
     routing = Routing(jnp.asarray(indices), jnp.asarray(weights))
-    found = add_update(y, x, a, b, scale, routing, (16, 8))
+    found = routed_lora(x, LoraBank(a, b, scale, (16, 8)), routing, y)
     f64 = lambda z: np.asarray(z, np.float64)  # noqa: E731
     wanted = f64(y)
     for i in range(requests):
@@ -240,7 +244,7 @@ def compare_prompts(router: Any) -> None:
 def decode_twice(rows: int) -> None:
     """Two runs of one batch: nothing compiled for the second, and the same tokens and routing."""
     model = run_as(small("bfloat16"), here())
-    graph, weights = prepare_gates(model.graph, model.weights)
+    graph, weights = pack(model.graph, model.weights)
     model = dataclasses.replace(model, graph=graph, weights=weights)
     runs, compiled = [], []
     for _ in range(2):
@@ -318,11 +322,11 @@ def compare_packed_attention() -> None:
 
 
 # The same three on any device: here they keep the GPU's tests alive, and prove bfloat16's own gradients.
-def test_prompts_with_the_slim_matrix():
+def test_prompts_with_packed_weights():
     compare_prompts(mj.Gates(4, 20.0))
 
 
-def test_decoding_with_the_slim_matrix_compiles_once():
+def test_decoding_with_packed_weights_compiles_once():
     decode_twice(2)
 
 
@@ -397,18 +401,19 @@ def test_dots_recomputes_attention_alone():
     assert count("dots") == count(False) + 2 < count(True)
 
 
-@pytest.mark.parametrize("how", ["reference", "diagonal"])
-def test_a_choice_that_is_there_already_equals_the_formula(how):
+@pytest.mark.parametrize("how", ["reference", "masked"])
+def test_a_shrink_that_the_product_gave_equals_the_formula(how):
     """Two of five adapters a token for three projections, none for one token; float64 NumPy."""
     keys = jax.random.split(jax.random.key(0), 7)
     draw = lambda i, *shape: jax.random.normal(keys[i], shape, jnp.float32)  # noqa: E731
     x, a, b, base = draw(0, 70, 48), draw(1, 3, 5, 4, 48), draw(2, 5, 4, 64), draw(3, 70, 64)
     scale, splits = jnp.abs(draw(4, 3, 5)), (32, 16, 16)
     counts = jnp.full((70,), 2, jnp.int32).at[3].set(0)
-    chosen = gated.choose_adapters(draw(5, 70, 1, 5), counts, jnp.ones((70,)), 2)
-    slim = gated.slim_matrix(draw(6, 48, 3, 5), a)
-    given = [z[:, 0] for z in chosen]
-    y = gated.chosen_lora(x, slim, b, scale, *given, base, splits, implementation=how)
+    routing = Routing(*topk_gating(draw(5, 70, 1, 5), TopK(counts, jnp.ones((70,)), 2)))
+    rows = packing.pack_gates_and_a(draw(6, 48, 3, 5), a)
+    shrink = jnp.einsum("mi,pni->mpn", x, rows)[..., 32 : 32 + 5 * 4].reshape(70, 3, 5, 4)
+    y = routed_lora(x, LoraBank(a, b, scale, splits), routing, base, shrink=shrink, implementation=how)
+    given = routing.indices[:, 0], routing.weights[:, 0]
     wanted = np.asarray(base, np.float64)
     parts = list(itertools.pairwise(np.cumsum([0, *splits])))
     a, b, x = (np.asarray(z, np.float64) for z in (a, b, x))

@@ -18,9 +18,9 @@ NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function
 
 # meteora_jax in the order in which it may import; "" is meteora_jax/__init__, the public API.
 ORDER = [
-    *("config", "io.files", "gate_config", "io.provenance", "text", "arguments", "prompts", "execution", "sharding"),
-    *("retriever", "model.kv_cache", "model.attention", "routing", "model", "io", "generation", "evaluation"),
-    *("training", "viz", "planning", "api", "", "harness", "cli"),
+    *("config", "io.files", "gate_config", "io.provenance", "text", "arguments", "prompts", "execution", "numerics"),
+    *("sharding", "bank", "retriever", "model.kv_cache", "model.attention", "model.rope", "routing", "model", "io"),
+    *("generation", "evaluation", "training", "viz", "planning", "api", "", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDER decides

@@ -46,8 +46,9 @@ def main(dest: str) -> None:
     import jax.numpy as jnp
     from jax.sharding import AxisType
 
+    from meteora_jax.routing import Routing
     from meteora_jax.sharding import shard_order
-    from pallas_kernels.routed_lora import add_routed_lora
+    from pallas_kernels.routed_lora import LoraBank, routed_lora
     from pallas_kernels.routed_lora.sharded import routed_product
 
     mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Auto, AxisType.Auto))
@@ -58,9 +59,7 @@ def main(dest: str) -> None:
 
         def one(x, kernel, a, b, scale, fixed=fixed):
             base = jnp.einsum("bti,io->bto", x, kernel)
-            y = add_routed_lora(
-                x, a, b, fixed["indices"], fixed["weights"], scale, base, SPLITS, implementation="reference"
-            )
+            y = routed_lora(x, LoraBank(a, b, scale, SPLITS), Routing(**fixed), base, implementation="reference")
             return jnp.sum(y * DY), y
 
         (_, want), wanted = jax.jit(jax.value_and_grad(one, argnums=(0, 1, 2, 3, 4), has_aux=True))(*found.values())
@@ -70,9 +69,8 @@ def main(dest: str) -> None:
             for name in NAMES:
 
                 def many(x, kernel, a, b, scale, fixed=fixed, axes=axes, name=name, order=order):
-                    y = routed_product(
-                        x, kernel, a, b, *fixed.values(), scale, SPLITS, mesh, **axes, implementation=name
-                    )
+                    bank = LoraBank(a, b, scale, SPLITS)
+                    y = routed_product(x, kernel, bank, Routing(**fixed), mesh, **axes, implementation=name)
                     return jnp.sum(y * DY[..., order]), y
 
                 run: Any = jax.jit(jax.value_and_grad(many, argnums=(0, 1, 2, 3, 4), has_aux=True))
@@ -114,11 +112,18 @@ def test_what_does_not_divide_is_refused():
     import jax.numpy as jnp
     from jax.sharding import AbstractMesh
 
+    from meteora_jax.routing import Routing
+    from pallas_kernels.routed_lora import LoraBank
     from pallas_kernels.routed_lora.sharded import routed_product
 
     mesh: Any = AbstractMesh((5, 2), ("x", "y"))
     arguments = {k: jnp.asarray(v) for k, v in case(False).items()}
-    call = lambda **axes: jax.eval_shape(lambda: routed_product(**arguments, splits=SPLITS, mesh=mesh, **axes))  # noqa: E731
+    x, kernel, a, b, scale = (arguments[k] for k in ("x", "kernel", "a", "b", "scale"))
+    bank, routing = LoraBank(a, b, scale, SPLITS), Routing(arguments["indices"], arguments["weights"])
+
+    def call(**axes):
+        return jax.eval_shape(lambda: routed_product(x, kernel, bank, routing, mesh, **axes))
+
     with pytest.raises(ValueError, match="I: expected a multiple of 5, found 24"):
         call(inputs="x")
     with pytest.raises(ValueError, match="splits: expected multiples of 5, found 16"):

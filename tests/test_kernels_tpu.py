@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import routed_cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from routed_cases import Case, assert_close, cases, make_case
 
-from pallas_kernels.routed_lora import api, pallas_tpu
+from pallas_kernels.routed_lora import pallas_tpu
 
 TPU = ("tpu_gathered", "tpu_dense")
 FLOATS = ("float32", "bfloat16")
@@ -38,7 +39,7 @@ def run(arguments, dy, splits, name):
     x, a, b, indices, weights, scale, base = arguments
 
     def apply(x, a, b, weights, scale, base):
-        return api.add_routed_lora(x, a, b, indices, weights, scale, base, splits, implementation=name)
+        return routed_cases.apply(x, a, b, indices, weights, scale, base, splits, name)
 
     y, pull = jax.vjp(apply, x, a, b, weights, scale, base)
     return dict(zip(("y", "x", "a", "b", "weights", "scale", "base"), (y, *pull(dy)), strict=True))
@@ -73,7 +74,7 @@ def test_an_adapter_that_nobody_chose_is_not_fetched():
     a = case.a.copy()
     a[:, 2] = np.nan
     arguments = (case.x, a, case.b, indices, *case.arguments[4:])
-    y = api.add_routed_lora(*map(jnp.asarray, arguments), case.splits, implementation="tpu_gathered")
+    y = routed_cases.apply(*map(jnp.asarray, arguments), case.splits, implementation="tpu_gathered")
     assert np.all(np.isfinite(y))
 
 
@@ -82,7 +83,7 @@ def test_what_a_tpu_cannot_do_is_refused():
     wide = make_case(3, "float32", 2, 1, 200, 8, 2, 8, (8,), "any")
     for case, name, reason in ((half, "tpu_gathered", "float16"), (wide, "tpu_dense", "A \\* R of at most 1024")):
         with pytest.raises(NotImplementedError, match=reason):
-            api.add_routed_lora(*map(jnp.asarray, case.arguments), case.splits, implementation=name)
+            routed_cases.apply(*map(jnp.asarray, case.arguments), case.splits, implementation=name)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from meteora_jax.config import GROUPS, PROJECTIONS, InputError
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.checkpoint import save_gates
 from meteora_jax.routing import NO_ADAPTER, bind
-from meteora_jax.routing.gates import ProjectionGates, top_k
-from pallas_kernels.routed_lora import routed_lora
+from meteora_jax.routing.gates import ProjectionGates
+from pallas_kernels.routed_lora import LoraBank, routed_lora
+from pallas_kernels.topk_gating.api import top_k
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 60))]
 
@@ -57,8 +58,8 @@ def test_gated_update_equals_the_formula(chosen, adapters, rank, temperature, ti
     names = tuple(f"n{i}" for i in range(adapters))
     router = bind(mj.Gates(chosen, temperature), names, batch=2, has_gates=True)
     routing = router.route(f32(x), ProjectionGates(f32(gate)))
-    combine = routing.dense(adapters) * f32(scale)[None, None]
-    ours = np.asarray(routed_lora(f32(x), f32(a), f32(b), combine, splits)).reshape(6, -1)
+    bank = LoraBank(f32(a), f32(b), f32(scale), splits)
+    ours = np.asarray(routed_lora(f32(x), bank, routing, jnp.zeros((2, 3, 10)))).reshape(6, -1)
     flat, columns = x.reshape(6, -1), np.split(b, [6], axis=2)
     want = [gated_float64(flat, gate[:, p], a[p], columns[p], scale[p], chosen, temperature) for p in range(2)]
     want = np.concatenate(want, 1)

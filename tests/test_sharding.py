@@ -44,7 +44,7 @@ def main(base: str, bank: str, gates: str, dest: str) -> None:
     from flax import nnx
 
     import meteora_jax as mj
-    from meteora_jax.model.lora_linear import BaseParam
+    from meteora_jax.bank import BaseParam
     from meteora_jax.sharding import make_mesh
 
     split = {}

@@ -41,9 +41,8 @@ from meteora_jax.io.checkpoint import (
     split_gates,
 )
 from meteora_jax.model.kv_cache import EMPTY
-from meteora_jax.model.llama import prepare_gates, with_execution
-from meteora_jax.model.lora_linear import GateParam
-from meteora_jax.routing.gates import BoundGates
+from meteora_jax.model.llama import pack, with_execution
+from meteora_jax.routing.gates import BoundGates, GateParam
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
 from meteora_jax.training.data import CUT, NO_TASK, Mixture
 from meteora_jax.training.gates import train_gates
@@ -190,15 +189,13 @@ def test_gates_and_other_routers_in_one_batch(routed):
 
 
 @pytest.mark.parametrize("width", [512, 1], ids=["narrow bank", "wide bank"])
-@pytest.mark.parametrize("joined", [False, True], ids=["slim", "joined"])
-def test_a_s_in_one_matrix_serve_what_the_router_chose(routed, joined, width):
+def test_packed_weights_serve_what_the_router_chose(routed, width):
     """Not those of a wide bank: no gates' columns, no A's."""
     model = routed[2]
     graph = with_execution(model.graph, model.weights, ExecutionConfig(dense_width=width))
-    graph, weights = prepare_gates(graph, model.weights, joined)
+    graph, weights = pack(graph, model.weights)
     held = nnx.merge(graph, weights).layers
-    served = width > 1
-    assert (held.o.slim is not None, held.o.joined > 0) == (served and not joined, served and joined)
+    assert (held.o.packed_rows > 0) == (width > 1)
     found = whole(dataclasses.replace(model, graph=graph, weights=weights), PROMPTS[2], mj.Gates(2))
     expected = whole(model, PROMPTS[2], mj.Gates(2))
     n = len(PROMPTS[2])

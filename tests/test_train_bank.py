@@ -20,16 +20,16 @@ from flax import nnx
 from test_sharding import devices
 
 import meteora_jax as mj
+from meteora_jax.bank import AdapterParam
 from meteora_jax.cli import main as main_command
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.io.checkpoint import load_bank, save_bank, take_adapters
-from meteora_jax.model.lora_linear import AdapterParam
 from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.bank import train_bank
 from meteora_jax.training.data import NO_TASK, Batches, Layout, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.settings import BankTraining, Checkpointing
-from meteora_jax.training.side_by_side import Average, BoundTasks, ByTask, clip_each, shares_of
+from meteora_jax.training.side_by_side import Average, ByTask, clip_each, shares_of, task_routing
 from meteora_jax.training.step import gradients, initial_state, make_step, optimizer
 from meteora_jax.training.trainer import Callbacks
 from meteora_jax.training.validation import Validation, beside, hold_back, packed
@@ -193,7 +193,7 @@ def test_a_composite_counts_what_each_adapter_predicts(tmp_path, world):
     batch = jax.tree.map(jnp.asarray, collate([s]))
     losses, grads = gradients(graph, frozen, params, batch, ByTask(), 0.0, dtype=jnp.float32, remat=False)
     llama = nnx.merge(graph, params, frozen)
-    out = llama(batch.tokens, batch.positions, BoundTasks(batch.tasks))
+    out = llama(batch.tokens, batch.positions, task_routing(batch.tasks))
     logits = np.asarray(llama.logits(out.hidden, None), np.float64)[0]
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     means = []
@@ -206,7 +206,7 @@ def test_a_composite_counts_what_each_adapter_predicts(tmp_path, world):
 
 
 def test_no_task_routes_to_no_adapter():
-    routing = BoundTasks(jnp.asarray([[0, NO_TASK, 2]], jnp.int32)).route(jnp.zeros((1, 3, 2)), None)
+    routing = task_routing(jnp.asarray([[0, NO_TASK, 2]], jnp.int32))
     assert routing.indices.shape == (1, 3, 1, 1)
     assert routing.indices[0, :, 0, 0].tolist() == [0, mj.routing.NO_ADAPTER, 2]
     assert routing.weights[0, :, 0, 0].tolist() == [1.0, 0.0, 1.0]

@@ -18,7 +18,7 @@ from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.io.checkpoint import load_bank, load_gates, save_gates
-from meteora_jax.model.lora_linear import GateParam
+from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.adapter import fresh_adapter, train_adapter
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
 from meteora_jax.training.gates import train_gates

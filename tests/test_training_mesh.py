@@ -54,7 +54,7 @@ def computed(base, bank, gates, mesh, accumulate: int = 1, remat=True) -> dict[s
 
     import meteora_jax as mj
     from meteora_jax.io.checkpoint import split_gates
-    from meteora_jax.model.lora_linear import GateParam
+    from meteora_jax.routing.gates import GateParam
     from meteora_jax.sharding import fetch, place_rows, use_mesh
     from meteora_jax.training.step import gradients
 

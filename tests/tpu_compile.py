@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pallas_kernels.routed_lora.api import Implementation, add_routed_lora
+from meteora_jax.routing import Routing
+from pallas_kernels.routed_lora.api import Implementation, LoraBank, routed_lora
 
 LLAMA_QKV, LLAMA_DOWN, SMOL_QKV = (4096, (4096, 1024, 1024)), (14336, (4096,)), (576, (576, 192, 192))
 SHAPES: list[tuple[Implementation, tuple[int, int], tuple[int, tuple[int, ...]], str]] = [
@@ -41,7 +42,8 @@ def main(topology: str) -> None:
     for name, (groups, tokens), (width, splits), dtype in SHAPES:
 
         def loss(x, a, b, weights, scale, base, indices, name=name, splits=splits):
-            y = add_routed_lora(x, a, b, indices, weights, scale, base, splits, implementation=name)
+            bank, routing = LoraBank(a, b, scale, splits), Routing(indices, weights)
+            y = routed_lora(x, bank, routing, base, implementation=name)
             return jnp.sum(y.astype(jnp.float32) ** 2)
 
         shared = (groups, 1) if tokens > 1 else (groups, tokens)

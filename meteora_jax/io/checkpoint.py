@@ -21,13 +21,14 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from meteora_jax.bank import AdapterBank
 from meteora_jax.config import ENDS, GROUPS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import SEGMENTS, SHIFTS, GateConfig, TokenRouterForm
 from meteora_jax.io.files import whole_folder, write_json
 from meteora_jax.io.provenance import BaseOrigin, misfits
 from meteora_jax.model.llama import Llama, lay_out
-from meteora_jax.model.lora_linear import AdapterBank, column_shards
+from meteora_jax.model.lora_linear import column_shards
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.model.vocab_adapters import end_tensors
 from meteora_jax.sharding import place, shard_order, sharding, tensor_shards

@@ -1,4 +1,4 @@
-"""Rotary embedding and attention, as the model's layers and the token router share them."""
+"""Attention, as the model's layers and the token router share them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,6 @@ import jax.numpy as jnp
 from meteora_jax.execution import Fused
 from meteora_jax.sharding import by_device
 from pallas_kernels.routed_lora.reference import einsum_float32
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding in the half-split convention: dimension i turns with i + H/2. x [B, T, N, H]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-def router_rotation(width: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines float32 [B, T, 1, width / 2] of the token router, int32 positions [B, T]: wavelengths up to
-    10,000, whatever the base's."""
-    frequencies = 10000.0 ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 def unit_rms(u: jax.Array) -> jax.Array:

@@ -11,19 +11,19 @@ import jax.numpy as jnp
 from meteora_jax.config import GROUPS, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model.kv_cache import KVCache
-from meteora_jax.model.lora_linear import AdaptedLinear
+from meteora_jax.model.lora_linear import LoRALinear
+from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.gates import BoundGates
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, Stream, Tail
-from pallas_kernels.routed_lora import gated
+from pallas_kernels.routed_lora import packing
 
 TAILS: dict[str, Tail] = {"qkv": "rope", "o": "residual", "gate_up": "silu", "down": "residual"}
 FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
 
 
 def refusal(
-    layers: Any, config: LlamaConfig, router: BoundRouter | Routing | None, rows: int, execution: ExecutionConfig
+    layers: Any, config: LlamaConfig, router: BoundRouter | None, rows: int, execution: ExecutionConfig
 ) -> str | None:
     """Why this model or router is left to XLA; None where the kernels of `execution.step` serve both."""
     if execution.step is None:
@@ -32,7 +32,7 @@ def refusal(
         return "head norms or a sliding window"
     if rows > execution.step.rows or config.head_dim < 32 or config.head_dim & (config.head_dim - 1):
         return "rows or heads that no tile has"
-    linears: list[AdaptedLinear] = [getattr(layers, name) for name in GROUPS]
+    linears: list[LoRALinear | PackedLinear] = [getattr(layers, name) for name in GROUPS]
     for linear, tail in zip(linears, TAILS.values(), strict=True):
         if linear.bias is not None:
             return "biases"
@@ -42,45 +42,37 @@ def refusal(
             return str(e)
     if router is None:
         return None
-    gates = isinstance(router, BoundGates)
-    if gates and router.allowed is not None:
-        return "gates within a set"
-    if not gates:
-        if not isinstance(router, Routing) and not getattr(router, "per_request", False):
-            return "a router that is neither gates nor one routing a request"
-        if _given(router, jnp.zeros((rows, 1))).fused is not None:
-            return "fusion"
+    given = router.known(None)
+    if given is None and router.gating is None:
+        return "a router that takes more than the gates' top-k"
+    if given is not None and given.fused is not None:
+        return "fusion"
     for linear in linears:
-        if (
-            linear.lora_a is None
-            or linear.lora_b is None
-            or linear.lora_dora is not None
-            or linear.lora_bias is not None
-        ):
-            return "a group without adapters, DoRA or biases of adapters"
-        if not linear.joined and (gates or not _wide(linear, execution)):
+        if linear.lora_b is None:
+            return "a group without adapters"
+        if not linear.packed_rows and (given is None or not _is_wide(linear, execution)):
             return "gates and A's that are not behind the kernel's rows"
     return None
 
 
-def _given(router: BoundRouter | Routing, x: jax.Array) -> Routing:
-    """The routing of a token a row, chosen before, or by a router that reads nothing; x [B, D]."""
-    return router if isinstance(router, Routing) else router.route(x[:, None], None)
-
-
-def _wide(linear: AdaptedLinear, execution: ExecutionConfig) -> bool:
+def _is_wide(linear: LoRALinear | PackedLinear, execution: ExecutionConfig) -> bool:
+    """Whether the bank has too many adapters times ranks for their A's to be packed."""
     assert linear.lora_a is not None
     return linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
 
 
-def group_weights(linear: AdaptedLinear, norm: Any, adapt: bool, execution: ExecutionConfig) -> Group:
+def group_weights(linear: LoRALinear | PackedLinear, norm: Any, adapt: bool, execution: ExecutionConfig) -> Group:
     """The stacked weights of a group; `norm` is the RmsNorm before it."""
-    read = lambda z: None if z is None or not adapt else z[...]  # noqa: E731
-    a = read(linear.lora_a) if adapt and _wide(linear, execution) else None
-    first = gated.first_shrink(linear.lora_b.shape[1]) if adapt and linear.lora_b is not None else 0
+    if not adapt or linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
+        a = b = scale = None
+        first = 0
+    else:
+        a = linear.lora_a[...] if _is_wide(linear, execution) else None
+        b, scale = linear.lora_b[...], linear.lora_scale[...]
+        first = packing.first_a_row(b.shape[1])
     return Group(
-        linear.kernel[...], a, read(linear.lora_b), read(linear.lora_scale), linear.splits,
-        None if norm is None else norm.eps, linear.joined // len(linear.splits), first,
+        linear.kernel[...], a, b, scale, linear.splits,
+        None if norm is None else norm.eps, linear.packed_rows // len(linear.splits), first,
     )  # fmt: skip
 
 
@@ -91,7 +83,7 @@ def run_layers(
     angles: tuple[jax.Array, jax.Array],
     cache: KVCache,
     positions: jax.Array,
-    router: BoundRouter | Routing | None,
+    router: BoundRouter | None,
     execution: ExecutionConfig,
 ) -> tuple[jax.Array, KVCache, tuple[Routing, ...]]:
     """All layers of one step, the cache's slot claimed already.
@@ -107,17 +99,18 @@ def run_layers(
     rows, depth = x.shape[0], config.num_layers
     choice = None
     traced = jnp.full((1,), -1, jnp.int32), jnp.zeros((1,), jnp.float32)
-    if isinstance(router, BoundGates):
-        choice = Choice(router.max_k, router.counts, router.temperatures)
-        shape = (depth, rows, sum(map(len, GROUPS.values())), router.max_k)
+    given = None if router is None else router.known(None)
+    if router is not None and router.gating is not None:
+        rule = router.gating
+        choice = Choice(rule.k, rule.counts, rule.temperatures)
+        shape = (depth, rows, sum(map(len, GROUPS.values())), rule.k)
         traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
-    elif router is not None:
-        given = _given(router, x)
+    elif given is not None:
         choice = Choice(given.indices.shape[-1], indices=given.indices[:, 0, 0], weights=given.weights[:, 0, 0])
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
     groups = {g: group_weights(getattr(layers, g), norms.get(g), choice is not None, execution) for g in GROUPS}
-    flat = lambda z: z.reshape(*z.shape[:3], -1)  # noqa: E731
-    carried = Carried(flat(cache.keys), flat(cache.values), *traced)
+    keys, values = (z.reshape(*z.shape[:3], -1) for z in (cache.keys, cache.values))
+    carried = Carried(keys, values, *traced)
     slot, used = cache.length[None], cache.length[None] + 1
     stream = Stream.begin(x, layers.attention_norm.scale[0])
     for layer in range(depth):  # written out: cuBLAS reads a layer in place where its number is known
@@ -149,5 +142,8 @@ def _routing(carried: Carried, choice: Choice, group: str, depth: int) -> Routin
     if choice.counts is not None:
         own = slice(FIRST[group], FIRST[group] + len(GROUPS[group]))
         return Routing(carried.indices[:, :, None, own], carried.weights[:, :, None, own])
-    spread = lambda z: jnp.broadcast_to(z[None, :, None, None], (depth, z.shape[0], 1, 1, z.shape[1]))  # noqa: E731
-    return Routing(spread(choice.indices), spread(choice.weights))
+    given = (
+        jnp.broadcast_to(z[None, :, None, None], (depth, z.shape[0], 1, 1, z.shape[1]))
+        for z in (choice.indices, choice.weights)
+    )
+    return Routing(*given)

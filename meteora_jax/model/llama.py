@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,62 +10,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meteora_jax.bank import BaseParam
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig, Fused
-from meteora_jax.model.attention import attend, rotate
+from meteora_jax.model.attention import attend
 from meteora_jax.model.decoding import refusal, run_layers
 from meteora_jax.model.kv_cache import EMPTY, KVCache
-from meteora_jax.model.lora_linear import AdaptedLinear, BaseParam, JoinedKernel, column_shards, contract
-from meteora_jax.model.vocab_adapters import EndAdapters, request_routing
+from meteora_jax.model.lora_linear import LoRALinear, column_shards
+from meteora_jax.model.packed_linear import PackedKernel, packed
+from meteora_jax.model.rope import rotate, rotation
+from meteora_jax.model.vocab_adapters import VocabAdapters, check_request_routing
+from meteora_jax.numerics import contract, matmul_precision
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.alora import Invoked
 from meteora_jax.sharding import constrain
 from pallas_kernels.routed_lora.reference import KEPT
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
 Observer = Callable[[tuple[Routing, ...]], Any]
-
-
-def matmul_precision(dtype: Any) -> Any:
-    """Context in which float32 means float32: GPUs and TPUs would round float32 operands by default."""
-    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else None)
-
-
-def inverse_frequencies(config: LlamaConfig, positions: jax.Array) -> jax.Array:
-    """Rotary frequencies, float32 [B, H/2] (B = 1 unless they depend on each row's length).
-
-    Sources: Llama 3.1's `apply_scaling` (llama3); "dynamic NTK" as transformers computes it: theta grows
-    with the row's largest position so far.
-    """
-    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    scaling, theta = config.rope_scaling, config.rope_theta
-    plain = (1.0 / jnp.power(jnp.float32(theta), half))[None]
-    if scaling is None:
-        return plain
-    if scaling.rope_type == "linear":
-        return plain / scaling.factor
-    if scaling.rope_type == "dynamic":
-        original = scaling.original_max_position_embeddings
-        length = jnp.maximum(jnp.max(positions, axis=1) + 1, original).astype(jnp.float32)  # [B]
-        grown = scaling.factor * length / original - (scaling.factor - 1)
-        theta_row = theta * jnp.power(grown, config.head_dim / (config.head_dim - 2))
-        return 1.0 / jnp.power(theta_row[:, None], half[None])
-    assert scaling.low_freq_factor is not None, "the config reader requires both for llama3"
-    assert scaling.high_freq_factor is not None
-    wavelength = 2 * math.pi / plain
-    low = scaling.original_max_position_embeddings / scaling.low_freq_factor
-    high = scaling.original_max_position_embeddings / scaling.high_freq_factor
-    blend = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    smooth = (1 - blend) * plain / scaling.factor + blend * plain
-    return jnp.where(wavelength > low, plain / scaling.factor, jnp.where(wavelength < high, plain, smooth))
-
-
-def rotation(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines float32 [B, T, 1, H/2] of int32 positions [B, T]."""
-    angles = positions[:, :, None].astype(jnp.float32) * inverse_frequencies(config, positions)[:, None, :]
-    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
 
 
 class RmsNorm(nnx.Module):
@@ -105,9 +65,9 @@ class Layer(nnx.Module):
         self.attention_norm, self.mlp_norm = RmsNorm(*norm), RmsNorm(*norm)
         head_norm = config.head_dim, config.rms_norm_eps, dtype
         self.q_norm, self.k_norm = (RmsNorm(*head_norm) if config.qk_norm else None for _ in "qk")
-        linear = lambda group: AdaptedLinear(config, group, bank, gates, dtype, rngs)  # noqa: E731
-        self.qkv, self.o = linear("qkv"), linear("o")
-        self.gate_up, self.down = linear("gate_up"), linear("down")
+        self.qkv, self.o, self.gate_up, self.down = (
+            LoRALinear(config, group, bank, gates, dtype, rngs) for group in GROUPS
+        )
 
     def __call__(
         self,
@@ -116,13 +76,12 @@ class Layer(nnx.Module):
         cache: KVCache | None,
         index: jax.Array,
         fresh: bool,
-        router: BoundRouter | Routing | None,
+        router: BoundRouter | None,
     ) -> tuple[jax.Array, KVCache | None, tuple[Routing, ...]]:
         """x [B, T, D] -> x, the cache with this layer's keys and values, the routing of each group."""
         width = self.config.head_dim
         (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router, where.execution, index, where.keep)
-        heads = lambda y: constrain(y.reshape(*y.shape[:2], -1, width), "batch", None, "heads", None)  # noqa: E731
-        q, k, v = heads(q), heads(k), heads(v)
+        q, k, v = (constrain(y.reshape(*y.shape[:2], -1, width), "batch", None, "heads", None) for y in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
@@ -182,14 +141,14 @@ class Llama(nnx.Module):
         self.at_ends = bank.at_ends if bank is not None else ()
         ends = bank.ends if bank is not None else {}
         self.embed_adapters, self.head_adapters = (
-            EndAdapters(bank, end, dtype) if bank is not None and end in ends else None for end in ("embed", "head")
+            VocabAdapters(bank, end, dtype) if bank is not None and end in ends else None for end in ("embed", "head")
         )
 
     def __call__(
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        router: BoundRouter | Routing | None = None,
+        router: BoundRouter | None = None,
         *,
         cache: KVCache | None = None,
         fresh: bool = False,
@@ -202,7 +161,7 @@ class Llama(nnx.Module):
         Args:
             tokens: int32 [B, T]. positions: int32 [B, T], each token's place in its own sequence, EMPTY for
                 padding, which nobody attends to.
-            router: who chooses the adapters; a Routing [B, T, 1, C] was chosen before, the same for all layers.
+            router: who chooses the adapters; a Routing [B, T, 1, C] is the same for all layers.
             cache: read and extended; `fresh` says that it is still empty, so that only the new keys are read, and that
                 each row is one sequence from position 0 on, its padding behind it.
             segments: int32 [B, T] for packed sequences (no cache): a token sees its own segment only.
@@ -218,16 +177,17 @@ class Llama(nnx.Module):
             cache = cache.claim(positions)
         mask, fused = self.visible(positions, cache, fresh, segments)
         where = Where(*rotation(self.config, positions), mask, self.execution, fused, remat == "dots")
-        router = router.at(positions) if isinstance(router, Invoked) else router
+        known = None if router is None else router.known(positions)
+        router = router if known is None else known
         x = self.embed[...][tokens]
-        acting = self._at_ends(router, x)
+        acting = self._vocab_routing(router)
         if acting is not None and self.embed_adapters is not None:
             x = self.embed_adapters.embed(x, tokens, acting)
         x = constrain(x, "batch", None, None)
         one = cache is not None and not fresh and tokens.shape[1] == 1 and segments is None
         if one and refusal(self.layers, self.config, router, tokens.shape[0], self.execution) is None:
             return self._step(x, positions, cache, router, where, observe)
-        graph, whole, weights = nnx.split(self.layers, JoinedKernel, ...)
+        graph, whole, weights = nnx.split(self.layers, PackedKernel, ...)
 
         def body(carry: tuple[jax.Array, jax.Array, KVCache | None], own: Any):
             index, x, cache = carry
@@ -272,9 +232,9 @@ class Llama(nnx.Module):
         observed = None if observe is None else jax.vmap(observe)(routings)
         return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
 
-    def _at_ends(self, router: BoundRouter | Routing | None, x: jax.Array) -> Routing | None:
+    def _vocab_routing(self, router: BoundRouter | None) -> Routing | None:
         """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
-        return request_routing(router, self.at_ends, x) if router is not None and self.at_ends else None
+        return check_request_routing(router.known(None), self.at_ends) if router is not None and self.at_ends else None
 
     def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
         """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""
@@ -283,7 +243,7 @@ class Llama(nnx.Module):
                 plain = contract("...d,vd->...v", hidden, self.embed[...], 1).astype(jnp.float32)
             else:
                 plain = contract("...d,dv->...v", hidden, self.lm_head[...], 0).astype(jnp.float32)
-            acting = self._at_ends(router, hidden)
+            acting = self._vocab_routing(router)
             if acting is None or self.head_adapters is None:
                 return plain
             if hidden.ndim == 2:
@@ -304,29 +264,25 @@ def with_execution(graph: Any, weights: Any, execution: ExecutionConfig) -> Any:
     return nnx.split(model)[0]
 
 
-def prepare_gates(graph: Any, weights: Any, joined: bool | None = None, release: bool = False) -> tuple[Any, Any]:
-    """The model with `AdaptedLinear.prepare` done to every group: what `mj.load` gives a GPU in 16 bit.
+def pack(graph: Any, weights: Any, release: bool = False) -> tuple[Any, Any]:
+    """The model with every group as `packed` has it: what `mj.load` gives a GPU in 16 bit.
 
-    joined: gates and A's behind the kernels' rows, as decoding steps read them; by default where there are steps.
     release: a kernel's memory is given back as soon as there is another; `weights` is then of no more use.
     """
     model = nnx.merge(graph, weights)
-    joined = model.execution.step is not None if joined is None else joined
-    for linear in (model.layers.qkv, model.layers.o, model.layers.gate_up, model.layers.down):
-        before = linear.kernel[...]
-        linear.prepare(joined, model.has_gates, model.execution.dense_width)
-        if release and linear.joined:
-            before.delete()
+    for group in GROUPS:
+        linear = getattr(model.layers, group)
+        setattr(model.layers, group, packed(linear, model.has_gates, model.execution))
+        if release and getattr(model.layers, group) is not linear:
+            linear.kernel[...].delete()
     return nnx.split(model)
 
 
 def base_arrays(graph: Any, weights: Any) -> dict[tuple[str, ...], jax.Array]:
-    """The base's weights by path, as `load_base` has them: the model's own arrays, but for joined kernels, whose rows
+    """The base's weights by path, as `load_base` has them: the model's own arrays, but for packed weights, whose rows
     are copied."""
     model = nnx.merge(graph, weights)
     found = {tuple(map(str, path)): x[...] for path, x in nnx.to_flat_state(weights) if isinstance(x, BaseParam)}
     for group in GROUPS:
-        linear = getattr(model.layers, group)
-        if linear.joined:
-            found["layers", group, "kernel"] = jnp.swapaxes(linear.kernel[...][:, : sum(linear.splits)], 1, 2)
+        found["layers", group, "kernel"] = getattr(model.layers, group).base_kernel()
     return found

@@ -12,7 +12,8 @@ from meteora_jax.config import BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.model.kv_cache import KVCache
-from meteora_jax.model.llama import Llama, LlamaOutput, Observer, matmul_precision
+from meteora_jax.model.llama import Llama, LlamaOutput, Observer
+from meteora_jax.numerics import matmul_precision
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.token_router import Hop, TokenRouter, choose
 
@@ -60,8 +61,9 @@ class RoutedLlama(Llama):
         """As `Llama.__call__`; the cache of a fresh call is a `KVCache`, and that of later ones what it returned."""
         run = super().__call__
         how: dict[str, Any] = dict(fresh=fresh, segments=segments, observe=observe, remat=remat)
-        if router is None or getattr(router, "per_request", False):
+        if router is None or router.known(positions) is not None:
             return run(tokens, positions, router, cache=cache, **how)
+        self._vocab_routing(router)
         held, own = cache, None
         if cache is not None:
             if isinstance(cache, RoutedCache):

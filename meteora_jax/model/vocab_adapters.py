@@ -12,6 +12,7 @@ and `TrainableTokensLayer` for one adapter of weight 1.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from meteora_jax.bank import AdapterBank, AdapterConstant, AdapterParam
 from meteora_jax.config import BankConfig, InputError
-from meteora_jax.model.lora_linear import AdapterBank, AdapterConstant, AdapterParam
-from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing import Routing
+from pallas_kernels.routed_lora import LoraBank, routed_lora
 from pallas_kernels.routed_lora.reference import einsum_float32
+from pallas_kernels.routed_lora.xla import gathered_expand
 
 
-class EndAdapters(nnx.Module):
+class VocabAdapters(nnx.Module):
     """What a bank's adapters change at one end.
 
     lora_a [A, V, R] at embed and [A, R, D] at head, lora_b [A, R, D or V], lora_scale float32 [A]; rows [A, n, D] and
@@ -59,17 +62,21 @@ class EndAdapters(nnx.Module):
             rows = self.rows[...][chosen].astype(jnp.float32)
             y *= 1 - jnp.sum(share, axis=(2, 3))[..., None]  # a row that takes the base's place takes all of it
             y += einsum_float32(share.dtype, "btcn,bcnd->btd", share, rows)
-        if self.lora_a is not None:
-            y += self._expand(self.lora_a[...][chosen[:, None], tokens[:, :, None]], chosen, weights, routing.fused)
+        if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
+            h = self.lora_a[...][chosen[:, None], tokens[:, :, None]].astype(jnp.float32)[:, :, None]  # a look-up
+            scale = self.lora_scale[...][chosen][:, None]
+            b, fused, splits = self.lora_b[...], routing.fused, y.shape[-1:]
+            y = gathered_expand(h, b, chosen[:, None], weights[:, None, None], scale, fused, y, splits)
         return y.astype(x.dtype)
 
     def logits(self, plain: jax.Array, hidden: jax.Array, routing: Routing) -> jax.Array:
         """plain float32 [B, T, V], the base's logits of hidden [B, T, D] -> the adapted ones."""
         chosen, weights = _chosen(routing)
         y = plain
-        if self.lora_a is not None:
-            h = einsum_float32(hidden.dtype, "btd,bcrd->btcr", hidden, self.lora_a[...][chosen])
-            y += self._expand(h, chosen, weights, routing.fused)
+        if self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
+            bank = LoraBank(self.lora_a[...][None], self.lora_b[...], self.lora_scale[...][None], y.shape[-1:])
+            request = dataclasses.replace(routing, weights=weights[:, None, None])
+            y = routed_lora(hidden, bank, request, y, implementation="gathered")
         if self.rows is not None and self.ids is not None:
             ids = self.ids[...][chosen]  # [B, C, n]
             base = jnp.take_along_axis(plain, ids.reshape(len(ids), 1, -1), axis=2, mode="clip")
@@ -80,40 +87,28 @@ class EndAdapters(nnx.Module):
             y = y.at[at].add(change, mode="drop")  # id V, the padding, is no token
         return y
 
-    def _expand(self, h: jax.Array, chosen: jax.Array, weights: jax.Array, fused: jax.Array | None) -> jax.Array:
-        """sum_c w_c s_c h_c B_c of h [B, T, C, R]; fused rows: (sum_c w_c h_c) (sum_c w_c s_c B_c)."""
-        assert self.lora_b is not None, "LoRA comes whole"
-        assert self.lora_scale is not None
-        h = h.astype(jnp.float32)
-        if fused is not None:
-            mean = jnp.sum(h * weights[:, None, :, None], axis=2, keepdims=True)
-            h = jnp.where(fused[:, None, None, None], mean, h)
-        h = h * (weights * self.lora_scale[...][chosen])[:, None, :, None]
-        b = self.lora_b[...][chosen]
-        return einsum_float32(b.dtype, "btcr,bcro->bto", h.astype(b.dtype), b)
-
 
 def _chosen(routing: Routing) -> tuple[jax.Array, jax.Array]:
     """Indices int32 and weights float32 [B, C] of the requests; NO_ADAPTER's weight is 0."""
     return jnp.maximum(routing.indices[:, 0, 0], 0), routing.weights[:, 0, 0]
 
 
-def request_routing(router: BoundRouter | Routing, at_ends: tuple[str, ...], x: jax.Array) -> Routing:
-    """The one choice of each request, which the adapters `at_ends` follow.
+def check_request_routing(routing: Routing | None, at_ends: tuple[str, ...]) -> Routing:
+    """The one choice of each request, which the adapters `at_ends` follow; routing: what is known before any layer.
 
     Raises:
         InputError: a router that chooses for every token, beside adapters that act where no gate stands.
     """
-    if isinstance(router, Routing) or not getattr(router, "per_request", False):
+    if routing is None or routing.indices.shape[1] != 1:
         raise InputError(
             f"router: expected one that names the adapters of a request (Fixed, Retrieval): {', '.join(at_ends)} "
             "change the embedding or the head, where no gate stands; found one that chooses for every token"
         )
-    return router.route(x, None)
+    return routing
 
 
 def end_tensors(bank: AdapterBank, end: str) -> dict[str, np.ndarray]:
-    """What an `EndAdapters` holds, of a bank whose adapters change this end; empty if none does."""
+    """What an `VocabAdapters` holds, of a bank whose adapters change this end; empty if none does."""
     if end not in bank.ends:
         return {}
     assert bank.config.vocab_shape is not None, "a bank with ends knows their shape"

@@ -1,13 +1,8 @@
 """Routing is a value: adapter indices and weights. Whatever decides, decides by making one.
 
-A router as the caller writes it (`Gates`, `Fixed`, a list of them, None) is *bound* to a bank's names and
-a batch of prompts; what comes out is a small pytree with one method,
-
-    route(x [B, T, I], gate: ProjectionGates | TokenLogits | None) -> Routing [B, T, P, C]
-
-called once for each projection group (P projections read the same x); where a token router gives the logits, once
-for all groups, on the embeddings, and layers are given the Routing itself. Request-level routers were told their
-routing beforehand and ignore x; their Routing has size 1 on the T and P axes and broadcasts.
+A router as the caller writes it (`Gates`, `Fixed`, a list of them, None) is *bound* to a bank's names and a batch of
+prompts. What comes out is a small pytree, a `BoundRouter`: either its `routing` is known before any layer runs, or it
+makes one for each projection group from what the gates say, by `route`. A `Routing` is a bound router itself.
 """
 
 from __future__ import annotations
@@ -21,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.config import InputError
-
-NO_ADAPTER = -1  # the null choice: weight 0, no adapter
+from pallas_kernels.topk_gating import NO_ADAPTER, TopK
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +38,18 @@ class Routing:
     fused: Any = None
 
     @property
+    def gating(self) -> None:
+        """Nothing is left to choose."""
+
+    def known(self, positions: jax.Array | None) -> Routing:
+        """Itself."""
+        return self
+
+    def route(self, x: jax.Array, gates: GateLogits) -> Routing:
+        """Itself, whatever the gates say."""
+        return self
+
+    @property
     def per_request(self) -> bool:
         """Whether one choice serves all tokens and projections of a request (its weights may still differ by token)."""
         return self.indices.shape[1] == self.indices.shape[2] == 1
@@ -63,13 +69,32 @@ class Routing:
 
 
 @runtime_checkable
+class GateLogits(Protocol):
+    """Who knows the gate logits of a projection group's input."""
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """float32 [B, T, P, A] of x [B, T, I]."""
+        ...
+
+
+@runtime_checkable
 class BoundRouter(Protocol):
-    """A router made ready for one batch: a pytree whose leaves have B as their first axis.
+    """A router made ready for one batch: a pytree whose leaves have B as their first axis."""
 
-    One whose routing is the same for all tokens of a request, and reads neither x nor gate, says `per_request = True`.
-    """
+    @property
+    def gating(self) -> TopK | None:
+        """The rule of a router that takes the plain top-k of all gate logits, which kernels then do by themselves; None
+        for every other."""
+        ...
 
-    def route(self, x: jax.Array, gate: Any) -> Routing: ...
+    def known(self, positions: jax.Array | None) -> Routing | None:
+        """The routing of tokens int32 [B, T] at these positions of their sequences, [B, 1 or T, 1, C], where it depends
+        on nothing else; None where gates decide. positions None: of no token in particular, [B, 1, 1, C]."""
+        ...
+
+    def route(self, x: jax.Array, gates: GateLogits) -> Routing:
+        """The routing [B, T, P, C] of a projection group that reads x [B, T, I]."""
+        ...
 
 
 @runtime_checkable
@@ -83,43 +108,6 @@ class Router(Protocol):
         ...
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PerPrompt:
-    """Several kinds of router in one batch: each prompt takes the routing of its own kind.
-
-    which: int32 [B], index into `routers`. Every kind routes the whole batch, with NO_ADAPTER in rows
-    that are not its own, so a batch costs as many gate evaluations as it has kinds, never prompts.
-    """
-
-    which: Any
-    routers: tuple[Any, ...]
-
-    @property
-    def per_request(self) -> bool:
-        return all(getattr(router, "per_request", False) for router in self.routers)
-
-    def route(self, x: jax.Array, gate: Any) -> Routing:
-        routings = [r.route(x, gate) for r in self.routers]
-        shape = jnp.broadcast_shapes(*(r.indices.shape[:-1] for r in routings))
-        width = max(r.indices.shape[-1] for r in routings)
-        indices = jnp.full((*shape, width), NO_ADAPTER, jnp.int32)
-        weights = jnp.zeros((*shape, width), jnp.float32)
-        for kind, routing in enumerate(routings):
-            own = (self.which == kind)[:, None, None, None]
-            pad = [(0, 0)] * len(shape) + [(0, width - routing.indices.shape[-1])]
-            padded = jnp.pad(routing.indices, pad, constant_values=NO_ADAPTER)
-            indices = jnp.where(own, padded, indices)
-            weights = jnp.where(own, jnp.pad(routing.weights, pad), weights)
-        logits = next((r.logits for r in routings if r.logits is not None), None)
-        fused = None
-        for kind, routing in enumerate(routings):
-            if routing.fused is not None:
-                own = (self.which == kind) & routing.fused
-                fused = own if fused is None else fused | own
-        return Routing(indices, weights, logits, fused)
-
-
 def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> BoundRouter | None:
     """Makes `router` (one router, a list of one a prompt, or None) ready for a batch of `batch` prompts.
 
@@ -129,6 +117,8 @@ def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> Bo
     per_prompt = list(router) if isinstance(router, list | tuple) else [router] * batch
     if len(per_prompt) != batch:
         raise InputError(f"router: expected a list of {batch} (one a prompt), found {len(per_prompt)}")
+    from meteora_jax.routing.mixed import Mixed
+
     kinds: list[type] = []
     for r in per_prompt:
         if r is None or type(r) in kinds:
@@ -150,7 +140,7 @@ def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> Bo
     if len(bound) == 1:
         return bound[0]
     which = [kinds.index(type(r)) if r is not None else -1 for r in per_prompt]
-    return PerPrompt(jnp.asarray(which, jnp.int32), tuple(bound))
+    return Mixed(jnp.asarray(which, jnp.int32), tuple(bound))
 
 
 @dataclasses.dataclass(frozen=True)

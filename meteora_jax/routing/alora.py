@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.config import BankConfig, InputError
-from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing import BoundRouter, GateLogits, Routing
 
 NEVER = np.iinfo(np.int32).max
 
@@ -31,28 +31,30 @@ def activation(tokens: Sequence[int], invocation: Sequence[int]) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Invoked:
-    """A request-level router of which some adapters act on later tokens only.
+    """A request's routing of which some adapters act on later tokens only.
 
-    starts: int32 [B, C], the position from which each of a request's choices acts (0: everywhere, NEVER: nowhere).
-    positions: int32 [B, T], of the tokens that a call of the model reads; None outside of one.
+    routing: [B, 1, 1, C]. starts: int32 [B, C], the position from which each of a request's choices acts (0:
+    everywhere, NEVER: nowhere).
     """
 
-    router: Any
+    routing: Routing
     starts: Any
-    positions: Any = None
-    per_request = True  # in that the choice is; at embedding and head, where weights may not vary, no such adapter acts
 
-    def at(self, positions: jax.Array) -> Invoked:
-        """The same for a call that reads the tokens at `positions`."""
-        return dataclasses.replace(self, positions=positions)
+    @property
+    def gating(self) -> None:
+        """Gates have no part in it."""
 
-    def route(self, x: jax.Array, gate: Any) -> Routing:
-        """indices [B, 1, 1, C], weights [B, T, 1, C]: 0 on the tokens before a choice's start."""
-        routing = self.router.route(x, gate)
-        if self.positions is None:
-            return routing
-        acts = self.positions[:, :, None, None] >= self.starts[:, None, None, :]
-        return dataclasses.replace(routing, weights=jnp.where(acts, routing.weights, 0.0))
+    def known(self, positions: jax.Array | None) -> Routing:
+        """indices [B, 1, 1, C], weights [B, T, 1, C]: 0 on the tokens before a choice's start. Where weights may not
+        vary, at embedding and head, no adapter with an invocation acts."""
+        if positions is None:
+            return self.routing
+        acts = positions[:, :, None, None] >= self.starts[:, None, None, :]
+        return dataclasses.replace(self.routing, weights=jnp.where(acts, self.routing.weights, 0.0))
+
+    def route(self, x: jax.Array, gates: GateLogits) -> Routing:
+        """Not asked: the routing is known."""
+        raise NotImplementedError("Invoked.known gives the routing")
 
 
 def watch(
@@ -68,12 +70,13 @@ def watch(
     """
     if bound is None or bank is None or not bank.invoked:
         return bound
-    if not getattr(bound, "per_request", False):
+    routing = bound.known(None)
+    if routing is None:
         raise InputError(
             f"router: expected one that names the adapters of a request (Fixed, Retrieval): {', '.join(bank.invoked)} "
             "act from their invocation on, which gates were not trained with; found one that chooses for every token"
         )
-    chosen = np.asarray(bound.route(jnp.zeros((1, 1, 1)), None).indices)[:, 0, 0]
+    chosen = np.asarray(routing.indices)[:, 0, 0]
     found = [[bank.adapters[i].invocation if i >= 0 else () for i in row] for row in chosen]
     if not any(map(any, found)):
         return bound
@@ -82,4 +85,4 @@ def watch(
     starts = np.zeros(chosen.shape, np.int32)
     for row, prompt, invocations in zip(starts, prompts, found, strict=True):
         row[:] = [activation(prompt, invocation) if invocation else 0 for invocation in invocations]
-    return Invoked(bound, jnp.asarray(starts))
+    return Invoked(routing, jnp.asarray(starts))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,7 +38,7 @@ class Fixed:
         """{adapter name: weight}."""
         return {self.adapters: 1.0} if isinstance(self.adapters, str) else dict(self.adapters)
 
-    def bind(self, routers: Sequence[Fixed | None], names: tuple[str, ...]) -> BoundRequests:
+    def bind(self, routers: Sequence[Fixed | None], names: tuple[str, ...]) -> Routing:
         rows = [r.weights() if r is not None else {} for r in routers]
         if unknown := sorted({name for row in rows for name in row} - set(names)):
             raise InputError([f"Fixed: adapter: expected one of {', '.join(names)}, found {n!r}" for n in unknown])
@@ -50,20 +48,13 @@ class Fixed:
         for b, row in enumerate(rows):
             for c, (name, weight) in enumerate(row.items()):
                 indices[b, c], weights[b, c] = names.index(name), weight
-        return BoundRequests(jnp.asarray(indices), jnp.asarray(weights))
+        return request_routing(indices, weights)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BoundRequests:
-    """One routing a request, known beforehand: indices int32 [B, C], weights float32 [B, C], fused bool [B] or None."""
-
-    indices: Any
-    weights: Any
-    fused: Any = None
-    per_request = True
-
-    def route(self, x: jax.Array, gate: Any) -> Routing:
-        """Routing [B, 1, 1, C], which broadcasts over tokens and projections; x and gate are not read."""
-        del x, gate
-        return Routing(self.indices[:, None, None, :], self.weights[:, None, None, :], fused=self.fused)
+def request_routing(indices: np.ndarray, weights: np.ndarray, fused: np.ndarray | None = None) -> Routing:
+    """One choice a request: Routing [B, 1, 1, C] of indices int32 [B, C], weights float32 [B, C], fused bool [B]."""
+    return Routing(
+        jnp.asarray(indices)[:, None, None],
+        jnp.asarray(weights)[:, None, None],
+        fused=None if fused is None else jnp.asarray(fused),
+    )

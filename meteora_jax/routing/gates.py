@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
-from meteora_jax.routing import NO_ADAPTER, Routing
+from meteora_jax.routing import GateLogits, Routing
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
+from pallas_kernels.topk_gating import TopK, topk_gating
 
 
 class GateParam(nnx.Param):
@@ -35,32 +36,14 @@ class ProjectionGates:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenLogits:
-    """Logits float32 [B, T, 1, A] that are there already, the same for all layers and projections."""
+class KnownLogits:
+    """Logits float32 [B, T, P or 1, A] that were computed before."""
 
     values: Any
 
     def logits(self, x: jax.Array) -> jax.Array:
         """These, whatever x is."""
         return self.values
-
-
-def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of the last axis, largest first; ties go to the lowest index.
-
-    k rounds of max: with a handful of choices among tens of adapters this beats a sort, and unlike
-    `lax.top_k` it stays elementwise enough for XLA to fuse with its neighbours.
-
-    Args: logits float32 [.., A]. Returns: values [.., k] and indices int32 [.., k].
-    """
-    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    values, indices, rest = [], [], logits
-    for _ in range(k):
-        index = jnp.argmax(rest, axis=-1).astype(jnp.int32)
-        values.append(jnp.max(rest, axis=-1))
-        indices.append(index)
-        rest = jnp.where(columns == index[..., None], -jnp.inf, rest)
-    return jnp.stack(values, -1), jnp.stack(indices, -1)
 
 
 def check_choice(given: Arguments, top_k: Any, temperature: Any) -> None:
@@ -101,33 +84,31 @@ class Gates:
         allowed = None
         if any(row is not names for row in named):
             allowed = jnp.asarray([[n in row for n in names] for row in map(set, named)])
-        return BoundGates(
-            jnp.asarray(counts, jnp.int32), jnp.asarray(temperatures, jnp.float32), allowed, max_k=max(counts)
-        )
+        rule = TopK(jnp.asarray(counts, jnp.int32), jnp.asarray(temperatures, jnp.float32), max(counts))
+        return BoundGates(rule, allowed)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoundGates:
-    """Gates for a batch: each prompt its own C (0: not routed by gates) and temperature, both [B].
+    """Gates for a batch.
 
-    allowed: bool [B, A], the adapters that each prompt may choose; None: all.
+    rule: each prompt its own C (0: not routed by gates) and temperature. allowed: bool [B, A], the adapters that each
+    prompt may choose; None: all.
     """
 
-    counts: Any
-    temperatures: Any
-    allowed: Any
-    max_k: int = dataclasses.field(metadata={"static": True})
+    rule: TopK
+    allowed: Any = None
 
-    def route(self, x: jax.Array, gate: ProjectionGates | TokenLogits) -> Routing:
-        """x [B, T, I] -> Routing [B, T, P, max_k], with its logits."""
-        eligible = logits = gate.logits(x)
-        if self.allowed is not None:
-            eligible = jnp.where(self.allowed[:, None, None, :], logits, -jnp.inf)
-        values, indices = top_k(eligible, self.max_k)
-        taken = jnp.arange(self.max_k)[None, :] < self.counts[:, None]  # [B, C]
-        taken = taken[:, None, None, :]
-        values = jnp.where(taken, values / self.temperatures[:, None, None, None], -jnp.inf)
-        # a prompt with C = 0 has no finite value; its weights are zero, not the softmax's NaN
-        weights = jnp.where(taken, jax.nn.softmax(jnp.where(taken, values, -1e30), axis=-1), 0.0)
-        return Routing(jnp.where(taken, indices, NO_ADAPTER), weights, logits)
+    @property
+    def gating(self) -> TopK | None:
+        """Its rule, where every adapter may be chosen."""
+        return self.rule if self.allowed is None else None
+
+    def known(self, positions: jax.Array | None) -> None:
+        """Nothing: every token is chosen for."""
+
+    def route(self, x: jax.Array, gates: GateLogits) -> Routing:
+        """x [B, T, I] -> Routing [B, T, P, C], with its logits."""
+        logits = gates.logits(x)
+        return Routing(*topk_gating(logits, self.rule, self.allowed), logits)

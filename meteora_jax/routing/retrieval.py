@@ -10,14 +10,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
 from meteora_jax.retriever.index import Index
-from meteora_jax.routing import NO_ADAPTER
-from meteora_jax.routing.fixed import BoundRequests
+from meteora_jax.routing import NO_ADAPTER, Routing
+from meteora_jax.routing.fixed import request_routing
 from meteora_jax.routing.gates import Gates, check_choice
 
 Compose = Literal["selection", "mixture", "fusion"]
@@ -97,7 +96,7 @@ class Composed:
     fused: bool
     needs_gates = False
 
-    def bind(self, routers: Sequence[Composed | None], names: tuple[str, ...]) -> BoundRequests:
+    def bind(self, routers: Sequence[Composed | None], names: tuple[str, ...]) -> Routing:
         rows = [r.adapters if r is not None else () for r in routers]
         places = {name: i for i, name in enumerate(names)}
         if unknown := sorted({name for row in rows for name, _ in row} - places.keys()):
@@ -108,8 +107,8 @@ class Composed:
         for b, row in enumerate(rows):
             for c, (name, weight) in enumerate(row):
                 indices[b, c], weights[b, c] = places[name], weight
-        fused = [r is not None and r.fused for r in routers]
-        return BoundRequests(jnp.asarray(indices), jnp.asarray(weights), jnp.asarray(fused) if any(fused) else None)
+        fused = np.asarray([r is not None and r.fused for r in routers])
+        return request_routing(indices, weights, fused if fused.any() else None)
 
 
 def look_up(router: Any, batch: int, texts: Callable[[], list[str]]) -> tuple[Any, list[Found]]:

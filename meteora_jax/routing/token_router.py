@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meteora_jax.gate_config import HEAD, HOPS, SEGMENTS, SHIFTS, TokenRouterForm
-from meteora_jax.model.attention import Fused, attend, rotate, router_rotation, unit_rms
+from meteora_jax.model.attention import Fused, attend, unit_rms
 from meteora_jax.model.kv_cache import EMPTY, KVCache
+from meteora_jax.model.rope import angles, frequencies, rotate
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.gates import GateParam, TokenLogits
+from meteora_jax.routing.gates import GateParam, KnownLogits
 from pallas_kernels.routed_lora.reference import einsum_float32
 
 WIDEST = 128  # head that cuDNN's attention knows
+THETA = 10_000.0  # of the router's rotary embedding, whatever the base's
 
 
 class Hop(NamedTuple):
@@ -39,7 +41,7 @@ def choose(router: BoundRouter, x: jax.Array, logits: jax.Array) -> Routing:
 
     x: embeddings [B, T, D]. logits: float32 [B, T, A].
     """
-    routing = router.route(x, TokenLogits(logits[:, :, None]))
+    routing = router.route(x, KnownLogits(logits[:, :, None]))
     indices, weights = (
         jnp.broadcast_to(z, (*logits.shape[:2], *z.shape[2:])) for z in (routing.indices, routing.weights)
     )
@@ -93,7 +95,8 @@ class TokenRouter(nnx.Module):
 
         positions int32 [B, T]; mask bool [B, 1, T, S], fused: as `attend` takes them; cache: its positions claimed.
         """
-        kind, angles, depth = x.dtype, router_rotation(HEAD, positions), self.form.depth
+        kind, depth = x.dtype, self.form.depth
+        turn = angles(frequencies(THETA, HEAD), positions)
 
         def heads(z):
             return z.astype(kind).reshape(*z.shape[:2], -1, HEAD)
@@ -111,7 +114,7 @@ class TokenRouter(nnx.Module):
             qkv_embed, qkv, o, gate_up, down = weights
             seen = product("btd,dpe->btpe", x, qkv_embed) + product("bte,epf->btpf", unit(u), qkv)
             q, k, v = (heads(z) for z in jnp.moveaxis(seen, 2, 0))
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            q, k = rotate(q, *turn), rotate(k, *turn)
             if cache is not None:
                 cache = cache.write(index, k, v)
                 k, v = (k, v) if fresh else cache.layer(index)

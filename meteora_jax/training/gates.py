@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from meteora_jax.bank import AdapterParam
 from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
@@ -27,8 +28,7 @@ from meteora_jax.io.checkpoint import (
     split_bank,
     split_gates,
 )
-from meteora_jax.model.lora_linear import AdapterParam, GateParam
-from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.gates import GateParam, Gates
 from meteora_jax.training.settings import Checkpointing, GateTraining
 from meteora_jax.training.step import optimizer
 from meteora_jax.training.trainer import Callbacks, Trainee, Trainer, fetched

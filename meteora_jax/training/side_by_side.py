@@ -24,18 +24,11 @@ from meteora_jax.training.loss import Losses, Remat, next_token_loss
 ADAPTERS = -3  # the adapters' axis of lora_a [L, P, A, R, I] and of lora_b [L, A, R, O]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BoundTasks:
-    """Each token's own adapter with weight 1; tasks int32 [B, T], NO_TASK tokens get none."""
-
-    tasks: Any
-
-    def route(self, x: jax.Array, gate: Any) -> Routing:
-        """Routing [B, T, 1, 1], the same at every projection; x and gate are not read."""
-        del x, gate
-        indices = jnp.where(self.tasks == NO_TASK, NO_ADAPTER, self.tasks)[:, :, None, None]
-        return Routing(indices, (indices != NO_ADAPTER).astype(jnp.float32))
+def task_routing(tasks: jax.Array) -> Routing:
+    """Each token's own adapter with weight 1 at every projection, [B, T, 1, 1]; tasks int32 [B, T], NO_TASK tokens get
+    none."""
+    indices = jnp.where(tasks == NO_TASK, NO_ADAPTER, tasks)[:, :, None, None]
+    return Routing(indices, (indices != NO_ADAPTER).astype(jnp.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +43,7 @@ class ByTask:
         return self
 
     def route(self, x: jax.Array, gate: Any) -> Routing:
-        raise NotImplementedError("a batch's tasks say which adapters act: BoundTasks(batch.tasks)")
+        raise NotImplementedError("a batch's tasks say which adapters act: task_routing(batch.tasks)")
 
 
 def acting(batch: Batch) -> jax.Array:
@@ -76,7 +69,7 @@ def side_by_side_loss(model: Llama, batch: Batch, counts: OwnCounts, *, remat: R
 
     loss: the sum over adapters of their mean losses; lm: the mean of those over the adapters that predict anything.
     """
-    out = model(batch.tokens, batch.positions, BoundTasks(batch.tasks), segments=batch.segments, remat=remat)
+    out = model(batch.tokens, batch.positions, task_routing(batch.tasks), segments=batch.segments, remat=remat)
     size = jnp.sum(batch.segments > 0).astype(jnp.float32), jnp.sum((batch.positions + 1).astype(jnp.float32))
     here = acting(batch)
     share = jnp.where(here == NO_TASK, 0.0, 1 / jnp.maximum(counts.predicted, 1)[here])

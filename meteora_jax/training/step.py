@@ -13,9 +13,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from meteora_jax.bank import AdapterParam
 from meteora_jax.execution import Jit
-from meteora_jax.model.lora_linear import AdapterParam, GateParam
 from meteora_jax.routing import BoundRouter
+from meteora_jax.routing.gates import GateParam
 from meteora_jax.sharding import constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
 from meteora_jax.training.loss import Counts, Losses, Remat, gate_training_loss

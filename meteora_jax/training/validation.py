@@ -24,7 +24,7 @@ from meteora_jax.sharding import fetch, place_rows, place_whole, replicated, use
 from meteora_jax.training.data import NO_TASK, Batch, Layout, Mixture, Tokenized, collate, encode, rounded
 from meteora_jax.training.loss import token_scores
 from meteora_jax.training.settings import BankTraining
-from meteora_jax.training.side_by_side import Average, BoundTasks, along_adapters
+from meteora_jax.training.side_by_side import Average, along_adapters, task_routing
 from meteora_jax.training.step import TrainState, computed
 from meteora_jax.training.watch import kept_records
 
@@ -174,7 +174,7 @@ class Validation:
 
         def score(frozen: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graph, computed(params, kind), frozen)
-            out = model(batch.tokens, batch.positions, BoundTasks(batch.tasks), segments=batch.segments)
+            out = model(batch.tokens, batch.positions, task_routing(batch.tasks), segments=batch.segments)
             return token_scores(model, out.hidden, batch)
 
         def keep(params: Any, best: Any, better: jax.Array) -> Any:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from meteora_jax.bank import group_rank
 from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.gate_config import HOPS, SEGMENTS, SHIFTS, TokenRouterForm
-from meteora_jax.model.lora_linear import group_rank
 from meteora_jax.training.loss import Losses
 
 # Dense bfloat16 FLOP/s of one device, by the beginning of its `device_kind` (the makers' data sheets).

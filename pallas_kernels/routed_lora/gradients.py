@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.routed_lora.grouped import Buckets, block_rows, spread
 from pallas_kernels.routed_lora.reference import columns, dense_weights, einsum_float32
+from pallas_kernels.routed_lora.xla import Buckets, block_rows, spread
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 

@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.routed_lora.grouped import spread
 from pallas_kernels.routed_lora.reference import columns
+from pallas_kernels.routed_lora.xla import spread
 
 LANES = 128
 MAX_COLUMNS = 1024  # of an output tile
@@ -135,7 +135,7 @@ def gathered_lora(
     splits: tuple[int, ...],
     interpret: bool = False,
 ) -> Float[Array, "G S O"]:
-    """base + update, fetching the adapters that are chosen; see `api.add_routed_lora`."""
+    """base + update, fetching the adapters that are chosen; see `api.routed_lora`."""
     groups, tokens, width = x.shape
     projections, _, rank, _ = a.shape
     choices = indices.shape[2]
@@ -238,7 +238,7 @@ def dense_lora(
     splits: tuple[int, ...],
     interpret: bool = False,
 ) -> Float[Array, "G S O"]:
-    """base + update through products with every adapter; see `api.add_routed_lora`."""
+    """base + update through products with every adapter; see `api.routed_lora`."""
     groups, tokens, width = x.shape
     projections, adapters, rank, _ = a.shape
     inner, total = adapters * rank, b.shape[2]

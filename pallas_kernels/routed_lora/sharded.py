@@ -10,23 +10,30 @@ Sums over devices are of float32.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
-from pallas_kernels.routed_lora.api import NO_ADAPTER, Implementation, add_routed_lora
+from pallas_kernels.routed_lora.api import Choices, Implementation, LoraBank, routed_lora
+from pallas_kernels.topk_gating import NO_ADAPTER
+
+
+class Given(NamedTuple):
+    """A device's part of a routing."""
+
+    indices: jax.Array
+    weights: jax.Array
+    fused: None = None
 
 
 def routed_product(
     x: Float[Array, "B T I"],
     kernel: Float[Array, "I O"],
-    a: Float[Array, "P A R I"],
-    b: Float[Array, "A R O"],
-    indices: Int32[Array, "B T1 P1 C"],
-    weights: Float[Array, "B T1 P1 C"],
-    scale: Float[Array, "P A"],
-    splits: tuple[int, ...],
+    bank: LoraBank,
+    routing: Choices,
     mesh: Mesh | AbstractMesh,
     *,
     rows: str | None = None,
@@ -35,12 +42,12 @@ def routed_product(
     adapters: str | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T O"]:
-    """x W + the update of `add_routed_lora`, in x's dtype; differentiable in the same arguments and kernel.
+    """x W + the update of `routed_lora`, in x's dtype; differentiable in the same arguments and kernel.
 
     Args:
         mesh: whose axes the following name. rows: the one that splits B. inputs: I. adapters: A.
-        outputs: O; columns then lie in equal parts, each with its share of every projection, and `splits` are the
-            widths of the whole.
+        outputs: O; columns then lie in equal parts, each with its share of every projection, and the bank's
+            `splits` are the widths of the whole.
         implementation: of every device's part; None lets the table decide.
 
     Raises:
@@ -48,15 +55,17 @@ def routed_product(
     """
     shards = {name: mesh.shape[axis] if axis else 1 for name, axis in
               (("B", rows), ("I", inputs), ("O", outputs), ("A", adapters))}  # fmt: skip
-    sizes = {"B": x.shape[0], "I": x.shape[2], "A": a.shape[1]}
+    sizes = {"B": x.shape[0], "I": x.shape[2], "A": bank.a.shape[1]}
     wrong = [f"{k}: expected a multiple of {shards[k]}, found {n}" for k, n in sizes.items() if n % shards[k]]
-    wrong += [f"splits: expected multiples of {shards['O']}, found {o}" for o in splits if o % shards["O"]]
+    wrong += [f"splits: expected multiples of {shards['O']}, found {o}" for o in bank.splits if o % shards["O"]]
     named = [axis for axis in (rows, inputs, outputs, adapters) if axis]
     if len(set(named)) < len(named):
         wrong.append(f"axes: expected a different one for every dimension, found {', '.join(named)}")
+    if routing.fused is not None:
+        wrong.append("routing: expected no fused request")
     if wrong:
         raise ValueError("routed_product: " + "; ".join(wrong))
-    own = tuple(o // shards["O"] for o in splits)
+    own = tuple(o // shards["O"] for o in bank.splits)
     summed = tuple(axis for axis in (inputs, adapters) if axis)
 
     places = (
@@ -75,7 +84,8 @@ def routed_product(
             base = jnp.where(place == 0, base, 0.0)  # of the devices that hold the same columns one adds the product
             mine = indices - place * scale.shape[1]
             indices = jnp.where((mine >= 0) & (mine < scale.shape[1]), mine, NO_ADAPTER)
-        y = add_routed_lora(x, a, b, indices, weights, scale, base, own, implementation=implementation)
+        routing = Given(indices, weights)
+        y = routed_lora(x, LoraBank(a, b, scale, own), routing, base, implementation=implementation)
         return (jax.lax.psum(y, summed) if summed else y).astype(x.dtype)
 
     where = jax.shard_map(
@@ -84,4 +94,4 @@ def routed_product(
         in_specs=tuple(PartitionSpec(*place) for place in places),
         out_specs=PartitionSpec(rows, None, outputs),
     )
-    return where(x, kernel, a, b, indices, weights, scale)
+    return where(x, kernel, bank.a, bank.b, routing.indices, routing.weights, bank.scale)

@@ -1,8 +1,8 @@
-"""Many tokens, many adapters: tokens sorted by adapter, one batched matmul over static buckets.
+"""XLA on any platform: one masked product, the chosen adapters alone, or tokens sorted by adapter.
 
-`lax.ragged_dot` is not used: XLA may expand it on GPUs to a product with every group. Here each adapter's rows
-are padded to whole blocks of `block` rows, and a block reads one adapter. The number of blocks has a static
-bound, so nothing depends on how the routing falls, and every sum has a fixed order.
+`lax.ragged_dot` is not used: XLA may expand it on GPUs to a product with every group. Here each adapter's rows are
+padded to whole blocks of `block` rows, and a block reads one adapter. The number of blocks has a static bound, so
+nothing depends on how the routing falls, and every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -12,9 +12,88 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.routed_lora.reference import columns, einsum_float32
+
+FEW_ROWS = 64  # tokens for which a product's operands cost more than its operations
+
+
+def masked_expand(
+    h: Float[Array, "M P A R"], b: Float[Array, "A R O"], base: Float[Array, "M O"], splits: tuple[int, ...]
+) -> Float[Array, "M O"]:
+    """`reference.expand` in 16 bit as one product a group; h is the weighted shrink, in b's dtype.
+
+    Few tokens: every column for every projection, and then the own ones; b cut by columns would be copied. Many: B's
+    columns of each projection on a diagonal of blocks, zeros elsewhere. That is P times the operations, but no slices
+    of base and no concatenation, and the sum is the product's own (cuBLAS adds to float32 and rounds once; elsewhere
+    the update is rounded to base's dtype first).
+    """
+    rows, projections = h.shape[:2]
+    total = b.shape[2]
+    if rows <= FEW_ROWS and projections > 1:
+        every = jnp.einsum("mpar,aro->mpo", h, b, preferred_element_type=jnp.float32)
+        own = [every[:, p, start:stop] for p, (start, stop) in enumerate(columns(splits))]
+        return (base.astype(jnp.float32) + jnp.concatenate(own, axis=-1)).astype(base.dtype)
+    flat = b.reshape(-1, total)
+    blocks = flat
+    if projections > 1:
+        pieces = [jnp.pad(flat[:, i:j], ((0, 0), (i, total - j))) for i, j in columns(splits)]
+        blocks = jnp.concatenate(pieces, axis=0)
+    return base + jnp.einsum("mk,ko->mo", h.reshape(rows, -1), blocks)
+
+
+def gathered_shrink(
+    x: Float[Array, "G S I"], a: Float[Array, "P A R I"], chosen: Int32[Array, "G P1 C"]
+) -> Float[Array, "G S P C R"]:
+    """x through the A's of its group's choices, float32; bytes read: G * C adapters, whatever A is."""
+    own = jnp.arange(a.shape[0], dtype=jnp.int32)[None, :, None]
+    return einsum_float32(x.dtype, "gsi,gpcri->gspcr", x, a[own, chosen])
+
+
+def gathered_expand(
+    h: Float[Array, "G S P C R"],
+    b: Float[Array, "A R O"],
+    chosen: Int32[Array, "G P1 C"],
+    weights: Float[Array, "G S1 P2 C"],
+    scale: Float[Array, "G P C"],
+    fused: Bool[Array, " G"] | None,
+    base: Float[Array, "G S O"],
+    splits: tuple[int, ...],
+) -> Float[Array, "G S O"]:
+    """base + what the choices of each group of tokens add, LoraRetriever (arXiv 2402.09997), section 3.3:
+
+        mixture (selection: C = 1)   sum_c w_c s_c h_c B_c
+        fusion                       (sum_c w_c h_c) (sum_c w_c s_c B_c)
+
+    h: float32, from `gathered_shrink`. weights, scale: float32, 0 for a choice that is none. fused: which groups'
+    matrices are averaged; None: nobody's. The choices lie side by side, so an update is a matmul of inner width C * R.
+    """
+    if fused is not None:
+        mean = jnp.sum(h * weights[..., None], axis=3, keepdims=True)
+        h = jnp.where(fused[:, None, None, None, None], mean, h)
+    h = (h * (weights * scale[:, None])[..., None]).astype(b.dtype)
+    taken = b[chosen]  # [G, P1, C, R, O]
+    updates = [
+        einsum_float32(b.dtype, "gscr,gcro->gso", h[:, :, p], taken[:, min(p, taken.shape[1] - 1), :, :, start:stop])
+        for p, (start, stop) in enumerate(columns(splits))
+    ]
+    return (base.astype(jnp.float32) + jnp.concatenate(updates, axis=-1)).astype(base.dtype)
+
+
+def gathered_lora(
+    x: Float[Array, "G S I"],
+    a: Float[Array, "P A R I"],
+    b: Float[Array, "A R O"],
+    indices: Int32[Array, "G P1 C"],
+    weights: Float[Array, "G P C"],
+    base: Float[Array, "G S O"],
+    splits: tuple[int, ...],
+) -> Float[Array, "G S O"]:
+    """base + update; the weights include the scale, and are 0 where an index is NO_ADAPTER (-1)."""
+    chosen = jnp.maximum(indices, 0)
+    h = gathered_shrink(x, a, chosen)
+    return gathered_expand(h, b, chosen, weights[:, None], jnp.ones_like(weights), None, base, splits)
 
 
 def block_rows(rows: int, adapters: int) -> int:

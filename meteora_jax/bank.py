@@ -1,0 +1,96 @@
+"""The bank: all adapters of one base, and what kinds of weight a model has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from meteora_jax.config import GROUPS, BankConfig
+
+
+class BaseParam(nnx.Param):
+    """A weight of the base model."""
+
+
+class AdapterParam(nnx.Param):
+    """A weight of the adapters."""
+
+
+class AdapterConstant(nnx.Param):
+    """What of the adapters nobody trains: scales (alpha over rank), DoRA's columns, biases."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdapterBank:
+    """All adapters of one base, stacked: zero-padded to a common rank, scale 0 where an adapter has no part.
+
+    a: {projection: [L, A, R, I]}, b: {projection: [L, A, R, O]}, scale: {projection: float32 [L, A]}.
+    `a` keeps PEFT's row order: the shrink then reads it along I whether it is dense over the adapters or
+    gathers the chosen ones. Where an adapter has them, dora {projection: float32 [L, A, O]} is what its magnitudes make
+    of each output column less 1, and bias {projection: [L, A, O]} belongs to its `b`. The arrays are the host's; a
+    model's are put on its devices.
+    """
+
+    a: dict[str, Any]
+    b: dict[str, Any]
+    scale: dict[str, Any]
+    config: BankConfig = dataclasses.field(metadata={"static": True})
+    dora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bias: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ends: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # see model.vocab_adapters
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.config.names
+
+    def group(self, group: str) -> dict[str, np.ndarray] | None:
+        """A group's tensors as `LoRALinear` holds them; None if no adapter touches the group.
+
+        lora_a [L, P, A, R, I], lora_b [L, A, R, O of the group], lora_scale float32 [L, P, A]; lora_dora and lora_bias
+        float32 [L, A, O of the group] where an adapter has them. DoRA's columns are folded into lora_b.
+        """
+        projections = GROUPS[group]
+        rank = max((self.config.ranks.get(p, 0) for p in projections), default=0)
+        if rank == 0:
+            return None
+        n, count = self.config.num_layers, len(self.names)
+        dtype = next(iter(self.a.values())).dtype
+        a, b, scale = [], [], []
+        for p in projections:
+            i, o = self.config.base_shapes[p]
+            if p not in self.a:
+                a.append(np.zeros((n, count, rank, i), dtype))
+                b.append(np.zeros((n, count, rank, o), dtype))
+                scale.append(np.zeros((n, count), np.float32))
+                continue
+            pad = [(0, 0), (0, 0), (0, rank - self.a[p].shape[2]), (0, 0)]
+            a.append(np.pad(self.a[p], pad))
+            b.append(np.pad(self._scaled_b(p), pad))
+            scale.append(np.asarray(self.scale[p], np.float32))
+        tensors = {"lora_a": np.stack(a, 1), "lora_b": np.concatenate(b, -1), "lora_scale": np.stack(scale, 1)}
+        for key, held in (("lora_dora", self.dora), ("lora_bias", self.bias)):
+            if any(p in held for p in projections):
+                columns = [
+                    held[p].astype(np.float32)
+                    if p in held
+                    else np.zeros((n, count, self.config.base_shapes[p][1]), np.float32)
+                    for p in projections
+                ]
+                tensors[key] = np.concatenate(columns, -1)
+        return tensors
+
+    def _scaled_b(self, p: str) -> np.ndarray:
+        b = self.b[p]
+        if p not in self.dora:
+            return b
+        return (b.astype(np.float32) * (1 + self.dora[p][:, :, None, :])).astype(b.dtype)
+
+
+def group_rank(bank: BankConfig | None, group: str) -> int:
+    """R of a group's stacked adapters; 0 if no adapter touches it."""
+    return 0 if bank is None else max((bank.ranks.get(p, 0) for p in GROUPS[group]), default=0)

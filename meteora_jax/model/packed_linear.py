@@ -1,0 +1,153 @@
+"""A projection group for inference on one device: gates and A's are rows behind the base kernel's own."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam
+from meteora_jax.execution import ExecutionConfig
+from meteora_jax.model.lora_linear import LoRALinear
+from meteora_jax.numerics import contract
+from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing.gates import KnownLogits
+from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
+from pallas_kernels.routed_lora.api import choose_for_wide_bank
+from pallas_kernels.routed_lora.reference import einsum_float32
+from pallas_kernels.routed_lora.triton_gpu import MAX_TOKENS, topk_gated_lora
+from pallas_kernels.routed_lora.xla import FEW_ROWS
+
+
+class PackedKernel(BaseParam):
+    """A packed weight. It keeps the axis of layers where layers are scanned: XLA copies a slice of a slice."""
+
+
+class PackedLinear(nnx.Module):
+    """A `LoRALinear` whose weights are laid out for inference on one device.
+
+    kernel [L, O + P N, I]: the base's columns as rows, and behind them, for each projection, N rows of its gates and
+    its A's (`packing`). One product serves a decoding step; a prompt reads the first O rows, or the P N behind them,
+    where they lie. `wide`: of a bank with too many adapters times ranks there are the gates alone, and A's are read
+    where they are chosen. The rest as in `LoRALinear`.
+    """
+
+    def __init__(self, linear: LoRALinear, dense_width: int):
+        """linear: with layers stacked, adapters, and no DoRA or biases of adapters."""
+        assert linear.lora_a is not None
+        assert linear.lora_b is not None
+        assert linear.lora_scale is not None
+        a = linear.lora_a[...]
+        layers, projections, adapters, rank, width = a.shape
+        self.wide = adapters * rank > dense_width
+        self.splits, self.sides = linear.splits, linear.sides
+        gate = jnp.zeros((layers, width, projections, adapters), a.dtype) if linear.gate is None else linear.gate[...]
+        rows = jax.jit(jax.vmap(packing.pack_gates_and_a))(gate, a[..., :0, :] if self.wide else a)
+        self.packed_rows = rows.shape[1] * rows.shape[2]
+        self.kernel = PackedKernel(_pack(linear.kernel[...], rows), axes=linear.sides[::-1])
+        self.bias: BaseParam | None = linear.bias
+        self.lora_a: AdapterParam = linear.lora_a
+        self.lora_b: AdapterParam = linear.lora_b
+        self.lora_scale: AdapterConstant = linear.lora_scale
+
+    def base_kernel(self) -> jax.Array:
+        """The base's [L, I, O], copied."""
+        return jnp.swapaxes(self.kernel[...][:, : sum(self.splits)], 1, 2)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        router: BoundRouter | None,
+        execution: ExecutionConfig,
+        layer: jax.Array | int = 0,
+        keep: bool = False,
+    ) -> tuple[list[jax.Array], Routing | None]:
+        """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted, without logits.
+
+        layer: which one of the packed weight. keep: not for inference.
+        """
+        assert not keep, "a packed weight has no backward pass"
+        kernel, total, projections = self.kernel[...], sum(self.splits), len(self.splits)
+        batch, tokens, width = x.shape
+        bank = LoraBank(self.lora_a[...], self.lora_b[...], self.lora_scale[...], self.splits)
+        adapters, rank, _ = bank.b.shape
+        first = packing.first_a_row(adapters)
+
+        def rows(start: int, count: int) -> jax.Array:
+            """Rows of the layer, in one slice of the stack: of a slice of a slice XLA makes a copy, 15 GB a prompt."""
+            return jax.lax.dynamic_slice(kernel, (layer, start, 0), (1, count, width), allow_negative_indices=False)[0]
+
+        given = None if router is None else router.known(None)
+        requests = given is not None and (given.fused is not None or self._few_choices(given))
+        if router is None or requests:
+            y = self._with_bias(contract("bti,oi->bto", x, rows(0, total), 1))
+            if given is not None:
+                y = routed_lora(x, bank, given, y, platform=execution.platform)
+            return self._split(y.astype(x.dtype)), given
+
+        few = batch * tokens <= FEW_ROWS
+        if few:
+            y = contract("bti,oi->bto", x, rows(0, total + self.packed_rows), 1)
+            y, product = y[..., :total], y[..., total:]
+        else:
+            y = contract("bti,oi->bto", x, rows(0, total), 1)
+            product = einsum_float32(x.dtype, "bti,ni->btn", x, rows(total, self.packed_rows))
+        y = self._with_bias(y)
+        product = product.astype(jnp.float32).reshape(batch, tokens, projections, -1)
+        if router.gating is not None and execution.triton and not self.wide and batch * tokens <= MAX_TOKENS:
+            flat = product.reshape(batch * tokens, -1), bank, router.gating.spread(tokens), y.reshape(-1, total)
+            y, *chosen = topk_gated_lora(*flat, first)
+            routing = Routing(*(z.reshape(batch, tokens, *z.shape[1:]) for z in chosen))
+            return self._split(y.reshape(batch, tokens, total)), routing
+        routing = router.route(x, KnownLogits(product[..., :adapters]))
+        routing = Routing(routing.indices, routing.weights, fused=routing.fused)
+        if self.wide or routing.fused is not None:
+            implementation = choose_for_wide_bank(batch * tokens) if self.wide else None
+            y = routed_lora(x, bank, routing, y, implementation=implementation, platform=execution.platform)
+        else:
+            shrink = product[..., first : first + adapters * rank].reshape(batch, tokens, projections, adapters, rank)
+            y = routed_lora(x, bank, routing, y, shrink=shrink, platform=execution.platform)
+        return self._split(y), routing
+
+    def _few_choices(self, routing: Routing) -> bool:
+        """Whether requests name fewer adapters than there are: only theirs are read then."""
+        requests, choices = routing.indices.shape[0], routing.indices.shape[-1]
+        return routing.per_request and requests * choices < self.lora_scale.shape[-1]
+
+    def _with_bias(self, y: jax.Array) -> jax.Array:
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None, :]
+
+    def _split(self, y: jax.Array) -> list[jax.Array]:
+        starts = [sum(self.splits[:i]) for i in range(1, len(self.splits))]
+        return list(jnp.split(y, starts, axis=-1))
+
+
+def packed(linear: LoRALinear, by_token: bool, execution: ExecutionConfig) -> LoRALinear | PackedLinear:
+    """The group as inference on one device reads it; itself where there is nothing to pack.
+
+    by_token: whether tokens of this model are routed one by one, by gates here or by a token router. DoRA and biases of
+    adapters are left apart, and so is a wide bank without gates.
+    """
+    if linear.lora_a is None or linear.lora_dora is not None or linear.lora_bias is not None:
+        return linear
+    wide = linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
+    if linear.gate is None and (wide or not (by_token or execution.step is not None)):
+        return linear
+    return PackedLinear(linear, execution.dense_width)
+
+
+def _pack(kernel: jax.Array, behind: jax.Array) -> jax.Array:
+    """kernel [L, I, O] as rows, and behind [L, P, N, I] after them: [L, O + P N, I]."""
+    rows = behind.reshape(behind.shape[0], -1, behind.shape[-1]).astype(kernel.dtype)
+    rows = jnp.pad(rows, ((0, 0), (kernel.shape[2], 0), (0, 0)))
+    for layer in range(kernel.shape[0]):  # a stack turned in one program would need its memory once more
+        rows = _put_turned(rows, kernel, layer)
+    return rows
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def _put_turned(rows: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
+    turned = jax.lax.dynamic_index_in_dim(kernel, layer).swapaxes(1, 2)
+    return jax.lax.dynamic_update_slice(rows, turned, (layer, 0, 0))
