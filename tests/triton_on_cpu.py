@@ -92,15 +92,18 @@ def gated_cases(draw) -> tuple[Any, ...]:
         tuple(draw(st.lists(st.sampled_from([5, 48, 130]), min_size=1, max_size=3))),
     )
     top_k = draw(st.integers(1, min(4, adapters)))
-    draws = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(kind))  # noqa: E731
+
+    def draw_array(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape).astype(kind))
+
     # few distinct values make ties
     gate = jnp.asarray(rng.integers(-2, 3, (width, len(splits), adapters)).astype(np.float32))
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)).astype(kind))
-    a, b = draws(len(splits), adapters, rank, width), draws(adapters, rank, sum(splits))
+    a, b = draw_array(len(splits), adapters, rank, width), draw_array(adapters, rank, sum(splits))
     scale = jnp.asarray(rng.uniform(0.5, 2, (len(splits), adapters)).astype(np.float32))
     counts = jnp.asarray(rng.integers(0, top_k + 1, rows).astype(np.int32))
     temperatures = jnp.asarray(rng.uniform(0.5, 20, rows).astype(np.float32))
-    return x, gate, a, b, scale, counts, temperatures, draws(rows, sum(splits)), splits, top_k
+    return x, gate, a, b, scale, counts, temperatures, draw_array(rows, sum(splits)), splits, top_k
 
 
 def random_gated_shapes(name: str, examples: int) -> None:
