@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
 from typing import Any
+
+import jax
 
 CAPTURABLE = "triton_kernel_call_ffi"  # jaxlib's second entry to the same launcher, the one that may be captured
 
 
 def launch(
-    module: str, kernel: str, *arrays: Any, out: Any, grid: tuple[int, ...], warps: int = 4,
-    aliases: dict[int, int] | None = None, **constants: Any,
-) -> Any:  # fmt: skip
+    module: str, kernel: str, *arrays: jax.Array, out: tuple[jax.ShapeDtypeStruct, ...], grid: tuple[int, ...],
+    warps: int = 4, aliases: Mapping[int, int] = MappingProxyType({}), **constants: Hashable,
+) -> tuple[jax.Array, ...]:  # fmt: skip
     """Launches a kernel by its module's and its own name.
 
     Args:
-        out: a ShapeDtypeStruct or a tuple of them; the kernel's last parameters.
+        arrays: the kernel's first parameters.
+        out: shapes and dtypes of the arrays that it writes, its next parameters.
+        grid: programs, one to three numbers. warps: of 32 threads, in a program.
         aliases: {input: output}: the output starts as that input, in its place.
+        constants: its `tl.constexpr` parameters.
+
+    Returns:
+        What it wrote, as `out` has it.
 
     Raises:
         NotImplementedError: the extra `gpu` is not installed.
@@ -31,10 +41,11 @@ def launch(
             f"Triton kernels: expected the extra `gpu` (pip install meteora-jax[gpu]), found no {e.name}"
         ) from e
     _lower_capturable()
-    return jax_triton.triton_call(
+    results = jax_triton.triton_call(
         *arrays, kernel=getattr(kernels, kernel), out_shape=out, grid=grid, num_warps=warps, name=kernel,
-        input_output_aliases=aliases, custom_call_target_name=CAPTURABLE, **constants,
+        input_output_aliases=dict(aliases), custom_call_target_name=CAPTURABLE, **constants,
     )  # fmt: skip
+    return tuple(results)
 
 
 @functools.cache

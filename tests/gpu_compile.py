@@ -82,7 +82,7 @@ def llama_3_8b(form: TokenRouterForm | None = None, execution: ExecutionConfig =
 
     def make() -> Llama:
         model = gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0), execution)
-        return nnx.merge(*llama.pack(*nnx.split(model), joined=True))
+        return nnx.merge(*llama.pack(*nnx.split(model)))
 
     model = nnx.eval_shape(make)
     return *nnx.split(model), bank

@@ -10,7 +10,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from meteora_jax.routing import Routing
-from pallas_kernels.routed_lora import LoraBank, routed_lora
+from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
+from pallas_kernels.routed_lora.reference import einsum_float32
+from pallas_kernels.routed_lora.triton_gpu import topk_gated_lora
+from pallas_kernels.topk_gating import topk_gating
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -79,6 +82,22 @@ def make_case(
 def apply(x, a, b, indices, weights, scale, base, splits, implementation=None):
     """`routed_lora` of a case's arrays."""
     return routed_lora(x, LoraBank(a, b, scale, splits), Routing(indices, weights), base, implementation=implementation)
+
+
+PACKED = ("reference", "masked", "triton")  # what may follow a packed weight's product
+
+
+def follow_product(x, packed, bank, rule, base, name):
+    """(base + update, indices, weights) behind the product of x [M, I] with gates and A's packed [P, N, I]."""
+    adapters, rank, _ = bank.b.shape
+    first = packing.first_a_row(adapters)
+    product = einsum_float32(x.dtype, "mi,pni->mpn", x, packed)
+    if name == "triton":
+        return topk_gated_lora(product.reshape(len(product), -1), bank, rule, base, first)
+    indices, weights = topk_gating(product[..., :adapters], rule)
+    shrink = product[..., first : first + adapters * rank].reshape(*product.shape[:2], adapters, rank)
+    y = routed_lora(x, bank, Routing(indices, weights), base, shrink=shrink, implementation=name)
+    return y, indices, weights
 
 
 @st.composite

@@ -60,7 +60,7 @@ def packed_model(
     """Gates and A's behind the kernels' rows; another `execution` is another program."""
     model = small(dtype, form)
     graph = llama.with_execution(model.graph, model.weights, execution)
-    graph, weights = llama.pack(graph, model.weights, joined=True)
+    graph, weights = llama.pack(graph, model.weights)
     return dataclasses.replace(model, graph=graph, weights=weights)
 
 
@@ -93,6 +93,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 ROUTER = TokenRouterForm(width=32, depth=2)
+LAYER = ["qkv_epilogue_kernel", "attend_kernel"]
+LAYER += ["residual_epilogue_kernel", "silu_epilogue_kernel", "residual_epilogue_kernel"]
 NUMBERS = itertools.count(65)
 
 
@@ -108,30 +110,31 @@ def test_launches_of_a_layer_are_the_bare_model_s(monkeypatch, router, form):
     model = packed_model(form=form, execution=recorded_steps())
     batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(router, 2), Sampling(), 2)
     batch.advance(2)
-    assert launches == ["tail_kernel", "attend_kernel", *["tail_kernel"] * 3] * model.config.num_layers
+    assert launches == LAYER * model.config.num_layers
 
 
 @pytest.mark.parametrize("gather", [0, 1])
-def test_a_tail_gathers_exactly_where_its_tiles_are_single_rows(monkeypatch, gather):
-    told: list[dict[str, Any]] = []
+def test_an_epilogue_gathers_exactly_where_its_tiles_are_single_rows(monkeypatch, gather):
+    constants: list[dict[str, Any]] = []
 
     def launch(module: str, kernel: str, *arrays: Any, out: Any, **rest: Any) -> Any:
-        told.extend([rest] if kernel == "tail_kernel" else [])
+        constants.extend([rest] if "epilogue" in kernel else [])
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)
 
     monkeypatch.setattr(triton_gpu, "launch", launch)
     model = packed_model(execution=recorded_steps(gather=gather))
     batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(mj.Gates(2), 2), Sampling(), 2)
     batch.advance(2)
-    assert {(sizes["GATHER"], sizes["BM"]) for sizes in told} == {(bool(gather), 1 if gather else 16)}
+    assert {(given["ADAPTERS"].gather, given["BM"]) for given in constants} == {(bool(gather), 1 if gather else 16)}
 
 
-def test_a_wide_bank_has_one_launch_more_a_group(monkeypatch):
+def test_a_wide_bank_takes_another_launch_in_each_group(monkeypatch):
     launches = recorded(monkeypatch)
     model = packed_model(execution=recorded_steps(width=8))
     batch = Generator(model.graph, model.weights, model.config, ROWS[:1], model.bind(mj.Gates(2), 1), Sampling(), 2)
     batch.advance(2)
-    assert [launches.count(name) for name in ("shrink_kernel", "tail_kernel")] == [4 * model.config.num_layers] * 2
+    assert [name for name in launches if name != "shrink_kernel"] == LAYER * model.config.num_layers
+    assert launches.count("shrink_kernel") == 4 * model.config.num_layers
 
 
 @pytest.mark.parametrize(
@@ -188,11 +191,12 @@ def test_more_rows_than_a_step_has_are_refused():
 
 def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
     of = ExecutionConfig.of
-    assert of("cpu", "float32") == of("tpu", "bfloat16") == ExecutionConfig()
+    assert of("cpu", "float32") == ExecutionConfig()
+    assert of("tpu", "bfloat16") == ExecutionConfig("tpu")
     gpu = of("gpu", "bfloat16")
-    assert gpu == ExecutionConfig(StepLimits(64, 4, 4096), ("prompt", "packed"), "triton", "diagonal")
+    assert gpu == ExecutionConfig("gpu", StepLimits(64, 4, 4096), ("prompt", "packed"), triton=True)
     assert of("gpu", "float32") == dataclasses.replace(gpu, fused_attention=())
-    assert of("gpu", "bfloat16", triton=False) == dataclasses.replace(gpu, step=None, gated="reference")
+    assert of("gpu", "bfloat16", triton=False) == dataclasses.replace(gpu, step=None, triton=False)
     many = jax.sharding.AbstractMesh((2,), ("data",))
     assert of("gpu", "bfloat16", many) == dataclasses.replace(gpu, step=None)
     monkeypatch.setattr(execution, "platform", lambda: "tpu")
@@ -202,30 +206,33 @@ def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 8, 16, 32, 64])
 @pytest.mark.parametrize("gather", [None, False, True])
 @pytest.mark.parametrize(
-    ("total", "tail", "head"),
-    [(6144, "rope", 128), (4096, "residual", 128), (28672, "silu", 128), (960, "rope", 64), (576, "residual", 64)],
+    ("total", "epilogue", "head"),
+    [(6144, "qkv", 128), (4096, "residual", 128), (28672, "silu", 128), (960, "qkv", 64), (576, "residual", 64)],
 )
-def test_tiles_cover_the_columns(rows, gather, total, tail, head):
-    size = triton_gpu.tiles(rows, total, tail, head, gather)
+def test_tiles_cover_the_columns(rows, gather, total, epilogue, head):
+    size = triton_gpu.tiles(rows, total, epilogue, head, gather)
     assert total % (2 * size["BH"]) == 0
-    assert tail != "rope" or head // 2 % size["BH"] == 0
+    assert epilogue != "qkv" or head // 2 % size["BH"] == 0
     assert gather is not False or size["BM"] >= max(16, rows)
     assert not gather or size["BM"] == 1
 
 
 @pytest.mark.parametrize(
-    ("tail", "total", "few", "more"),
-    [("rope", 6144, 32, (32, 32, 64)), ("silu", 28672, 32, (64, 128, 128)), ("residual", 4096, 16, (16, 16, 32))],
+    ("epilogue", "total", "few", "many"),
+    [("qkv", 6144, 32, (32, 32, 64)), ("silu", 28672, 32, (64, 128, 128)), ("residual", 4096, 16, (16, 16, 32))],
 )
-def test_tiles_of_chosen_rows_widen_with_the_rows(tail, total, few, more):
+def test_tiles_of_chosen_rows_widen_with_the_rows(epilogue, total, few, many):
     """Of a Llama-3-8B; every program's columns are its own whatever the width."""
-    width = lambda rows: triton_gpu.tiles(rows, total, tail, 128, True)["BH"]  # noqa: E731
+
+    def width(rows: int) -> int:
+        return triton_gpu.tiles(rows, total, epilogue, 128, True)["BH"]
+
     assert (width(1), width(8)) == (few, few)
-    assert (width(16), width(32), width(64)) == more
-    ranks = [triton_gpu.tiles(32, total, tail, 128, True, rank)["BH"] for rank in (8, 16, 64)]
-    assert ranks == [more[1], min(more[1], 64), min(more[1], few)]  # one warp's
+    assert (width(16), width(32), width(64)) == many
+    ranks = [triton_gpu.tiles(32, total, epilogue, 128, True, rank)["BH"] for rank in (8, 16, 64)]
+    assert ranks == [many[1], min(many[1], 64), min(many[1], few)]  # one warp's
     for rows in (16, 32, 64):
-        widest = min(triton_gpu.WIDEST, 64 if tail == "rope" else total // 2)
+        widest = min(triton_gpu.WIDEST, 64 if epilogue == "qkv" else total // 2)
         assert rows * total <= 2 * width(rows) * StepLimits.programs or width(rows) == widest
 
 
@@ -270,7 +277,7 @@ def test_generation_on_a_gpu(dtype, router, form):
 @pytest.mark.gpu
 @pytest.mark.parametrize("first", [0, 9, 18, 27])
 def test_groups_and_attention_on_a_gpu(monkeypatch, first):
-    """The interpreter's cases, compiled: against float64, tails, routings and forms mixed."""
+    """The interpreter's cases, compiled: against float64, epilogues, routings and forms mixed."""
     import decode_step_on_cpu as cases
 
     launches: list[str] = []

@@ -234,7 +234,7 @@ def here() -> ExecutionConfig:
 
 
 def compare_prompts(router: Any) -> None:
-    """The fused attention and the slim matrix against neither, both in bfloat16."""
+    """The fused attention and packed weights against neither, both in bfloat16."""
     fused = prompt_hidden(run_as(prepared(small("bfloat16")), here()), router)
     plain = prompt_hidden(run_as(small("bfloat16"), ExecutionConfig()), router)
     assert np.isfinite(fused).all()

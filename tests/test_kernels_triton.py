@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from routed_cases import PACKED, follow_product
 
-from pallas_kernels.routed_lora import gated
+from pallas_kernels.routed_lora import LoraBank, packing
+from pallas_kernels.topk_gating import TopK
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -40,15 +41,13 @@ def program(name: str, *arguments: str, **environment: str) -> str:
 @needs_triton
 def test_numerics_on_random_shapes_by_triton_s_interpreter():
     out = program("triton_on_cpu.py", "6", TRITON_INTERPRET="1")
-    assert [line.partition(":")[0] for line in out.splitlines()] == [
-        f"gated, {name}" for name in get_args(gated.Implementation)
-    ]
+    assert [line.partition(":")[0] for line in out.splitlines()] == [f"gated, {name}" for name in PACKED]
 
 
 @needs_gpu_extra
 def test_every_kernel_compiles_for_hopper():
     out = program("triton_lowering.py")
-    for kernel in ("gated_expand", "tail", "shrink", "attend", "combine"):
+    for kernel in ("gated_expand", "qkv_epilogue", "silu_epilogue", "residual_epilogue", "shrink", "attend", "combine"):
         assert f"  {kernel}_kernel: " in out
     for case in re.split(r"\n(?=\S)", out):  # a case, and its kernels indented below it
         header, *kernels = case.strip().splitlines()
@@ -57,18 +56,18 @@ def test_every_kernel_compiles_for_hopper():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 8, 40, 1000])
-@pytest.mark.parametrize("name", get_args(gated.Implementation)[1:])
+@pytest.mark.parametrize("name", PACKED[1:])
 def test_gated_on_a_gpu(name: str, rows: int):
     rng = np.random.default_rng(rows)
     adapters, rank, width, splits = 28, 8, 576, (576, 192, 192)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)  # noqa: E731
     gate = jnp.asarray(rng.standard_normal((width, 3, adapters)), jnp.float32)
-    slim, b = gated.slim_matrix(gate, draw(3, adapters, rank, width)), draw(adapters, rank, sum(splits))
-    scale, counts = jnp.ones((3, adapters), jnp.float32), jnp.full((rows,), 2, jnp.int32)
-    rest = (b, scale, counts, jnp.ones((rows,), jnp.float32), draw(rows, sum(splits)), splits, 2)
-    x = draw(rows, width)
-    y, indices, weights = gated.gated_lora(x, slim, *rest, implementation=name)
-    y0, indices0, weights0 = gated.gated_lora(x, slim, *rest)
+    a, b = draw(3, adapters, rank, width), draw(adapters, rank, sum(splits))
+    bank = LoraBank(a, b, jnp.ones((3, adapters), jnp.float32), splits)
+    rule = TopK(jnp.full((rows,), 2, jnp.int32), jnp.ones((rows,), jnp.float32), 2)
+    given = draw(rows, width), packing.pack_gates_and_a(gate, a), bank, rule, draw(rows, sum(splits))
+    run = jax.jit(follow_product, static_argnames="name")
+    (y, indices, weights), (y0, indices0, weights0) = run(*given, name=name), run(*given, name="reference")
     np.testing.assert_array_equal(indices, indices0)
     np.testing.assert_allclose(weights, weights0, atol=1e-3)
     error = np.linalg.norm(np.float32(y) - np.float32(y0)) / np.linalg.norm(np.float32(y0))
@@ -77,15 +76,16 @@ def test_gated_on_a_gpu(name: str, rows: int):
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_triton") is not None, reason="jax-triton is installed")
 def test_without_the_extra_the_error_names_it():
-    ones = functools.partial(jnp.ones, dtype=jnp.float32)
-    arrays = ones((1, 8)), ones((1, 256, 8)), ones((2, 4, 8)), ones((1, 2)), jnp.ones((1,), jnp.int32), ones((1,))
+    ones = jnp.ones
+    bank = LoraBank(ones((1, 2, 4, 8)), ones((2, 4, 8)), ones((1, 2)), (8,))
+    rule = TopK(jnp.ones((1,), jnp.int32), ones((1,)), 1)
     with pytest.raises(NotImplementedError, match="the extra `gpu`"):
-        gated.gated_lora(*arrays, ones((1, 8)), (8,), 1, implementation="triton")
+        follow_product(ones((1, 8)), ones((1, 256, 8)), bank, rule, ones((1, 8)), "triton")
 
 
-def test_slim_matrix_is_padded_to_whole_tiles():
+def test_packed_rows_are_padded_to_whole_tiles():
     gate, a = jnp.ones((64, 3, 28)), jnp.ones((3, 28, 8, 64))
-    assert gated.slim_matrix(gate, a).shape == (3, 256, 64)
-    two = gated.slim_matrix(gate[..., :2], a[:, :2])
+    assert packing.pack_gates_and_a(gate, a).shape == (3, 256, 64)
+    two = packing.pack_gates_and_a(gate[..., :2], a[:, :2])
     assert two.shape == (3, 256, 64)
     np.testing.assert_array_equal(two.sum(-1)[0, :48] > 0, [True] * 2 + [False] * 30 + [True] * 16)

@@ -26,8 +26,10 @@ from jax_triton import triton_lib
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pallas_kernels.decode_step import triton_gpu as decode_step
-from pallas_kernels.routed_lora import gated
+from pallas_kernels.decode_step import operands, triton_gpu
+from pallas_kernels.routed_lora import LoraBank, packing
+from pallas_kernels.routed_lora.triton_gpu import topk_gated_lora
+from pallas_kernels.topk_gating import TopK
 
 HOPPER = 90
 LIMIT = 227 * 1024  # shared memory of a block
@@ -65,74 +67,74 @@ def lower(f, *arguments) -> None:
 
 def main() -> None:
     array = jax.ShapeDtypeStruct
-    for name, rows, (width, splits), adapters, rank in [
-        ("triton", 1, QKV, 28, 8),
-        ("triton", 32, DOWN, 28, 8),
-        ("triton", 64, GATE_UP, 28, 8),
+    for rows, (width, splits), adapters, rank in [
+        (1, QKV, 28, 8),
+        (32, DOWN, 28, 8),
+        (64, GATE_UP, 28, 8),
     ]:
-        print(f"gated, {name}: {rows} {width}->{splits} {adapters} of rank {rank} bfloat16")
-        slim = jax.eval_shape(
-            gated.slim_matrix,
-            array((width, len(splits), adapters), jnp.float32),
+        print(f"gated, triton: {rows} {width}->{splits} {adapters} of rank {rank} bfloat16")
+        bank = LoraBank(
             array((len(splits), adapters, rank, width), jnp.bfloat16),
-        )
-        arrays = (
-            array((rows, width), jnp.bfloat16),
-            slim,
             array((adapters, rank, sum(splits)), jnp.bfloat16),
             array((len(splits), adapters), jnp.float32),
-            array((rows,), jnp.int32),
-            array((rows,), jnp.float32),
-            array((rows, sum(splits)), jnp.bfloat16),
+            splits,
         )
-        run = functools.partial(gated.gated_lora, splits=splits, top_k=2, implementation=name)
-        lower(run, *arrays)
+        product = array((rows, len(splits) * 256), jnp.float32)
+        rule = TopK(array((rows,), jnp.int32), array((rows,), jnp.float32), 2)
+        first = packing.first_a_row(adapters)
+        run = functools.partial(topk_gated_lora, first=first)
+        lower(run, product, bank, rule, array((rows, sum(splits)), jnp.bfloat16))
     decode_steps()
 
 
 def decode_steps() -> None:
     """The launches of a layer of Llama-3-8B, bare and adapted, by gates and by a choice given; and a wide bank's."""
     array, layers = jax.ShapeDtypeStruct, 32
-    half = lambda *shape: array((layers, *shape), jnp.bfloat16)  # noqa: E731
-    for tail, (width, splits), norm in [
-        ("rope", QKV, True), ("residual", (4096, (4096,)), False), ("silu", GATE_UP, True), ("residual", DOWN, False)
+
+    def half(*shape: int) -> jax.ShapeDtypeStruct:
+        return array((layers, *shape), jnp.bfloat16)
+
+    for epilogue, (width, splits), norm in [
+        ("qkv", QKV, True), ("residual", (4096, (4096,)), False), ("silu", GATE_UP, True), ("residual", DOWN, False)
     ]:  # fmt: skip
         for rows, adapters, rank, how in [
-            *((rows, 28, 8, how) for rows in (1, 8, 32) for how in ("gates", "given")), (1, 0, 0, ""), (32, 0, 0, ""),
-            (8, 256, 16, "gates"), (8, 256, 16, "given"),
+            *((rows, 28, 8, how) for rows in (1, 8, 32, 64) for how in ("gates", "given")),
+            (1, 0, 0, ""), (32, 0, 0, ""), (8, 256, 16, "gates"), (8, 256, 16, "given"),
         ]:  # fmt: skip
             print(f"decode_step {rows} {width}->{splits} {adapters} of rank {rank} {how} bfloat16")
             p, wide, some = len(splits), adapters * rank > 512, max(1, adapters)
-            group = decode_step.Group(
+            group = operands.Group(
                 half(sum(splits) + 256 * p, width), half(p, some, rank, width) if wide else None,
-                half(some, rank, sum(splits)), array((layers, p, some), jnp.float32), splits, 1e-5, 256,
-                gated.first_shrink(some),
+                half(some, rank, sum(splits)), array((layers, p, some), jnp.float32), splits,
+                1e-5 if norm else None, 256, packing.first_a_row(some), 0,
             )  # fmt: skip
             trace = (layers, rows, 7, 2) if how == "gates" else (1,)
-            carried = decode_step.Carried(
+            state = operands.StepState(
                 half(rows, 1024, 1024), half(rows, 1024, 1024), array(trace, jnp.int32), array(trace, jnp.float32)
             )
             limits = array((rows,), jnp.int32), array((rows,), jnp.float32)
             given = array((rows, 2), jnp.int32), array((rows, 2), jnp.float32)
-            choice = decode_step.Choice(2, *limits) if how == "gates" else decode_step.Choice(2, None, None, *given)
+            choice = operands.Choice(2, *limits) if how == "gates" else operands.Choice(2, None, None, *given)
             choice = choice if adapters else None
 
-            def step(x, group, carried, choice, cos, sin, residual, squares, slot, scales, tail=tail, norm=norm):
-                return decode_step.group_step(
-                    1, x, group, tail, carried, choice, squares=squares if norm else None, head=128,
-                    residual=residual if tail == "residual" else None, angles=(cos, sin) if tail == "rope" else None,
-                    slot=slot, following=(scales, 1),
-                )  # fmt: skip
+            def step(x, squares, group, state, choice, angles, slot, residual, scales, epilogue=epilogue):
+                stream = operands.ResidualStream(residual, x, squares)
+                if epilogue == "qkv":
+                    return triton_gpu.qkv_step(1, stream, group, state, choice, angles=angles, slot=slot, head_dim=128)
+                if epilogue == "silu":
+                    return triton_gpu.silu_step(1, stream, group, state, choice)
+                following = dict(next_scale=scales, next_layer=1)
+                return triton_gpu.residual_step(1, x, group, state, choice, residual=residual, **following)
 
             angle, x = array((rows, 64), jnp.float32), array((max(8, rows), width), jnp.bfloat16)
             residual, squares = array((rows, 4096), jnp.bfloat16), array((rows, 128), jnp.float32)
-            given = angle, angle, residual, squares, array((1,), jnp.int32), half(4096)
-            lower(step, x, group, carried, choice, *given)
+            own = (angle, angle), array((1,), jnp.int32), residual, half(4096)
+            lower(step, x, squares, group, state, choice, *own)
     print("decode_step attention bfloat16")
     rows, one = array((8,), jnp.int32), array((1,), jnp.int32)
-    carried = decode_step.Carried(half(8, 1024, 1024), half(8, 1024, 1024), one, one)
-    attend = functools.partial(decode_step.attend, 1, heads=32, head=128)
-    lower(attend, array((8, 4096), jnp.bfloat16), carried, rows, array((8, 1024), jnp.int32), one)
+    state = operands.StepState(half(8, 1024, 1024), half(8, 1024, 1024), one, one)
+    attend = functools.partial(triton_gpu.attend, 1, heads=32, head_dim=128)
+    lower(attend, array((8, 4096), jnp.bfloat16), state, rows, array((8, 1024), jnp.int32), one)
 
 
 if __name__ == "__main__":

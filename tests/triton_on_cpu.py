@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ from triton.runtime import interpreter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from routed_cases import DTYPES, Case, assert_close
+from routed_cases import DTYPES, PACKED, Case, assert_close, follow_product
 
-from pallas_kernels.routed_lora import gated, triton_gpu, triton_kernels
+from pallas_kernels.routed_lora import LoraBank, packing, triton_gpu, triton_kernels
+from pallas_kernels.topk_gating import TopK
 
 RANDOM: Any = dict(
     deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
@@ -92,15 +93,18 @@ def gated_cases(draw) -> tuple[Any, ...]:
         tuple(draw(st.lists(st.sampled_from([5, 48, 130]), min_size=1, max_size=3))),
     )
     top_k = draw(st.integers(1, min(4, adapters)))
-    draws = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(kind))  # noqa: E731
+
+    def draw_array(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape).astype(kind))
+
     # few distinct values make ties
     gate = jnp.asarray(rng.integers(-2, 3, (width, len(splits), adapters)).astype(np.float32))
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)).astype(kind))
-    a, b = draws(len(splits), adapters, rank, width), draws(adapters, rank, sum(splits))
+    a, b = draw_array(len(splits), adapters, rank, width), draw_array(adapters, rank, sum(splits))
     scale = jnp.asarray(rng.uniform(0.5, 2, (len(splits), adapters)).astype(np.float32))
     counts = jnp.asarray(rng.integers(0, top_k + 1, rows).astype(np.int32))
     temperatures = jnp.asarray(rng.uniform(0.5, 20, rows).astype(np.float32))
-    return x, gate, a, b, scale, counts, temperatures, draws(rows, sum(splits)), splits, top_k
+    return x, gate, a, b, scale, counts, temperatures, draw_array(rows, sum(splits)), splits, top_k
 
 
 def random_gated_shapes(name: str, examples: int) -> None:
@@ -123,10 +127,8 @@ def random_gated_shapes(name: str, examples: int) -> None:
             splits,
             np.asarray(base),
         )
-        y, found_indices, found_weights = gated.gated_lora.__wrapped__(
-            x, gated.slim_matrix(gate, a), b, scale, counts, temperatures, base, splits, top_k,
-            implementation=name,
-        )  # fmt: skip
+        bank, rule = LoraBank(a, b, scale, splits), TopK(counts, temperatures, top_k)
+        y, found_indices, found_weights = follow_product(x, packing.pack_gates_and_a(gate, a), bank, rule, base, name)
         np.testing.assert_array_equal(found_indices, indices)
         np.testing.assert_allclose(found_weights, weights, atol=1e-6)
         assert_close({"y": y}, expected)
@@ -135,7 +137,7 @@ def random_gated_shapes(name: str, examples: int) -> None:
 
 
 def main(examples: int) -> None:
-    for name in get_args(gated.Implementation):
+    for name in PACKED:
         random_gated_shapes(name, 2 * examples)  # fewer let a bias slip that one of them forgets
         print(f"gated, {name}: {2 * examples} random shapes")
     assert set(LAUNCHES) == {"gated_expand_kernel"}, LAUNCHES

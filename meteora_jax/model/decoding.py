@@ -15,10 +15,11 @@ from meteora_jax.model.lora_linear import LoRALinear
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.routing import BoundRouter, Routing
 from pallas_kernels.decode_step import triton_gpu
-from pallas_kernels.decode_step.triton_gpu import Carried, Choice, Group, Stream, Tail
+from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
+from pallas_kernels.decode_step.triton_gpu import Epilogue
 from pallas_kernels.routed_lora import packing
 
-TAILS: dict[str, Tail] = {"qkv": "rope", "o": "residual", "gate_up": "silu", "down": "residual"}
+EPILOGUES: dict[str, Epilogue] = {"qkv": "qkv", "o": "residual", "gate_up": "silu", "down": "residual"}
 FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
 
 
@@ -33,11 +34,11 @@ def refusal(
     if rows > execution.step.rows or config.head_dim < 32 or config.head_dim & (config.head_dim - 1):
         return "rows or heads that no tile has"
     linears: list[LoRALinear | PackedLinear] = [getattr(layers, name) for name in GROUPS]
-    for linear, tail in zip(linears, TAILS.values(), strict=True):
+    for linear, epilogue in zip(linears, EPILOGUES.values(), strict=True):
         if linear.bias is not None:
             return "biases"
         try:
-            triton_gpu.tiles(rows, sum(linear.splits), tail, config.head_dim, None)
+            triton_gpu.tiles(rows, sum(linear.splits), epilogue, config.head_dim, None)
         except NotImplementedError as e:
             return str(e)
     if router is None:
@@ -61,7 +62,9 @@ def _is_wide(linear: LoRALinear | PackedLinear, execution: ExecutionConfig) -> b
     return linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
 
 
-def group_weights(linear: LoRALinear | PackedLinear, norm: Any, adapt: bool, execution: ExecutionConfig) -> Group:
+def group_weights(
+    linear: LoRALinear | PackedLinear, norm: Any, adapt: bool, execution: ExecutionConfig, first_projection: int
+) -> Group:
     """The stacked weights of a group; `norm` is the RmsNorm before it."""
     if not adapt or linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
         a = b = scale = None
@@ -71,8 +74,8 @@ def group_weights(linear: LoRALinear | PackedLinear, norm: Any, adapt: bool, exe
         b, scale = linear.lora_b[...], linear.lora_scale[...]
         first = packing.first_a_row(b.shape[1])
     return Group(
-        linear.kernel[...], a, b, scale, linear.splits,
-        None if norm is None else norm.eps, linear.packed_rows // len(linear.splits), first,
+        linear.kernel[...], a, b, scale, splits=linear.splits, eps=None if norm is None else norm.eps,
+        packed=linear.packed_rows // len(linear.splits), first_shrink=first, first_projection=first_projection,
     )  # fmt: skip
 
 
@@ -108,40 +111,40 @@ def run_layers(
     elif given is not None:
         choice = Choice(given.indices.shape[-1], indices=given.indices[:, 0, 0], weights=given.weights[:, 0, 0])
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
-    groups = {g: group_weights(getattr(layers, g), norms.get(g), choice is not None, execution) for g in GROUPS}
+    adapt = choice is not None
+    groups = {g: group_weights(getattr(layers, g), norms.get(g), adapt, execution, FIRST[g]) for g in GROUPS}
     keys, values = (z.reshape(*z.shape[:3], -1) for z in (cache.keys, cache.values))
-    carried = Carried(keys, values, *traced)
+    state = StepState(keys, values, *traced)
     slot, used = cache.length[None], cache.length[None] + 1
-    stream = Stream.begin(x, layers.attention_norm.scale[0])
+    stream = ResidualStream.begin(x, layers.attention_norm.scale[0])
     for layer in range(depth):  # written out: cuBLAS reads a layer in place where its number is known
-
-        def run(group: str, x: jax.Array, carried: Carried, layer: int = layer, **more: Any) -> tuple[Any, Carried]:
-            return triton_gpu.group_step(
-                layer, x, groups[group], TAILS[group], carried, choice, head=config.head_dim,
-                first_projection=FIRST[group], limits=limits, **more,
-            )  # fmt: skip
-
-        q, carried = run("qkv", stream.scaled, carried, squares=stream.squares, angles=angles, slot=slot)
+        q, state = triton_gpu.qkv_step(
+            layer, stream, groups["qkv"], state, choice, limits, angles=angles, slot=slot, head_dim=config.head_dim
+        )
         heads = config.num_heads, config.head_dim
-        y = triton_gpu.attend(layer, q, carried, positions, cache.positions, used, *heads)
-        then = layers.mlp_norm.scale[...], 0
-        stream, carried = run("o", y, carried, residual=stream.x, following=then)
-        y, carried = run("gate_up", stream.scaled, carried, squares=stream.squares)
-        then = layers.attention_norm.scale[...], 1
-        stream, carried = run("down", y, carried, residual=stream.x, following=then)
-    keys, values = (z.reshape(cache.keys.shape) for z in (carried.keys, carried.values))
+        y = triton_gpu.attend(layer, q, state, positions, cache.positions, used, *heads)
+        stream, state = triton_gpu.residual_step(
+            layer, y, groups["o"], state, choice, limits, residual=stream.x, next_scale=layers.mlp_norm.scale[...],
+            next_layer=0,
+        )  # fmt: skip
+        y, state = triton_gpu.silu_step(layer, stream, groups["gate_up"], state, choice, limits)
+        stream, state = triton_gpu.residual_step(
+            layer, y, groups["down"], state, choice, limits, residual=stream.x,
+            next_scale=layers.attention_norm.scale[...], next_layer=1,
+        )  # fmt: skip
+    keys, values = (z.reshape(cache.keys.shape) for z in (state.keys, state.values))
     cache = dataclasses.replace(cache, keys=keys, values=values)
     routings: tuple[Routing, ...] = ()
     if choice is not None:
-        routings = tuple(_routing(carried, choice, g, depth) for g in GROUPS)
+        routings = tuple(_routing(state, choice, g, depth) for g in GROUPS)
     return stream.x, cache, routings
 
 
-def _routing(carried: Carried, choice: Choice, group: str, depth: int) -> Routing:
+def _routing(state: StepState, choice: Choice, group: str, depth: int) -> Routing:
     """What acted in a group, layers first."""
     if choice.counts is not None:
         own = slice(FIRST[group], FIRST[group] + len(GROUPS[group]))
-        return Routing(carried.indices[:, :, None, own], carried.weights[:, :, None, own])
+        return Routing(state.indices[:, :, None, own], state.weights[:, :, None, own])
     given = (
         jnp.broadcast_to(z[None, :, None, None], (depth, z.shape[0], 1, 1, z.shape[1]))
         for z in (choice.indices, choice.weights)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from meteora_jax.config import LlamaConfig
 from meteora_jax.sharding import constrain
-
-EMPTY = -1  # position of a slot that holds no token
+from pallas_kernels.decode_step.operands import EMPTY
 
 
 @jax.tree_util.register_dataclass

@@ -1,35 +1,50 @@
-"""The groups of a layer for one token a row, and its attention: cuBLAS and Triton launches (the extra `gpu`).
+"""NVIDIA GPUs: projections and attention of a layer for one token a row, by cuBLAS and Triton (the extra `gpu`).
 
-A group is a product by XLA (cuBLAS reads the layer where it is stacked; the gates and A's are its last rows), then
-`tail_kernel`: norm, choice and update of the adapters, and what follows, which is rotary embedding and cache,
-silu(gate) up, or the sum with the residual stream. With a wide bank `shrink_kernel` stands between them. A norm's
-1 / rms commutes with the product: the tail before it multiplies by the norm's scale, the one behind it by that factor.
+Timed on an H100 and an H200 (docs/performance.md). A group of projections is a product by XLA (cuBLAS reads the layer
+where it is stacked; gates and A's are packed behind the base's rows) and one launch behind it, its epilogue:
 
-Tiles follow from the shapes; nothing is tuned at run time.
+    qkv_step       q k v         norm's factor, adapters, rotary embedding, keys and values into the cache
+    silu_step      gate and up   norm's factor, adapters, silu(gate) * up
+    residual_step  o; down       adapters, sum with the residual stream, what the next norm needs
+
+With a wide bank `shrink_kernel` stands between the two. Tiles follow from the shapes; nothing is tuned at run time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any, Literal
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_step.operands import (
+    EMPTY,
+    LEAST_ROWS,
+    AdapterLayout,
+    Choice,
+    Group,
+    ResidualStream,
+    StepState,
+)
 from pallas_kernels.launch import launch
 from pallas_kernels.routed_lora.triton_gpu import power
 
-KERNELS = "pallas_kernels.decode_step.triton_kernels"
-ATTENTION = "pallas_kernels.decode_step.attention_kernels"
-Tail = Literal["rope", "silu", "residual"]
-EMPTY = -1  # position of a slot that holds no token
+Epilogue = Literal["qkv", "silu", "residual"]
+KERNELS: Mapping[Epilogue, str] = MappingProxyType(
+    {"qkv": "qkv_epilogue_kernel", "silu": "silu_epilogue_kernel", "residual": "residual_epilogue_kernel"}
+)
+EPILOGUE_MODULE = "pallas_kernels.decode_step.epilogue_kernels"
+ADAPTER_MODULE = "pallas_kernels.decode_step.adapter_kernels"
+ATTENTION_MODULE = "pallas_kernels.decode_step.attention_kernels"
 MAX_ROWS = 64
-LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 WIDEST = 128  # columns of a block
 ONE_WARP = 1024  # values of B in a block of one warp
+shape = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,85 +64,6 @@ class StepLimits:
     programs: int = 32 * PROGRAMS
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["w", "a", "b", "scale"],
-    meta_fields=["splits", "eps", "columns", "first"],
-)
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """A projection group's weights, stacked over layers.
-
-    w [L, I, O], or rows [L, O + N, I]: behind the O rows N / P a projection, its gates, and its A's from row `first` on
-    (or gates alone beside a [L, P, A, R, I]); b [L, A, R, O]; scale float32 [L, P, A]. None: has none. eps: of the norm
-    before it, None without one. columns: N / P, of the product. N = 0: w is [L, I, O].
-    """
-
-    w: Any
-    a: Any
-    b: Any
-    scale: Any
-    splits: tuple[int, ...]
-    eps: float | None
-    columns: int
-    first: int
-
-    @property
-    def rows_behind(self) -> int:
-        return self.columns * len(self.splits)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["counts", "temperatures", "indices", "weights"],
-    meta_fields=["top_k"],
-)
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Who acts: gates, with int32 [M] counts and float32 [M] temperatures; or indices and weights given, [M, C]."""
-
-    top_k: int
-    counts: Any = None
-    temperatures: Any = None
-    indices: Any = None
-    weights: Any = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Carried:
-    """What launches change in place: keys and values [L, M, S, K H]; the gates' choices int32 and float32
-    [L, M, projections of a layer, C] (one element each where no gates choose)."""
-
-    keys: Any
-    values: Any
-    indices: Any
-    weights: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """The residual stream x [M, D]; scaled [at least M, D], x times the next norm's scale; squares float32 [M, parts],
-    whose sum is that of x's squares."""
-
-    x: Any
-    scaled: Any
-    squares: Any
-
-    @classmethod
-    def begin(cls, x: jax.Array, scale: jax.Array) -> Stream:
-        """x [M, D] before the first layer, whose norm has that scale [D]."""
-        wide = x.astype(jnp.float32)
-        scaled = (wide * scale.astype(jnp.float32)[None]).astype(x.dtype)
-        return cls(x, at_least(scaled, LEAST_ROWS), jnp.sum(wide * wide, axis=1, keepdims=True))
-
-
-def at_least(x: jax.Array, rows: int) -> jax.Array:
-    """x [M, I] with rows of zeros up to so many."""
-    return jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, 0)))
-
-
 def divisor(total: int, *candidates: int) -> int:
     """The first candidate that divides `total`; 0 if none does."""
     return next((c for c in candidates if total % c == 0), 0)
@@ -135,241 +71,284 @@ def divisor(total: int, *candidates: int) -> int:
 
 def tiles(
     rows: int,
-    total: int,
-    tail: Tail,
-    head: int,
+    columns: int,
+    epilogue: Epilogue,
+    head_dim: int,
     gather: bool | None,
     rank: int = 1,
     programs: int = StepLimits.programs,
 ) -> dict[str, int]:
-    """Tiles of a tail over `total` columns: BM rows, two blocks of BH columns.
+    """Tiles of an epilogue over a group's columns: BM rows, two blocks of BH columns.
 
-    gather: None without adapters. rank: of these. programs: of `StepLimits`.
+    gather: of `AdapterLayout`, None without adapters. rank: of these. programs: of `StepLimits`.
 
     Raises:
         NotImplementedError: no tile divides the columns.
     """
-    block = head // 2 if tail == "rope" else total // 2
-    bh = divisor(block, *((16,) if tail == "residual" else (32, 16)))
+    block = head_dim // 2 if epilogue == "qkv" else columns // 2
+    bh = divisor(block, *((16,) if epilogue == "residual" else (32, 16)))
     if not bh:
         raise NotImplementedError(
-            f"decode_step: expected columns of {tail} in blocks of 16, found {total} ({head} a head)"
+            f"decode_step: expected columns of {epilogue} in blocks of 16, found {columns} ({head_dim} a head)"
         )
     # chosen rows of B are read by a program for each row; every B by matrix products, which have 16 rows
     bm = min(8, power(rows)) if gather is None else 1 if gather else max(16, power(rows))
     widest = min(WIDEST, ONE_WARP // rank)
-    while gather and rows * total > 2 * bh * programs and block % (2 * bh) == 0 and 2 * bh <= widest:
+    while gather and rows * columns > 2 * bh * programs and block % (2 * bh) == 0 and 2 * bh <= widest:
         bh *= 2
     return dict(BM=bm, BH=bh)
 
 
-def product(x: jax.Array, group: Group, layer: int) -> jax.Array:
-    """float32 [rows of x, O + N]: x W of a layer, read where it is stacked."""
-    form = "mi,oi->mo" if group.rows_behind else "mi,io->mo"
-    return jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
-
-
-def group_step(
+def qkv_step(
     layer: int,
-    x: jax.Array,
+    stream: ResidualStream,
     group: Group,
-    tail: Tail,
-    carried: Carried,
+    state: StepState,
     choice: Choice | None = None,
-    *,
-    squares: jax.Array | None = None,
-    head: int = 0,
-    first_projection: int = 0,
-    residual: jax.Array | None = None,
-    following: tuple[jax.Array, int] | None = None,
-    angles: tuple[jax.Array, jax.Array] | None = None,
-    slot: jax.Array | None = None,
     limits: StepLimits = StepLimits(),
-) -> tuple[Any, Carried]:
-    """A group of one layer.
+    *,
+    angles: tuple[jax.Array, jax.Array],
+    slot: jax.Array,
+    head_dim: int,
+) -> tuple[jax.Array, StepState]:
+    """Queries, keys and values of one layer, with rotary embedding; keys and values go into the cache.
 
     Args:
-        x: [at least M and at least LEAST_ROWS, I], M of at most 64; what stands in the rows behind M is not used.
-            Where a norm is before the group, x is `Stream.scaled`, and squares `Stream.squares`.
-        tail: what follows. "rope": queries turned, keys turned and values written into slot `slot` (int32 [1]) of the
-            cache, `angles` the cosines and sines float32 [M, H/2] of heads of `head`; "silu"; "residual": + `residual`
-            [M, O], and the norm that follows: its scales [L, O], and how many layers on it is.
         choice: None adds no adapters.
-        first_projection: of the group, in the traced choices.
-        limits: how chosen rows of B are read.
+        angles: cosines and sines, float32 [M, H/2]. slot: int32 [1], the cache's that is written.
 
     Returns:
-        (the queries [M, N H], silu(gate) up [at least M, O/2], or the `Stream`; what was changed).
+        (queries [M, N H], the state with the slot and the trace written).
 
     Raises:
         NotImplementedError: a shape that no tile serves.
     """
-    rows = carried.keys.shape[1]
+    rows, queries = state.rows, group.splits[0]
+    layout = adapter_layout(group, state, choice, limits)
+    size = _tiles("qkv", group, rows, layout, limits, head_dim)
+    (q, keys, values), state = _epilogue(
+        "qkv", layer, stream.scaled, group, state, choice, layout, size, squares=stream.squares,
+        inputs=(*angles, slot), outputs=(shape((rows, queries), stream.x.dtype),), in_place=(state.keys, state.values),
+        Q=queries, KV=group.splits[1], H=head_dim, S=state.keys.shape[2],
+    )  # fmt: skip
+    return q, dataclasses.replace(state, keys=keys, values=values)
+
+
+def silu_step(
+    layer: int,
+    stream: ResidualStream,
+    group: Group,
+    state: StepState,
+    choice: Choice | None = None,
+    limits: StepLimits = StepLimits(),
+) -> tuple[jax.Array, StepState]:
+    """(silu(gate) * up [at least M, F] of one layer, the state with the trace written); otherwise as `qkv_step`."""
+    rows, hidden = state.rows, group.splits[0]
+    layout = adapter_layout(group, state, choice, limits)
+    (y,), state = _epilogue(
+        "silu", layer, stream.scaled, group, state, choice, layout, _tiles("silu", group, rows, layout, limits),
+        squares=stream.squares, outputs=(shape((max(rows, LEAST_ROWS), hidden), stream.x.dtype),), F=hidden,
+    )  # fmt: skip
+    return y, state
+
+
+def residual_step(
+    layer: int,
+    x: jax.Array,
+    group: Group,
+    state: StepState,
+    choice: Choice | None = None,
+    limits: StepLimits = StepLimits(),
+    *,
+    residual: jax.Array,
+    next_scale: jax.Array,
+    next_layer: int,
+) -> tuple[ResidualStream, StepState]:
+    """The residual stream plus a projection, o or down, of one layer; otherwise as `qkv_step`.
+
+    Args:
+        x: [at least M and at least LEAST_ROWS, I], the projection's input; rows behind M are not used.
+        residual: [M, O]. next_scale: [L, O], the scales of the norm that follows, which is the one next_layer on.
+
+    Returns:
+        (the stream, the state with the trace written).
+    """
+    rows, columns = state.rows, group.columns
+    layout = adapter_layout(group, state, choice, limits)
+    size = _tiles("residual", group, rows, layout, limits)
+    scaled = shape((max(rows, LEAST_ROWS), columns), x.dtype)
+    squares = shape((rows, columns // (2 * size["BH"])), jnp.float32)
+    (scaled, squares, y), state = _epilogue(
+        "residual", layer, x, group, state, choice, layout, size, inputs=(next_scale,), outputs=(scaled, squares),
+        in_place=(residual,),  # a program reads the columns that it writes
+        O=columns, L=group.w.shape[0], NEXT=next_layer,
+    )  # fmt: skip
+    return ResidualStream(y, scaled, squares), state
+
+
+def adapter_layout(group: Group, state: StepState, choice: Choice | None, limits: StepLimits) -> AdapterLayout | None:
+    """Where an epilogue finds the group's adapters, shrinks and routing; None without adapters.
+
+    Raises:
+        NotImplementedError: more than MAX_ROWS rows, or gates or A's that are not where a kernel reads them.
+    """
+    rows = state.rows
     if rows > MAX_ROWS:
         raise NotImplementedError(f"decode_step: expected at most {MAX_ROWS} rows, found {rows}")
-    depth, width = group.w.shape[0], x.shape[1]
-    total, extra = sum(group.splits), group.rows_behind
-    wide = choice is not None and group.a is not None
-    if choice is not None and not group.columns and (not wide or choice.counts is not None):
-        raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
-    gates = choice is not None and choice.counts is not None
-    gather = None if choice is None else wide or rows * choice.top_k <= limits.gather * group.b.shape[1]
-    size = tiles(rows, total, tail, head, gather, 1 if choice is None else power(group.b.shape[2]), limits.programs)
-    call: Any = functools.partial(launch, KERNELS)
-    number = jnp.full((1,), layer, jnp.int32)
-    shape, none = jax.ShapeDtypeStruct, number  # a parameter that is not looked at
-    parts = 1 if squares is None else squares.shape[1]
-    norm = dict(NORM=squares is not None, EPS=group.eps or 0.0, NS=parts, NSP=power(parts))
-    squares = none if squares is None else squares
-
-    sums = product(x, group, layer)
-    routed, sizes = _adapters(none, group, choice, carried, rows, total + extra, first_projection, bool(gather))
-    h = sums
-    if wide:
-        h, carried = _shrink(number, x, squares, group, choice, carried, sums, norm, sizes, call)
-        if gates:
-            routed = (*routed[:4], carried.indices, carried.weights)
-    padded = max(rows, LEAST_ROWS)
-    out = {"rope": (rows, group.splits[0]), "silu": (padded, total // 2), "residual": (rows, total)}[tail]
-    programs = total // (2 * size["BH"])
-    beside = (shape((1, 1), x.dtype), shape((1, 1), jnp.float32))
-    if tail == "residual":
-        beside = shape((padded, total), x.dtype), shape((rows, programs), jnp.float32)
-    scales, following_layer = following or (none, 0)
-    held = (carried.keys, carried.values) if tail == "rope" else (none, none)
-    traces = (carried.indices, carried.weights) if gates and not wide else (none, none)
-    changed = (*held, *traces)
-    cos, sin = angles or (none, none)
-    inputs = (
-        number, sums, squares, h, *routed, none if residual is None else residual, scales, cos, sin,
-        none if slot is None else slot, *changed,
-    )  # fmt: skip
-    start = len(inputs) - 4
-    in_place = {10: 0} if residual is not None else {}  # a program reads the columns that it writes
-    few = gather is None or (gather and sizes["RP"] * size["BH"] <= ONE_WARP)
-    y, scaled, squared, *new = call(
-        "tail_kernel", *inputs, out=(shape(out, x.dtype), *beside, *(shape(z.shape, z.dtype) for z in changed)),
-        aliases=in_place | {start + i: 3 + i for i, z in enumerate(changed) if z is not none},
-        grid=(programs, math.ceil(rows / size["BM"])), warps=1 if few and size["BM"] == 1 else 4,
-        M=rows, I=width, O=total, N=extra, H=head, S=carried.keys.shape[2], L=depth, SPLITS=group.splits, TAIL=tail,
-        NEXT=following_layer, STAGES=4, **norm, **sizes, **size,
-    )  # fmt: skip
-    if tail == "rope":
-        carried = dataclasses.replace(carried, keys=new[0], values=new[1])
-    if gates and not wide:
-        carried = dataclasses.replace(carried, indices=new[2], weights=new[3])
-    return Stream(y, scaled, squared) if tail == "residual" else y, carried
-
-
-def _adapters(
-    none: jax.Array,
-    group: Group,
-    choice: Choice | None,
-    carried: Carried,
-    rows: int,
-    row: int,
-    first_projection: int,
-    gather: bool,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(b, scale, counts, temperatures, indices, weights) and the constants that say how they are read."""
     if choice is None:
-        constants = dict.fromkeys(
-            ("A", "AP", "R", "RP", "C", "CP", "ROW", "HPARTS", "CHOICE_ROW", "CHOICE_P", "CHOICE_LAYER", "TRACE_ROW"), 1
-        )
-        constants |= dict.fromkeys(("W", "FIRST", "CHOICE_FIRST", "TRACE_FIRST"), 0) | dict(BE=16)
-        return (none,) * 6, dict(ADAPT=False, GATES=False, GATHER=False, COMPACT=False, **constants)
-    adapters, rank = group.b.shape[1:3]
+        return None
     gates, wide = choice.counts is not None, group.a is not None
-    c, projections = choice.top_k, len(group.splits)
-    traced = carried.indices.shape[2] * c if gates else 1
-    constants = dict(
-        ADAPT=True, GATES=gates and not wide, GATHER=gather, COMPACT=wide, A=adapters,
-        AP=power(adapters), R=rank, RP=power(rank), C=c, CP=power(c), TRACE_ROW=traced,
-        TRACE_FIRST=first_projection * c, BE=max(16, min(64, power(adapters * rank))), HPARTS=1,
-    )  # fmt: skip
+    if not group.packed and (gates or not wide):
+        raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
+    assert group.b is not None
+    adapters, rank = group.b.shape[1:3]
+    c, p = choice.top_k, len(group.splits)
     if wide:
-        constants |= dict(W=c * rank, FIRST=0, ROW=projections * c * rank, HPARTS=shrink_parts(group, rows, c))
+        place = dict(start=0, projection=c * rank, row=p * c * rank, first_shrink=0)
     else:
-        constants |= dict(W=group.columns, FIRST=group.first, ROW=row)
-    if gates:
-        layer = rows * traced
-        constants |= dict(CHOICE_ROW=traced, CHOICE_P=c, CHOICE_LAYER=layer, CHOICE_FIRST=first_projection * c)
-        return (group.b, group.scale, choice.counts, choice.temperatures, none, none), constants
-    constants |= dict(CHOICE_ROW=c, CHOICE_P=0, CHOICE_LAYER=0, CHOICE_FIRST=0)
-    return (group.b, group.scale, none, none, choice.indices, choice.weights), constants
+        row = group.columns + p * group.packed
+        place = dict(start=group.columns, projection=group.packed, row=row, first_shrink=group.first_shrink)
+    traced = state.indices.shape[2] * c if gates else 0  # a row's, of all projections
+    return AdapterLayout(
+        A=adapters, R=rank, C=c, gates=gates and not wide, gather=wide or rows * c <= limits.gather * adapters,
+        compact=wide, parts=shrink_parts(group, rows, c), **place,
+        routing_layer=rows * traced, routing_row=traced or c, routing_projection=c if gates else 0,
+        routing_first=group.first_projection * c if gates else 0,
+    )  # fmt: skip
 
 
 def shrink_parts(group: Group, rows: int, choices: int) -> int:
-    """Into how many parts a wide bank's shrink over I is cut, so that its programs fill the chip."""
+    """Into how many parts a wide bank's shrink over I is cut, so that its programs fill the chip; 1 without such."""
+    if group.a is None:
+        return 1
     width, programs = group.a.shape[-1], rows * choices * len(group.splits)
     return next(p for p in (16, 8, 4, 2, 1) if p == 1 or (width % (p * 128) == 0 and p * programs <= 8 * PROGRAMS))
 
 
-def _shrink(
-    layer: jax.Array, x: jax.Array, squares: jax.Array, group: Group, choice: Any, carried: Carried, sums: jax.Array,
-    norm: dict[str, Any], sizes: dict[str, Any], call: Any,
-) -> tuple[jax.Array, Carried]:  # fmt: skip
-    """The shrinks of the chosen adapters of a wide bank, float32 [HPARTS, M, P, C, R]; the choice is traced."""
-    rows, width = carried.keys.shape[1], x.shape[1]
-    projections, rank, c, parts = len(group.splits), sizes["R"], choice.top_k, sizes["HPARTS"]
-    gates, total = choice.counts is not None, sum(group.splits)
-    traces = (carried.indices, carried.weights) if gates else (layer, layer)
-    given = (
-        (choice.counts, choice.temperatures, layer, layer) if gates else (layer, layer, choice.indices, choice.weights)
-    )
-    inputs = (layer, x, squares, group.a, sums, *given, *traces)
-    shape = jax.ShapeDtypeStruct
-    h, indices, weights = call(
-        "shrink_kernel", *inputs,
-        out=(
-            shape((parts, rows, projections, c, rank), jnp.float32),
-            *(shape(z.shape, z.dtype) for z in traces),
-        ),
-        aliases={len(inputs) - 2: 1, len(inputs) - 1: 2} if gates else None,
-        grid=(rows * projections * c, parts), M=rows, I=width, O=total, N=sums.shape[1] - total, P=projections,
-        W=group.columns, GATES=gates, PART=width // parts,
-        BK=divisor(width // parts, *(k for k in (256, 128, 64, 32, 16) if k * rank <= 4096), 16),
-        **norm, **{k: sizes[k] for k in ("A", "AP", "R", "RP", "C", "CP", "CHOICE_ROW", "CHOICE_P", "CHOICE_LAYER",
-                                         "TRACE_ROW", "TRACE_FIRST")},
+def _tiles(
+    epilogue: Epilogue, group: Group, rows: int, layout: AdapterLayout | None, limits: StepLimits, head_dim: int = 0
+) -> dict[str, int]:
+    """`tiles` of a group."""
+    adapters = (None, 1) if layout is None else (layout.gather, layout.RP)
+    return tiles(rows, group.columns, epilogue, head_dim, *adapters, limits.programs)
+
+
+def _product(x: jax.Array, group: Group, layer: int) -> jax.Array:
+    """float32 [rows of x, O + P packed]: x W of a layer, read where it is stacked."""
+    form = "mi,oi->mo" if group.packed else "mi,io->mo"
+    return jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
+
+
+def _epilogue(
+    epilogue: Epilogue, layer: int, x: jax.Array, group: Group, state: StepState, choice: Choice | None,
+    layout: AdapterLayout | None, size: Mapping[str, int], *, squares: jax.Array | None = None,
+    inputs: tuple[jax.Array, ...] = (), outputs: tuple[jax.ShapeDtypeStruct, ...] = (),
+    in_place: tuple[jax.Array, ...] = (), **constants: Hashable,
+) -> tuple[tuple[jax.Array, ...], StepState]:  # fmt: skip
+    """The product of one layer's group and its epilogue.
+
+    Args:
+        squares: of the residual stream; None where no norm is before the group.
+        inputs, outputs, in_place, constants: the epilogue kernel's own, arrays in its order. in_place: inputs that
+            are changed, and are its outputs behind `outputs`.
+
+    Returns:
+        (outputs and what was changed, the state with the trace written if gates chose).
+    """
+    number = jnp.full((1,), layer, jnp.int32)
+    unused = number  # an array in the place of one that the kernel does not read
+    product = _product(x, group, layer)
+    norm = {} if squares is None else dict(I=x.shape[1], EPS=group.eps, PARTS=squares.shape[1])
+    shrinks, adapters, traces = product, (unused,) * 6, (unused, unused)
+    if choice is not None and layout is not None:
+        if layout.compact:
+            shrinks, state = _shrink(number, x, squares, group, state, choice, product, layout)
+            if choice.counts is not None:  # what that launch chose
+                choice = Choice(choice.top_k, indices=state.indices, weights=state.weights)
+        if layout.gates:
+            traces = state.indices, state.weights
+        routing = (choice.counts, choice.temperatures, choice.indices, choice.weights)
+        adapters = tuple(unused if z is None else z for z in (group.b, group.scale, *routing))
+    read = (number, product, *(() if squares is None else (squares,)), shrinks, *adapters, *inputs)
+    changed = (*in_place, *traces)
+    one_warp = layout is None or (layout.gather and layout.RP * size["BH"] <= ONE_WARP)
+    results = launch(
+        EPILOGUE_MODULE, KERNELS[epilogue], *read, *changed,
+        out=(*outputs, *(shape(z.shape, z.dtype) for z in changed)),
+        aliases={len(read) + i: len(outputs) + i for i, z in enumerate(changed) if z is not unused},
+        grid=(group.columns // (2 * size["BH"]), math.ceil(state.rows / size["BM"])),
+        warps=1 if one_warp and size["BM"] == 1 else 4,
+        M=state.rows, ROW=product.shape[1], ADAPTERS=layout, **norm, **constants, **size,
     )  # fmt: skip
-    return h, dataclasses.replace(carried, indices=indices, weights=weights) if gates else carried
+    if layout is not None and layout.gates:
+        state = dataclasses.replace(state, indices=results[-2], weights=results[-1])
+    return results[:-2], state
+
+
+def _shrink(
+    number: jax.Array, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState, choice: Choice,
+    product: jax.Array, layout: AdapterLayout,
+) -> tuple[jax.Array, StepState]:  # fmt: skip
+    """The shrinks of the chosen adapters of a wide bank, float32 [parts, M, P, C, R]; what gates choose is traced."""
+    assert group.a is not None
+    rows, width, p, parts = state.rows, x.shape[1], len(group.splits), layout.parts
+    gates, unused = choice.counts is not None, number
+    traces = (state.indices, state.weights) if gates else (unused, unused)
+    routing = (unused if z is None else z for z in (choice.counts, choice.temperatures, choice.indices))
+    read = (number, x, unused if squares is None else squares, group.a, product, *routing)
+    shrinks, indices, weights = launch(
+        ADAPTER_MODULE, "shrink_kernel", *read, *traces,
+        out=(shape((parts, rows, p, layout.C, layout.R), jnp.float32), *(shape(z.shape, z.dtype) for z in traces)),
+        aliases={len(read): 1, len(read) + 1: 2} if gates else {}, grid=(rows * p * layout.C, parts),
+        M=rows, I=width, O=group.columns, P=p, ROW=product.shape[1], GATES=group.packed if gates else 0,
+        NORM=squares is not None, EPS=group.eps or 0.0, PARTS=1 if squares is None else squares.shape[1],
+        ADAPTERS=layout, PART=width // parts,
+        BK=divisor(width // parts, *(k for k in (256, 128, 64, 32, 16) if k * layout.R <= 4096), 16),
+    )  # fmt: skip
+    return shrinks, dataclasses.replace(state, indices=indices, weights=weights) if gates else state
 
 
 def attend(
     layer: int,
     q: jax.Array,
-    carried: Carried,
-    own: jax.Array,
+    state: StepState,
     positions: jax.Array,
+    slot_positions: jax.Array,
     used: jax.Array,
     heads: int,
-    head: int,
+    head_dim: int,
 ) -> jax.Array:
     """Attention of one token a row over its cache, [at least M, N H]: the input of a product.
 
     Args:
-        q: [M, N H], turned. own: int32 [M], the tokens' positions. positions: int32 [M, S], those of the slots,
-            EMPTY for none. used: int32 [1], slots written. heads: N. head: H, a power of two.
+        q: [M, N H], with rotary embedding. positions: int32 [M], the tokens'. slot_positions: int32 [M, S], those of
+            the tokens in the slots, EMPTY for none. used: int32 [1], slots written. heads: N.
+        head_dim: H, a power of two.
+
+    Raises:
+        NotImplementedError: heads that no tile has.
     """
-    rows, slots, kv = carried.keys.shape[1:]
-    if head < 16 or head & (head - 1):
-        raise NotImplementedError(f"decode_step: expected heads of a power of two, 16 or wider, found {head}")
-    groups = kv // head
+    rows, slots, kv = state.keys.shape[1:]
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise NotImplementedError(f"decode_step: expected heads of a power of two, 16 or wider, found {head_dim}")
+    groups = kv // head_dim
     # a part is long enough to be worth a program, and there are enough programs to fill the chip
-    block = 64 if head <= 128 else 32
+    block = 64 if head_dim <= 128 else 32
     parts = max(1, min(32, slots // block, math.ceil(4 * PROGRAMS / (rows * groups))))
     part = math.ceil(slots / (parts * block)) * block
     parts = math.ceil(slots / part)
-    sizes = dict(M=rows, N=heads, H=head, PARTS=parts)
-    shape = jax.ShapeDtypeStruct
-    result = shape((max(rows, LEAST_ROWS), heads * head), q.dtype)
+    result = shape((max(rows, LEAST_ROWS), heads * head_dim), q.dtype)
     number = jnp.full((1,), layer, jnp.int32)
-    y = launch(
-        ATTENTION, "attend_kernel", number, q, carried.keys, carried.values, own, positions, used,
-        out=result if parts == 1 else shape((parts, rows, heads, head + 2), jnp.float32),
-        grid=(rows, groups, parts), S=slots, KV=kv, G=heads // groups,
-        GP=max(16, power(heads // groups)), PART=part, EMPTY=EMPTY, FACTOR=head**-0.5, BS=block, STAGES=3, **sizes,
+    (y,) = launch(
+        ATTENTION_MODULE, "attend_kernel", number, q, state.keys, state.values, positions, slot_positions, used,
+        out=(result if parts == 1 else shape((parts, rows, heads, head_dim + 2), jnp.float32),),
+        grid=(rows, groups, parts), S=slots, KV=kv, G=heads // groups, GP=max(16, power(heads // groups)), PART=part,
+        EMPTY=EMPTY, FACTOR=head_dim**-0.5, BS=block, STAGES=3, M=rows, N=heads,
+        H=head_dim, PARTS=parts,
     )  # fmt: skip
-    if parts == 1:
-        return y
-    return launch(ATTENTION, "combine_kernel", y, out=result, grid=(rows * heads,), **sizes)
+    if parts > 1:
+        (y,) = launch(
+            ATTENTION_MODULE, "combine_kernel", y, out=(result,), grid=(rows * heads,), M=rows, N=heads, H=head_dim,
+            PARTS=parts,
+        )  # fmt: skip
+    return y

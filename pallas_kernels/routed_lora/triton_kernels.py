@@ -1,8 +1,8 @@
 """The Triton kernel behind the product with gates and A's: choice, mask, expand, sum. `triton_gpu.py` launches it.
 
-All shapes are compile-time constants (JAX knows them), arrays are dense in the order given. The columns of a
-group are cut into blocks of BN that never cross from one projection to the next: `project` finds a block's place.
-Sums are float32 in a fixed order; nothing is atomic.
+For NVIDIA GPUs; timed on an H100 and an H200 (docs/performance.md). All shapes are compile-time constants (JAX knows
+them), arrays are dense in the order given. The columns of a group are cut into blocks of BN that never cross from one
+projection to the next: `project` finds a block's place. Sums are float32 in a fixed order; nothing is atomic.
 """
 
 # Triton's types do not know that static_range is unrolled, not iterated.
@@ -13,6 +13,8 @@ Sums are float32 in a fixed order; nothing is atomic.
 
 import triton
 import triton.language as tl
+
+from pallas_kernels.topk_gating.triton_kernels import column, top_k_softmax
 
 
 @triton.jit
@@ -36,58 +38,38 @@ def project(block, SPLITS: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def masked_shrink(
+    h_ptr, adapters, weights, rows, ks, M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """[BM, BK]: columns ks of the shrinks of all adapters, times their weights; 0 for adapters that do not act.
+
+    h_ptr: float32 [M, K], K = A * R, rows ROW elements apart. adapters, weights: [BM, CP], the C that act on each row.
+    rows: [BM]. ks: int32 [BK].
+    """
+    inside = (rows < M)[:, None] & (ks < K)[None, :]
+    h = tl.load(h_ptr + rows[:, None] * ROW + ks[None, :], mask=inside, other=0.0)
+    weight = tl.zeros((BM, BK), tl.float32)
+    for c in tl.static_range(C):
+        own = (ks // R)[None, :] == column(adapters, c, CP)[:, None]
+        weight += tl.where(own, column(weights, c, CP)[:, None], 0.0)
+    return h * weight
+
+
+@triton.jit
 def masked_expand(
     y, h_ptr, b_ptr, adapters, weights, rows, columns, end,
     M: tl.constexpr, O: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
     ROW: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y + (mask h) B over all K = A * R columns; h has rows of ROW, `adapters` and `weights` are [BM, CP]."""
-    which = tl.arange(0, CP)
+    """y + (mask h) B over all K = A * R rows of B; parameters as `masked_shrink` has them, columns below `end`."""
     for k in range(0, K, BK):
         ks = k + tl.arange(0, BK)
-        inside = (rows < M)[:, None] & (ks < K)[None, :]
-        h = tl.load(h_ptr + rows[:, None].to(tl.int64) * ROW + ks[None, :], mask=inside, other=0.0)
-        weight = tl.zeros((BM, BK), tl.float32)
-        for c in tl.static_range(C):
-            adapter = tl.sum(tl.where(which[None, :] == c, adapters, 0), axis=1)
-            own = tl.sum(tl.where(which[None, :] == c, weights, 0.0), axis=1)
-            weight += tl.where((ks // R)[None, :] == adapter[:, None], own[:, None], 0.0)
+        h = masked_shrink(h_ptr, adapters, weights, rows.to(tl.int64), ks, M, K, R, C, CP, ROW, BM, BK)
         inside = (ks < K)[:, None] & (columns < end)[None, :]
         b = tl.load(b_ptr + ks[:, None].to(tl.int64) * O + columns[None, :], mask=inside, other=0.0)
-        y = tl.dot((h * weight).to(b.dtype), b, y, input_precision="ieee")
+        y = tl.dot(h.to(b.dtype), b, y, input_precision="ieee")
     return y
-
-
-@triton.jit
-def choose(
-    logit_ptr, count_ptr, temperature_ptr, rows, M: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, factor=1.0,
-):  # fmt: skip
-    """(adapters, weights), each [BM, CP]: the C largest logits, ties to the lowest index, and their softmax.
-
-    factor: what the logits are times, [BM, 1] or a number.
-    """
-    scores = tl.arange(0, AP)
-    inside = (rows < M)[:, None] & (scores < A)[None, :]
-    place = rows[:, None] * ROW + scores[None, :]
-    logits = tl.load(logit_ptr + place, mask=inside, other=0.0, cache_modifier=".cg") * factor
-    logits = tl.where((scores < A)[None, :], logits, float("-inf"))
-    count = tl.load(count_ptr + rows, mask=rows < M, other=0)
-    temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)
-    which = tl.arange(0, CP)
-    adapters = tl.full((BM, CP), -1, tl.int32)
-    values = tl.full((BM, CP), float("-inf"), tl.float32)
-    best = tl.max(logits, axis=1)
-    for c in tl.static_range(C):
-        value = tl.max(logits, axis=1)
-        adapter = tl.min(tl.where(logits == value[:, None], scores[None, :], AP), axis=1)
-        logits = tl.where(scores[None, :] == adapter[:, None], float("-inf"), logits)
-        here = (which == c)[None, :] & (count > c)[:, None]
-        adapters = tl.where(here, adapter[:, None], adapters)
-        values = tl.where(here, ((value - best) / temperature)[:, None], values)
-    weights = tl.exp(values)
-    total = tl.sum(weights, axis=1)
-    return adapters, weights / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit
@@ -122,7 +104,7 @@ def gated_expand_kernel(
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = first + tl.arange(0, BN)
     h_ptr += p * W
-    adapters, weights = choose(h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, P * W, BM)
+    adapters, weights = top_k_softmax(h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, P * W, BM)
     which = tl.arange(0, CP)
     choice = (rows[:, None] * P + p) * C + which[None, :]
     inside = (rows < M)[:, None] & (which < C)[None, :] & (first == start)  # one block writes

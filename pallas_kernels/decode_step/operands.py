@@ -1,0 +1,164 @@
+"""What the launches of a decoding step read and change: weights, routing, cache, residual stream; stacked over layers.
+
+Axis letters: M rows (one token each), L layers, D width, S slots, K key and value heads, H head width, O columns of a
+group, P its projections, I its input, A adapters, R rank, C adapters that act on a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.routed_lora.triton_gpu import power
+
+EMPTY = -1  # position of a slot of the cache that holds no token
+LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
+
+
+def at_least(x: jax.Array, rows: int) -> jax.Array:
+    """x [M, I] with rows of zeros up to so many."""
+    return jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, 0)))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["w", "a", "b", "scale"],
+    meta_fields=["splits", "eps", "packed", "first_shrink", "first_projection"],
+)
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The weights of projections that share an input (q k v, o, gate and up, down), stacked over layers.
+
+    w: [L, I, O]; or packed, [L, O + P packed, I]: behind the O rows of the base, for each projection `packed` rows with
+        its gates and, from row `first_shrink` of them on, its A's.
+    a: [L, P, A, R, I] where the bank is too wide for that (then gates alone are packed), else None.
+    b: [L, A, R, O]; None without adapters, like scale: float32 [L, P, A].
+    splits: columns of each projection. eps: of the norm before the group, None without one.
+    packed: packed rows of a projection, 0 without. first_projection: the group's first among a layer's projections.
+    """
+
+    w: jax.Array
+    a: jax.Array | None
+    b: jax.Array | None
+    scale: jax.Array | None
+    splits: tuple[int, ...]
+    eps: float | None
+    packed: int
+    first_shrink: int
+    first_projection: int
+
+    @property
+    def columns(self) -> int:
+        """O: columns of all projections."""
+        return sum(self.splits)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["counts", "temperatures", "indices", "weights"],
+    meta_fields=["top_k"],
+)
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which adapters act: what the gates choose, or a routing that was given for all projections.
+
+    top_k: C, at most so many on a row. Gates: counts int32 [M], how many on each row; temperatures float32 [M].
+    Given: indices int32 [M, C], anything but an adapter's index for none; weights float32 [M, C], without the scale.
+    """
+
+    top_k: int
+    counts: jax.Array | None = None
+    temperatures: jax.Array | None = None
+    indices: jax.Array | None = None
+    weights: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepState:
+    """What launches change in place: the cache, and the trace of what gates chose.
+
+    keys, values: [L, M, S, K H]. indices, weights: int32 and float32 [L, M, projections of a layer, C]; one element
+    each where no gates choose.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    indices: jax.Array
+    weights: jax.Array
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return self.keys.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ResidualStream:
+    """The residual stream, and what the norm that follows needs of it.
+
+    x: [M, D]. scaled: [at least M, D], x times that norm's scale. squares: float32 [M, parts], whose sums are those of
+    x's squares. A norm's 1 / rms commutes with a product: who reads `scaled` multiplies its product by that.
+    """
+
+    x: jax.Array
+    scaled: jax.Array
+    squares: jax.Array
+
+    @classmethod
+    def begin(cls, x: jax.Array, scale: jax.Array) -> ResidualStream:
+        """x [M, D] before the first layer, whose first norm has the scale [D]."""
+        exact = x.astype(jnp.float32)
+        scaled = (exact * scale.astype(jnp.float32)[None]).astype(x.dtype)
+        return cls(x, at_least(scaled, LEAST_ROWS), jnp.sum(exact * exact, axis=1, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterLayout:
+    """How a kernel finds a group's adapters, shrinks and routing: one compile-time constant.
+
+    A, R, C: as above; a property with a P behind it is rounded up to a power of two.
+    gates: the kernel chooses by logits. Else it reads a routing (a wide bank's `shrink_kernel` has chosen before it).
+    gather: a program has one row and reads its adapters' rows of B; else it has many and reads every B, masked.
+    compact: shrinks are of the chosen adapters alone, in `parts` that are to be added, and times the norm's factor.
+    start, projection, row: elements to the first projection's logits (compact: shrinks), from there to the next
+        projection's, and from a row to the next; first_shrink: from a projection's logits to its shrinks.
+    routing_layer, routing_row, routing_projection, routing_first: the same of a routing that is read or traced.
+    """
+
+    A: int
+    R: int
+    C: int
+    gates: bool
+    gather: bool
+    compact: bool
+    parts: int
+    start: int
+    projection: int
+    row: int
+    first_shrink: int
+    routing_layer: int
+    routing_row: int
+    routing_projection: int
+    routing_first: int
+
+    @property
+    def AP(self) -> int:
+        return power(self.A)
+
+    @property
+    def RP(self) -> int:
+        return power(self.R)
+
+    @property
+    def CP(self) -> int:
+        return power(self.C)
+
+    @property
+    def BK(self) -> int:
+        """Rows of B in a block of a masked expand."""
+        return max(16, min(64, power(self.A * self.R)))
