@@ -36,6 +36,7 @@ from meteora_jax.config import (
     LlamaConfig,
     read_json,
 )
+from meteora_jax.io import hf_config
 from meteora_jax.io.provenance import BaseOrigin, compare
 
 Adapters: TypeAlias = Iterable[tuple[str, str | os.PathLike[str]]]  # (name, PEFT folder)
@@ -121,7 +122,7 @@ def plan_adapters(
     """
     config_file = Path(base) / "config.json"
     raw = read_json(config_file)
-    config = LlamaConfig.from_hf(raw, str(config_file))
+    config = hf_config.from_hf(raw, str(config_file))
     origin = BaseOrigin.of_base(raw, str(config_file))
     pairs = cast("Adapters", adapters.items() if isinstance(adapters, Mapping) else adapters)
     named = [(name, Path(folder)) for name, folder in pairs]

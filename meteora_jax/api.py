@@ -19,7 +19,10 @@ from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.execution import default_dtype, jit, platform
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Generator, Sampling, check_prompts, check_token_ids, pad_batch
-from meteora_jax.io.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
+from meteora_jax.io.bank import load_bank
+from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.gates import load_gates
+from meteora_jax.io.model_state import assemble
 from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.model.llama import prepare_gates
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat

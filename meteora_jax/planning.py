@@ -19,6 +19,7 @@ from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError,
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Sampling, decode, prefill
+from meteora_jax.io import hf_config
 from meteora_jax.model.llama import lay_out
 from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.model.routed_llama import gated_llama
@@ -52,7 +53,7 @@ def shape_of(name: str) -> LlamaConfig:
     """The configuration of a well-known base by name; what its shape does not depend on is made up."""
     if name not in SHAPES:
         raise InputError(f"base: expected a BASE folder or one of {', '.join(SHAPES)}, found {name!r}")
-    return LlamaConfig.from_hf({**_LLAMA, **SHAPES[name]}, name)
+    return hf_config.from_hf({**_LLAMA, **SHAPES[name]}, name)
 
 
 @dataclasses.dataclass(frozen=True)

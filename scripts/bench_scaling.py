@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.io import hf_config
 from meteora_jax.model.llama import lay_out
 from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.planning import SHAPES, abstract_model, collectives, shape_of, spread
@@ -158,7 +159,7 @@ def main(s: Scaling) -> None:
     known = s.shape == "tiny" or s.shape in SHAPES
     if not known:
         raise InputError(f"--shape: expected tiny or one of {', '.join(SHAPES)}, found {s.shape}")
-    config = LlamaConfig.from_hf(TINY, "tiny") if s.shape == "tiny" else shape_of(s.shape)
+    config = hf_config.from_hf(TINY, "tiny") if s.shape == "tiny" else shape_of(s.shape)
     _, bank = abstract_model(config, s.adapters, s.rank)
     per_token = flops_per_token(config, bank, chosen=s.top_k, gates="meteora", train_adapters=False)
     per_token += flops_per_pair(config) * (s.width + 1) / 2

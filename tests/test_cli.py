@@ -22,7 +22,7 @@ from meteora_jax.cli.demo import fetch_base
 from meteora_jax.cli.report import ProgressLines, print_tables, progress_bar
 from meteora_jax.evaluation.table import markdown
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.io.checkpoint import SHARED_BY_ADAPTERS, load_gates, save_gates
+from meteora_jax.io.gates import SHARED_BY_ADAPTERS, load_gates, save_gates
 
 
 def run(capsys, *args) -> tuple[int, str, str]:

@@ -218,7 +218,7 @@ def test_half_precision(world: dict[str, Any]):
 def test_gates_are_refused_where_none_stands(world: dict[str, Any], tmp_path: Path):
     from meteora_jax.config import PROJECTIONS
     from meteora_jax.gate_config import GateConfig
-    from meteora_jax.io.checkpoint import save_gates
+    from meteora_jax.io.gates import save_gates
 
     folder, config = world["folder"], world["model"].config
     zeros = {p: np.zeros((3, config.projection_shape(p)[0], 4)) for p in PROJECTIONS}

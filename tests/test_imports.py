@@ -18,7 +18,18 @@ NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function
 
 # meteora_jax in the order in which it may import; "" is meteora_jax/__init__, the public API.
 ORDER = [
-    *("config", "io.files", "gate_config", "io.provenance", "text", "arguments", "prompts", "execution", "sharding"),
+    *(
+        "config",
+        "io.files",
+        "io.hf_config",
+        "gate_config",
+        "io.provenance",
+        "text",
+        "arguments",
+        "prompts",
+        "execution",
+        "sharding",
+    ),
     *("retriever", "model.kv_cache", "model.attention", "routing", "model", "io", "generation", "evaluation"),
     *("training", "viz", "planning", "api", "", "harness", "cli"),
 ]
@@ -26,8 +37,8 @@ PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDER decides
     "pallas_kernels": (),
     "converters": (
-        *("meteora_jax.config", "meteora_jax.io.files", "meteora_jax.gate_config", "meteora_jax.io.provenance"),
-        *("meteora_jax.retriever.config",),
+        *("meteora_jax.config", "meteora_jax.io.files", "meteora_jax.io.hf_config", "meteora_jax.gate_config"),
+        *("meteora_jax.io.provenance", "meteora_jax.retriever.config"),
     ),
     "meteora_jax": ("pallas_kernels",),
     "meteora_jax.cli": ("converters", "pallas_kernels"),

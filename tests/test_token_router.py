@@ -30,16 +30,8 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.generation import observe_routing
-from meteora_jax.io.checkpoint import (
-    SHARED_BY_ADAPTERS,
-    fresh_gates,
-    gate_shapes,
-    load_bank,
-    load_gates,
-    save_bank,
-    save_gates,
-    split_gates,
-)
+from meteora_jax.io.bank import load_bank, save_bank
+from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, gate_shapes, load_gates, save_gates, split_gates
 from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.model.llama import prepare_gates, with_execution
 from meteora_jax.model.lora_linear import GateParam

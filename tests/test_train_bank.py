@@ -23,7 +23,7 @@ import meteora_jax as mj
 from meteora_jax.cli import main as main_command
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.io.checkpoint import load_bank, save_bank, take_adapters
+from meteora_jax.io.bank import load_bank, save_bank, take_adapters
 from meteora_jax.model.lora_linear import AdapterParam
 from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.bank import train_bank

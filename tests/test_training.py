@@ -13,11 +13,13 @@ from flax import nnx
 from worlds import NAMES
 
 import meteora_jax as mj
-from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.io.checkpoint import load_bank, load_gates, save_gates
+from meteora_jax.io import hf_config
+from meteora_jax.io.bank import load_bank
+from meteora_jax.io.gates import load_gates, save_gates
 from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.training.adapter import fresh_adapter, train_adapter
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
@@ -442,7 +444,7 @@ def test_flops_of_a_token_are_counted_by_hand():
         model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8,
     )  # fmt: skip
-    config = LlamaConfig.from_hf(shape)
+    config = hf_config.from_hf(shape)
     layer = 4096 * (4096 + 1024 + 1024) + 4096 * 4096 + 3 * 4096 * 14336
     base = 4 * (32 * layer + 4096 * 128256)
     assert flops_per_token(config, None, chosen=2, gates=None, train_adapters=False) == base

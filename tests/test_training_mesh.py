@@ -53,7 +53,7 @@ def computed(base, bank, gates, mesh, accumulate: int = 1, remat=True) -> dict[s
     from flax import nnx
 
     import meteora_jax as mj
-    from meteora_jax.io.checkpoint import split_gates
+    from meteora_jax.io.gates import split_gates
     from meteora_jax.model.lora_linear import GateParam
     from meteora_jax.sharding import fetch, place_rows, use_mesh
     from meteora_jax.training.step import gradients
@@ -95,7 +95,7 @@ def main(base: str, bank: str, gates: str, dest: str, coordinator: str = "", ind
 def calm(world, tmp_path_factory) -> list[str]:
     """The world with gates small enough that rounding does not blow up in their softmax."""
     from meteora_jax.gate_config import GateConfig
-    from meteora_jax.io.checkpoint import save_gates
+    from meteora_jax.io.gates import save_gates
 
     gates = tmp_path_factory.mktemp("calm") / "gates"
     save_gates(gates, GateConfig(NAMES, 2, 1.0), {p: 0.2 * g for p, g in world["gate_arrays"].items()})

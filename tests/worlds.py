@@ -12,7 +12,8 @@ import converters
 import meteora_jax as mj
 from meteora_jax.config import PROJECTIONS, LlamaConfig, read_json
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.checkpoint import save_gates
+from meteora_jax.io import hf_config
+from meteora_jax.io.gates import save_gates
 
 NAMES = ("apple", "birch", "cedar", "daisy")
 RANKS = (4, 2, 8, 4)
@@ -55,7 +56,7 @@ def make_world(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
     base, bank, gates = tmp_path / "base", tmp_path / "bank", tmp_path / "gates"
     converters.import_base(hf_folder, base)
     converters.import_adapters(bank, base, peft)
-    config = LlamaConfig.from_hf(read_json(base / "config.json"))
+    config = hf_config.from_hf(read_json(base / "config.json"))
     arrays = random_gates(config, len(NAMES))
     save_gates(gates, GateConfig(NAMES, 2, 1.0), arrays)
     return {

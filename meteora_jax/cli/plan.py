@@ -10,8 +10,9 @@ from typing import Any, Literal
 import tyro
 
 from meteora_jax.cli.report import console, status, write_json
-from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.config import InputError, read_json
 from meteora_jax.gate_config import FormName
+from meteora_jax.io import hf_config
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def plan(command: Plan) -> None:
     if not 0 < command.mfu <= 1:
         raise InputError(f"mfu: expected a share above 0 and at most 1, found {command.mfu}")
     file = Path(command.base) / "config.json"
-    config = LlamaConfig.from_hf(read_json(file), str(file)) if file.is_file() else shape_of(command.base)
+    config = hf_config.from_hf(read_json(file), str(file)) if file.is_file() else shape_of(command.base)
     mesh = make_mesh(command.data, command.fsdp, command.tensor, topology_devices(command.topology))
     if uncut := [g for g in ("qkv", "gate_up") if command.tensor > 1 and column_shards(config, g, command.tensor) == 1]:
         why = f"{config.num_heads} heads, {config.num_kv_heads} kv heads and {config.intermediate_size} units"

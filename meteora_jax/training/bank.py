@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.io.checkpoint import load_base, read_origin, save_bank, split_bank
+from meteora_jax.io.bank import save_bank
+from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.model_state import split_bank
 from meteora_jax.model.lora_linear import AdapterParam
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_bank

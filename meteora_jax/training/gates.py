@@ -15,18 +15,10 @@ from jax.sharding import Mesh
 from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.io.checkpoint import (
-    SHARED_BY_ADAPTERS,
-    fresh_gates,
-    load_bank,
-    load_base,
-    load_gates,
-    read_origin,
-    save_bank,
-    save_gates,
-    split_bank,
-    split_gates,
-)
+from meteora_jax.io.bank import load_bank, save_bank
+from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, load_gates, save_gates, split_gates
+from meteora_jax.io.model_state import split_bank
 from meteora_jax.model.lora_linear import AdapterParam, GateParam
 from meteora_jax.routing.gates import Gates
 from meteora_jax.training.settings import Checkpointing, GateTraining

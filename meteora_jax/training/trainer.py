@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from meteora_jax.config import InputError, LlamaConfig, Preempted
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.io.checkpoint import StoredArray, assemble, column_orders
+from meteora_jax.io.model_state import assemble, column_orders
+from meteora_jax.io.tensors import StoredArray
 from meteora_jax.model.lora_linear import AdapterBank
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
