@@ -150,7 +150,7 @@ def _list_outputs(config: LlamaConfig, reader: TensorReader, adapter: BankAdapte
 def _check_fit(config: LlamaConfig, origin: BaseOrigin | None, adapter: BankAdapter) -> None:
     bank, source = adapter.bank, adapter.folder / "bank.json"
     problems = misfits(bank, config, origin, str(source))
-    if adapter.info.name in bank.at_ends:
+    if adapter.info.name in bank.vocab_adapter_names:
         found = f"{adapter.info.name}, which changes the embedding or the head (merging those is not supported)"
         problems.append(f"{source}: expected an adapter of the layers, found {found}")
     if adapter.info.invocation:

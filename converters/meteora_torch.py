@@ -443,7 +443,7 @@ def _common_scale(
         for what, found in (
             ("dora", bank.dora),
             ("lora_bias", bank.lora_bias),
-            ("ends", bank.at_ends),
+            ("ends", bank.vocab_adapter_names),
             ("invocation", bank.invoked),
         )
         if found

@@ -31,9 +31,9 @@ from meteora_jax.config import (
     PROJECTIONS,
     AdapterInfo,
     BankConfig,
-    EndConfig,
     InputError,
     LlamaConfig,
+    VocabAdapterConfig,
     read_json,
 )
 from meteora_jax.io import hf_config
@@ -231,7 +231,7 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
     dora = tuple(p for p in PROJECTIONS if (p, "magnitude") in held)
     bias = tuple(p for p in PROJECTIONS if (p, "bias") in held)
     ends = {
-        end: EndConfig(max(a.end_rank(end) for a in adapters), tuple(a.tokens.get(end, ()) for a in adapters))
+        end: VocabAdapterConfig(max(a.end_rank(end) for a in adapters), tuple(a.tokens.get(end, ()) for a in adapters))
         for end in ENDS
         if any(e == end for a in adapters for e, _ in a.ends)
     }

@@ -68,10 +68,10 @@ class Meteora:
     config: LlamaConfig
     bank: BankConfig | None
     gates: GateConfig | None
-    tokenizer: Any
-    graph: Any
-    weights: Any
-    mesh: Any = None
+    tokenizer: Any  # transformers' PreTrainedTokenizerBase, whose package is imported where it is used
+    graph: nnx.GraphDef
+    weights: nnx.State
+    mesh: Mesh | None = None
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -255,7 +255,9 @@ class Meteora:
 
 
 @jit(static_argnames=("graph",))
-def _logits(graph: Any, weights: Any, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None) -> jax.Array:
+def _logits(
+    graph: nnx.GraphDef, weights: nnx.State, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None
+) -> jax.Array:
     model = nnx.merge(graph, weights)
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)

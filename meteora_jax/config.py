@@ -142,8 +142,8 @@ class AdapterInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class EndConfig:
-    """What a bank's adapters change at one of `ENDS`."""
+class VocabAdapterConfig:
+    """What a bank's adapters change at the embedding or at the head (`ENDS`)."""
 
     rank: int  # R of the stacked LoRA tensors; 0: none
     tokens: tuple[tuple[int, ...], ...]  # for each adapter the ids of the rows that it retrained
@@ -164,8 +164,9 @@ class BankConfig:
     base_shapes: dict[str, tuple[int, int]]  # projection -> (I, O) of the base it was imported for
     dora: tuple[str, ...] = ()  # projections at which some adapter has DoRA magnitudes
     lora_bias: tuple[str, ...] = ()  # projections at which some adapter's B has a bias
-    ends: dict[str, EndConfig] = dataclasses.field(default_factory=dict)  # of those that some adapter changes
-    vocab_shape: tuple[int, int] | None = None  # (V, D) of the base; None where no adapter changes an end
+    # "embed" and "head" -> what adapters change there; one that no adapter changes is absent
+    vocab_adapters: dict[str, VocabAdapterConfig] = dataclasses.field(default_factory=dict)
+    vocab_shape: tuple[int, int] | None = None  # (V, D) of the base; None where `vocab_adapters` is empty
     base: dict[str, Any] | None = None  # what the base's own record said (see origin.py); None: there was none
 
     @property
@@ -173,8 +174,8 @@ class BankConfig:
         return tuple(a.name for a in self.adapters)
 
     @property
-    def at_ends(self) -> tuple[str, ...]:
-        """The adapters that change an end."""
+    def vocab_adapter_names(self) -> tuple[str, ...]:
+        """The adapters that change the embedding or the head."""
         return tuple(a.name for a in self.adapters if set(a.targets) & {m.rpartition(".")[2] for m in ENDS.values()})
 
     @property
@@ -187,8 +188,8 @@ class BankConfig:
 
         `p.a` [L, A, R, I], `p.b` [L, A, R, O], `p.scale` [L, A]; where an adapter has them `p.bias` [L, A, O],
         `p.magnitude` [L, A, O] (DoRA's own) and `p.dora` [L, A, O]: magnitude / norm of the adapted column - 1.
-        At an end `embed.a` [A, R, V], `embed.b` [A, R, D], `head.a` [A, R, D], `head.b` [A, R, V], `scale` [A], and
-        `rows` [A, n, D].
+        At the embedding and the head `embed.a` [A, R, V], `embed.b` [A, R, D], `head.a` [A, R, D], `head.b` [A, R, V],
+        `scale` [A], and `rows` [A, n, D].
         """
         shapes: dict[str, tuple[int, ...]] = {}
         n, a = self.num_layers, len(self.adapters)
@@ -197,7 +198,7 @@ class BankConfig:
             shapes |= {f"{p}.a": (n, a, r, i), f"{p}.b": (n, a, r, o), f"{p}.scale": (n, a)}
             shapes |= {f"{p}.{part}": (n, a, o) for part in ("magnitude", "dora") if p in self.dora}
             shapes |= {f"{p}.bias": (n, a, o)} if p in self.lora_bias else {}
-        for end, held in self.ends.items():
+        for end, held in self.vocab_adapters.items():
             assert self.vocab_shape is not None, "checked by from_json"
             i, o = self.vocab_shape if end == "embed" else self.vocab_shape[::-1]
             if held.rank:
@@ -207,7 +208,8 @@ class BankConfig:
         return shapes
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": "meteora-bank-1", **dataclasses.asdict(self)}
+        own = {"ends" if key == "vocab_adapters" else key: value for key, value in dataclasses.asdict(self).items()}
+        return {"format": "meteora-bank-1", **own}
 
     @classmethod
     def from_json(cls, raw: Any, source: str) -> BankConfig:
@@ -224,16 +226,16 @@ class BankConfig:
             shapes = {p: (int(i), int(o)) for p, (i, o) in raw["base_shapes"].items()}
             ranks = {p: int(r) for p, r in raw["ranks"].items()}
             dora, bias = tuple(raw.get("dora", ())), tuple(raw.get("lora_bias", ()))
-            ends = {
-                end: EndConfig(int(held["rank"]), tuple(tuple(map(int, ids)) for ids in held["tokens"]))
+            vocab_adapters = {
+                end: VocabAdapterConfig(int(held["rank"]), tuple(tuple(map(int, ids)) for ids in held["tokens"]))
                 for end, held in raw.get("ends", {}).items()
             }
             vocab = None if raw.get("vocab_shape") is None else (int(raw["vocab_shape"][0]), int(raw["vocab_shape"][1]))
-            uneven = any(len(held.tokens) != len(adapters) for held in ends.values())
-            if uneven or not ends.keys() <= ENDS.keys() or bool(ends) != (vocab is not None):
+            uneven = any(len(held.tokens) != len(adapters) for held in vocab_adapters.values())
+            if uneven or not vocab_adapters.keys() <= ENDS.keys() or bool(vocab_adapters) != (vocab is not None):
                 raise ValueError("ends, their tokens and vocab_shape")
             base = None if raw.get("base") is None else dict(raw["base"])
-            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab, base)
+            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias, vocab_adapters, vocab, base)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 

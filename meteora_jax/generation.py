@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from meteora_jax.arguments import MOST, Arguments
 from meteora_jax.config import GROUPS, InputError, LlamaConfig
 from meteora_jax.execution import jit
 from meteora_jax.model.kv_cache import EMPTY, KVCache
+from meteora_jax.model.routed_llama import RoutedCache
 from meteora_jax.routing import NO_ADAPTER, BoundRouter, Routing
 from meteora_jax.sharding import fetch, pad_rows, place_rows, place_whole, rows_multiple, use_mesh
 
@@ -77,8 +77,8 @@ def sample(logits: jax.Array, step: jax.Array, how: dict[str, jax.Array]) -> jax
 
 def observe_routing(routings: tuple[Routing, ...]) -> tuple[jax.Array, jax.Array]:
     """A layer's routing with its projections side by side: indices int32 and weights float32 [B, T or 1, P, C]."""
-    wide = [r.spread(len(ps)) for r, ps in zip(routings, GROUPS.values(), strict=True)]
-    return jnp.concatenate([r.indices for r in wide], axis=2), jnp.concatenate([r.weights for r in wide], axis=2)
+    spread = [r.spread(len(ps)) for r, ps in zip(routings, GROUPS.values(), strict=True)]
+    return jnp.concatenate([r.indices for r in spread], axis=2), jnp.concatenate([r.weights for r in spread], axis=2)
 
 
 @jax.tree_util.register_dataclass
@@ -91,13 +91,13 @@ class Decoding:
     trace: (indices, weights), each [N, L, B, P, C], of the tokens fed back so far; None without a router.
     """
 
-    cache: Any
-    tokens: Any
-    counts: Any
-    done: Any
-    step: Any
-    positions: Any
-    trace: Any
+    cache: KVCache | RoutedCache
+    tokens: jax.Array
+    counts: jax.Array
+    done: jax.Array
+    step: jax.Array
+    positions: jax.Array
+    trace: tuple[jax.Array, jax.Array] | None
 
 
 def _emit(state: Decoding, logits: jax.Array, how: dict[str, jax.Array], eos: jax.Array) -> Decoding:
@@ -111,8 +111,8 @@ def _emit(state: Decoding, logits: jax.Array, how: dict[str, jax.Array], eos: ja
 
 @jit(static_argnames=("graph", "room"))
 def prefill(
-    graph: Any,
-    weights: Any,
+    graph: nnx.GraphDef,
+    weights: nnx.State,
     tokens: jax.Array,
     lengths: jax.Array,
     router: BoundRouter | None,
@@ -139,7 +139,8 @@ def prefill(
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     trace = None
     if router is not None:
-        trace = tuple(jnp.zeros((room, x.shape[0], batch, *x.shape[3:]), x.dtype) for x in out.observed)
+        indices, shares = (jnp.zeros((room, x.shape[0], batch, *x.shape[3:]), x.dtype) for x in out.observed)
+        trace = indices, shares
     zeros = jnp.zeros((batch,), jnp.int32)
     state = Decoding(
         out.cache, jnp.zeros((batch, room), jnp.int32), zeros, lengths == 0, jnp.zeros((), jnp.int32), lengths, trace
@@ -149,8 +150,8 @@ def prefill(
 
 @jit(static_argnames=("graph",), donate_argnames=("state",))
 def decode(
-    graph: Any,
-    weights: Any,
+    graph: nnx.GraphDef,
+    weights: nnx.State,
     state: Decoding,
     router: BoundRouter | None,
     how: dict[str, jax.Array],
@@ -193,7 +194,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
 
 def pad_batch(
     prompts: Sequence[Sequence[int]], router: BoundRouter | None, mesh: Mesh | None
-) -> tuple[np.ndarray, np.ndarray, Any]:
+) -> tuple[np.ndarray, np.ndarray, BoundRouter | None]:
     """`pad_prompts`, with empty rows (length 0) up to what the mesh divides, and the router for all rows."""
     tokens, lengths = pad_prompts(prompts)
     multiple = rows_multiple(mesh)
@@ -241,8 +242,8 @@ class Generator:
 
     def __init__(
         self,
-        graph: Any,
-        weights: Any,
+        graph: nnx.GraphDef,
+        weights: nnx.State,
         config: LlamaConfig,
         prompts: Sequence[Sequence[int]],
         router: BoundRouter | None,

@@ -46,8 +46,8 @@ Request = tuple[Any, list[int], list[int]]
 
 @jit(static_argnames=("graph",))
 def _score(
-    graph: Any,
-    weights: Any,
+    graph: nnx.GraphDef,
+    weights: nnx.State,
     tokens: jax.Array,
     lengths: jax.Array,
     at: jax.Array,

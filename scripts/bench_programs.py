@@ -20,6 +20,8 @@ from meteora_jax.model import llama
 from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.model.routed_llama import RoutedCache
 from meteora_jax.training.data import Batch
+from meteora_jax.training.gate_loss import GateLoss
+from meteora_jax.training.settings import Objective
 from meteora_jax.training.step import initial_state, make_step, optimizer
 
 NO_END = jnp.asarray((-1,), jnp.int32)
@@ -137,7 +139,7 @@ def training(model: Held, router: Any, tokens: jax.Array, adapters: int, remat: 
 
     state = Held(None, jax.eval_shape(begin, gates), lambda: begin(cut(model(), GateParam)[1]))
     dtype = nnx.merge(model.graph, model.shapes).embed.dtype
-    update = make_step(split, state.shapes, tx, beta=50.0, dtype=dtype, remat=remat)
+    update = make_step(split, state.shapes, tx, GateLoss(Objective(beta=50.0)), dtype=dtype, remat=remat)
     update = update.lower(frozen, state.shapes, batch, router).compile()
     embedding = nnx.PathContains("embed")
     bare_graph, embed, rest = cut(model.shapes, embedding)

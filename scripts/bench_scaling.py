@@ -37,6 +37,8 @@ from meteora_jax.routing.gates import Gates
 from meteora_jax.sharding import make_mesh, place_rows, rows_multiple, use_mesh
 from meteora_jax.training.checkpoints import Checkpoints
 from meteora_jax.training.data import Batch, Layout
+from meteora_jax.training.gate_loss import GateLoss
+from meteora_jax.training.settings import Objective
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
 
@@ -118,7 +120,7 @@ def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: P
     router = place_rows(jax.tree.map(np.asarray, gates.bind([gates] * rows, bank.names)), mesh)
     batch = place_rows(batch, mesh)
     remat: Any = {"nothing": False, "all": True, "dots": "dots"}[s.remat]
-    step: Any = make_step(graph, held, tx, beta=50.0, dtype=jnp.bfloat16, remat=remat, mesh=mesh)
+    step: Any = make_step(graph, held, tx, GateLoss(Objective(beta=50.0)), dtype=jnp.bfloat16, remat=remat, mesh=mesh)
     restored = saved = None
     identity = {"shape": s.shape}
     if s.checkpoint:

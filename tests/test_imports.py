@@ -28,10 +28,9 @@ ORDER = [
         "arguments",
         "prompts",
         "execution",
-        "sharding",
     ),
-    *("retriever", "model.kv_cache", "model.attention", "routing", "model", "io", "generation", "evaluation"),
-    *("training", "viz", "planning", "api", "", "harness", "cli"),
+    *("sharding", "retriever", "model.kv_cache", "model.attention", "routing", "model", "io", "generation"),
+    *("evaluation", "training", "viz", "planning", "api", "", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDER decides

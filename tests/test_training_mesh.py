@@ -56,15 +56,18 @@ def computed(base, bank, gates, mesh, accumulate: int = 1, remat=True) -> dict[s
     from meteora_jax.io.gates import split_gates
     from meteora_jax.model.lora_linear import GateParam
     from meteora_jax.sharding import fetch, place_rows, use_mesh
+    from meteora_jax.training.gate_loss import GateLoss
+    from meteora_jax.training.settings import Objective
     from meteora_jax.training.step import gradients
 
     model = mj.load(base, bank, gates, mesh=mesh, dtype="float32")
     graph, params, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
     part = ROWS // accumulate
     router = place_rows(jax.tree.map(np.asarray, model.bind(mj.Gates(2), part)), mesh)
+    loss = GateLoss(Objective(beta=BETA))
     run = jax.jit(
         lambda frozen, params, batch, router: gradients(
-            graph, frozen, params, batch, router, BETA, dtype=jnp.float32, remat=remat, accumulate=accumulate
+            graph, frozen, params, batch, router, loss, dtype=jnp.float32, remat=remat, accumulate=accumulate
         )
     )
     with use_mesh(mesh):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.io.provenance import BaseOrigin, misfits
@@ -18,7 +18,7 @@ from meteora_jax.model.lora_linear import AdapterBank
 
 
 def load_bank(
-    folder: str | os.PathLike[str], base: LlamaConfig, dtype: Any, origin: BaseOrigin | None = None
+    folder: str | os.PathLike[str], base: LlamaConfig, dtype: DTypeLike, origin: BaseOrigin | None = None
 ) -> AdapterBank:
     """BANK/ -> the bank, refused if it was imported for a base of another shape, or other norms than `origin`'s."""
     folder = Path(folder)
@@ -27,14 +27,17 @@ def load_bank(
     if problems := misfits(config, base, origin, source):
         raise InputError(problems)
     tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
-    ends: dict[str, dict[str, np.ndarray]] = {}
-    for end in config.ends:
+    vocab: dict[str, dict[str, np.ndarray]] = {}
+    for end in config.vocab_adapters:
         held = {k: tensors[f"{end}.{k}"] for k in ("a", "b", "scale", "rows") if f"{end}.{k}" in tensors}
-        ends[end] = {k: t.astype(np.float32 if k == "scale" else dtype) for k, t in held.items()}
-    part = lambda kind, dt: {p: tensors[f"{p}.{kind}"].astype(dt) for p in config.ranks}  # noqa: E731
-    columns = lambda kind, ps: {p: tensors[f"{p}.{kind}"].astype(np.float32) for p in ps}  # noqa: E731
-    dora, bias = columns("dora", config.dora), columns("bias", config.lora_bias)
-    return AdapterBank(part("a", dtype), part("b", dtype), part("scale", np.float32), config, dora, bias, ends)
+        vocab[end] = {k: t.astype(np.float32 if k == "scale" else dtype) for k, t in held.items()}
+
+    def part(kind: str, projections: Iterable[str], dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
+        return {p: tensors[f"{p}.{kind}"].astype(dtype) for p in projections}
+
+    a, b, scale = part("a", config.ranks, dtype), part("b", config.ranks, dtype), part("scale", config.ranks)
+    dora, bias = part("dora", config.dora), part("bias", config.lora_bias)
+    return AdapterBank(a, b, scale, config, dora, bias, vocab)
 
 
 def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
@@ -42,7 +45,7 @@ def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
 
     Each adapter's `sha256` becomes that of its own tensors here: they are from no file.
     """
-    assert not bank.ends, "a bank from training has adapters in the layers alone"
+    assert not bank.vocab_adapters, "a bank from training has adapters in the layers alone"
     parts = {"a": bank.a, "b": bank.b, "scale": bank.scale}
     tensors = {f"{p}.{k}": np.ascontiguousarray(v[p], np.float32) for k, v in parts.items() for p in bank.config.ranks}
     infos = []
@@ -67,8 +70,9 @@ def take_adapters(folder: str | os.PathLike[str], dest: str | os.PathLike[str], 
                 if n not in config.names]  # fmt: skip
     if not names or len(set(names)) < len(names):
         problems.append(f"{source}: expected adapters to take, each once, found {' '.join(names) or 'none'}")
-    if config.ends:
-        problems.append(f"{source}: expected adapters in the layers alone, found {', '.join(config.at_ends)} at an end")
+    if config.vocab_adapters:
+        found = ", ".join(config.vocab_adapter_names)
+        problems.append(f"{source}: expected adapters in the layers alone, found {found} at the embedding or the head")
     if problems:
         raise InputError(problems)
     at = [config.names.index(n) for n in names]

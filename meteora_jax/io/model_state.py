@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from meteora_jax.config import ENDS, GROUPS, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
@@ -66,10 +67,10 @@ def assemble(
     weights: Mapping[tuple[str, ...], Any],
     bank: AdapterBank | None,
     gates: Mapping[str, np.ndarray] | None,
-    dtype: Any,
+    dtype: DTypeLike,
     mesh: Mesh | None = None,
     form: TokenRouterForm | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[nnx.GraphDef, nnx.State]:
     """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced.
 
     With a mesh every leaf goes straight to the devices that hold a part of it; of a base that `load_base` left on disk

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -53,7 +54,7 @@ class StoredArray:
     device's part of a leaf; a host never reads what none of its own devices holds.
     """
 
-    def __init__(self, file: Any, keys: Sequence[str], dtype: Any, shards: int = 1):
+    def __init__(self, file: Any, keys: Sequence[str], dtype: DTypeLike, shards: int = 1):
         self._source = file, keys, dtype
         parts = [file.get_slice(key) for key in keys]
         widths = [part.get_shape()[-1] // shards for part in parts]
@@ -88,7 +89,7 @@ class StoredArray:
             taken *= part[-1].stop
         return self[tuple(reversed(part))].reshape(-1)[:count]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         whole = self[(slice(None),) * len(self.shape)]
         return whole if dtype is None else whole.astype(dtype, copy=False)
 

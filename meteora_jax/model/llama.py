@@ -179,8 +179,8 @@ class Llama(nnx.Module):
         tied = config.tie_word_embeddings
         shape = (config.hidden_size, config.vocab_size)
         self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype), axes=("model", "vocab"))
-        self.at_ends = bank.at_ends if bank is not None else ()
-        ends = bank.ends if bank is not None else {}
+        self.at_ends = bank.vocab_adapter_names if bank is not None else ()
+        ends = bank.vocab_adapters if bank is not None else {}
         self.embed_adapters, self.head_adapters = (
             EndAdapters(bank, end, dtype) if bank is not None and end in ends else None for end in ("embed", "head")
         )

@@ -34,7 +34,7 @@ class EndAdapters(nnx.Module):
 
     def __init__(self, bank: BankConfig, end: str, dtype: Any):
         assert bank.vocab_shape is not None, "a bank with ends knows their shape"
-        (vocab, width), held, count = bank.vocab_shape, bank.ends[end], len(bank.names)
+        (vocab, width), held, count = bank.vocab_shape, bank.vocab_adapters[end], len(bank.names)
         embed, rank = end == "embed", held.rank
         a_shape, a_axes = ((vocab, rank), ("vocab", None)) if embed else ((rank, width), (None, "model"))
 
@@ -114,10 +114,10 @@ def request_routing(router: BoundRouter | Routing, at_ends: tuple[str, ...], x: 
 
 def end_tensors(bank: AdapterBank, end: str) -> dict[str, np.ndarray]:
     """What an `EndAdapters` holds, of a bank whose adapters change this end; empty if none does."""
-    if end not in bank.ends:
+    if end not in bank.vocab_adapters:
         return {}
     assert bank.config.vocab_shape is not None, "a bank with ends knows their shape"
-    held, tokens = bank.ends[end], bank.config.ends[end].tokens
+    held, tokens = bank.vocab_adapters[end], bank.config.vocab_adapters[end].tokens
     tensors = {}
     if "a" in held:
         a = held["a"].swapaxes(1, 2) if end == "embed" else held["a"]  # a token's column is read as a row

@@ -21,6 +21,7 @@ from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, load_gates, sa
 from meteora_jax.io.model_state import split_bank
 from meteora_jax.model.lora_linear import AdapterParam, GateParam
 from meteora_jax.routing.gates import Gates
+from meteora_jax.training.gate_loss import gate_loss
 from meteora_jax.training.settings import Checkpointing, GateTraining
 from meteora_jax.training.step import optimizer
 from meteora_jax.training.trainer import Callbacks, Trainee, Trainer, fetched
@@ -51,7 +52,7 @@ def train_gates(
             trained, on the tasks of all: the old ones' tokens are what the new columns must not claim.
 
     Returns:
-        the last step's record, losses averaged over the last tenth of the steps; `unused`, what `begun` was told.
+        the last step's record, losses averaged over the last tenth of the steps; `unused`, what `begun` was given.
 
     Raises:
         Preempted: SIGTERM came and the run was saved.
@@ -76,7 +77,7 @@ def train_gates(
                 lm=objective.lm_loss,
             ),
         ),
-        tasks=tasks, labels={name: i for i, name in enumerate(names)}, settings=settings, objective=objective,
+        tasks=tasks, labels={name: i for i, name in enumerate(names)}, settings=settings, loss=gate_loss(objective),
         optimizer=optimizer(
             run.steps, run.learning_rate, speed.warmup, speed.clip, settings.adapter_learning_rate
         ),
