@@ -31,7 +31,7 @@ from meteora_jax.routing.alora import watch
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.retrieval import Found, look_up
 from meteora_jax.routing.trace import adapted_places
-from meteora_jax.sharding import place_rows, use_mesh
+from meteora_jax.sharding import Params, place_rows, use_mesh
 from meteora_jax.text import TextStream, load_tokenizer
 
 FinishReason = Literal["end", "stop", "length"]
@@ -70,7 +70,7 @@ class Meteora:
     gates: GateConfig | None
     tokenizer: Any  # transformers' PreTrainedTokenizerBase, whose package is imported where it is used
     graph: nnx.GraphDef
-    weights: nnx.State
+    weights: Params
     mesh: Mesh | None = None
 
     @property
@@ -256,7 +256,7 @@ class Meteora:
 
 @jit(static_argnames=("graph",))
 def _logits(
-    graph: nnx.GraphDef, weights: nnx.State, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None
+    graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None
 ) -> jax.Array:
     model = nnx.merge(graph, weights)
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]

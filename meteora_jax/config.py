@@ -167,7 +167,7 @@ class BankConfig:
     # "embed" and "head" -> what adapters change there; one that no adapter changes is absent
     vocab_adapters: dict[str, VocabAdapterConfig] = dataclasses.field(default_factory=dict)
     vocab_shape: tuple[int, int] | None = None  # (V, D) of the base; None where `vocab_adapters` is empty
-    base: dict[str, Any] | None = None  # what the base's own record said (see origin.py); None: there was none
+    base: dict[str, Any] | None = None  # what the base's own record said (see io.provenance); None: there was none
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -235,7 +235,10 @@ class BankConfig:
             if uneven or not vocab_adapters.keys() <= ENDS.keys() or bool(vocab_adapters) != (vocab is not None):
                 raise ValueError("ends, their tokens and vocab_shape")
             base = None if raw.get("base") is None else dict(raw["base"])
-            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias, vocab_adapters, vocab, base)
+            return cls(
+                adapters, ranks, int(raw["num_layers"]), shapes, dora=dora, lora_bias=bias,
+                vocab_adapters=vocab_adapters, vocab_shape=vocab, base=base,
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 

@@ -25,7 +25,7 @@ from meteora_jax.model.llama import Llama, lay_out
 from meteora_jax.model.lora_linear import GateParam
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing.gates import BoundGates
-from meteora_jax.sharding import replicated, rows_multiple, sharding, tensor_shards, use_mesh
+from meteora_jax.sharding import Params, replicated, rows_multiple, sharding, tensor_shards, use_mesh
 from meteora_jax.training.data import Batch
 from meteora_jax.training.gate_loss import gate_loss
 from meteora_jax.training.loss import Remat
@@ -207,7 +207,7 @@ def plan_generation(
     call = dict(router=router, how=Sampling().traced, eos=whole((1,)))
     prompts = _rowwise(mesh, (rows, width), jnp.int32), _rowwise(mesh, (rows,), jnp.int32)
     with use_mesh(mesh):
-        first = _compiled(prefill.lower(graph, weights, *prompts, room=new_tokens, **call))
+        first = _compiled(prefill.lower(graph, weights, *prompts, new_tokens=new_tokens, **call))
     # forward alone, and no gate's gradient: a third of attention's count, and of 4 or 6 a weight 2 remain
     per_token = flops_per_token(config, None, chosen=0, gates=None, train_adapters=False) / 2
     gated = flops_per_token(config, bank, chosen=top_k, gates=None, train_adapters=False) / 2 - per_token
@@ -223,7 +223,7 @@ def plan_generation(
     if isinstance(first, OutOfMemory):  # nobody knows how its results, which decoding takes, would lie
         return (plan,)
     with use_mesh(mesh):
-        state, _ = jax.eval_shape(lambda w, *p: prefill(graph, w, *p, room=new_tokens, **call), weights, *prompts)
+        state, _ = jax.eval_shape(lambda w, *p: prefill(graph, w, *p, new_tokens=new_tokens, **call), weights, *prompts)
         state = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, first.output_shardings[0]
         )
@@ -317,7 +317,7 @@ def _figures(
     )  # fmt: skip
 
 
-def spread(state: nnx.State, mesh: Mesh) -> nnx.State:
+def spread(state: Params, mesh: Mesh) -> Params:
     """Abstract weights with the shardings that `assemble` would give them."""
 
     def one(leaf: nnx.Variable) -> nnx.Variable:

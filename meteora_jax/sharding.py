@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from meteora_jax.config import InputError
 
 T = TypeVar("T")  # a pytree
+Params = Any  # parameters, gradients, moments: an nnx.State (which beartype cannot read) or any other pytree
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

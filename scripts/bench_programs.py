@@ -96,8 +96,8 @@ def _asked(router: Any, tokens: jax.Array) -> tuple[Any, ...]:
 def started(model: Held, router: Any, tokens: jax.Array, steps: int = 32) -> Held:
     """The state behind a prompt, with room for twice `steps`."""
     rest = _asked(router, tokens)
-    call = prefill.lower(model.graph, model.shapes, *rest, room=2 * steps).compile()
-    plain = functools.partial(prefill.__wrapped__, model.graph, room=2 * steps)
+    call = prefill.lower(model.graph, model.shapes, *rest, new_tokens=2 * steps).compile()
+    plain = functools.partial(prefill.__wrapped__, model.graph, new_tokens=2 * steps)
     shapes = jax.eval_shape(plain, model.shapes, *rest)[0]
     return Held(None, shapes, lambda: call(model(), *rest)[0])
 
@@ -111,7 +111,7 @@ def generating(model: Held, router: Any, tokens: jax.Array, start: Held | None, 
     """A prefill, or `steps` decoding steps from `start` on, compiled."""
     if start is None:
         rest = _asked(router, tokens)
-        call = prefill.lower(model.graph, model.shapes, *rest, room=2 * steps).compile()
+        call = prefill.lower(model.graph, model.shapes, *rest, new_tokens=2 * steps).compile()
         return Timed(lambda _: call(model(), *rest)[0], shown=lambda s: model_keys(s)[:, :, tokens.shape[1] - 1])
     rest = router, Sampling().traced, NO_END, jnp.int32(steps + 1)
     call = decode.lower(model.graph, model.shapes, start.shapes, *rest).compile()

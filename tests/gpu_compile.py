@@ -132,7 +132,7 @@ def prompt(device: Any, router: Any, length: int) -> str:
     graph, weights, bank = llama_3_8b(execution=dataclasses.replace(GPU, fused_attention=()))
     bound = router.bind([router], bank.names) if router is not None else None
     rest = array((1, length), jnp.int32), array((1,), jnp.int32), bound, {}, array((1,), jnp.int32)
-    return compiled(device, prefill.__wrapped__, graph, weights, *rest, room=64)
+    return compiled(device, prefill.__wrapped__, graph, weights, *rest, new_tokens=64)
 
 
 def readers_of_kernels(text: str) -> list[str]:

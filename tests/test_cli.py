@@ -222,6 +222,7 @@ def test_demo_runs_twice_on_its_own_files(tmp_path, capsys, world):
     for name, adapter in renamed.items():
         (assets / "adapters" / adapter).rename(assets / "adapters" / name)
     edit_json(assets / "gates" / "gates.json", names=list(renamed))
+    out = ""
     for _ in range(2):
         status, out, _ = run(
             capsys, "demo", "--assets", assets, "--gguf", world["hf_folder"], "--out", tmp_path / "out",

@@ -41,7 +41,10 @@ def random_bank(world, names=NAMES, seed=0):
 
 def of_one(bank, i):
     """A bank of the i-th adapter alone."""
-    one = lambda held: {p: x[:, i : i + 1] for p, x in held.items()}  # noqa: E731
+
+    def one(stacked):
+        return {p: x[:, i : i + 1] for p, x in stacked.items()}
+
     config = dataclasses.replace(bank.config, adapters=bank.config.adapters[i : i + 1])
     return dataclasses.replace(bank, a=one(bank.a), b=one(bank.b), scale=one(bank.scale), config=config)
 
@@ -105,7 +108,10 @@ def test_updates_side_by_side_are_those_alone(tmp_path, world):
     bank = random_bank(world)
     _, graph, params, frozen = parts(tmp_path, world, bank)
     every = [sequences(world, i) for i in range(3)]
-    tx = lambda each: optimizer(3, 1e-2, 0.0, 2.4, each=each)  # noqa: E731
+
+    def tx(each):
+        return optimizer(3, 1e-2, 0.0, 2.4, each=each)
+
     how = dict(dtype=jnp.float32, remat=True)
     _, grads = gradients(
         graph,

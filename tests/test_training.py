@@ -101,7 +101,10 @@ def test_gradients_equal_finite_differences(world):
     for i, grad in enumerate(jax.tree.leaves(grads)):
         key, sub = jax.random.split(key)
         direction = jax.random.normal(sub, grad.shape) / np.sqrt(grad.size)
-        moved = lambda e, i=i, d=direction: tree.unflatten([x + e * d if j == i else x for j, x in enumerate(leaves)])  # noqa: E731
+
+        def moved(step, i=i, direction=direction):
+            return tree.unflatten([x + step * direction if j == i else x for j, x in enumerate(leaves)])
+
         difference = (float(loss(moved(5e-3))) - float(loss(moved(-5e-3)))) / 1e-2
         assert np.isclose(float(jnp.sum(grad * direction)), difference, rtol=0.05, atol=2e-3)
 

@@ -122,7 +122,9 @@ def test_what_is_not_used_is_counted_by_task(world):
 
 
 def test_the_prefix_that_all_tasks_share():
-    rows = lambda *texts: [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]  # noqa: E731
+    def rows(*texts):
+        return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]
+
     assert shared_prefix({"a": rows("sys x1", "sys y1"), "b": rows("sys z", "sys w")}) == 4
     assert shared_prefix({"a": rows("sys x1", "sys y1", "odd"), "b": rows("sys z", "sys w", "")}) == 4
     assert shared_prefix({"a": rows("sys x", "sys y"), "b": rows("other", "more")}) == 0

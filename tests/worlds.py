@@ -29,7 +29,10 @@ TARGETS = (
 def random_gates(config: LlamaConfig, adapters: int, seed: int = 5) -> dict[str, np.ndarray]:
     """{projection: float32 [L, I, A]}, large enough that choices are clear-cut."""
     rng = np.random.default_rng(seed)
-    shape = lambda p: (config.num_layers, config.projection_shape(p)[0], adapters)  # noqa: E731
+
+    def shape(p: str) -> tuple[int, int, int]:
+        return config.num_layers, config.projection_shape(p)[0], adapters
+
     return {p: rng.standard_normal(shape(p)).astype(np.float32) for p in PROJECTIONS}
 
 

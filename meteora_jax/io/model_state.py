@@ -22,7 +22,7 @@ from meteora_jax.model.llama import Llama, lay_out
 from meteora_jax.model.lora_linear import AdapterBank, column_shards
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.model.vocab_adapters import end_tensors
-from meteora_jax.sharding import place, shard_order, sharding, tensor_shards
+from meteora_jax.sharding import Params, place, shard_order, sharding, tensor_shards
 
 
 def split_bank(
@@ -70,7 +70,7 @@ def assemble(
     dtype: DTypeLike,
     mesh: Mesh | None = None,
     form: TokenRouterForm | None = None,
-) -> tuple[nnx.GraphDef, nnx.State]:
+) -> tuple[nnx.GraphDef, Params]:
     """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced.
 
     With a mesh every leaf goes straight to the devices that hold a part of it; of a base that `load_base` left on disk

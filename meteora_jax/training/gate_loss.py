@@ -90,7 +90,10 @@ class GateLoss:
             gate = jnp.mean(gate)
             judged = _by_task(counts.decidable(part)[..., None], part, hits.shape[-1])[0] / counts.decided
             loss = lm + self.objective.beta * gate
-            return Losses(*size, loss, lm, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
+            return Losses(
+                *size, loss=loss, lm=lm, gate=gate, gate_accuracy=jnp.sum(hits, -1), hits=hits, judged=judged,
+                entropy=entropy, load=load,
+            )  # fmt: skip
 
         return losses
 
@@ -126,7 +129,10 @@ class TokenRouterLoss:
             judged = _by_task(counts.decidable(part)[..., None], part, hits.shape[-1])[0] / counts.decided
             none, total = jnp.zeros((), jnp.float32), functools.reduce(operator.add, totals) / len(totals)
             loss = objective.beta * total
-            return Losses(*batch_size(part), loss, none, gate, jnp.sum(hits, -1), hits, judged, entropy, load)
+            return Losses(
+                *batch_size(part), loss=loss, lm=none, gate=gate, gate_accuracy=jnp.sum(hits, -1), hits=hits,
+                judged=judged, entropy=entropy, load=load,
+            )  # fmt: skip
 
         return losses
 

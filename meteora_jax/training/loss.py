@@ -18,7 +18,6 @@ from meteora_jax.training.data import Batch
 LOGITS_AT_ONCE = 1 << 28  # float32 logits [B, T, V] that are held together; beyond that T is cut into blocks
 
 Remat = bool | Literal["dots"]
-Params = Any  # parameters, gradients, moments: an nnx.State, a tree of its shape, or any other pytree
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +48,10 @@ class Losses:
     def without_gates(cls, batch: Batch, loss: jax.Array, lm: jax.Array) -> Losses:
         """Of a step that trains no gates."""
         none = jnp.zeros((0,), jnp.float32)
-        return cls(*batch_size(batch), loss, lm, jnp.zeros((), jnp.float32), none, none, none, none, none)
+        return cls(
+            *batch_size(batch), loss=loss, lm=lm, gate=jnp.zeros((), jnp.float32), gate_accuracy=none, hits=none,
+            judged=none, entropy=none, load=none,
+        )  # fmt: skip
 
 
 # (a model that has what the loss is about, part of a step's batch, the router bound to its rows or None where the loss

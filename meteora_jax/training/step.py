@@ -17,9 +17,9 @@ from jax.typing import DTypeLike
 from meteora_jax.execution import Jit
 from meteora_jax.model.lora_linear import AdapterParam, GateParam
 from meteora_jax.routing import BoundRouter
-from meteora_jax.sharding import constrain, place_whole, replicated
+from meteora_jax.sharding import Params, constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
-from meteora_jax.training.loss import Loss, Losses, Params, Remat
+from meteora_jax.training.loss import Loss, Losses, Remat
 from meteora_jax.training.side_by_side import EMA, clip_each
 
 COLUMNS = ("gate", "task", "previous")  # parameters of gates and token router with a column an adapter

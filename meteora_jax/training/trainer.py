@@ -26,12 +26,12 @@ from meteora_jax.model.lora_linear import AdapterBank
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
-from meteora_jax.sharding import fetch, place_rows, rows_multiple, tensor_shards, use_mesh
+from meteora_jax.sharding import Params, fetch, place_rows, rows_multiple, tensor_shards, use_mesh
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.charts import write_accuracy_map, write_curves
 from meteora_jax.training.checkpoints import Checkpoints, Restored, preemption
 from meteora_jax.training.data import Batches, Layout, Mixture, Tokenized, own_shards, plan
-from meteora_jax.training.loss import Loss, Losses, NextTokenLoss, Params
+from meteora_jax.training.loss import Loss, Losses, NextTokenLoss
 from meteora_jax.training.settings import Checkpointing, Training
 from meteora_jax.training.step import Step, TrainState, initial_state, make_step
 from meteora_jax.training.unused import Unused, unused

@@ -65,7 +65,7 @@ def _positive(counts: dict[str, int]) -> dict[str, int]:
 
 def shared_prefix(sequences: Mapping[str, Sequence[np.ndarray]]) -> int:
     """Tokens int32 [T] that at least half of each task's sequences begin with, all with the same ones: a system
-    prompt, a tokenizer's first token. 0 for a single task, which nothing is to be told apart from."""
+    prompt, a tokenizer's first token. 0 for a single task, which there is nothing to distinguish from."""
     if len(sequences) < 2:
         return 0
     left = dict(sequences)
