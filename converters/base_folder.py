@@ -21,6 +21,7 @@ from converters.folders import Journal, new_folder, sha256, write_json
 from converters.rules import Placement, Progress, Rule, TensorPlan, fill, find_rule, plan
 from converters.tensor_files import SourceTensor, TensorWriter, dtype_name
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.io import hf_config
 from meteora_jax.io.provenance import GIVEN, BaseOrigin, normalized, split_name
 
 _DTYPES = {
@@ -97,7 +98,7 @@ def fill_base(
     source = [{"file": path.name, "sha256": sha256(path)} for path in opened.inputs]
     origin = BaseOrigin(dict(opened.names), opened.revision, norms_sha256(placements))
     meteora = {"format": "meteora-base-1", "source": source, "origin": dataclasses.asdict(origin)}
-    write_json(folder / "config.json", {**opened.config.to_hf(), "meteora": meteora})
+    write_json(folder / "config.json", {**hf_config.to_hf(opened.config), "meteora": meteora})
 
 
 def norms_sha256(placements: Sequence[Placement]) -> str:
@@ -135,7 +136,7 @@ def _identity(opened: OpenedBase, placements: Sequence[Placement], dtypes: Mappi
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in opened.inputs]
     moves = [(p.source.file, p.source.key, p.path, p.layer) for p in placements]
     types = {path: str(dtype) for path, dtype in dtypes.items()}
-    text = json.dumps([files, moves, types, opened.config.to_hf()], sort_keys=True)
+    text = json.dumps([files, moves, types, hf_config.to_hf(opened.config)], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 

@@ -22,6 +22,7 @@ from converters.gguf_tokenizer import build_tokenizer
 from converters.hf_llama import DERIVED
 from converters.rules import TRANSPOSE, Rule, Transform
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.io import hf_config
 from meteora_jax.io.provenance import is_known
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -146,7 +147,7 @@ def read_config(file: GgufFile) -> LlamaConfig:
     config = reader.read()
     if reader.problems:
         raise InputError(reader.problems)
-    return LlamaConfig.from_hf(config, file.path.name)
+    return hf_config.from_hf(config, file.path.name)
 
 
 class _MetadataReader:

@@ -21,6 +21,7 @@ from converters.peft_export import BankAdapter, list_modules, open_adapter
 from converters.rules import AS_IS, Progress, Transform, copy_tensor
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
+from meteora_jax.io import hf_config
 from meteora_jax.io.provenance import BaseOrigin, misfits
 
 SHARD_BYTES = 5_000_000_000
@@ -122,7 +123,7 @@ def _export(
         dtype = _HF_DTYPES[dtype_name(reader.dtype("embed.embedding"))]
         # a base with an adapter in its weights is no longer the model of that name
         name = {"_name_or_path": origin.name} if origin and origin.name and adapter is None else {}
-        write_json(partial / "config.json", {**name, **config.to_hf(), "torch_dtype": dtype})
+        write_json(partial / "config.json", {**name, **hf_config.to_hf(config), "torch_dtype": dtype})
     return config
 
 
@@ -149,7 +150,7 @@ def _list_outputs(config: LlamaConfig, reader: TensorReader, adapter: BankAdapte
 def _check_fit(config: LlamaConfig, origin: BaseOrigin | None, adapter: BankAdapter) -> None:
     bank, source = adapter.bank, adapter.folder / "bank.json"
     problems = misfits(bank, config, origin, str(source))
-    if adapter.info.name in bank.at_ends:
+    if adapter.info.name in bank.vocab_adapter_names:
         found = f"{adapter.info.name}, which changes the embedding or the head (merging those is not supported)"
         problems.append(f"{source}: expected an adapter of the layers, found {found}")
     if adapter.info.invocation:

@@ -16,6 +16,7 @@ from converters.pickle_files import read_pickle
 from converters.rules import TRANSPOSE, Rule, same_values
 from converters.tensor_files import SourceTensor, read_safetensors
 from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
+from meteora_jax.io import hf_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -47,7 +48,7 @@ def open_base(src: Path) -> OpenedBase:
         InputError: everything that is wrong with configuration, tokenizer and headers.
     """
     raw = read_json(src / "config.json")
-    config = add_end_tokens(LlamaConfig.from_hf(raw), src / "generation_config.json")
+    config = add_end_tokens(hf_config.from_hf(raw), src / "generation_config.json")
     files, tensors, remarks = read_weights(src)
     config, untied = untie(config, tensors)
     said = {"config.json _name_or_path": raw.get("_name_or_path")}

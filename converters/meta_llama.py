@@ -24,6 +24,7 @@ from converters.pickle_files import read_pickle
 from converters.rules import TRANSPOSE, Rule, Transform
 from converters.tensor_files import SourceTensor
 from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.io import hf_config
 
 PARAMS = "params.json"
 _READ = (
@@ -221,4 +222,4 @@ def _read_config(params: Any, tensors: dict[str, SourceTensor]) -> LlamaConfig:
         "rms_norm_eps": float(eps), "rope_theta": float(theta), "rope_scaling": scaling,
         "max_position_embeddings": context, "tie_word_embeddings": False,
     }  # fmt: skip
-    return LlamaConfig.from_hf(raw, PARAMS)
+    return hf_config.from_hf(raw, PARAMS)

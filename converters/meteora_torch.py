@@ -27,6 +27,7 @@ from converters.rules import TRANSPOSE, Placement, Progress, Rule, TensorPlan, c
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.io import hf_config
 from meteora_jax.io.provenance import BaseOrigin, misfits
 
 PREFIX = "base_model.model."
@@ -45,7 +46,7 @@ def open_base(src: Path) -> OpenedBase:
     """The base inside a checkpoint; adapters and gates are left. Raises InputError as `hf_llama.open_base`."""
     raw = read_json(src / "config.json")
     files, tensors, remarks = read_weights(src)
-    config, untied = untie(LlamaConfig.from_hf(raw), tensors, PREFIX)
+    config, untied = untie(hf_config.from_hf(raw), tensors, PREFIX)
     paths = config.weight_shapes()
     rules = [
         rule if rule.path is None or rule.path in paths else Rule(rule.pattern, None, why="not of the base")
@@ -105,7 +106,7 @@ class _Checkpoint:
 def _read_checkpoint(src: Path, base: str | os.PathLike[str] | None) -> _Checkpoint:
     given = Path(base) if base is not None and Path(base).exists() else None
     config_file = (given or src) / "config.json"
-    config = LlamaConfig.from_hf(read_json(config_file), str(config_file))
+    config = hf_config.from_hf(read_json(config_file), str(config_file))
     files, tensors, _ = read_weights(src)
     config = config if given else untie(config, tensors, PREFIX)[0]
     adapters, rank = _count(tensors, files[0].name)
@@ -422,7 +423,7 @@ def export_gates(
                 progress(key, done, len(jobs))
         copy_tokenizer(base, partial)
         name = {"_name_or_path": origin.name} if origin and origin.name else {}
-        write_json(partial / "config.json", {**name, **config.to_hf()})
+        write_json(partial / "config.json", {**name, **hf_config.to_hf(config)})
     return {"names": list(held.names), "rank": rank, "alpha": scale * rank}
 
 
@@ -442,7 +443,7 @@ def _common_scale(
         for what, found in (
             ("dora", bank.dora),
             ("lora_bias", bank.lora_bias),
-            ("ends", bank.at_ends),
+            ("ends", bank.vocab_adapter_names),
             ("invocation", bank.invoked),
         )
         if found

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from converters.tensor_files import TensorReader
 from meteora_jax.config import BankConfig, LlamaConfig, read_json
+from meteora_jax.io import hf_config
 from meteora_jax.io.provenance import BaseOrigin
 
 
 def read_base(folder: Path) -> tuple[LlamaConfig, TensorReader]:
     """A BASE folder. Raises InputError: a missing or damaged file, or tensors other than those of config.json."""
-    config = LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = hf_config.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     return config, TensorReader(folder / "weights.safetensors", config.weight_shapes())
 
 

@@ -148,14 +148,14 @@ def _read(adapter: BankAdapter, module: Module, part: str) -> np.ndarray:
 def _read_ends(adapter: BankAdapter) -> dict[str, np.ndarray]:
     """{key: values} of what the adapter changes at embedding and head; which parts those are its settings say."""
     bank, raw = adapter.bank, adapter.info.peft_config
-    if not raw or not bank.ends:
+    if not raw or not bank.vocab_adapters:
         return {}
     where = f"{adapter.folder / 'bank.json'}: {adapter.info.name}: peft_config"
     settings = read_settings(raw, where)
     found: dict[str, np.ndarray] = {}
     problems = []
     for end, module in ENDS.items():
-        held, ids = bank.ends.get(end), settings.tokens.get(end, ())
+        held, ids = bank.vocab_adapters.get(end), settings.tokens.get(end, ())
         rank = settings.rank_of(module) if settings.adapts(end) else 0
         own = held.tokens[adapter.index] if held else ()
         if rank > (held.rank if held else 0) or (ids and own != ids):
@@ -208,7 +208,7 @@ def list_modules(adapter: BankAdapter) -> list[Module]:
                 problems.append(f"{where}: target_modules: expected {name} among them (it has tensors), found none")
             elif rank:
                 modules.append(_describe(adapter, layer, p, rank))
-    if not modules and not problems and adapter.info.name not in bank.at_ends:
+    if not modules and not problems and adapter.info.name not in bank.vocab_adapter_names:
         problems.append(f"{adapter.folder}: {adapter.info.name}: expected tensors that are not zero, found none")
     if problems:
         raise InputError(problems)

@@ -31,11 +31,12 @@ from meteora_jax.config import (
     PROJECTIONS,
     AdapterInfo,
     BankConfig,
-    EndConfig,
     InputError,
     LlamaConfig,
+    VocabAdapterConfig,
     read_json,
 )
+from meteora_jax.io import hf_config
 from meteora_jax.io.provenance import BaseOrigin, compare
 
 Adapters: TypeAlias = Iterable[tuple[str, str | os.PathLike[str]]]  # (name, PEFT folder)
@@ -121,7 +122,7 @@ def plan_adapters(
     """
     config_file = Path(base) / "config.json"
     raw = read_json(config_file)
-    config = LlamaConfig.from_hf(raw, str(config_file))
+    config = hf_config.from_hf(raw, str(config_file))
     origin = BaseOrigin.of_base(raw, str(config_file))
     pairs = cast("Adapters", adapters.items() if isinstance(adapters, Mapping) else adapters)
     named = [(name, Path(folder)) for name, folder in pairs]
@@ -230,7 +231,7 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
     dora = tuple(p for p in PROJECTIONS if (p, "magnitude") in held)
     bias = tuple(p for p in PROJECTIONS if (p, "bias") in held)
     ends = {
-        end: EndConfig(max(a.end_rank(end) for a in adapters), tuple(a.tokens.get(end, ()) for a in adapters))
+        end: VocabAdapterConfig(max(a.end_rank(end) for a in adapters), tuple(a.tokens.get(end, ()) for a in adapters))
         for end in ENDS
         if any(e == end for a in adapters for e, _ in a.ends)
     }

@@ -19,7 +19,10 @@ from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.execution import default_dtype, jit, platform
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Generator, Sampling, check_prompts, check_token_ids, pad_batch
-from meteora_jax.io.checkpoint import assemble, load_bank, load_base, load_gates, read_origin
+from meteora_jax.io.bank import load_bank
+from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.gates import load_gates
+from meteora_jax.io.model_state import assemble
 from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.model.llama import pack
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
@@ -28,7 +31,7 @@ from meteora_jax.routing.alora import watch
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.retrieval import Found, look_up
 from meteora_jax.routing.trace import adapted_places
-from meteora_jax.sharding import place_rows, use_mesh
+from meteora_jax.sharding import Params, place_rows, use_mesh
 from meteora_jax.text import TextStream, load_tokenizer
 
 FinishReason = Literal["end", "stop", "length"]
@@ -65,10 +68,10 @@ class Meteora:
     config: LlamaConfig
     bank: BankConfig | None
     gates: GateConfig | None
-    tokenizer: Any
-    graph: Any
-    weights: Any
-    mesh: Any = None
+    tokenizer: Any  # transformers' PreTrainedTokenizerBase, whose package is imported where it is used
+    graph: nnx.GraphDef
+    weights: Params
+    mesh: Mesh | None = None
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -252,7 +255,9 @@ class Meteora:
 
 
 @jit(static_argnames=("graph",))
-def _logits(graph: Any, weights: Any, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None) -> jax.Array:
+def _logits(
+    graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None
+) -> jax.Array:
     model = nnx.merge(graph, weights)
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)

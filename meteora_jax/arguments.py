@@ -33,9 +33,9 @@ class Arguments:
 
     def refuse(self, name: str, expected: str, found: Any) -> None:
         """Notes a problem; `found` is shown as Python writes it, at most 200 characters."""
-        self.tell(f"{name}: expected {expected}, found {found!r:.200}")
+        self.add(f"{name}: expected {expected}, found {found!r:.200}")
 
-    def tell(self, problem: str) -> None:
+    def add(self, problem: str) -> None:
         """Notes a problem in words."""
         self._problems.append(f"{self._of}{problem}")
 
@@ -71,7 +71,7 @@ class Arguments:
             try:
                 check_text(text, f"{name} {i}")
             except InputError as e:
-                self.tell(str(e))
+                self.add(str(e))
 
     def path(self, name: str, value: Any, none: bool = False) -> None:
         """A path that the system can open (or None, where `none`)."""

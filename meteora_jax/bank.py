@@ -42,7 +42,7 @@ class AdapterBank:
     config: BankConfig = dataclasses.field(metadata={"static": True})
     dora: dict[str, Any] = dataclasses.field(default_factory=dict)
     bias: dict[str, Any] = dataclasses.field(default_factory=dict)
-    ends: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # see model.vocab_adapters
+    vocab_adapters: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # see model.vocab_adapters
 
     @property
     def names(self) -> tuple[str, ...]:

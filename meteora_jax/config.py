@@ -1,14 +1,13 @@
 """The configurations that files own: the base (`LlamaConfig`) and the bank. No value that a checkpoint owns
-has a default, but where Hugging Face's format itself documents one for an absent key (`LlamaConfig.from_hf`).
+has a default, but where Hugging Face's format itself documents one for an absent key (`io.hf_config`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,224 +126,6 @@ class LlamaConfig:
             shapes["lm_head.kernel"] = (d, v)
         return shapes
 
-    @classmethod
-    def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
-        """Reads a Hugging Face `config.json` of a model_type in MODEL_TYPES (transformers 4 and 5 spellings).
-
-        Raises:
-            InputError: keys that are missing, of the wrong type, or ask for what is not supported; all at once.
-        """
-        return _HfReader(raw, source).read()
-
-    def to_hf(self) -> dict[str, Any]:
-        """The same as a Hugging Face `config.json` (transformers 4 spelling, which 5 reads too)."""
-        scaling = None
-        if self.rope_scaling is not None:
-            scaling = {k: v for k, v in dataclasses.asdict(self.rope_scaling).items() if v is not None}
-        eos = list(self.eos_token_ids)
-        return {
-            "architectures": [MODEL_TYPES[self.model_type]],
-            "model_type": self.model_type,
-            **self._window_to_hf(),
-            "hidden_act": "silu",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
-        }
-
-    def _window_to_hf(self) -> dict[str, Any]:
-        if self.model_type == "llama":
-            return {}
-        if self.model_type == "mistral":
-            return {"sliding_window": self.sliding_window}
-        window, layers = self.sliding_window, self.num_layers if self.sliding_window is None else 0
-        return {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": layers}
-
-
-MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-_REQUIRED = object()
-
-
-class _HfReader:
-    """Collects every problem of a `config.json` before it raises once."""
-
-    def __init__(self, raw: Mapping[str, Any], source: str):
-        self.raw, self.source, self.problems = raw, source, []
-
-    def get(
-        self, key: str, kind: type, default: Any = _REQUIRED, raw: Mapping[str, Any] | None = None, low=None
-    ) -> Any:
-        raw = self.raw if raw is None else raw
-        value = raw.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                self.problems.append(f"{self.source}: {key}: expected {kind.__name__}, found nothing")
-                return None
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            self.problems.append(f"{self.source}: {key}: expected {kind.__name__}, found {value!r}")
-            return None
-        if low is not None and not (low <= value < math.inf):
-            self.problems.append(f"{self.source}: {key}: expected a number of at least {low}, found {value!r}")
-            return None
-        return value
-
-    def rope(self, max_positions: int | None) -> tuple[float | None, RopeScaling | None]:
-        """Theta and scaling, from whichever of `rope_parameters` (transformers 5), `rope_scaling` and the top level has
-        them; two that say different things are refused. 10000 is the format's documented default of theta."""
-        said = self.rope_settings()
-        # transformers' own names before it settled on one
-        kind = next((said[key] for key in ("rope_type", "type") if key in said), "default")
-        theta = self.get("rope_theta", float, default=10000.0, raw=said, low=1e-6)
-        if said.get("partial_rotary_factor", 1) != 1:
-            found = said["partial_rotary_factor"]
-            self.problems.append(f"{self.source}: partial_rotary_factor: expected 1 (whole heads), found {found!r}")
-        if kind == "default":
-            return theta, None
-        if kind not in ("linear", "dynamic", "llama3"):
-            self.problems.append(
-                f"{self.source}: rope_scaling.rope_type: expected default, linear, dynamic or llama3, found {kind!r}"
-            )
-            return theta, None
-        before = len(self.problems)
-        factor = self.get("factor", float, raw=said, low=1.0)
-        low_freq = high_freq = None
-        if kind == "llama3":
-            low_freq = self.get("low_freq_factor", float, raw=said, low=1e-6)
-            high_freq = self.get("high_freq_factor", float, raw=said, low=1e-6)
-        original = self.get("original_max_position_embeddings", int, default=max_positions, raw=said, low=1)
-        if kind == "dynamic" and original and max_positions and original != max_positions:
-            self.problems.append(  # transformers grows theta from max_position_embeddings on, whatever the other says
-                f"{self.source}: original_max_position_embeddings: expected max_position_embeddings, {max_positions}, "
-                f"beside dynamic scaling, found {original}"
-            )
-        if len(self.problems) > before:
-            return theta, None
-        return theta, RopeScaling(kind, factor, original, low_freq, high_freq)
-
-    def rope_settings(self) -> dict[str, Any]:
-        """Every rotary setting that is not null, by its own name, from all the places that may hold one."""
-        top = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
-        places: dict[str, Mapping[str, Any]] = {"": {key: self.raw.get(key) for key in top}}
-        for name in ("rope_parameters", "rope_scaling"):
-            value = self.raw.get(name)
-            if not value:
-                continue
-            if not isinstance(value, Mapping):
-                self.problems.append(f"{self.source}: {name}: expected an object, found {value!r:.200}")
-                continue
-            # a dict of dicts has one for each kind of layer; the family's layers are all of one kind
-            places |= {f"{name}.{key}.": inner for key, inner in value.items() if isinstance(inner, Mapping)}
-            places[f"{name}."] = {key: inner for key, inner in value.items() if not isinstance(inner, Mapping)}
-        said: dict[str, tuple[str, Any]] = {}
-        for place, settings in places.items():
-            for key, value in settings.items():
-                name = "rope_type" if key == "type" else key
-                first, known = said.setdefault(name, (f"{place}{key}", value)) if value is not None else (key, None)
-                if value is not None and known != value:
-                    self.problems.append(
-                        f"{self.source}: {place}{key}: expected {known!r} as in {first}, found {value!r:.200}"
-                    )
-        return {name: value for name, (_, value) in said.items()}
-
-    def window(self, model_type: str) -> int | None:
-        """The sliding window that all layers share; 4096 is the format's documented default."""
-        if model_type == "mistral":
-            present = self.raw.get("sliding_window", 4096) is not None
-            return self.get("sliding_window", int, default=4096, low=1) if present else None
-        kinds = self.raw.get("layer_types")
-        if kinds is not None and (not isinstance(kinds, list) or len(set(map(str, kinds))) > 1):
-            self.problems.append(f"{self.source}: layer_types: expected the same for every layer, found {kinds!r:.200}")
-        if not self.get("use_sliding_window", bool, default=False):
-            return None
-        first, layers = self.get("max_window_layers", int, default=28), self.get("num_hidden_layers", int)
-        if kinds is None and first and layers and 0 < first < layers:
-            self.problems.append(
-                f"{self.source}: max_window_layers: expected 0 or at least {layers} (a window in every layer or in "
-                f"none), found {first}"
-            )
-        full = kinds[0] == "full_attention" if isinstance(kinds, list) and kinds else bool(first)
-        return None if full else self.get("sliding_window", int, default=4096, low=1)
-
-    def read(self) -> LlamaConfig:
-        if not isinstance(self.raw, Mapping):
-            raise InputError(f"{self.source}: expected an object, found {type(self.raw).__name__}")
-        model_type = self.raw.get("model_type")
-        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-            known = ", ".join(MODEL_TYPES)
-            raise InputError(f"{self.source}: model_type: expected {known}, found {model_type!r:.200}")
-        llama = model_type == "llama"
-        if self.raw.get("quantization_config") is not None:
-            self.problems.append(f"{self.source}: quantization_config: expected none, found a quantized checkpoint")
-        act = self.raw.get("hidden_act", "silu")
-        if act != "silu":
-            self.problems.append(f"{self.source}: hidden_act: expected 'silu', found {act!r}")
-        heads = self.get("num_attention_heads", int, low=1)
-        hidden = self.get("hidden_size", int, low=1)
-        own = llama or "num_key_value_heads" in self.raw  # null means as many as there are heads
-        kv_heads = self.get("num_key_value_heads", int, default=heads if own else _REQUIRED, low=1)
-        if heads and kv_heads and heads % kv_heads:
-            self.problems.append(
-                f"{self.source}: num_key_value_heads: expected a divisor of {heads} heads, found {kv_heads}"
-            )
-        # 128 is Qwen3's documented default; the others divide the hidden size.
-        default = 128 if model_type == "qwen3" else hidden // heads if heads and hidden else None
-        head_dim = self.get("head_dim", int, default=default, low=1)
-        if head_dim and head_dim % 2:
-            self.problems.append(f"{self.source}: head_dim: expected an even number, found {head_dim}")
-        max_positions = self.get("max_position_embeddings", int, default=2048 if llama else _REQUIRED, low=1)
-        theta, scaling = self.rope(max_positions)
-        bos = self.raw.get("bos_token_id")
-        eos = self.raw.get("eos_token_id")
-        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        bos = bos[0] if isinstance(bos, list) and bos else bos
-        for key, ids in (("bos_token_id", () if bos is None else (bos,)), ("eos_token_id", eos)):
-            if any(not isinstance(i, int) for i in ids):
-                self.problems.append(f"{self.source}: {key}: expected token ids, found {self.raw.get(key)!r}")
-        fields = dict(
-            vocab_size=self.get("vocab_size", int, low=1),
-            hidden_size=hidden,
-            intermediate_size=self.get("intermediate_size", int, low=1),
-            num_layers=self.get("num_hidden_layers", int, low=1),
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=self.get("rms_norm_eps", float, default=1e-6, low=0.0),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=max_positions,
-            tie_word_embeddings=self.get("tie_word_embeddings", bool, default=False),
-            attention_bias=model_type == "qwen2" or self.get("attention_bias", bool, default=False),
-            mlp_bias=self.get("mlp_bias", bool, default=False) if llama else False,
-            bos_token_id=bos,
-            eos_token_ids=eos,
-            model_type=model_type,
-            sliding_window=None if llama else self.window(model_type),
-        )
-        if self.problems:
-            raise InputError(self.problems)
-        return LlamaConfig(**fields)
-
 
 @dataclasses.dataclass(frozen=True)
 class AdapterInfo:
@@ -361,8 +142,8 @@ class AdapterInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class EndConfig:
-    """What a bank's adapters change at one of `ENDS`."""
+class VocabAdapterConfig:
+    """What a bank's adapters change at the embedding or at the head (`ENDS`)."""
 
     rank: int  # R of the stacked LoRA tensors; 0: none
     tokens: tuple[tuple[int, ...], ...]  # for each adapter the ids of the rows that it retrained
@@ -383,17 +164,18 @@ class BankConfig:
     base_shapes: dict[str, tuple[int, int]]  # projection -> (I, O) of the base it was imported for
     dora: tuple[str, ...] = ()  # projections at which some adapter has DoRA magnitudes
     lora_bias: tuple[str, ...] = ()  # projections at which some adapter's B has a bias
-    ends: dict[str, EndConfig] = dataclasses.field(default_factory=dict)  # of those that some adapter changes
-    vocab_shape: tuple[int, int] | None = None  # (V, D) of the base; None where no adapter changes an end
-    base: dict[str, Any] | None = None  # what the base's own record said (see origin.py); None: there was none
+    # "embed" and "head" -> what adapters change there; one that no adapter changes is absent
+    vocab_adapters: dict[str, VocabAdapterConfig] = dataclasses.field(default_factory=dict)
+    vocab_shape: tuple[int, int] | None = None  # (V, D) of the base; None where `vocab_adapters` is empty
+    base: dict[str, Any] | None = None  # what the base's own record said (see io.provenance); None: there was none
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(a.name for a in self.adapters)
 
     @property
-    def at_ends(self) -> tuple[str, ...]:
-        """The adapters that change an end."""
+    def vocab_adapter_names(self) -> tuple[str, ...]:
+        """The adapters that change the embedding or the head."""
         return tuple(a.name for a in self.adapters if set(a.targets) & {m.rpartition(".")[2] for m in ENDS.values()})
 
     @property
@@ -406,8 +188,8 @@ class BankConfig:
 
         `p.a` [L, A, R, I], `p.b` [L, A, R, O], `p.scale` [L, A]; where an adapter has them `p.bias` [L, A, O],
         `p.magnitude` [L, A, O] (DoRA's own) and `p.dora` [L, A, O]: magnitude / norm of the adapted column - 1.
-        At an end `embed.a` [A, R, V], `embed.b` [A, R, D], `head.a` [A, R, D], `head.b` [A, R, V], `scale` [A], and
-        `rows` [A, n, D].
+        At the embedding and the head `embed.a` [A, R, V], `embed.b` [A, R, D], `head.a` [A, R, D], `head.b` [A, R, V],
+        `scale` [A], and `rows` [A, n, D].
         """
         shapes: dict[str, tuple[int, ...]] = {}
         n, a = self.num_layers, len(self.adapters)
@@ -416,7 +198,7 @@ class BankConfig:
             shapes |= {f"{p}.a": (n, a, r, i), f"{p}.b": (n, a, r, o), f"{p}.scale": (n, a)}
             shapes |= {f"{p}.{part}": (n, a, o) for part in ("magnitude", "dora") if p in self.dora}
             shapes |= {f"{p}.bias": (n, a, o)} if p in self.lora_bias else {}
-        for end, held in self.ends.items():
+        for end, held in self.vocab_adapters.items():
             assert self.vocab_shape is not None, "checked by from_json"
             i, o = self.vocab_shape if end == "embed" else self.vocab_shape[::-1]
             if held.rank:
@@ -426,7 +208,8 @@ class BankConfig:
         return shapes
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": "meteora-bank-1", **dataclasses.asdict(self)}
+        own = {"ends" if key == "vocab_adapters" else key: value for key, value in dataclasses.asdict(self).items()}
+        return {"format": "meteora-bank-1", **own}
 
     @classmethod
     def from_json(cls, raw: Any, source: str) -> BankConfig:
@@ -443,16 +226,19 @@ class BankConfig:
             shapes = {p: (int(i), int(o)) for p, (i, o) in raw["base_shapes"].items()}
             ranks = {p: int(r) for p, r in raw["ranks"].items()}
             dora, bias = tuple(raw.get("dora", ())), tuple(raw.get("lora_bias", ()))
-            ends = {
-                end: EndConfig(int(held["rank"]), tuple(tuple(map(int, ids)) for ids in held["tokens"]))
+            vocab_adapters = {
+                end: VocabAdapterConfig(int(held["rank"]), tuple(tuple(map(int, ids)) for ids in held["tokens"]))
                 for end, held in raw.get("ends", {}).items()
             }
             vocab = None if raw.get("vocab_shape") is None else (int(raw["vocab_shape"][0]), int(raw["vocab_shape"][1]))
-            uneven = any(len(held.tokens) != len(adapters) for held in ends.values())
-            if uneven or not ends.keys() <= ENDS.keys() or bool(ends) != (vocab is not None):
+            uneven = any(len(held.tokens) != len(adapters) for held in vocab_adapters.values())
+            if uneven or not vocab_adapters.keys() <= ENDS.keys() or bool(vocab_adapters) != (vocab is not None):
                 raise ValueError("ends, their tokens and vocab_shape")
             base = None if raw.get("base") is None else dict(raw["base"])
-            return cls(adapters, ranks, int(raw["num_layers"]), shapes, dora, bias, ends, vocab, base)
+            return cls(
+                adapters, ranks, int(raw["num_layers"]), shapes, dora=dora, lora_bias=bias,
+                vocab_adapters=vocab_adapters, vocab_shape=vocab, base=base,
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise InputError(f"{source}: expected a bank's description, found a malformed one ({e!r})") from e
 

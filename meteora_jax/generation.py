@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,9 @@ from meteora_jax.arguments import MOST, Arguments
 from meteora_jax.config import GROUPS, InputError, LlamaConfig
 from meteora_jax.execution import jit
 from meteora_jax.model.kv_cache import EMPTY, KVCache
+from meteora_jax.model.routed_llama import RoutedCache
 from meteora_jax.routing import NO_ADAPTER, BoundRouter, Routing
-from meteora_jax.sharding import fetch, pad_rows, place_rows, place_whole, rows_multiple, use_mesh
+from meteora_jax.sharding import Params, fetch, pad_rows, place_rows, place_whole, rows_multiple, use_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ def sample(logits: jax.Array, step: jax.Array, how: dict[str, jax.Array]) -> jax
 
 def observe_routing(routings: tuple[Routing, ...]) -> tuple[jax.Array, jax.Array]:
     """A layer's routing with its projections side by side: indices int32 and weights float32 [B, T or 1, P, C]."""
-    wide = [r.spread(len(ps)) for r, ps in zip(routings, GROUPS.values(), strict=True)]
-    return jnp.concatenate([r.indices for r in wide], axis=2), jnp.concatenate([r.weights for r in wide], axis=2)
+    spread = [r.spread(len(ps)) for r, ps in zip(routings, GROUPS.values(), strict=True)]
+    return jnp.concatenate([r.indices for r in spread], axis=2), jnp.concatenate([r.weights for r in spread], axis=2)
 
 
 @jax.tree_util.register_dataclass
@@ -91,13 +91,13 @@ class Decoding:
     trace: (indices, weights), each [N, L, B, P, C], of the tokens fed back so far; None without a router.
     """
 
-    cache: Any
-    tokens: Any
-    counts: Any
-    done: Any
-    step: Any
-    positions: Any
-    trace: Any
+    cache: KVCache | RoutedCache
+    tokens: jax.Array
+    counts: jax.Array
+    done: jax.Array
+    step: jax.Array
+    positions: jax.Array
+    trace: tuple[jax.Array, jax.Array] | None
 
 
 def _emit(state: Decoding, logits: jax.Array, how: dict[str, jax.Array], eos: jax.Array) -> Decoding:
@@ -109,22 +109,22 @@ def _emit(state: Decoding, logits: jax.Array, how: dict[str, jax.Array], eos: ja
     return dataclasses.replace(state, tokens=tokens, counts=counts, done=state.done | ended, step=state.step + 1)
 
 
-@jit(static_argnames=("graph", "room"))
+@jit(static_argnames=("graph", "new_tokens"))
 def prefill(
-    graph: Any,
-    weights: Any,
+    graph: nnx.GraphDef,
+    weights: Params,
     tokens: jax.Array,
     lengths: jax.Array,
     router: BoundRouter | None,
     how: dict[str, jax.Array],
     eos: jax.Array,
-    room: int,
+    new_tokens: int,
 ) -> tuple[Decoding, tuple[jax.Array, jax.Array] | None]:
     """Reads the prompts and emits each one's first token.
 
     Args:
         tokens: int32 [B, T], padded on the right. lengths: int32 [B]; a row of length 0 is no prompt and is done
-            from the start. room: tokens that the response may take.
+            from the start. new_tokens: tokens that the response may take, whose slots the cache gets.
 
     Returns:
         the state, and the prompts' routing (indices, weights), each [L, B, T, P, C] (T may be 1).
@@ -133,24 +133,31 @@ def prefill(
     batch, width = tokens.shape
     columns = jnp.arange(width, dtype=jnp.int32)[None, :]
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
-    cache = KVCache.create(model.config, batch, width + room, model.embed.dtype)
+    cache = KVCache.create(model.config, batch, width + new_tokens, model.embed.dtype)
     observe = observe_routing if router is not None else None
     out = model(tokens, positions, router, cache=cache, fresh=True, observe=observe)
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     trace = None
     if router is not None:
-        trace = tuple(jnp.zeros((room, x.shape[0], batch, *x.shape[3:]), x.dtype) for x in out.observed)
+        indices, shares = (jnp.zeros((new_tokens, x.shape[0], batch, *x.shape[3:]), x.dtype) for x in out.observed)
+        trace = indices, shares
     zeros = jnp.zeros((batch,), jnp.int32)
     state = Decoding(
-        out.cache, jnp.zeros((batch, room), jnp.int32), zeros, lengths == 0, jnp.zeros((), jnp.int32), lengths, trace
+        out.cache,
+        jnp.zeros((batch, new_tokens), jnp.int32),
+        zeros,
+        lengths == 0,
+        jnp.zeros((), jnp.int32),
+        lengths,
+        trace,
     )
     return _emit(state, model.logits(last, router), how, eos), out.observed
 
 
 @jit(static_argnames=("graph",), donate_argnames=("state",))
 def decode(
-    graph: Any,
-    weights: Any,
+    graph: nnx.GraphDef,
+    weights: Params,
     state: Decoding,
     router: BoundRouter | None,
     how: dict[str, jax.Array],
@@ -193,7 +200,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
 
 def pad_batch(
     prompts: Sequence[Sequence[int]], router: BoundRouter | None, mesh: Mesh | None
-) -> tuple[np.ndarray, np.ndarray, Any]:
+) -> tuple[np.ndarray, np.ndarray, BoundRouter | None]:
     """`pad_prompts`, with empty rows (length 0) up to what the mesh divides, and the router for all rows."""
     tokens, lengths = pad_prompts(prompts)
     multiple = rows_multiple(mesh)
@@ -221,15 +228,15 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig, new_tok
     if not prompts:
         problems.append("prompts: expected at least one, found none")
     grows = config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic"
-    room = config.max_position_embeddings - new_tokens
+    longest = config.max_position_embeddings - new_tokens
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             problems.append(f"prompt {i}: expected at least one token, found none")
         elif wrong := strange_ids(prompt, config):
             problems.append(f"prompt {i}: {wrong}")
-        elif len(prompt) > room and not grows:
+        elif len(prompt) > longest and not grows:
             problems.append(
-                f"prompt {i}: expected at most {max(room, 0)} tokens (a context of {config.max_position_embeddings} "
+                f"prompt {i}: expected at most {max(longest, 0)} tokens (a context of {config.max_position_embeddings} "
                 f"less {new_tokens} to generate), found {len(prompt)}"
             )
     if problems:
@@ -241,8 +248,8 @@ class Generator:
 
     def __init__(
         self,
-        graph: Any,
-        weights: Any,
+        graph: nnx.GraphDef,
+        weights: Params,
         config: LlamaConfig,
         prompts: Sequence[Sequence[int]],
         router: BoundRouter | None,
@@ -258,10 +265,10 @@ class Generator:
         self._mesh, self._model, self._rows = mesh, (graph, weights), len(prompts)
         eos = jnp.asarray(config.eos_token_ids or (-1,), jnp.int32)
         self._call = dict(router=router, how=place_whole(sampling.traced, mesh), eos=place_whole(eos, mesh))
-        room = -(-max_new_tokens // 32) * 32
+        slots = -(-max_new_tokens // 32) * 32
         with use_mesh(mesh):
             self._state, self._prompt_trace = prefill(
-                *self._model, place_rows(tokens, mesh), place_rows(self.lengths, mesh), room=room, **self._call
+                *self._model, place_rows(tokens, mesh), place_rows(self.lengths, mesh), new_tokens=slots, **self._call
             )
 
     def advance(self, tokens: int) -> bool:

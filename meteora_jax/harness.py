@@ -28,6 +28,7 @@ from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.prompts import render_chat
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.named import read_router
+from meteora_jax.sharding import Params
 from meteora_jax.text import check_text
 
 try:
@@ -46,8 +47,8 @@ Request = tuple[Any, list[int], list[int]]
 
 @jit(static_argnames=("graph",))
 def _score(
-    graph: Any,
-    weights: Any,
+    graph: nnx.GraphDef,
+    weights: Params,
     tokens: jax.Array,
     lengths: jax.Array,
     at: jax.Array,
@@ -231,13 +232,13 @@ class MeteoraLM(TemplateLM):
             kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
         for settings, members in kinds.items():
             options = self._options(json.loads(settings))
-            room = self.max_length - options["max_new_tokens"]
-            if room < 1:
+            longest = self.max_length - options["max_new_tokens"]
+            if longest < 1:
                 raise InputError(
                     f"max_gen_toks: expected less than {self.max_length} (max_length), found "
                     f"{options['max_new_tokens']}"
                 )
-            prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
+            prompts = [self.tok_encode(requests[i].args[0])[-longest:] for i in members]
 
             def answer(part: Sequence[list[int]], options: dict[str, Any] = options) -> list[str]:
                 return [c.text for c in self.model.generate(part, self.router, **options)]

@@ -14,16 +14,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Sampling, decode, prefill
-from meteora_jax.model.llama import lay_out
+from meteora_jax.io import hf_config
+from meteora_jax.model.llama import Llama, lay_out
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing.gates import BoundGates, GateParam
-from meteora_jax.sharding import replicated, rows_multiple, sharding, tensor_shards, use_mesh
+from meteora_jax.sharding import Params, replicated, rows_multiple, sharding, tensor_shards, use_mesh
 from meteora_jax.training.data import Batch
+from meteora_jax.training.gate_loss import gate_loss
+from meteora_jax.training.loss import Remat
 from meteora_jax.training.recipes import RECIPES
 from meteora_jax.training.settings import GateTraining
 from meteora_jax.training.step import TrainState, make_step, optimizer
@@ -52,7 +56,7 @@ def shape_of(name: str) -> LlamaConfig:
     """The configuration of a well-known base by name; what its shape does not depend on is made up."""
     if name not in SHAPES:
         raise InputError(f"base: expected a BASE folder or one of {', '.join(SHAPES)}, found {name!r}")
-    return LlamaConfig.from_hf({**_LLAMA, **SHAPES[name]}, name)
+    return hf_config.from_hf({**_LLAMA, **SHAPES[name]}, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +139,7 @@ def plan_training(
     mfu: float,
     top_k: int = 2,
     accumulate: int = 1,
-    remat: Any = True,
+    remat: Remat = True,
     recipe: GateTraining = RECIPES["meteora"],
 ) -> Plan:
     """Compiles one step of gate training in bfloat16 for `mesh`, whose devices need not exist."""
@@ -157,14 +161,13 @@ def plan_training(
     )
     state = TrainState(params, moments)
 
-    ints = lambda: _rowwise(mesh, (rows, width), jnp.int32)  # noqa: E731
-    batch = Batch(ints(), ints(), ints(), _rowwise(mesh, (rows, width), bool), ints())
+    whole_batch = _rowwise(mesh, (rows, width), jnp.int32)
+    loss = _rowwise(mesh, (rows, width), bool)
+    batch = Batch(tokens=whole_batch, positions=whole_batch, segments=whole_batch, loss=loss, tasks=whole_batch)
     part = (rows // accumulate,)
     router = BoundGates(TopK(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), top_k))
     step: Any = make_step(
-        graph, state, tx, beta=objective.beta, dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
-        lm_loss=objective.lm_loss, answer_share=objective.answer_share, turn_share=objective.turn_share,
-        order=objective.order,
+        graph, state, tx, gate_loss(objective), dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
     )  # fmt: skip
     with use_mesh(mesh):
         compiled = _compiled(step.lower(frozen, state, batch, router))
@@ -172,7 +175,7 @@ def plan_training(
     per_token = flops_per_token(config, bank, chosen=top_k, gates=gates, train_adapters=False, lm=objective.lm_loss)
     flops = rows * width * (per_token + objective.lm_loss * flops_per_pair(config) * (width + 1) / 2)
     held = _held((frozen, state, batch, router))
-    return _figures("training", compiled, held, mesh, rows, width, flops, mfu)
+    return _figures("training", compiled, held, mesh, rows=rows, width=width, flops=flops, mfu=mfu)
 
 
 def plan_generation(
@@ -196,19 +199,15 @@ def plan_generation(
     lay_out(abstract, tensor_shards(mesh))
     graph, weights = nnx.split(abstract)
     weights = spread(weights, mesh)
-    whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))  # noqa: E731
+
+    def whole(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
+
     router = BoundGates(TopK(_rowwise(mesh, (rows,), jnp.int32), _rowwise(mesh, (rows,), jnp.float32), top_k))
     call = dict(router=router, how=Sampling().traced, eos=whole((1,)))
     prompts = _rowwise(mesh, (rows, width), jnp.int32), _rowwise(mesh, (rows,), jnp.int32)
     with use_mesh(mesh):
-        first = _compiled(prefill.lower(graph, weights, *prompts, room=new_tokens, **call))
-        if not isinstance(first, OutOfMemory):  # else nobody knows how its results, which decoding takes, would lie
-            state, _ = jax.eval_shape(lambda w, *p: prefill(graph, w, *p, room=new_tokens, **call), weights, *prompts)
-            state = jax.tree.map(
-                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-                state, first.output_shardings[0],
-            )  # fmt: skip
-            loop = _compiled(decode.lower(graph, weights, state, limit=whole(()), **call))
+        first = _compiled(prefill.lower(graph, weights, *prompts, new_tokens=new_tokens, **call))
     # forward alone, and no gate's gradient: a third of attention's count, and of 4 or 6 a weight 2 remain
     per_token = flops_per_token(config, None, chosen=0, gates=None, train_adapters=False) / 2
     gated = flops_per_token(config, bank, chosen=top_k, gates=None, train_adapters=False) / 2 - per_token
@@ -219,17 +218,24 @@ def plan_generation(
     head = 2.0 * config.hidden_size * config.vocab_size
     reading = rows * (width * (layers + pair * (width + 1) / 2) + head)
     writing = rows * (layers + head + pair * (width + new_tokens))
-    plans = [_figures("prefill", first, _held((weights, prompts, call)), mesh, rows, width, reading, mfu)]
-    if not isinstance(first, OutOfMemory):
-        held = _held((weights, state, call))
-        plans.append(_figures("decoding", loop, held, mesh, rows, width + new_tokens, writing, None))
-    return tuple(plans)
+    held = _held((weights, prompts, call))
+    plan = _figures("prefill", first, held, mesh, rows=rows, width=width, flops=reading, mfu=mfu)
+    if isinstance(first, OutOfMemory):  # nobody knows how its results, which decoding takes, would lie
+        return (plan,)
+    with use_mesh(mesh):
+        state, _ = jax.eval_shape(lambda w, *p: prefill(graph, w, *p, new_tokens=new_tokens, **call), weights, *prompts)
+        state = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, first.output_shardings[0]
+        )
+        loop = _compiled(decode.lower(graph, weights, state, limit=whole(()), **call))
+    held = _held((weights, state, call))
+    return plan, _figures("decoding", loop, held, mesh, rows=rows, width=width + new_tokens, flops=writing, mfu=None)
 
 
 def abstract_model(
     config: LlamaConfig, adapters: int, rank: int, form: TokenRouterForm | None = None,
     execution: ExecutionConfig | None = None,
-) -> tuple[Any, BankConfig]:  # fmt: skip
+) -> tuple[Llama, BankConfig]:  # fmt: skip
     """The model in bfloat16 with a bank of such adapters and its gates, shapes only; and the bank."""
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     info = tuple(AdapterInfo(f"adapter {i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
@@ -237,7 +243,7 @@ def abstract_model(
     return nnx.eval_shape(lambda: gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0), execution)), bank
 
 
-def _rowwise(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def _rowwise(mesh: Mesh, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     where = sharding(mesh, ("batch",) + (None,) * (len(shape) - 1), shape)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
@@ -284,36 +290,37 @@ def _compiled(lowered: Any) -> Any:
 
 def _held(arguments: Any) -> int:
     """Bytes of abstract arguments on one device."""
-    shard = lambda x: x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape  # noqa: E731
     leaves = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.ShapeDtypeStruct)]
-    return sum(math.prod(shard(x)) * x.dtype.itemsize for x in leaves)
+    shapes = [x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape for x in leaves]
+    return sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(shapes, leaves, strict=True))
 
 
 def _figures(
-    what: str, compiled: Any, held: int, mesh: Mesh, rows: int, width: int, flops: float, mfu: float | None
+    what: str, compiled: Any, held: int, mesh: Mesh, *, rows: int, width: int, flops: float, mfu: float | None
 ) -> Plan:
     """What the compiler says of a program that takes `held` bytes a device, and `flops` on all together."""
     kind = mesh.devices.flat[0].device_kind
     peak = peak_flops(kind)
-    room = next((n for name, n in MEMORY.items() if kind.startswith(name)), None)
+    size = next((n for name, n in MEMORY.items() if kind.startswith(name)), None)
     flops /= mesh.size
     if isinstance(compiled, OutOfMemory):
-        weights, temporary, room = held, max(compiled.needed - held, 0), compiled.available
+        weights, temporary, available = held, max(compiled.needed - held, 0), compiled.available
         seen = None
     else:
         memory = compiled.memory_analysis()
         weights, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        room, seen = room * GIB if room else None, collectives(compiled)
+        available, seen = size * GIB if size else None, collectives(compiled)
     seconds = flops / (peak * mfu) if peak and mfu else None
     return Plan(
-        what, mesh.size, kind, dict(mesh.shape), rows, width, weights, temporary, room, flops, seconds, seen
+        what=what, devices=mesh.size, device_kind=kind, mesh=dict(mesh.shape), rows=rows, width=width, weights=weights,
+        temporary=temporary, memory=available, flops=flops, seconds=seconds, collectives=seen,
     )  # fmt: skip
 
 
-def spread(state: Any, mesh: Mesh) -> Any:
+def spread(state: Params, mesh: Mesh) -> Params:
     """Abstract weights with the shardings that `assemble` would give them."""
 
-    def one(leaf: Any) -> Any:
+    def one(leaf: nnx.Variable) -> nnx.Variable:
         where = sharding(mesh, leaf.get_metadata("axes"), leaf.shape)
         return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
 

@@ -1,4 +1,4 @@
-"""What a model is asked: text, messages, or token ids, told apart and checked; messages by the chat template."""
+"""What a model is asked: text, messages, or token ids, distinguished and checked; messages by the chat template."""
 
 from __future__ import annotations
 

@@ -15,14 +15,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from meteora_jax.config import InputError
+
+T = TypeVar("T")  # a pytree
+Params = Any  # parameters, gradients, moments: an nnx.State (which beartype cannot read) or any other pytree
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -108,13 +112,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place(value: Any, where: NamedSharding, dtype: Any = None) -> jax.Array:
+def place(value: Any, where: NamedSharding, dtype: DTypeLike | None = None) -> jax.Array:
     """A host array as a device array; every host can read all of `value` and hands over its own devices' parts."""
     dtype = value.dtype if dtype is None else dtype
     return jax.make_array_from_callback(value.shape, where, lambda part: np.asarray(value[part], dtype))
 
 
-def place_rows(tree: Any, mesh: Mesh | None) -> Any:
+def place_rows(tree: T, mesh: Mesh | None) -> T:
     """Arrays whose first dimension is the batch, put on the mesh (on the default device without one).
 
     Every host passes the whole batch; its size must be a multiple of `rows_multiple`.
@@ -129,7 +133,7 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, tree)
 
 
-def place_whole(tree: Any, mesh: Mesh | None) -> Any:
+def place_whole(tree: T, mesh: Mesh | None) -> T:
     """Arrays that every device needs whole."""
     if mesh is None:
         return tree
@@ -149,7 +153,7 @@ def local_rows(mesh: Mesh | None, rows: int) -> list[int]:
     return sorted({row for part in parts if part is not None for row in range(rows)[part[0]]})
 
 
-def pad_rows(tree: Any, rows: int) -> Any:
+def pad_rows(tree: T, rows: int) -> T:
     """Repeats the last row of every leaf (its first dimension is the batch) until there are `rows`, on the host."""
 
     def pad(x: Any) -> np.ndarray:
@@ -200,7 +204,10 @@ def by_device(
         return function(*(x for x, _ in given))
     name, size = whole
     cut = size % math.prod(mesh.shape[a] for a in LOGICAL_AXES[name]) == 0
-    own = lambda x, names: spec([n if cut or n != name else None for n in names], x.shape, mesh.shape)  # noqa: E731
+
+    def own(x: jax.Array, names: Sequence[str | None]) -> PartitionSpec:
+        return spec([n if cut or n != name else None for n in names], x.shape, mesh.shape)
+
     return jax.shard_map(
         function, in_specs=tuple(own(x, names) for x, names in given), out_specs=own(given[0][0], axes), check_vma=False
     )(*(x for x, _ in given))

@@ -156,8 +156,8 @@ def _letter(adapter: int) -> str:
     """A, B, ... Z, AA, AB, ... as spreadsheets count; - for no adapter."""
     if adapter == NO_ADAPTER:
         return "-"
-    head, tail = divmod(adapter, 26)
-    return (_letter(head - 1) if head else "") + chr(ord("A") + tail)
+    first, last = divmod(adapter, 26)
+    return (_letter(first - 1) if first else "") + chr(ord("A") + last)
 
 
 def _pale(colour: str, strength: float) -> str:

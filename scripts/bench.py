@@ -42,6 +42,7 @@ from bench_programs import (
 from bench_tables import LABELS, draw, show
 from flax import nnx
 from least import Work, adapter_work, group_work, least_work
+from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +53,6 @@ from meteora_jax.gate_config import FormName, TokenRouterForm
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.training.recipes import RECIPES
 from pallas_kernels.routed_lora import add_routed_lora
-from pallas_kernels.routed_lora.gated import choose_adapters, gated_lora, slim_matrix
 
 Group = Literal["qkv", "o", "gate_up", "down"]
 XLA = ("reference", "gathered", "grouped")

@@ -27,6 +27,7 @@ import tyro
 from converters.hf_llama import llama_rules, module_name
 from converters.tensor_files import TensorWriter
 from meteora_jax.config import PROJECTIONS, LlamaConfig
+from meteora_jax.io import hf_config
 
 SHARD_BYTES = 5_000_000_000
 LLAMA3_8B = LlamaConfig(
@@ -77,7 +78,7 @@ def random_values(count: int) -> np.ndarray:
 def write_base(folder: Path, config: LlamaConfig) -> list[Path]:
     """A Hugging Face folder; its weight files."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(hf_config.to_hf(config)))
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in llama_rules(config):
         if rule.path is not None:

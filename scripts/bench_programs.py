@@ -20,6 +20,8 @@ from meteora_jax.model import llama
 from meteora_jax.model.routed_llama import RoutedCache
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.data import Batch
+from meteora_jax.training.gate_loss import GateLoss
+from meteora_jax.training.settings import Objective
 from meteora_jax.training.step import initial_state, make_step, optimizer
 
 NO_END = jnp.asarray((-1,), jnp.int32)
@@ -94,8 +96,8 @@ def _asked(router: Any, tokens: jax.Array) -> tuple[Any, ...]:
 def started(model: Held, router: Any, tokens: jax.Array, steps: int = 32) -> Held:
     """The state behind a prompt, with room for twice `steps`."""
     rest = _asked(router, tokens)
-    call = prefill.lower(model.graph, model.shapes, *rest, room=2 * steps).compile()
-    plain = functools.partial(prefill.__wrapped__, model.graph, room=2 * steps)
+    call = prefill.lower(model.graph, model.shapes, *rest, new_tokens=2 * steps).compile()
+    plain = functools.partial(prefill.__wrapped__, model.graph, new_tokens=2 * steps)
     shapes = jax.eval_shape(plain, model.shapes, *rest)[0]
     return Held(None, shapes, lambda: call(model(), *rest)[0])
 
@@ -109,7 +111,7 @@ def generating(model: Held, router: Any, tokens: jax.Array, start: Held | None, 
     """A prefill, or `steps` decoding steps from `start` on, compiled."""
     if start is None:
         rest = _asked(router, tokens)
-        call = prefill.lower(model.graph, model.shapes, *rest, room=2 * steps).compile()
+        call = prefill.lower(model.graph, model.shapes, *rest, new_tokens=2 * steps).compile()
         return Timed(lambda _: call(model(), *rest)[0], shown=lambda s: model_keys(s)[:, :, tokens.shape[1] - 1])
     rest = router, Sampling().traced, NO_END, jnp.int32(steps + 1)
     call = decode.lower(model.graph, model.shapes, start.shapes, *rest).compile()
@@ -137,7 +139,7 @@ def training(model: Held, router: Any, tokens: jax.Array, adapters: int, remat: 
 
     state = Held(None, jax.eval_shape(begin, gates), lambda: begin(cut(model(), GateParam)[1]))
     dtype = nnx.merge(model.graph, model.shapes).embed.dtype
-    update = make_step(split, state.shapes, tx, beta=50.0, dtype=dtype, remat=remat)
+    update = make_step(split, state.shapes, tx, GateLoss(Objective(beta=50.0)), dtype=dtype, remat=remat)
     update = update.lower(frozen, state.shapes, batch, router).compile()
     embedding = nnx.PathContains("embed")
     bare_graph, embed, rest = cut(model.shapes, embedding)

@@ -29,12 +29,15 @@ from rich.console import Console
 from rich.table import Table
 
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.io import hf_config
 from meteora_jax.model.llama import lay_out
 from meteora_jax.planning import SHAPES, abstract_model, collectives, shape_of, spread
 from meteora_jax.routing.gates import GateParam, Gates
 from meteora_jax.sharding import make_mesh, place_rows, rows_multiple, use_mesh
 from meteora_jax.training.checkpoints import Checkpoints
 from meteora_jax.training.data import Batch, Layout
+from meteora_jax.training.gate_loss import GateLoss
+from meteora_jax.training.settings import Objective
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
 
@@ -116,7 +119,7 @@ def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: P
     router = place_rows(jax.tree.map(np.asarray, gates.bind([gates] * rows, bank.names)), mesh)
     batch = place_rows(batch, mesh)
     remat: Any = {"nothing": False, "all": True, "dots": "dots"}[s.remat]
-    step: Any = make_step(graph, held, tx, beta=50.0, dtype=jnp.bfloat16, remat=remat, mesh=mesh)
+    step: Any = make_step(graph, held, tx, GateLoss(Objective(beta=50.0)), dtype=jnp.bfloat16, remat=remat, mesh=mesh)
     restored = saved = None
     identity = {"shape": s.shape}
     if s.checkpoint:
@@ -157,7 +160,7 @@ def main(s: Scaling) -> None:
     known = s.shape == "tiny" or s.shape in SHAPES
     if not known:
         raise InputError(f"--shape: expected tiny or one of {', '.join(SHAPES)}, found {s.shape}")
-    config = LlamaConfig.from_hf(TINY, "tiny") if s.shape == "tiny" else shape_of(s.shape)
+    config = hf_config.from_hf(TINY, "tiny") if s.shape == "tiny" else shape_of(s.shape)
     _, bank = abstract_model(config, s.adapters, s.rank)
     per_token = flops_per_token(config, bank, chosen=s.top_k, gates="meteora", train_adapters=False)
     per_token += flops_per_pair(config) * (s.width + 1) / 2

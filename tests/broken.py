@@ -84,7 +84,7 @@ def bank_logits(model: LlamaForCausalLM, bank: Path) -> np.ndarray:
                     linear.weight *= 1 + part("dora")[:, None]
                 if p in config.lora_bias:
                     linear.bias += part("scale") * part("bias")
-        for end, held in config.ends.items():
+        for end, held in config.vocab_adapters.items():
             weight: Any = model.get_submodule(ENDS[end]).weight  # [V, D]
             if held.rank:
                 left, right = ("a", "b") if end == "embed" else ("b", "a")

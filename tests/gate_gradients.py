@@ -66,7 +66,7 @@ def segment_indices(tasks, segments, count):
     return found
 
 
-def beginnings(s: Any) -> list[int]:
+def response_starts(s: Any) -> list[int]:
     """The first two tokens of each stretch of one task's tokens that carry loss."""
     found, length = [], 0
     for t, (task, loss) in enumerate(zip(s.tasks.tolist(), s.loss.tolist(), strict=True)):
@@ -86,9 +86,9 @@ def loss_and_gradients(
     beta: float,
     top_k: int,
     lm_loss: bool = True,
-    answer_share: float | None = None,
-    turn_share: float = 0.0,
-    order: float = 0.0,
+    response_weight: float | None = None,
+    start_weight: float = 0.0,
+    segment_weight: float = 0.0,
 ) -> tuple[float, float, dict[str, Any]]:
     """(LM term, gate term, {gate: gradient of lm + beta * gate [L, I, A]}) over whole sequences.
 
@@ -112,11 +112,11 @@ def loss_and_gradients(
         length = len(tokens)
         has_task = tasks >= 0
         counted = torch.full((length,), 1 / judged, dtype=torch.float64)
-        if answer_share is not None:
-            counted[:] = (1 - answer_share) / (judged - answers)
-            counted[torch.tensor(s.loss.tolist())] = answer_share * (1 - turn_share) / answers
-            for t in beginnings(s):
-                counted[t] += answer_share * turn_share / sum(len(beginnings(s)) for s in sequences)
+        if response_weight is not None:
+            counted[:] = (1 - response_weight) / (judged - answers)
+            counted[torch.tensor(s.loss.tolist())] = response_weight * (1 - start_weight) / answers
+            for t in response_starts(s):
+                counted[t] += response_weight * start_weight / sum(len(response_starts(s)) for s in sequences)
         routed: dict[str, Any] = {}
         angles = torch.arange(length).double()[:, None] / 10000.0 ** (torch.arange(0, width, 2).double() / width)
         cos, sin = torch.cos(angles), torch.sin(angles)
@@ -202,7 +202,7 @@ def loss_and_gradients(
             if not lm_loss:  # each hop has its own loss, and the mean of both is trained
                 chosen = torch.log_softmax(routed["first"], -1)[has_task].gather(1, tasks[has_task][:, None])
                 earlier = earlier - (chosen[:, 0] * counted[has_task]).sum()
-            if order:
+            if segment_weight:
                 count, block, one = columns["token_router.segment"].shape[1], s.tasks[None], np.ones((1, length))
                 labels = previous_tasks(block, one, len(adapters))[0], segment_indices(block, one, count)[0]
                 for hop in routed["order"]:
@@ -232,7 +232,7 @@ def loss_and_gradients(
 
     lm = lm / predicted
     trained = gate if isinstance(earlier, float) else (gate + earlier) / 2
-    (beta * (trained + order * ordered) + (lm if lm_loss else 0)).backward()
+    (beta * (trained + segment_weight * ordered) + (lm if lm_loss else 0)).backward()
     return (
         float(lm.detach()),
         float(gate.detach()),

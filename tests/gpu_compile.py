@@ -41,6 +41,8 @@ from meteora_jax.model.routed_llama import RoutedCache, RoutedLlama, gated_llama
 from meteora_jax.planning import abstract_model, shape_of
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.data import Batch
+from meteora_jax.training.gate_loss import GateLoss
+from meteora_jax.training.settings import Objective
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.decode_step import triton_gpu
 
@@ -130,7 +132,7 @@ def prompt(device: Any, router: Any, length: int) -> str:
     graph, weights, bank = llama_3_8b(execution=dataclasses.replace(GPU, fused_attention=()))
     bound = router.bind([router], bank.names) if router is not None else None
     rest = array((1, length), jnp.int32), array((1,), jnp.int32), bound, {}, array((1,), jnp.int32)
-    return compiled(device, prefill.__wrapped__, graph, weights, *rest, room=64)
+    return compiled(device, prefill.__wrapped__, graph, weights, *rest, new_tokens=64)
 
 
 def readers_of_kernels(text: str) -> list[str]:
@@ -157,7 +159,7 @@ def products_of_training(device: Any, remat: Any) -> dict[int, int]:
     numbers, rows = array((4, 512), jnp.int32), 4
     batch = Batch(tokens=numbers, positions=numbers, segments=numbers, loss=array((4, 512), bool), tasks=numbers)
     place = lambda tree: jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), tree)  # noqa: E731
-    step = make_step(graph, state, tx, beta=50.0, dtype=jnp.bfloat16, remat=remat)
+    step = make_step(graph, state, tx, GateLoss(Objective(beta=50.0)), dtype=jnp.bfloat16, remat=remat)
     jitted = jax.jit(step.__wrapped__, donate_argnums=1)  # pyright: ignore[reportFunctionMemberAccess]
     given = map(place, (frozen, state, batch, mj.Gates(2).bind([mj.Gates(2)] * rows, bank.names)))
     lowered = jitted.trace(*given).lower(lowering_platforms=("cuda",))

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import meteora_jax as mj
 from converters import import_adapters, import_base
 from meteora_jax.cli import main
-from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.config import InputError, read_json
+from meteora_jax.io import hf_config
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17, 3, 250, 77, 12, 40]]
 LLAMA3 = {
@@ -90,7 +91,7 @@ def test_two_places_that_say_different_things_are_both_named(tmp_path: Path, set
 def test_one_kind_of_layer_may_have_its_own_dict(tmp_path: Path):
     _, folder = tiny_llama(tmp_path, num_hidden_layers=1)
     edit_json(folder / "config.json", rope_theta=..., rope_parameters={"full_attention": LLAMA3})
-    config = LlamaConfig.from_hf(read_json(folder / "config.json"))
+    config = hf_config.from_hf(read_json(folder / "config.json"))
     assert config.rope_theta == 500000.0
     assert config.rope_scaling is not None
     assert config.rope_scaling.factor == 8.0
@@ -180,9 +181,9 @@ def test_null_is_off(tmp_path: Path, base: tuple[Path, Path]):
     copy = tmp_path / "hf"
     shutil.copytree(hf, copy)
     edit_json(copy / "config.json", tie_word_embeddings=None, attention_bias=None, mlp_bias=None)
-    assert LlamaConfig.from_hf(read_json(copy / "config.json")) == LlamaConfig.from_hf(read_json(hf / "config.json"))
+    assert hf_config.from_hf(read_json(copy / "config.json")) == hf_config.from_hf(read_json(hf / "config.json"))
     raw = {**read_json(hf / "config.json"), "model_type": "mistral", "num_key_value_heads": None}
-    assert LlamaConfig.from_hf(raw).num_kv_heads == raw["num_attention_heads"]
+    assert hf_config.from_hf(raw).num_kv_heads == raw["num_attention_heads"]
     edit_json(folder / "adapter_config.json", use_dora="no")
     with pytest.raises(InputError, match="use_dora: expected true or false, found 'no'"):
         import_adapters(tmp_path / "never", ours_base, {"a": folder})

@@ -218,7 +218,7 @@ def test_half_precision(world: dict[str, Any]):
 def test_gates_are_refused_where_none_stands(world: dict[str, Any], tmp_path: Path):
     from meteora_jax.config import PROJECTIONS
     from meteora_jax.gate_config import GateConfig
-    from meteora_jax.io.checkpoint import save_gates
+    from meteora_jax.io.gates import save_gates
 
     folder, config = world["folder"], world["model"].config
     zeros = {p: np.zeros((3, config.projection_shape(p)[0], 4)) for p in PROJECTIONS}
@@ -278,7 +278,7 @@ def test_reports_and_exports(world: dict[str, Any], tmp_path: Path):
     assert to["lm_head.base_layer.weight"] == (None, "dropped: must equal the base's")
     rows = {row.to for row in plans["rows"]}
     assert {"embed.rows[1]", "head.rows[1]"} <= rows
-    assert world["model"].bank.at_ends == ("a", "b", "rows")
+    assert world["model"].bank.vocab_adapter_names == ("a", "b", "rows")
     said = "expected an adapter of the layers, found a, which changes the embedding or the head"
     call = lambda: export_merged(folder / "base", folder / "bank", "a", tmp_path / "out")  # noqa: E731
     assert_refused(call, tmp_path / "out", said)

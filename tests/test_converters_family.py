@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import converters
 import meteora_jax as mj
-from meteora_jax.config import LlamaConfig, read_json
+from meteora_jax.config import read_json
+from meteora_jax.io import hf_config
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], list(range(40, 70))]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,7 +78,7 @@ def test_bases_return_to_folders_of_their_own_kind(tmp_path: Path, name: str):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert np.array_equal(hf_logits(again, ROWS[1]), hf_logits(hf, ROWS[1]))
-    configs = [LlamaConfig.from_hf(read_json(tmp_path / f / "config.json")) for f in ("base", "out")]
+    configs = [hf_config.from_hf(read_json(tmp_path / f / "config.json")) for f in ("base", "out")]
     assert configs[0] == configs[1]
 
 

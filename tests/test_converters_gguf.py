@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from converters import import_base
 from converters.gguf_file import read_gguf
 from converters.gguf_llama import llama3_factors
-from meteora_jax.config import InputError, LlamaConfig, RopeScaling, read_json
+from meteora_jax.config import InputError, RopeScaling, read_json
+from meteora_jax.io import hf_config
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -198,8 +199,8 @@ def test_a_float_file_gives_the_model_that_it_was_made_from(tmp_path: Path, vari
     path = write_gguf(tmp_path / "m.gguf", model)
     import_base(path, tmp_path / "base")
     assert_base_holds(tmp_path / "base", hf_weights(model), torch.float32)
-    ours = LlamaConfig.from_hf(read_json(tmp_path / "base" / "config.json"))
-    assert ours == LlamaConfig.from_hf(read_json(folder / "config.json"))
+    ours = hf_config.from_hf(read_json(tmp_path / "base" / "config.json"))
+    assert ours == hf_config.from_hf(read_json(folder / "config.json"))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +317,7 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path: Path):
         tmp_path / "m.gguf", model, edit=lambda _, t: t.update({"rope_freqs.weight": (factors, Type.F32)})
     )
     import_base(path, tmp_path / "base")
-    config = LlamaConfig.from_hf(read_json(tmp_path / "base" / "config.json"))
+    config = hf_config.from_hf(read_json(tmp_path / "base" / "config.json"))
     assert config.rope_scaling == RopeScaling("llama3", 32.0, 8192, 1.0, 4.0)
     other = rope_factors(LLAMA3 | {"high_freq_factor": 5.0}, 64, 500000.0)
     write_gguf(path, model, edit=lambda _, t: t.update({"rope_freqs.weight": (other, Type.F32)}))
@@ -331,7 +332,7 @@ def test_linear_scaling(tmp_path: Path):
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     path = write_gguf(tmp_path / "m.gguf", model, edit=lambda metadata, _: metadata.update(scaling))
     import_base(path, tmp_path / "base")
-    config = LlamaConfig.from_hf(read_json(tmp_path / "base" / "config.json"))
+    config = hf_config.from_hf(read_json(tmp_path / "base" / "config.json"))
     assert config.rope_scaling == RopeScaling("linear", 4.0, 256)
 
 

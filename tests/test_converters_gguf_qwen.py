@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 import meteora_jax as mj
 from converters import import_base, plan_base
 from converters.gguf_tokenizer import build_tokenizer
-from meteora_jax.config import LlamaConfig, read_json
+from meteora_jax.config import read_json
+from meteora_jax.io import hf_config
 
 ROW = [5, 6, 7, 8, 9, 300, 17]
 MODELS = ("qwen2", "qwen2_tied", "qwen3", "qwen3_bias")
@@ -70,7 +71,7 @@ def test_a_float_file_gives_the_model_that_it_was_made_from(tmp_path: Path, name
     import_base(folder, tmp_path / "known")
     whole, known = ((tmp_path / f / "weights.safetensors").read_bytes() for f in ("base", "known"))
     assert whole == known
-    ours, theirs = (LlamaConfig.from_hf(read_json(tmp_path / f / "config.json")) for f in ("base", "known"))
+    ours, theirs = (hf_config.from_hf(read_json(tmp_path / f / "config.json")) for f in ("base", "known"))
     assert ours == theirs
     logits = np.asarray(mj.load(tmp_path / "base", dtype="float32").logits([ROW]))[0]
     assert np.abs(logits - hf_logits(hf, ROW)).max() <= 1e-4

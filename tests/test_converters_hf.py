@@ -12,7 +12,8 @@ from tiny import assert_refused, edit_json, edit_safetensors, hf_weights, tiny_l
 from transformers import AutoTokenizer
 
 from converters import import_base
-from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.config import InputError, read_json
+from meteora_jax.io import hf_config
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -44,8 +45,8 @@ def test_values_equal_the_state_dict(tmp_path: Path, variant: str, shards: str):
     assert (folder / "model.safetensors").exists() == (shards == "single")
     import_base(folder, tmp_path / "base")
     assert_base_holds(tmp_path / "base", hf_weights(model))
-    config = LlamaConfig.from_hf(read_json(tmp_path / "base" / "config.json"))
-    assert config == LlamaConfig.from_hf(read_json(folder / "config.json"))
+    config = hf_config.from_hf(read_json(tmp_path / "base" / "config.json"))
+    assert config == hf_config.from_hf(read_json(folder / "config.json"))
     shapes = {path: tuple(t.shape) for path, t in load_file(tmp_path / "base" / "weights.safetensors").items()}
     assert shapes == config.weight_shapes()
 

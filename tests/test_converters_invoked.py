@@ -18,7 +18,7 @@ from converters import export_adapter, export_gates, export_merged, import_adapt
 from meteora_jax.cli import main
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.checkpoint import save_gates
+from meteora_jax.io.gates import save_gates
 from meteora_jax.routing.alora import NEVER, activation
 from meteora_jax.routing.retrieval import Composed
 from meteora_jax.training.gates import train_gates

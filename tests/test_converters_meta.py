@@ -19,7 +19,8 @@ from transformers.utils.sentencepiece_model_pb2_new import ModelProto
 import meteora_jax as mj
 from converters import import_base
 from converters.gguf_tokenizer import build_tokenizer
-from meteora_jax.config import LlamaConfig, read_json
+from meteora_jax.config import read_json
+from meteora_jax.io import hf_config
 
 ROW = [5, 6, 7, 8, 9, 300, 17]
 NAMES = {
@@ -182,7 +183,7 @@ def test_token_ids_and_context(tmp_path: Path):
         (tmp_path / name).mkdir()
         _, folder = write_meta(tmp_path / name, **options)
         import_base(folder, tmp_path / name / "base", dtype="bfloat16")
-        config = LlamaConfig.from_hf(read_json(tmp_path / name / "base" / "config.json"))
+        config = hf_config.from_hf(read_json(tmp_path / name / "base" / "config.json"))
         assert (config.bos_token_id, config.eos_token_ids, config.max_position_embeddings) == (bos, eos, context)
 
 

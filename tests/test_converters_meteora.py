@@ -183,7 +183,7 @@ def test_adapters_of_several_ranks_and_targets_are_padded(tmp_path: Path):
     rng = np.random.default_rng(0)
     model = mj.load(base, bank, dtype="float32")
     from meteora_jax.gate_config import GateConfig
-    from meteora_jax.io.checkpoint import save_gates
+    from meteora_jax.io.gates import save_gates
 
     shape = lambda p: (3, model.config.projection_shape(p)[0], 2)  # noqa: E731
     save_gates(gates, GateConfig(("b", "a"), 2, 1.0), {p: rng.standard_normal(shape(p)) for p in PROJECTIONS})

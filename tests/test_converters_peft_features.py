@@ -22,7 +22,8 @@ from converters import export_adapter, export_merged, import_adapters, import_ba
 from converters.pickle_files import read_pickle
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.checkpoint import save_gates
+from meteora_jax.io import hf_config
+from meteora_jax.io.gates import save_gates
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROW = [5, 6, 7, 8, 9, 300, 17]
@@ -142,11 +143,11 @@ def test_a_mixture_is_the_sum_of_weighted_differences(tmp_path: Path, hf: Path, 
 
 
 def test_gates_mix_the_same_way_for_every_token(tmp_path: Path, hf: Path, base: Path, three: list[Path]):
-    from meteora_jax.config import LlamaConfig, read_json
+    from meteora_jax.config import read_json
 
     names = tuple("012")
     import_adapters(tmp_path / "bank", base, dict(zip(names, three, strict=True)))
-    config, rng = LlamaConfig.from_hf(read_json(base / "config.json")), np.random.default_rng(0)
+    config, rng = hf_config.from_hf(read_json(base / "config.json")), np.random.default_rng(0)
     shape = lambda p: (LAYERS, config.projection_shape(p)[0], 3)  # noqa: E731
     arrays = {p: rng.standard_normal(shape(p)).astype(np.float32) for p in PROJECTIONS}
     save_gates(tmp_path / "gates", GateConfig(names, 2, 1.0), arrays)

@@ -12,7 +12,7 @@ from tiny import edit_safetensors, hf_weights, tiny_llama, tiny_peft
 
 from converters import import_adapters, import_base, plan_base
 from meteora_jax.cli import main
-from meteora_jax.config import LlamaConfig
+from meteora_jax.io import hf_config
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -102,7 +102,7 @@ def test_the_plan_of_a_large_base_reads_no_weights(tmp_path: Path):
         "max_position_embeddings": 8192,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    config = LlamaConfig.from_hf(raw)
+    config = hf_config.from_hf(raw)
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (128256, 4096), "model.norm.weight": (4096,), "lm_head.weight": (128256, 4096),
     }  # fmt: skip

@@ -13,7 +13,7 @@ from meteora_jax.evaluation import runner
 from meteora_jax.evaluation.problems import load_problems
 from meteora_jax.evaluation.table import markdown, tabulate
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.checkpoint import save_gates
+from meteora_jax.io.gates import save_gates
 
 TASKS = ("winowhy", "disfl_qa", "object_counting")
 

@@ -109,7 +109,10 @@ def test_an_end_token_ends_its_row_only(world):
 
 def test_seed_decides_a_sample(world):
     model = world["model"]
-    say = lambda seed: [c.token_ids for c in model.generate(ROWS, temperature=1.0, seed=seed, max_new_tokens=12)]  # noqa: E731
+
+    def say(seed):
+        return [c.token_ids for c in model.generate(ROWS, temperature=1.0, seed=seed, max_new_tokens=12)]
+
     assert say(1) == say(1)
     assert say(1) != say(2)
     twice = model.generate([ROWS[0]] * 2, temperature=1.0, max_new_tokens=12)

@@ -18,7 +18,18 @@ NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function
 
 # meteora_jax in the order in which it may import; "" is meteora_jax/__init__, the public API.
 ORDER = [
-    *("config", "io.files", "gate_config", "io.provenance", "text", "arguments", "prompts", "execution", "numerics"),
+    *(
+        "config",
+        "io.files",
+        "io.hf_config",
+        "gate_config",
+        "io.provenance",
+        "text",
+        "arguments",
+        "prompts",
+        "execution",
+        "numerics",
+    ),
     *("sharding", "bank", "retriever", "model.kv_cache", "model.attention", "model.rope", "routing", "model", "io"),
     *("generation", "evaluation", "training", "viz", "planning", "api", "", "harness", "cli"),
 ]

@@ -13,18 +13,19 @@ from test_sharding import devices
 from tiny import tiny_llama
 
 from converters import import_base
-from meteora_jax.io.checkpoint import StoredArray, load_base, open_tensors
+from meteora_jax.io.base import load_base
+from meteora_jax.io.tensors import StoredArray, open_tensors
 
 PARTS = """
 import sys
 import jax
 import numpy as np
 from flax import nnx
-from meteora_jax.io import checkpoint
+from meteora_jax.io import base, model_state, tensors
 from meteora_jax.sharding import make_mesh
 
 read, largest = [], []
-whole = checkpoint.StoredArray.__getitem__
+whole = tensors.StoredArray.__getitem__
 
 def spy(self, part):
     out = whole(self, part)
@@ -32,11 +33,11 @@ def spy(self, part):
     largest.append(out.nbytes)
     return out
 
-checkpoint.StoredArray.__getitem__ = spy
-config, weights = checkpoint.load_base(sys.argv[1], np.float32)
+tensors.StoredArray.__getitem__ = spy
+config, weights = base.load_base(sys.argv[1], np.float32)
 assert not read
 mesh = make_mesh(*map(int, sys.argv[2].split("x")))
-_, state = checkpoint.assemble(config, weights, None, None, np.float32, mesh)
+_, state = model_state.assemble(config, weights, None, None, np.float32, mesh)
 leaves = [leaf[...] for _, leaf in nnx.to_flat_state(state)]
 total = sum(leaf.size for leaf in leaves)
 held = {(i, str(s.index)): s.data.size for i, leaf in enumerate(leaves) for s in leaf.addressable_shards}

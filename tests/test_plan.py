@@ -13,12 +13,13 @@ import jax
 import pytest
 
 from meteora_jax.cli import main
-from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.config import InputError
+from meteora_jax.io import hf_config
 from meteora_jax.planning import OutOfMemory, Plan, plan_generation, plan_training, shape_of, topology_devices
 from meteora_jax.sharding import make_mesh
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
-TINY = LlamaConfig.from_hf(
+TINY = hf_config.from_hf(
     dict(
         model_type="llama", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2,
@@ -138,7 +139,7 @@ def test_a_plan_refuses_what_it_cannot_compile(capsys):
 
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu (meteora-jax[tpu])")
 def test_a_tpu_step_compiles_without_a_tpu(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(TINY)))
     options = ["--topology", "v5e:2x2", "--data", "1", "--fsdp", "2", "--tensor", "2", "--width", "128"]
     options += ["--recipe", "meteora"]
     main(["plan", "train", "--base", str(tmp_path), "--json", str(tmp_path / "plan.json"), *options])

@@ -15,7 +15,7 @@ import converters
 import meteora_jax as mj
 from meteora_jax.config import GROUPS, PROJECTIONS, InputError
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.checkpoint import save_gates
+from meteora_jax.io.gates import save_gates
 from meteora_jax.routing import NO_ADAPTER, bind
 from meteora_jax.routing.gates import ProjectionGates
 from pallas_kernels.routed_lora import LoraBank, routed_lora

@@ -61,7 +61,7 @@ def main(base: str, bank: str, gates: str, dest: str) -> None:
 def calm(world, tmp_path_factory) -> list[str]:
     """The world with smaller gates: at their own size a rounding of x changes a softmax by more than 1e-5."""
     from meteora_jax.gate_config import GateConfig
-    from meteora_jax.io.checkpoint import save_gates
+    from meteora_jax.io.gates import save_gates
 
     gates = tmp_path_factory.mktemp("calm") / "gates"
     save_gates(gates, GateConfig(NAMES, 2, 1.0), {p: 0.2 * g for p, g in world["gate_arrays"].items()})

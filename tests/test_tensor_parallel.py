@@ -20,10 +20,11 @@ from tiny import tiny_llama, tiny_peft
 
 import meteora_jax as mj
 from converters import import_adapters, import_base
-from meteora_jax.config import PROJECTIONS, LlamaConfig, read_json
+from meteora_jax.config import PROJECTIONS, read_json
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.checkpoint import save_gates
+from meteora_jax.io import hf_config
+from meteora_jax.io.gates import save_gates
 from meteora_jax.model.lora_linear import column_shards
 from meteora_jax.planning import COLLECTIVES
 from meteora_jax.sharding import shard_order
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "i
 def test_columns_are_dealt_out_to_the_parts():
     assert shard_order((4, 2, 2), 2).tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
     assert shard_order((3,), 1).tolist() == [0, 1, 2]
-    config = LlamaConfig.from_hf({"model_type": "llama", "vocab_size": 320, "num_hidden_layers": 3, **SHAPE})
+    config = hf_config.from_hf({"model_type": "llama", "vocab_size": 320, "num_hidden_layers": 3, **SHAPE})
     cuts = {t: [column_shards(config, group, t) for group in ("qkv", "o", "gate_up", "down")] for t in (1, 2, 4, 8, 5)}
     # eight devices would share four kv heads; five divide nothing
     assert cuts == {1: [1] * 4, 2: [2, 1, 2, 1], 4: [4, 1, 4, 1], 8: [1, 1, 8, 1], 5: [1] * 4}
@@ -97,7 +98,7 @@ def counts(mesh: Any) -> dict[str, dict[str, list[int]]]:
 
     seen: list[dict[str, list[int]]] = []
     plain, planning.collectives = planning.collectives, lambda c: (seen.append(crossings(c)), dict(Counter()))[1]
-    config = LlamaConfig.from_hf({"model_type": "llama", "vocab_size": 320, "num_hidden_layers": 3, **SHAPE})
+    config = hf_config.from_hf({"model_type": "llama", "vocab_size": 320, "num_hidden_layers": 3, **SHAPE})
     planning.plan_training(config, 4, 4, mesh, rows=4, width=32, mfu=0.5)
     planning.plan_generation(config, 4, 4, mesh, rows=4, width=32, mfu=0.5)
     planning.collectives = plain
@@ -133,7 +134,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     peft = {name: tiny_peft(folder, hf, name, seed=i, **o) for i, (name, o) in enumerate(options.items())}
     import_adapters(folder / "bank", folder / "base", {name: peft[name] for name in BANK})
     import_adapters(folder / "trainable", folder / "base", {name: peft[name] for name in PLAIN})
-    config, rng = LlamaConfig.from_hf(read_json(folder / "base" / "config.json")), np.random.default_rng(0)
+    config, rng = hf_config.from_hf(read_json(folder / "base" / "config.json")), np.random.default_rng(0)
     shape = lambda p: (3, config.projection_shape(p)[0], 3)  # noqa: E731
     gates = {p: (0.2 * rng.standard_normal(shape(p))).astype(np.float32) for p in PROJECTIONS}
     save_gates(folder / "gates", GateConfig(BANK, 2, 1.0), gates)

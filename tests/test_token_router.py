@@ -30,25 +30,17 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.generation import observe_routing
-from meteora_jax.io.checkpoint import (
-    SHARED_BY_ADAPTERS,
-    fresh_gates,
-    gate_shapes,
-    load_bank,
-    load_gates,
-    save_bank,
-    save_gates,
-    split_gates,
-)
+from meteora_jax.io.bank import load_bank, save_bank
+from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, gate_shapes, load_gates, save_gates, split_gates
 from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.model.llama import pack, with_execution
 from meteora_jax.routing.gates import BoundGates, GateParam
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
 from meteora_jax.training.data import CUT, NO_TASK, Mixture
+from meteora_jax.training.gate_loss import gate_loss, previous_task, segment_index
 from meteora_jax.training.gates import train_gates
-from meteora_jax.training.loss import previous_task, segment_index
 from meteora_jax.training.recipes import RECIPES, recipe_of, settled
-from meteora_jax.training.settings import Checkpointing, GateTraining
+from meteora_jax.training.settings import Checkpointing, GateTraining, Objective
 from meteora_jax.training.step import gradients
 
 FORM = TokenRouterForm(width=64, depth=3)
@@ -76,9 +68,10 @@ def computed(model, mesh=None, accumulate=1, remat=True, **how):
     """Losses and the gates' gradients of two sequences a row."""
     graph, params, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
     router = place_rows(jax.tree.map(np.asarray, model.bind(mj.Gates(2), ROWS // accumulate)), mesh)
+    loss = gate_loss(Objective(beta=BETA, **how))
     run = jax.jit(
         lambda frozen, params, batch, router: gradients(
-            graph, frozen, params, batch, router, BETA, dtype=jnp.float32, remat=remat, accumulate=accumulate, **how
+            graph, frozen, params, batch, router, loss, dtype=jnp.float32, remat=remat, accumulate=accumulate
         )
     )
     with use_mesh(mesh):
@@ -114,12 +107,12 @@ def test_in_parts_and_without_recomputing_it_is_the_same(routed, expected):
     "how",
     [
         dict(lm_loss=False),
-        dict(answer_share=0.7),
-        dict(answer_share=0.6, turn_share=0.4),
-        dict(lm_loss=False, answer_share=0.2, order=0.4),
+        dict(response_weight=0.7),
+        dict(response_weight=0.6, start_weight=0.4),
+        dict(lm_loss=False, response_weight=0.2, segment_weight=0.4),
     ],
 )
-def test_the_gate_term_alone_and_what_answers_count_in_it(world, routed, how):
+def test_the_gate_term_alone_and_what_responses_count_in_it(world, routed, how):
     _, arrays, model = routed
     lm, gate, grads = loss_and_gradients(world, arrays, sequences(), BETA, 2, **how)
     found = computed(model, accumulate=2, **how)
@@ -359,8 +352,9 @@ def test_a_share_of_composites_is_cut_to_the_ends_of_its_examples(world):
 
 
 def test_a_token_router_learns_alone_from_what_is_cut_short(tmp_path, world):
-    how = dict(form=TokenRouterForm(width=32, depth=2), lm_loss=False, prompt_loss=False, order=0.5, answer_share=0.5,
-               composite=0.5, composite_cut=0.5, composite_sizes=(2, 3), max_length=400)  # fmt: skip
+    how = dict(form=TokenRouterForm(width=32, depth=2), lm_loss=False, prompt_loss=False, segment_weight=0.5,
+               response_weight=0.5, composite=0.5, composite_cut=0.5, composite_sizes=(2, 3),
+               max_length=400)  # fmt: skip
     settings = flat(GateTraining, **{**SETTINGS, "steps": 40, "learning_rate": 1e-2, **how})
     final = train_gates(world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32",
                         checkpointing=Checkpointing(log=tmp_path / "log.jsonl"))  # fmt: skip
@@ -401,11 +395,11 @@ def test_a_token_router_chooses_once(monkeypatch, routed):
     ("how", "said"),
     [
         (dict(lm_loss=False), "lm_loss: expected a token router"),
-        (dict(answer_share=0.5), "answer_share: expected no prompt_loss"),
-        (dict(answer_share=1.5, prompt_loss=False), "answer_share: expected a share"),
-        (dict(turn_share=0.5, prompt_loss=False), "turn_share: expected a share from 0 to 1 beside answer_share"),
-        (dict(form=FORM, lm_loss=False, order=-1.0), "order: expected 0 or more, found -1"),
-        (dict(order=0.5), "order, composite_cut: expected no lm_loss"),
+        (dict(response_weight=0.5), "prompt_loss: expected none with a response_weight"),
+        (dict(response_weight=1.5, prompt_loss=False), "response_weight: expected a share"),
+        (dict(start_weight=0.5, prompt_loss=False), "start_weight: expected 0 without a response_weight, found 0.5"),
+        (dict(form=FORM, lm_loss=False, segment_weight=-1.0), "segment_weight: expected 0 or more, found -1"),
+        (dict(segment_weight=0.5), "segment_weight: expected 0 with lm_loss, found 0.5"),
     ],
 )
 def test_what_its_training_needs_is_said(how, said):

@@ -1,4 +1,4 @@
-"""Gate training: its loss and gradients equal a float64 transcription, and it learns what it is told."""
+"""Gate training: its loss and gradients equal a float64 transcription, and it learns what it is shown."""
 
 import dataclasses
 import json
@@ -13,18 +13,18 @@ from flax import nnx
 from worlds import NAMES
 
 import meteora_jax as mj
-from meteora_jax.config import InputError, LlamaConfig
-from meteora_jax.evaluation.composite import format_prompt
+from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.io.checkpoint import load_bank, load_gates, save_gates
+from meteora_jax.io import hf_config
+from meteora_jax.io.bank import load_bank
+from meteora_jax.io.gates import load_gates, save_gates
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.adapter import fresh_adapter, train_adapter
-from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, encode, plan
+from meteora_jax.training.data import NO_TASK, collate, encode
+from meteora_jax.training.gate_loss import GateLoss
 from meteora_jax.training.gates import train_gates
-from meteora_jax.training.loss import Counts, gate_training_loss
-from meteora_jax.training.settings import AdapterTraining, Checkpointing, GateTraining
-from meteora_jax.training.unused import TRIED, shared_prefix, unused
+from meteora_jax.training.settings import AdapterTraining, Checkpointing, GateTraining, Objective
 from meteora_jax.training.watch import flops_per_pair, flops_per_token
 
 WORDS = ("How many apples?", "Which sentence follows", "The lazy dog", "漢字 bytes")
@@ -41,6 +41,10 @@ def some_batch(tokenizer):
     return jax.tree.map(jnp.asarray, collate(parts))
 
 
+def losses_of(llama, batch, router, beta, remat=False, shared_prefix=0):
+    return GateLoss(Objective(beta=beta)).over(llama, batch, shared_prefix)(llama, batch, router, remat)
+
+
 def bound(model, top_k=2):
     return model.bind([mj.Gates(top_k)] * 4, 4)
 
@@ -50,7 +54,7 @@ def test_loss_equals_its_definition(world, remat):
     """LM term: mean negative log-probability of the predicted tokens. Gate term: the same of the gates' logits."""
     model = world["model"]
     batch = some_batch(model.tokenizer)
-    losses = gate_training_loss(nnx.merge(model.graph, model.weights), batch, bound(model), 50.0, remat=remat)
+    losses = losses_of(nnx.merge(model.graph, model.weights), batch, bound(model), 50.0, remat)
     lm, count, gate, hits, judged = 0.0, 0, 0.0, 0, 0
     for row in range(4):
         n = int((np.asarray(batch.positions[row]) >= 0).sum())
@@ -89,7 +93,7 @@ def test_gradients_equal_finite_differences(world):
     graph, gates, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
 
     def loss(gates):
-        return gate_training_loss(nnx.merge(graph, gates, frozen), batch, bound(model, 4), 1.0, remat=True).loss
+        return losses_of(nnx.merge(graph, gates, frozen), batch, bound(model, 4), 1.0, remat=True).loss
 
     grads = jax.jit(jax.grad(loss))(gates)
     leaves, tree = jax.tree.flatten(gates)
@@ -97,7 +101,10 @@ def test_gradients_equal_finite_differences(world):
     for i, grad in enumerate(jax.tree.leaves(grads)):
         key, sub = jax.random.split(key)
         direction = jax.random.normal(sub, grad.shape) / np.sqrt(grad.size)
-        moved = lambda e, i=i, d=direction: tree.unflatten([x + e * d if j == i else x for j, x in enumerate(leaves)])  # noqa: E731
+
+        def moved(step, i=i, direction=direction):
+            return tree.unflatten([x + step * direction if j == i else x for j, x in enumerate(leaves)])
+
         difference = (float(loss(moved(5e-3))) - float(loss(moved(-5e-3)))) / 1e-2
         assert np.isclose(float(jnp.sum(grad * direction)), difference, rtol=0.05, atol=2e-3)
 
@@ -112,55 +119,13 @@ def test_padding_changes_no_loss(world):
     def terms(sequences):
         batch = jax.tree.map(jnp.asarray, collate(sequences))
         router = model.bind([mj.Gates(2)] * len(sequences), len(sequences))
-        return gate_training_loss(llama, batch, router, 1.0, remat=False)
+        return losses_of(llama, batch, router, 1.0)
 
     alone, other, both = terms([short]), terms([long]), terms([short, long])
     predicted = [int(s.loss.sum()) for s in (short, long)]
     assert np.isclose(float(both.lm), np.average([alone.lm, other.lm], weights=predicted), atol=1e-5)
     judged = [len(short.tokens), len(long.tokens)]
     assert np.isclose(float(both.gate), np.average([alone.gate, other.gate], weights=judged), atol=1e-5)
-
-
-def test_composite_sequences_label_every_part(world):
-    tokenizer = world["model"].tokenizer
-    parts = [(TASKS[n][0], i) for i, n in enumerate(NAMES[:3])]
-    s = compose(parts, tokenizer, 2, prompt_loss=False)
-    answers = "".join(f"{i}. {example.response}\n" for i, (example, _) in enumerate(parts, 1))
-    assert tokenizer.decode(s.tokens[:-1]) == format_prompt([example for example, _ in parts]) + answers
-    for i, (example, task) in enumerate(parts, 1):
-        own = tokenizer.decode(s.tokens[s.tasks == task])
-        assert own == f"{example.prompt}({i})\n\n{i}. {example.response}\n"
-    prompt = format_prompt([example for example, _ in parts])
-    assert list(s.tokens[: len(tokenizer(prompt)["input_ids"])]) == tokenizer(prompt)["input_ids"]
-    assert s.tasks[-1] == NO_TASK
-    assert s.tokens[-1] == 2
-    assert tokenizer.decode(s.tokens[s.loss]).startswith("1. ")
-    # behind worked examples each part's tokens are its own in them, too, and headings nobody's
-    worked = [[TASKS[n][k] for n in NAMES[:3]] for k in (1, 2)]
-    s = compose(parts, tokenizer, 2, prompt_loss=False, shots=worked)
-    prompt = format_prompt([example for example, _ in parts], worked)
-    assert tokenizer.decode(s.tokens[:-1]) == prompt + answers
-    for i, (example, task) in enumerate(parts, 1):
-        own = "".join(f"{shot[i - 1].prompt}\n{i}. {shot[i - 1].response}\n" for shot in worked)
-        end = "\n" if i == len(parts) else "\n\n"
-        assert tokenizer.decode(s.tokens[s.tasks == task]) == f"{own}{example.prompt}{end}{i}. {example.response}\n"
-    left = tokenizer.decode(s.tokens[s.tasks == NO_TASK][:-1])
-    heading = "Following the example above, generate answers to the questions below:"
-    assert left == f"\nExample 1:\n\n\n\nExample 2:\n\n\n\n{heading}\n\n"
-    assert tokenizer.decode(s.tokens[s.loss]).startswith("1. ")
-
-
-def test_composites_of_several_sizes_and_shots_are_drawn(world):
-    labels = {name: i for i, name in enumerate(NAMES)}
-    how = dict(max_length=2000, prompt_loss=False, composite=1.0, composite_sizes=(2, 4), composite_shots=2)
-    mixture = Mixture(TASKS, labels, world["model"].tokenizer, 2, **how)
-    chosen, rng = mixture.chosen(), np.random.default_rng(0)
-    drawn = [mixture.draw_composite(chosen, rng, 2000) for _ in range(60)]
-    assert {len(set(s.tasks[s.loss]) - {NO_TASK}) for s in drawn} == {2, 3, 4}
-    texts = [world["model"].tokenizer.decode(s.tokens) for s in drawn]
-    assert {text.count("Example ") for text in texts} == {0, 1, 2}
-    with pytest.raises(InputError, match="composite_sizes: expected two numbers from 1 on, found 4 and 2"):
-        dataclasses.replace(mixture, composite_sizes=(4, 2))
 
 
 def test_training_routes_each_task_to_its_adapter(tmp_path, world):
@@ -189,82 +154,14 @@ def test_training_routes_each_task_to_its_adapter(tmp_path, world):
     assert (config.top_k, again["step"]) == (2, 60)
 
 
-def mixture(world, tasks=TASKS, **settings):
-    labels = {n: i for i, n in enumerate(NAMES)}
-    return Mixture(tasks, labels, world["model"].tokenizer, 2, **{"max_length": 64, "prompt_loss": True, **settings})
-
-
-def batches(mixture, batch_size=4, packing=True, multiple=1, shards=1):
-    chosen = mixture.chosen()
-    return Batches(
-        mixture, chosen, plan(mixture, chosen, batch_size, packing=packing, multiple=multiple, shards=shards)
-    )
-
-
-def unpacked(batch):
-    """The sequences of a batch, one by one."""
-    for row in range(len(batch.tokens)):
-        for segment in range(1, batch.segments[row].max() + 1):
-            own = batch.segments[row] == segment
-            assert np.array_equal(batch.positions[row, own], np.arange(own.sum()))
-            yield Tokenized(batch.tokens[row, own], batch.loss[row, own], batch.tasks[row, own])
-
-
-LOPSIDED = {**TASKS, "apple": TASKS["apple"] * 50, "birch": [*TASKS["birch"], Example("x" * 900, "y")]}
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_mixture_is_balanced_or_as_it_comes_and_drops_what_is_too_long(world, packing):
-    def shares(**settings):
-        stream = batches(mixture(world, LOPSIDED, **settings), packing=packing)
-        seen = [s.tasks[0] for _ in range(80) for s in unpacked(next(stream))]
-        return np.bincount(seen, minlength=4) / len(seen)
-
-    assert np.abs(shares() - 0.25).max() < 0.02
-    assert np.abs(shares(mixture="natural") - np.asarray([1000, 20, 20, 20]) / 1060).max() < 0.04
-    assert np.abs(shares(mixture="natural", samples_per_task=20) - 0.25).max() < 0.06
-
-
-def test_what_is_not_used_is_counted_by_task(world):
-    tasks = {
-        **TASKS,
-        "apple": [*TASKS["apple"], Example("x" * 900, "y"), Example("y" * 900, "y")],
-        "birch": [*TASKS["birch"], Example("How many?", " \n"), Example("How many pears?", "")],
-        "cedar": [*TASKS["cedar"], Example("", "")],  # its end token is the first, which nothing predicts
-    }
-    roomy, rng = mixture(world, tasks, max_length=400), np.random.default_rng(0)
-    fitting = roomy.chosen()
-    lengths = [len(roomy.composite_of(fitting, rng).tokens) for _ in range(200)]
-    limit = int(np.median(lengths))
-    settings = mixture(world, tasks, composite=0.2, max_length=limit)
-    lost = unused(settings, settings.chosen())
-    assert lost.examples == {"apple": 22, "birch": 22, "cedar": 21, "daisy": 20}
-    assert (lost.max_length, lost.too_long) == (limit, {"apple": 2})
-    assert lost.empty == {"birch": 2, "cedar": 1}
-    assert lost.unpredicted == {"cedar": 1}
-    assert abs(lost.composites / TRIED - np.mean(np.asarray(lengths) > limit)) < 0.2
-    few = mixture(world, tasks, samples_per_task=5)
-    lost = unused(few, few.chosen())
-    assert set(lost.examples.values()) == {5}  # the rest are left out by choice
-    assert lost.composites == 0
-
-
-def test_the_prefix_that_all_tasks_share():
-    rows = lambda *texts: [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]  # noqa: E731
-    assert shared_prefix({"a": rows("sys x1", "sys y1"), "b": rows("sys z", "sys w")}) == 4
-    assert shared_prefix({"a": rows("sys x1", "sys y1", "odd"), "b": rows("sys z", "sys w", "")}) == 4
-    assert shared_prefix({"a": rows("sys x", "sys y"), "b": rows("other", "more")}) == 0
-    assert shared_prefix({"a": rows("same", "same"), "b": rows("same", "same")}) == 4
-    assert shared_prefix({"a": rows("alone", "alone")}) == 0
-
-
 def test_accuracy_leaves_out_the_tokens_that_all_tasks_begin_with(world):
     """What it is for the tokens behind them alone; the loss is that of all."""
     model = world["model"]
     batch = some_batch(model.tokenizer)
-    loss = lambda b, shared: gate_training_loss(  # noqa: E731
-        nnx.merge(model.graph, model.weights), b, bound(model), 50.0, remat=False, counts=Counts.of(b, shared)
-    )
+
+    def loss(b, shared):
+        return losses_of(nnx.merge(model.graph, model.weights), b, bound(model), 50.0, shared_prefix=shared)
+
     whole, found = loss(batch, 0), loss(batch, 5)
     behind = loss(dataclasses.replace(batch, tasks=jnp.where(batch.positions < 5, NO_TASK, batch.tasks)), 0)
     for key in ("gate_accuracy", "hits", "judged"):
@@ -272,63 +169,6 @@ def test_accuracy_leaves_out_the_tokens_that_all_tasks_begin_with(world):
         assert not np.allclose(getattr(found, key), getattr(whole, key), atol=1e-4)
     for key in ("loss", "gate", "entropy", "load"):
         assert np.array_equal(getattr(found, key), getattr(whole, key))
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_run_has_one_shape_and_holds_the_sequences_asked_for(world, packing):
-    stream = batches(mixture(world, composite=0.5, max_length=200), batch_size=12, packing=packing, multiple=2)
-    some = [next(stream) for _ in range(30)]
-    assert len({b.tokens.shape for b in some}) == 1
-    assert len(some[0].tokens) % 2 == 0
-    sequences = [list(unpacked(b)) for b in some]
-    assert 9 <= np.mean([len(s) for s in sequences]) <= 16
-    mixed = [len(np.unique(s.tasks[s.tasks != NO_TASK])) == 3 for parts in sequences for s in parts]
-    assert 0.4 < np.mean(mixed) < 0.6
-    if packing:
-        assert np.mean([(b.segments > 0).mean() for b in some]) > 0.6
-
-
-def test_packing_gives_the_loss_and_gradients_of_padding(world):
-    model = world["model"]
-    packed = next(batches(mixture(world, composite=0.3, max_length=200), batch_size=8))
-    assert packed.segments.max() > 1
-    graph, gates, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
-
-    def terms(batch):
-        batch, rows = jax.tree.map(jnp.asarray, batch), len(batch.tokens)
-        router = model.bind([mj.Gates(2)] * rows, rows)
-        loss = lambda g: gate_training_loss(nnx.merge(graph, g, frozen), batch, router, 1.0, remat=False)  # noqa: E731
-        return jax.jit(lambda g: (loss(g), jax.grad(lambda g: loss(g).loss)(g)))(gates)
-
-    (a, da), (b, db) = terms(packed), terms(collate(list(unpacked(packed))))
-    for key in ("lm", "gate", "gate_accuracy", "hits", "judged", "entropy", "load"):
-        assert np.allclose(getattr(a, key), getattr(b, key), atol=1e-5), key
-    assert np.isclose(float(jnp.sum(a.judged)), 1)
-    assert np.allclose(jnp.sum(a.load, -1), 1, atol=1e-5)
-    for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
-        assert np.allclose(x, y, atol=1e-5)
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_data_go_on_where_their_position_says(world, packing):
-    settings = mixture(world, composite=0.3, max_length=200)
-    stream = batches(settings, packing=packing, multiple=2, shards=2)
-    for _ in range(5):
-        next(stream)
-    position = stream.position()
-    expected = [next(stream) for _ in range(4)]
-    again = batches(settings, packing=packing, multiple=2, shards=2)
-    again.seek(position)
-    for batch in expected:
-        jax.tree.map(np.testing.assert_array_equal, next(again), batch)
-    # each host draws its own shards, and together they are the whole
-    chosen = settings.chosen()
-    layout = plan(settings, chosen, 4, packing=packing, multiple=2, shards=2)
-    first, second = (next(Batches(settings, chosen, layout, [i])) for i in range(2))
-    whole = next(Batches(settings, chosen, layout))
-    half = layout.rows // 2
-    assert np.array_equal(np.concatenate([first.tokens[:half], second.tokens[half:]]), whole.tokens)
-    assert not first.segments[half:].any()
 
 
 def test_one_adapter_learns_and_becomes_a_bank(tmp_path, world):
@@ -442,7 +282,7 @@ def test_flops_of_a_token_are_counted_by_hand():
         model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8,
     )  # fmt: skip
-    config = LlamaConfig.from_hf(shape)
+    config = hf_config.from_hf(shape)
     layer = 4096 * (4096 + 1024 + 1024) + 4096 * 4096 + 3 * 4096 * 14336
     base = 4 * (32 * layer + 4096 * 128256)
     assert flops_per_token(config, None, chosen=2, gates=None, train_adapters=False) == base

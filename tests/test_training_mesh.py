@@ -53,18 +53,21 @@ def computed(base, bank, gates, mesh, accumulate: int = 1, remat=True) -> dict[s
     from flax import nnx
 
     import meteora_jax as mj
-    from meteora_jax.io.checkpoint import split_gates
+    from meteora_jax.io.gates import split_gates
     from meteora_jax.routing.gates import GateParam
     from meteora_jax.sharding import fetch, place_rows, use_mesh
+    from meteora_jax.training.gate_loss import GateLoss
+    from meteora_jax.training.settings import Objective
     from meteora_jax.training.step import gradients
 
     model = mj.load(base, bank, gates, mesh=mesh, dtype="float32")
     graph, params, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
     part = ROWS // accumulate
     router = place_rows(jax.tree.map(np.asarray, model.bind(mj.Gates(2), part)), mesh)
+    loss = GateLoss(Objective(beta=BETA))
     run = jax.jit(
         lambda frozen, params, batch, router: gradients(
-            graph, frozen, params, batch, router, BETA, dtype=jnp.float32, remat=remat, accumulate=accumulate
+            graph, frozen, params, batch, router, loss, dtype=jnp.float32, remat=remat, accumulate=accumulate
         )
     )
     with use_mesh(mesh):
@@ -95,7 +98,7 @@ def main(base: str, bank: str, gates: str, dest: str, coordinator: str = "", ind
 def calm(world, tmp_path_factory) -> list[str]:
     """The world with gates small enough that rounding does not blow up in their softmax."""
     from meteora_jax.gate_config import GateConfig
-    from meteora_jax.io.checkpoint import save_gates
+    from meteora_jax.io.gates import save_gates
 
     gates = tmp_path_factory.mktemp("calm") / "gates"
     save_gates(gates, GateConfig(NAMES, 2, 1.0), {p: 0.2 * g for p, g in world["gate_arrays"].items()})

@@ -12,7 +12,8 @@ import converters
 import meteora_jax as mj
 from meteora_jax.config import PROJECTIONS, LlamaConfig, read_json
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.checkpoint import save_gates
+from meteora_jax.io import hf_config
+from meteora_jax.io.gates import save_gates
 
 NAMES = ("apple", "birch", "cedar", "daisy")
 RANKS = (4, 2, 8, 4)
@@ -28,7 +29,10 @@ TARGETS = (
 def random_gates(config: LlamaConfig, adapters: int, seed: int = 5) -> dict[str, np.ndarray]:
     """{projection: float32 [L, I, A]}, large enough that choices are clear-cut."""
     rng = np.random.default_rng(seed)
-    shape = lambda p: (config.num_layers, config.projection_shape(p)[0], adapters)  # noqa: E731
+
+    def shape(p: str) -> tuple[int, int, int]:
+        return config.num_layers, config.projection_shape(p)[0], adapters
+
     return {p: rng.standard_normal(shape(p)).astype(np.float32) for p in PROJECTIONS}
 
 
@@ -55,7 +59,7 @@ def make_world(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
     base, bank, gates = tmp_path / "base", tmp_path / "bank", tmp_path / "gates"
     converters.import_base(hf_folder, base)
     converters.import_adapters(bank, base, peft)
-    config = LlamaConfig.from_hf(read_json(base / "config.json"))
+    config = hf_config.from_hf(read_json(base / "config.json"))
     arrays = random_gates(config, len(NAMES))
     save_gates(gates, GateConfig(NAMES, 2, 1.0), arrays)
     return {

@@ -18,7 +18,7 @@ from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import COMPOSITES, COUNT, SEED, SHOTS, generate_composites
 from meteora_jax.evaluation.problems import Problem, load_composites, load_problems, load_queries
 from meteora_jax.evaluation.systems import Given, System, check_routes, make_system, skipped, with_unseen
-from meteora_jax.io.checkpoint import WEIGHTS
+from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.retriever.index import Index
 from meteora_jax.routing import RoutingTrace, adapter_share
 
@@ -245,7 +245,9 @@ def other_bank(model: Any, arrays: Any, name: str, folder: Path, base: Path, dty
     arrays: the base's, of `base_arrays`. All other banks share them, so that each costs its own size and no more.
     """
     import converters
-    from meteora_jax.io.checkpoint import assemble, load_bank, read_origin
+    from meteora_jax.io.bank import load_bank
+    from meteora_jax.io.base import read_origin
+    from meteora_jax.io.model_state import assemble
 
     with tempfile.TemporaryDirectory() as temporary:
         bank_folder = folder

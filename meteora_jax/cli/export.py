@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from meteora_jax.cli.report import Conversion, console, write_json
+from meteora_jax.io import hf_config
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def export_merged(command: ExportMerged) -> None:
     config = command.run("export merged", convert)
     command.tell(
         f"{command.dest}: {config.num_layers} layers with {command.name} merged in",
-        {"folder": str(command.dest), "merged": command.name, "config": config.to_hf()},
+        {"folder": str(command.dest), "merged": command.name, "config": hf_config.to_hf(config)},
     )
 
 
@@ -77,7 +78,7 @@ def export_base(command: ExportBase) -> None:
     config = command.run("export base", partial(converters.export_base, command.base, command.dest))
     command.tell(
         f"{command.dest}: {config.num_layers} layers",
-        {"folder": str(command.dest), "merged": None, "config": config.to_hf()},
+        {"folder": str(command.dest), "merged": None, "config": hf_config.to_hf(config)},
     )
 
 
@@ -122,7 +123,7 @@ class ExportBank:
 
 def export_bank(command: ExportBank) -> None:
     """Runs `meteora export bank`."""
-    from meteora_jax.io.checkpoint import take_adapters
+    from meteora_jax.io.bank import take_adapters
 
     take_adapters(command.bank, command.dest, command.names)
     console.print(f"{command.dest}: {' '.join(command.names)}", highlight=False, soft_wrap=True)

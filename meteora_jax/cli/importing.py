@@ -11,8 +11,9 @@ from typing import Any, Literal
 import tyro
 
 from meteora_jax.cli.report import Conversion, status
-from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.tasks import METEORA_TASKS
+from meteora_jax.io import hf_config
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def import_base(command: ImportBase) -> None:
     if command.dry_run:
         config, rows = converters.plan_base(command.src, command.dtype, command.replace, remarks.append)
         say(remarks)
-        command.tell(plan_lines(rows), {"config": config.to_hf(), "tensors": [vars(row) for row in rows]})
+        command.tell(plan_lines(rows), {"config": hf_config.to_hf(config), "tensors": [vars(row) for row in rows]})
         return
     convert = partial(
         converters.import_base, command.src, command.dest, command.dtype, replace=command.replace, name=command.name,
@@ -50,12 +51,12 @@ def import_base(command: ImportBase) -> None:
     )  # fmt: skip
     command.run("import base", convert)
     say(remarks)
-    config = LlamaConfig.from_hf(read_json(command.dest / "config.json"), str(command.dest / "config.json"))
+    config = hf_config.from_hf(read_json(command.dest / "config.json"), str(command.dest / "config.json"))
     size = sum(f.stat().st_size for f in command.dest.iterdir())
     command.tell(
         f"{command.dest}: {config.num_layers} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size}, "
         f"{size / 1e6:,.0f} MB",
-        {"base": str(command.dest), "config": config.to_hf(), "bytes": size},
+        {"base": str(command.dest), "config": hf_config.to_hf(config), "bytes": size},
     )
 
 

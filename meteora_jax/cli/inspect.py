@@ -14,6 +14,7 @@ from rich.table import Table
 from meteora_jax.cli.report import console, write_json
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.io import hf_config
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def describe(path: Path) -> dict[str, Any]:
     from converters.peft_folder import CONFIG, read_tensors
     from converters.peft_settings import read_settings
     from converters.tensor_files import TensorReader
-    from meteora_jax.io.checkpoint import WEIGHTS
+    from meteora_jax.io.tensors import WEIGHTS
 
     if (path / "bank.json").exists():
         bank = BankConfig.from_json(read_json(path / "bank.json"), str(path / "bank.json"))
@@ -91,7 +92,7 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "PEFT adapter", "about": about | stored_types(tensors), "tensors": listing}
     raw = read_json(path / "config.json") if (path / "config.json").exists() else {}
     if isinstance(raw, dict) and "meteora" in raw:
-        config = LlamaConfig.from_hf(raw, str(path / "config.json"))
+        config = hf_config.from_hf(raw, str(path / "config.json"))
         reader = TensorReader(path / WEIGHTS, config.weight_shapes())
         sizes = config.weight_shapes().values()
         dtype = str(reader.dtype("embed.embedding"))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from meteora_jax.cli.report import console, status, write_json
-from meteora_jax.config import InputError, LlamaConfig, read_json
+from meteora_jax.config import InputError, read_json
 from meteora_jax.gate_config import FormName
+from meteora_jax.io import hf_config
+
+if TYPE_CHECKING:
+    from meteora_jax import planning
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def plan(command: Plan) -> None:
     if not 0 < command.mfu <= 1:
         raise InputError(f"mfu: expected a share above 0 and at most 1, found {command.mfu}")
     file = Path(command.base) / "config.json"
-    config = LlamaConfig.from_hf(read_json(file), str(file)) if file.is_file() else shape_of(command.base)
+    config = hf_config.from_hf(read_json(file), str(file)) if file.is_file() else shape_of(command.base)
     mesh = make_mesh(command.data, command.fsdp, command.tensor, topology_devices(command.topology))
     if uncut := [g for g in ("qkv", "gate_up") if command.tensor > 1 and column_shards(config, g, command.tensor) == 1]:
         why = f"{config.num_heads} heads, {config.num_kv_heads} kv heads and {config.intermediate_size} units"
@@ -95,17 +99,19 @@ def plan(command: Plan) -> None:
     write_json(command.json, figures[0] if command.what == "train" else {f["what"]: f for f in figures})
 
 
-def _show(found: Any, mfu: float) -> None:
+def _show(found: planning.Plan, mfu: float) -> None:
     from meteora_jax.planning import GIB
 
-    show = lambda *line: console.print(*line, highlight=False, soft_wrap=True)  # noqa: E731
+    def show(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
     axes = " x ".join(f"{k} {n}" for k, n in found.mesh.items())
     tokens = f"{found.rows} rows of {found.width} tokens" if found.what != "decoding" else f"{found.rows} rows, a token"
     show(f"{found.what}: {found.devices} devices ({found.device_kind}), {axes}; {tokens} a step")
-    room = f" of {found.memory / GIB:.4g} GiB" if found.memory else ""
-    beside = "optimiser" if found.what == "training" else "cache" if found.what == "decoding" else "prompts"
-    parts = f"weights and {beside} {found.weights / GIB:.2f} GiB, temporary {found.temporary / GIB:.2f} GiB"
-    show(f"  memory a device: {parts}{room}")
+    memory = f" of {found.memory / GIB:.4g} GiB" if found.memory else ""
+    rest = "optimiser" if found.what == "training" else "cache" if found.what == "decoding" else "prompts"
+    parts = f"weights and {rest} {found.weights / GIB:.2f} GiB, temporary {found.temporary / GIB:.2f} GiB"
+    show(f"  memory a device: {parts}{memory}")
     if found.collectives is not None:
         show("  collectives in the program: " + ", ".join(f"{n} {k}" for k, n in found.collectives.items()))
     time = ""
@@ -114,7 +120,7 @@ def _show(found: Any, mfu: float) -> None:
         time = f"; at MFU {mfu:.0%}: {found.seconds:.3f} s, {rate:,.0f} tokens/s"
     show(f"  {found.flops:.3g} FLOPs a device and step{time}")
     if found.fits is False:
-        sizes = f"needs {found.needed / GIB:.2f} GiB{room} a device, {found.excess / GIB:.2f} GiB too much"
+        sizes = f"needs {found.needed / GIB:.2f} GiB{memory} a device, {found.excess / GIB:.2f} GiB too much"
         show(f"  does not fit: {sizes}; {found.advice()}")
     elif found.fits:
         show("  fits")

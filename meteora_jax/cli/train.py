@@ -216,7 +216,7 @@ def unused_lines(lost: Mapping[str, Any]) -> list[str]:
         ("too_long", f"sequences are longer than --max-length (here {lost['max_length']:,} tokens) and are not used"),
         ("empty", "responses are empty and train the end token alone"),
         ("unpredicted", "sequences have no token to predict"),
-        ("beside_held_back", "examples share their prompt with one that is held back and are not used"),
+        ("validation_prompts", "examples share their prompt with one of the validation split and are not used"),
     ):
         if counts := lost[key]:
             lines.append(f"{sum(counts.values()):,} of {total:,} {what}: {of(counts)}")

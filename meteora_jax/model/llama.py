@@ -138,8 +138,8 @@ class Llama(nnx.Module):
         tied = config.tie_word_embeddings
         shape = (config.hidden_size, config.vocab_size)
         self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype), axes=("model", "vocab"))
-        self.at_ends = bank.at_ends if bank is not None else ()
-        ends = bank.ends if bank is not None else {}
+        self.vocab_adapter_names = bank.vocab_adapter_names if bank is not None else ()
+        ends = bank.vocab_adapters if bank is not None else {}
         self.embed_adapters, self.head_adapters = (
             VocabAdapters(bank, end, dtype) if bank is not None and end in ends else None for end in ("embed", "head")
         )
@@ -234,7 +234,11 @@ class Llama(nnx.Module):
 
     def _vocab_routing(self, router: BoundRouter | None) -> Routing | None:
         """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
-        return check_request_routing(router.known(None), self.at_ends) if router is not None and self.at_ends else None
+        return (
+            check_request_routing(router.known(None), self.vocab_adapter_names)
+            if router is not None and self.vocab_adapter_names
+            else None
+        )
 
     def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
         """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""

@@ -37,7 +37,7 @@ class VocabAdapters(nnx.Module):
 
     def __init__(self, bank: BankConfig, end: str, dtype: Any):
         assert bank.vocab_shape is not None, "a bank with ends knows their shape"
-        (vocab, width), held, count = bank.vocab_shape, bank.ends[end], len(bank.names)
+        (vocab, width), held, count = bank.vocab_shape, bank.vocab_adapters[end], len(bank.names)
         embed, rank = end == "embed", held.rank
         a_shape, a_axes = ((vocab, rank), ("vocab", None)) if embed else ((rank, width), (None, "model"))
 
@@ -93,26 +93,26 @@ def _chosen(routing: Routing) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(routing.indices[:, 0, 0], 0), routing.weights[:, 0, 0]
 
 
-def check_request_routing(routing: Routing | None, at_ends: tuple[str, ...]) -> Routing:
-    """The one choice of each request, which the adapters `at_ends` follow; routing: what is known before any layer.
+def check_request_routing(routing: Routing | None, names: tuple[str, ...]) -> Routing:
+    """The one choice of each request, which the adapters `names` follow; routing: what is known before any layer.
 
     Raises:
         InputError: a router that chooses for every token, beside adapters that act where no gate stands.
     """
     if routing is None or routing.indices.shape[1] != 1:
         raise InputError(
-            f"router: expected one that names the adapters of a request (Fixed, Retrieval): {', '.join(at_ends)} "
+            f"router: expected one that names the adapters of a request (Fixed, Retrieval): {', '.join(names)} "
             "change the embedding or the head, where no gate stands; found one that chooses for every token"
         )
     return routing
 
 
-def end_tensors(bank: AdapterBank, end: str) -> dict[str, np.ndarray]:
-    """What an `VocabAdapters` holds, of a bank whose adapters change this end; empty if none does."""
-    if end not in bank.ends:
+def vocab_tensors(bank: AdapterBank, end: str) -> dict[str, np.ndarray]:
+    """What a `VocabAdapters` holds, of a bank whose adapters change this end; empty if none does."""
+    if end not in bank.vocab_adapters:
         return {}
     assert bank.config.vocab_shape is not None, "a bank with ends knows their shape"
-    held, tokens = bank.ends[end], bank.config.ends[end].tokens
+    held, tokens = bank.vocab_adapters[end], bank.config.vocab_adapters[end].tokens
     tensors = {}
     if "a" in held:
         a = held["a"].swapaxes(1, 2) if end == "embed" else held["a"]  # a token's column is read as a row

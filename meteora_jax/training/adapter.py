@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from meteora_jax.bank import AdapterBank, AdapterParam
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.io.checkpoint import load_base, read_origin, save_bank, split_bank
+from meteora_jax.io.bank import save_bank
+from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.model_state import split_bank
 from meteora_jax.io.provenance import BaseOrigin
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.training.settings import AdapterTraining, Checkpointing

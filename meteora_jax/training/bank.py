@@ -13,14 +13,16 @@ from jax.sharding import Mesh
 
 from meteora_jax.bank import AdapterParam
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.io.checkpoint import load_base, read_origin, save_bank, split_bank
+from meteora_jax.io.bank import save_bank
+from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.model_state import split_bank
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.settings import BankTraining, Checkpointing
-from meteora_jax.training.side_by_side import ByTask, shares_of
+from meteora_jax.training.side_by_side import SideBySideLoss, shares_of
 from meteora_jax.training.step import optimizer
 from meteora_jax.training.trainer import Callbacks, Trainee, Trainer, end_token, fetched, longest
-from meteora_jax.training.validation import Validation, beside, composites_of, hold_back
+from meteora_jax.training.validation import Validation, repeated_prompts, split_validation, validation_composites
 from meteora_jax.training.watch import FlopCount
 
 
@@ -37,24 +39,25 @@ def train_bank(
 ) -> dict[str, Any]:
     """Trains an adapter for each of `tasks`, side by side, and writes the best of each to `dest` as a BANK.
 
-    As `gates.train_gates`; the result has beside the last step's record `kept`, {task: step, exact and loss of what the
-    bank holds}.
+    As `gates.train_gates`; the result also has `kept`, {task: step, exact and loss of what the bank holds}.
     """
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
     shape = settings.lora.rank, settings.lora.numerator, settings.lora.targets, settings.seed
     bank = fresh_bank(config, list(tasks), *shape, read_origin(base))
     how = settings, load_tokenizer(base), end_token(base, config), longest(config, settings)
-    left, held = hold_back(tasks, *how)
-    composites = composites_of(tasks, left, *how)
-    validation = Validation(held, settings, callbacks.validated, composites, beside(tasks, left, held))
+    training, split = split_validation(tasks, *how)
+    validation = Validation(
+        split, settings, callbacks.validated, composites=validation_composites(tasks, training, *how),
+        repeats=repeated_prompts(tasks, training, split),
+    )  # fmt: skip
     run, speed = settings.optimization, settings.schedule
     trainer = Trainer(
         trainee=Trainee(
-            base=base, config=config, weights=weights, bank=bank, trained=AdapterParam, router=ByTask(),
+            base=base, config=config, weights=weights, bank=bank, trained=AdapterParam, router=None,
             flops=FlopCount.of(config, bank.config, chosen=1, gates=None, train_adapters=True),
         ),
-        tasks=left, labels={name: i for i, name in enumerate(tasks)}, settings=settings,
+        tasks=training, loss=SideBySideLoss(), labels={name: i for i, name in enumerate(tasks)}, settings=settings,
         optimizer=optimizer(run.steps, run.learning_rate, speed.warmup, speed.clip, each=True),
         shares=functools.partial(shares_of, tokens=settings.tokens, epochs=float(settings.epochs)),
         dtype=kind, mesh=mesh, checkpointing=checkpointing, callbacks=callbacks, validation=validation,

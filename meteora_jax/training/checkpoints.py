@@ -58,7 +58,7 @@ class Checkpoints:
     Args:
         identity: what a run must have in common with the checkpoints that it goes on from.
         orders: of the groups whose columns the run's mesh holds in another order than the projections' own
-            (`checkpoint.column_orders`); what is saved is in their own, so that another mesh can read it.
+            (`io.model_state.column_orders`); what is saved is in their own, so that another mesh can read it.
 
     Raises:
         InputError: another process has the folder, such as a run that SIGTERM has not ended yet.

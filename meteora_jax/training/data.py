@@ -77,11 +77,10 @@ def encode_all(
     examples: Sequence[Example], task: int, tokenizer: Any, end: int, *, prompt_loss: bool
 ) -> list[Tokenized]:
     """`encode` of each; one call to the tokenizer, which spreads it over the cores."""
-    ids = lambda texts, **how: tokenizer(texts, return_attention_mask=False, **how)["input_ids"]  # noqa: E731
-    prompts = ids([e.prompt for e in examples])
-    responses = ids([e.response for e in examples], add_special_tokens=False)
+    prompts = tokenizer([e.prompt for e in examples], return_attention_mask=False)["input_ids"]
+    responses = tokenizer([e.response for e in examples], return_attention_mask=False, add_special_tokens=False)
     sequences = []
-    for prompt, response in zip(prompts, responses, strict=True):
+    for prompt, response in zip(prompts, responses["input_ids"], strict=True):
         tokens = np.asarray([*prompt, *response, end], np.int32)
         loss = np.full(len(tokens), prompt_loss)
         loss[len(prompt) :] = True
@@ -151,7 +150,7 @@ class Mixture:
 
     tasks: {name: training examples}. labels: the adapter of each task, int. composite: share of the sequences that
     hold several tasks, composite_sizes (from, to) of them, behind at most composite_shots worked examples, a share
-    composite_cut of these with each example cut to its ends. balanced: every task equally often, else as often as it
+    composite_cut of these with each example cut to CUT. balanced: every task equally often, else as often as it
     has examples; shares {name: float}: as often as they say, inside composites too. samples_per_task: a random choice
     of so many examples of each. max_length: longer sequences are passed over.
     """
@@ -175,9 +174,9 @@ class Mixture:
         empty = [n for n in self.labels if not self.tasks.get(n)]
         if empty:
             raise InputError(f"tasks: expected training examples for every adapter, found none for {', '.join(empty)}")
-        for key in ("composite", "composite_cut"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise InputError(f"{key}: expected a share between 0 and 1, found {getattr(self, key)}")
+        for key, share in (("composite", self.composite), ("composite_cut", self.composite_cut)):
+            if not 0 <= share <= 1:
+                raise InputError(f"{key}: expected a share between 0 and 1, found {share}")
         low, high = self.composite_sizes
         if not 1 <= low <= high:
             raise InputError(f"composite_sizes: expected two numbers from 1 on, found {low} and {high}")
@@ -219,7 +218,10 @@ class Mixture:
     def composite_of(self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any) -> Tokenized:
         """Several tasks (fewer if there are fewer) in one sequence, however long."""
         names, (low, high) = list(self.labels), self.composite_sizes
-        example = lambda n: chosen[n][int(rng.integers(len(chosen[n])))][0]  # noqa: E731
+
+        def example(name: str) -> Example:
+            return chosen[name][int(rng.integers(len(chosen[name])))][0]
+
         p = None if self.shares is None else np.asarray([self.shares[n] for n in names]) / sum(self.shares.values())
         size = low if low == high else int(rng.integers(low, high + 1))
         shots = int(rng.integers(self.composite_shots + 1)) if self.composite_shots else 0
@@ -227,16 +229,16 @@ class Mixture:
         parts = [(example(n), self.labels[n]) for n in picked]
         worked = [[example(n) for n in picked] for _ in range(shots)]
         if self.composite_cut and rng.random() < self.composite_cut:
-            parts, worked = [(_ends(e), label) for e, label in parts], [[_ends(e) for e in w] for w in worked]
+            parts, worked = [(_shortened(e), label) for e, label in parts], [[_shortened(e) for e in w] for w in worked]
         return compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss, shots=worked)
 
 
-def _ends(example: Example) -> Example:
-    """The beginning and end of a question and the beginning of its answer, enough to know their task: what is short
-    holds more turns in as many tokens."""
-    head, tail = CUT
-    prompt = example.prompt if len(example.prompt) <= head + tail else example.prompt[:head] + example.prompt[-tail:]
-    return dataclasses.replace(example, prompt=prompt, response=example.response[:tail])
+def _shortened(example: Example) -> Example:
+    """The beginning and end of a question and the beginning of its answer, enough to know their task: shorter examples
+    give more segments in as many tokens."""
+    first, last = CUT
+    prompt = example.prompt if len(example.prompt) <= first + last else example.prompt[:first] + example.prompt[-last:]
+    return dataclasses.replace(example, prompt=prompt, response=example.response[:last])
 
 
 def plan(
@@ -319,15 +321,18 @@ class Batches(Iterator[Batch]):
 
 
 def _empty(shape: tuple[int, int]) -> Batch:
-    zeros = lambda: np.zeros(shape, np.int32)  # noqa: E731
-    return Batch(zeros(), zeros() + EMPTY, zeros(), np.zeros(shape, bool), zeros() + NO_TASK)
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    positions, tasks = np.full(shape, EMPTY, np.int32), np.full(shape, NO_TASK, np.int32)
+    return Batch(tokens, positions, segments, np.zeros(shape, bool), tasks)
 
 
 def _features(s: Tokenized) -> dict[str, np.ndarray]:
     return {"tokens": s.tokens, "loss": s.loss, "tasks": s.tasks}
 
 
-def _stream(mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], layout: Layout, shard: int):
+def _stream(
+    mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], layout: Layout, shard: int
+) -> Any:
     """One shard's batches of rows, as Grain makes them."""
     import grain
     from grain.experimental import FirstFitPackIterDataset
@@ -346,7 +351,10 @@ def _stream(mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Token
         sequences = endless(list(itertools.chain(*chosen.values())), first + 1)
     if mixture.composite > 0:
         limit = min(mixture.max_length, layout.width)
-        draw = lambda _, rng: _features(mixture.draw_composite(chosen, rng, limit))  # noqa: E731
+
+        def draw(_: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+            return _features(mixture.draw_composite(chosen, rng, limit))
+
         composites = grain.MapDataset.range(1 << 30).seed(first).random_map(draw)
         share = mixture.composite
         sequences = grain.MapDataset.mix([sequences, composites], [1 - share, share]) if share < 1 else composites

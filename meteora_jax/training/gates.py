@@ -16,19 +16,12 @@ from meteora_jax.bank import AdapterParam
 from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.io.checkpoint import (
-    SHARED_BY_ADAPTERS,
-    fresh_gates,
-    load_bank,
-    load_base,
-    load_gates,
-    read_origin,
-    save_bank,
-    save_gates,
-    split_bank,
-    split_gates,
-)
+from meteora_jax.io.bank import load_bank, save_bank
+from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, load_gates, save_gates, split_gates
+from meteora_jax.io.model_state import split_bank
 from meteora_jax.routing.gates import GateParam, Gates
+from meteora_jax.training.gate_loss import gate_loss
 from meteora_jax.training.settings import Checkpointing, GateTraining
 from meteora_jax.training.step import optimizer
 from meteora_jax.training.trainer import Callbacks, Trainee, Trainer, fetched
@@ -59,7 +52,7 @@ def train_gates(
             trained, on the tasks of all: the old ones' tokens are what the new columns must not claim.
 
     Returns:
-        the last step's record, losses averaged over the last tenth of the steps; `unused`, what `begun` was told.
+        the last step's record, losses averaged over the last tenth of the steps; `unused`, what `begun` was given.
 
     Raises:
         Preempted: SIGTERM came and the run was saved.
@@ -84,7 +77,7 @@ def train_gates(
                 lm=objective.lm_loss,
             ),
         ),
-        tasks=tasks, labels={name: i for i, name in enumerate(names)}, settings=settings, objective=objective,
+        tasks=tasks, labels={name: i for i, name in enumerate(names)}, settings=settings, loss=gate_loss(objective),
         optimizer=optimizer(
             run.steps, run.learning_rate, speed.warmup, speed.clip, settings.adapter_learning_rate
         ),

@@ -18,7 +18,7 @@ RECIPES: dict[FormName, GateTraining] = {
         drawing=Drawing(rows=2, prompt_loss=False, composite_shots=2, composite_cut=0.6),
         optimization=Optimization(steps=5000, learning_rate=3e-3),
         schedule=Schedule(warmup=0.03, clip=1.0),
-        objective=Objective(beta=50.0, lm_loss=False, answer_share=0.7, turn_share=0.5, order=0.5),
+        objective=Objective(beta=50.0, lm_loss=False, response_weight=0.7, start_weight=0.5, segment_weight=0.5),
     ),
     # MeteoRA (arXiv 2405.13053), section 4.1
     "meteora": GateTraining(

@@ -6,7 +6,6 @@ recipe: a program may set it, the command line does not ask.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -25,10 +24,9 @@ Constant = tyro.conf.Suppress[tyro.conf.Fixed[T]]
 RECOMPUTED: dict[str, Remat] = {"all": True, "dots": "dots", "none": False}
 
 
-def at_least(settings: Any, lowest: dict[str, int]) -> list[str]:
-    """What is wrong with some fields of `settings`, which are numbers from these on (or None)."""
-    values = {name: (getattr(settings, name), n) for name, n in lowest.items()}
-    return [f"{k}: expected at least {n}, found {x}" for k, (x, n) in values.items() if x is not None and x < n]
+def at_least(lowest: int, **values: int | None) -> list[str]:
+    """What is wrong with some settings, which are numbers from `lowest` on (or None)."""
+    return [f"{k}: expected at least {lowest}, found {x}" for k, x in values.items() if x is not None and x < lowest]
 
 
 def refuse(problems: list[str]) -> None:
@@ -53,7 +51,7 @@ class Data:
     """The fewest and the most tasks that one holds."""
 
     def __post_init__(self):
-        refuse(at_least(self, {"batch_size": 1, "max_length": 2}))
+        refuse(at_least(1, batch_size=self.batch_size) + at_least(2, max_length=self.max_length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +67,10 @@ class Drawing:
     composite_shots: int = 0
     """At most so many worked examples stand before a composite problem, any number as likely as another."""
     composite_cut: Constant[float] = 0.0
-    """Share of the composites whose questions and answers are cut to their ends."""
+    """Share of the composites whose questions and answers are cut to the characters at their beginning and end."""
 
     def __post_init__(self):
-        refuse(at_least(self, {"rows": 1}))
+        refuse(at_least(1, rows=self.rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ class Optimization:
     the results of its matmuls (dots), or nothing."""
 
     def __post_init__(self):
-        refuse(at_least(self, {"steps": 1, "accumulate": 1}))
+        refuse(at_least(1, steps=self.steps, accumulate=self.accumulate))
 
     @property
     def recomputed(self) -> Remat:
@@ -112,26 +110,28 @@ class Schedule:
 class Objective:
     """What gates are trained towards: CE(next token) + beta * CE(gate logits, task id).
 
-    lm_loss: without the first term a token router is trained by the second alone, and no layer runs. answer_share: what
-    the answers' tokens together count in the second; as many as they are unless given. turn_share: the part of that
-    which the first two tokens of each answer count by themselves. order: without the first term, the weight of telling
-    the previous segment's task and the own segment's index.
+    lm_loss: without the first term a token router is trained by the second alone, and no layer runs. response_weight:
+    what the responses' tokens together count in the second term, of 1; every token counts the same unless given.
+    start_weight: the part of that which the first two tokens of each response count by themselves. segment_weight:
+    without the first term, that of CE(previous segment's task) + CE(own segment's index) beside the second.
     """
 
     beta: float = 0.0
     lm_loss: bool = True
-    answer_share: float | None = None
-    turn_share: float = 0.0
-    order: float = 0.0
+    response_weight: float | None = None
+    start_weight: float = 0.0
+    segment_weight: float = 0.0
 
     def __post_init__(self):
         problems = []
-        if self.answer_share is not None and not 0 <= self.answer_share <= 1:
-            problems.append(f"answer_share: expected a share from 0 to 1, found {self.answer_share}")
-        if not 0 <= self.turn_share <= 1 or (self.turn_share and self.answer_share is None):
-            problems.append(f"turn_share: expected a share from 0 to 1 beside answer_share, found {self.turn_share}")
-        if self.order < 0:
-            problems.append(f"order: expected 0 or more, found {self.order}")
+        if self.response_weight is not None and not 0 <= self.response_weight <= 1:
+            problems.append(f"response_weight: expected a share from 0 to 1, found {self.response_weight}")
+        if not 0 <= self.start_weight <= 1:
+            problems.append(f"start_weight: expected a share from 0 to 1, found {self.start_weight}")
+        if self.start_weight and self.response_weight is None:
+            problems.append(f"start_weight: expected 0 without a response_weight, found {self.start_weight}")
+        if self.segment_weight < 0:
+            problems.append(f"segment_weight: expected 0 or more, found {self.segment_weight}")
         refuse(problems)
 
 
@@ -168,7 +168,7 @@ class Checkpointing:
     """The log, without a run folder too."""
 
     def __post_init__(self):
-        refuse(at_least(self, {"save_every": 1, "keep": 1}))
+        refuse(at_least(1, save_every=self.save_every, keep=self.keep))
 
     def in_run(self, name: str) -> Path | None:
         """The path of something in the run folder, if there is one."""
@@ -189,12 +189,11 @@ class Training:
     def record(self) -> dict[str, Any]:
         """All settings by their names alone, as reports and checkpoints hold them."""
         found: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if isinstance(value, Data | Drawing | Optimization | Schedule | Objective | LoRA | Validating):
                 found |= vars(value)
             else:
-                found[field.name] = vars(value) if isinstance(value, TokenRouterForm) else value
+                found[name] = vars(value) if isinstance(value, TokenRouterForm) else value
         return found | {"remat": self.optimization.recomputed}
 
 
@@ -219,10 +218,12 @@ class GateTraining(Training):
         problems, objective = [], self.objective
         if not objective.lm_loss and self.form is None:
             problems.append("lm_loss: expected a token router to go without it, found MeteoRA's own gates")
-        if objective.answer_share is not None and self.drawing.prompt_loss:
-            problems.append("answer_share: expected no prompt_loss beside it: what carries loss is then the answers")
-        if objective.lm_loss and (objective.order or self.drawing.composite_cut):
-            problems.append("order, composite_cut: expected no lm_loss beside them")
+        if objective.response_weight is not None and self.drawing.prompt_loss:
+            problems.append("prompt_loss: expected none with a response_weight, by which loss marks the responses")
+        if objective.lm_loss and objective.segment_weight:
+            problems.append(f"segment_weight: expected 0 with lm_loss, found {objective.segment_weight}")
+        if objective.lm_loss and self.drawing.composite_cut:
+            problems.append(f"composite_cut: expected 0 with lm_loss, found {self.drawing.composite_cut}")
         refuse(problems)
 
     def record(self) -> dict[str, Any]:
@@ -246,29 +247,30 @@ class AdapterTraining(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Validating:
-    """What of each task is not trained on, and how it is scored: the bank holds each adapter as it scored best."""
+    """The validation split of each task, and how it is scored: the bank holds each adapter as it scored best."""
 
     validations: int = 8
     """Times a run that the held-out examples are scored."""
-    held_back: float = 0.05
-    """Share of a task's examples that is scored and not trained on ..."""
-    held_least: int = 8
+    validation_share: float = 0.05
+    """Share of a task's examples that is the validation split: scored and not trained on ..."""
+    validation_min: int = 8
     """... no fewer than these ..."""
-    held_most: int = 64
+    validation_max: int = 64
     """... and no more than these."""
-    held_composites: int = 0
-    """So many composite problems of these examples are scored, too; an adapter's score is then the mean of both: a task
-    that is soon learnt by heart would else be kept as it was before it learnt to answer among others."""
-    average: float = 0.0
-    """Score and keep each adapter's mean over steps, in which each counts so much of the next (0.97: about the last
-    30), not what a step left; 0: that."""
+    validation_composites: int = 0
+    """So many composite problems of the validation split are scored, too; an adapter's score is then the mean of both:
+    a task that is soon learnt by heart would else be kept as it was before it learnt to answer among others."""
+    ema: float = 0.0
+    """Decay of the EMA of each adapter's parameters that is scored and kept (0.97: about the last 30 steps); 0: score
+    and keep what a step left."""
 
     def __post_init__(self):
-        problems = at_least(self, {"validations": 1, "held_least": 1, "held_most": self.held_least})
-        if not 0 <= self.held_back < 1:
-            problems.append(f"held_back: expected a share from 0 to below 1, found {self.held_back}")
-        if not 0 <= self.average < 1:
-            problems.append(f"average: expected a decay from 0 to below 1, found {self.average}")
+        problems = at_least(1, validations=self.validations, validation_min=self.validation_min)
+        problems += at_least(self.validation_min, validation_max=self.validation_max)
+        if not 0 <= self.validation_share < 1:
+            problems.append(f"validation_share: expected a share from 0 to below 1, found {self.validation_share}")
+        if not 0 <= self.ema < 1:
+            problems.append(f"ema: expected a decay from 0 to below 1, found {self.ema}")
         refuse(problems)
 
 
@@ -286,10 +288,10 @@ class BankTraining(Training):
     """... none more than so many times over. Shares only: --steps says how long the run is."""
 
     def __post_init__(self):
-        problems, composites = at_least(self, {"tokens": 1}), self.validating.held_composites
+        problems, composites = at_least(1, tokens=self.tokens), self.validating.validation_composites
         if composites < 0 or (composites and not self.data.composite):
             wanted = "0 or more" if self.data.composite else "0 where composite is 0"
-            problems.append(f"held_composites: expected {wanted}, found {composites}")
+            problems.append(f"validation_composites: expected {wanted}, found {composites}")
         if self.epochs <= 0:
             problems.append(f"epochs: expected more than 0, found {self.epochs}")
         refuse(problems)

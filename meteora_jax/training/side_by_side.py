@@ -8,8 +8,7 @@ Where several tasks share a sequence (composites) an adapter also answers for wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ import optax
 
 from meteora_jax.model.llama import Llama
 from meteora_jax.routing import NO_ADAPTER, Routing
+from meteora_jax.sharding import Params
 from meteora_jax.training.data import NO_TASK, Batch
-from meteora_jax.training.loss import Losses, Remat, next_token_loss
+from meteora_jax.training.loss import Losses, PartLoss, Remat, next_token_loss
 
 ADAPTERS = -3  # the adapters' axis of lora_a [L, P, A, R, I] and of lora_b [L, A, R, O]
 
@@ -31,52 +31,35 @@ def task_routing(tasks: jax.Array) -> Routing:
     return Routing(indices, (indices != NO_ADAPTER).astype(jnp.float32))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ByTask:
-    """The router of such a run: it is bound anew to every batch's tasks, inside the step."""
-
-    needs_gates = False
-
-    def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> ByTask:
-        """Itself: what it needs comes with the batch."""
-        return self
-
-    def route(self, x: jax.Array, gate: Any) -> Routing:
-        raise NotImplementedError("a batch's tasks say which adapters act: task_routing(batch.tasks)")
-
-
 def acting(batch: Batch) -> jax.Array:
     """int32 [B, T]: the adapter at work where each token is predicted, its predecessor's."""
     return jnp.roll(batch.tasks, 1, axis=1)  # a row's first token is never predicted
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class OwnCounts:
-    """predicted: float32 [A], the tokens of a whole step that each adapter predicts."""
+class SideBySideLoss:
+    """The sum over adapters of the mean loss of the tokens that each predicts; what no adapter predicts does not count.
 
-    predicted: Any
-
-    @classmethod
-    def of(cls, batch: Batch, adapters: int) -> OwnCounts:
-        own = jax.nn.one_hot(acting(batch), adapters, dtype=jnp.float32)  # NO_TASK gives zeros
-        return cls(jnp.einsum("bt,bta->a", batch.loss.astype(jnp.float32), own, precision="highest"))
-
-
-def side_by_side_loss(model: Llama, batch: Batch, counts: OwnCounts, *, remat: Remat) -> Losses:
-    """Of a batch, or of a part of it (`counts` are then the whole's). What no adapter predicts does not count.
-
-    loss: the sum over adapters of their mean losses; lm: the mean of those over the adapters that predict anything.
+    `Losses.lm` is the mean of these over the adapters that predict anything. Tokens are routed by their tasks.
     """
-    out = model(batch.tokens, batch.positions, task_routing(batch.tasks), segments=batch.segments, remat=remat)
-    size = jnp.sum(batch.segments > 0).astype(jnp.float32), jnp.sum((batch.positions + 1).astype(jnp.float32))
-    here = acting(batch)
-    share = jnp.where(here == NO_TASK, 0.0, 1 / jnp.maximum(counts.predicted, 1)[here])
-    loss = next_token_loss(model, out.hidden, batch, share)
-    lm = loss / jnp.maximum(jnp.sum((counts.predicted > 0).astype(jnp.float32)), 1)
-    none = jnp.zeros((0,), jnp.float32)
-    return Losses(*size, loss, lm, jnp.zeros((), jnp.float32), none, none, none, none, none)
+
+    def over(self, model: Llama, batch: Batch, shared_prefix: int) -> PartLoss:
+        """See `training.loss.Loss`."""
+        del shared_prefix
+        own = jax.nn.one_hot(acting(batch), model.adapters, dtype=jnp.float32)  # NO_TASK gives zeros
+        # float32 [A], the tokens of the whole step that each adapter predicts
+        predicted = jnp.einsum("bt,bta->a", batch.loss.astype(jnp.float32), own, precision="highest")
+
+        def losses(model: Llama, part: Batch, router: None, remat: Remat) -> Losses:
+            del router
+            out = model(part.tokens, part.positions, task_routing(part.tasks), segments=part.segments, remat=remat)
+            here = acting(part)
+            share = jnp.where(here == NO_TASK, 0.0, 1 / jnp.maximum(predicted, 1)[here])
+            loss = next_token_loss(model, out.hidden, part, share)
+            lm = loss / jnp.maximum(jnp.sum((predicted > 0).astype(jnp.float32)), 1)
+            return Losses.without_gates(part, loss, lm)
+
+        return losses
 
 
 def along_adapters(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -87,11 +70,11 @@ def along_adapters(x: jax.Array, like: jax.Array) -> jax.Array:
 def clip_each(limit: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` for every adapter by itself."""
 
-    def init(params: Any) -> optax.EmptyState:
+    def init(params: Params) -> optax.EmptyState:
         del params
         return optax.EmptyState()
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
         del params
         squares = []
         for leaf in jax.tree.leaves(updates):
@@ -106,19 +89,19 @@ def clip_each(limit: float) -> optax.GradientTransformation:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Average:
-    """The mean of parameters over steps, recent ones counting most, and of how many (int32). Unlike the last step's it
-    need not wait for a rate that sinks to zero, so it can be the best at any step."""
+class EMA:
+    """The exponential moving average of parameters over steps, and of how many (int32). Unlike the last step's
+    parameters it need not wait for a learning rate that sinks to zero, so it can be the best at any step."""
 
-    params: Any
-    steps: Any
+    params: Params
+    steps: jax.Array
 
-    def after(self, params: Any, decay: float) -> Average:
+    def after(self, params: Params, decay: float) -> EMA:
         """With one step more: each counts `decay` times its successor, but the first ones all alike."""
         before = self.steps.astype(jnp.float32)
         old = jnp.minimum(decay, before / (before + 1))
         mean = jax.tree.map(lambda mean, new: old * mean + (1 - old) * new, self.params, params)
-        return Average(mean, self.steps + 1)
+        return EMA(mean, self.steps + 1)
 
 
 def shares_of(lengths: Mapping[str, np.ndarray], tokens: int, epochs: float) -> dict[str, float]:

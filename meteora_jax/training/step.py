@@ -12,31 +12,32 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from meteora_jax.bank import AdapterParam
 from meteora_jax.execution import Jit
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.gates import GateParam
-from meteora_jax.sharding import constrain, place_whole, replicated
+from meteora_jax.sharding import Params, constrain, place_whole, replicated
 from meteora_jax.training.data import Batch
-from meteora_jax.training.loss import Counts, Losses, Remat, gate_training_loss
-from meteora_jax.training.side_by_side import ByTask, OwnCounts, clip_each, side_by_side_loss
+from meteora_jax.training.loss import Loss, Losses, Remat
+from meteora_jax.training.side_by_side import EMA, clip_each
 
 COLUMNS = ("gate", "task", "previous")  # parameters of gates and token router with a column an adapter
 
-Step = Callable[[Any, Any, Batch, BoundRouter], tuple[Any, Losses]]
+Step = Callable[[Params, "TrainState", Batch, BoundRouter | None], "tuple[TrainState, Losses]"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """What training changes: the trained parameters (float32), the optimiser's moments, and, where a run keeps them,
-    the best so far (`bank.Best`), which a step passes on, and the parameters' `Average`."""
+    the best so far (`validation.Best`), which a step passes on, and the parameters' `EMA`."""
 
-    params: Any
-    optimizer: Any
-    best: Any = None
-    average: Any = None
+    params: Params
+    optimizer: Params
+    best: Params = None
+    ema: EMA | None = None
 
 
 def schedule(steps: int, learning_rate: float, warmup: float) -> optax.Schedule:
@@ -62,64 +63,63 @@ def optimizer(
     return optax.chain(optax.clip_by_global_norm(clip), adamw, slower)
 
 
-def _adapters(params: Any) -> Any:
+def _adapters(params: Params) -> Params:
     """Which of the parameters are adapters', in the parameters' structure."""
     flat = nnx.to_flat_state(params)
     return nnx.from_flat_state([(path, leaf.replace(isinstance(leaf, AdapterParam))) for path, leaf in flat])
 
 
-def initial_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
+def initial_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
     """Parameters in float32 with fresh moments; on a mesh each moment lies where its parameter does."""
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     moments = tx.init(params)
     if mesh is not None:
-        split = lambda x: isinstance(x.sharding, NamedSharding) and x.ndim > 0  # noqa: E731
-        moments = jax.tree.map(lambda x: x if split(x) else place_whole(x, mesh), moments)
+
+        def placed(x: jax.Array) -> jax.Array:
+            return x if isinstance(x.sharding, NamedSharding) and x.ndim > 0 else place_whole(x, mesh)
+
+        moments = jax.tree.map(placed, moments)
     return TrainState(params, moments)
 
 
 def make_step(
-    graph: Any,
+    graph: nnx.GraphDef,
     state: TrainState,
     tx: optax.GradientTransformation,
+    loss: Loss,
     *,
-    beta: float,
-    dtype: Any,
+    dtype: DTypeLike,
     remat: Remat,
     accumulate: int = 1,
     columns: np.ndarray | None = None,
     mesh: Mesh | None = None,
-    lm_loss: bool = True,
-    answer_share: float | None = None,
-    turn_share: float = 0.0,
-    order: float = 0.0,
-    shared: int = 0,
-    average: float = 0.0,
+    shared_prefix: int = 0,
+    ema: float = 0.0,
 ) -> Step:
     """The compiled update (frozen, state, batch, router) -> (state, the losses before it); the state is donated.
 
     Args:
         graph: of the whole model. state: the one it will be called with first; it stays where it lies.
+        loss: what is minimised.
         dtype: of base, adapters and activations; trained adapters are cast to it, gates stay float32.
         accumulate: the batch is worked off in so many parts, whose gradients add up to the whole batch's; the router
             is bound for the rows of one part.
         columns: bool [A], the gate columns that are trained (all unless given); the others keep every bit.
-        lm_loss, answer_share, turn_share, order: as `gate_training_loss` takes them.
-        shared: tokens that all tasks' sequences begin with, which the gates' accuracy leaves out.
-        average: the decay of the state's `Average`, where it has one.
+        shared_prefix: tokens that all tasks' sequences begin with, which the gates' accuracy leaves out.
+        ema: the decay of the state's `EMA`, where it has one.
     """
 
-    def step(frozen: Any, state: TrainState, batch: Batch, router: BoundRouter) -> tuple[TrainState, Losses]:
+    def step(frozen: Params, state: TrainState, batch: Batch, router: BoundRouter | None) -> tuple[TrainState, Losses]:
         losses, grads = gradients(
-            graph, frozen, state.params, batch, router, beta, dtype=dtype, remat=remat, accumulate=accumulate,
-            lm_loss=lm_loss, answer_share=answer_share, turn_share=turn_share, order=order, shared=shared,
+            graph, frozen, state.params, batch, router, loss, dtype=dtype, remat=remat, accumulate=accumulate,
+            shared_prefix=shared_prefix,
         )  # fmt: skip
         if columns is not None:
             grads = _only(grads, columns)  # before the optimiser: the clipped norm is that of what is trained
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the rest of the program says
             updates, moments = tx.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        mean = None if state.average is None else state.average.after(params, average)
+        mean = None if state.ema is None else state.ema.after(params, ema)
         return TrainState(params, moments, state.best, mean), losses
 
     if mesh is None:
@@ -130,40 +130,26 @@ def make_step(
 
 
 def gradients(
-    graph: Any,
-    frozen: Any,
-    params: Any,
+    graph: nnx.GraphDef,
+    frozen: Params,
+    params: Params,
     batch: Batch,
-    router: BoundRouter,
-    beta: float,
+    router: BoundRouter | None,
+    loss: Loss,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     remat: Remat,
     accumulate: int = 1,
-    lm_loss: bool = True,
-    answer_share: float | None = None,
-    turn_share: float = 0.0,
-    order: float = 0.0,
-    shared: int = 0,
-) -> tuple[Losses, Any]:
-    """The losses of a batch and the gradients of `params`; with the router `ByTask` those of adapters side by side."""
-    if isinstance(router, ByTask):
-        counts = OwnCounts.of(batch, nnx.merge(graph, params, frozen).adapters)
-    else:
-        counts = Counts.of(batch, shared)
+    shared_prefix: int = 0,
+) -> tuple[Losses, Params]:
+    """The losses of a batch and the gradients of `params`; arguments as `make_step` and its step take them."""
+    part_loss = loss.over(nnx.merge(graph, params, frozen), batch, shared_prefix)
 
-    def loss(params: Any, part: Batch) -> tuple[jax.Array, Losses]:
-        model = nnx.merge(graph, computed(params, dtype), frozen)
-        if isinstance(counts, OwnCounts):
-            losses = side_by_side_loss(model, part, counts, remat=remat)
-        else:
-            losses = gate_training_loss(
-                model, part, router, beta, remat=remat, counts=counts, lm_loss=lm_loss, answer_share=answer_share,
-                turn_share=turn_share, order=order,
-            )  # fmt: skip
+    def lost(params: Params, part: Batch) -> tuple[jax.Array, Losses]:
+        losses = part_loss(nnx.merge(graph, computed(params, dtype), frozen), part, router, remat)
         return losses.loss, losses
 
-    differentiate = jax.grad(loss, has_aux=True)
+    differentiate = jax.grad(lost, has_aux=True)
     if accumulate == 1:
         grads, losses = differentiate(params, batch)
         return losses, grads
@@ -173,7 +159,7 @@ def gradients(
         parts = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, x.shape[1]), 0, 1)
         return constrain(parts, None, "batch", None)
 
-    def add(total: Any, part: Batch) -> tuple[Any, None]:
+    def add(total: tuple[Losses, Params], part: Batch) -> tuple[tuple[Losses, Params], None]:
         grads, losses = differentiate(params, part)
         return jax.tree.map(jnp.add, total, (losses, grads)), None
 
@@ -183,10 +169,10 @@ def gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _only(grads: Any, columns: np.ndarray) -> Any:
+def _only(grads: Params, columns: np.ndarray) -> Params:
     """Gate gradients [.., A] with zeros outside `columns`; AdamW without decay leaves such entries alone."""
 
-    def keep(path: Any, leaf: Any) -> Any:
+    def keep(path: tuple[Any, ...], leaf: nnx.Variable) -> nnx.Variable:
         if not isinstance(leaf, GateParam):
             return leaf
         if path[-1] not in COLUMNS:  # the old columns read them too
@@ -196,8 +182,10 @@ def _only(grads: Any, columns: np.ndarray) -> Any:
     return nnx.from_flat_state([(path, keep(path, leaf)) for path, leaf in nnx.to_flat_state(grads)])
 
 
-def computed(params: Any, dtype: Any) -> Any:
+def computed(params: Params, dtype: DTypeLike) -> Params:
     """The parameters as the model computes with them: adapters in its dtype, gates in float32."""
-    flat = nnx.to_flat_state(params)
-    cast = lambda leaf: leaf.replace(leaf[...].astype(dtype)) if isinstance(leaf, AdapterParam) else leaf  # noqa: E731
-    return nnx.from_flat_state([(path, cast(leaf)) for path, leaf in flat])
+
+    def cast(leaf: nnx.Variable) -> nnx.Variable:
+        return leaf.replace(leaf[...].astype(dtype)) if isinstance(leaf, AdapterParam) else leaf
+
+    return nnx.from_flat_state([(path, cast(leaf)) for path, leaf in nnx.to_flat_state(params)])

@@ -21,21 +21,21 @@ from meteora_jax.bank import AdapterBank
 from meteora_jax.config import InputError, LlamaConfig, Preempted
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.io.checkpoint import StoredArray, assemble, column_orders
+from meteora_jax.io.model_state import assemble, column_orders
+from meteora_jax.io.tensors import StoredArray
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
-from meteora_jax.sharding import fetch, place_rows, rows_multiple, tensor_shards, use_mesh
+from meteora_jax.sharding import Params, fetch, place_rows, rows_multiple, tensor_shards, use_mesh
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.charts import write_accuracy_map, write_curves
 from meteora_jax.training.checkpoints import Checkpoints, Restored, preemption
 from meteora_jax.training.data import Batches, Layout, Mixture, Tokenized, own_shards, plan
-from meteora_jax.training.loss import Losses
-from meteora_jax.training.settings import Checkpointing, Objective, Training
-from meteora_jax.training.side_by_side import ByTask
+from meteora_jax.training.loss import Loss, Losses, NextTokenLoss
+from meteora_jax.training.settings import Checkpointing, Training
 from meteora_jax.training.step import Step, TrainState, initial_state, make_step
 from meteora_jax.training.unused import Unused, unused
-from meteora_jax.training.validation import Told, Validation
+from meteora_jax.training.validation import Validated, Validation
 from meteora_jax.training.watch import FlopCount, Recorder
 
 Progress = Callable[[int, dict[str, Any]], None]
@@ -45,14 +45,14 @@ Path = str | os.PathLike[str]
 
 # Settings that came after the first checkpoints, with what they were before: these runs go on.
 LATER = {
-    "composite_sizes": (3, 3), "composite_shots": 0, "form": None, "lm_loss": True, "answer_share": None,
-    "turn_share": 0.0, "order": 0.0, "composite_cut": 0.0, "average": 0.0,
+    "composite_sizes": (3, 3), "composite_shots": 0, "form": None, "lm_loss": True, "response_weight": None,
+    "start_weight": 0.0, "segment_weight": 0.0, "composite_cut": 0.0, "ema": 0.0,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """Whom a run tells what.
+    """What a run calls while it goes.
 
     begun: called once the data have been read, with what of them is not used. progress: with every step and its
     record, a step late. validated: with every validation's record.
@@ -60,7 +60,7 @@ class Callbacks:
 
     begun: Begun | None = None
     progress: Progress | None = None
-    validated: Told | None = None
+    validated: Validated | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Trainee:
     """A base with a bank, and gates beside it if there are any; what of them is trained, and who routes meanwhile.
 
     base: its folder; weights: its tensors. trained: the types of the parameters that are trained; columns: bool [A],
-    the gates' columns that are (all unless given). form: of the gates.
+    the gates' columns that are (all unless given). router: None where the loss routes by itself. form: of the gates.
     """
 
     base: Path
@@ -76,7 +76,7 @@ class Trainee:
     weights: Mapping[tuple[str, ...], StoredArray]
     bank: AdapterBank
     trained: type[nnx.Variable] | tuple[type[nnx.Variable], ...]
-    router: Gates | Fixed | ByTask
+    router: Gates | Fixed | None
     flops: FlopCount
     gates: Mapping[str, np.ndarray] | None = None
     form: TokenRouterForm | None = None
@@ -87,8 +87,9 @@ class Trainee:
 class Trainer:
     """Everything that a run is made of; `run` is the run.
 
-    tasks: {name: training examples}; labels: the adapter of each. shares: {name: lengths} -> how often each is drawn,
-    instead of `mixture`. validation: what is scored between steps. identity: what else decides the run's numbers.
+    tasks: {name: training examples}; labels: the adapter of each. loss: what is minimised. shares: {name: lengths} ->
+    how often each is drawn, instead of `mixture`. validation: what is scored between steps. identity: what else decides
+    the run's numbers.
     """
 
     trainee: Trainee
@@ -98,7 +99,7 @@ class Trainer:
     optimizer: optax.GradientTransformation
     dtype: np.dtype
     mesh: Mesh | None = None
-    objective: Objective = Objective()
+    loss: Loss = NextTokenLoss()
     mixture: Literal["balanced", "natural"] = "balanced"
     shares: Callable[[Mapping[str, np.ndarray]], dict[str, float]] | None = None
     checkpointing: Checkpointing = Checkpointing()
@@ -129,7 +130,7 @@ class Trainer:
         start = restored.step if restored else 0
         step = self._step(graph, state, lost)
         if self.validation is not None:
-            self.validation.begin(graph, state, layout, self.dtype, self.mesh, self.checkpointing.run, start)
+            self.validation.begin(graph, state, layout, self.dtype, self.mesh, run=self.checkpointing.run, start=start)
         recorder = Recorder(
             self.trainee.bank.names, self.checkpointing.log or self.checkpointing.in_run("log.jsonl"),
             self.checkpointing.in_run("tensorboard"), start=start, progress=self.callbacks.progress,
@@ -157,7 +158,7 @@ class Trainer:
         chosen = mixture.chosen()
         lost = unused(mixture, chosen)
         if self.validation is not None:
-            lost = dataclasses.replace(lost, beside_held_back=self.validation.beside)
+            lost = dataclasses.replace(lost, validation_prompts=self.validation.repeats)
         if self.callbacks.begun is not None:
             self.callbacks.begun(lost)
         if self.shares is not None:
@@ -175,7 +176,7 @@ class Trainer:
             checkpoints.clear()
         return checkpoints
 
-    def _state(self) -> tuple[Any, Any, TrainState]:
+    def _state(self) -> tuple[nnx.GraphDef, Params, TrainState]:
         """The model's graph, what of it stays as it is, and the state of a run that begins."""
         m = self.trainee
         graph, full = assemble(m.config, m.weights, m.bank, m.gates, self.dtype, self.mesh, m.form)
@@ -199,19 +200,18 @@ class Trainer:
             )
         return layout
 
-    def _step(self, graph: Any, state: TrainState, lost: Unused) -> Step:
-        o, run = self.objective, self.settings.optimization
+    def _step(self, graph: nnx.GraphDef, state: TrainState, lost: Unused) -> Step:
+        run = self.settings.optimization
         return make_step(
-            graph, state, self.optimizer, beta=o.beta, dtype=self.dtype, remat=run.recomputed,
-            accumulate=run.accumulate, columns=self.trainee.columns, mesh=self.mesh, lm_loss=o.lm_loss,
-            answer_share=o.answer_share, turn_share=o.turn_share, order=o.order, shared=lost.shared_prefix,
-            average=0.0 if self.validation is None else self.validation.average,
+            graph, state, self.optimizer, self.loss, dtype=self.dtype, remat=run.recomputed,
+            accumulate=run.accumulate, columns=self.trainee.columns, mesh=self.mesh, shared_prefix=lost.shared_prefix,
+            ema=0.0 if self.validation is None else self.validation.ema,
         )  # fmt: skip
 
     def _steps(
         self,
         step: Step,
-        frozen: Any,
+        frozen: Params,
         state: TrainState,
         batches: Batches,
         layout: Layout,
@@ -249,9 +249,11 @@ class Trainer:
             recorder.add(*late)
         return state
 
-    def _bound(self, layout: Layout) -> BoundRouter:
+    def _bound(self, layout: Layout) -> BoundRouter | None:
         """The router for the rows of one part of a batch."""
         part, router = layout.rows // self.settings.optimization.accumulate, self.trainee.router
+        if router is None:
+            return None
         routers: Any = [router] * part
         bound = router.bind(routers, self.trainee.bank.names)
         return place_rows(jax.tree.map(np.asarray, bound), self.mesh)
@@ -262,8 +264,8 @@ class Trainer:
             return
         write_curves(recorder.records, curves)
         if recorder.accuracies:
-            tail = list(recorder.accuracies)[-max(1, self.settings.optimization.steps // 10) :]
-            write_accuracy_map(np.mean(tail, axis=0), accuracy)
+            last = list(recorder.accuracies)[-max(1, self.settings.optimization.steps // 10) :]
+            write_accuracy_map(np.mean(last, axis=0), accuracy)
 
     def _final(self, recorder: Recorder, layout: Layout, lost: Unused, restored: Restored | None) -> dict[str, Any]:
         start = restored.step if restored else 0
@@ -304,7 +306,7 @@ def longest(config: LlamaConfig, settings: Training) -> int:
     return min(settings.data.max_length, config.max_position_embeddings)
 
 
-def fetched(params: Any) -> dict[tuple[str, ...], np.ndarray]:
+def fetched(params: Params) -> dict[tuple[str, ...], np.ndarray]:
     """Trained parameters on the host, by path; all processes take part."""
     return {tuple(map(str, path)): fetch(leaf[...]) for path, leaf in nnx.to_flat_state(params)}
 

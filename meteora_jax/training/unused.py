@@ -20,9 +20,9 @@ class Unused:
 
     examples: those that there were to choose from. too_long: sequences longer than max_length, which no step sees;
     empty: responses of no text, which train the end token alone; unpredicted: sequences in which no token carries loss.
-    composites: of TRIED drawn ones those longer than max_length, in whose place others are drawn. beside_held_back:
-    examples that are not trained on as their prompt was held back with another response. shared_prefix: tokens that the
-    sequences of all tasks begin with.
+    composites: of TRIED drawn ones those longer than max_length, in whose place others are drawn. validation_prompts:
+    examples that are not trained on as their prompt is in the validation split with another response. shared_prefix:
+    tokens that the sequences of all tasks begin with.
     """
 
     max_length: int
@@ -31,7 +31,7 @@ class Unused:
     empty: dict[str, int]
     unpredicted: dict[str, int]
     composites: int = 0
-    beside_held_back: dict[str, int] = dataclasses.field(default_factory=dict)
+    validation_prompts: dict[str, int] = dataclasses.field(default_factory=dict)
     shared_prefix: int = 0
 
     def record(self) -> dict[str, Any]:
@@ -43,7 +43,6 @@ def unused(mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Tokeni
     """Of a mixture, whose `Mixture.chosen` is `chosen`."""
     most = mixture.samples_per_task
     examples = {n: min(len(mixture.tasks[n]), most or len(mixture.tasks[n])) for n in chosen}
-    some = lambda counts: {n: c for n, c in counts.items() if c}  # noqa: E731
     composites = 0
     if mixture.composite > 0:
         rng = np.random.default_rng([mixture.seed, len(chosen), 3])
@@ -52,17 +51,21 @@ def unused(mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Tokeni
     return Unused(
         mixture.max_length,
         examples,
-        some({n: examples[n] - len(pairs) for n, pairs in chosen.items()}),
-        some({n: sum(not e.response.strip() for e, _ in pairs) for n, pairs in chosen.items()}),
-        some({n: sum(not s.loss.any() for _, s in pairs) for n, pairs in chosen.items()}),
+        _positive({n: examples[n] - len(pairs) for n, pairs in chosen.items()}),
+        _positive({n: sum(not e.response.strip() for e, _ in pairs) for n, pairs in chosen.items()}),
+        _positive({n: sum(not s.loss.any() for _, s in pairs) for n, pairs in chosen.items()}),
         composites,
         shared_prefix=shared_prefix({n: [s.tokens for _, s in pairs] for n, pairs in chosen.items()}),
     )
 
 
+def _positive(counts: dict[str, int]) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if count}
+
+
 def shared_prefix(sequences: Mapping[str, Sequence[np.ndarray]]) -> int:
     """Tokens int32 [T] that at least half of each task's sequences begin with, all with the same ones: a system
-    prompt, a tokenizer's first token. 0 for a single task, which nothing is to be told apart from."""
+    prompt, a tokenizer's first token. 0 for a single task, which there is nothing to distinguish from."""
     if len(sequences) < 2:
         return 0
     left = dict(sequences)

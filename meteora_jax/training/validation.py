@@ -1,4 +1,4 @@
-"""What of each task is not trained on: how it is chosen and scored, and of each adapter the state that served it best.
+"""The validation split of each task: how it is chosen and scored, and of each adapter the state that served it best.
 
 Small tasks are learnt by heart long before large ones are learnt, so adapters that share a run must not share its end.
 """
@@ -16,93 +16,98 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.execution import Jit
-from meteora_jax.sharding import fetch, place_rows, place_whole, replicated, use_mesh
+from meteora_jax.sharding import Params, fetch, place_rows, place_whole, replicated, use_mesh
 from meteora_jax.training.data import NO_TASK, Batch, Layout, Mixture, Tokenized, collate, encode, rounded
 from meteora_jax.training.loss import token_scores
 from meteora_jax.training.settings import BankTraining
-from meteora_jax.training.side_by_side import Average, along_adapters, task_routing
+from meteora_jax.training.side_by_side import EMA, along_adapters, task_routing
 from meteora_jax.training.step import TrainState, computed
 from meteora_jax.training.watch import kept_records
 
-Told = Callable[[dict[str, Any]], None]
+Validated = Callable[[dict[str, Any]], None]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """Each adapter's best parameters so far, the step that left them (int32 [A]), and their scores on what is held
-    back: the share of sequences whose response tokens are all the likeliest, and the mean loss (float32 [A])."""
+    """Each adapter's best parameters so far, the step that left them (int32 [A]), and their scores on the validation
+    split: the share of sequences whose response tokens are all the likeliest, and the mean loss (float32 [A])."""
 
-    params: Any
-    step: Any
-    exact: Any
-    loss: Any
+    params: Params
+    step: jax.Array
+    exact: jax.Array
+    loss: jax.Array
 
 
-def hold_back(
+def split_validation(
     tasks: Mapping[str, Sequence[Example]], settings: BankTraining, tokenizer: Any, end: int, max_length: int
 ) -> tuple[dict[str, list[Example]], dict[str, list[Tokenized]]]:
-    """Each task's examples without a random cut of them, and that cut as sequences whose responses are predicted.
+    """Each task's examples to train on, and its validation split, a random part of the others, as sequences whose
+    responses are predicted.
 
-    A prompt is on one side only. Sequences beyond max_length are not held back: no training would learn for them.
+    A prompt is on one side only. No sequence longer than max_length is in the split: no training would learn for it.
     """
-    left, held, problems = {}, {}, []
+    training, split, problems = {}, {}, []
     for i, (name, examples) in enumerate(tasks.items()):
-        wanted = min(
-            settings.validating.held_most,
-            max(settings.validating.held_least, round(settings.validating.held_back * len(examples))),
-        )
+        sizes = settings.validating
+        wanted = min(sizes.validation_max, max(sizes.validation_min, round(sizes.validation_share * len(examples))))
         prompts: set[str] = set()
-        held[name] = []
+        split[name] = []
         for j in np.random.default_rng([settings.seed, i, 1]).permutation(len(examples)):
-            if len(held[name]) == wanted:
+            if len(split[name]) == wanted:
                 break
             if examples[j].prompt in prompts:
                 continue
             sequence = encode(examples[j], i, tokenizer, end, prompt_loss=False)
             if len(sequence.tokens) <= max_length:
-                held[name].append(sequence)
+                split[name].append(sequence)
                 prompts.add(examples[j].prompt)
-        left[name] = [e for e in examples if e.prompt not in prompts]
-        if len(held[name]) < settings.validating.held_least or not left[name]:
+        training[name] = [e for e in examples if e.prompt not in prompts]
+        if len(split[name]) < sizes.validation_min or not training[name]:
             problems.append(
-                f"tasks: {name}: expected more than {settings.validating.held_least} examples of at most {max_length} "
-                f"tokens, found {len(held[name])} to hold back and {len(left[name])} to train on"
+                f"tasks: {name}: expected more than {sizes.validation_min} examples of at most {max_length} tokens, "
+                f"found {len(split[name])} for the validation split and {len(training[name])} to train on"
             )
     if problems:
         raise InputError(problems)
-    return left, held
+    return training, split
 
 
-def beside(tasks: Mapping[str, Any], left: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, int]:
-    """Each task's examples that are on neither side of `hold_back`: another response to a prompt that is held back."""
-    return {name: len(examples) - len(left[name]) - len(held[name]) for name, examples in tasks.items()}
-
-
-def composites_of(
+def repeated_prompts(
     tasks: Mapping[str, Sequence[Example]],
-    left: Mapping[str, Sequence[Example]],
+    training: Mapping[str, Sequence[Example]],
+    split: Mapping[str, Sequence[Tokenized]],
+) -> dict[str, int]:
+    """Each task's examples that are on neither side of `split_validation`: another response to a prompt of the
+    validation split."""
+    return {name: len(examples) - len(training[name]) - len(split[name]) for name, examples in tasks.items()}
+
+
+def validation_composites(
+    tasks: Mapping[str, Sequence[Example]],
+    training: Mapping[str, Sequence[Example]],
     settings: BankTraining,
     tokenizer: Any,
     end: int,
     max_length: int,
 ) -> list[Tokenized]:
-    """Composite problems (`held_composites`), drawn as training draws its own, of examples that are not in
-    `left`; worked examples too."""
-    if not settings.validating.held_composites:
+    """`Validating.validation_composites` composite problems, drawn as training draws its own, of examples that are not
+    in `training`; worked examples too."""
+    if not settings.validating.validation_composites:
         return []
-    seen = {name: {e.prompt for e in left[name]} for name in tasks}
-    away = {name: [e for e in examples if e.prompt not in seen[name]] for name, examples in tasks.items()}
+    seen = {name: {e.prompt for e in training[name]} for name in tasks}
+    unseen = {name: [e for e in examples if e.prompt not in seen[name]] for name, examples in tasks.items()}
     mixture = Mixture(
-        away, {name: i for i, name in enumerate(tasks)}, tokenizer, end, max_length, False, seed=settings.seed,
+        unseen, {name: i for i, name in enumerate(tasks)}, tokenizer, end, max_length, False, seed=settings.seed,
         composite_sizes=settings.data.composite_sizes, composite_shots=settings.drawing.composite_shots,
     )  # fmt: skip
     chosen, rng = mixture.chosen(), np.random.default_rng([settings.seed, len(tasks), 2])
-    return [mixture.draw_composite(chosen, rng, max_length) for _ in range(settings.validating.held_composites)]
+    return [mixture.draw_composite(chosen, rng, max_length) for _ in range(settings.validating.validation_composites)]
 
 
 def packed(sequences: Sequence[Tokenized], layout: Layout) -> list[Batch]:
@@ -110,8 +115,8 @@ def packed(sequences: Sequence[Tokenized], layout: Layout) -> list[Batch]:
     1) as its segment; the last batch is filled up with empty rows."""
     rows: list[tuple[int, list[int]]] = []  # tokens so far, sequences
     for number, s in enumerate(sequences):
-        room = (k for k, (used, _) in enumerate(rows) if used + len(s.tokens) <= layout.width)
-        at = next(room, len(rows))
+        fitting = (k for k, (used, _) in enumerate(rows) if used + len(s.tokens) <= layout.width)
+        at = next(fitting, len(rows))
         if at == len(rows):
             rows.append((0, []))
         rows[at] = rows[at][0] + len(s.tokens), [*rows[at][1], number]
@@ -133,24 +138,24 @@ def packed(sequences: Sequence[Tokenized], layout: Layout) -> list[Batch]:
 
 
 class Validation:
-    """Scores the held-back sequences of each adapter, and keeps its best parameters in the run's state.
+    """Scores each adapter on its task's validation split, and keeps its best parameters in the run's state.
 
-    held: {task: sequences}, in the order of the adapters. composites: sequences of several tasks. told: called with
-    every validation's record. beside: {task: examples that are not trained on, as their prompt is held back with
-    another response}.
+    split: {task: sequences}, in the order of the adapters. composites: sequences of several tasks. validated: called
+    with every validation's record. repeats: {task: examples that are not trained on, as their prompt is in the split
+    with another response}.
     """
 
     def __init__(
         self,
-        held: Mapping[str, Sequence[Tokenized]],
+        split: Mapping[str, Sequence[Tokenized]],
         settings: BankTraining,
-        told: Told | None = None,
+        validated: Validated | None = None,
         composites: Sequence[Tokenized] = (),
-        beside: Mapping[str, int] | None = None,
+        repeats: Mapping[str, int] | None = None,
     ):
-        self.beside = {name: count for name, count in (beside or {}).items() if count}
-        self._names, self._told, self.average = tuple(held), told, settings.validating.average
-        self._sequences = [*(s for sequences in held.values() for s in sequences), *composites]
+        self.repeats = {name: count for name, count in (repeats or {}).items() if count}
+        self._names, self._validated, self.ema = tuple(split), validated, settings.validating.ema
+        self._sequences = [*(s for sequences in split.values() for s in sequences), *composites]
         self._alone = len(self._sequences) - len(composites)
         steps = settings.optimization.steps
         every = -(-steps // settings.validating.validations)
@@ -159,25 +164,36 @@ class Validation:
         self._file: Path | None = None
 
     def first(self, state: TrainState, mesh: Mesh | None) -> TrainState:
-        """The state with a place for the best, which anything will beat, and for the mean over steps."""
+        """The state with a place for the best, which anything will beat, and for the EMA."""
         count = len(self._names)
         scores = np.zeros(count, np.int32), np.full(count, -1, np.float32), np.full(count, np.inf, np.float32)
-        average = Average(_copied(state.params), _placed(np.int32(0), mesh)) if self.average else None
-        return dataclasses.replace(state, best=Best(_copied(state.params), *_placed(scores, mesh)), average=average)
+        ema = EMA(_copied(state.params), _placed(np.int32(0), mesh)) if self.ema else None
+        return dataclasses.replace(state, best=Best(_copied(state.params), *_placed(scores, mesh)), ema=ema)
 
     def begin(
-        self, graph: Any, state: TrainState, layout: Layout, kind: Any, mesh: Mesh | None, run: Path | None, start: int
+        self,
+        graph: nnx.GraphDef,
+        state: TrainState,
+        layout: Layout,
+        dtype: DTypeLike,
+        mesh: Mesh | None,
+        *,
+        run: Path | None,
+        start: int,
     ) -> None:
-        """What a run knows once its layout is settled; run: the folder that gets validation.jsonl."""
+        """What a run knows once its layout is settled.
+
+        run: the folder that gets validation.jsonl. start: the step that the run goes on from.
+        """
         width = max(layout.width, *(rounded(len(s.tokens)) for s in self._sequences))
         self._mesh, self._batches = mesh, packed(self._sequences, dataclasses.replace(layout, width=width))
 
-        def score(frozen: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graph, computed(params, kind), frozen)
+        def score(frozen: Params, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graph, computed(params, dtype), frozen)
             out = model(batch.tokens, batch.positions, task_routing(batch.tasks), segments=batch.segments)
             return token_scores(model, out.hidden, batch)
 
-        def keep(params: Any, best: Any, better: jax.Array) -> Any:
+        def keep(params: Params, best: Params, better: jax.Array) -> Params:
             return jax.tree.map(lambda new, old: jnp.where(along_adapters(better, new), new, old), params, best)
 
         self._score = Jit(score) if mesh is None else Jit(score, out_shardings=replicated(mesh))
@@ -194,7 +210,7 @@ class Validation:
         """Whether a validation comes after this step."""
         return step in self._due
 
-    def scores(self, frozen: Any, params: Any) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, frozen: Params, params: Params) -> tuple[np.ndarray, np.ndarray]:
         """Each adapter's share of sequences in which all that it predicts of the response is the likeliest, and its
         mean loss a token of these; float32 [1, A], or [2, A]: of its task alone, and in composites (nan where it is in
         none).
@@ -216,10 +232,10 @@ class Validation:
             losses = [loss[k].sum(0) / tokens[k].sum(0) for k in kinds]
         return np.asarray(exact, np.float32), np.asarray(losses, np.float32)
 
-    def judge(self, step: int, frozen: Any, state: TrainState) -> TrainState:
+    def judge(self, step: int, frozen: Params, state: TrainState) -> TrainState:
         """The state with the best of each adapter: more sequences right, or as many and a smaller loss; where there are
         composites, by the mean of both kinds."""
-        best, current = state.best, state.average.params if self.average else state.params
+        best, current = state.best, state.params if state.ema is None else state.ema.params
         with use_mesh(self._mesh):
             kinds = self.scores(frozen, current)
             exact, loss = (np.nanmean(x, axis=0) for x in kinds)
@@ -242,8 +258,8 @@ class Validation:
         if self._file:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        if self._told:
-            self._told(record)
+        if self._validated:
+            self._validated(record)
         return dataclasses.replace(state, best=Best(params, *scores))
 
     def summary(self, best: Best) -> dict[str, Any]:
@@ -252,10 +268,10 @@ class Validation:
         return {n: {"step": int(s), "exact": round(float(e), 4), "loss": round(float(l), 5)} for n, s, e, l in rows}
 
 
-def _copied(params: Any) -> Any:
+def _copied(params: Params) -> Params:
     """Buffers of their own: a donated state has every buffer once."""
     return jax.tree.map(jnp.copy, params)
 
 
-def _placed(x: Any, mesh: Mesh | None) -> Any:
+def _placed(x: Params, mesh: Mesh | None) -> Params:
     return place_whole(x, mesh) if mesh is not None else jax.tree.map(jnp.asarray, x)

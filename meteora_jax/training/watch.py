@@ -148,7 +148,7 @@ class Recorder:
             record["gate"] = round(float(losses.gate), 5)
             record["gate_accuracy"] = round(float(losses.gate_accuracy.mean()), 5)
             record["entropy"] = round(float(losses.entropy.mean()), 5)
-            self.accuracies.append(losses.gate_accuracy)
+            self.accuracies.append(np.asarray(losses.gate_accuracy))
         record |= {
             "tokens": tokens,
             "seconds": round(self._before + now - self._began, 2),
@@ -189,9 +189,9 @@ class Recorder:
         gone, only the step."""
         if not self.records:
             return {"step": self._start, "seconds": 0.0}
-        tail = self.records[-max(1, len(self.records) // 10) :]
-        keys = [k for k in ("lm", "gate", "gate_accuracy") if k in tail[-1]]
-        return {**tail[-1], **{k: float(np.mean([r[k] for r in tail])) for k in keys}}
+        last = self.records[-max(1, len(self.records) // 10) :]
+        keys = [k for k in ("lm", "gate", "gate_accuracy") if k in last[-1]]
+        return {**last[-1], **{k: float(np.mean([r[k] for r in last])) for k in keys}}
 
     def close(self) -> None:
         """Closes the log and TensorBoard's file."""

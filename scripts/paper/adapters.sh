@@ -4,4 +4,4 @@ set -euo pipefail
 : "${BASE:?a BASE folder}" "${TASKS:?a TASKS folder}" "${OUT:?a folder for everything}"
 [ -f "$OUT/bank/bank.json" ] || meteora train bank --base "$BASE" --tasks "$TASKS" --out "$OUT/bank" \
     --steps 850 --rows 32 --max-length 2048 --samples-per-task 8000 --learning-rate 1e-3 --warmup 0.03 \
-    --composite 0.1 --composite-sizes 2 10 --composite-shots 2 --validations 16 --average 0.97 --remat "${REMAT:-all}"
+    --composite 0.1 --composite-sizes 2 10 --composite-shots 2 --validations 16 --ema 0.97 --remat "${REMAT:-all}"

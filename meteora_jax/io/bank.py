@@ -1,0 +1,82 @@
+"""BANK folders: adapters from disk and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from meteora_jax.bank import AdapterBank
+from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
+from meteora_jax.io.provenance import BaseOrigin, misfits
+from meteora_jax.io.tensors import WEIGHTS, read_tensors, write_folder
+
+
+def load_bank(
+    folder: str | os.PathLike[str], base: LlamaConfig, dtype: DTypeLike, origin: BaseOrigin | None = None
+) -> AdapterBank:
+    """BANK/ -> the bank, refused if it was imported for a base of another shape, or other norms than `origin`'s."""
+    folder = Path(folder)
+    source = str(folder / "bank.json")
+    config = BankConfig.from_json(read_json(folder / "bank.json"), source)
+    if problems := misfits(config, base, origin, source):
+        raise InputError(problems)
+    tensors = read_tensors(folder / WEIGHTS, config.weight_shapes())
+    vocab: dict[str, dict[str, np.ndarray]] = {}
+    for end in config.vocab_adapters:
+        held = {k: tensors[f"{end}.{k}"] for k in ("a", "b", "scale", "rows") if f"{end}.{k}" in tensors}
+        vocab[end] = {k: t.astype(np.float32 if k == "scale" else dtype) for k, t in held.items()}
+
+    def part(kind: str, projections: Iterable[str], dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
+        return {p: tensors[f"{p}.{kind}"].astype(dtype) for p in projections}
+
+    a, b, scale = part("a", config.ranks, dtype), part("b", config.ranks, dtype), part("scale", config.ranks)
+    dora, bias = part("dora", config.dora), part("bias", config.lora_bias)
+    return AdapterBank(a, b, scale, config, dora, bias, vocab)
+
+
+def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
+    """Writes BANK/ in float32, whole or not at all.
+
+    Each adapter's `sha256` becomes that of its own tensors here: they are from no file.
+    """
+    assert not bank.vocab_adapters, "a bank from training has adapters in the layers alone"
+    parts = {"a": bank.a, "b": bank.b, "scale": bank.scale}
+    tensors = {f"{p}.{k}": np.ascontiguousarray(v[p], np.float32) for k, v in parts.items() for p in bank.config.ranks}
+    infos = []
+    for i, info in enumerate(bank.config.adapters):
+        digest = hashlib.sha256()
+        for key in sorted(tensors):
+            digest.update(np.ascontiguousarray(tensors[key][:, i]).tobytes())
+        infos.append(dataclasses.replace(info, sha256=digest.hexdigest()))
+    config = dataclasses.replace(bank.config, adapters=tuple(infos))
+    write_folder(Path(folder), "bank.json", config.to_json(), tensors)
+
+
+def take_adapters(folder: str | os.PathLike[str], dest: str | os.PathLike[str], names: Sequence[str]) -> None:
+    """Writes BANK/ with some of another's adapters, bit for bit, in the order given.
+
+    Raises:
+        InputError: a name twice, none at all, or none of the bank's; a bank with adapters at the embedding or the head.
+    """
+    source = Path(folder) / "bank.json"
+    config = BankConfig.from_json(read_json(source), str(source))
+    problems = [f"{source}: expected an adapter {n!r}, found {', '.join(config.names)}" for n in names
+                if n not in config.names]  # fmt: skip
+    if not names or len(set(names)) < len(names):
+        problems.append(f"{source}: expected adapters to take, each once, found {' '.join(names) or 'none'}")
+    if config.vocab_adapters:
+        found = ", ".join(config.vocab_adapter_names)
+        problems.append(f"{source}: expected adapters in the layers alone, found {found} at the embedding or the head")
+    if problems:
+        raise InputError(problems)
+    at = [config.names.index(n) for n in names]
+    tensors = read_tensors(Path(folder) / WEIGHTS, config.weight_shapes())
+    taken = {key: np.ascontiguousarray(tensor[:, at]) for key, tensor in tensors.items()}  # [L, A, ..]
+    config = dataclasses.replace(config, adapters=tuple(config.adapters[i] for i in at))
+    write_folder(Path(dest), "bank.json", config.to_json(), taken)

@@ -1,0 +1,39 @@
+"""BASE folders: a base's configuration, which model it is, and its weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from numpy.typing import DTypeLike
+
+from meteora_jax.config import GROUPS, LlamaConfig, read_json
+from meteora_jax.io import hf_config
+from meteora_jax.io.provenance import BaseOrigin
+from meteora_jax.io.tensors import WEIGHTS, StoredArray, open_tensors
+
+
+def load_base(
+    folder: str | os.PathLike[str], dtype: DTypeLike
+) -> tuple[LlamaConfig, dict[tuple[str, ...], StoredArray]]:
+    """BASE/ -> its configuration and the model's base weights by path in the module tree, still on disk."""
+    folder = Path(folder)
+    config = hf_config.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    shapes = config.weight_shapes()
+    file = open_tensors(folder / WEIGHTS, shapes)
+    paths = {
+        ("layers", group, part): [f"layers.{p}.{part}" for p in projections]
+        for group, projections in GROUPS.items()
+        for part in ("kernel", "bias")
+        if f"layers.{projections[0]}.{part}" in shapes
+    }
+    grouped = {key for keys in paths.values() for key in keys}
+    named = {"embed.embedding": ("embed",), "lm_head.kernel": ("lm_head",)}
+    paths |= {named.get(key, tuple(key.split("."))): [key] for key in shapes if key not in grouped}
+    return config, {path: StoredArray(file, keys, dtype) for path, keys in paths.items()}
+
+
+def read_origin(folder: str | os.PathLike[str]) -> BaseOrigin | None:
+    """Which model a BASE/ is; None if it records nothing. Raises InputError: a missing or malformed config.json."""
+    path = Path(folder) / "config.json"
+    return BaseOrigin.of_base(read_json(path), str(path))

@@ -1,0 +1,112 @@
+"""What the command line refuses: one line and status 1; wrong usage is status 2."""
+
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_cli import refused, run
+from tiny import edit_json, tiny_llama
+
+import converters
+
+
+def broken(world, tmp_path, kind, change):
+    """A copy of one of the world's folders, changed."""
+    copy = tmp_path / f"broken_{kind}"
+    shutil.copytree(world[kind], copy)
+    change(copy)
+    return copy
+
+
+def truncate(folder):
+    file = folder / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def reshape(folder):
+    tensors = load_file(folder / "weights.safetensors")
+    key = next(k for k in tensors if "up_proj" in k)
+    tensors[key] = np.swapaxes(tensors[key], -1, -2).copy()
+    save_file(tensors, folder / "weights.safetensors")
+
+
+def drop(folder):
+    tensors = load_file(folder / "weights.safetensors")
+    tensors.pop(next(k for k in tensors if "down_proj" in k))
+    save_file(tensors, folder / "weights.safetensors")
+
+
+CHANGES = {
+    "truncated": (truncate, "weights.safetensors: expected a complete safetensors file"),
+    "reshaped": (reshape, "up_proj"),
+    "dropped": (drop, "found no such tensor"),
+    "no_weights": (lambda f: (f / "weights.safetensors").unlink(), "expected a file, found none"),
+}
+
+
+@pytest.mark.parametrize("kind", ["base", "bank", "gates"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_damaged_folders_are_refused(tmp_path, capsys, world, kind, change):
+    damage, said = CHANGES[change]
+    folders = {k: world[k] for k in ("base", "bank", "gates")}
+    folders[kind] = broken(world, tmp_path, kind, damage)
+    line = refused(capsys, "generate", "x", *(w for k, v in folders.items() for w in (f"--{k}", v)))
+    assert said in line
+    assert f"broken_{kind}" in line
+
+
+def test_wrong_companions_are_refused(tmp_path, capsys, world):
+    _, other = tiny_llama(tmp_path, hidden_size=32, folder="other")
+    converters.import_base(other, tmp_path / "base")
+    line = refused(capsys, "generate", "x", "--base", tmp_path / "base", "--bank", world["bank"])
+    assert "bank.json: base_shapes.q_proj: expected (32, 32)" in line
+    foreign = broken(
+        world, tmp_path, "gates", lambda f: edit_json(f / "gates.json", names=["apple", "birch", "cedar", "elm"])
+    )
+    line = refused(capsys, "generate", "x", "--base", world["base"], "--bank", world["bank"], "--gates", foreign)
+    assert "gates.json: names" in line
+    assert "'daisy'" in line
+    assert "'elm'" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["generate", "x", "--base", "nowhere"], "nowhere/config.json: expected a file, found none"),
+        (["import", "base", "nowhere", "dest"], "nowhere"),
+        (["import", "adapters", "dest", "apple", "--base", "b"], "expected NAME=PEFT_DIR, found 'apple'"),
+        (["inspect", "."], "expected config.json, bank.json, gates.json, index.json or encoder.json"),
+        (["demo", "--assets", "nowhere"], "expected the demo's adapters"),
+    ],
+)
+def test_missing_input_is_refused(tmp_path, capsys, monkeypatch, args, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(capsys, *args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_prompts_are_refused(capsys, world):
+    base = ["--base", world["base"]]
+    assert "prompt 0: expected a text" in refused(capsys, "generate", "", *base)
+    assert "expected at most" in refused(capsys, "generate", "many words " * 200, *base)
+    assert "expected a bank" in refused(capsys, "generate", "x", *base, "--gates", world["gates"])
+    assert "found the bare base" in refused(capsys, "generate", "x", *base, "--show-routing", "--max-new-tokens", 2)
+
+
+def test_wrong_usage_is_status_2(capsys):
+    assert run(capsys, "generate", "x")[0] == 2
+    assert run(capsys, "no-such-command")[0] == 2
+    for words in (
+        [],
+        ["generate"],
+        ["import"],
+        ["import", "base"],
+        ["import", "adapters"],
+        ["train"],
+        ["inspect"],
+        ["demo"],
+    ):
+        status, out, _ = run(capsys, *words, "--help")
+        assert status == 0
+        assert "usage" in out
