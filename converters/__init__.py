@@ -9,10 +9,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from converters import gguf_llama, hf_llama, meta_llama, meteora_torch
+from converters import gguf_llama, hf_llama, meta_llama, meteora_layout
 from converters.base_folder import OpenedBase, describe_base, named, write_base
 from converters.hf_export import export_base, export_merged
-from converters.meteora_torch import describe_gates, export_gates, import_gates
+from converters.meteora_export import export_gates
+from converters.meteora_import import describe_gates, import_gates
 from converters.peft_export import export_adapter
 from converters.peft_lora import describe_adapters, import_adapters
 from converters.peft_saved import replace_ends
@@ -95,7 +96,7 @@ def open_base(src: str | os.PathLike[str]) -> OpenedBase:
     if path.is_dir() and meta_llama.is_meta_folder(path) and not (path / "config.json").exists():
         return meta_llama.open_base(path)
     if path.is_dir():
-        return (meteora_torch if meteora_torch.is_checkpoint(path) else hf_llama).open_base(path)
+        return (meteora_layout if meteora_layout.is_checkpoint(path) else hf_llama).open_base(path)
     if not path.exists():
         raise InputError(f"{path}: expected a Hugging Face folder, Meta's or a .gguf file, found nothing")
     if path.suffix.lower() == ".gguf":
