@@ -16,7 +16,7 @@ from converters.meteora_export import export_gates
 from converters.meteora_import import describe_gates, import_gates
 from converters.peft_export import export_adapter
 from converters.peft_lora import describe_adapters, import_adapters
-from converters.peft_saved import replace_ends
+from converters.peft_vocab import replace_vocab
 from converters.rules import Progress, TensorPlan
 from meteora_jax.config import InputError, LlamaConfig
 
@@ -43,7 +43,7 @@ def import_base(
     progress: Progress | None = None,
     replace: str | os.PathLike[str] | None = None,
     name: str | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_remark: Callable[[str], None] | None = None,
 ) -> None:
     """Imports base weights into a BASE folder; killed, the same call goes on from the tensors that are on disk.
 
@@ -56,22 +56,22 @@ def import_base(
         replace: a PEFT folder whose saved embedding and head take the place of the source's.
         name: which model it is (`meta-llama/Meta-Llama-3-8B`, perhaps with `@COMMIT`), in place of what the source
             says: adapters that were trained on another are refused by `import_adapters`.
-        tell: called with a line about each choice that was made where the source leaves one.
+        on_remark: called with a line about each choice that the source leaves open.
 
     Raises:
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
-    write_base(dest, named(_opened(src, replace, tell), name), dtype, overwrite, progress)
+    write_base(dest, named(_opened(src, replace, on_remark), name), dtype, overwrite, progress)
 
 
 def _opened(
-    src: str | os.PathLike[str], replace: str | os.PathLike[str] | None, tell: Callable[[str], None] | None
+    src: str | os.PathLike[str], replace: str | os.PathLike[str] | None, on_remark: Callable[[str], None] | None
 ) -> OpenedBase:
     opened = open_base(src)
-    opened = opened if replace is None else replace_ends(opened, replace)
-    if tell is not None:
+    opened = opened if replace is None else replace_vocab(opened, replace)
+    if on_remark is not None:
         for line in opened.remarks:
-            tell(line)
+            on_remark(line)
     return opened
 
 
@@ -79,14 +79,14 @@ def plan_base(
     src: str | os.PathLike[str],
     dtype: str | None = None,
     replace: str | os.PathLike[str] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_remark: Callable[[str], None] | None = None,
 ) -> tuple[LlamaConfig, list[TensorPlan]]:
     """What `import_base` would make: (configuration, every tensor's way). Reads headers only, so it takes seconds.
 
     Raises:
         InputError: as `import_base`, but for values that are not finite, which only the import itself finds.
     """
-    opened = _opened(src, replace, tell)
+    opened = _opened(src, replace, on_remark)
     return opened.config, describe_base(opened, dtype)
 
 

@@ -88,9 +88,9 @@ def import_gates(
         src: the checkpoint's folder.
         dest: the GATES folder to make.
         bank: the BANK that the gates are for. Its adapters are found in the checkpoint by their values, whatever their
-            order; a bank that does not exist is made from the checkpoint's own adapters, then `alpha` and `names` say
-            what the checkpoint does not.
-        base: a BASE folder; the checkpoint's base weights must be its own. One that does not exist is made from the
+            order; a bank that does not exist is created from the checkpoint's own adapters, and `alpha` and `names`
+            then say what the checkpoint does not.
+        base: a BASE folder; the checkpoint's base weights must be its own. One that does not exist is created from the
             checkpoint. None: only `config.json`, which lies in `src`, is read.
         alpha: LoRA's alpha in training; every adapter's scale is alpha / rank.
         names: of the adapters, in the checkpoint's order.
