@@ -1,4 +1,4 @@
-"""Time and peak memory of importing a base and its adapters, compared with reading the same bytes with safetensors alone.
+"""Time and peak memory of importing a base and its adapters, and of reading the same bytes with safetensors alone.
 
     python scripts/bench_import.py runs/bench_import --json runs/bench_import.json
 
