@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from converters import gguf_llama, hf_llama, meta_llama, meteora_torch
+from converters import gguf_llama, hf_llama, meta_llama, meteora_layout
 from converters.base_folder import OpenedBase, describe_base, named, write_base
 from converters.hf_export import export_base, export_merged
-from converters.meteora_torch import describe_gates, export_gates, import_gates
+from converters.meteora_export import export_gates
+from converters.meteora_import import describe_gates, import_gates
 from converters.peft_export import export_adapter
 from converters.peft_lora import describe_adapters, import_adapters
-from converters.peft_saved import replace_ends
+from converters.peft_vocab import replace_vocab
 from converters.rules import Progress, TensorPlan
 from meteora_jax.config import InputError, LlamaConfig
 
@@ -42,7 +43,7 @@ def import_base(
     progress: Progress | None = None,
     replace: str | os.PathLike[str] | None = None,
     name: str | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_remark: Callable[[str], None] | None = None,
 ) -> None:
     """Imports base weights into a BASE folder; killed, the same call goes on from the tensors that are on disk.
 
@@ -55,22 +56,22 @@ def import_base(
         replace: a PEFT folder whose saved embedding and head take the place of the source's.
         name: which model it is (`meta-llama/Meta-Llama-3-8B`, perhaps with `@COMMIT`), in place of what the source
             says: adapters that were trained on another are refused by `import_adapters`.
-        tell: called with a line about each choice that was made where the source leaves one.
+        on_remark: called with a line about each choice that the source leaves open.
 
     Raises:
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
-    write_base(dest, named(_opened(src, replace, tell), name), dtype, overwrite, progress)
+    write_base(dest, named(_opened(src, replace, on_remark), name), dtype, overwrite, progress)
 
 
 def _opened(
-    src: str | os.PathLike[str], replace: str | os.PathLike[str] | None, tell: Callable[[str], None] | None
+    src: str | os.PathLike[str], replace: str | os.PathLike[str] | None, on_remark: Callable[[str], None] | None
 ) -> OpenedBase:
     opened = open_base(src)
-    opened = opened if replace is None else replace_ends(opened, replace)
-    if tell is not None:
+    opened = opened if replace is None else replace_vocab(opened, replace)
+    if on_remark is not None:
         for line in opened.remarks:
-            tell(line)
+            on_remark(line)
     return opened
 
 
@@ -78,14 +79,14 @@ def plan_base(
     src: str | os.PathLike[str],
     dtype: str | None = None,
     replace: str | os.PathLike[str] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_remark: Callable[[str], None] | None = None,
 ) -> tuple[LlamaConfig, list[TensorPlan]]:
     """What `import_base` would make: (configuration, every tensor's way). Reads headers only, so it takes seconds.
 
     Raises:
         InputError: as `import_base`, but for values that are not finite, which only the import itself finds.
     """
-    opened = _opened(src, replace, tell)
+    opened = _opened(src, replace, on_remark)
     return opened.config, describe_base(opened, dtype)
 
 
@@ -95,7 +96,7 @@ def open_base(src: str | os.PathLike[str]) -> OpenedBase:
     if path.is_dir() and meta_llama.is_meta_folder(path) and not (path / "config.json").exists():
         return meta_llama.open_base(path)
     if path.is_dir():
-        return (meteora_torch if meteora_torch.is_checkpoint(path) else hf_llama).open_base(path)
+        return (meteora_layout if meteora_layout.is_checkpoint(path) else hf_llama).open_base(path)
     if not path.exists():
         raise InputError(f"{path}: expected a Hugging Face folder, Meta's or a .gguf file, found nothing")
     if path.suffix.lower() == ".gguf":

@@ -1,4 +1,4 @@
-"""Writing `BASE/`: the folder that every importer of base weights ends in.
+"""Writing `BASE/`: the folder that every importer of base weights writes.
 
 `config.json` (Hugging Face's keys plus "meteora"), the tokenizer's files, and `weights.safetensors` with exactly
 `LlamaConfig.weight_shapes()`: layers stacked, kernels [I, O].
@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -72,7 +71,7 @@ def write_base(
         opened: the source.
         dtype: of every tensor; None keeps the source's (the wider one where stacked layers differ).
         overwrite: replace a `dest` that holds something.
-        progress: told about every tensor.
+        progress: called after each tensor with (key, done, total).
 
     Raises:
         InputError: as `plan`, `fill` and `new_folder`; then `dest` is as it was.
@@ -110,7 +109,7 @@ def norms_sha256(placements: Sequence[Placement]) -> str:
     return digest.hexdigest()
 
 
-def own_names(path: Path, **said: Any) -> tuple[dict[str, str], str | None]:
+def own_names(path: Path, **said: object) -> tuple[dict[str, str], str | None]:
     """(names, revision) of a source: what its metadata `said`, by key, and the name of the file or folder itself."""
     names = {key: value.strip() for key, value in said.items() if isinstance(value, str) and value.strip()}
     name, revision = split_name(str(Path(os.path.abspath(path))))

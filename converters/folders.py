@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from meteora_jax.config import InputError
 from meteora_jax.io.files import put_in_place
@@ -58,11 +57,11 @@ def new_folder(
 ) -> Iterator[Path]:
     """A hidden sibling folder to write into; it becomes `dest` when the block ends without an exception.
 
-    After any failure `dest` is what it was before and nothing new is left beside it; what a killed process left
+    After any failure `dest` is what it was before and nothing new is left next to it; what a killed process left
     behind is removed by the next import to the same place, or gone on with if that is the same `conversion`.
 
     Args:
-        dest: the folder to make; missing parents are made.
+        dest: the folder to create, missing parents too.
         overwrite: replace a `dest` that holds something; otherwise that is refused.
         sources: what is being read; `dest` must not hold any of it.
         conversion: one line that names this very conversion, for those that keep a `Journal`.
@@ -72,7 +71,7 @@ def new_folder(
     """
     dest = Path(os.path.realpath(dest))
     _check_destination(dest, overwrite, sources)
-    made = [p for p in (dest.parent, *dest.parent.parents) if not p.exists()]
+    created = [p for p in (dest.parent, *dest.parent.parents) if not p.exists()]
     partial = dest.parent / f".{dest.name}.partial"
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +82,7 @@ def new_folder(
             _sync(partial)
             put_in_place(partial, dest)
     except BaseException as e:
-        for parent in made:
+        for parent in created:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if isinstance(e, OSError):
@@ -150,7 +149,7 @@ def _sync(folder: Path) -> None:
             os.close(fd)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Writes readable JSON, two spaces deep."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -51,7 +51,7 @@ def open_base(src: Path) -> OpenedBase:
     """Reads the headers of a GGUF file.
 
     Args:
-        src: the file; of a split one any part, the others beside it.
+        src: the file; of a split one any part, the others in the same folder.
 
     Raises:
         InputError: everything that is wrong with configuration, tokenizer and headers.
@@ -151,7 +151,7 @@ def read_config(file: GgufFile) -> LlamaConfig:
 
 
 class _MetadataReader:
-    """Turns metadata into a Hugging Face config, which `LlamaConfig.from_hf` then checks value by value."""
+    """Turns metadata into a Hugging Face config, which `hf_config.from_hf` then checks value by value."""
 
     def __init__(self, file: GgufFile):
         self.file, self.metadata = file.path.name, file.metadata
@@ -159,7 +159,7 @@ class _MetadataReader:
         self.problems: list[str] = []
         self.architecture = self.metadata.get("general.architecture")
 
-    def refuse(self, key: str, expected: str, found: Any) -> None:
+    def refuse(self, key: str, expected: str, found: object) -> None:
         self.problems.append(f"{self.file}: {key}: expected {expected}, found {found!r:.200}")
 
     def has(self, key: str) -> bool:
@@ -222,7 +222,7 @@ class _MetadataReader:
         return head_dim
 
     def eos_ids(self) -> list[int] | None:
-        """End of text, of turn and of message: each ends a generation, as in llama.cpp."""
+        """End of text, of turn and of message: each stops a generation, as in llama.cpp."""
         keys = ("eos_token_id", "eot_token_id", "eom_token_id")
         found = [self.metadata[f"tokenizer.ggml.{k}"] for k in keys if f"tokenizer.ggml.{k}" in self.metadata]
         return list(dict.fromkeys(found)) or None

@@ -119,10 +119,12 @@ def encoder_config(src: Path, modules: Mapping[str, str], raw: Mapping[str, Any]
     shape = _t5_shape(reader) if kind == "t5" else _bert_shape(reader, kind)
     settings_file = src / modules["Transformer"] / "sentence_bert_config.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
-    room = shape["max_positions"] - shape["position_offset"] if shape["max_positions"] else 512
-    longest = settings.get("max_seq_length") or room
-    if not isinstance(longest, int) or (shape["max_positions"] and longest > room):
-        reader.problems.append(f"sentence_bert_config.json: max_seq_length: expected at most {room}, found {longest}")
+    positions = shape["max_positions"] - shape["position_offset"] if shape["max_positions"] else 512
+    longest = settings.get("max_seq_length") or positions
+    if not isinstance(longest, int) or (shape["max_positions"] and longest > positions):
+        reader.problems.append(
+            f"sentence_bert_config.json: max_seq_length: expected at most {positions}, found {longest}"
+        )
     projection = 0
     if "Dense" in modules:
         dense = read_json(src / modules["Dense"] / "config.json")

@@ -129,7 +129,7 @@ def _export(
 
 def _list_outputs(config: LlamaConfig, reader: TensorReader, adapter: BankAdapter | None) -> list[_Output]:
     places = {f"layers.{p}.{part}": (p, part) for p in PROJECTIONS for part in ("kernel", "bias")}
-    held = set() if adapter is None else {(m.layer, m.projection) for m in list_modules(adapter)}
+    adapted = set() if adapter is None else {(m.layer, m.projection) for m in list_modules(adapter)}
     outputs = []
     for rule in llama_rules(config):
         if rule.path is None:
@@ -138,7 +138,7 @@ def _list_outputs(config: LlamaConfig, reader: TensorReader, adapter: BankAdapte
         for layer in range(config.num_layers) if rule.layered else (None,):
             source = _open(reader, rule.path, layer)
             stored = source.dtype
-            if adapter is not None and layer is not None and (layer, projection) in held:
+            if adapter is not None and layer is not None and (layer, projection) in adapted:
                 merge = _merged_kernel if part == "kernel" else _merged_bias
                 source = merge(source, adapter, layer, projection)
             # The rule's transform leads from Hugging Face to us; a transposition is its own way back.
@@ -203,11 +203,11 @@ def _merged_bias(base: SourceTensor, adapter: BankAdapter, layer: int, p: str) -
 def _split(outputs: list[_Output], shard_bytes: int) -> list[list[_Output]]:
     """Consecutive tensors, as many to a file as fit in `shard_bytes`, at least one."""
     shards: list[list[_Output]] = [[]]
-    room = shard_bytes
+    free = shard_bytes
     for output in outputs:
-        if shards[-1] and output.size > room:
+        if shards[-1] and output.size > free:
             shards.append([])
-            room = shard_bytes
+            free = shard_bytes
         shards[-1].append(output)
-        room -= output.size
+        free -= output.size
     return shards

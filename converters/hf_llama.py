@@ -9,7 +9,6 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from converters.base_folder import OpenedBase, own_names
 from converters.pickle_files import read_pickle
@@ -158,7 +157,7 @@ def _read_weight_map(index: Path, suffix: str) -> dict[str, str]:
     return dict(weight_map)
 
 
-def _is_shard_name(name: Any, suffix: str) -> bool:
+def _is_shard_name(name: object, suffix: str) -> bool:
     if not isinstance(name, str) or not name.endswith(suffix):
         return False
     return not any(c in name for c in "/\\:\0") and not name.startswith(".")

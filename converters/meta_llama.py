@@ -141,18 +141,18 @@ def _axis(key: str, parts: Sequence[SourceTensor], dim: Any) -> int | None:
 
 
 def _rows_joined(parts: Sequence[SourceTensor]) -> SourceTensor:
-    ends = list(itertools.accumulate(p.shape[0] for p in parts))
+    bounds = list(itertools.accumulate(p.shape[0] for p in parts))
 
     def rows(start: int, stop: int) -> np.ndarray:
         pieces = []
-        for part, end in zip(parts, ends, strict=True):
+        for part, end in zip(parts, bounds, strict=True):
             begin = end - part.shape[0]
             first, last = max(start, begin), min(stop, end)
             if first < last:
                 pieces.append(part.rows(first - begin, last - begin))
         return np.concatenate(pieces) if pieces else parts[0].rows(0, 0)
 
-    return SourceTensor(parts[0].file, parts[0].key, parts[0].dtype, (ends[-1], *parts[0].shape[1:]), rows)
+    return SourceTensor(parts[0].file, parts[0].key, parts[0].dtype, (bounds[-1], *parts[0].shape[1:]), rows)
 
 
 def _columns_joined(parts: Sequence[SourceTensor]) -> SourceTensor:

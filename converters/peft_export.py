@@ -25,7 +25,7 @@ from meteora_jax.config import ENDS, PROJECTIONS, AdapterInfo, BankConfig, Input
 from meteora_jax.io.provenance import BaseOrigin
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_AT_ENDS = {
+_VOCAB_TENSORS = {
     ("embed", "a"): "lora_embedding_A", ("embed", "b"): "lora_embedding_B", ("head", "a"): "lora_A.weight",
     ("head", "b"): "lora_B.weight", ("embed", "rows"): "token_adapter.trainable_tokens_delta",
     ("head", "rows"): "token_adapter.trainable_tokens_delta",
@@ -116,7 +116,7 @@ def export_adapter(
     raw = adapter.info.peft_config or derive_settings(adapter, modules)
     dtype = DTYPES[adapter.info.dtype] if adapter.info.dtype else None
     wanted = {_key(module, part): _read(adapter, module, part) for module in modules for part in module.parts}
-    wanted |= _read_ends(adapter)
+    wanted |= _read_vocab_adapters(adapter)
     with new_folder(dest, overwrite, [adapter.folder / "bank.json"]) as partial:
         specs = {key: (dtype or values.dtype, values.shape) for key, values in wanted.items()}
         writer = TensorWriter(partial / WEIGHTS, specs)
@@ -145,7 +145,7 @@ def _read(adapter: BankAdapter, module: Module, part: str) -> np.ndarray:
     return values[: module.rank].T if part == "b" else values
 
 
-def _read_ends(adapter: BankAdapter) -> dict[str, np.ndarray]:
+def _read_vocab_adapters(adapter: BankAdapter) -> dict[str, np.ndarray]:
     """{key: values} of what the adapter changes at embedding and head; which parts those are its settings say."""
     bank, raw = adapter.bank, adapter.info.peft_config
     if not raw or not bank.vocab_adapters:
@@ -154,23 +154,23 @@ def _read_ends(adapter: BankAdapter) -> dict[str, np.ndarray]:
     settings = read_settings(raw, where)
     found: dict[str, np.ndarray] = {}
     problems = []
-    for end, module in ENDS.items():
-        held, ids = bank.vocab_adapters.get(end), settings.tokens.get(end, ())
-        rank = settings.rank_of(module) if settings.adapts(end) else 0
-        own = held.tokens[adapter.index] if held else ()
-        if rank > (held.rank if held else 0) or (ids and own != ids):
+    for matrix, module in ENDS.items():
+        own, ids = bank.vocab_adapters.get(matrix), settings.tokens.get(matrix, ())
+        rank = settings.rank_of(module) if settings.adapts(matrix) else 0
+        tokens = own.tokens[adapter.index] if own else ()
+        if rank > (own.rank if own else 0) or (ids and tokens != ids):
             problems.append(f"{where}: {module}: expected what the tensors hold, found rank {rank}, tokens {ids}")
             continue
         parts: dict[str, np.ndarray] = {}
         if rank:
-            scale = float(adapter.reader.slice(f"{end}.scale", adapter.index)[0])
+            scale = float(adapter.reader.slice(f"{matrix}.scale", adapter.index)[0])
             if np.float32(settings.scale_of(module)) != np.float32(scale):
                 problems.append(f"{where}: {module}: expected scale {scale}, found {settings.scale_of(module)}")
-            parts["a"] = adapter.reader.slice(f"{end}.a", adapter.index)[:rank]
-            parts["b"] = adapter.reader.slice(f"{end}.b", adapter.index)[:rank].T
+            parts["a"] = adapter.reader.slice(f"{matrix}.a", adapter.index)[:rank]
+            parts["b"] = adapter.reader.slice(f"{matrix}.b", adapter.index)[:rank].T
         if ids and module.rpartition(".")[2] in adapter.info.targets:  # a tied head's may be the embedding's
-            parts["rows"] = adapter.reader.slice(f"{end}.rows", adapter.index)[: len(ids)]
-        found |= {f"base_model.model.{module}.{_AT_ENDS[end, part]}": values for part, values in parts.items()}
+            parts["rows"] = adapter.reader.slice(f"{matrix}.rows", adapter.index)[: len(ids)]
+        found |= {f"base_model.model.{module}.{_VOCAB_TENSORS[matrix, part]}": values for part, values in parts.items()}
     if problems:
         raise InputError(problems)
     return found
@@ -233,9 +233,9 @@ def derive_settings(adapter: BankAdapter, modules: Sequence[Module]) -> dict[str
     ranks = {m.name: m.rank for m in modules}
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
     alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
-    held = {(m.layer, m.projection) for m in modules}
-    projections = [p for p in PROJECTIONS if any(p == q for _, q in held)]
-    everywhere = len(held) == adapter.bank.num_layers * len(projections)
+    adapted = {(m.layer, m.projection) for m in modules}
+    projections = [p for p in PROJECTIONS if any(p == q for _, q in adapted)]
+    everywhere = len(adapted) == adapter.bank.num_layers * len(projections)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -35,7 +35,7 @@ _SAVED = re.compile(
     _PREFIX + r"(?P<name>model\.embed_tokens|lm_head)(?:\.(?P<place>modules_to_save|base_layer"
     r"|token_adapter\.base_layer|original_module)(?:\.default)?)?\.weight"
 )
-_AT_END = re.compile(
+_VOCAB_KEY = re.compile(
     _PREFIX + r"(?P<name>model\.embed_tokens|lm_head)\.(?:lora_embedding_(?P<embed>[AB])(?:\.default)?"
     r"|lora_(?P<head>[AB])(?:\.default)?\.weight|token_adapter\.trainable_tokens_delta(?:\.default)?)"
 )
@@ -47,15 +47,15 @@ _UNSUPPORTED_TENSORS = {
     "base_layer": "an adapter file that holds base weights is not supported",
 }
 Slot = tuple[int, str, str]  # layer, projection, part: a, b, bias or magnitude
-EndSlot = tuple[str, str]  # embed or head, part: a, b or rows
+VocabSlot = tuple[str, str]  # matrix (embed or head), part: a, b or rows
 
 
 @dataclasses.dataclass(frozen=True)
-class SavedEnd:
+class SavedVocabTensor:
     """A whole embedding or head in an adapter's file.
 
-    tensor: what acts there. apart: it is a module of its own (`modules_to_save`), beside the base's weight rather than
-    in its place. original: the base's own weight, which peft saves too where the vocabulary was resized.
+    tensor: what acts there. apart: it is a module of its own (`modules_to_save`) and leaves the base's weight as it
+    is. original: the base's own weight, which peft saves too where the vocabulary was resized.
     """
 
     tensor: SourceTensor
@@ -73,20 +73,24 @@ class PeftAdapter:
     raw: dict[str, Any]  # adapter_config.json
     settings: LoraSettings
     parts: dict[Slot, SourceTensor]
-    saved: dict[str, SavedEnd]  # model.embed_tokens and lm_head, to be compared with the base's
-    ends: dict[EndSlot, SourceTensor]
+    saved: dict[str, SavedVocabTensor]  # model.embed_tokens and lm_head, to be compared with the base's
+    vocab_parts: dict[VocabSlot, SourceTensor]
     tokens: dict[str, tuple[int, ...]]  # embed, head: ids of the retrained rows; a tied head has the embedding's
 
     @property
     def trained(self) -> list[SourceTensor]:
         """All tensors that act, base copies left out."""
-        return [*self.parts.values(), *self.ends.values()]
+        return [*self.parts.values(), *self.vocab_parts.values()]
 
     @property
-    def own_ends(self) -> list[str]:
-        """The ends that the file has tensors of; a tied head's rows may be the embedding's."""
-        borrowed = {("head", "rows")} if self.ends.get(("head", "rows")) is self.ends.get(("embed", "rows")) else set()
-        return [end for end in ENDS if any(e == end for e, _ in self.ends.keys() - borrowed)]
+    def vocab_targets(self) -> list[str]:
+        """Which of the two vocabulary matrices the file has tensors of; a tied head's rows may be the embedding's."""
+        borrowed = (
+            {("head", "rows")}
+            if self.vocab_parts.get(("head", "rows")) is self.vocab_parts.get(("embed", "rows"))
+            else set()
+        )
+        return [matrix for matrix in ENDS if any(m == matrix for m, _ in self.vocab_parts.keys() - borrowed)]
 
     @property
     def modules(self) -> list[tuple[int, str]]:
@@ -104,9 +108,9 @@ class PeftAdapter:
     def scale_of(self, layer: int, projection: str) -> float:
         return self.settings.scale_of(f"model.layers.{layer}.{module_name(projection)}")
 
-    def end_rank(self, end: str) -> int:
-        """LoRA's rank at an end; 0 where there is none."""
-        return self.ends[end, "a"].shape[0] if (end, "a") in self.ends else 0
+    def vocab_rank(self, matrix: str) -> int:
+        """LoRA's rank on the embedding or the head; 0 where there is none."""
+        return self.vocab_parts[matrix, "a"].shape[0] if (matrix, "a") in self.vocab_parts else 0
 
 
 def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
@@ -127,16 +131,16 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
     try:
         weights, tensors = read_tensors(folder)
         _check_vocabulary(tensors, config, folder)
-        parts, saved, ends = _sort_tensors(tensors, config, settings)
+        parts, saved, vocab_parts = _sort_tensors(tensors, config, settings)
     except InputError as e:
         raise InputError([*problems, *e.problems]) from None
     if settings is not None:
-        held = {(layer, p) for layer, p, _ in parts}
-        problems += _cross_check(settings, held, config, f"{folder / CONFIG}")
+        present = {(layer, p) for layer, p, _ in parts}
+        problems += _cross_check(settings, present, config, f"{folder / CONFIG}")
         for module in settings.saved:
             if module not in saved:
                 problems.append(f"{folder / CONFIG}: modules_to_save: expected tensors of {module}, found none")
-        problems += _check_ends(settings, ends, config, f"{folder / CONFIG}")
+        problems += _check_vocab_parts(settings, vocab_parts, config, f"{folder / CONFIG}")
         if max(settings.invocation, default=0) >= config.vocab_size:
             expected, found = f"token ids below {config.vocab_size}", max(settings.invocation)
             problems.append(f"{folder / CONFIG}: alora_invocation_tokens: expected {expected}, found {found}")
@@ -144,33 +148,33 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
         raise InputError(problems)
     tokens = dict(settings.tokens)
     if config.tie_word_embeddings and "embed" in tokens and "head" not in tokens:
-        own = ends.setdefault(("head", "rows"), ends["embed", "rows"])
-        if not same_values(own, ends["embed", "rows"]):
+        own = vocab_parts.setdefault(("head", "rows"), vocab_parts["embed", "rows"])
+        if not same_values(own, vocab_parts["embed", "rows"]):
             raise InputError(f"{own.where}: expected the rows of {ENDS['embed']} (the base ties the two), found others")
-        tokens["head"], ends["head", "rows"] = tokens["embed"], ends["embed", "rows"]
-    return PeftAdapter(name, folder, weights, raw, settings, parts, saved, ends, tokens)
+        tokens["head"], vocab_parts["head", "rows"] = tokens["embed"], vocab_parts["embed", "rows"]
+    return PeftAdapter(name, folder, weights, raw, settings, parts, saved, vocab_parts, tokens)
 
 
-def _check_ends(
-    settings: LoraSettings, ends: Mapping[EndSlot, SourceTensor], config: LlamaConfig, file: str
+def _check_vocab_parts(
+    settings: LoraSettings, vocab_parts: Mapping[VocabSlot, SourceTensor], config: LlamaConfig, file: str
 ) -> list[str]:
     """Where settings and tensors of embedding and head contradict each other, and what has no meaning there."""
     problems = []
-    for end, module in ENDS.items():
-        held, wanted = {part for e, part in ends if e == end}, settings.adapts(end)
+    for matrix, module in ENDS.items():
+        present, wanted = {part for m, part in vocab_parts if m == matrix}, settings.adapts(matrix)
         for part in ("a", "b"):
-            if (part in held) != wanted:
-                found = "tensors" if part in held else f"no lora_{part.upper()}"
+            if (part in present) != wanted:
+                found = "tensors" if part in present else f"no lora_{part.upper()}"
                 problems.append(
                     f"{file}: target_modules: expected {'LoRA' if wanted else 'none'} on {module}, found {found}"
                 )
-        ids = settings.tokens.get(end, ())
+        ids = settings.tokens.get(matrix, ())
         if ids and max(ids) >= config.vocab_size:
             expected = f"token ids below {config.vocab_size}"
             problems.append(f"{file}: trainable_token_indices: expected {expected}, found {max(ids)}")
         # peft saves no rows of a tied head with the embedding's ids
-        tied = end == "head" and config.tie_word_embeddings and ids == settings.tokens.get("embed")
-        if ids and "rows" not in held and not tied:  # the other way round is a wrong shape
+        tied = matrix == "head" and config.tie_word_embeddings and ids == settings.tokens.get("embed")
+        if ids and "rows" not in present and not tied:  # the other way round is a wrong shape
             problems.append(f"{file}: trainable_token_indices: expected {len(ids)} rows of {module}, found none")
     if config.tie_word_embeddings and "embed" in settings.tokens and settings.adapts("head"):
         found = "a LoRA of it"
@@ -207,12 +211,15 @@ def _check_vocabulary(tensors: Sequence[SourceTensor], config: LlamaConfig, fold
 
 def _sort_tensors(
     tensors: Sequence[SourceTensor], config: LlamaConfig, settings: LoraSettings | None
-) -> tuple[dict[Slot, SourceTensor], dict[str, SavedEnd], dict[EndSlot, SourceTensor]]:
-    """(parts, whole ends, parts at the ends); names, types and shapes checked, ranks if settings are sound."""
+) -> tuple[dict[Slot, SourceTensor], dict[str, SavedVocabTensor], dict[VocabSlot, SourceTensor]]:
+    """(parts in the layers, whole vocabulary matrices, parts on these).
+
+    Names, types and shapes are checked, ranks only if the settings are sound.
+    """
     problems: list[str] = []
     parts: dict[Slot, SourceTensor] = {}
     whole: dict[tuple[str, str], SourceTensor] = {}  # by module and the place of the weight in it
-    ends: dict[EndSlot, SourceTensor] = {}
+    vocab_parts: dict[VocabSlot, SourceTensor] = {}
     for tensor in tensors:
         if match := _SAVED.fullmatch(tensor.key):
             place = match["name"], match["place"] or ""
@@ -221,11 +228,11 @@ def _sort_tensors(
             whole[place] = tensor
             problems += _check_header(tensor, (config.vocab_size, config.hidden_size))
             continue
-        if (match := _AT_END.fullmatch(tensor.key)) and (at_end := _end_slot(match)):
-            if at_end in ends:
-                problems.append(f"{tensor.where}: expected once, found also in {ends[at_end].key}")
-            ends[at_end] = tensor
-            problems += _check_header(tensor, _end_shape(tensor, at_end, config, settings))
+        if (match := _VOCAB_KEY.fullmatch(tensor.key)) and (vocab_slot := _vocab_slot(match)):
+            if vocab_slot in vocab_parts:
+                problems.append(f"{tensor.where}: expected once, found also in {vocab_parts[vocab_slot].key}")
+            vocab_parts[vocab_slot] = tensor
+            problems += _check_header(tensor, _vocab_shape(tensor, vocab_slot, config, settings))
             continue
         match = _KEY.fullmatch(tensor.key)
         projection = _PROJECTION_OF.get(match["name"]) if match else None
@@ -244,16 +251,21 @@ def _sort_tensors(
             parts[slot] = tensor
             problems += _check_header(tensor, _expected_shape(tensor, slot, match["module"], config, settings))
     problems += _check_partners(parts, settings)
-    if not parts and not ends and not problems:
+    if not parts and not vocab_parts and not problems:
         problems.append(f"{tensors[0].file}: expected LoRA tensors, found none")
     if problems:
         raise InputError(problems)
-    return parts, _whole_ends(whole, settings), ends
+    return parts, _saved_matrices(whole, settings), vocab_parts
 
 
-def _whole_ends(whole: Mapping[tuple[str, str], SourceTensor], settings: LoraSettings | None) -> dict[str, SavedEnd]:
-    """What acts at each end. peft writes a saved module under its own name and under `modules_to_save`."""
-    ends: dict[str, SavedEnd] = {}
+def _saved_matrices(
+    whole: Mapping[tuple[str, str], SourceTensor], settings: LoraSettings | None
+) -> dict[str, SavedVocabTensor]:
+    """What acts as embedding and as head.
+
+    peft writes a saved module under its own name and under `modules_to_save`.
+    """
+    saved: dict[str, SavedVocabTensor] = {}
     problems = []
     for module in ENDS.values():
         original = whole.get((module, "original_module"))
@@ -266,31 +278,31 @@ def _whole_ends(whole: Mapping[tuple[str, str], SourceTensor], settings: LoraSet
         ]
         if tensor := acting[0] if acting else original:
             apart = settings is not None and module in settings.saved
-            ends[module] = SavedEnd(tensor, apart, original)
+            saved[module] = SavedVocabTensor(tensor, apart, original)
     if problems:
         raise InputError(problems)
-    return ends
+    return saved
 
 
-def _end_slot(match: re.Match[str]) -> EndSlot | None:
-    """(end, part) of a tensor there; None for an embedding's tensor at the head or the other way round."""
-    end = "embed" if match["name"] == ENDS["embed"] else "head"
+def _vocab_slot(match: re.Match[str]) -> VocabSlot | None:
+    """(matrix, part) of a tensor on it; None for an embedding's tensor on the head or the other way round."""
+    matrix = "embed" if match["name"] == ENDS["embed"] else "head"
     half = match["embed"] or match["head"]
-    return (end, half.lower() if half else "rows") if half is None or match[end] else None
+    return (matrix, half.lower() if half else "rows") if half is None or match[matrix] else None
 
 
-def _end_shape(
-    tensor: SourceTensor, slot: EndSlot, config: LlamaConfig, settings: LoraSettings | None
-) -> tuple[Any, ...]:
-    end, part = slot
+def _vocab_shape(
+    tensor: SourceTensor, slot: VocabSlot, config: LlamaConfig, settings: LoraSettings | None
+) -> tuple[int | str, ...]:
+    matrix, part = slot
     vocab, width = config.vocab_size, config.hidden_size
     if part == "rows":
-        # peft writes the embedding's rows at a tied head, too
-        as_embedding = settings is not None and config.tie_word_embeddings and end not in settings.tokens
-        ids = settings.tokens.get("embed" if as_embedding else end, ()) if settings is not None else None
+        # peft writes the embedding's rows for a tied head, too
+        as_embedding = settings is not None and config.tie_word_embeddings and matrix not in settings.tokens
+        ids = settings.tokens.get("embed" if as_embedding else matrix, ()) if settings is not None else None
         return ("n" if ids is None else len(ids), width)
-    rank = settings.rank_of(ENDS[end]) if settings is not None else "r"
-    inputs, outputs = (vocab, width) if end == "embed" else (width, vocab)
+    rank = settings.rank_of(ENDS[matrix]) if settings is not None else "r"
+    inputs, outputs = (vocab, width) if matrix == "embed" else (width, vocab)
     return (rank, inputs) if part == "a" else (outputs, rank)
 
 
@@ -301,7 +313,7 @@ def _why(tensor: SourceTensor) -> str:
 
 def _expected_shape(
     tensor: SourceTensor, slot: Slot, module: str, config: LlamaConfig, settings: LoraSettings | None
-) -> tuple[Any, ...]:
+) -> tuple[int | str, ...]:
     _, projection, part = slot
     inputs, outputs = config.projection_shape(projection)
     if part in ("bias", "magnitude"):
@@ -313,7 +325,7 @@ def _expected_shape(
     return (rank, inputs) if part == "a" else (outputs, rank)
 
 
-def _check_header(tensor: SourceTensor, expected: tuple[Any, ...]) -> list[str]:
+def _check_header(tensor: SourceTensor, expected: tuple[int | str, ...]) -> list[str]:
     problems = []
     if tensor.shape != expected:
         problems.append(f"{tensor.where}: expected shape {expected} for this base, found {tensor.shape}")
@@ -329,19 +341,19 @@ def _check_partners(parts: Mapping[Slot, SourceTensor], settings: LoraSettings |
     switches = {"bias": "lora_bias", "magnitude": "use_dora"}
     wanted = {"bias": settings is not None and settings.lora_bias, "magnitude": settings is not None and settings.dora}
     for layer, projection in dict.fromkeys((layer, p) for layer, p, _ in parts):
-        held = {part: parts[layer, projection, part] for part in keys if (layer, projection, part) in parts}
-        tensor = next(iter(held.values()))
+        present = {part: parts[layer, projection, part] for part in keys if (layer, projection, part) in parts}
+        tensor = next(iter(present.values()))
         module = re.split(r"\.lora_", tensor.key)[0]
         for part in ("a", "b"):
-            if part not in held:
-                other = next(p for p in held)
+            if part not in present:
+                other = next(p for p in present)
                 partner = {"a": "lora_A", "b": "lora_B"}.get(other, other)
                 problems.append(f"{tensor.file}: {module}{keys[part]}: expected the partner of {partner}, found none")
         for part, switch in switches.items():
-            if settings is None or (part in held) == wanted[part]:
+            if settings is None or (part in present) == wanted[part]:
                 continue
-            if part in held:
-                problems.append(f"{held[part].where}: expected no such tensor ({switch} is off), found one")
+            if part in present:
+                problems.append(f"{present[part].where}: expected no such tensor ({switch} is off), found one")
             else:
                 problems.append(f"{tensor.file}: {module}{keys[part]}: expected one ({switch} is on), found none")
     return problems
@@ -353,10 +365,10 @@ def _cross_check(settings: LoraSettings, found: set[tuple[int, str]], config: Ll
     for p in PROJECTIONS:
         name = module_name(p)
         selected = {n for n in range(config.num_layers) if settings.selects(f"model.layers.{n}.{name}")}
-        held = {layer for layer, projection in found if projection == p}
-        if missing := sorted(selected - held):
+        present = {layer for layer, projection in found if projection == p}
+        if missing := sorted(selected - present):
             problems.append(f"{file}: target_modules: expected tensors of {name} in layers {missing}, found none")
-        if extra := sorted(held - selected):
+        if extra := sorted(present - selected):
             problems.append(f"{file}: target_modules: expected no tensors of {name} in layers {extra}, found some")
     others = ["model", "model.layers", "model.norm", "model.rotary_emb"]
     inner = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")

@@ -2,7 +2,7 @@
 
 y = x W^T + scale ((x A^T) B^T + bias)          DoRA: the sum of the first two, times magnitude / norm by column
 
-At the ends of the model LoRA on the embedding or the head, and rows of either that were retrained for some tokens.
+Vocabulary adapters: LoRA on the embedding or the head, and rows of either that were retrained for some tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def import_adapters(
     overwrite: bool = False,
     progress: Progress | None = None,
     any_base: bool = False,
-    tell: Callable[[str], None] | None = None,
+    on_remark: Callable[[str], None] | None = None,
 ) -> BankConfig:
     """Imports PEFT folders into one bank, in the order given; killed, the same call goes on from what is on disk.
 
@@ -62,13 +62,13 @@ def import_adapters(
         overwrite: replace a `dest` that holds something, once the new one is complete.
         progress: called after each adapter with (name, done, total).
         any_base: take adapters whose settings name another base.
-        tell: called with a line about what could not be compared, or agrees only in part.
+        on_remark: called with a line about what could not be compared, or agrees only in part.
 
     Raises:
         InputError: everything that is wrong with the names, settings and tensors of all folders; `dest` is then as
             it was.
     """
-    bank, loaded = plan_adapters(base, adapters, any_base, tell)
+    bank, loaded = plan_adapters(base, adapters, any_base, on_remark)
     base = Path(base)
     problems = [p for adapter in loaded for p in _check_saved(base, adapter)]
     if problems:
@@ -111,11 +111,11 @@ def plan_adapters(
     base: str | os.PathLike[str],
     adapters: Mapping[str, str | os.PathLike[str]] | Adapters,
     any_base: bool = False,
-    tell: Callable[[str], None] | None = None,
+    on_remark: Callable[[str], None] | None = None,
 ) -> tuple[BankConfig, list[PeftAdapter]]:
     """What `import_adapters` would make, from settings and headers alone: the bank and the folders that fill it.
 
-    `any_base` and `tell` as there.
+    `any_base` and `on_remark` as there.
 
     Raises:
         InputError: everything that is wrong with the names, settings and tensors of all folders.
@@ -140,14 +140,14 @@ def plan_adapters(
     if problems:
         # The values of the sound folders are read too: one error then holds all there is to mend.
         raise InputError(problems + [p for adapter in loaded for p in _check_values(adapter)])
-    if tell is not None:
+    if on_remark is not None:
         for line in remarks:
-            tell(line)
+            on_remark(line)
     return dataclasses.replace(_describe_bank(loaded, config), base=origin and dataclasses.asdict(origin)), loaded
 
 
 def _compare_bases(adapters: Sequence[PeftAdapter], origin: BaseOrigin | None) -> tuple[list[str], list[str]]:
-    """(what tells that adapters are another base's, what cannot be told: a line for all of whom the same is said)."""
+    """(adapters that are another base's, what cannot be decided): lines, each for all adapters that it holds for."""
     problems: list[str] = []
     remarks: dict[str, list[str]] = {}
     for adapter in adapters:
@@ -173,14 +173,14 @@ def describe_adapters(
     base: str | os.PathLike[str],
     adapters: Mapping[str, str | os.PathLike[str]] | Adapters,
     any_base: bool = False,
-    tell: Callable[[str], None] | None = None,
+    on_remark: Callable[[str], None] | None = None,
 ) -> tuple[BankConfig, dict[str, list[TensorPlan]]]:
     """What `import_adapters` would do, from headers alone: (the bank, {adapter: every tensor's way}).
 
     Raises:
         InputError: as `import_adapters`, but for values, which only the import itself reads.
     """
-    bank, loaded = plan_adapters(base, adapters, any_base, tell)
+    bank, loaded = plan_adapters(base, adapters, any_base, on_remark)
     stored = dtype_name(common_dtype({t.dtype for a in loaded for t in a.trained}))
     plans: dict[str, list[TensorPlan]] = {}
     for index, adapter in enumerate(loaded):
@@ -189,10 +189,10 @@ def describe_adapters(
             how = f"scale {adapter.scale_of(layer, p):g}" if part == "b" else "as is"
             how = f"transposed, {how}" if part == "b" else how
             rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, f"{p}.{part}[{layer}, {index}]", stored, how))
-        for (end, part), t in adapter.ends.items():
-            how = f"transposed, scale {adapter.settings.scale_of(ENDS[end]):g}" if part == "b" else "as is"
-            rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, f"{end}.{part}[{index}]", stored, how))
-        for t in (end.tensor for end in adapter.saved.values()):
+        for (matrix, part), t in adapter.vocab_parts.items():
+            how = f"transposed, scale {adapter.settings.scale_of(ENDS[matrix]):g}" if part == "b" else "as is"
+            rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, f"{matrix}.{part}[{index}]", stored, how))
+        for t in (saved.tensor for saved in adapter.saved.values()):
             rows.append(TensorPlan(t.key, dtype_name(t.dtype), t.shape, None, None, "dropped: must equal the base's"))
         plans[adapter.name] = rows
     return bank, plans
@@ -213,10 +213,10 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
     infos = tuple(
         AdapterInfo(
             name=a.name,
-            rank=max(*map(a.rank_of, PROJECTIONS), *map(a.end_rank, ENDS)),
+            rank=max(*map(a.rank_of, PROJECTIONS), *map(a.vocab_rank, ENDS)),
             targets=(
                 *(p for p in PROJECTIONS if a.rank_of(p)),
-                *(ENDS[end].rpartition(".")[2] for end in a.own_ends),
+                *(ENDS[matrix].rpartition(".")[2] for matrix in a.vocab_targets),
             ),
             source=a.folder.resolve().name,
             sha256=sha256(a.weights),
@@ -227,17 +227,19 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
         for a in adapters
     )
     base_shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    held = {(p, part) for a in adapters for _, p, part in a.parts}
-    dora = tuple(p for p in PROJECTIONS if (p, "magnitude") in held)
-    bias = tuple(p for p in PROJECTIONS if (p, "bias") in held)
-    ends = {
-        end: VocabAdapterConfig(max(a.end_rank(end) for a in adapters), tuple(a.tokens.get(end, ()) for a in adapters))
-        for end in ENDS
-        if any(e == end for a in adapters for e, _ in a.ends)
+    kinds = {(p, part) for a in adapters for _, p, part in a.parts}
+    dora = tuple(p for p in PROJECTIONS if (p, "magnitude") in kinds)
+    bias = tuple(p for p in PROJECTIONS if (p, "bias") in kinds)
+    vocab_adapters = {
+        matrix: VocabAdapterConfig(
+            max(a.vocab_rank(matrix) for a in adapters), tuple(a.tokens.get(matrix, ()) for a in adapters)
+        )
+        for matrix in ENDS
+        if any(m == matrix for a in adapters for m, _ in a.vocab_parts)
     }
-    vocab_shape = (config.vocab_size, config.hidden_size) if ends else None
+    vocab_shape = (config.vocab_size, config.hidden_size) if vocab_adapters else None
     used = {p: r for p, r in ranks.items() if r}
-    return BankConfig(infos, used, config.num_layers, base_shapes, dora, bias, ends, vocab_shape)
+    return BankConfig(infos, used, config.num_layers, base_shapes, dora, bias, vocab_adapters, vocab_shape)
 
 
 def _write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter) -> list[str]:
@@ -250,11 +252,11 @@ def _write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter) -> li
         problems += copy_tensor(tensor, out.T if part == "b" else out)
     for layer, p in adapter.modules:
         writer.slice(f"{p}.scale", layer, index)[0] = adapter.scale_of(layer, p)
-    for (end, part), tensor in adapter.ends.items():
-        out = writer.slice(f"{end}.{part}", index)[: tensor.shape[1 if part == "b" else 0]]
+    for (matrix, part), tensor in adapter.vocab_parts.items():
+        out = writer.slice(f"{matrix}.{part}", index)[: tensor.shape[1 if part == "b" else 0]]
         problems += copy_tensor(tensor, out.T if part == "b" else out)
         if part == "a":
-            writer.slice(f"{end}.scale", index)[0] = adapter.settings.scale_of(ENDS[end])
+            writer.slice(f"{matrix}.scale", index)[0] = adapter.settings.scale_of(ENDS[matrix])
     return problems
 
 
@@ -290,12 +292,12 @@ def _check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
         return []
     config, weights = read_base(base)
     problems = []
-    for module, end in adapter.saved.items():
+    for module, saved in adapter.saved.items():
         embedding = module == ENDS["embed"] or config.tie_word_embeddings
         own = weights.slice("embed.embedding") if embedding else weights.slice("lm_head.kernel").T
-        if not all(np.array_equal(block, own[rows]) for rows, block in end.tensor.blocks()):
+        if not all(np.array_equal(block, own[rows]) for rows, block in saved.tensor.blocks()):
             problems.append(
-                f"{end.tensor.where}: expected the values of the base, found others (a bank has one base: meteora "
+                f"{saved.tensor.where}: expected the values of the base, found others (a bank has one base: meteora "
                 f"import base SRC DEST --replace {adapter.folder} makes the one that has them)"
             )
     return problems

@@ -83,9 +83,9 @@ class LoraSettings:
             return False
         return self.layers is None or self._layer_of(module) in self.layers
 
-    def adapts(self, end: str) -> bool:
+    def adapts(self, matrix: str) -> bool:
         """Whether peft would put LoRA on the embedding or the head; all-linear leaves both out."""
-        return self.target != "all-linear" and self.selects(ENDS[end])
+        return self.target != "all-linear" and self.selects(ENDS[matrix])
 
     def _layer_of(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){p}\.([0-9]+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.([0-9]+)\."]
@@ -94,14 +94,14 @@ class LoraSettings:
 
 
 def _names(setting: str | Sequence[str], module: str) -> bool:
-    """peft's matching: a string is a regex for the whole name; a list holds names or their dotted ends."""
+    """peft's matching: a string is a regex for the whole name; a list holds names or their dotted suffixes."""
     if isinstance(setting, str):
         return re.fullmatch(setting, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in setting)
 
 
 def _look_up(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The first pattern, in the file's order, that matches the module or a dotted end (peft's `get_pattern_key`)."""
+    """The first pattern, in the file's order, that matches the module or a dotted suffix (peft's `get_pattern_key`)."""
     return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
 
 
@@ -127,7 +127,7 @@ class _SettingsReader:
     def __init__(self, raw: Mapping[str, Any], file: str):
         self.raw, self.file, self.problems = raw, file, []
 
-    def refuse(self, key: str, expected: str, found: Any) -> None:
+    def refuse(self, key: str, expected: str, found: object) -> None:
         self.problems.append(f"{self.file}: {key}: expected {expected}, found {found!r:.200}")
 
     def read(self) -> LoraSettings:
@@ -154,23 +154,25 @@ class _SettingsReader:
             invocation=self.invocation(),
         )
         self.flag("fan_in_fan_out")  # without effect: peft itself turns it off for every nn.Linear
-        for end, module in ENDS.items():
-            if settings.adapts(end) and (settings.dora or settings.lora_bias):
+        for matrix, module in ENDS.items():
+            if settings.adapts(matrix) and (settings.dora or settings.lora_bias):
                 switch = "use_dora" if settings.dora else "lora_bias"
-                self.refuse(switch, f"false beside an adapter on {module} (not supported there)", True)
-            if settings.adapts(end) and end in settings.tokens:
-                self.refuse("trainable_token_indices", f"none of {module} beside a LoRA on it", settings.tokens[end])
+                self.refuse(switch, f"false with an adapter on {module} (not supported there)", True)
+            if settings.adapts(matrix) and matrix in settings.tokens:
+                self.refuse("trainable_token_indices", f"none of {module} with a LoRA on it", settings.tokens[matrix])
         if settings.invocation:
-            changed = [module for end, module in ENDS.items() if settings.adapts(end) or end in settings.tokens]
+            changed = [
+                module for matrix, module in ENDS.items() if settings.adapts(matrix) or matrix in settings.tokens
+            ]
             if changed or settings.dora:
-                beside = " and ".join([*(["use_dora"] if settings.dora else []), *changed])
-                self.refuse("alora_invocation_tokens", f"none beside {beside}", list(settings.invocation))
+                others = " and ".join([*(["use_dora"] if settings.dora else []), *changed])
+                self.refuse("alora_invocation_tokens", f"none with {others}", list(settings.invocation))
         if settings.dora and settings.lora_bias:
-            self.refuse("lora_bias", "false beside use_dora, as in peft", True)
+            self.refuse("lora_bias", "false with use_dora, as in peft", True)
         if isinstance(target, str) and (settings.layers is not None or settings.layers_pattern):
-            self.refuse("layers_to_transform", "none beside a target_modules that is a string", settings.layers)
+            self.refuse("layers_to_transform", "none with a target_modules that is a string", settings.layers)
         if settings.layers_pattern and settings.layers is None:
-            self.refuse("layers_pattern", "layers_to_transform beside it", list(settings.layers_pattern))
+            self.refuse("layers_pattern", "layers_to_transform with it", list(settings.layers_pattern))
         if self.problems:
             raise InputError(self.problems)
         return settings
@@ -225,17 +227,17 @@ class _SettingsReader:
     def saved(self) -> tuple[str, ...]:
         value = self.raw.get("modules_to_save") or []
         names = [value] if isinstance(value, str) else value
-        ends = tuple(ENDS.values())
-        if not isinstance(names, list) or not all(isinstance(n, str) and n and _ends_with(ends, n) for n in names):
+        matrices = tuple(ENDS.values())
+        if not isinstance(names, list) or not all(isinstance(n, str) and n and _is_suffix(n, matrices) for n in names):
             self.refuse("modules_to_save", "embed_tokens or lm_head", value)
             return ()
-        return tuple(module for module in ends if any(_ends_with((module,), name) for name in names))
+        return tuple(module for module in matrices if any(_is_suffix(name, (module,)) for name in names))
 
     def tokens(self) -> dict[str, tuple[int, ...]]:
         """Of a list (the embedding's) or an object by module."""
         value = self.raw.get("trainable_token_indices")
         by_module = {} if value is None else value if isinstance(value, Mapping) else {"embed_tokens": value}
-        places = {name: end for end, module in ENDS.items() for name in (module, module.rpartition(".")[2])}
+        places = {name: matrix for matrix, module in ENDS.items() for name in (module, module.rpartition(".")[2])}
         tokens: dict[str, tuple[int, ...]] = {}
         for module, ids in by_module.items():
             sound = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
@@ -281,11 +283,11 @@ class _SettingsReader:
         return True
 
 
-def _ends_with(modules: Iterable[str], name: str) -> bool:
+def _is_suffix(name: str, modules: Iterable[str]) -> bool:
     """peft's matching of `modules_to_save`."""
     return any(module.endswith(name) for module in modules)
 
 
-def _is_one_of(value: Any, options: Iterable[Any]) -> bool:
+def _is_one_of(value: object, options: Iterable[object]) -> bool:
     """Membership that keeps 0 and 1 apart from False and True."""
     return any(type(value) is type(option) and value == option for option in options)

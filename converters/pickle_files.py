@@ -235,7 +235,7 @@ def read_pickle(path: Path, file: str | None = None) -> list[SourceTensor]:
 
     Args:
         path: the file.
-        file: how messages name it; its bare name unless told.
+        file: how messages name it; its bare name unless given.
 
     Raises:
         InputError: missing, truncated, compressed, of torch's old formats, not a plain dict of tensors, or tensors

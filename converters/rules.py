@@ -206,7 +206,7 @@ def fill(
     Args:
         placements: of `plan`, in an order that is always the same.
         writer: the file; one that was found is filled from where the journal says that it was left.
-        progress: told about every tensor.
+        progress: called after each tensor with (key, done, total).
         journal: of a conversion that can go on after it was killed.
 
     Raises:

@@ -70,7 +70,7 @@ def dtype_name(dtype: np.dtype) -> str:
 
 
 def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
-    """`count` bytes of a file as uint8. Raises InputError where the file ends early or cannot be read."""
+    """`count` bytes of a file as uint8. Raises InputError where the file is shorter or cannot be read."""
     try:
         data = np.fromfile(path, dtype=np.uint8, count=count, offset=offset)
     except OSError as e:
@@ -85,7 +85,7 @@ def read_safetensors(path: Path, file: str | None = None) -> list[SourceTensor]:
 
     Args:
         path: the file.
-        file: how messages name it; its bare name unless told.
+        file: how messages name it; its bare name unless given.
 
     Raises:
         InputError: missing, truncated, or a header that is corrupt, oversized or does not fit the file.
@@ -154,7 +154,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

@@ -1,4 +1,4 @@
-"""Time and peak memory of importing a base and its adapters, beside reading the same bytes with safetensors alone.
+"""Time and peak memory of importing a base and its adapters, and of reading the same bytes with safetensors alone.
 
     python scripts/bench_import.py runs/bench_import --json runs/bench_import.json
 
@@ -54,7 +54,7 @@ MEASURED = (
 @dataclass(frozen=True)
 class BenchImport:
     folder: tyro.conf.Positional[Path]
-    """Where the files are made; must not exist."""
+    """Folder for the files; created, must not exist yet."""
     layers: int = 32
     """Of the base; 32 is Llama 3 8B."""
     adapters: int = 28
@@ -148,7 +148,7 @@ def main(command: BenchImport) -> None:
         start = time.perf_counter()
         shards = write_base(folder / "hf", config)
         adapters = [write_adapter(folder / "peft" / str(i), config, command.rank) for i in range(command.adapters)]
-        print(f"made in {time.perf_counter() - start:.0f} s; load {os.getloadavg()[0]:.1f}", flush=True)
+        print(f"files written in {time.perf_counter() - start:.0f} s; load {os.getloadavg()[0]:.1f}", flush=True)
         rows.append(run("meteora, base, dry run", shards, [folder / "hf"]))
         rows.append(run("safetensors, base", shards, shards))
         rows.append(run("meteora, base", shards, [folder / "hf", folder / "base"]))

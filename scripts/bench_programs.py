@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from bench_timing import Timed
 from flax import nnx
 
-from meteora_jax.execution import ExecutionConfig, jit
+from meteora_jax.execution import ExecutionConfig, Jit, jit
 from meteora_jax.generation import Decoding, Sampling, decode, prefill
 from meteora_jax.model import llama
 from meteora_jax.model.routed_llama import RoutedCache
@@ -29,98 +29,90 @@ DOTS = "dots"  # of training: today's, products kept for the backward pass
 
 
 def executions(what: str, dtype: Any) -> dict[str, ExecutionConfig]:
-    """Ways to run a program here, by name.
+    """How a program may run here, by name.
 
-    today: what `mj.load` and training take. xla: without the extra `gpu`, so no decoding steps by Triton. plain:
-    nothing that is a GPU's alone, neither cuDNN's attention nor updates added by one product a group.
+    today: the default of `mj.load` and of training. xla: without Triton, as where the extra `gpu` is not installed.
+    plain: nothing that only a GPU has, neither cuDNN's attention nor one product for the updates of a group.
     """
     today = ExecutionConfig.here(dtype)
     found = {"today": today, "xla": ExecutionConfig.here(dtype, triton=False), "plain": ExecutionConfig()}
     return found | {DOTS: today} if what == "train" else found
 
 
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """A function to time: `prepare` (not timed) makes what a call consumes; `inner` calls go into one measurement."""
+class LazyArrays:
+    """Arrays that are computed when they are first read: programs are compiled from `shapes`, without them."""
 
-    call: Callable[[Any], Any]
-    prepare: Callable[[], Any] = lambda: None
-    calls: int = 1  # what one call counts for: layers or decoding steps
-    shown: Callable[[Any], Any] | None = None  # of a result: what every setting must agree on, up to rounding
-
-
-class Held:
-    """Arrays that are made when they are first read: programs are compiled from `shapes`, without them."""
-
-    def __init__(self, graph: Any, shapes: Any, make: Callable[[], Any]):
-        self.graph, self.shapes, self._make, self._made = graph, shapes, make, None
+    def __init__(self, graph: Any, shapes: Any, compute: Callable[[], Any]):
+        self.graph, self.shapes, self._compute, self._arrays = graph, shapes, compute, None
 
     def __call__(self) -> Any:
-        self._made = self._make() if self._made is None else self._made
-        return self._made
+        self._arrays = self._compute() if self._arrays is None else self._arrays
+        return self._arrays
 
     def free(self) -> None:
         """Forgets them until they are read again."""
-        self._made = None
+        self._arrays = None
 
     def copy(self) -> Any:
         """For a call that donates them."""
         return jax.tree.map(jnp.copy, self())
 
 
-def run_as(model: Held, execution: ExecutionConfig) -> Held:
+def run_as(model: LazyArrays, execution: ExecutionConfig) -> LazyArrays:
     """The same arrays, run otherwise."""
-    return Held(llama.with_execution(model.graph, model.shapes, execution), model.shapes, model)
+    return LazyArrays(llama.with_execution(model.graph, model.shapes, execution), model.shapes, model)
 
 
-def prepared(model: Held, execution: ExecutionConfig) -> Held:
+def prepared(model: LazyArrays, execution: ExecutionConfig) -> LazyArrays:
     """The model as a GPU has it in 16 bit, after `pack`."""
     graphs = []
     graph = llama.with_execution(model.graph, model.shapes, execution)
 
     def prepare(weights: Any) -> Any:
-        made, weights = llama.pack(graph, weights)
-        graphs.append(made)
+        changed, weights = llama.pack(graph, weights)
+        graphs.append(changed)
         return weights
 
     shapes = jax.eval_shape(prepare, model.shapes)
-    return Held(graphs[0], shapes, lambda: prepare(model()))
+    return LazyArrays(graphs[0], shapes, lambda: prepare(model()))
 
 
 def _asked(router: Any, tokens: jax.Array) -> tuple[Any, ...]:
-    """What `prefill` is given behind the weights."""
+    """The arguments of `prefill` after the weights."""
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
     return tokens, lengths, router, Sampling().traced, NO_END
 
 
-def started(model: Held, router: Any, tokens: jax.Array, steps: int = 32) -> Held:
-    """The state behind a prompt, with room for twice `steps`."""
+def started(model: LazyArrays, router: Any, tokens: jax.Array, steps: int = 32) -> LazyArrays:
+    """The decoding state after a prompt, with cache positions for twice `steps`."""
     rest = _asked(router, tokens)
     call = prefill.lower(model.graph, model.shapes, *rest, new_tokens=2 * steps).compile()
     plain = functools.partial(prefill.__wrapped__, model.graph, new_tokens=2 * steps)
     shapes = jax.eval_shape(plain, model.shapes, *rest)[0]
-    return Held(None, shapes, lambda: call(model(), *rest)[0])
+    return LazyArrays(None, shapes, lambda: call(model(), *rest)[0])
 
 
-def model_keys(state: Decoding) -> Any:
-    """Keys [L, B, S, K, H] of the model's cache, whether a token router has its own beside it or not."""
+def model_keys(state: Decoding) -> jax.Array:
+    """Keys [L, B, S, K, H] of the model's cache, whether or not a token router has a cache of its own."""
     return (state.cache.model if isinstance(state.cache, RoutedCache) else state.cache).keys
 
 
-def generating(model: Held, router: Any, tokens: jax.Array, start: Held | None, steps: int = 32) -> Timed:
+def generating(model: LazyArrays, router: Any, tokens: jax.Array, start: LazyArrays | None, steps: int = 32) -> Timed:
     """A prefill, or `steps` decoding steps from `start` on, compiled."""
     if start is None:
         rest = _asked(router, tokens)
         call = prefill.lower(model.graph, model.shapes, *rest, new_tokens=2 * steps).compile()
-        return Timed(lambda _: call(model(), *rest)[0], shown=lambda s: model_keys(s)[:, :, tokens.shape[1] - 1])
+        return Timed(lambda _: call(model(), *rest)[0], compared=lambda s: model_keys(s)[:, :, tokens.shape[1] - 1])
     rest = router, Sampling().traced, NO_END, jnp.int32(steps + 1)
     call = decode.lower(model.graph, model.shapes, start.shapes, *rest).compile()
-    # keys of the first step, which all are given
-    shown = lambda state: model_keys(state)[:, :, tokens.shape[1]]  # noqa: E731
-    return Timed(lambda s: call(model(), s, *rest), start.copy, calls=steps, shown=shown)
+
+    def first_keys(state: Decoding) -> jax.Array:
+        return model_keys(state)[:, :, tokens.shape[1]]  # the first step's token is the same under every setting
+
+    return Timed(lambda s: call(model(), s, *rest), start.copy, calls=steps, compared=first_keys)
 
 
-def training(model: Held, router: Any, tokens: jax.Array, adapters: int, remat: Any) -> dict[str, Timed]:
+def training(model: LazyArrays, router: Any, tokens: jax.Array, adapters: int, remat: Any) -> dict[str, Timed]:
     """One step of gate training; bare: loss and gradient of the embedding, through the same layers."""
 
     def cut(weights: Any, what: Any) -> Any:
@@ -137,10 +129,11 @@ def training(model: Held, router: Any, tokens: jax.Array, adapters: int, remat: 
     def begin(gates: Any) -> Any:
         return initial_state(gates, tx, None)
 
-    state = Held(None, jax.eval_shape(begin, gates), lambda: begin(cut(model(), GateParam)[1]))
+    state = LazyArrays(None, jax.eval_shape(begin, gates), lambda: begin(cut(model(), GateParam)[1]))
     dtype = nnx.merge(model.graph, model.shapes).embed.dtype
-    update = make_step(split, state.shapes, tx, GateLoss(Objective(beta=50.0)), dtype=dtype, remat=remat)
-    update = update.lower(frozen, state.shapes, batch, router).compile()
+    loss = GateLoss(Objective(beta=50.0))
+    step = cast("Jit", make_step(split, state.shapes, tx, loss, dtype=dtype, remat=remat))
+    update = step.lower(frozen, state.shapes, batch, router).compile()
     embedding = nnx.PathContains("embed")
     bare_graph, embed, rest = cut(model.shapes, embedding)
 

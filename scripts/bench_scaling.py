@@ -54,7 +54,7 @@ class Scaling:
     shape: str
     """tiny, or a name of `meteora plan`: llama2-7b, llama2-13b, llama3-8b, llama3-70b."""
     mesh: tuple[str, ...] = ("1x1x1",)
-    """DATAxFSDPxTENSOR, in turn; the first is what the others are compared with."""
+    """DATAxFSDPxTENSOR, one after the other; the first is what the others are compared with."""
     rows: int = 8
     """Sequences a share of the batch."""
     width: int = 1024
@@ -86,14 +86,14 @@ class Trained:
 def random_on(abstract: Any, seed: int) -> Any:
     """Small normal values on the devices that an abstract state names."""
     leaves, tree = jax.tree.flatten(abstract)
-    made = []
+    filled = []
     for i, x in enumerate(leaves):
         draw = jax.jit(
             lambda key, x=x: (0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)).astype(x.dtype),
             out_shardings=x.sharding,
         )
-        made.append(draw(jax.random.fold_in(jax.random.key(seed), i)))
-    return jax.tree.unflatten(tree, made)
+        filled.append(draw(jax.random.fold_in(jax.random.key(seed), i)))
+    return jax.tree.unflatten(tree, filled)
 
 
 def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: Path) -> Trained:
@@ -105,7 +105,7 @@ def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: P
     weights = random_on(spread(state, mesh), 0)
     graph, params, frozen = nnx.split(nnx.merge(graph, weights), GateParam, ...)
     tx = optimizer(1000, 1e-4, 0.0, 0.3)
-    held = initial_state(params, tx, mesh)
+    train_state = initial_state(params, tx, mesh)
     del weights, params
     rows = s.rows * rows_multiple(mesh)
     rng = np.random.default_rng(0)
@@ -119,25 +119,28 @@ def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: P
     router = place_rows(jax.tree.map(np.asarray, gates.bind([gates] * rows, bank.names)), mesh)
     batch = place_rows(batch, mesh)
     remat: Any = {"nothing": False, "all": True, "dots": "dots"}[s.remat]
-    step: Any = make_step(graph, held, tx, GateLoss(Objective(beta=50.0)), dtype=jnp.bfloat16, remat=remat, mesh=mesh)
+    step: Any = make_step(
+        graph, train_state, tx, GateLoss(Objective(beta=50.0)), dtype=jnp.bfloat16, remat=remat, mesh=mesh
+    )
     restored = saved = None
     identity = {"shape": s.shape}
     if s.checkpoint:
         checkpoints = Checkpoints(store, 1, identity)
         began = time.perf_counter()
-        found = checkpoints.restore(held)
+        found = checkpoints.restore(train_state)
         if found:
-            held = jax.block_until_ready(found.state)
+            train_state = jax.block_until_ready(found.state)
             restored = time.perf_counter() - began
         checkpoints.close()
     times = []
     with use_mesh(mesh):
         began = time.perf_counter()
-        compiled = step.lower(frozen, held, batch, router).compile()
+        compiled = step.lower(frozen, train_state, batch, router).compile()
         compiling = time.perf_counter() - began
+        loss = np.nan
         for _ in range(3 + s.steps):
             began = time.perf_counter()
-            held, losses = compiled(frozen, held, batch, router)
+            train_state, losses = compiled(frozen, train_state, batch, router)
             loss = float(losses.loss)
             times.append(time.perf_counter() - began)
     if not np.isfinite(loss):
@@ -146,7 +149,7 @@ def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: P
         shutil.rmtree(store, ignore_errors=True)
         checkpoints = Checkpoints(store, 1, identity)
         began = time.perf_counter()
-        checkpoints.save(1, held, Layout(rows, s.width, 1, True), {0: "{}"})
+        checkpoints.save(1, train_state, Layout(rows, s.width, 1, True), {0: "{}"})
         checkpoints.wait()
         saved = time.perf_counter() - began
         checkpoints.close()
@@ -195,7 +198,10 @@ def main(s: Scaling) -> None:
                 s.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     table = Table("mesh", "rows x width", "ms", "tokens/s", "MFU", "speed-up", "GB", "compiling", "save", "restore",
                   "collectives", title=f"{s.shape} on {kind}, {per_token / 1e9:.4g} GFLOPs a token")  # fmt: skip
-    seconds = lambda x: "" if x is None else f"{x:.1f} s"  # noqa: E731
+
+    def seconds(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f} s"
+
     for r in records:
         table.add_row(
             r["mesh"], f"{r['rows']}x{r['width']}", f"{r['ms']:.1f}", f"{r['tokens_per_second']:,.0f}",

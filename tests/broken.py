@@ -77,7 +77,10 @@ def bank_logits(model: LlamaForCausalLM, bank: Path) -> np.ndarray:
     with torch.no_grad():
         for p in config.ranks:
             for layer in range(config.num_layers):
-                part = lambda kind, p=p, layer=layer: tensors[f"{p}.{kind}"][layer, 0].float()  # noqa: E731
+
+                def part(kind, p=p, layer=layer):
+                    return tensors[f"{p}.{kind}"][layer, 0].float()
+
                 linear: Any = model.get_submodule(f"model.layers.{layer}.{module_name(p)}")
                 linear.weight += part("scale") * (part("b").T @ part("a"))
                 if p in config.dora:

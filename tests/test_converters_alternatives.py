@@ -102,7 +102,7 @@ def test_a_head_of_its_own_unties(tmp_path: Path, capsys: pytest.CaptureFixture[
     head = torch.randn(320, 48, generator=torch.Generator().manual_seed(4))
     edit_safetensors(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": head}))
     lines: list[str] = []
-    assert_base_equals_transformers(folder, tmp_path / "base", tell=lines.append)
+    assert_base_equals_transformers(folder, tmp_path / "base", on_remark=lines.append)
     assert lines == [
         "model.safetensors: lm_head.weight: differs from model.embed_tokens.weight, so the head is its own although "
         "config.json ties the two"
@@ -118,16 +118,16 @@ def test_one_file_before_shards_and_safetensors_before_pickles(tmp_path: Path):
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
     (folder / "model.safetensors.index.json").write_text(str(index).replace("'", '"'))
     lines: list[str] = []
-    assert_base_equals_transformers(folder, tmp_path / "listed", tell=lines.append)
+    assert_base_equals_transformers(folder, tmp_path / "listed", on_remark=lines.append)
     assert lines == []
     index["weight_map"] = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(str(index).replace("'", '"'))
     save_file({k: t + 1 for k, t in tensors.items()}, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
     torch.save({k: t + 2 for k, t in tensors.items()}, folder / "pytorch_model.bin")
-    assert_base_equals_transformers(folder, tmp_path / "all", tell=lines.append)
+    assert_base_equals_transformers(folder, tmp_path / "all", on_remark=lines.append)
     assert lines == [f"{folder}: model.safetensors is read, not model.safetensors.index.json or pytorch_model.bin"]
     (folder / "model.safetensors").unlink()
-    assert_base_equals_transformers(folder, tmp_path / "shards", tell=lines.append)
+    assert_base_equals_transformers(folder, tmp_path / "shards", on_remark=lines.append)
     assert lines[1:] == [f"{folder}: model.safetensors.index.json is read, not pytorch_model.bin"]
 
 
@@ -164,7 +164,7 @@ def test_an_adapter_in_both_formats_is_read_as_peft_does(tmp_path: Path, base: t
     tensors = load_file(folder / "adapter_model.safetensors")
     torch.save({k: t + 1 for k, t in tensors.items()}, folder / "adapter_model.bin")
     lines: list[str] = []
-    import_adapters(tmp_path / "bank", ours_base, {"a": folder}, tell=lines.append)
+    import_adapters(tmp_path / "bank", ours_base, {"a": folder}, on_remark=lines.append)
     assert lines == ["a: adapter_model.safetensors is read, not adapter_model.bin"]
     assert np.abs(ours(ours_base, tmp_path / "bank") - peft_logits(hf, folder)).max() <= 1e-4
 

@@ -1,5 +1,6 @@
 """PEFT options in any combination, ends of the model and invocations included: peft's logits or a refusal by name."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from test_converters_ends import PEFT_TIES, write_adapter
 from test_converters_peft_features import hf_logits, load_hf, logits, pickle_weights
 from test_converters_peft_features import pytestmark as features_marks
+from test_converters_vocab import PEFT_TIES, write_adapter
 from tiny import assert_refused, edit_safetensors, tiny_llama, tiny_peft
 
 import meteora_jax as mj
@@ -102,7 +103,7 @@ def test_any_combination_equals_peft_and_returns_or_is_refused(
     if pickled:
         pickle_weights(adapter)
     adapters = {"plain": world["plain"], "a": adapter}
-    call = lambda: import_adapters(folder / "bank", world["base"], adapters)  # noqa: E731
+    call = partial(import_adapters, folder / "bank", world["base"], adapters)
     if refused is not None:
         assert_refused(call, folder / "bank", f"{refused}: expected")
         return

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +221,10 @@ def test_merging_into_another_base_is_refused(tmp_path: Path, hf: Path, base: Pa
     ):
         _, folder = tiny_llama(tmp_path, folder=name, **sizes)
         import_base(folder, tmp_path / f"{name}-base")
-        call = lambda n=name: export_merged(tmp_path / f"{n}-base", tmp_path / "bank", "wide", dest)  # noqa: E731
+        call = partial(export_merged, tmp_path / f"{name}-base", tmp_path / "bank", "wide", dest)
         assert_refused(call, dest, said)
     assert_refused(lambda: export_merged(base, tmp_path / "bank", "no", dest), dest, "found 'no'")
-    call = lambda: export_merged(base, tmp_path / "bank", "wide", base, overwrite=True)  # noqa: E731
+    call = partial(export_merged, base, tmp_path / "bank", "wide", base, overwrite=True)
     assert_refused(call, dest, "expected a destination apart from its source")
     shutil.copytree(base, tmp_path / "cut")
     weights = tmp_path / "cut" / "weights.safetensors"
@@ -237,7 +238,7 @@ def test_sums_that_the_type_cannot_hold_are_refused(tmp_path: Path):
     import_base(folder, tmp_path / "base")
     import_adapters(tmp_path / "bank", tmp_path / "base", {"a": adapter})
     dest = tmp_path / "out"
-    call = lambda: export_merged(tmp_path / "base", tmp_path / "bank", "a", dest)  # noqa: E731
+    call = partial(export_merged, tmp_path / "base", tmp_path / "bank", "a", dest)
     assert_refused(call, dest, "layers.q_proj.kernel: expected values that float16 can hold")
 
 

@@ -1,6 +1,7 @@
 """LLaMA's near family: Mistral, Qwen2 and Qwen3 give transformers' logits and tokens, and return to their folders."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_qwen3_norms_are_of_the_heads(tmp_path: Path):
 def test_differences_that_are_not_supported_are_named(tmp_path: Path):
     _, folder = tiny_model(tmp_path, "qwen2_window")
     dest = tmp_path / "base"
-    call = lambda: converters.import_base(folder, dest)  # noqa: E731
+    call = partial(converters.import_base, folder, dest)
     good = json.loads((folder / "config.json").read_text())
     for changes, said in (
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types: expected the same"),

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_mutated_ends(tmp_path: Path):
         mutant = Folder({**tensors, **saved}, {**config, "modules_to_save": modules or None}, pickled=False)
         root.mkdir()
         mutant.write(root / "in")
-        call = lambda r=root, base=bases[which]: import_base(base, r / "base", replace=r / "in")  # noqa: E731
+        call = partial(import_base, bases[which], root / "base", replace=root / "in")
         refusal = attempt(call, root, root / "base")
         if refusal is not None:  # two values of one weight
             assert (which, len(saved), modules) == (0, 2, []), refusal

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from gguf_files import NAMES, TEXTS, add_value, byte_level_metadata, encode
 from test_converters_family import hf_logits, tiny_model
-from test_converters_gguf import NAMES, TEXTS, add_value, byte_level_metadata, encode
 from tiny import assert_refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_converters_ends import OPTIONS, WEIGHTS, logits_of, write_adapter
+from test_converters_vocab import OPTIONS, WEIGHTS, logits_of, write_adapter
 from tiny import assert_refused, edit_json, tiny_llama, tiny_peft
 from transformers import LlamaForCausalLM
 
@@ -192,15 +192,15 @@ def test_what_is_refused(world: dict[str, Any], tmp_path: Path):
         (plain, {"alora_invocation_tokens": [True]}, "alora_invocation_tokens: expected token ids, found [True]"),
         (
             tiny_peft(tmp_path, hf, "dora", use_dora=True), {"alora_invocation_tokens": [5]},
-            "alora_invocation_tokens: expected none beside use_dora, found [5]",
+            "alora_invocation_tokens: expected none with use_dora, found [5]",
         ),
         (
             write_adapter(tmp_path, hf, "head", **OPTIONS["head"])[1], {"alora_invocation_tokens": [5]},
-            "alora_invocation_tokens: expected none beside lm_head, found [5]",
+            "alora_invocation_tokens: expected none with lm_head, found [5]",
         ),
         (
             write_adapter(tmp_path, hf, "rows", **OPTIONS["list"])[1], {"alora_invocation_tokens": [5]},
-            "alora_invocation_tokens: expected none beside model.embed_tokens, found [5]",
+            "alora_invocation_tokens: expected none with model.embed_tokens, found [5]",
         ),
     ]  # fmt: skip
     for source, settings, message in cases:

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 import regex
 import torch
+from gguf_files import sentencepiece_metadata
 from safetensors.torch import load_file
-from test_converters_gguf import sentencepiece_metadata
 from tiny import CORPUS, assert_refused, edit_json, hf_weights, tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer
 from transformers.utils.sentencepiece_model_pb2_new import ModelProto
@@ -137,7 +138,10 @@ def meta_logits(tensors: dict[str, torch.Tensor], params: dict[str, Any]) -> np.
     x = t["tok_embeddings.weight"][ROW]
     mask = torch.full((len(ROW), len(ROW)), -torch.inf).triu(1)
     for i in range(params["n_layers"]):
-        w = lambda name, i=i: t[f"layers.{i}.{name}.weight"]  # noqa: E731
+
+        def w(name, i=i):
+            return t[f"layers.{i}.{name}.weight"]
+
         h = norm(x, w("attention_norm"))
         q, k, v = ((h @ w(f"attention.w{n}").T).reshape(len(ROW), -1, width) for n in "qkv")
         repeat = params["n_heads"] // params["n_kv_heads"]
@@ -263,7 +267,7 @@ def test_params_that_are_refused(tmp_path: Path, case: str):
 def test_shards_that_do_not_fit(tmp_path: Path):
     _, folder = write_meta(tmp_path, count=2)
     dest, second = tmp_path / "base", folder / "consolidated.01.pth"
-    call = lambda: import_base(folder, dest)  # noqa: E731
+    call = partial(import_base, folder, dest)
     good = torch.load(second)
     for changes, said in (
         ({"norm.weight": good["norm.weight"] + 1}, "norm.weight: expected the same values in every shard"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def write_original(tmp_path: Path, dtype: torch.dtype = torch.float32, **sizes: 
     """(torch base, its Hugging Face folder, a checkpoint with random adapters and gates)."""
     model, hf = tiny_llama(tmp_path, dtype=dtype, **sizes)
     generator = torch.Generator().manual_seed(4)
-    draw = lambda *shape: (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)  # noqa: E731
+
+    def draw(*shape):
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
     tensors = {}
     for key, value in model.state_dict().items():
         projection = key.split(".")[-2] in PROJECTIONS
@@ -132,7 +136,7 @@ def test_a_bank_in_another_order_is_recognised_by_its_values(tmp_path: Path):
     assert np.abs(ours - original_logits(hf, folder, 2, 1.0)).max() <= 1e-4
     edit_safetensors(bank / "weights.safetensors", lambda t: t["up_proj.b"][1, 2].add_(1))
     dest = tmp_path / "other"
-    call = lambda: import_gates(folder, dest, bank)  # noqa: E731
+    call = partial(import_gates, folder, dest, bank)
     assert_refused(call, dest, "bank.json: adapters: expected one with the values of adapter 3 there, found none")
 
 
@@ -164,7 +168,7 @@ def test_a_fault_of_the_base_leaves_neither_bank_nor_gates(tmp_path: Path):
     _, _, folder = write_original(tmp_path)
     edit_safetensors(folder / "model.safetensors", lambda t: t[f"{PREFIX}model.norm.weight"].fill_(torch.nan))
     base, bank, gates = (tmp_path / name for name in ("base", "bank", "gates"))
-    call = lambda: import_gates(folder, gates, bank, base=base, alpha=ALPHA, names=NAMES)  # noqa: E731
+    call = partial(import_gates, folder, gates, bank, base=base, alpha=ALPHA, names=NAMES)
     assert_refused(call, gates, "model.norm.weight: expected finite values")
     assert not base.exists()
     assert not bank.exists()
@@ -185,7 +189,9 @@ def test_adapters_of_several_ranks_and_targets_are_padded(tmp_path: Path):
     from meteora_jax.gate_config import GateConfig
     from meteora_jax.io.gates import save_gates
 
-    shape = lambda p: (3, model.config.projection_shape(p)[0], 2)  # noqa: E731
+    def shape(p):
+        return (3, model.config.projection_shape(p)[0], 2)
+
     save_gates(gates, GateConfig(("b", "a"), 2, 1.0), {p: rng.standard_normal(shape(p)) for p in PROJECTIONS})
     told = export_gates(base, bank, gates, tmp_path / "out")
     assert told == {"names": ["a", "b"], "rank": 5, "alpha": 10.0}
@@ -202,8 +208,8 @@ def test_what_is_refused(tmp_path: Path):
     _, hf, folder = write_original(tmp_path)
     base, bank, dest = (tmp_path / name for name in ("base", "bank", "gates"))
     import_base(hf, base)
-    call = lambda: import_gates(folder, dest, bank, base=base, alpha=ALPHA, names=NAMES)  # noqa: E731
-    call_without = lambda: import_gates(folder, dest, bank, names=NAMES[:2])  # noqa: E731
+    call = partial(import_gates, folder, dest, bank, base=base, alpha=ALPHA, names=NAMES)
+    call_without = partial(import_gates, folder, dest, bank, names=NAMES[:2])
     assert_refused(call_without, dest, "bank: expected a bank, or alpha", "names: expected 4", "found 2 (2 different)")
     good = (folder / "model.safetensors").read_bytes()
     q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
@@ -235,10 +241,10 @@ def test_banks_that_the_original_cannot_hold(tmp_path: Path):
     ):
         folders = {f"{name}{i}": tiny_peft(tmp_path, hf, f"{name}{i}", **o) for i, o in enumerate(options)}
         import_adapters(tmp_path / name, base, folders)
-        call = lambda n=name: export_gates(base, tmp_path / n, gates, dest)  # noqa: E731
+        call = partial(export_gates, base, tmp_path / name, gates, dest)
         assert_refused(call, dest, said)
     edit_json(gates / "gates.json", names=["kiwi", "lime", "mango", "pear"])
-    call = lambda: export_gates(base, tmp_path / "bank", gates, dest)  # noqa: E731
+    call = partial(export_gates, base, tmp_path / "bank", gates, dest)
     assert_refused(call, dest, "gates.json: names: expected the bank's adapters")
 
 

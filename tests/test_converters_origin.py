@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from test_converters_gguf import write_gguf
+from gguf_files import write_gguf
 from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama, tiny_peft
 
 import meteora_jax as mj
@@ -168,11 +169,11 @@ def test_adapters_of_another_base_are_refused(tmp_path: Path, hf: Path, capsys: 
     vague = adapter(tmp_path, hf, "vague", None)
     said = "other/adapter_config.json: base_model_name_or_path: expected someone/Tiny-1M-Chat (this base), found "
     said += "someone/Tiny-1M "
-    call = lambda: import_adapters(bank, base, {"mine": mine, "other": other, "vague": vague})  # noqa: E731
+    call = partial(import_adapters, bank, base, {"mine": mine, "other": other, "vague": vague})
     error = assert_refused(call, bank, said, "--any-base")
     assert len(error.problems) == 1
     lines: list[str] = []
-    import_adapters(bank, base, {"mine": mine, "vague": vague}, tell=lines.append)
+    import_adapters(bank, base, {"mine": mine, "vague": vague}, on_remark=lines.append)
     assert lines == ["vague: the adapter does not say which base it was trained on; taken for this base's"]
     told = ["import", "adapters", str(tmp_path / "b2"), f"o={other}", f"v={vague}", "--base", str(base)]
     for more in ([], ["--dry-run"]):
@@ -202,21 +203,21 @@ def test_norms_of_a_renamed_or_quantised_base_decide(tmp_path: Path, hf: Path, m
     _, other = tiny_llama(tmp_path, seed=5, folder="other-model")
     lines: list[str] = []
     folder = adapter(tmp_path, hf, "a", "unsloth/tiny-bnb-4bit")
-    import_adapters(tmp_path / "bank", base, {"a": folder}, tell=lines.append)
+    import_adapters(tmp_path / "bank", base, {"a": folder}, on_remark=lines.append)
     assert "a name without a size, which may be someone/Tiny-1M-Chat" in lines[0]
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    import_adapters(tmp_path / "bank2", base, {"a": folder}, tell=lines.append)
+    import_adapters(tmp_path / "bank2", base, {"a": folder}, on_remark=lines.append)
     assert len(lines) == 1
     edit_json(folder / "adapter_config.json", base_model_name_or_path=str(other))
     said = "base_model_name_or_path: expected a model with this base's norms"
     assert_refused(lambda: import_adapters(dest, base, {"a": folder}), dest, said)
     shutil.copytree(hf, tmp_path / "Renamed-9B")  # a name that says something else, and the same weights
     edit_json(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "Renamed-9B"))
-    import_adapters(tmp_path / "bank3", base, {"a": folder}, tell=lines.append)
+    import_adapters(tmp_path / "bank3", base, {"a": folder}, on_remark=lines.append)
     assert len(lines) == 1
     edit_json(other / "config.json", quantization_config={"quant_method": "awq"})  # AWQ scales norms
     edit_json(folder / "adapter_config.json", base_model_name_or_path=str(other))
-    import_adapters(tmp_path / "bank4", base, {"a": folder}, tell=lines.append)
+    import_adapters(tmp_path / "bank4", base, {"a": folder}, on_remark=lines.append)
     assert "a name that does not say which model it is" in lines[1]
 
 
@@ -265,7 +266,7 @@ def test_banks_know_their_base(tmp_path: Path, hf: Path, capsys: pytest.CaptureF
     assert mj.load(base, bank).adapter_names == ("a",)
     assert BankConfig.from_json(raw, "bank.json").base is None
     lines: list[str] = []
-    import_adapters(tmp_path / "old", base, {"a": tmp_path / "a"}, tell=lines.append)
+    import_adapters(tmp_path / "old", base, {"a": tmp_path / "a"}, on_remark=lines.append)
     assert "the base does not say which model it is (import it with --name)" in lines[0]
     edit_json(base / "config.json", meteora={"origin": {"names": []}})
     with pytest.raises(InputError, match=r"meteora\.origin: expected names, revision and norms_sha256"):

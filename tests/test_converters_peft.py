@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoHaConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, PromptTuningConfig, get_peft_model
+from peft_deltas import LAYERS, assert_same_deltas, bank_deltas, peft_deltas
 from safetensors.torch import load_file
 from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama, tiny_peft
 from transformers import LlamaForCausalLM
@@ -18,7 +19,8 @@ from converters import import_adapters, import_base
 from meteora_jax.config import PROJECTIONS, BankConfig, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LAYERS = 3
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -59,47 +61,6 @@ def plain(hf: Path) -> Path:
 def folder(plain: Path, tmp_path: Path) -> Path:
     """A sound PEFT folder of its own for each test to break."""
     return Path(shutil.copytree(plain, tmp_path / "folder"))
-
-
-def module_of(projection: str) -> str:
-    return f"{'self_attn' if projection[0] in 'qkvo' else 'mlp'}.{projection}"
-
-
-def bank_deltas(bank: Path) -> dict[str, dict[tuple[int, str], torch.Tensor]]:
-    """{adapter: {(layer, projection): scale * B @ A, [O, I]}} of every module that a bank's tensors stand for."""
-    weights = load_file(bank / "weights.safetensors")
-    config = BankConfig.from_json(read_json(bank / "bank.json"), "bank.json")
-    assert {path: tuple(t.shape) for path, t in weights.items()} == config.weight_shapes()
-    deltas: dict[str, dict[tuple[int, str], torch.Tensor]] = {name: {} for name in config.names}
-    for p in config.ranks:
-        a, b, scale = (weights[f"{p}.{part}"] for part in ("a", "b", "scale"))
-        assert scale.dtype == torch.float32
-        for layer in range(config.num_layers):
-            for index, name in enumerate(config.names):
-                delta = scale[layer, index] * b[layer, index].float().T @ a[layer, index].float()
-                if scale[layer, index] == 0:
-                    assert not a[layer, index].any()
-                    assert not b[layer, index].any()
-                else:
-                    deltas[name][layer, p] = delta
-    return deltas
-
-
-def peft_deltas(hf: Path, adapter: Path) -> dict[tuple[int, str], torch.Tensor]:
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(hf), adapter)
-    deltas = {}
-    for layer in range(LAYERS):
-        for p in PROJECTIONS:
-            module = model.base_model.model.get_submodule(f"model.layers.{layer}.{module_of(p)}")
-            if hasattr(module, "get_delta_weight"):
-                deltas[layer, p] = module.get_delta_weight("default").detach()
-    return deltas
-
-
-def assert_same_deltas(found: dict[tuple[int, str], torch.Tensor], expected: dict[tuple[int, str], torch.Tensor]):
-    assert found.keys() == expected.keys()
-    for key, delta in expected.items():
-        torch.testing.assert_close(found[key], delta, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
@@ -222,7 +183,7 @@ REFUSED_SETTINGS: dict[str, tuple[Any, str]] = {
     "target_modules": (None, "expected module names, a regex or 'all-linear', found None"),
     "exclude_modules": (7, "expected a list of module names or a regex, found 7"),
     "layers_to_transform": (["1"], "expected layer indices"),
-    "layers_pattern": ("layers", "expected layers_to_transform beside it"),
+    "layers_pattern": ("layers", "expected layers_to_transform with it"),
 }
 
 
@@ -266,6 +227,8 @@ def test_settings_without_effect_are_accepted(tmp_path: Path, base: Path, folder
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
 BROKEN_TENSORS = {
     "no B": (lambda t: t.pop(f"{Q0}.lora_B.weight"), f"{Q0}.lora_B.weight: expected the partner of lora_A"),
     "no A": (lambda t: t.pop(f"{Q0}.lora_A.weight"), f"{Q0}.lora_A.weight: expected the partner of lora_B, found none"),
@@ -345,7 +308,7 @@ def test_settings_that_contradict_the_tensors(tmp_path: Path, base: Path, folder
     expected = "target_modules: expected no tensors of mlp.up_proj in layers [0, 1, 2], found some"
     assert_refused(lambda: import_adapters(dest, base, {"a": folder}), dest, expected)
     edit_json(folder / CONFIG, exclude_modules=None, target_modules=".*_proj", layers_to_transform=[0])
-    expected = "layers_to_transform: expected none beside a target_modules that is a string"
+    expected = "layers_to_transform: expected none with a target_modules that is a string"
     assert_refused(lambda: import_adapters(dest, base, {"a": folder}), dest, expected)
 
 

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,10 @@ def test_gates_mix_the_same_way_for_every_token(tmp_path: Path, hf: Path, base: 
     names = tuple("012")
     import_adapters(tmp_path / "bank", base, dict(zip(names, three, strict=True)))
     config, rng = hf_config.from_hf(read_json(base / "config.json")), np.random.default_rng(0)
-    shape = lambda p: (LAYERS, config.projection_shape(p)[0], 3)  # noqa: E731
+
+    def shape(p):
+        return (LAYERS, config.projection_shape(p)[0], 3)
+
     arrays = {p: rng.standard_normal(shape(p)).astype(np.float32) for p in PROJECTIONS}
     save_gates(tmp_path / "gates", GateConfig(names, 2, 1.0), arrays)
 
@@ -179,7 +183,7 @@ def test_halves_of_dora_and_biases_that_are_missing(tmp_path: Path, hf: Path, ba
         ("lora_bias", "lora_B.bias", "lora_bias"),
     ):
         folder = tiny_peft(tmp_path, hf, option, **{option: True})
-        call = lambda f=folder: import_adapters(dest, base, {"a": f})  # noqa: E731
+        call = partial(import_adapters, dest, base, {"a": folder})
         edit_json(folder / CONFIG, **{switch: False})
         assert_refused(call, dest, f"{key}: expected no such tensor ({switch} is off), found one")
         edit_json(folder / CONFIG, **{switch: True})
@@ -188,7 +192,7 @@ def test_halves_of_dora_and_biases_that_are_missing(tmp_path: Path, hf: Path, ba
         edit_safetensors(folder / WEIGHTS, lambda t, k=f"{module}.{key}": t.update({k: torch.ones(7)}))
         assert_refused(call, dest, f"{module}.{key}: expected shape (80,) for this base, found (7,)")
     edit_json(folder / CONFIG, use_dora=True)
-    assert_refused(call, dest, "lora_bias: expected false beside use_dora, as in peft")
+    assert_refused(call, dest, "lora_bias: expected false with use_dora, as in peft")
 
 
 def test_magnitudes_of_columns_that_are_zero_are_refused(tmp_path: Path, hf: Path, base: Path):
@@ -198,7 +202,7 @@ def test_magnitudes_of_columns_that_are_zero_are_refused(tmp_path: Path, hf: Pat
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     edit_safetensors(folder / WEIGHTS, lambda t: t[key][3].fill_(0))
     dest = tmp_path / "bank"
-    call = lambda: import_adapters(dest, tmp_path / "base", {"a": folder})  # noqa: E731
+    call = partial(import_adapters, dest, tmp_path / "base", {"a": folder})
     assert_refused(call, dest, "lora_magnitude_vector: expected columns of W + scale A B that are not zero")
 
 
@@ -210,7 +214,7 @@ def test_saved_copies_of_the_base_are_accepted_and_changed_ones_refused(tmp_path
     for key in ("base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"):
         broken = Path(shutil.copytree(folder, tmp_path / key))
         edit_safetensors(broken / WEIGHTS, lambda t, k=key: t[k][7, 7].add_(1e-3))
-        call = lambda f=broken: import_adapters(dest, base, {"a": f})  # noqa: E731
+        call = partial(import_adapters, dest, base, {"a": broken})
         assert_refused(call, dest, f"{key}: expected the values of the base, found others")
         edit_safetensors(broken / WEIGHTS, lambda t, k=key: t.pop(k))
         assert_refused(call, dest, "modules_to_save: expected tensors of", "found none")

@@ -18,7 +18,9 @@ import os, signal, sys
 from converters import import_base, rules
 
 rules.SAVE_BYTES = int(sys.argv[3])
-stop = lambda key, done, total: done == int(sys.argv[4]) and os.kill(os.getpid(), signal.SIGKILL)
+def stop(key, done, total):
+    return done == int(sys.argv[4]) and os.kill(os.getpid(), signal.SIGKILL)
+
 import_base(sys.argv[1], sys.argv[2], progress=stop)
 """
 
@@ -127,7 +129,9 @@ import os, signal, sys
 from converters import import_adapters, rules
 
 rules.SAVE_BYTES = 1
-stop = lambda name, done, total: done == 2 and os.kill(os.getpid(), signal.SIGKILL)
+def stop(name, done, total):
+    return done == 2 and os.kill(os.getpid(), signal.SIGKILL)
+
 import_adapters(sys.argv[1], sys.argv[2], [(str(i), f) for i, f in enumerate(sys.argv[3:])], progress=stop)
 """
 

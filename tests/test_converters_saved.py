@@ -1,6 +1,7 @@
 """Embeddings and heads that training changed: a base takes them on request, and the adapter then equals peft's."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_converters_ends import ROWS, WEIGHTS, logits_of
+from test_converters_vocab import ROWS, WEIGHTS, logits_of
 from tiny import assert_refused, edit_safetensors, tiny_llama, tiny_peft
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -93,7 +94,7 @@ def test_a_resized_vocabulary_comes_from_the_adapters_folder(tmp_path: Path, kin
         )
         return
     lines: list[str] = []
-    import_base(hf, base, replace=folder, tell=lines.append)
+    import_base(hf, base, replace=folder, on_remark=lines.append)
     import_adapters(bank, base, {"a": folder})
     rows = [[5, 17, 320, 321, 322, 319, 12]]
     with torch.no_grad():
@@ -107,7 +108,7 @@ def test_a_resized_vocabulary_comes_from_the_adapters_folder(tmp_path: Path, kin
     assert any("its tokenizer's end token, 322, ends a response as well" in line for line in lines)
     # without the right base one line says what to do
     import_base(hf, tmp_path / "plain")
-    call = lambda: import_adapters(tmp_path / "no", tmp_path / "plain", {"a": folder})  # noqa: E731
+    call = partial(import_adapters, tmp_path / "no", tmp_path / "plain", {"a": folder})
     error = assert_refused(call, tmp_path / "no", "resized in training (meteora import base SRC DEST --replace")
     assert len(error.problems) == 1
 
@@ -169,7 +170,7 @@ def test_a_tied_base_takes_the_embedding_once(tmp_path: Path):
 def test_what_is_refused(tmp_path: Path):
     _, hf = tiny_llama(tmp_path, tie_word_embeddings=True)
     dest, folder = tmp_path / "base", tiny_peft(tmp_path, hf, "adapter")
-    call = lambda: import_base(hf, dest, replace=folder)  # noqa: E731
+    call = partial(import_base, hf, dest, replace=folder)
     assert_refused(call, dest, "expected a saved embedding or head to replace the base's, found neither")
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, KEY: torch.ones(322, 47)}, folder / WEIGHTS)

@@ -18,9 +18,9 @@ from meteora_jax.cli.train_retriever import cut_line
 from meteora_jax.config import InputError
 from meteora_jax.retriever.encoder import TextEncoder
 from meteora_jax.retriever.index import Index
+from meteora_jax.retriever.settings import RetrieverTraining
 from meteora_jax.retriever.training import (
     PairSampler,
-    RetrieverTraining,
     chosen_adapters,
     contrastive_loss,
     train_retriever,
@@ -69,9 +69,12 @@ def test_the_loss_and_its_gradient_equal_the_formula():
     a, c = (torch.tensor(z, requires_grad=True) for z in (anchors, candidates))
     want = torch_loss(a, c, adapters, others, 0.2)
     want.backward()
-    f32 = lambda z: jnp.asarray(z, jnp.float32)  # noqa: E731
-    call = lambda x, y: contrastive_loss(x, y, jnp.asarray(adapters), jnp.asarray(others), jnp.float32(0.2))[0]  # noqa: E731
-    value, gradients = jax.value_and_grad(call, (0, 1))(f32(anchors), f32(candidates))
+
+    def call(x, y):
+        return contrastive_loss(x, y, jnp.asarray(adapters), jnp.asarray(others), jnp.float32(0.2))[0]
+
+    given = (jnp.asarray(z, jnp.float32) for z in (anchors, candidates))
+    value, gradients = jax.value_and_grad(call, (0, 1))(*given)
     assert abs(float(value) - want.item()) <= 1e-5
     assert np.abs(np.asarray(gradients[0]) - a.grad.numpy()).max() <= 1e-5
     assert np.abs(np.asarray(gradients[1]) - c.grad.numpy()).max() <= 1e-5
@@ -122,10 +125,10 @@ def test_training_helps_and_only_the_chosen_are_seen(tmp_path, encoder):
 
 def test_inputs_that_are_not_read_to_their_end_are_counted(tmp_path, encoder):
     long = {**PROFILES, "eating": [*PROFILES["eating"], "Name what it likes. " * 40]}
-    told = []
+    cut = []
     settings = dataclasses.replace(SETTINGS, steps=1, save_every=1)
-    report = train_retriever(encoder, long, tmp_path / "out", settings, tmp_path / "points", begun=told.append)
-    assert told == [{"eating": 1}] == [report["cut"]]
+    report = train_retriever(encoder, long, tmp_path / "out", settings, tmp_path / "points", begun=cut.append)
+    assert cut == [{"eating": 1}] == [report["cut"]]
     assert cut_line(report["cut"], long, 32).endswith("their ends are not read: eating 1 of 9")
     assert encoder.cut(["short", "word " * 2000], "behind this: ") == [1]
     assert cut_line({}, long, 32) == ""
@@ -136,7 +139,8 @@ import json, sys
 from pathlib import Path
 import jax
 from meteora_jax.retriever.encoder import TextEncoder
-from meteora_jax.retriever.training import RetrieverTraining, train_retriever
+from meteora_jax.retriever.settings import RetrieverTraining
+from meteora_jax.retriever.training import train_retriever
 assert jax.device_count() == 4
 folder, out, profiles, settings = sys.argv[1:]
 encoder, profiles = TextEncoder.load(folder), json.loads(profiles)
@@ -149,9 +153,9 @@ print(json.dumps([vectors.tolist(), [r["loss"] for r in report["steps"]]]))
 def test_four_devices_compute_what_one_does(tmp_path, encoder):
     """Rows split over the devices: the same vectors, and every anchor meets the negatives of all devices."""
     settings = dataclasses.replace(SETTINGS, batch_size=4, steps=3)  # with hard negatives 4 + 4 + 4 texts
-    told = json.dumps(PROFILES), json.dumps(dataclasses.asdict(settings))
+    arguments = json.dumps(PROFILES), json.dumps(dataclasses.asdict(settings))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "start"), str(tmp_path / "four"), *told],
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "start"), str(tmp_path / "four"), *arguments],
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

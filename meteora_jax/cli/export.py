@@ -101,10 +101,10 @@ def export_gates(command: ExportGates) -> None:
     import converters
 
     convert = partial(converters.export_gates, command.base, command.bank, command.gates, command.dest)
-    told = command.run("export gates", convert)
-    lines = [f"{command.dest}: rank {told['rank']}, alpha {told['alpha']:g}"]
-    lines += [f"adapters in its order: {' '.join(told['names'])}"]
-    command.tell(lines, {"checkpoint": str(command.dest), **told})
+    unplaced = command.run("export gates", convert)
+    lines = [f"{command.dest}: rank {unplaced['rank']}, alpha {unplaced['alpha']:g}"]
+    lines += [f"adapters in its order: {' '.join(unplaced['names'])}"]
+    command.tell(lines, {"checkpoint": str(command.dest), **unplaced})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -14,6 +14,11 @@ from meteora_jax.cli.report import Conversion, status
 from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.tasks import METEORA_TASKS
 from meteora_jax.io import hf_config
+
+if TYPE_CHECKING:
+    from converters.rules import TensorPlan
+else:  # slow to import
+    TensorPlan = Any
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def import_base(command: ImportBase) -> None:
         return
     convert = partial(
         converters.import_base, command.src, command.dest, command.dtype, replace=command.replace, name=command.name,
-        tell=remarks.append,
+        on_remark=remarks.append,
     )  # fmt: skip
     command.run("import base", convert)
     say(remarks)
@@ -76,7 +81,7 @@ class ImportAdapters(Conversion):
     """Say what would be done, tensor by tensor, and write nothing."""
 
 
-def plan_lines(rows: Sequence[Any]) -> list[str]:
+def plan_lines(rows: Sequence[TensorPlan]) -> list[str]:
     """A line for each tensor of a dry run, and one for the sum."""
     lines = []
     for row in rows:
@@ -87,7 +92,7 @@ def plan_lines(rows: Sequence[Any]) -> list[str]:
 
 
 def say(remarks: Sequence[str]) -> None:
-    """What should be known of an import that went through, a line each, beside what a pipe reads."""
+    """What should be known of an import that went through, a line each, on stderr."""
     for line in remarks:
         status.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -117,7 +122,12 @@ def import_adapters(command: ImportAdapters) -> None:
         return
     pairs = parse_adapters(command.adapters)
     convert = partial(
-        converters.import_adapters, command.dest, command.base, pairs, any_base=command.any_base, tell=remarks.append
+        converters.import_adapters,
+        command.dest,
+        command.base,
+        pairs,
+        any_base=command.any_base,
+        on_remark=remarks.append,
     )
     bank = command.run("import adapters", convert)
     say(remarks)
@@ -138,10 +148,10 @@ class ImportGates(Conversion):
     dest: tyro.conf.Positional[Path]
     """GATES folder to make."""
     bank: Path
-    """BANK folder that the gates are for; made from the checkpoint if it does not exist."""
+    """BANK folder that the gates are for; created from the checkpoint if it does not exist."""
     base: Path | None = None
-    """BASE folder whose weights the checkpoint must hold; made from the checkpoint if it does not exist. None: only the
-    checkpoint's own config.json is read."""
+    """BASE folder whose weights the checkpoint must hold; created from the checkpoint if it does not exist. None: only
+    the checkpoint's own config.json is read."""
     alpha: float | None = None
     """LoRA's alpha in training, which the checkpoint does not say; needed to make the bank."""
     names: tuple[str, ...] = METEORA_TASKS

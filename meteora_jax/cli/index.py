@@ -6,13 +6,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.table import Table
 
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
+
+if TYPE_CHECKING:
+    from meteora_jax.retriever.evaluation import Query
+    from meteora_jax.retriever.index import Index
+else:  # slow to import
+    Index = Query = Any
 
 K = 3  # adapters a text
 
@@ -37,7 +43,7 @@ class IndexBuild:
     """ENCODER folder; the index keeps a copy."""
     scoring: str | None = None
     """How profiles are compared: cosine, inner-product, whitened, tfidf-words, tfidf-characters, bm25, lexical, dense,
-    hybrid, or several joined with "+"; by default hybrid with an encoder, else lexical."""
+    hybrid, or several with "+" between them; by default hybrid with an encoder, else lexical."""
     instruction: str = ""
     """Stands before every text that the encoder reads."""
     json: Path | None = None
@@ -160,7 +166,7 @@ def read_sources(command: IndexBuild | IndexAdd) -> dict[str, list[str]]:
     return {name: inputs for name, inputs in found if not wanted or name in wanted}
 
 
-def report(index: Any, folder: Path, path: Path | None, added: Mapping[str, Sequence[str]] | None = None) -> None:
+def report(index: Index, folder: Path, path: Path | None, added: Mapping[str, Sequence[str]] | None = None) -> None:
     """Says what an index holds now, and which of the inputs that were `added` its encoder reads in part only."""
     from meteora_jax.cli.train_retriever import cut_line
 
@@ -246,7 +252,7 @@ def index_query(command: IndexQuery) -> None:
     write_json(command.json, [{"text": t, "names": list(n), "similarities": s.tolist()} for t, n, s in rows])
 
 
-def read_asked(command: IndexEvaluate, names: Sequence[str]) -> list[Any]:
+def read_asked(command: IndexEvaluate, names: Sequence[str]) -> list[Query]:
     """The queries of a JSON file, or of a TASKS folder's test splits."""
     from meteora_jax.evaluation.problems import choose
     from meteora_jax.evaluation.tasks import load_split
@@ -275,14 +281,14 @@ def index_evaluate(command: IndexEvaluate) -> None:
         raise InputError(f"--out: expected at most {most} adapters in a similarity map, found {len(index.names)}")
     queries = [q for q in read_asked(command, index.names) if q.adapter not in command.except_for]
     if not queries:
-        raise InputError(f"{command.queries}: expected queries beside those of --except-for, found none")
+        raise InputError(f"{command.queries}: expected queries other than those of --except-for, found none")
     paraphrases = evaluation.read_paraphrases(command.paraphrases) if command.paraphrases else None
     figures: dict[str, Any] = {}
     for wording in evaluation.WORDINGS if paraphrases else evaluation.WORDINGS[:2]:
         with status.status(f"{wording} wording"):
             reworded = evaluation.reword(queries, index, wording, paraphrases)
         if not reworded:
-            status.print(f"{wording} wording: no query says anything beside the profiles' wording", highlight=False)
+            status.print(f"{wording} wording: all queries are the profiles' wording alone", highlight=False)
             continue
         with status.status(f"{wording} wording"):
             figures[wording] = evaluation.judge(index, reworded)

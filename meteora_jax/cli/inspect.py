@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.table import Table
@@ -15,6 +15,11 @@ from meteora_jax.cli.report import console, write_json
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io import hf_config
+
+if TYPE_CHECKING:
+    from converters.tensor_files import SourceTensor
+else:  # slow to import
+    SourceTensor = Any
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,14 @@ def describe(path: Path) -> dict[str, Any]:
     )
 
 
-def stored_type(tensor: Any) -> str:
+def stored_type(tensor: SourceTensor) -> str:
     """The type that a source's file holds a tensor in, by the file's own name: Q4_1, BF16."""
     from converters.tensor_files import dtype_name
 
     return tensor.stored or dtype_name(tensor.dtype)
 
 
-def stored_types(tensors: Sequence[Any]) -> dict[str, Any]:
+def stored_types(tensors: Sequence[SourceTensor]) -> dict[str, Any]:
     """How many tensors there are, and of each stored type how many and how large; most bytes first."""
     counts: dict[str, list[int]] = {}
     for tensor in tensors:
@@ -130,7 +135,7 @@ def stored_types(tensors: Sequence[Any]) -> dict[str, Any]:
     return {"tensors": len(tensors), "type": ranked[0][0] if ranked else None, "stored as": stored}
 
 
-def stored_bytes(tensor: Any) -> int:
+def stored_bytes(tensor: SourceTensor) -> int:
     """The bytes of a tensor's values in its file."""
     values = math.prod(tensor.shape)
     if tensor.stored is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
 from meteora_jax.cli.report import console, progress_bar, status, write_json
 from meteora_jax.config import InputError
+from meteora_jax.retriever.settings import RetrieverTraining
 
 
 @dataclass(frozen=True)
@@ -24,34 +25,9 @@ class TrainRetriever:
     """A JSON file {NAME: [inputs]}, or the profiles of LoraRetriever's release."""
     only: tuple[str, ...] = ()
     """The adapters to draw from; by default all of the file."""
-    share: float = 0.4
-    """Of the adapters, chosen by the seed: those trained on. training.json lists them."""
-    steps: int = 500
-    """Updates."""
-    batch_size: int = 32
-    """Pairs a step, spread over all devices."""
-    learning_rate: float = 2e-5
-    """Peak of the cosine schedule."""
-    warmup: float = 0.1
-    """Share of the steps that warm up."""
-    temperature: float = 0.05
-    """Of the softmax over cosines."""
-    hard_negatives: int = 1
-    """A pair: inputs of other adapters that the encoder finds closest."""
-    refresh: int = 100
-    """Steps between two searches for hard negatives."""
-    bare: float = 0.25
-    """How often an input loses the wording that its adapter's inputs share, so that more than templates is learnt."""
-    max_length: int = 128
-    """Tokens a text while training."""
-    instruction: str = ""
-    """Stands before every text; build the index with the same."""
-    save_every: int = 100
-    """Steps between checkpoints."""
+    settings: RetrieverTraining = field(default_factory=RetrieverTraining)
     checkpoints: Path | None = None
     """Orbax folder, OUT-checkpoints unless given; a run that was cut off goes on from there."""
-    seed: int = 0
-    """Of the adapters trained on and of the batches."""
     json: Path | None = None
     """Write the final figures here too."""
 
@@ -69,16 +45,15 @@ def train_retriever(command: TrainRetriever) -> None:
         raise InputError([f"--only: expected a profile's name, found {n!r}" for n in unknown])
     if command.only:
         profiles = {n: p for n, p in profiles.items() if n in command.only}
-    fields = training.RetrieverTraining.__dataclass_fields__
-    settings = training.RetrieverTraining(**{k: v for k, v in vars(command).items() if k in fields})
+    settings = command.settings
     checkpoints = command.checkpoints or command.out.with_name(f"{command.out.name}-checkpoints")
     with progress_bar("train retriever") as bar:
 
         def progress(step: int, record: dict) -> None:
-            bar(step, command.steps, f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.3f}")
+            bar(step, settings.steps, f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.3f}")
 
         def begun(cut: dict[str, int]) -> None:
-            if line := cut_line(cut, profiles, command.max_length):
+            if line := cut_line(cut, profiles, settings.max_length):
                 status.print(f"train retriever: {line}", highlight=False, markup=False, soft_wrap=True)
 
         encoder = TextEncoder.load(command.encoder)
@@ -86,13 +61,13 @@ def train_retriever(command: TrainRetriever) -> None:
     training.write_curves(report, command.out / "training.png")
     last = report["steps"][-1]
     console.print(
-        f"{command.out}: {command.steps} steps on {len(report['trained'])} of {len(profiles)} adapters, "
+        f"{command.out}: {settings.steps} steps on {len(report['trained'])} of {len(profiles)} adapters, "
         f"loss {last['loss']:.4f}, accuracy {last['accuracy']:.3f}", highlight=False
     )  # fmt: skip
-    if line := cut_line(report["cut"], profiles, command.max_length):
+    if line := cut_line(report["cut"], profiles, settings.max_length):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-    told = {"encoder": str(command.out), "trained": report["trained"], "cut": report["cut"]}
-    write_json(command.json, {**told, **last})
+    about = {"encoder": str(command.out), "trained": report["trained"], "cut": report["cut"]}
+    write_json(command.json, {**about, **last})
 
 
 def cut_line(cut: Mapping[str, int], profiles: Mapping[str, Sequence[str]], max_length: int | None) -> str:

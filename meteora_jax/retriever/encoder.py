@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -116,8 +116,8 @@ def distance_buckets(length: int, buckets: int, most: int) -> np.ndarray:
     half = buckets // 2
     exact = half // 2
     far = np.maximum(np.abs(distance), 1).astype(np.float32)
-    wide = exact + (np.log(far / exact) / np.log(most / exact) * (half - exact)).astype(np.int32)
-    near = np.where(np.abs(distance) < exact, np.abs(distance), np.minimum(wide, half - 1))
+    logarithmic = exact + (np.log(far / exact) / np.log(most / exact) * (half - exact)).astype(np.int32)
+    near = np.where(np.abs(distance) < exact, np.abs(distance), np.minimum(logarithmic, half - 1))
     return (near + np.where(distance > 0, half, 0)).astype(np.int32)
 
 
@@ -180,7 +180,9 @@ class SentenceEncoder(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _encode(graph: Any, weights: Any, tokens: jax.Array, mask: jax.Array, pooled: jax.Array) -> jax.Array:
+def _encode(
+    graph: nnx.GraphDef[SentenceEncoder], weights: PyTree, tokens: jax.Array, mask: jax.Array, pooled: jax.Array
+) -> jax.Array:
     return nnx.merge(graph, weights)(tokens, mask, pooled)
 
 
@@ -189,14 +191,14 @@ class TextEncoder:
     """An encoder with its tokenizer, as an index uses it. `TextEncoder.load("runs/encoder")`."""
 
     config: EncoderConfig
-    tokenizer: Any
-    graph: Any
-    weights: Any
+    tokenizer: Any  # of transformers, which is slow to import
+    graph: nnx.GraphDef[SentenceEncoder]
+    weights: PyTree
     tokenizer_folder: Path
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> TextEncoder:
-        """Reads ENCODER/, made by `meteora import encoder`; refuses what is missing, unknown or of another shape."""
+        """Reads ENCODER/, written by `meteora import encoder`; refuses what is missing, unknown or of another shape."""
         folder = Path(folder)
         config = EncoderConfig.from_json(read_json(folder / "encoder.json"), str(folder / "encoder.json"))
         graph, state = nnx.split(nnx.eval_shape(lambda: SentenceEncoder(config, rngs=nnx.Rngs(0))))

@@ -84,7 +84,7 @@ def reword(
     wording: WordingKind,
     paraphrases: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Query]:
-    """The queries in another wording; those with no content beside their wording are left out.
+    """The queries in another wording; those that are all wording are left out.
 
     own: as they are. removed: without any run of three words, or answer option, that occurs in a profile of the
     index. paraphrased: what is left of that, inside an instruction of other words (an adapter's templates in turn).
@@ -124,7 +124,7 @@ def judge(index: Index, queries: Sequence[Query], ks: Sequence[int] = KS) -> dic
     if unknown := sorted({q.adapter for q in queries} - set(names)):
         raise InputError([f"queries: expected adapters of the index, found {name!r}" for name in unknown])
     if len(names) < 2:
-        raise InputError(f"index: expected two adapters or more to tell apart, found {len(names)}")
+        raise InputError(f"index: expected two adapters or more, found {len(names)}")
     ks = [k for k in ks if k < len(names)]
     scores = index.scores([q.text for q in queries])
     own = [[q.adapter] for q in queries]
@@ -166,13 +166,13 @@ def adapter_similarity(index: Index) -> np.ndarray:
 
     owner = np.repeat(np.arange(len(counts)), counts)
     sums = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner))))) @ ngrams(features.texts, "words")
-    gram = (sums @ sums.T).toarray()
+    gram = csr_matrix(sums @ sums.T).toarray()
     lengths = np.sqrt(np.maximum(np.diag(gram), 1e-12))
     return (gram / np.outer(lengths, lengths)).astype(np.float32)
 
 
 def by_cluster(index: Index, queries: Sequence[Query]) -> tuple[list[str], list[str]]:
-    """The index's adapters ordered by cluster, then name, and the cluster of each ("" where no query tells)."""
+    """The index's adapters ordered by cluster, then name, and the cluster of each ("" where no query says)."""
     cluster = {q.adapter: q.cluster for q in queries}
     ordered = sorted(index.names, key=lambda name: (cluster.get(name, "~"), name))
     return ordered, [cluster.get(name, "") for name in ordered]

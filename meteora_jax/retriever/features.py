@@ -1,15 +1,21 @@
-"""What texts are compared by: hashed n-grams and an encoder's vectors, computed once and kept beside the texts."""
+"""What texts are compared by: hashed n-grams and an encoder's vectors, computed once and kept with the texts."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from meteora_jax.config import InputError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix as SparseRows
+else:  # scipy is optional
+    SparseRows = Any
 
 WIDTH = 2**20  # buckets of the hashed n-grams: a text of a thousand characters fills about three thousand of them
 SKETCH = 2**12  # buckets of a sketch, where a pool is too large for more
@@ -29,7 +35,7 @@ class Encoder(Protocol):
         ...
 
 
-def sklearn(module: str) -> Any:
+def sklearn(module: str) -> ModuleType:
     """A module of scikit-learn; its absence is one line that names the extra to install."""
     import importlib
 
@@ -45,11 +51,11 @@ def _hasher(kind: str) -> Any:
     vectorizer = sklearn("feature_extraction.text").HashingVectorizer
     if kind == "characters":
         return vectorizer(analyzer="char", ngram_range=(2, 5), lowercase=False, **shared)
-    # punctuation marks are words: "????" and "- yes" tell one template from another
+    # punctuation marks are words: templates differ by "????" or "- yes" alone
     return vectorizer(ngram_range=(1, 3), token_pattern=r"\w+|[^\w\s]", **shared)
 
 
-def count_ngrams(texts: Sequence[str], kind: str) -> Any:
+def count_ngrams(texts: Sequence[str], kind: str) -> SparseRows:
     """Hashed n-grams, scipy CSR int32 [N, WIDTH]: how often each occurs, with the sign that its hash gives it.
 
     kind: "words" (1 to 3 in a row), "edges" (the same of a text's first and last 150 characters) or "characters"
@@ -67,25 +73,25 @@ def damp(counts: np.ndarray) -> np.ndarray:
     return np.sign(counts) * table[magnitudes]
 
 
-def row_lengths(counts: Any) -> np.ndarray:
+def row_lengths(counts: SparseRows) -> np.ndarray:
     """float64 [N]: what the rows of damped counts are divided by."""
     squares = counts.astype(np.float64)
     squares.data = damp(counts.data) ** 2
     return np.maximum(np.sqrt(np.asarray(squares.sum(axis=1)).ravel()), 1e-12)
 
 
-def weigh(counts: Any) -> Any:
+def weigh(counts: SparseRows) -> SparseRows:
     """Damped counts, scipy CSR float64 [N, WIDTH], each row of length 1 (of 0 for an empty text).
 
-    No document frequencies: they would change with every adapter that joins or leaves, and in cross-validation over
+    No document frequencies: they would change with every adapter that comes or goes, and in cross-validation over
     profiles the regressions were no better for them.
     """
     rows = counts.astype(np.float64)
     rows.data = damp(counts.data) / np.repeat(row_lengths(counts), np.diff(counts.indptr))
-    return rows
+    return cast("SparseRows", rows)
 
 
-def ngrams(texts: Sequence[str], kind: str) -> Any:
+def ngrams(texts: Sequence[str], kind: str) -> SparseRows:
     """`weigh(count_ngrams(texts, kind))`."""
     return weigh(count_ngrams(texts, kind))
 
@@ -100,7 +106,7 @@ def sketch(texts: Features, kinds: Mapping[str, float]) -> np.ndarray:
 
     total = np.zeros((len(texts), SKETCH), np.float32)
     for kind, weight in kinds.items():
-        rows = ngrams(texts.texts, kind)  # not kept: they are large, and a sketch is made once
+        rows = ngrams(texts.texts, kind)  # not kept: they are large, and a sketch is computed once
         folded = csr_matrix((rows.data, rows.indices % SKETCH, rows.indptr), shape=total.shape)
         total += (np.sqrt(weight) * folded).toarray().astype(np.float32)
     return total
@@ -123,12 +129,12 @@ class Features:
         self.texts = tuple(texts)
         self.computed_vectors = vectors
         self._encoder, self._instruction = encoder, instruction
-        self._counts: dict[str, Any] = {}
+        self._counts: dict[str, SparseRows] = {}
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def counts(self, kind: str) -> Any:
+    def counts(self, kind: str) -> SparseRows:
         """See `count_ngrams`."""
         if kind not in self._counts:
             self._counts[kind] = count_ngrams(self.texts, kind)

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,7 +16,8 @@ from safetensors.numpy import save
 from meteora_jax.config import InputError, read_json, read_lines
 from meteora_jax.io.files import whole_folder, write_json
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
-from meteora_jax.retriever.scoring import Profile, is_large, make_scoring
+from meteora_jax.retriever.named_scorings import make_scoring
+from meteora_jax.retriever.scoring import Profile, is_large
 from meteora_jax.retriever.wording import Wording
 from meteora_jax.text import check_text
 
@@ -34,7 +35,7 @@ class Retrieved(NamedTuple):
     similarities: np.ndarray
 
 
-def check_profile(name: Any, inputs: Any) -> list[str]:
+def check_profile(name: object, inputs: object) -> list[str]:
     """What is wrong with a profile, one line each."""
     if not isinstance(name, str) or not name:
         return [f"profiles: expected an adapter's name, found {name!r}"]
@@ -47,7 +48,7 @@ def check_profile(name: Any, inputs: Any) -> list[str]:
     return problems + text_problems(inputs, lambda i: f"{where}: input {i}")
 
 
-def text_problems(texts: Sequence[Any], where: Callable[[int], str]) -> list[str]:
+def text_problems(texts: Sequence[object], where: Callable[[int], str]) -> list[str]:
     """What is wrong with texts, one line each: no text at all, a blank one, one that UTF-8 cannot hold."""
     problems = []
     for i, text in enumerate(texts):
@@ -100,7 +101,7 @@ class Index:
         """An index of {adapter: 1 to 20 inputs}; a sentence that describes the adapter counts as an input.
 
         Args:
-            scoring: a name of `SCORINGS`, or several joined with "+".
+            scoring: a name of `SCORINGS`, or several with "+" between them.
             encoder: for the scorings that compare vectors.
             instruction: stands before every text that the encoder reads; the paper's is `INSTRUCTION`.
 
@@ -154,8 +155,8 @@ class Index:
         assert self.encoder is not None
         texts = [text for f in features for text in f.texts]
         vectors = Features(texts, self.encoder, self.instruction).vectors()
-        ends = np.cumsum([len(f) for f in features])[:-1]
-        for f, part in zip(features, np.split(vectors, ends), strict=True):
+        bounds = np.cumsum([len(f) for f in features])[:-1]
+        for f, part in zip(features, np.split(vectors, bounds), strict=True):
             f.computed_vectors = part
 
     def remove(self, names: Sequence[str]) -> None:
@@ -271,7 +272,7 @@ class Index:
         return index
 
     def _restore_vectors(self, path: Path) -> None:
-        """Reads what was saved beside the texts: vectors [inputs, D], sketches [adapters, SKETCH], either or both."""
+        """Reads what was saved with the texts: vectors [inputs, D], sketches [adapters, SKETCH], either or both."""
         features = [p.inputs for p in self._profiles.values()]
         total = sum(len(f) for f in features)
         kept = _read_tensors(path)
@@ -280,8 +281,8 @@ class Index:
         if (vectors := kept.get("vectors")) is not None:
             if vectors.ndim != 2 or len(vectors) != total:
                 raise InputError(f"{path}: vectors: expected {total} rows (the inputs), found shape {vectors.shape}")
-            ends = np.cumsum([len(f) for f in features])[:-1]
-            for f, part in zip(features, np.split(vectors, ends), strict=True):
+            bounds = np.cumsum([len(f) for f in features])[:-1]
+            for f, part in zip(features, np.split(vectors, bounds), strict=True):
                 f.computed_vectors = part
         if (sketches := kept.get("sketches")) is not None:
             if sketches.shape != (len(features), SKETCH):

@@ -1,7 +1,7 @@
 """Contrastive training of a sentence encoder on profiles (LoraRetriever, arXiv 2402.09997, section 3.2).
 
 Two inputs of one adapter belong together; every other adapter's input in the batch, over all devices, is a negative.
-Part of the adapters is trained on, so that the rest can tell how well adapters are found that training never saw.
+Part of the adapters is trained on, so that the rest can show how well adapters are found that training never saw.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,46 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from meteora_jax.config import InputError
-from meteora_jax.retriever.encoder import TextEncoder, pad
+from meteora_jax.retriever.encoder import SentenceEncoder, TextEncoder, pad
 from meteora_jax.retriever.index import check_profile
+from meteora_jax.retriever.settings import RetrieverTraining
 from meteora_jax.retriever.wording import Wording
 from meteora_jax.sharding import make_mesh, place_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class RetrieverTraining:
-    """How an encoder is trained."""
-
-    steps: int
-    batch_size: int  # pairs a step
-    learning_rate: float
-    warmup: float  # share of the steps
-    temperature: float
-    share: float  # of the adapters, chosen by the seed, that are trained on
-    hard_negatives: int  # per pair: inputs of other adapters that the encoder finds closest
-    refresh: int  # steps between two searches for hard negatives
-    bare: float  # probability that an input loses the wording that its adapter's inputs share
-    max_length: int  # tokens a text while training
-    instruction: str  # stands before every text
-    save_every: int  # steps between checkpoints
-    seed: int
-
-    def __post_init__(self):
-        problems = [
-            f"{name}: expected at least {low}, found {getattr(self, name)}"
-            for name, low in {"steps": 1, "batch_size": 2, "hard_negatives": 0, "refresh": 1, "save_every": 1}.items()
-            if getattr(self, name) < low
-        ]
-        for name, low, high in (("share", 0, 1), ("bare", -1e-9, 1), ("warmup", -1e-9, 1), ("temperature", 0, 10)):
-            if not low < getattr(self, name) <= high:
-                problems.append(f"{name}: expected a number from {max(low, 0)} to {high}, found {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            problems.append(f"learning_rate: expected a positive number, found {self.learning_rate}")
-        if problems:
-            raise InputError(problems)
 
 
 def chosen_adapters(names: Sequence[str], share: float, seed: int) -> tuple[str, ...]:
@@ -99,14 +66,31 @@ def contrastive_loss(
 
 @functools.partial(jax.jit, static_argnames=("graph", "tx", "pairs"), donate_argnames=("weights", "state"))
 def train_step(
-    graph: Any, weights: Any, state: Any, texts: Any, adapters: jax.Array, temperature: jax.Array, tx: Any, pairs: int
-) -> tuple[Any, Any, jax.Array, jax.Array]:
-    """One update; texts (of `pad`) and adapters int32 hold `pairs` anchors, their positives, hard negatives.
+    graph: nnx.GraphDef[SentenceEncoder],
+    weights: PyTree,
+    state: PyTree,
+    texts: tuple[jax.Array, jax.Array, jax.Array],
+    adapters: jax.Array,
+    temperature: jax.Array,
+    *,
+    tx: optax.GradientTransformation,
+    pairs: int,
+) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
+    """One update: (weights, optimiser state, loss, accuracy).
 
-    Sharded over devices or not, every anchor meets the candidates of all of them.
+    Every anchor is compared with the candidates of all devices, over which the rows may be sharded.
+
+    Args:
+        graph, weights: the encoder, split.
+        state: the optimiser's.
+        texts: what `pad` gives for `pairs` anchors, then their positives, then hard negatives.
+        adapters: int32 [rows of texts], whose input each is.
+        temperature: float32 scalar, of the softmax over cosines.
+        tx: the optimiser.
+        pairs: how many anchors there are.
     """
 
-    def loss(weights: Any) -> tuple[jax.Array, jax.Array]:
+    def loss(weights: PyTree) -> tuple[jax.Array, jax.Array]:
         vectors = nnx.merge(graph, weights)(*texts)
         return contrastive_loss(vectors[:pairs], vectors[pairs:], adapters[:pairs], adapters[pairs:], temperature)
 
@@ -180,8 +164,8 @@ def train_retriever(
         begun: called before the first with {adapter: inputs longer than max_length, whose ends are not read}.
 
     Returns:
-        what training.json holds: the adapters trained on, what `begun` was told as "cut", the settings, every step's
-        loss and accuracy.
+        What training.json holds: "trained" (the adapters trained on), "cut" (what `begun` is given), "settings", and
+        "steps" (loss and accuracy of each).
 
     Raises:
         InputError: bad profiles, an adapter with one input, checkpoints of other settings, a loss that is not finite.
@@ -241,23 +225,23 @@ def train_retriever(
 
 
 class Checkpoints:
-    """Orbax checkpoints of a run, beside run.json that says which run they belong to."""
+    """Orbax checkpoints of a run, and run.json in the same folder, which says which run they belong to."""
 
     def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any]):
         import orbax.checkpoint as ocp
 
         folder = Path(folder).absolute()
-        told = folder / "run.json"
-        if told.exists() and json.loads(told.read_text()) != json.loads(json.dumps(about)):
+        record = folder / "run.json"
+        if record.exists() and json.loads(record.read_text()) != json.loads(json.dumps(about)):
             raise InputError(
                 f"{folder}: expected checkpoints of this run, found another's (settings or adapters differ)"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        record.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(folder / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
-    def restore(self, tree: Any) -> tuple[int, list[dict[str, Any]], Any, np.ndarray | None]:
+    def restore(self, tree: PyTree) -> tuple[int, list[dict[str, Any]], PyTree, np.ndarray | None]:
         """(steps done, their records, the tree, vectors of the last search) of the newest checkpoint, if any."""
         step = self._manager.latest_step()
         if step is None:
@@ -269,7 +253,7 @@ class Checkpoints:
         vectors = np.asarray(log["vectors"], np.float32) if log["vectors"] else None
         return step, log["records"], jax.tree.unflatten(structure, found["leaves"]), vectors
 
-    def save(self, step: int, tree: Any, records: Sequence[Mapping[str, Any]], vectors: np.ndarray | None) -> None:
+    def save(self, step: int, tree: PyTree, records: Sequence[Mapping[str, Any]], vectors: np.ndarray | None) -> None:
         log = {"records": list(records), "vectors": [] if vectors is None else vectors.tolist()}
         args = self._ocp.args.Composite(
             leaves=self._ocp.args.StandardSave(jax.tree.leaves(tree)), log=self._ocp.args.JsonSave(log)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_logits_tokens_and_round_trip_equal_peft(tmp_path: Path, name: str, tied
     base, bank, dest = (tmp_path / f for f in ("base", "bank", "out"))
     import_base(hf, base)
     theirs, folder = write_adapter(tmp_path, hf, "adapter", **OPTIONS[name])
-    call = lambda: import_adapters(bank, base, {"a": folder})  # noqa: E731
+    call = partial(import_adapters, bank, base, {"a": folder})
     if (
         tied and name == "rows and head"
     ):  # peft ties nothing to a head that is LoRA's: which rows count is anyone's guess
@@ -137,7 +138,10 @@ def merged_logits(world: dict[str, Any], weights: dict[str, float], fused: bool)
         each = [(w, scale[n], parts[n][a], parts[n][b]) for n, w in weights.items()]
         if fused:
             rank = max(len(a) for _, _, a, _ in each)
-            pad = lambda t, rank=rank: torch.nn.functional.pad(t, (0, 0, 0, rank - len(t)))  # noqa: E731
+
+            def pad(t, rank=rank):
+                return torch.nn.functional.pad(t, (0, 0, 0, rank - len(t)))
+
             delta = sum(w * s * pad(b.T) for w, s, _, b in each).T @ sum(w * pad(a) for w, _, a, _ in each)
         else:
             delta = sum(w * s * b @ a for w, s, a, b in each)
@@ -238,9 +242,9 @@ def test_what_is_refused(tmp_path: Path):
     base, dest = tmp_path / "base", tmp_path / "bank"
     import_base(hf, base)
     cases: list[tuple[str, dict[str, Any], Any, str]] = [
-        ("embed", {"use_dora": True}, None, "use_dora: expected false beside an adapter on model.embed_tokens"),
-        ("head", {"lora_bias": True}, None, "lora_bias: expected false beside an adapter on lm_head"),
-        ("embed", {"trainable_token_indices": [3]}, None, "expected none of model.embed_tokens beside a LoRA on it"),
+        ("embed", {"use_dora": True}, None, "use_dora: expected false with an adapter on model.embed_tokens"),
+        ("head", {"lora_bias": True}, None, "lora_bias: expected false with an adapter on lm_head"),
+        ("embed", {"trainable_token_indices": [3]}, None, "expected none of model.embed_tokens with a LoRA on it"),
         ("list", {"trainable_token_indices": [3, 3, 4]}, None, "expected different token ids"),
         ("list", {"trainable_token_indices": [3, 4, -1]}, None, "expected different token ids"),
         ("list", {"trainable_token_indices": "5"}, None, "expected different token ids"),
@@ -280,7 +284,7 @@ def test_reports_and_exports(world: dict[str, Any], tmp_path: Path):
     assert {"embed.rows[1]", "head.rows[1]"} <= rows
     assert world["model"].bank.vocab_adapter_names == ("a", "b", "rows")
     said = "expected an adapter of the layers, found a, which changes the embedding or the head"
-    call = lambda: export_merged(folder / "base", folder / "bank", "a", tmp_path / "out")  # noqa: E731
+    call = partial(export_merged, folder / "base", folder / "bank", "a", tmp_path / "out")
     assert_refused(call, tmp_path / "out", said)
     export_merged(folder / "base", folder / "bank", "plain", tmp_path / "out")
     bank = json.loads((folder / "bank" / "bank.json").read_text())
