@@ -1,13 +1,14 @@
 """`meteora evaluate`: the same table in one go, in pieces, at any batch size; and refusals."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from worlds import NAMES
 
 from meteora_jax.cli import main
-from meteora_jax.cli.evaluate import fingerprint
+from meteora_jax.cli.comparison import fingerprint
 from meteora_jax.config import InputError
 from meteora_jax.evaluation import runner
 from meteora_jax.evaluation.problems import load_problems
@@ -77,7 +78,11 @@ def test_a_killed_run_goes_on_and_redoes_nothing(tmp_path, tasks, cut):
         lost = calls.pop()
     kept = [json.loads(line) for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     again = []
-    answer = lambda problems: (again.append([p.id for p in problems]), echo(problems))[1]  # noqa: E731
+
+    def answer(problems):
+        again.append([p.id for p in problems])
+        return echo(problems)
+
     assert table_of(tasks, tmp_path / "run", answer=answer) == want
     assert again[: bool(lost)] == [lost][: bool(lost)]
     asked = sorted(i for part in calls + again for i in part)
@@ -110,9 +115,9 @@ def test_a_resumed_run_refuses_other_problems_and_other_weights(tmp_path, tasks,
 
 
 def test_limit_chooses_by_hash_and_grows(tasks):
-    few, more = (load_problems(tasks, TASKS, "test", n) for n in (2, 4))
+    few, many = (load_problems(tasks, TASKS, "test", n) for n in (2, 4))
     assert len(few) == 6
-    assert {p.id for p in few} < {p.id for p in more}
+    assert {p.id for p in few} < {p.id for p in many}
 
 
 def test_command_writes_records_table_and_pictures(tmp_path, tasks, world, capsys):
@@ -170,3 +175,12 @@ def test_refusals(tmp_path, tasks, world, capsys, extra, said):
     assert refusal.value.code == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "throughput"])
+def test_few_options(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = set(re.findall(r"^[│ ] (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert {"--base", "--systems", "--distributed", "--mesh", "--json"} < options
+    assert len(options) <= 18, sorted(options)

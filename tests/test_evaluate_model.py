@@ -20,8 +20,8 @@ from worlds import NAMES
 import converters
 import meteora_jax as mj
 from meteora_jax.cli import main
-from meteora_jax.cli.evaluate import other_bank
-from meteora_jax.evaluation.composite import COMPOSITES
+from meteora_jax.cli.comparison import other_bank
+from meteora_jax.evaluation.composite import COMPOSITES, default_path
 from meteora_jax.evaluation.metrics import read_composite, score_composite
 from meteora_jax.evaluation.tasks import Example, write_splits
 from meteora_jax.model.llama import base_arrays, pack
@@ -42,17 +42,19 @@ def folders(world, tmp_path_factory):
     for task in (*TASKS, *COMPOSITES[3]):
         examples = [Example(f"[INST] {task[:4]} {'so ' * (i % 5)}{i}? [/INST]\n", "ab"[i % 2]) for i in range(6)]
         write_splits(root / "tasks" / task, {"test": examples, "train": examples[:3]})
+    main(["compose", str(root / "tasks"), "3", *FEW, "--base", str(root / "base"), "--max-new-tokens", "6"])
     return {"root": root, "base": root / "base", "bank": world["bank"], "gates": world["gates"]}
 
 
-def arguments(folders, out, *more, systems="base,oracle,gates-top2,cedar"):
+def arguments(folders, out, *options, systems="base,oracle,gates-top2,cedar"):
     given = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(folders[k]))]
     given += ["--tasks", str(folders["root"] / "tasks"), "--out", str(out), "--systems", systems]
-    return ["evaluate", *given, "--max-new-tokens", "6", *more]
+    return ["evaluate", *given, "--max-new-tokens", "6", *options]
 
 
-COMPOSITE = ("--composite", "3", "--composite-count", "5", "--composite-shots", "1")
 ROW = "composite_3_1_shot_count_5"
+COMPOSITE = ("--composite", ROW)
+FEW = ("--count", "5", "--shots", "1")
 
 
 def records_of(out):
@@ -63,8 +65,9 @@ def records_of(out):
 def whole(folders):
     """A run that nobody interrupted, of composites and a task, with cedar from a bank and a PEFT folder of its own."""
     out = folders["root"] / "whole"
-    banks = ("--system-bank", f"lora-b={folders['root'] / 'cedar'}", f"lora-f={folders['root'] / 'peft'}")
-    main(arguments(folders, out, "--batch-size", "4", *COMPOSITE, *banks))
+    banks = f"lora-b={folders['root'] / 'cedar'},lora-f={folders['root'] / 'peft'}"
+    systems = f"base,oracle,gates-top2,cedar,{banks}"
+    main(arguments(folders, out, "--batch-size", "4", *COMPOSITE, systems=systems))
     return out
 
 
@@ -109,7 +112,7 @@ def test_another_bank_has_the_base_of_a_model_prepared_for_a_gpu(folders, packed
     assert any("PackedKernel" in str(type(x)) for _, x in nnx.to_flat_state(weights)) == packed
     arrays = base_arrays(graph, weights)
     ready = dataclasses.replace(model, graph=graph, weights=weights)
-    other, _ = other_bank(ready, arrays, "one", folders["root"] / "cedar", folders["base"], "float32")
+    other, _ = other_bank(ready, arrays, "one", folders["root"] / "cedar", folders["base"])
     alone = mj.load(folders["base"], folders["root"] / "cedar", dtype="float32")
     prompt = [[5, 6, 7, 8]]
     assert np.array_equal(other.logits(prompt, Fixed("cedar"))[0], alone.logits(prompt, Fixed("cedar"))[0])
@@ -134,10 +137,10 @@ def test_the_numbers_are_the_same_at_any_batch_size(folders, whole, batch_size, 
 
 
 def test_a_killed_process_goes_on_to_the_same_table(folders, tmp_path):
-    more = ("--only", ",".join(TASKS), "--batch-size", "2", *COMPOSITE)
+    options = ("--only", ",".join(TASKS), "--batch-size", "2", *COMPOSITE)
     systems = "base,gates-top1,gates-top2,cedar"
-    main(arguments(folders, tmp_path / "whole", *more, systems=systems))
-    command = arguments(folders, tmp_path / "killed", *more, systems=systems)
+    main(arguments(folders, tmp_path / "whole", *options, systems=systems))
+    command = arguments(folders, tmp_path / "killed", *options, systems=systems)
     chance = random.SystemRandom()
     lines, delay = chance.randrange(1, 40), chance.random() * 0.02
     process = subprocess.Popen(
@@ -167,9 +170,10 @@ def test_systems_that_retrieve_answer_as_generate_does(folders, world, tmp_path)
     index.save(tmp_path / "index")
     model = mj.load(folders["base"], tmp_path / "bank", dtype="float32")
     compositions = ("selection", "mixture", "fusion")
-    systems = ",".join(f"retrieval-{how}" for how in compositions)
-    more = ["--index", str(tmp_path / "index"), "--retrieve", "2", "--only", ",".join(TASKS), "--limit", "2"]
-    command = arguments(folders, tmp_path / "run", *more, "--unseen", systems=f"{systems},retrieval-mixture-k1")
+    kinds = [*(f"retrieval-{how}-k2" for how in compositions), "retrieval-mixture-k1"]
+    systems = ",".join(kind + hides for kind in kinds for hides in ("", "-unseen"))
+    options = ["--index", str(tmp_path / "index"), "--only", ",".join(TASKS), "--limit", "2"]
+    command = arguments(folders, tmp_path / "run", *options, systems=systems)
     command[command.index("--bank") + 1] = str(tmp_path / "bank")
     del command[command.index("--gates") : command.index("--gates") + 2]
     main(command)
@@ -177,7 +181,8 @@ def test_systems_that_retrieve_answer_as_generate_does(folders, world, tmp_path)
     assert len(records) == 8 * 4
     for (system, _), record in records.items():
         how, unseen = system.removeprefix("retrieval-").removesuffix("-unseen"), system.endswith("-unseen")
-        how, k = how.removesuffix("-k1"), 1 if "-k1" in how else 2
+        how, _, k = how.partition("-k")
+        k = int(k)
         router = mj.Retrieval(index, k, how, exclude=(record["task"],) if unseen else ())
         (said,) = model.generate([record["prompt"]], router, max_new_tokens=6)
         assert (record["answer"], list(record["retrieved"])) == (said.text, [n for n, _ in said.routing.retrieved])
@@ -189,11 +194,15 @@ def test_systems_that_retrieve_answer_as_generate_does(folders, world, tmp_path)
 def test_gates_within_what_was_retrieved(folders, tmp_path):
     index = mj.Index.build({name: [f"so it is about {name}", f"{name} once more"] for name in NAMES})
     index.save(tmp_path / "index")
-    more = ("--index", str(tmp_path / "index"), "--only", "winowhy")
-    main(arguments(folders, tmp_path / "run", *more, systems="gates-within-top2"))
+    options = ("--index", str(tmp_path / "index"), "--only", "winowhy")
+    main(arguments(folders, tmp_path / "run", *options, systems="gates-within-top2,gates-within-top2-k4-t0.5"))
     model = mj.load(folders["base"], folders["bank"], folders["gates"], dtype="float32")
-    router = mj.GatesWithin(index, 3, 2, model.gates.temperature)
-    for record in records_of(tmp_path / "run").values():
+    routers = {
+        "gates-within-top2": mj.GatesWithin(index, 3, 2, model.gates.temperature),
+        "gates-within-top2-k4-t0.5": mj.GatesWithin(index, 4, 2, 0.5),
+    }
+    for (system, _), record in records_of(tmp_path / "run").items():
+        router = routers[system]
         (said,) = model.generate([record["prompt"]], router, max_new_tokens=6)
         assert record["answer"] == said.text
         assert set(record["routing"]) <= set(record["retrieved"])
@@ -228,26 +237,93 @@ def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_pat
     assert tables[0] == {system: tables[1][system] for system in ("base", "gates-top2", "cedar")}
 
 
-def test_a_composite_of_tasks_that_are_named(folders, tmp_path):
-    """The composite of 3 by its tasks' names: a row of its own, with the very same problems."""
-    named = ("--composite", "+".join(COMPOSITES[3]), *COMPOSITE[2:])
-    main(arguments(folders, tmp_path / "run", *named, systems="base"))
-    asked = list(records_of(tmp_path / "run").values())
-    assert {r["task"] for r in asked} == {ROW}  # MeteoRA's own list keeps its name
-    swapped = ("--composite", "+".join(COMPOSITES[3][::-1]), *COMPOSITE[2:], "--composite-temperature", "1")
-    main(arguments(folders, tmp_path / "swapped", *swapped, systems="base"))
-    (row,) = {r["task"] for r in records_of(tmp_path / "swapped").values()}
+def test_a_composite_of_tasks_that_are_named(folders, tmp_path, capsys):
+    """The composite of 3 by its tasks' names: the very same problems; in another order, a row of its own."""
+    tasks, report = str(folders["root"] / "tasks"), tmp_path / "report.json"
+    fits = ("--base", str(folders["base"]), "--max-new-tokens", "6")
+    main(["compose", tasks, "+".join(COMPOSITES[3]), *FEW, *fits, "--json", str(report)])
+    (drawn,) = json.loads(report.read_text())
+    assert (drawn["file"], drawn["tasks"]) == (f"{tasks}/{ROW}/test.jsonl", list(COMPOSITES[3]))
+    assert 0 < drawn["longest_prompt"] <= 1024 - 18
+    assert f"5 problems of 3 tasks, the longest prompt of {drawn['longest_prompt']} tokens" in capsys.readouterr().out
+    swapped = "+".join(COMPOSITES[3][::-1])
+    main(["compose", tasks, swapped, *FEW, "--json", str(report)])
+    (drawn,) = json.loads(report.read_text())
+    assert drawn["longest_prompt"] is None
+    main(arguments(folders, tmp_path / "run", "--composite", drawn["file"], systems="base,gates-top2-t1"))
+    (row,) = {r["task"] for r in records_of(tmp_path / "run").values()}
     assert row.startswith("composite_3_of_")
+    assert row == drawn["file"].split("/")[-2]
+    main(["compose", tasks, swapped, *FEW, "--out", str(tmp_path / "mine.jsonl")])
+    assert (tmp_path / "mine.jsonl").read_text() == (folders["root"] / "tasks" / row / "test.jsonl").read_text()
+    main(arguments(folders, tmp_path / "other", "--composite", str(tmp_path / "mine.jsonl"), systems="base"))
+    assert {r["task"] for r in records_of(tmp_path / "other").values()} == {"mine"}
+
+
+def test_composites_that_were_written_are_asked_and_missing_ones_drawn(folders, tmp_path):
+    """The usual 200 are too many for these tasks, so a shorter file stands in for what was written."""
+    tasks = tmp_path / "tasks"
+    shutil.copytree(folders["root"] / "tasks", tasks)
+    shutil.copytree(tasks / ROW, tasks / "composite_3")
+    command = arguments(folders, tmp_path / "run", "--composite", "3", "--limit", "2", systems="base")
+    command[command.index("--tasks") + 1] = str(tasks)
+    main(command)
+    asked = records_of(tmp_path / "run").values()
+    assert {(r["task"], r["prompt"]) for r in asked} < {
+        ("composite_3", json.loads(line)["prompt"]) for line in (tasks / ROW / "test.jsonl").read_text().splitlines()
+    }
+    drawn = default_path(tasks, TASKS)
+    command[command.index("--composite") + 1] = "+".join(TASKS)
+    with pytest.raises(SystemExit):  # 36 different problems are all there are
+        main(command)
+    for task in TASKS:
+        examples = [Example(f"[INST] {task[:4]} {i}? [/INST]\n", "a") for i in range(20)]
+        write_splits(tasks / task, {"test": examples})
+    command[command.index("--out") + 1] = str(tmp_path / "drawn")
+    main(command)
+    assert len(drawn.read_text().splitlines()) == 200
+    assert {r["task"] for r in records_of(tmp_path / "drawn").values()} == {drawn.parent.name}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["4"], "composites: expected 3, 5, 10 or tasks joined by +, found '4'"),
+        (["winowhy+nobody"], "winowhy+nobody: expected tasks with metrics, found nobody"),
+        (["3", "5", "--out", "x.jsonl"], "--out: expected one composite, found 2: 3, 5"),
+        (["3", "--out", "x.json"], "x.json: expected a name that ends in .jsonl"),
+        (["3", "--count", "0"], "--count: expected 1 or more, found 0"),
+        (["3", "--shots", "-1"], "shots: expected 0 or more, found -1"),
+        (["3", "--base", "nowhere"], "nowhere/config.json: expected a file, found none"),
+        (["3", *FEW, "--base", "{base}", "--max-new-tokens", "340"], "expected test examples short enough"),
+        (
+            ["3", *FEW, "--seed", "1", "--out", "{row}"],
+            "expected the problems of seed 1, count 5, shots 1, found others",
+        ),
+    ],
+)
+def test_refusals_of_compose(folders, capsys, words, said):
+    row = folders["root"] / "tasks" / ROW / "test.jsonl"
+    words = [word.format(base=folders["base"], row=row) for word in words]
+    with pytest.raises(SystemExit) as refusal:
+        main(["compose", str(folders["root"] / "tasks"), *words])
+    assert refusal.value.code == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_long_prompts_can_be_left_out(folders, world, tmp_path):
     """Of tasks alone; a composite problem is as long as it is."""
-    count = lambda text: len(world["model"].encode(text))  # noqa: E731
+
+    def count(text):
+        return len(world["model"].encode(text))
+
     lines = (folders["root"] / "tasks" / "winowhy" / "test.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
     most = sorted(map(count, prompts))[2]
-    more = ("--only", "winowhy", "--max-prompt", str(most), *COMPOSITE)
-    main(arguments(folders, tmp_path / "run", *more, systems="base"))
+    options = ("--only", "winowhy", "--max-prompt", str(most), *COMPOSITE)
+    main(arguments(folders, tmp_path / "run", *options, systems="base"))
     asked = records_of(tmp_path / "run").values()
     assert sum(r["task"] == ROW for r in asked) == 5
     found = {r["prompt"] for r in asked if r["task"] == "winowhy"}
@@ -255,31 +331,39 @@ def test_long_prompts_can_be_left_out(folders, world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("options", "said"),
     [
-        (["--composite", "4"], "--composite: expected 3, 5, 10, tasks joined by +, or .jsonl files, found '4'"),
-        (["--composite", "winowhy+nobody", "--composite-count", "2"], "expected the test split of nobody"),
-        (["--composite", "3", "--split", "train"], "--split: expected test beside --composite 3"),
+        (["--composite", "4"], "--composite: expected 3, 5, 10, tasks joined by +, what meteora compose wrote"),
+        (["--composite", "composite_3_seed_9"], "or .jsonl files, found 'composite_3_seed_9'"),
+        (["--composite", "winowhy+nobody"], "winowhy+nobody: expected tasks with metrics, found nobody"),
+        (["--composite", "winowhy+gsm8k"], "expected the test split of gsm8k"),
+        (["--composite", "3", "--split", "train"], "--split: expected test with --composite 3"),
         (["--composite", "nowhere.jsonl"], "nowhere.jsonl: expected composite problems, found no file"),
-        (["--composite", "{file}"], "pair: gates-top2: expected --composite-temperature, as MeteoRA has none for 2"),
-        (["--composite", "{file}", "--composite-temperature", "9"], "pair/pair/0: expected at most 1012 tokens"),
+        (
+            ["--composite", "{file}"],
+            "pair: gates-top2: expected a temperature (-tN, as gates-top2-t15), as MeteoRA has",
+        ),
+        (["--composite", "{file}", "--systems", "gates-top2-t9"], "pair/pair/0: expected at most 1012 tokens"),
         (["--composite", "{file},{file}"], "expected each name once, found twice: pair"),
         (["--only", "winowhy", "--systems", "gates-top5"], "gates-top5: expected at most 4"),
-        (["--only", "winowhy", "--system-bank", "elm"], "--system-bank: expected NAME=FOLDER"),
-        (["--only", "winowhy", "--system-bank", "elm={bank}"], "expected a bank of one adapter, found apple, birch"),
+        (["--only", "winowhy", "--systems", "gates-top2-t0"], "gates-top2-t0: expected -tN, -unseen (in this order"),
+        (["--only", "winowhy", "--systems", "elm="], "--systems: expected NAME=FOLDER, found 'elm='"),
+        (["--only", "winowhy", "--systems", "elm={bank}"], "expected a bank of one adapter, found apple, birch"),
+        (["--only", "winowhy", "--systems", "elm={file}"], "pair.jsonl: expected a BANK or PEFT folder, found none"),
+        (["--only", "winowhy", "--systems", "elm,elm={bank}"], "expected a NAME that no other system has, found elm"),
         (["--only", "winowhy", "--batch-size", "0"], "--batch-size: expected 1 or more, found 0"),
         (["--only", "winowhy", "--systems", "retrieval-fusion"], "--systems: retrieval-fusion: expected --index"),
         (["--only", "winowhy", "--max-prompt", "2"], "--max-prompt: expected room for a problem of every row"),
-        (["--only", ","], "expected at least one task or composite, found none"),
+        (["--only", ","], "expected at least one task, or a composite, found none"),
     ],
 )
-def test_refusals_come_before_anything_is_written(folders, tmp_path, capsys, more, said):
+def test_refusals_come_before_anything_is_written(folders, tmp_path, capsys, options, said):
     problem = {"prompt": "long " * 1200, "response": "a@@@@\nb", "tasks": TASKS, "answers": ["a", "b"]}
     file = tmp_path / "pair.jsonl"
     file.write_text(json.dumps(problem) + "\n")
-    more = [word.format(file=file, bank=folders["bank"]) for word in more]
+    options = [word.format(file=file, bank=folders["bank"]) for word in options]
     with pytest.raises(SystemExit) as refusal:
-        main(arguments(folders, tmp_path / "run", *more, systems="gates-top2"))
+        main(arguments(folders, tmp_path / "run", *options, systems="gates-top2"))
     assert refusal.value.code == 1
     error = capsys.readouterr().err
     assert said in error

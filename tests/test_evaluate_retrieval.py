@@ -13,7 +13,7 @@ import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.problems import Problem
-from meteora_jax.evaluation.systems import Given, check_routes, make_system, with_unseen
+from meteora_jax.evaluation.systems import Given, check_routes, make_system
 from meteora_jax.evaluation.tasks import Example, write_splits
 from meteora_jax.evaluation.throughput import choose_prompts, measure, throughput_markdown, time_generation
 from meteora_jax.generation import Generator
@@ -39,18 +39,19 @@ def folders(world, tmp_path_factory):
     return {**world, "root": root, "queries": queries, "index": index}
 
 
-def evaluate(folders, out, *more):
+def evaluate(folders, out, *options, command="evaluate"):
     given = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(folders[k]))]
-    given += ["--tasks", str(folders["root"]), "--queries", str(folders["root"] / "queries.json"), "--scoring"]
-    given += ["loraretriever", "--index", str(folders["root"] / "index"), "--max-new-tokens", "4"]
-    main(["evaluate", *given, "--out", str(out), *more])
+    given += ["--tasks", str(folders["root"]), "--only", str(folders["root"] / "queries.json")]
+    given += ["--index", str(folders["root"] / "index"), "--max-new-tokens", "4"]
+    main([command, *given, "--out", str(out), *options])
 
 
 @pytest.fixture(scope="module")
 def run(folders):
     out = folders["root"] / "run"
-    systems = "retrieval-mixture-k1,retrieval-mixture,gates-top2,gates-within-top2"
-    evaluate(folders, out, "--systems", systems, "--unseen", "--batch-size", "8")
+    kinds = ("retrieval-mixture-k1", "retrieval-mixture", "gates-top2", "gates-within-top2")
+    systems = ",".join(kind + hides for kind in kinds for hides in ("", "-unseen"))
+    evaluate(folders, out, "--systems", systems, "--batch-size", "8")
     return out
 
 
@@ -76,22 +77,18 @@ def test_an_unseen_task_has_no_adapter_of_its_own(folders, run):
 
 
 def test_all_tasks_of_a_composite_problem_are_hidden(folders):
-    given = Given(folders["model"], composite_temperature=5.0, index=folders["index"])
+    given = Given(folders["model"], index=folders["index"])
     pair = Problem("pair/0", "pair", "p", "a@@@@\nb", ("apple", "cedar"), ("a", "b"))
-    assert make_system("gates-top2-unseen", given).route(pair) == Gates(2, 5.0, ("birch", "daisy"))
+    assert make_system("gates-top2-t5-unseen", given).route(pair) == Gates(2, 5.0, ("birch", "daisy"))
     assert make_system("retrieval-fusion-k2-unseen", given).route(pair).exclude == ("apple", "cedar")
     strange = Problem("elm/0", "elm", "p", "a")  # no adapter is its own: nothing to hide
     assert make_system("gates-top2-unseen", given).route(strange) == Gates(2, folders["model"].gates.temperature)
-    names = ["base", "oracle", "gates-top1", "retrieval-selection-k5", "apple"]
-    assert with_unseen(names) == [
-        "base", "oracle", "gates-top1", "gates-top1-unseen", "retrieval-selection-k5", "retrieval-selection-k5-unseen",
-        "apple",
-    ]  # fmt: skip
     assert make_system("retrieval-selection-k5-unseen", given).kind == "retrieval-selection-unseen"
+    assert make_system("gates-within-top2-k4-t5-unseen", given).kind == "gates-within-top2-t5-unseen"
     with pytest.raises(InputError, match="retrieval-mixture-k3-unseen: expected to retrieve at most 2, found 3"):
         check_routes([make_system("retrieval-mixture-k3-unseen", given)], [pair])
     with pytest.raises(InputError, match="within: expected at least 3 adapters"):
-        check_routes([make_system("gates-top3-unseen", given)], [pair])
+        check_routes([make_system("gates-top3-t5-unseen", given)], [pair])
 
 
 def test_what_was_found_stands_beside_what_was_answered(folders, run):
@@ -130,10 +127,11 @@ def test_tasks_without_clusters_and_an_index_of_other_adapters(folders, tmp_path
 
 def test_throughput_is_of_equal_work(folders, tmp_path):
     evaluate(
-        folders, tmp_path / "run", "--throughput", "1,3", "--repeats", "2", "--max-new-tokens", "5",
-        "--systems", "apple,retrieval-mixture",
+        folders, tmp_path / "run", "--batch-sizes", "1", "3", "--repeats", "2", "--max-new-tokens", "5",
+        "--systems", "apple,retrieval-mixture", "--json", str(tmp_path / "copy.json"), command="throughput",
     )  # fmt: skip
     report = json.loads((tmp_path / "run" / "throughput.json").read_text())
+    assert json.loads((tmp_path / "copy.json").read_text()) == report
     assert [(r["system"], r["batch"]) for r in report["records"]] == [
         (s, n) for n in (1, 3) for s in ("apple", "retrieval-mixture")
     ]
@@ -183,9 +181,9 @@ def test_what_is_timed_is_the_system(folders, monkeypatch):
 
     class Kept(Generator):
         def advance(self, tokens):
-            more = super().advance(tokens)
+            done = super().advance(tokens)
             generated.append(self.tokens())
-            return more
+            return done
 
     monkeypatch.setattr("meteora_jax.evaluation.throughput.Generator", Kept)
     index, prompts = folders["index"], [p.prompt for p in problems]
@@ -201,10 +199,10 @@ def test_what_is_timed_is_the_system(folders, monkeypatch):
 def test_end_tokens_do_not_end_a_measurement(folders):
     """Every token an end token: the responses are as long as asked for all the same."""
     model = folders["model"]
-    ends = dataclasses.replace(
+    stopping = dataclasses.replace(
         model, config=dataclasses.replace(model.config, eos_token_ids=tuple(range(model.config.vocab_size)))
     )
-    (record,) = measure([make_system("base", Given(ends))], [Problem("a/0", "a", "so?", "")], [2], 6, 1)
+    (record,) = measure([make_system("base", Given(stopping))], [Problem("a/0", "a", "so?", "")], [2], 6, 1)
     assert record["new_tokens"] == 6
 
 
@@ -215,17 +213,35 @@ def test_prompts_are_those_of_middling_length():
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("options", "said"),
     [
-        (["--throughput", "1,x"], "--throughput: expected batch sizes of 1 or more, found 'x'"),
-        (["--throughput", "2", "--max-new-tokens", "1"], "--throughput: expected problems of one task each and 2"),
-        (["--systems", "retrieval-mixture-k9"], "retrieval-mixture-k9: expected to retrieve at most 4, found 9"),
-        (["--systems", "oracle-unseen"], "found 'oracle-unseen'"),
+        (["--batch-sizes", "1", "0"], "--batch-sizes: expected batch sizes of 1 or more, found 1 0"),
+        (["--max-new-tokens", "1"], "--max-new-tokens: expected 2 or more, found 1"),
+        (["--repeats", "0"], "--repeats: expected 1 or more, found 0"),
+        (["--max-new-tokens", "5000"], "apple/queries/0: expected at most 0 tokens"),
     ],
 )
-def test_refusals(folders, tmp_path, capsys, more, said):
+def test_refusals_of_throughput(folders, tmp_path, capsys, options, said):
     with pytest.raises(SystemExit) as refusal:
-        evaluate(folders, tmp_path / "run", *more)
+        evaluate(folders, tmp_path / "run", *options, "--systems", "base", command="throughput")
+    assert refusal.value.code == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--systems", "retrieval-mixture-k9"], "retrieval-mixture-k9: expected to retrieve at most 4, found 9"),
+        (["--systems", "oracle-unseen"], "--systems: oracle-unseen: expected nothing after oracle, found -unseen"),
+        (["--only", "nowhere.json"], "nowhere.json: expected a file, found none"),
+        (["--only", "{queries},{queries}"], "expected each name once, found twice: apple, birch, cedar, daisy"),
+    ],
+)
+def test_refusals(folders, tmp_path, capsys, options, said):
+    options = [word.format(queries=folders["root"] / "queries.json") for word in options]
+    with pytest.raises(SystemExit) as refusal:
+        evaluate(folders, tmp_path / "run", *options)
     assert refusal.value.code == 1
     error = capsys.readouterr().err
     assert said in error

@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from meteora_jax.cli.comparison import read_systems
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.charts import accuracies, write_bars, write_radar
 from meteora_jax.evaluation.composite import COMPOSITES, read_composites
@@ -58,9 +60,9 @@ def test_a_system_is_a_name_and_a_router_for_each_problem(given):
 def test_gates_are_warmer_on_composites(given, n, temperature):
     problem = composite(0, COMPOSITES[n], ["a"] * n)
     assert make_system("gates-top2", given).route(problem) == Gates(2, temperature)
-    chosen = Given(given.model, given.others, composite_temperature=7.0)
-    assert make_system("gates-top1", chosen).route(problem) == Gates(1, 7.0)
-    assert make_system("gates-top1", chosen).route(single(0)) == Gates(1, 2.0)
+    assert make_system("gates-top1-t7", given).route(problem) == Gates(1, 7.0)
+    assert make_system("gates-top1-t0.5", given).route(single(0)) == Gates(1, 0.5)
+    assert make_system("gates-top1", given).route(single(0)) == Gates(1, 2.0)
     assert problem.stop == (f"\n{n + 1}.",)
     assert single(0).stop == ()
 
@@ -71,13 +73,60 @@ def test_what_no_system_can_do_is_said_at_once(given):
     check_routes(systems[:1], [composite(0), single(0)])
     with pytest.raises(InputError, match="oracle: expected an adapter for every task, found none for winowhy, gsm8k"):
         check_routes(systems, [single(0, "winowhy"), single(0, "gsm8k")])
-    with pytest.raises(InputError, match="pair: gates-top2: expected --composite-temperature"):
+    with pytest.raises(InputError, match=r"pair: gates-top2: expected a temperature \(-tN"):
         check_routes(systems, [composite(0)])
     with pytest.raises(InputError, match="gates-top3: expected at most 2"):
         check_routes([make_system("gates-top3", given)], [single(0)])
     for name in ("gates-top0", "gates-top", "elm"):
         with pytest.raises(InputError, match=r"some of base, oracle, gates-topN, .*, lora-b, object_counting"):
             make_system(name, given)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gates-top2-t0", r"expected -tN, -unseen \(in this order, N above 0\) after gates-top2, found -t0"),
+        ("gates-top2-t0.0", "after gates-top2, found -t0.0"),
+        ("gates-top2-t", "after gates-top2, found -t"),
+        ("gates-top2-k3", "after gates-top2, found -k3"),
+        ("gates-top2-unseen-t3", "after gates-top2, found -unseen-t3"),
+        ("gates-within-top2-t3-k3", r"expected -kN, -tN, -unseen \(in .*\) after gates-within-top2, found -t3-k3"),
+        ("retrieval-mixture-k0", r"expected -kN, -unseen \(in .*\) after retrieval-mixture, found -k0"),
+        ("retrieval-mixture-t2", "after retrieval-mixture, found -t2"),
+        ("oracle-unseen", "expected nothing after oracle, found -unseen"),
+    ],
+)
+def test_a_suffix_that_a_system_does_not_have_is_named(given, name, said):
+    with pytest.raises(InputError, match=f"^--systems: {name}: .*{said}$"):
+        make_system(name, given)
+
+
+def test_a_name_of_its_own_may_look_like_a_suffix(given):
+    other = Given(given.model, {"base-v2": given.others["lora-b"]})
+    assert make_system("base-v2", other).route(single(0)) == Fixed("everything")
+
+
+def test_systems_are_read_in_their_order():
+    names, folders = read_systems("lora=runs/a=b,base,gates-top2-t1,base", ["apple"])
+    assert names == ["lora", "base", "gates-top2-t1"]
+    assert folders == {"lora": Path("runs/a=b")}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lora=", "expected NAME=FOLDER, found 'lora='"),
+        ("=runs/a", "expected NAME=FOLDER, found '=runs/a'"),
+        ("lora=a,lora=b", "lora=b: expected a NAME that no other system has, found lora"),
+        ("lora=a,lora", "lora=a: expected a NAME that no other system has, found lora"),
+        ("apple=a", "apple=a: expected a NAME that no other system has, found apple"),
+        ("gates-top2-t3=a", "gates-top2-t3=a: expected a NAME that no other system has, found gates-top2-t3"),
+        (",", "expected at least one system, found none"),
+    ],
+)
+def test_systems_that_cannot_be_read_are_refused(text, said):
+    with pytest.raises(InputError, match=f"^--systems: {said}"):
+        read_systems(text, ["apple"])
 
 
 # --- what is asked ---
@@ -240,7 +289,10 @@ def test_a_batch_holds_one_kind_and_a_record_its_scores(tmp_path):
         [("pair", "0"), ("pair", "1")],
     ]
     records = Records(tmp_path, {})
-    say = lambda asked: [{"answer": "1. 3\n" if p.tasks else "4"} for p in asked]  # noqa: E731
+
+    def say(asked):
+        return [{"answer": "1. 3\n" if p.tasks else "4"} for p in asked]
+
     counts = []
     systems = {"a": say, "oracle": say}
     run(problems, systems, records, 2, lambda *seen: counts.append(seen), {("oracle", "pair")})
@@ -259,5 +311,5 @@ def test_more_banks_may_join_a_run_but_not_others(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["system banks"] == {"lora-b": "1", "lora-f": "2"}
     with pytest.raises(InputError, match="system banks: lora-b: expected '3' to resume, found '1'"):
         Records(tmp_path, {"split": "test", "system banks": {"lora-b": "3"}})
-    with pytest.raises(InputError, match="composite_temperature: expected 4 to resume, found None"):
-        Records(tmp_path, {"split": "test", "system banks": {}, "composite_temperature": 4})
+    with pytest.raises(InputError, match="max_new_tokens: expected 4 to resume, found None"):
+        Records(tmp_path, {"split": "test", "system banks": {}, "max_new_tokens": 4})

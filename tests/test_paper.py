@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from meteora_jax.cli import parse
+from meteora_jax.cli.comparison import read_systems
 from meteora_jax.cli.evaluate import Evaluate
 from meteora_jax.cli.train import TrainAdapter, TrainGates
+from meteora_jax.evaluation.systems import of_a_family
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts" / "paper").glob("*.sh"))
 ECHO = """#!/usr/bin/env python3
@@ -41,6 +43,10 @@ def test_commands_are_ones_that_meteora_takes(tmp_path, script):
     done = subprocess.run([script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     commands = [parse(json.loads(line)) for line in (tmp_path / "said").read_text().splitlines()]
+    for command in commands:
+        if isinstance(command, Evaluate):
+            names, folders = read_systems(command.systems, "abcdef")
+            assert all(name in folders or of_a_family(name) for name in names)
     if script.stem == "growth":
         assert [c.extend for c in commands if isinstance(c, TrainGates)] == [tmp_path / "out" / "gates-small"]
     if script.stem == "single_and_composites":
@@ -49,4 +55,4 @@ def test_commands_are_ones_that_meteora_takes(tmp_path, script):
             ("lora-b-r48", 48, "balanced"), ("lora-b-r8", 8, "balanced"),
             ("lora-f-r48", 48, "natural"), ("lora-f-r8", 8, "natural"),
         ]  # fmt: skip
-        assert all(len(c.system_bank) == 4 for c in commands if isinstance(c, Evaluate))
+        assert all(c.systems.count("=") == 4 for c in commands if isinstance(c, Evaluate))

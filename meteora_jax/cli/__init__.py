@@ -14,6 +14,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from meteora_jax.cli.compose import Compose, compose
 from meteora_jax.cli.demo import Demo, demo
 from meteora_jax.cli.devices import quiet_libtpu
 from meteora_jax.cli.evaluate import Evaluate, evaluate
@@ -56,6 +57,7 @@ from meteora_jax.cli.index import (
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
+from meteora_jax.cli.throughput import Throughput, throughput
 from meteora_jax.cli.train import (
     TrainAdapter,
     TrainBank,
@@ -127,7 +129,9 @@ def commands_for(args: Sequence[str]) -> Any:
         Annotated[train_commands(gates_by_recipe(args)), sub("train")],
         Annotated[Plan, sub("plan")],
         Annotated[Generate, sub("generate")],
+        Annotated[Compose, sub("compose")],
         Annotated[Evaluate, sub("evaluate")],
+        Annotated[Throughput, sub("throughput")],
         Annotated[Demo, sub("demo")],
     ]
 
@@ -155,7 +159,9 @@ ACTIONS = {
     Plan: plan,
     TrainRetriever: train_retriever,
     Generate: generate,
+    Compose: compose,
     Evaluate: evaluate,
+    Throughput: throughput,
     Demo: demo,
 }
 

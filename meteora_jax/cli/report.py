@@ -57,11 +57,15 @@ def print_tables(text: str, to: Console = console) -> None:
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[..., None]]:
+def progress_bar(what: str, shown: bool = True) -> Iterator[Callable[..., None]]:
     """A bar with time left on stderr; call it with (done, total, optional note).
 
-    Where stderr is no terminal: a line a minute at most, and one at the end.
+    Where stderr is no terminal: a line a minute at most, and one at the end. Nothing where it is not `shown`, as in
+    every process but the first.
     """
+    if not shown:
+        yield _unshown
+        return
     if not status.is_terminal:
         lines = ProgressLines(what)
         try:
@@ -80,6 +84,10 @@ def progress_bar(what: str) -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield update
+
+
+def _unshown(done: int, total: int, note: str = "") -> None:
+    """Progress that nobody is to see."""
 
 
 class ProgressLines:

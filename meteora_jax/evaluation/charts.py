@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from meteora_jax.config import InputError
-from meteora_jax.evaluation.table import shown
+from meteora_jax.evaluation.table import Scoring, Table, shown
 from meteora_jax.io.files import whole_file
 
 
-def accuracies(table: Mapping[str, Any], systems: Sequence[str], scoring: str = "meteora") -> dict[str, list[float]]:
+def accuracies(table: Table, systems: Sequence[str], scoring: Scoring = "meteora") -> dict[str, list[float]]:
     """{row: share of right answers of each system, in percent, NaN where it was not asked}.
 
     Of a composite row it is the share of correct answers among the graded sub-questions; rows that are scored by
@@ -30,7 +30,7 @@ def accuracies(table: Mapping[str, Any], systems: Sequence[str], scoring: str = 
     return {row: shares for row, shares in rows.items() if not all(map(math.isnan, shares))}
 
 
-def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path, scoring: str = "meteora") -> None:
+def write_bars(table: Table, systems: Sequence[str], path: Path, scoring: Scoring = "meteora") -> None:
     """A group of horizontal bars a row."""
 
     def draw(figure: Any) -> None:
@@ -50,7 +50,7 @@ def write_bars(table: Mapping[str, Any], systems: Sequence[str], path: Path, sco
     save_picture(draw, path)
 
 
-def write_radar(table: Mapping[str, Any], systems: Sequence[str], path: Path, scoring: str = "meteora") -> None:
+def write_radar(table: Table, systems: Sequence[str], path: Path, scoring: Scoring = "meteora") -> None:
     """A polygon a system over all rows; with fewer than three rows there is none to draw."""
     shares = accuracies(table, systems, scoring)
     if len(shares) < 3:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meteora_jax.config import InputError, read_lines
+from meteora_jax.config import InputError, LlamaConfig, read_lines
 from meteora_jax.evaluation.metrics import METRICS
 from meteora_jax.evaluation.tasks import Example, load_split, parse_example, write_splits
 from meteora_jax.evaluation.tasks.bigbench import COMPOSITE_10
@@ -53,7 +53,7 @@ def generate_composites(
     tasks_dir: Path,
     tasks: Sequence[str],
     *,
-    seed: int,
+    seed: int = SEED,
     count: int = COUNT,
     shots: int = SHOTS,
     max_tokens: int | None = None,
@@ -83,7 +83,30 @@ def generate_composites(
     return dest
 
 
-def default_path(tasks_dir: Path, tasks: Sequence[str], *, seed: int, count: int, shots: int) -> Path:
+def tasks_of(name: str) -> tuple[str, ...]:
+    """The tasks of a composite as the command line names it: 3, 5, 10 for MeteoRA's, or tasks joined by +; one word
+    of another kind for itself.
+
+    Raises:
+        InputError: several tasks, some of which have no metrics.
+    """
+    tasks = {str(n): tasks for n, tasks in COMPOSITES.items()}.get(name, tuple(name.split("+")))
+    unknown = [task for task in tasks if task not in METRICS]
+    if unknown and len(tasks) > 1:
+        raise InputError(f"{name}: expected tasks with metrics, found {', '.join(unknown)}")
+    return tasks
+
+
+def longest_prompt(config: LlamaConfig, new_tokens: int) -> int | None:
+    """Tokens of a prompt that leave room for a response of `new_tokens` in the context; None where a context grows."""
+    scaling = config.rope_scaling
+    grows = scaling is not None and scaling.rope_type == "dynamic"
+    return None if grows else config.max_position_embeddings - new_tokens
+
+
+def default_path(
+    tasks_dir: Path, tasks: Sequence[str], *, seed: int = SEED, count: int = COUNT, shots: int = SHOTS
+) -> Path:
     """`tasks_dir/composite_<n>/test.jsonl`; what is not the usual shots, seed or count is in the folder's name, and a
     digest of the tasks where they are not MeteoRA's: their problems must not pass for those."""
     n = len(tasks)

@@ -273,11 +273,11 @@ def _line_number(line: str) -> int:
 def _is_next_answer(number: int, current: int, in_list: int, later: list[int]) -> bool:
     """Whether the line `number` begins an answer after `current`, seen the numbers of the `later` lines."""
     # Before the first answer there is no list that a later 1 could begin.
-    ahead = later[: later.index(1)] if current and 1 in later else later
-    if any(skipped in ahead for skipped in range(current + 1, number)):
+    upcoming = later[: later.index(1)] if current and 1 in later else later
+    if any(skipped in upcoming for skipped in range(current + 1, number)):
         return False
     goes_on_with_list = in_list > 0 and number == in_list + 1
-    return not (goes_on_with_list and number in ahead)
+    return not (goes_on_with_list and number in upcoming)
 
 
 def score_composite(

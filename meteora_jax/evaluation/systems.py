@@ -1,6 +1,8 @@
 """What is judged: a system is a name and a function from a problem to the router that answers it.
 
-A family of systems is one entry of FAMILIES; a new way to route needs an entry and nothing else.
+A family of systems is one entry of FAMILIES; a new way to route needs an entry and nothing else. A name is its
+family's, as `gates-top2`, and suffixes in this order: -kN, how many adapters it retrieves; -tN, the temperature of its
+gates; -unseen.
 """
 
 from __future__ import annotations
@@ -8,21 +10,67 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
-from meteora_jax.config import InputError
+from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.evaluation.problems import Problem
+from meteora_jax.gate_config import GateConfig
 from meteora_jax.retriever.index import Index
+from meteora_jax.routing import BoundRouter, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
-from meteora_jax.routing.retrieval import COMPOSITIONS, GatesWithin, Retrieval
+from meteora_jax.routing.retrieval import COMPOSITIONS, Compose, GatesWithin, Retrieval
 
-Route = Callable[[Problem], Any]  # a problem -> what `Meteora.generate` takes as its router
-
-UNSEEN = "-unseen"  # ends the name of a system that gets no adapter of a problem's own tasks
+Route = Callable[[Problem], Fixed | Gates | Retrieval | GatesWithin | None]  # a problem -> the router of its answer
 
 # Temperature of the gates on MeteoRA's composite-n problems, by n.
 COMPOSITE_TEMPERATURES = {3: 15.0, 5: 20.0, 10: 30.0}
+RETRIEVED = 3  # adapters that an index finds for a problem where the system's name has no -kN
+
+UNSEEN = "-unseen"  # ends the name of a system that gets no adapter of a problem's own tasks
+_SUFFIXES = {
+    "-kN": r"(?:-k(?P<found>[1-9]\d*))?",
+    "-tN": r"(?:-t(?P<temperature>(?=[\d.]*[1-9])\d+(?:\.\d+)?))?",
+    UNSEEN: rf"(?P<unseen>{UNSEEN})?",
+}
+
+
+@runtime_checkable
+class Response(Protocol):
+    """What a model said to one prompt; `api.Completion` is one."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def finish_reason(self) -> str: ...
+    @property
+    def routing(self) -> RoutingTrace | None: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A base with its bank and gates, as systems use it; `api.Meteora` is one."""
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]: ...
+    @property
+    def config(self) -> LlamaConfig: ...
+    @property
+    def gates(self) -> GateConfig | None: ...
+    @property
+    def graph(self) -> Any: ...  # flax's definition and state of the modules, and the mesh: what a `Generator` takes
+    @property
+    def weights(self) -> Any: ...
+    @property
+    def mesh(self) -> Any: ...
+
+    def encode(self, prompt: str) -> list[int]: ...
+    def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None: ...
+    def generate(
+        self, prompts: Sequence[str], router: Any, *, max_new_tokens: int, stop: Sequence[str]
+    ) -> Sequence[Response]: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +82,7 @@ class System:
     """
 
     name: str
-    model: Any
+    model: Model
     route: Route
     composites: bool = True
     retrieves: int | None = None
@@ -42,32 +90,65 @@ class System:
     @property
     def kind(self) -> str:
         """The name without how many adapters it retrieves: systems of one kind differ in that alone."""
-        return re.sub(rf"-k\d+(?=$|{UNSEEN}$)", "", self.name)
+        return re.sub(rf"-k\d+(?=(-t[\d.]+)?({UNSEEN})?$)", "", self.name)
 
 
 @dataclass(frozen=True)
 class Given:
-    """What systems are made of: the model, other models over the same base by name, and the caller's options.
+    """What systems are made of: the model, other models over the same base by name, and an index of the adapters.
 
-    Each of `others` holds one adapter, which its system uses for every problem. `index` finds `retrieve` adapters for
-    a problem, unless the system's name says how many.
+    Each of `others` holds one adapter, which its system uses for every problem.
     """
 
-    model: Any
-    others: Mapping[str, Any] = field(default_factory=dict)
-    composite_temperature: float | None = None
+    model: Model
+    others: Mapping[str, Model] = field(default_factory=dict)
     index: Index | None = None
-    retrieve: int = 3
 
 
 @dataclass(frozen=True)
 class Family:
-    """Systems whose names match `pattern`; `spelled` is how a message names them."""
+    """Systems whose names are `stem`, a pattern, and some of `suffixes`; `spelled` is how a message names them."""
 
     spelled: str
-    pattern: str
+    stem: str
     make: Callable[[re.Match[str], Given], Route]
+    suffixes: tuple[str, ...] = ()
     composites: bool = True
+
+    @property
+    def pattern(self) -> str:
+        """Of whole names."""
+        return self.stem + "".join(_SUFFIXES[suffix] for suffix in self.suffixes)
+
+    def refusal(self, name: str) -> str | None:
+        """What is wrong with a name of this family whose suffixes are none of its own; None for any other name."""
+        match = re.fullmatch(rf"(?P<stem>{self.stem})(?P<rest>-.*)", name)
+        if match is None:
+            return None
+        allowed = f"{', '.join(self.suffixes)} (in this order, N above 0)" if self.suffixes else "nothing"
+        return f"--systems: {name}: expected {allowed} after {match['stem']}, found {match['rest']}"
+
+
+def _base(name: re.Match[str], given: Given) -> Route:
+    return _always(None)
+
+
+def _oracle(name: re.Match[str], given: Given) -> Route:
+    """The adapter named like the task: one a prompt. For several tasks in one prompt there is no such adapter."""
+
+    def route(problem: Problem) -> Fixed:
+        return Fixed(problem.task)
+
+    return route
+
+
+def _always(router: Fixed | None) -> Route:
+    """The same router for every problem."""
+
+    def route(problem: Problem) -> Fixed | None:
+        return router
+
+    return route
 
 
 def _gates(name: re.Match[str], given: Given) -> Route:
@@ -86,21 +167,28 @@ def _gates_within(name: re.Match[str], given: Given) -> Route:
     top_k, temperature = _gate_options(name, given)
     index, k = _index(name, given)
     hidden = _hidden(name, index.names)
-    return lambda problem: GatesWithin(index, k, top_k, temperature(problem), hidden(problem))
+
+    def route(problem: Problem) -> GatesWithin:
+        return GatesWithin(index, k, top_k, temperature(problem), hidden(problem))
+
+    return route
 
 
 def _gate_options(name: re.Match[str], given: Given) -> tuple[int, Callable[[Problem], float]]:
-    """The gates' top-k, and their temperature on a problem."""
-    if given.model.gates is None:
+    """The gates' top-k, and their temperature on a problem: the name's, else as trained or MeteoRA's of composites."""
+    gates = given.model.gates
+    if gates is None:
         raise InputError(f"--systems: {name[0]}: expected --gates, found none")
 
     def temperature(problem: Problem) -> float:
+        if name["temperature"]:
+            return float(name["temperature"])
         if not problem.tasks:
-            return given.model.gates.temperature
-        found = given.composite_temperature or COMPOSITE_TEMPERATURES.get(problem.parts)
+            return gates.temperature
+        found = COMPOSITE_TEMPERATURES.get(problem.parts)
         if found is None:
             raise InputError(
-                f"{problem.task}: {name[0]}: expected --composite-temperature, as MeteoRA has none for "
+                f"{problem.task}: {name[0]}: expected a temperature (-tN, as gates-top2-t15), as MeteoRA has none for "
                 f"{problem.parts} tasks in a prompt, found none"
             )
         return found
@@ -110,9 +198,13 @@ def _gate_options(name: re.Match[str], given: Given) -> tuple[int, Callable[[Pro
 
 def _retrieval(name: re.Match[str], given: Given) -> Route:
     index, k = _index(name, given)
-    compose: Any = name["compose"]
+    compose = cast(Compose, name["compose"])
     hidden = _hidden(name, index.names)
-    return lambda problem: Retrieval(index, k, compose, exclude=hidden(problem))
+
+    def route(problem: Problem) -> Retrieval:
+        return Retrieval(index, k, compose, exclude=hidden(problem))
+
+    return route
 
 
 def _index(name: re.Match[str], given: Given) -> tuple[Index, int]:
@@ -121,33 +213,32 @@ def _index(name: re.Match[str], given: Given) -> tuple[Index, int]:
         raise InputError(f"--systems: {name[0]}: expected --index, found none")
     if strange := sorted(set(given.index.names) - set(given.model.adapter_names)):
         raise InputError(f"--index: expected adapters of the bank, found {', '.join(strange)}")
-    return given.index, int(name["found"] or given.retrieve)
+    return given.index, int(name["found"] or RETRIEVED)
 
 
 def _hidden(name: re.Match[str], names: Sequence[str]) -> Callable[[Problem], tuple[str, ...]]:
     """Which of `names` a problem must not get: of an unseen system, those of the problem's own tasks."""
-    if not name["unseen"]:
-        return lambda problem: ()
-    return lambda problem: tuple(t for t in problem.own_tasks if t in names)
+
+    def hidden(problem: Problem) -> tuple[str, ...]:
+        return tuple(t for t in problem.own_tasks if t in names) if name["unseen"] else ()
+
+    return hidden
 
 
-_HIDES, _FINDS = rf"(?P<unseen>{UNSEEN})?", r"(-k(?P<found>[1-9]\d*))?"
 _TOP, _COMPOSE = r"top(?P<top>[1-9]\d*)", "|".join(COMPOSITIONS)
 
 FAMILIES = [
-    Family("base", "base", lambda name, given: lambda problem: None),
-    # The adapter named like the task: one a prompt. For several tasks in one prompt there is no such adapter.
-    Family("oracle", "oracle", lambda name, given: lambda problem: Fixed(problem.task), composites=False),
-    Family("gates-topN", f"gates-{_TOP}{_HIDES}", _gates),
-    Family("gates-within-topN", f"gates-within-{_TOP}{_FINDS}{_HIDES}", _gates_within),
-    Family(f"retrieval-{_COMPOSE}", f"retrieval-(?P<compose>{_COMPOSE}){_FINDS}{_HIDES}", _retrieval),
+    Family("base", "base", _base),
+    Family("oracle", "oracle", _oracle, composites=False),
+    Family("gates-topN", f"gates-{_TOP}", _gates, ("-tN", UNSEEN)),
+    Family("gates-within-topN", f"gates-within-{_TOP}", _gates_within, ("-kN", "-tN", UNSEEN)),
+    Family(f"retrieval-{_COMPOSE}", f"retrieval-(?P<compose>{_COMPOSE})", _retrieval, ("-kN", UNSEEN)),
 ]
 
 
-def with_unseen(names: Sequence[str]) -> list[str]:
-    """The names, each followed by its unseen system where its family has them."""
-    can_hide = {name: any(re.fullmatch(f.pattern, name + UNSEEN) for f in FAMILIES) for name in names}
-    return list(dict.fromkeys(n for name in names for n in (name, *[name + UNSEEN] * can_hide[name])))
+def of_a_family(name: str) -> bool:
+    """Whether a family has a system of this name."""
+    return any(re.fullmatch(family.pattern, name) for family in FAMILIES)
 
 
 def make_system(name: str, given: Given) -> System:
@@ -158,16 +249,18 @@ def make_system(name: str, given: Given) -> System:
     """
     for family in FAMILIES:
         if match := re.fullmatch(family.pattern, name):
-            route, groups = family.make(match, given), match.groupdict()
-            k = int(groups["found"] or given.retrieve) if "found" in groups else None
-            return System(name, given.model, route, family.composites, k)
+            k = int(match["found"] or RETRIEVED) if "-kN" in family.suffixes else None
+            return System(name, given.model, family.make(match, given), family.composites, k)
     if other := given.others.get(name):
         (alone,) = other.adapter_names
-        return System(name, other, lambda problem: Fixed(alone))
+        return System(name, other, _always(Fixed(alone)))
     if name in given.model.adapter_names:
-        return System(name, given.model, lambda problem: Fixed(name))
+        return System(name, given.model, _always(Fixed(name)))
+    for family in FAMILIES:
+        if refusal := family.refusal(name):
+            raise InputError(refusal)
     known = ", ".join((*(f.spelled for f in FAMILIES), *given.others, *given.model.adapter_names))
-    raise InputError(f"--systems: expected some of {known}, found {name!r}")
+    raise InputError(f"--systems: expected some of {known}, or NAME=FOLDER, found {name!r}")
 
 
 def skipped(systems: Sequence[System], problems: Sequence[Problem]) -> set[tuple[str, str]]:

@@ -20,6 +20,7 @@ from meteora_jax.evaluation.problems import Problem
 
 Scoring = Literal["meteora", "loraretriever"]
 Cell = dict[str, Any]  # a system's scores in one row
+Table = dict[str, Any]  # as `tabulate` returns it: what table.json holds
 
 UNDEFINED = "not defined"
 NOTE = "Accuracies, BLEU and ROUGE run from 0 to 100; in brackets where an empty answer counts as zero.\n"
@@ -29,7 +30,7 @@ _LABELS = {
     "rougeL": ", ROUGE-L",
 }  # fmt: skip
 _SHARES = {"accuracy", "exact_match", "rouge1", "rouge2", "rougeL"}  # from 0 to 1
-_MEANS = {"meteora": "accuracy", "loraretriever": "exact_match"}
+_MEANS: dict[Scoring, str] = {"meteora": "accuracy", "loraretriever": "exact_match"}
 
 
 def score_row(problems: Sequence[Problem], answers: Sequence[str]) -> Cell:
@@ -56,7 +57,7 @@ def tabulate(
     systems: Sequence[str],
     answers: Mapping[tuple[str, str], str],
     skipped: Collection[tuple[str, str]] = (),
-) -> dict[str, Any]:
+) -> Table:
     """The table from the answers by (system, problem id); `skipped` are the (system, row) that were not asked.
 
     Returns:
@@ -94,23 +95,23 @@ def _cluster(rows: Sequence[Mapping[str, Cell]]) -> dict[str, Cell]:
     return cells
 
 
-def _means(table: Mapping[str, Mapping[str, Cell]], systems: Sequence[str], name: str, scoring: str) -> dict:
+def _means(table: Mapping[str, Mapping[str, Cell]], systems: Sequence[str], name: str, scoring: Scoring) -> dict:
     columns = {s: [shown(row[s], scoring).get(name) for row in table.values() if s in row] for s in systems}
     values = {s: [v for v in column if v is not None] for s, column in columns.items()}
     return {s: sum(v) / len(v) for s, v in values.items() if v}
 
 
-def shown(cell: Mapping[str, Any], scoring: str) -> Mapping[str, Any]:
+def shown(cell: Mapping[str, Any], scoring: Scoring) -> Mapping[str, Any]:
     """The part of a system's scores that a scoring shows: for LoraRetriever's, its own or nothing."""
     return cell if scoring == "meteora" else cell.get("loraretriever", {})
 
 
-def mean_shares(table: Mapping[str, Any], scoring: Scoring = "meteora") -> dict[str, float]:
+def mean_shares(table: Table, scoring: Scoring = "meteora") -> dict[str, float]:
     """{system: its mean accuracy over the tasks that have one, from 0 to 1}."""
     return table[f"mean {_MEANS[scoring]}"]
 
 
-def markdown(table: Mapping[str, Any], systems: Sequence[str], scoring: Scoring = "meteora") -> str:
+def markdown(table: Table, systems: Sequence[str], scoring: Scoring = "meteora") -> str:
     """The table by one scoring: a line a task with its accuracy, or a line a metric where it has none."""
     lines = ["| task | problems | " + " | ".join(systems) + " |", "| --- " * (len(systems) + 2) + "|"]
     groups = {**table["tasks"], **{f"cluster {name}": cells for name, cells in table["clusters"].items()}}

@@ -35,7 +35,8 @@ def time_generation(system: System, problems: Sequence[Problem], new_tokens: int
     model = system.model
     ids = [model.encode(p.prompt) for p in problems]
     start = time.perf_counter()
-    router, _ = look_up([system.route(p) for p in problems], len(problems), lambda: [p.prompt for p in problems])
+    routers = [system.route(p) for p in problems]
+    router, _ = look_up(routers, len(problems), lambda: [p.prompt for p in problems])
     found = time.perf_counter()
     bound = model.bind(router, len(problems), ids)
     endless = dataclasses.replace(model.config, eos_token_ids=())
@@ -56,7 +57,7 @@ def measure(
     batch_sizes: Sequence[int],
     new_tokens: int,
     repeats: int,
-    progress: Callable[[int, int, str], None] = lambda *_: None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A record a batch size and system.
 
@@ -76,7 +77,8 @@ def measure(
             for system in systems:
                 samples[system.name].append(time_generation(system, chosen, new_tokens))
                 count += 1
-                progress(count, total, f"{system.name}, batch {size}")
+                if progress is not None:
+                    progress(count, total, f"{system.name}, batch {size}")
         for name, rows in samples.items():
             median = {part: statistics.median(row[part] for row in rows) for part in rows[0]}
             spent = median["prefill"] + median["decoding"]

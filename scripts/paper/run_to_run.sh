@@ -10,6 +10,6 @@ for seed in ${SEEDS:-0 1}; do
     judge=(meteora evaluate --base "$BASE" --bank "$OUT/bank" --gates "$gates" --tasks "$TASKS" --max-prompt 2048)
     "${judge[@]}" --systems oracle,gates-top1,gates-top2 --limit "${LIMIT:-100}" --batch-size 128 \
         --out "$OUT/evaluation/single-seed-$seed"
-    "${judge[@]}" --systems gates-top1,gates-top2 --composite "${COMPOSITE:-3,5,10}" --composite-temperature 1 \
+    "${judge[@]}" --systems gates-top1-t1,gates-top2-t1 --composite "${COMPOSITE:-3,5,10}" \
         --batch-size 50 --out "$OUT/evaluation/composite-seed-$seed"
 done

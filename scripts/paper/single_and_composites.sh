@@ -6,7 +6,7 @@ cd "$(dirname "$0")" && here=$PWD && cd - > /dev/null
 [ -f "$OUT/gates/gates.json" ] || meteora train gates --base "$BASE" --bank "$OUT/bank" --tasks "$TASKS" --out "$OUT/gates"
 mapfile -t tasks < <(cd "$TASKS" && ls -d -- */train.jsonl | xargs -n 1 dirname)
 large=$((8 * ${#tasks[@]}))  # as many numbers as the whole bank has
-banks=()
+banks=
 for rank in 8 "$large"; do
     for lora in f b; do
         name=lora-$lora-r$rank
@@ -16,11 +16,11 @@ for rank in 8 "$large"; do
             --task "${tasks[@]}" --name "$name" \
             --rank "$rank" "${how[@]}" --steps 470 --rows 16 --max-length 2048 --learning-rate 1e-3 --warmup 0.03 \
             --clip 1 --composite 0.1 --composite-sizes 2 10 --composite-shots 2 --remat "${REMAT:-all}"
-        banks+=("$name=$OUT/$name")
+        banks+=,$name=$OUT/$name
     done
 done
 judge=(meteora evaluate --base "$BASE" --bank "$OUT/bank" --gates "$OUT/gates" --tasks "$TASKS" --max-prompt 2048)
-"${judge[@]}" --systems base,oracle,gates-top1,gates-top2 --system-bank "${banks[@]}" --limit "${LIMIT:-100}" \
+"${judge[@]}" --systems "base,oracle,gates-top1,gates-top2$banks" --limit "${LIMIT:-100}" \
     --batch-size 128 --out "$OUT/evaluation/single"
-"${judge[@]}" --systems base,gates-top1,gates-top2 --system-bank "${banks[@]}" --composite "${COMPOSITE:-3,5,10}" \
-    --composite-temperature 1 --batch-size 50 --out "$OUT/evaluation/composite"
+"${judge[@]}" --systems "base,gates-top1-t1,gates-top2-t1$banks" --composite "${COMPOSITE:-3,5,10}" \
+    --batch-size 50 --out "$OUT/evaluation/composite"
