@@ -197,21 +197,21 @@ def adapter_layout(group: Group, state: StepState, choice: Choice | None, limits
         raise NotImplementedError(f"decode_step: expected at most {MAX_ROWS} rows, found {rows}")
     if choice is None:
         return None
-    gates, wide = choice.counts is not None, group.a is not None
-    if not group.packed and (gates or not wide):
+    gates, compact = choice.counts is not None, group.a is not None
+    if not group.packed and (gates or not compact):
         raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
     assert group.b is not None
     adapters, rank = group.b.shape[1:3]
     c, p = choice.top_k, len(group.splits)
-    if wide:
+    if compact:
         place = dict(start=0, projection=c * rank, row=p * c * rank, first_shrink=0)
     else:
         row = group.columns + p * group.packed
         place = dict(start=group.columns, projection=group.packed, row=row, first_shrink=group.first_shrink)
     traced = state.indices.shape[2] * c if gates else 0  # a row's, of all projections
     return AdapterLayout(
-        A=adapters, R=rank, C=c, gates=gates and not wide, gather=wide or rows * c <= limits.gather * adapters,
-        compact=wide, parts=shrink_parts(group, rows, c), **place,
+        A=adapters, R=rank, C=c, gates=gates and not compact, gather=compact or rows * c <= limits.gather * adapters,
+        compact=compact, parts=shrink_parts(group, rows, c), **place,
         routing_layer=rows * traced, routing_row=traced or c, routing_projection=c if gates else 0,
         routing_first=group.first_projection * c if gates else 0,
     )  # fmt: skip
