@@ -139,6 +139,7 @@ def alternate(contenders: dict[str, Timed], seconds: float) -> dict[str, float]:
     """Median milliseconds of each, measured in turns; compiled and warm before the first measurement."""
     inner = {}
     for name, timed in contenders.items():
+        once = 0.0
         for _ in range(2):
             made = jax.block_until_ready(timed.prepare())
             start = time.perf_counter()
@@ -150,7 +151,7 @@ def alternate(contenders: dict[str, Timed], seconds: float) -> dict[str, float]:
     while time.perf_counter() < end or min(map(len, samples.values())) < 5:
         for name, timed in contenders.items():
             made = jax.block_until_ready(timed.prepare())
-            start = time.perf_counter()
+            start, out = time.perf_counter(), None
             for _ in range(inner[name]):
                 out = timed.call(made)
             jax.block_until_ready(out)

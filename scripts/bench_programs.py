@@ -139,7 +139,7 @@ def training(model: Held, router: Any, tokens: jax.Array, adapters: int, remat: 
 
     state = Held(None, jax.eval_shape(begin, gates), lambda: begin(cut(model(), GateParam)[1]))
     dtype = nnx.merge(model.graph, model.shapes).embed.dtype
-    update = make_step(split, state.shapes, tx, GateLoss(Objective(beta=50.0)), dtype=dtype, remat=remat)
+    update: Any = make_step(split, state.shapes, tx, GateLoss(Objective(beta=50.0)), dtype=dtype, remat=remat)
     update = update.lower(frozen, state.shapes, batch, router).compile()
     embedding = nnx.PathContains("embed")
     bare_graph, embed, rest = cut(model.shapes, embedding)

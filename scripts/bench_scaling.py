@@ -131,7 +131,7 @@ def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: P
             held = jax.block_until_ready(found.state)
             restored = time.perf_counter() - began
         checkpoints.close()
-    times = []
+    times, loss = [], float("nan")
     with use_mesh(mesh):
         began = time.perf_counter()
         compiled = step.lower(frozen, held, batch, router).compile()

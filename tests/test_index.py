@@ -303,7 +303,7 @@ def test_ten_thousand_adapters_cost_one_matmul():
         return call(), time.perf_counter() - start
 
     index.fit()
-    ours, bare = [], []
+    ours, bare, found, order = [], [], None, None
     for _ in range(7):  # side by side, so that a busy machine slows both
         found, seconds = timed(lambda: index.query(["10000"], k=3))
         ours.append(seconds)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,7 +139,8 @@ def test_figures_are_what_they_say():
             return np.asarray([[3, 2, 1, 0], [3, 2, 1, 0], [0, 1, 2, 3]], np.float32)
 
     queries = [Query("x", "a", "one"), Query("y", "b", "one"), Query("z", "b", "one")]
-    judged = evaluation.judge.__wrapped__(Index(), queries, (1, 2, 3, 4))  # a stand-in for an index
+    judge: Any = evaluation.judge
+    judged = judge.__wrapped__(Index(), queries, (1, 2, 3, 4))  # a stand-in for an index
     assert judged["iid"] == {1: 33.33, 2: 66.67, 3: 100.0}  # own adapter at places 1, 2 and 3
     # masked: a's kin b is first; b's kin a is first; then b's kin a is last of c, d, a
     assert judged["ood"] == {1: 66.67, 2: 66.67, 3: 100.0}
