@@ -132,7 +132,7 @@ def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: P
             train_state = jax.block_until_ready(found.state)
             restored = time.perf_counter() - began
         checkpoints.close()
-    times = []
+    times, loss = [], float("nan")
     with use_mesh(mesh):
         began = time.perf_counter()
         compiled = step.lower(frozen, train_state, batch, router).compile()

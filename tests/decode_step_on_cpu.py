@@ -25,7 +25,7 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Generator, Sampling
 from meteora_jax.model import llama
-from meteora_jax.model.lora_linear import _join
+from meteora_jax.model.packed_linear import stack_rows
 from meteora_jax.model.routed_llama import RoutedCache
 from pallas_kernels.decode_step import operands, triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
@@ -155,7 +155,7 @@ def random_group(rng, kind, layers, width, splits, adapters, rank, wide, norm, g
     packed = packed if gates or not wide else None
     w, scale = draw(layers, width, total), jnp.asarray(rng.choice([0.5, 1, 2], (layers, width)), kind)
     g = Group(
-        w if packed is None else _join(w, packed), a if wide else None, draw(layers, adapters, rank, total),
+        w if packed is None else stack_rows(w, packed), a if wide else None, draw(layers, adapters, rank, total),
         jnp.asarray(rng.uniform(0.5, 2, (layers, p, adapters)), jnp.float32), splits, 1e-5 if norm else None,
         0 if packed is None else packed.shape[2], packing.first_a_row(adapters), first,
     )  # fmt: skip

@@ -66,6 +66,7 @@ def main(dest: str) -> None:
         for axes_name, axes in AXES.items():
             order = shard_order(SPLITS, 2) if "outputs" in axes else np.arange(32)
             laid = {k: jnp.asarray(v[..., order] if k in ("kernel", "b") else v) for k, v in found.items()}
+            many: Any = None
             for name in NAMES:
 
                 def many(x, kernel, a, b, scale, fixed=fixed, axes=axes, name=name, order=order):

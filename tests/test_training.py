@@ -102,7 +102,7 @@ def test_gradients_equal_finite_differences(world):
         key, sub = jax.random.split(key)
         direction = jax.random.normal(sub, grad.shape) / np.sqrt(grad.size)
 
-        def moved(step, i=i, direction=direction):
+        def moved(step: float, i: int = i, direction: jax.Array = direction) -> Any:
             return tree.unflatten([x + step * direction if j == i else x for j, x in enumerate(leaves)])
 
         difference = (float(loss(moved(5e-3))) - float(loss(moved(-5e-3)))) / 1e-2

@@ -21,6 +21,7 @@ from meteora_jax.evaluation.composite import (
     read_composites,
     tasks_of,
 )
+from meteora_jax.io import hf_config
 from meteora_jax.text import load_tokenizer
 
 
@@ -80,7 +81,7 @@ def compose(command: Compose) -> None:
 
 def read_base(base: Path) -> tuple[Callable[[str], int], LlamaConfig]:
     """The length of a text in a base's tokens, and the base's configuration."""
-    config = LlamaConfig.from_hf(read_json(base / "config.json"), str(base / "config.json"))
+    config = hf_config.from_hf(read_json(base / "config.json"), str(base / "config.json"))
     tokenizer = load_tokenizer(base)
 
     def count(text: str) -> int:

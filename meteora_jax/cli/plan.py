@@ -119,7 +119,7 @@ def _show(found: planning.Plan, mfu: float) -> None:
         rate = found.rows * found.width / found.seconds
         time = f"; at MFU {mfu:.0%}: {found.seconds:.3f} s, {rate:,.0f} tokens/s"
     show(f"  {found.flops:.3g} FLOPs a device and step{time}")
-    if found.fits is False:
+    if found.fits is False and found.excess is not None:
         sizes = f"needs {found.needed / GIB:.2f} GiB{memory} a device, {found.excess / GIB:.2f} GiB too much"
         show(f"  does not fit: {sizes}; {found.advice()}")
     elif found.fits:

@@ -142,7 +142,7 @@ def run_layers(
 
 def _routing(state: StepState, choice: Choice, group: str, depth: int) -> Routing:
     """What acted in a group, layers first."""
-    if choice.counts is not None:
+    if choice.indices is None or choice.weights is None:
         own = slice(FIRST[group], FIRST[group] + len(GROUPS[group]))
         return Routing(state.indices[:, :, None, own], state.weights[:, :, None, own])
     given = (

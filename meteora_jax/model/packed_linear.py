@@ -46,7 +46,7 @@ class PackedLinear(nnx.Module):
         gate = jnp.zeros((layers, width, projections, adapters), a.dtype) if linear.gate is None else linear.gate[...]
         rows = jax.jit(jax.vmap(packing.pack_gates_and_a))(gate, a[..., :0, :] if self.wide else a)
         self.packed_rows = rows.shape[1] * rows.shape[2]
-        self.kernel = PackedKernel(_pack(linear.kernel[...], rows), axes=linear.sides[::-1])
+        self.kernel = PackedKernel(stack_rows(linear.kernel[...], rows), axes=linear.sides[::-1])
         self.bias: BaseParam | None = linear.bias
         self.lora_a: AdapterParam = linear.lora_a
         self.lora_b: AdapterParam = linear.lora_b
@@ -138,7 +138,7 @@ def packed(linear: LoRALinear, by_token: bool, execution: ExecutionConfig) -> Lo
     return PackedLinear(linear, execution.dense_width)
 
 
-def _pack(kernel: jax.Array, behind: jax.Array) -> jax.Array:
+def stack_rows(kernel: jax.Array, behind: jax.Array) -> jax.Array:
     """kernel [L, I, O] as rows, and behind [L, P, N, I] after them: [L, O + P N, I]."""
     rows = behind.reshape(behind.shape[0], -1, behind.shape[-1]).astype(kernel.dtype)
     rows = jnp.pad(rows, ((0, 0), (kernel.shape[2], 0), (0, 0)))

@@ -30,6 +30,10 @@ class Encoder(Protocol):
         """float32 [N, D] of N texts, each behind the instruction."""
         ...
 
+    def cut(self, texts: Sequence[str], instruction: str) -> list[int]:
+        """Places of the texts that are longer than what is read of one."""
+        ...
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes what `TextEncoder.load` reads."""
         ...
