@@ -37,7 +37,13 @@ PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDER decides
     "pallas_kernels": (),
     "converters": (
-        *("meteora_jax.config", "meteora_jax.io.files", "meteora_jax.gate_config", "meteora_jax.io.provenance"),
+        *(
+            "meteora_jax.config",
+            "meteora_jax.io.hf_config",
+            "meteora_jax.io.files",
+            "meteora_jax.gate_config",
+            "meteora_jax.io.provenance",
+        ),
         *("meteora_jax.retriever.config",),
     ),
     "meteora_jax": ("pallas_kernels",),

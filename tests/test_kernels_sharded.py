@@ -66,7 +66,6 @@ def main(dest: str) -> None:
         for axes_name, axes in AXES.items():
             order = shard_order(SPLITS, 2) if "outputs" in axes else np.arange(32)
             laid = {k: jnp.asarray(v[..., order] if k in ("kernel", "b") else v) for k, v in found.items()}
-            many: Any = None
             for name in NAMES:
 
                 def many(x, kernel, a, b, scale, fixed=fixed, axes=axes, name=name, order=order):
@@ -82,7 +81,7 @@ def main(dest: str) -> None:
                     error = np.abs(np.asarray(ours) - theirs).max()
                     if not error <= 2e-4 * max(1.0, np.abs(theirs).max()):
                         problems.append(f"{axes_name} {name} {requests}: {key}: {error}")
-            forward = jax.jit(lambda args, many=many: many(**args)[1]).lower(laid).compile().as_text()
+            forward = jax.jit(lambda args, run=many: run(**args)[1]  # pyright: ignore[reportPossiblyUnbound]).lower(laid).compile().as_text()
             kinds = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
             counted[axes_name] = sorted(re.findall(kinds, forward))
     Path(dest).write_text(json.dumps({"problems": problems, "counted": counted}))

@@ -102,10 +102,10 @@ def test_gradients_equal_finite_differences(world):
         key, sub = jax.random.split(key)
         direction = jax.random.normal(sub, grad.shape) / np.sqrt(grad.size)
 
-        def moved(step: float, i: int = i, direction: jax.Array = direction) -> Any:
-            return tree.unflatten([x + step * direction if j == i else x for j, x in enumerate(leaves)])
+        def at(step: float, leaf: int, direction: jax.Array) -> float:
+            return float(loss(tree.unflatten([x + step * direction if j == leaf else x for j, x in enumerate(leaves)])))
 
-        difference = (float(loss(moved(5e-3))) - float(loss(moved(-5e-3)))) / 1e-2
+        difference = (at(5e-3, i, direction) - at(-5e-3, i, direction)) / 1e-2
         assert np.isclose(float(jnp.sum(grad * direction)), difference, rtol=0.05, atol=2e-3)
 
 
