@@ -81,9 +81,9 @@ def main(dest: str) -> None:
                     error = np.abs(np.asarray(ours) - theirs).max()
                     if not error <= 2e-4 * max(1.0, np.abs(theirs).max()):
                         problems.append(f"{axes_name} {name} {requests}: {key}: {error}")
-            forward = jax.jit(lambda args, run=many: run(**args)[1]  # pyright: ignore[reportPossiblyUnbound]).lower(laid).compile().as_text()
+            compiled = jax.jit(lambda args, run=many: run(**args)[1]).lower(laid).compile()  # pyright: ignore[reportPossiblyUnbound]
             kinds = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-            counted[axes_name] = sorted(re.findall(kinds, forward))
+            counted[axes_name] = sorted(re.findall(kinds, compiled.as_text()))
     Path(dest).write_text(json.dumps({"problems": problems, "counted": counted}))
 
 
