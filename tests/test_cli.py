@@ -391,6 +391,7 @@ def test_wrong_usage_is_status_2(capsys):
         assert "usage" in out
 
 
+@pytest.mark.exhaustive("the whole demo, twice; its commands are run one by one in test_cli")
 def test_demo_runs_twice_on_its_own_files(tmp_path, capsys, world):
     """The whole path with a tiny base instead of the fetched one: import, composite answer, accuracies, pages."""
     assets = tmp_path / "assets"

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from extent import parameters
 from flat_settings import changed, flat
 from flax import nnx
 from test_sharding import devices
@@ -86,8 +87,10 @@ def own(tree, i):
     return [np.asarray(x)[..., i : i + 1, :, :] for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("prompt_loss", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulate", "prompt_loss"),
+    parameters([(1, False), (1, True), (2, False), (2, True)], [(2, True)], "the other one has both options"),
+)
 def test_gradients_side_by_side_are_those_alone(tmp_path, world, prompt_loss, accumulate):
     """Each adapter by itself, in a model with no other, with the loss of `train adapter`, one sequence a row."""
     bank = random_bank(world)
@@ -112,6 +115,7 @@ def test_gradients_side_by_side_are_those_alone(tmp_path, world, prompt_loss, ac
     assert np.isclose(float(losses.lm), total / 3, atol=1e-5)
 
 
+@pytest.mark.exhaustive("the optimiser, on the gradients compared above")
 def test_updates_side_by_side_are_those_alone(tmp_path, world):
     """Three steps of clipping and Adam; one adapter's gradient is far beyond the limit, another's below it."""
     bank = random_bank(world)
@@ -186,6 +190,7 @@ def test_an_absent_adapter_gets_no_gradient(tmp_path, world):
     assert np.isclose(float(losses.loss), 2 * float(losses.lm), rtol=1e-6)
 
 
+@pytest.mark.exhaustive("a training step more")
 def test_a_composite_counts_what_each_adapter_predicts(tmp_path, world):
     """Against log-probabilities of a whole forward pass: a token belongs to the adapter at work before it."""
     model, graph, params, frozen = parts(tmp_path, world, random_bank(world))
@@ -372,6 +377,7 @@ def test_a_bank_learns_and_becomes_peft_folders(tmp_path, world):
         assert np.isclose(np.mean(losses), final["kept"][name]["loss"], atol=1e-4)
 
 
+@pytest.mark.exhaustive("a training more")
 def test_a_mean_over_steps_is_what_is_scored_and_kept(tmp_path, world, monkeypatch):
     seen, scored, judge = [], [], Validation.judge
 
@@ -393,6 +399,7 @@ def test_a_mean_over_steps_is_what_is_scored_and_kept(tmp_path, world, monkeypat
                 assert step == 1 or np.abs(found - last).max() > 1e-4
 
 
+@pytest.mark.exhaustive("the bank's resume; test_training_resume has that of gates")
 def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, world):
     class Killed(Exception):
         pass
@@ -419,6 +426,7 @@ def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, world):
         assert (tmp_path / file).read_bytes() == (tmp_path / file.replace("killed", "whole")).read_bytes()
 
 
+@pytest.mark.exhaustive("a training more, by the command line")
 def test_the_command_trains_all_tasks_of_a_folder(tmp_path, world, capsys):
     for name, examples in TASKS.items():
         (tmp_path / "tasks" / name).mkdir(parents=True)
@@ -468,6 +476,7 @@ def main(base: str, dest: str) -> None:
         (Path(dest) / f"{name}.json").write_text(json.dumps(final["kept"]))
 
 
+@pytest.mark.exhaustive("a mesh once more; test_training_mesh has one")
 def test_two_devices_train_the_same_bank(tmp_path, world):
     done = subprocess.run(
         [sys.executable, __file__, str(world["base"]), str(tmp_path)],
