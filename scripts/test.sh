@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Environment, install, lint, types, all tests. Arguments go to pytest: scripts/test.sh -k gates
+# Environment, install, lint, types, tests. Arguments go to pytest: scripts/test.sh -k gates
+# --all adds the tests marked exhaustive and runs the random ones with many examples.
 # PYTHON=python3.12 chooses the interpreter, WORKERS=4 the number of test processes (one a core otherwise),
 # TORCH=torch==2.11.0 the PyTorch that the tests compare with.
 set -euo pipefail

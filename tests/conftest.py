@@ -41,18 +41,32 @@ kernels = [f"pallas_kernels.{path.parent.name}.{path.stem}" for path in kernels 
 install_import_hook(("meteora_jax", "converters", *kernels), f"{__name__}.check_types")
 
 
-SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines())
+EVERYTHING = "METEORA_TEST_ALL"  # set for workers and child processes by --all; see extent.py
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the tests marked exhaustive, too, and many random examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all"):
+        os.environ[EVERYTHING] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m leave tests out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    names = {item.nodeid.removeprefix("tests/"): item for item in items}
-    for name in SLOW & names.keys():
-        names[name].add_marker("slow")
-    files = {name.partition("::")[0] for name in names}
-    gone = sorted(name for name in SLOW - names.keys() if name.partition("::")[0] in files)
-    if gone and not any("::" in argument for argument in config.args):  # a renamed test would come back unnoticed
-        raise pytest.UsageError(f"tests/slow.txt: no such tests: {', '.join(gone)}")
+    """Leaves out what is marked exhaustive unless it was asked for, by --all, by -m or by its own name."""
+    named = any("::" in argument for argument in config.args) or "exhaustive" in config.option.markexpr
+    left_out = []
+    for item in items:
+        mark = item.get_closest_marker("exhaustive")
+        if mark is not None and not (len(mark.args) == 1 and isinstance(mark.args[0], str)):
+            raise pytest.UsageError(f"{item.nodeid}: the mark exhaustive takes the reason, one string")
+        if mark is not None and not (config.getoption("--all") or named):
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     if jax.default_backend() != "gpu":
         for item in items:
             if "gpu" in item.keywords:

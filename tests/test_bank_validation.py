@@ -131,6 +131,7 @@ def test_validation_composites_hold_what_training_does_not_see(world):
         changed(settings, composite=0.0)
 
 
+@pytest.mark.exhaustive("trains once more; test_metrics and test_tasks have the score")
 def test_parts_of_composites_are_scored_by_who_predicts_them(tmp_path, world):
     """Against a whole forward pass of each; a part is right if its adapter's every token is the likeliest."""
     model, graph, params, frozen = parts(tmp_path, world, random_bank(world))

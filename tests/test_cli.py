@@ -210,6 +210,7 @@ def test_folders_that_hold_files_are_named_with_what_replaces_them(tmp_path, cap
     assert "=True" not in line
 
 
+@pytest.mark.exhaustive("the whole demo, twice; its commands are run one by one in test_cli")
 def test_demo_runs_twice_on_its_own_files(tmp_path, capsys, world):
     """The whole path with a tiny base instead of the fetched one: import, composite answer, accuracies, pages."""
     assets = tmp_path / "assets"

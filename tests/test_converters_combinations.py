@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extent import examples
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -61,7 +62,7 @@ by_end = st.dictionaries(st.sampled_from(ENDS), ids, min_size=1)
 # without shrinking: every example loads two models, and a failure says enough as it is
 @settings(
     deadline=None,
-    max_examples=16,
+    max_examples=examples(4, 16),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from broken import CONFIG, PICKLED, VALUES, WEIGHTS, Folder, attempt, bank_logits, logits, quiet
+from extent import examples
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_peft
@@ -26,7 +27,7 @@ from transformers import LlamaForCausalLM
 
 from converters import import_adapters, import_base
 
-MUTANTS = 1050  # adapters, of all kinds together
+MUTANTS = examples(70, 1050)  # adapters, of all kinds together
 
 
 class Bomb:
@@ -319,5 +320,5 @@ def test_mutated_adapters(tmp_path: Path, hf: Path, kind: str):
             assert np.allclose(found, expected, rtol=1e-5, atol=1e-4), what
         shutil.rmtree(root)
     assert not (tmp_path / "trap").exists()
-    assert seen["refused"] >= 80
-    assert seen["compared"] >= 15
+    assert seen["refused"] >= examples(3, 80)
+    assert seen["compared"] >= examples(1, 15)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from broken import CONFIG, INDEX, VALUES, WEIGHTS, Folder, attempt, bank_logits, logits, quiet
+from extent import examples
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_peft
@@ -20,7 +21,7 @@ from transformers import LlamaForCausalLM
 from converters import export_base, import_adapters, import_base
 from meteora_jax.config import ENDS
 
-ENDS_MUTANTS = 120
+ENDS_MUTANTS = examples(24, 120)
 
 
 def test_mutated_ends(tmp_path: Path):
@@ -70,10 +71,10 @@ def test_mutated_ends(tmp_path: Path):
         assert np.allclose(found, expected, rtol=1e-5, atol=1e-4), what
         seen[which, len(saved)] += 1
         shutil.rmtree(root)
-    assert min(seen.values()) >= 3, seen
+    assert min(seen.values()) >= examples(1, 3), seen
 
 
-BASE_MUTANTS = 220
+BASE_MUTANTS = examples(40, 220)
 PATHS = [
     "../outside.safetensors", "/etc/passwd", "/etc/x.safetensors", "..", ".", "", "a/b.safetensors", "x\0.safetensors",
     "model.bin", ".hidden.safetensors", "C:\\x.safetensors", "gone.safetensors", 3, None, [], {},

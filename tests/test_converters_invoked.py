@@ -92,6 +92,7 @@ def test_biases_wait_too(world: dict[str, Any]):
     assert np.abs(np.asarray(world["model"].logits([prompt], mj.Fixed("biased"))) - want).max() <= 1e-4
 
 
+@pytest.mark.exhaustive("rows alone are compared with peft above, ragged batches in test_generation")
 def test_ragged_batches_equal_peft_row_by_row(world: dict[str, Any]):
     model = world["model"]
     rows = [*PROMPTS.values(), *PROMPTS.values()]
@@ -109,6 +110,7 @@ def test_ragged_batches_equal_peft_row_by_row(world: dict[str, Any]):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["mixture", "fusion"])
+@pytest.mark.exhaustive("two programs more than the tests of aLoRA above")
 def test_a_composition_is_without_an_adapter_that_waits(world: dict[str, Any], fused: bool):
     """Before its start the others compose alone; from a first token on it is as an adapter without an invocation."""
     model, prompt = world["model"], PROMPTS["once"]

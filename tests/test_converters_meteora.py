@@ -174,6 +174,7 @@ def test_a_fault_of_the_base_leaves_neither_bank_nor_gates(tmp_path: Path):
     assert not bank.exists()
 
 
+@pytest.mark.exhaustive("padding is in the tests of peft's folders")
 def test_adapters_of_several_ranks_and_targets_are_padded(tmp_path: Path):
     """What is exported has one rank; read back, it acts as before."""
     _, hf, _ = write_original(tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extent import parameters
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_sharding import devices
@@ -73,7 +74,9 @@ def logits_of(model: Any, rows: list[list[int]] = ROWS) -> np.ndarray:
 
 @pytest.mark.filterwarnings(f"ignore:{PEFT_TIES}")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", parameters(OPTIONS, ["both", "regex", "dict", "rows and head"], "alone what the others have together")
+)
 def test_logits_tokens_and_round_trip_equal_peft(tmp_path: Path, name: str, tied: bool):
     _, hf = tiny_llama(tmp_path, tie_word_embeddings=tied)
     base, bank, dest = (tmp_path / f for f in ("base", "bank", "out"))
@@ -177,6 +180,7 @@ def test_retrained_rows_mix_by_weight(world: dict[str, Any], tmp_path: Path):
     assert np.abs(ours - logits_of(model)).max() <= 1e-4
 
 
+@pytest.mark.exhaustive("six prompts; one adapter a kind is in the test above")
 def test_every_prompt_has_its_own(world: dict[str, Any]):
     model = world["model"]
     routers = [mj.Fixed("a"), None, Composed((("b", 1.0),), False), mj.Fixed("rows"), mj.Fixed("plain")]
@@ -203,6 +207,7 @@ np.save(sys.argv[3], np.asarray(model.logits([[5, 6, 7, 8, 9, 300, 17], [7, 7, 4
 """
 
 
+@pytest.mark.exhaustive("a mesh of eight devices once more; test_sharding has one")
 def test_a_mesh_gives_the_same(world: dict[str, Any], tmp_path: Path):
     base, bank = (str(world["folder"] / name) for name in ("base", "bank"))
     command = [sys.executable, "-c", ON_A_MESH, base, bank, str(tmp_path / "logits.npy")]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extent import examples
 from flax import nnx
 from test_gated_model import ROWS, small
 
@@ -37,12 +38,12 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @needs_triton
 def test_numerics_by_triton_s_interpreter():
     result = subprocess.run(
-        [sys.executable, str(HERE / "decode_step_on_cpu.py"), "18"],
+        [sys.executable, str(HERE / "decode_step_on_cpu.py"), str(examples(9, 18))],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert result.stdout.splitlines() == ["whole model", "groups: 18 cases", "attention"]
+    assert result.stdout.splitlines() == ["whole model", f"groups: {examples(9, 18)} cases", "attention"]
 
 
 @functools.cache
@@ -114,6 +115,7 @@ def test_launches_of_a_layer_are_the_bare_model_s(monkeypatch, router, form):
 
 
 @pytest.mark.parametrize("gather", [0, 1])
+@pytest.mark.exhaustive("sizes of tiles are in test_tiles_cover_the_columns")
 def test_an_epilogue_gathers_exactly_where_its_tiles_are_single_rows(monkeypatch, gather):
     constants: list[dict[str, Any]] = []
 

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from extent import parameters
 from flax import nnx
 from tiny import edit_json
 from worlds import NAMES
@@ -118,6 +119,7 @@ def test_another_bank_has_the_base_of_a_model_prepared_for_a_gpu(folders, packed
     assert np.array_equal(other.logits(prompt, Fixed("cedar"))[0], alone.logits(prompt, Fixed("cedar"))[0])
 
 
+@pytest.mark.exhaustive("the same programs for a second bank")
 def test_an_adapter_in_a_bank_of_its_own_answers_as_in_the_large_one(whole):
     records = records_of(whole)
     for system in ("lora-b", "lora-f"):
@@ -128,7 +130,7 @@ def test_an_adapter_in_a_bank_of_its_own_answers_as_in_the_large_one(whole):
     assert any(records["base", i]["answer"] != records["cedar", i]["answer"] for s, i in records if s == "cedar")
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("batch_size", parameters([1, 3, 16], [3], "3 has whole batches and a rest"))
 def test_the_numbers_are_the_same_at_any_batch_size(folders, whole, batch_size, tmp_path):
     main(arguments(folders, tmp_path, "--batch-size", str(batch_size), *COMPOSITE))
     mine, theirs = records_of(tmp_path), records_of(whole)
@@ -136,6 +138,7 @@ def test_the_numbers_are_the_same_at_any_batch_size(folders, whole, batch_size, 
     assert all(mine[key] == theirs[key] for key in mine)
 
 
+@pytest.mark.exhaustive("killed at random moments; records cut short are in test_evaluation_rows")
 def test_a_killed_process_goes_on_to_the_same_table(folders, tmp_path):
     options = ("--only", ",".join(TASKS), "--batch-size", "2", *COMPOSITE)
     systems = "base,gates-top1,gates-top2,cedar"
@@ -191,6 +194,7 @@ def test_systems_that_retrieve_answer_as_generate_does(folders, world, tmp_path)
         assert set(record["routing"]) <= set(record["retrieved"])
 
 
+@pytest.mark.exhaustive("a system more; routing within a set is in test_retrieval")
 def test_gates_within_what_was_retrieved(folders, tmp_path):
     index = mj.Index.build({name: [f"so it is about {name}", f"{name} once more"] for name in NAMES})
     index.save(tmp_path / "index")

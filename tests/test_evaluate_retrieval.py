@@ -59,6 +59,7 @@ def records_of(out):
     return {(r["system"], r["id"]): r for r in map(json.loads, (out / "records.jsonl").read_text().splitlines())}
 
 
+@pytest.mark.exhaustive("a whole evaluation more")
 def test_an_unseen_task_has_no_adapter_of_its_own(folders, run):
     """Gates without the task's column answer as gates told to choose within the others."""
     records = records_of(run)
@@ -107,6 +108,7 @@ def test_what_was_found_stands_beside_what_was_answered(folders, run):
     assert "trees" in (run / "similarity.html").read_text()
 
 
+@pytest.mark.exhaustive("a whole evaluation more")
 def test_tasks_without_clusters_and_an_index_of_other_adapters(folders, tmp_path):
     """MeteoRA's tasks have no clusters; problems whose adapter the index lacks are left out of what was found."""
     bank = dict(zip(("winowhy", "birch"), NAMES[:2], strict=True))
@@ -125,6 +127,7 @@ def test_tasks_without_clusters_and_an_index_of_other_adapters(folders, tmp_path
     assert (found["queries"], found["ood"], found["clusters"], list(found["adapters"])) == (2, {}, {}, ["winowhy"])
 
 
+@pytest.mark.exhaustive("times programs, three of them")
 def test_throughput_is_of_equal_work(folders, tmp_path):
     evaluate(
         folders, tmp_path / "run", "--batch-sizes", "1", "3", "--repeats", "2", "--max-new-tokens", "5",
@@ -146,6 +149,7 @@ def test_throughput_is_of_equal_work(folders, tmp_path):
     assert text.count("(1.00)") >= 4
 
 
+@pytest.mark.exhaustive("times programs, three of them")
 def test_throughput_is_warm_in_turns_and_a_median(folders, monkeypatch, caplog):
     """One untimed run a system and batch size compiles; none of the others does, and they alternate."""
     problems = [Problem(f"{n}/0", n, f"about the {n}", "") for n in NAMES]
@@ -173,6 +177,7 @@ def test_throughput_is_warm_in_turns_and_a_median(folders, monkeypatch, caplog):
         assert record["tokens_per_s"] == record["batch"] * 7 / 4
 
 
+@pytest.mark.exhaustive("times programs, three of them")
 def test_what_is_timed_is_the_system(folders, monkeypatch):
     """A system named like an adapter is that adapter for every request; the others compose what each request finds."""
     model = folders["model"]

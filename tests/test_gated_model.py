@@ -80,6 +80,7 @@ def test_packed_weights_are_the_same_model(world, router, width):
             assert np.abs(b[: len(row)] - a[: len(row)]).max() <= 1e-4 * np.abs(a[: len(row)]).max()
 
 
+@pytest.mark.exhaustive("generation of the matrix whose logits are compared above")
 def test_generation_with_packed_weights_tells_the_same_story(world):
     model = world["model"]
     routers = [mj.Gates(2), mj.Gates(1), mj.Gates(3), None]
@@ -322,14 +323,17 @@ def compare_packed_attention() -> None:
 
 
 # The same three on any device: here they keep the GPU's tests alive, and prove bfloat16's own gradients.
+@pytest.mark.exhaustive("a bfloat16 program twice; float32 is compared above")
 def test_prompts_with_packed_weights():
     compare_prompts(mj.Gates(4, 20.0))
 
 
+@pytest.mark.exhaustive("one program once more")
 def test_decoding_with_packed_weights_compiles_once():
     decode_twice(2)
 
 
+@pytest.mark.exhaustive("a training step in bfloat16 more")
 def test_packed_training_in_bfloat16():
     compare_packed()
 
@@ -362,6 +366,7 @@ def test_packed_attention_with_a_stand_in_for_cudnn(monkeypatch):
             compare_packed_attention()
 
 
+@pytest.mark.exhaustive("sixteen programs on meshes; one device has the stand-in above")
 def test_fused_attention_on_meshes():
     program = Path(__file__).with_name("fused_on_mesh.py")
     done = subprocess.run([sys.executable, str(program)], env=devices(8), capture_output=True, text=True, timeout=300)

@@ -118,6 +118,7 @@ def task_manager(tmp_path, monkeypatch):
     return TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
 
 
+@pytest.mark.exhaustive("the harness' own loop around what is compared above")
 def test_the_harness_own_evaluation_gives_the_same_figures(models, task_manager):
     tasks = [f"tiny_{kind}" for kind in KINDS]
     figures = []
@@ -130,6 +131,7 @@ def test_the_harness_own_evaluation_gives_the_same_figures(models, task_manager)
         assert ours[task] == pytest.approx(theirs[task], rel=1e-4)
 
 
+@pytest.mark.exhaustive("a process more around what is compared above")
 def test_the_harness_own_command_line_runs_it(world, tmp_path, task_manager, monkeypatch, capsys):
     options = {
         "model": "meteora", "tasks": "tiny_generate_until", "include_path": tmp_path / "tasks", "batch_size": 4,

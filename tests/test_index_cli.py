@@ -94,6 +94,7 @@ def test_half_characters_in_queries_are_refused(tmp_path, key):
         evaluation.read_queries(file)
 
 
+@pytest.mark.exhaustive("trains an encoder by the command line; test_retriever_training has the training")
 def test_encoder_training_and_an_index_with_vectors(tmp_path, capsys, profiles):
     sentence_folder(tmp_path / "hf", "bert")
     encoder, trained, index = tmp_path / "encoder", tmp_path / "trained", tmp_path / "index"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extent import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from routed_cases import DTYPES, Case, apply, assert_close, cases, make_case
@@ -39,7 +40,7 @@ def run(arguments: Any, dy: jax.Array, splits: tuple[int, ...], names: tuple[str
     return results
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(12, 40), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases(), name=st.sampled_from(XLA))
 def test_forward_and_gradients_of_random_shapes(case: Case, name: str):
     (found,) = run(case.arguments, case.dy, case.splits, (name,)).values()

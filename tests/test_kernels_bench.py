@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
 FIELDS = {"what", "shape", "adapters", "rank", "top_k", "batch", "sequence", "ms", "ms_bare", "ratio", "device", "jax"}
 
@@ -20,6 +22,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.exhaustive("runs a benchmark")
 def test_records_and_picture(tmp_path: Path):
     records, picture = tmp_path / "records.json", tmp_path / "picture.png"
     small = ("--batch", "2", "--sequence", "8", "--adapters", "3", "--group", "o")
@@ -36,6 +39,7 @@ def test_records_and_picture(tmp_path: Path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive("runs a benchmark")
 def test_settings_side_by_side(tmp_path: Path):
     records = tmp_path / "records.json"
     small = ("--batch", "2", "--sequence", "8", "--adapters", "3", "--json", str(records), "--profile")
@@ -48,6 +52,7 @@ def test_settings_side_by_side(tmp_path: Path):
     assert sorted(found) == sorted(every)
 
 
+@pytest.mark.exhaustive("runs a benchmark")
 def test_mixtures_side_by_side(tmp_path: Path):
     records = tmp_path / "records.json"
     small = ("--batch", "2", "--sequence", "8", "--adapters", "6", "--json", str(records))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import routed_cases
+from extent import examples, parameters
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from routed_cases import Case, assert_close, cases, make_case
@@ -45,7 +46,7 @@ def run(arguments, dy, splits, name):
     return dict(zip(("y", "x", "a", "b", "weights", "scale", "base"), (y, *pull(dy)), strict=True))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(8, 30), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases(big=False, dtypes=FLOATS), name=st.sampled_from(TPU))
 def test_forward_and_gradients_of_random_shapes(case: Case, name: str):
     assert_close(run(case.arguments, case.dy, case.splits, name), case)
@@ -95,7 +96,10 @@ def test_tiles_divide_every_projection(sizes: tuple[int, ...], largest: int, exp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra tpu) is not installed")
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x1", "v6e:4x4"])
+@pytest.mark.parametrize(
+    "topology",
+    parameters(["v5e:4x4", "v5p:2x2x1", "v6e:4x4"], ["v5e:4x4"], "Mosaic compiles for each as for the first"),
+)
 def test_the_kernels_compile_for_real_tpus(topology: str):
     program = Path(__file__).with_name("tpu_compile.py")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extent import examples
 from routed_cases import PACKED, follow_product
 
 from pallas_kernels.routed_lora import LoraBank, packing
@@ -40,7 +41,7 @@ def program(name: str, *arguments: str, **environment: str) -> str:
 
 @needs_triton
 def test_numerics_on_random_shapes_by_triton_s_interpreter():
-    out = program("triton_on_cpu.py", "6", TRITON_INTERPRET="1")
+    out = program("triton_on_cpu.py", str(examples(3, 6)), TRITON_INTERPRET="1")
     assert [line.partition(":")[0] for line in out.splitlines()] == [f"gated, {name}" for name in PACKED]
 
 

@@ -11,6 +11,7 @@ import sys
 
 import jax
 import pytest
+from extent import parameters
 
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
@@ -150,7 +151,10 @@ def test_a_tpu_step_compiles_without_a_tpu(tmp_path):
 
 
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu (meteora-jax[tpu])")
-@pytest.mark.parametrize(("topology", "chips"), [("v5e:4x4", 16), ("v5e:16x16", 256)])
+@pytest.mark.parametrize(
+    ("topology", "chips"),
+    parameters([("v5e:4x4", 16), ("v5e:16x16", 256)], [("v5e:4x4", 16)], "256 chips take minutes"),
+)
 def test_evaluation_of_an_8b_model_compiles_for_a_pod(topology, chips, tmp_path):
     options = ["--topology", topology, "--tensor", "4", "--width", "256", "--json", str(tmp_path / "plan.json")]
     options += ["--recipe", "meteora"]

@@ -150,6 +150,7 @@ print(json.dumps([vectors.tolist(), [r["loss"] for r in report["steps"]]]))
 """
 
 
+@pytest.mark.exhaustive("a mesh once more; test_training_mesh has one")
 def test_four_devices_compute_what_one_does(tmp_path, encoder):
     """Rows split over the devices: the same vectors, and every anchor meets the negatives of all devices."""
     settings = dataclasses.replace(SETTINGS, batch_size=4, steps=3)  # with hard negatives 4 + 4 + 4 texts
@@ -166,6 +167,7 @@ def test_four_devices_compute_what_one_does(tmp_path, encoder):
     assert np.allclose(losses, [r["loss"] for r in report["steps"]], atol=1e-3)
 
 
+@pytest.mark.exhaustive("the encoder's resume; test_training_resume has that of gates")
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not(tmp_path, encoder):
     whole = train_retriever(encoder, PROFILES, tmp_path / "whole", SETTINGS, tmp_path / "a")
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from extent import ALL, parameters
 from worlds import NAMES
 
+KEPT, REASON = ["2x2x2"], "an axis alone; 2x2x2 has all three"
 SHAPES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
 PROMPTS = ["How many apples?", "The quick brown fox jumps over the lazy dog, and", "Answer yes or no."]
 NEW_TOKENS = 12
@@ -48,8 +50,8 @@ def main(base: str, bank: str, gates: str, dest: str) -> None:
     from meteora_jax.sharding import make_mesh
 
     split = {}
-    for name, shape in SHAPES.items():
-        model = mj.load(base, bank, gates, mesh=make_mesh(*shape), dtype="float32")
+    for name in SHAPES if ALL else KEPT:
+        model = mj.load(base, bank, gates, mesh=make_mesh(*SHAPES[name]), dtype="float32")
         np.savez(Path(dest) / f"{name}.npz", **answers(model, mj))
         matrices = [x[...] for _, x in nnx.to_flat_state(nnx.filter_state(model.weights, BaseParam)) if x.ndim > 1]
         matrices = [x for x in matrices if x.size > 1000]
@@ -86,7 +88,7 @@ def meshed(calm, tmp_path_factory) -> Path:
     return dest
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", parameters(SHAPES, KEPT, REASON))
 def test_a_mesh_computes_what_one_device_does(expected, meshed, shape):
     found = np.load(meshed / f"{shape}.npz")
     assert np.abs(found["logits"] - expected["logits"]).max() <= 1e-5
@@ -98,7 +100,9 @@ def test_a_mesh_computes_what_one_device_does(expected, meshed, shape):
 def test_weights_are_split_over_fsdp_and_tensor(meshed):
     """How many devices it takes to hold the base's matrices once."""
     split = json.loads((meshed / "split.json").read_text())
-    assert split == {"8x1x1": 1, "1x8x1": 8, "1x1x8": 8, "2x2x2": 4}
+    expected = {"8x1x1": 1, "1x8x1": 8, "1x1x8": 8, "2x2x2": 4}
+    assert split == {name: expected[name] for name in split}
+    assert "2x2x2" in split
 
 
 def test_a_mesh_must_use_every_device():

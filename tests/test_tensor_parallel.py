@@ -170,6 +170,7 @@ def test_what_crosses_devices(folder: Path, mesh: str):
         assert backward == (4 + judged if what == "training" else 0), what
 
 
+@pytest.mark.exhaustive("two trainings on and off a tensor axis")
 def test_trained_adapters_are_saved_in_the_projections_order(folder: Path, tmp_path: Path):
     train(folder, None, tmp_path)
     for kind in ("bank", "gates"):
@@ -182,6 +183,7 @@ def test_trained_adapters_are_saved_in_the_projections_order(folder: Path, tmp_p
     assert np.abs(end["k_proj.b"] - start["k_proj.b"]).max() > 1e-3
 
 
+@pytest.mark.exhaustive("two trainings on and off a tensor axis")
 def test_a_run_goes_on_without_the_tensor_axis(folder: Path, tmp_path: Path):
     last = folder / "run" / "checkpoints" / str(STEPS)
     last.rename(folder / "run" / "checkpoints" / "moved")

@@ -99,6 +99,7 @@ def test_loss_and_gradients_of_packed_rows_equal_torch_sequence_by_sequence(rout
     check(computed(routed[2]), expected)
 
 
+@pytest.mark.exhaustive("two forms of the step that is compared with torch above")
 def test_in_parts_and_without_recomputing_it_is_the_same(routed, expected):
     check(computed(routed[2], accumulate=4, remat=False), expected)
 
@@ -129,6 +130,7 @@ def main(base: str, bank: str, gates: str, dest: str) -> None:
     Path(dest).with_suffix(".json").write_text(json.dumps(said))
 
 
+@pytest.mark.exhaustive("a mesh once more; test_training_mesh and test_sharding have one")
 def test_eight_devices_compute_and_generate_as_one(world, routed, expected, tmp_path):
     folder, _, model = routed
     command = [sys.executable, __file__, *map(str, (world["base"], world["bank"], folder, tmp_path / "found.npz"))]
@@ -173,6 +175,7 @@ def test_a_ragged_batch_decoded_with_the_cache_routes_as_each_sequence_at_once(r
         assert said == c.token_ids
 
 
+@pytest.mark.exhaustive("mixed batches are in test_routing")
 def test_gates_and_other_routers_in_one_batch(routed):
     model = routed[2]
     routers = [mj.Gates(2), mj.Fixed("cedar"), None, mj.Gates(1)]
@@ -351,6 +354,7 @@ def test_a_share_of_composites_is_cut_to_the_ends_of_its_examples(world):
     assert all(max(map(len, re.findall("y+", t))) == CUT[1] for t in lengths(1.0))
 
 
+@pytest.mark.exhaustive("a training; the examples it learns from are compared above")
 def test_a_token_router_learns_alone_from_what_is_cut_short(tmp_path, world):
     how = dict(form=TokenRouterForm(width=32, depth=2), lm_loss=False, prompt_loss=False, segment_weight=0.5,
                response_weight=0.5, composite=0.5, composite_cut=0.5, composite_sizes=(2, 3),

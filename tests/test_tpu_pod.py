@@ -95,6 +95,7 @@ def test_a_host_without_out_or_with_a_failing_command_says_so(checkout):
     run(checkout, "on_host.sh", *COMMAND, status=3, STATUS="3", STORE="gs://bucket/x")
 
 
+@pytest.mark.exhaustive("waits for shell scripts")
 def test_results_are_sent_by_the_host_that_wrote_them_and_fetched_by_all(checkout):
     store, out = checkout / "buckets" / "bucket" / "x", checkout / "checkout" / "runs" / "x y"
     inputs = checkout / "buckets" / "bucket" / "inputs" / "base"

@@ -69,6 +69,7 @@ def test_a_bank_learns_and_becomes_peft_folders(tmp_path, world):
         assert np.isclose(np.mean(losses), final["kept"][name]["loss"], atol=1e-4)
 
 
+@pytest.mark.exhaustive("a training more")
 def test_the_ema_is_what_is_scored_and_kept(tmp_path, world, monkeypatch):
     seen, scored, judge = [], [], Validation.judge
 
@@ -90,6 +91,7 @@ def test_the_ema_is_what_is_scored_and_kept(tmp_path, world, monkeypatch):
                 assert step == 1 or np.abs(found - last).max() > 1e-4
 
 
+@pytest.mark.exhaustive("the bank's resume; test_training_resume has that of gates")
 def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, world):
     class Killed(Exception):
         pass
@@ -116,6 +118,7 @@ def test_a_killed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, world):
         assert (tmp_path / file).read_bytes() == (tmp_path / file.replace("killed", "whole")).read_bytes()
 
 
+@pytest.mark.exhaustive("a training more, by the command line")
 def test_the_command_trains_all_tasks_of_a_folder(tmp_path, world, capsys):
     for name, examples in TASKS.items():
         (tmp_path / "tasks" / name).mkdir(parents=True)
@@ -165,6 +168,7 @@ def main(base: str, dest: str) -> None:
         (Path(dest) / f"{name}.json").write_text(json.dumps(final["kept"]))
 
 
+@pytest.mark.exhaustive("a mesh once more; test_training_mesh has one")
 def test_two_devices_train_the_same_bank(tmp_path, world):
     done = subprocess.run(
         [sys.executable, __file__, str(world["base"]), str(tmp_path)],

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extent import parameters
 from flat_settings import flat
 from flax import nnx
 from worlds import NAMES
@@ -49,7 +50,7 @@ def bound(model, top_k=2):
     return model.bind([mj.Gates(top_k)] * 4, 4)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", parameters([False, True], [True], "nothing recomputed"))
 def test_loss_equals_its_definition(world, remat):
     """LM term: mean negative log-probability of the predicted tokens. Gate term: the same of the gates' logits."""
     model = world["model"]
@@ -86,6 +87,7 @@ def test_loss_equals_its_definition(world, remat):
     assert np.isclose(float(losses.loss), float(losses.lm) + 50 * float(losses.gate), rtol=1e-6)
 
 
+@pytest.mark.exhaustive("test_training_mesh compares with torch's gradients")
 def test_gradients_equal_finite_differences(world):
     """With every adapter chosen, so that the loss is smooth."""
     model = world["model"]
@@ -109,6 +111,7 @@ def test_gradients_equal_finite_differences(world):
         assert np.isclose(float(jnp.sum(grad * direction)), difference, rtol=0.05, atol=2e-3)
 
 
+@pytest.mark.exhaustive("packing, which pads too, equals padding in the test below")
 def test_padding_changes_no_loss(world):
     model = world["model"]
     tokenizer = model.tokenizer
@@ -202,6 +205,7 @@ def test_one_adapter_learns_and_becomes_a_bank(tmp_path, world):
     assert len(model.bank.adapters[0].sha256) == 64
 
 
+@pytest.mark.exhaustive("two trainings")
 def test_a_bank_grows_and_its_old_gates_keep_every_bit(tmp_path, world):
     config = world["model"].config
     old = {p: np.ascontiguousarray(0.05 * g[..., [2, 0]]) for p, g in world["gate_arrays"].items()}
@@ -245,6 +249,7 @@ def test_adapters_can_be_trained_beside_the_gates(tmp_path, world):
     mj.load(world["base"], tmp_path / "bank", tmp_path / "gates", dtype="float32")
 
 
+@pytest.mark.exhaustive("a training more")
 def test_adapters_may_have_a_learning_rate_of_their_own(tmp_path, world):
     moved = {}
     for rate in (None, 1e-3):
@@ -264,6 +269,7 @@ def test_adapters_may_have_a_learning_rate_of_their_own(tmp_path, world):
         train_gates(world["base"], world["bank"], TASKS, tmp_path / "x", frozen, dtype="float32")
 
 
+@pytest.mark.exhaustive("two trainings")
 def test_bfloat16_trains_float32_gates_to_about_the_same_loss(tmp_path, world):
     settings = flat(GateTraining, steps=4, batch_size=8, max_length=100, beta=1.0)
     finals = {

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from extent import ALL, parameters
 from gate_gradients import loss_and_gradients
-from test_sharding import SHAPES, devices
+from test_sharding import KEPT, REASON, SHAPES, devices
 from worlds import NAMES
 
 BETA = 2.0
@@ -81,7 +82,7 @@ def main(base: str, bank: str, gates: str, dest: str, coordinator: str = "", ind
 
     from meteora_jax.sharding import initialize_distributed, make_mesh
 
-    shapes = SHAPES
+    shapes = SHAPES if ALL else {name: SHAPES[name] for name in KEPT}
     if coordinator:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         initialize_distributed(coordinator, 2, int(index))
@@ -120,7 +121,16 @@ def check(found, expected):
         assert np.abs(found[p] - grad).max() <= 1e-5, p
 
 
-@pytest.mark.parametrize(("accumulate", "remat"), [(1, False), (4, True), (1, "dots")])
+@pytest.mark.parametrize(
+    ("accumulate", "remat"),
+    [
+        pytest.param(
+            1, False, marks=pytest.mark.exhaustive("nothing recomputed; the other ones have more to go wrong")
+        ),
+        (4, True),
+        pytest.param(1, "dots", marks=pytest.mark.exhaustive("test_gated_model has what is recomputed")),
+    ],
+)
 def test_one_device_equals_torch(calm, expected, accumulate, remat):
     check(computed(*calm, None, accumulate, remat), expected)
 
@@ -140,7 +150,7 @@ def meshed(calm, tmp_path_factory) -> Path:
     return dest
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", parameters(SHAPES, KEPT, REASON))
 def test_a_mesh_equals_torch(meshed, expected, shape):
     check(np.load(meshed / f"{shape}.npz"), expected)
 
@@ -158,6 +168,7 @@ def together(commands: list[list[str]], env: dict[str, str]) -> None:
     assert [p.returncode for p in running] == [0] * len(running), "\n".join(e[-3000:] for e in errors)
 
 
+@pytest.mark.exhaustive("two processes and two meshes; test_training_resume has two hosts")
 def test_two_hosts_of_four_devices_equal_torch(calm, expected, tmp_path):
     address = f"127.0.0.1:{free_port()}"
     together([[sys.executable, __file__, *calm, str(tmp_path), address, str(i)] for i in range(2)], devices(4))

@@ -1,6 +1,6 @@
 """A run may be killed at any moment and goes on as if nothing had happened; damaged checkpoints are refused.
 
-METEORA_KILLS=10 kills that many runs instead of three. Run as a script it is a run of training.
+METEORA_KILLS=10 kills that many runs instead of one, or three with --all. Run as a script it is a run of training.
 """
 
 import json
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extent import examples
 from flat_settings import flat
 from safetensors.numpy import load_file
 from test_sharding import devices
@@ -28,7 +29,7 @@ from meteora_jax.config import InputError, Preempted
 from meteora_jax.training.checkpoints import Checkpoints
 from meteora_jax.training.data import Layout
 
-KILLS = int(os.environ.get("METEORA_KILLS", "3"))
+KILLS = int(os.environ.get("METEORA_KILLS", examples(1, 3)))
 STEPS, EVERY = 24, 4
 LAYOUT = Layout(rows=4, width=64, shards=1, packing=True)
 
@@ -101,6 +102,7 @@ def whole(place) -> Path:
     return place[0] / "whole"
 
 
+@pytest.mark.exhaustive("a training more")
 def test_a_run_leaves_curves_scalars_and_a_map(place, whole):
     run = place[0] / "whole-run"
     for picture in ("curves.png", "gate_accuracy.png"):
@@ -143,6 +145,7 @@ def test_killed_runs_end_bit_for_bit_as_the_whole_one(place, whole):
     assert max(resumed) > 0
 
 
+@pytest.mark.exhaustive("a training more")
 def test_a_finished_run_writes_its_gates_again(place, whole):
     """Nothing is trained; not even the log is needed."""
     shutil.copytree(place[0] / "whole-run", place[0] / "again-run")
@@ -152,6 +155,7 @@ def test_a_finished_run_writes_its_gates_again(place, whole):
     assert (place[0] / "again" / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
 
 
+@pytest.mark.exhaustive("two trainings on meshes")
 def test_a_run_goes_on_on_another_mesh(place, whole):
     killed = training(place, "moved", "moved-run", kill_at=2 * EVERY + 2, delay=0.0)
     assert killed.returncode == -signal.SIGKILL
