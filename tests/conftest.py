@@ -115,3 +115,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from worlds import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def tasks_dir(tmp_path: Path) -> Path:
+    """TASKS of the hand-made BIG-bench folder."""
+    from task_files import BIGBENCH, FIXTURE_TASKS
+
+    from meteora_jax.evaluation.tasks.bigbench import prepare
+
+    prepare(BIGBENCH, tmp_path / "tasks", FIXTURE_TASKS)
+    return tmp_path / "tasks"

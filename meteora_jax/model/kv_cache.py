@@ -35,8 +35,8 @@ class KVCache:
         """An empty cache of `slots` slots a row."""
         shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
         positions = jnp.full((batch, slots), EMPTY, jnp.int32)
-        empty = lambda: constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None)  # noqa: E731
-        return cls(empty(), empty(), constrain(positions, "batch", None), jnp.zeros((), jnp.int32))
+        keys, values = (constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None) for _ in "kv")
+        return cls(keys, values, constrain(positions, "batch", None), jnp.zeros((), jnp.int32))
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], like: KVCache) -> KVCache:

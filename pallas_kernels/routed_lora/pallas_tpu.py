@@ -247,7 +247,10 @@ def dense_lora(
     indices, weights = spread(indices, weights, tokens)
     count = groups * tokens
     rows = count if count <= 256 else 256
-    flat = lambda array: pad_axis(array.reshape(count, -1), 0, rows)  # noqa: E731
+
+    def flat(array: jax.Array) -> jax.Array:
+        return pad_axis(array.reshape(count, -1), 0, rows)
+
     columns = tile_of(splits, 512)
     deep = width if width <= DENSE_DEPTH else DENSE_DEPTH
     depth = width // deep
