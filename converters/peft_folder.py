@@ -147,7 +147,8 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
     if problems or settings is None:
         raise InputError(problems)
     tokens = dict(settings.tokens)
-    if config.tie_word_embeddings and "embed" in tokens and "head" not in tokens:
+    # named for both with the same ids they are tied, too, and peft saves them once
+    if config.tie_word_embeddings and "embed" in tokens and tokens.get("head", tokens["embed"]) == tokens["embed"]:
         own = vocab_parts.setdefault(("head", "rows"), vocab_parts["embed", "rows"])
         if not same_values(own, vocab_parts["embed", "rows"]):
             raise InputError(f"{own.where}: expected the rows of {ENDS['embed']} (the base ties the two), found others")

@@ -75,7 +75,8 @@ def logits_of(model: Any, rows: list[list[int]] = ROWS) -> np.ndarray:
 @pytest.mark.filterwarnings(f"ignore:{PEFT_TIES}")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    "name", parameters(OPTIONS, ["both", "regex", "dict", "rows and head"], "alone what the others have together")
+    "name",
+    parameters(OPTIONS, ["both", "regex", "dict", "same rows", "rows and head"], "alone what the others have together"),
 )
 def test_logits_tokens_and_round_trip_equal_peft(tmp_path: Path, name: str, tied: bool):
     _, hf = tiny_llama(tmp_path, tie_word_embeddings=tied)

@@ -21,7 +21,7 @@ names=(abstract_narrative_understanding disfl_qa goal_step_wikihow logical_deduc
 meteora import base "$gguf" "$out/base" --overwrite
 meteora train bank --base "$out/base" --tasks "$tasks" --out "$out/bank" --task "${names[@]}" \
     --steps "${STEPS:-850}" --rows "${ROWS:-32}" --max-length 2048 --learning-rate 1e-3 --warmup 0.03 \
-    --composite 0.25 --validations 10 --held-composites 40 --json "$out/adapters.json"
+    --composite 0.25 --validations 10 --validation-composites 40 --json "$out/adapters.json"
 for name in "${names[@]}"; do
     meteora export adapter "$out/bank" "$name" "$out/adapters/$name" --overwrite
 done
