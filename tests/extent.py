@@ -16,5 +16,5 @@ def examples(few: int, many: int) -> int:
 
 def parameters(values: Iterable[Any], kept: Iterable[Any], reason: str) -> list[Any]:
     """Values for `pytest.mark.parametrize` of which all but the `kept` ones are marked exhaustive for that reason."""
-    kept = list(kept)
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive(reason)) for value in values]
+    kept, mark = list(kept), pytest.mark.exhaustive(reason)
+    return [v if v in kept else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=mark) for v in values]

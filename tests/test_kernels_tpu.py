@@ -98,7 +98,7 @@ def test_tiles_divide_every_projection(sizes: tuple[int, ...], largest: int, exp
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra tpu) is not installed")
 @pytest.mark.parametrize(
     "topology",
-    parameters(["v5e:4x4", "v5p:2x2x1", "v6e:4x4"], ["v5e:4x4"], "Mosaic compiles for each as for the first"),
+    parameters(["v5e:4x4", "v5p:2x2x1", "v6e:4x4"], ["v5e:4x4"], "one chip is much like another"),
 )
 def test_the_kernels_compile_for_real_tpus(topology: str):
     program = Path(__file__).with_name("tpu_compile.py")

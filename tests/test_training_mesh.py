@@ -124,9 +124,7 @@ def check(found, expected):
 @pytest.mark.parametrize(
     ("accumulate", "remat"),
     [
-        pytest.param(
-            1, False, marks=pytest.mark.exhaustive("nothing recomputed; the other ones have more to go wrong")
-        ),
+        pytest.param(1, False, marks=pytest.mark.exhaustive("nothing is recomputed")),
         (4, True),
         pytest.param(1, "dots", marks=pytest.mark.exhaustive("test_gated_model has what is recomputed")),
     ],
