@@ -22,5 +22,8 @@ class Letters:
         texts = [instruction + t for t in texts]
         return np.asarray([[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts], np.float32)
 
+    def cut(self, texts, instruction):
+        return []
+
     def save(self, folder):
         raise NotImplementedError

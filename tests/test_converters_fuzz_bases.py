@@ -201,5 +201,5 @@ def test_mutated_bases(tmp_path: Path):
                     expected = logits(LlamaForCausalLM.from_pretrained(root / "in", attn_implementation="eager"))
             assert np.allclose(found, expected, rtol=1e-5, atol=1e-4), what
         shutil.rmtree(root)
-    assert seen["refused"] >= 60
-    assert seen["compared"] >= 15
+    assert seen["refused"] >= examples(10, 60)
+    assert seen["compared"] >= examples(1, 15)

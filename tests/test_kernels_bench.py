@@ -71,6 +71,6 @@ def test_a_setting_that_there_is_not_is_refused_in_a_line():
 
 
 def test_an_implementation_of_another_device_is_refused_in_a_line():
-    result = bench("--what", "kernel", "--implementation", "gated_triton")
+    result = bench("--what", "kernel", "--implementation", "packed_triton")
     assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("error: --implementation: expected reference, gathered")
+    assert result.stderr.strip().splitlines()[-1].startswith("error: --implementation: expected reference, masked")

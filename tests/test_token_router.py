@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flat_settings import changed, flat
 from flax import nnx
-from gate_gradients import loss_and_gradients, previous_tasks, segment_indices
+from gate_gradients import loss_and_gradients
 from test_sharding import devices
 from test_training import TASKS
 from test_training_mesh import BETA, ROWS, packed, sequences
@@ -36,8 +36,8 @@ from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.model.llama import pack, with_execution
 from meteora_jax.routing.gates import BoundGates, GateParam
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
-from meteora_jax.training.data import CUT, NO_TASK, Mixture
-from meteora_jax.training.gate_loss import gate_loss, previous_task, segment_index
+from meteora_jax.training.data import CUT, Mixture
+from meteora_jax.training.gate_loss import gate_loss
 from meteora_jax.training.gates import train_gates
 from meteora_jax.training.recipes import RECIPES, recipe_of, settled
 from meteora_jax.training.settings import Checkpointing, GateTraining, Objective
@@ -314,26 +314,6 @@ def test_a_token_router_of_the_former_format_loads(tmp_path, world, routed):
     assert config.form == FORM
     assert arrays.keys() == routed[1].keys()
     assert all(np.array_equal(arrays[k], v) for k, v in routed[1].items())
-
-
-def test_the_previous_segment_s_task_and_the_segment_s_index():
-    blocks = [[3, 3, 0, 0, 5, 3, 0, 0, 5], [2, 2, 2], [0, 1, 0, 1], [4, 2, 2, 4, 2, 2]]
-    rng = np.random.default_rng(2)
-    tasks, segments = np.full((6, 60), NO_TASK), np.zeros((6, 60), int)
-    for b in range(6):
-        row, parts = [], []
-        for s in range(4):
-            own = list(blocks[rng.integers(4)])
-            own = [NO_TASK, NO_TASK, *own, NO_TASK, *blocks[rng.integers(4)]] if rng.random() < 0.5 else own
-            row, parts = row + own, parts + [s + 1] * len(own)
-        tasks[b, : len(row)], segments[b, : len(row)] = row[:60], parts[:60]
-    found = previous_task(jnp.asarray(tasks), jnp.asarray(segments), 9)
-    assert np.array_equal(np.asarray(found)[tasks != NO_TASK], previous_tasks(tasks, segments, 9)[tasks != NO_TASK])
-    which = np.asarray(segment_index(jnp.asarray(tasks), jnp.asarray(segments), 3))
-    assert np.array_equal(which[tasks != NO_TASK], segment_indices(tasks, segments, 3)[tasks != NO_TASK])
-    row, one = jnp.asarray([blocks[0]]), jnp.ones((1, 9), int)
-    assert np.asarray(previous_task(row, one, 9))[0].tolist() == [9, 9, 3, 3, 0, 9, 3, 3, 0]
-    assert np.asarray(segment_index(row, one, 16))[0].tolist() == [0, 0, 1, 1, 2, 0, 1, 1, 2]
 
 
 def test_a_share_of_composites_is_cut_to_the_ends_of_its_examples(world):
