@@ -293,7 +293,12 @@ def test_the_device_loop_runs_many_tokens_a_call(world):
     """One dispatch decodes all: the jitted function holds a while loop, and `advance` calls it once."""
     calls = []
     original = mj.api.Generator.advance
-    mj.api.Generator.advance = lambda self, n: (calls.append(n), original(self, n))[1]
+
+    def counted(self, n):
+        calls.append(n)
+        return original(self, n)
+
+    mj.api.Generator.advance = counted
     try:
         world["model"].generate([ROWS[0]], max_new_tokens=20)
     finally:

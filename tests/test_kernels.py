@@ -91,6 +91,21 @@ def test_a_routing_broadcasts_over_tokens_requests_and_projections(name: str, ro
     assert_close({"y": np.asarray(y).reshape(6, 11)}, dataclasses.replace(case, **wide))
 
 
+@pytest.mark.parametrize("name", [*XLA, None])
+def test_weights_may_differ_by_token_where_the_choice_does_not(name: str | None):
+    """As aLoRA's do: an adapter of a request acts from one of its tokens on."""
+    case = make_case(6, "float32", 6, 1, 9, 2, 2, 8, (5, 6), "any")
+    rng = np.random.default_rng(0)
+    indices = rng.integers(-1, 9, (2, 1, 1, 2)).astype(np.int32)
+    weights = rng.standard_normal((2, 3, 1, 2)).astype(np.float32)
+    x, base = jnp.asarray(case.x.reshape(2, 3, 8)), jnp.asarray(case.base.reshape(2, 3, 11))
+    a, b, scale = map(jnp.asarray, (case.a, case.b, case.scale))
+    y = apply(x, a, b, jnp.asarray(indices), jnp.asarray(weights), scale, base, (5, 6), name)
+    full = (2, 3, 2, 2)
+    spread = {k: np.broadcast_to(v, full).reshape(6, 2, 2) for k, v in (("indices", indices), ("weights", weights))}
+    assert_close({"y": np.asarray(y).reshape(6, 11)}, dataclasses.replace(case, **spread))
+
+
 def test_the_reference_is_bit_for_bit_the_plain_formula():
     case = make_case(7, "float32", 6, 1, 4, 3, 2, 64, (32, 16), "base_rows")
     x, base = jnp.asarray(case.x.reshape(2, 3, 64)), jnp.asarray(case.base.reshape(2, 3, 48))
@@ -98,7 +113,8 @@ def test_the_reference_is_bit_for_bit_the_plain_formula():
     y = apply(x, jnp.asarray(case.a), jnp.asarray(case.b), indices, weights, jnp.asarray(case.scale), base, (32, 16))
     chosen = jax.nn.one_hot(indices, 4, dtype=jnp.float32)
     combine = jnp.sum(chosen * weights[..., None], axis=-2) * case.scale[None, None]
-    wanted = reference.reference_lora(x, jnp.asarray(case.a), jnp.asarray(case.b), combine, base, case.splits)
+    h = reference.shrink(x, jnp.asarray(case.a)) * combine[..., None]
+    wanted = reference.expand(h, jnp.asarray(case.b), base, case.splits)
     np.testing.assert_array_equal(y, wanted)
 
 

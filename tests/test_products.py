@@ -41,7 +41,10 @@ def test_a_16_bit_sum_equals_the_formula(dtype, rows, expand):
 @pytest.mark.parametrize("requests", [1, 2, 4])  # times two choices, against four adapters
 def test_requests_that_name_every_adapter_read_the_bank_once(requests):
     rng = np.random.default_rng(requests)
-    make = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.bfloat16)  # noqa: E731
+
+    def make(*s):
+        return jnp.asarray(rng.standard_normal(s), jnp.bfloat16)
+
     x, a, b, y = make(requests, 3, 16), make(2, 4, 3, 16), make(4, 3, 24), make(requests, 3, 24)
     scale = jnp.asarray(rng.uniform(0.5, 2, (2, 4)), jnp.float32)
     indices = np.array([[rng.permutation(4)[:2]] for _ in range(requests)])[:, :, None].astype(np.int32)
@@ -49,7 +52,10 @@ def test_requests_that_name_every_adapter_read_the_bank_once(requests):
     weights = np.where(indices == NO_ADAPTER, 0, 0.7).astype(np.float32)
     routing = Routing(jnp.asarray(indices), jnp.asarray(weights))
     found = routed_lora(x, LoraBank(a, b, scale, (16, 8)), routing, y)
-    f64 = lambda z: np.asarray(z, np.float64)  # noqa: E731
+
+    def f64(z):
+        return np.asarray(z, np.float64)
+
     wanted = f64(y)
     for i in range(requests):
         for index, weight in zip(indices[i, 0, 0], weights[i, 0, 0], strict=True):
@@ -62,7 +68,10 @@ def test_requests_that_name_every_adapter_read_the_bank_once(requests):
 def test_gradients_of_bfloat16_products_are_products_of_bfloat16():
     rng = np.random.default_rng(0)
     x, a = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((2, 5, 16), (3, 4, 2, 16)))
-    loss = lambda x, a: jnp.sum(jnp.sin(reference.einsum_float32(x.dtype, "bti,pari->btpar", x, a)))  # noqa: E731
+
+    def loss(x, a):
+        return jnp.sum(jnp.sin(reference.einsum_float32(x.dtype, "bti,pari->btpar", x, a)))
+
     found = jax.grad(loss, (0, 1))(x, a)
     exact = jax.grad(loss, (0, 1))(x.astype(jnp.float32), a.astype(jnp.float32))
     for got, want in zip(found, exact, strict=True):
@@ -78,7 +87,10 @@ def test_gradients_of_bfloat16_products_are_products_of_bfloat16():
 def test_a_shrink_that_the_product_gave_equals_the_formula(how):
     """Two of five adapters a token for three projections, none for one token; float64 NumPy."""
     keys = jax.random.split(jax.random.key(0), 7)
-    draw = lambda i, *shape: jax.random.normal(keys[i], shape, jnp.float32)  # noqa: E731
+
+    def draw(i, *shape):
+        return jax.random.normal(keys[i], shape, jnp.float32)
+
     x, a, b, base = draw(0, 70, 48), draw(1, 3, 5, 4, 48), draw(2, 5, 4, 64), draw(3, 70, 64)
     scale, splits = jnp.abs(draw(4, 3, 5)), (32, 16, 16)
     counts = jnp.full((70,), 2, jnp.int32).at[3].set(0)

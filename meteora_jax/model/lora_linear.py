@@ -118,6 +118,7 @@ class LoRALinear(nnx.Module):
         y = plain if self.bias is None else plain + self.bias[...].astype(plain.dtype)[None, None, :]
         routing = None
         if router is not None:
+            # without gates here the router is a routing, which asks for no logits
             gates = KnownLogits(None) if self.gate is None else ProjectionGates(self.gate[...])
             routing = router.route(x, gates)
             y = self._adapted(x, plain, y, routing, summed, execution)

@@ -63,7 +63,7 @@ class RoutedLlama(Llama):
         how: dict[str, Any] = dict(fresh=fresh, segments=segments, observe=observe, remat=remat)
         if router is None or router.known(positions) is not None:
             return run(tokens, positions, router, cache=cache, **how)
-        self._vocab_routing(router)
+        self._vocab_routing(router)  # refuses a choice by token where adapters change the embedding or the head
         held, own = cache, None
         if cache is not None:
             if isinstance(cache, RoutedCache):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.config import InputError
+from pallas_kernels.routed_lora.reference import dense_weights
 from pallas_kernels.topk_gating import NO_ADAPTER, TopK
 
 
@@ -64,8 +65,7 @@ class Routing:
 
     def dense(self, num_adapters: int) -> jax.Array:
         """[B, T, P, A]: the weight of every adapter, zero where it was not chosen."""
-        chosen = jax.nn.one_hot(self.indices, num_adapters, dtype=jnp.float32)  # -1 gives a row of zeros
-        return jnp.sum(chosen * self.weights[..., None], axis=-2)
+        return dense_weights(self.indices, self.weights, num_adapters)
 
 
 @runtime_checkable

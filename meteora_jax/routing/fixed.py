@@ -42,19 +42,21 @@ class Fixed:
         rows = [r.weights() if r is not None else {} for r in routers]
         if unknown := sorted({name for row in rows for name in row} - set(names)):
             raise InputError([f"Fixed: adapter: expected one of {', '.join(names)}, found {n!r}" for n in unknown])
-        width = max(1, *(len(row) for row in rows))
-        indices = np.full((len(rows), width), NO_ADAPTER, np.int32)
-        weights = np.zeros((len(rows), width), np.float32)
-        for b, row in enumerate(rows):
-            for c, (name, weight) in enumerate(row.items()):
-                indices[b, c], weights[b, c] = names.index(name), weight
-        return request_routing(indices, weights)
+        return request_routing([tuple(row.items()) for row in rows], names)
 
 
-def request_routing(indices: np.ndarray, weights: np.ndarray, fused: np.ndarray | None = None) -> Routing:
-    """One choice a request: Routing [B, 1, 1, C] of indices int32 [B, C], weights float32 [B, C], fused bool [B]."""
-    return Routing(
-        jnp.asarray(indices)[:, None, None],
-        jnp.asarray(weights)[:, None, None],
-        fused=None if fused is None else jnp.asarray(fused),
-    )
+def request_routing(
+    rows: Sequence[Sequence[tuple[str, float]]], names: tuple[str, ...], fused: Sequence[bool] | None = None
+) -> Routing:
+    """One choice a request, known beforehand: Routing [B, 1, 1, C].
+
+    rows: of each request its adapters, of `names`, and their weights. fused: which requests' adapters act as one.
+    """
+    width, places = max(1, *map(len, rows)), {name: i for i, name in enumerate(names)}
+    indices = np.full((len(rows), 1, 1, width), NO_ADAPTER, np.int32)
+    weights = np.zeros(indices.shape, np.float32)
+    for b, row in enumerate(rows):
+        for c, (name, weight) in enumerate(row):
+            indices[b, 0, 0, c], weights[b, 0, 0, c] = places[name], weight
+    acting = jnp.asarray(fused, bool) if fused is not None and any(fused) else None
+    return Routing(jnp.asarray(indices), jnp.asarray(weights), fused=acting)

@@ -15,7 +15,7 @@ import numpy as np
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
 from meteora_jax.retriever.index import Index
-from meteora_jax.routing import NO_ADAPTER, Routing
+from meteora_jax.routing import Routing
 from meteora_jax.routing.fixed import request_routing
 from meteora_jax.routing.gates import Gates, check_choice
 
@@ -98,17 +98,9 @@ class Composed:
 
     def bind(self, routers: Sequence[Composed | None], names: tuple[str, ...]) -> Routing:
         rows = [r.adapters if r is not None else () for r in routers]
-        places = {name: i for i, name in enumerate(names)}
-        if unknown := sorted({name for row in rows for name, _ in row} - places.keys()):
+        if unknown := sorted({name for row in rows for name, _ in row} - set(names)):
             raise InputError([f"retrieval: expected adapters of the bank, found {name!r}" for name in unknown])
-        width = max(1, *map(len, rows))
-        indices = np.full((len(rows), width), NO_ADAPTER, np.int32)
-        weights = np.zeros((len(rows), width), np.float32)
-        for b, row in enumerate(rows):
-            for c, (name, weight) in enumerate(row):
-                indices[b, c], weights[b, c] = places[name], weight
-        fused = np.asarray([r is not None and r.fused for r in routers])
-        return request_routing(indices, weights, fused if fused.any() else None)
+        return request_routing(rows, names, [r is not None and r.fused for r in routers])
 
 
 def look_up(router: Any, batch: int, texts: Callable[[], list[str]]) -> tuple[Any, list[Found]]:

@@ -1,4 +1,10 @@
-"""The specification, in plain jnp: every adapter for every token, masked by the routing."""
+"""The specification, in plain jnp: every adapter for every token, masked by the routing.
+
+    y_p = base_p + sum_a combine[.., p, a] * (x @ A[p, a]^T) @ B[a, :, columns of p]      for each projection p
+
+combine is `dense_weights` times the adapters' scale. Products are accumulated in float32; the weighted shrink is
+rounded to x's dtype before it meets B, and the sum once to base's.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +55,8 @@ def columns(splits: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def dense_weights(
-    indices: Int32[Array, "*L C"], weights: Float[Array, "*L C"], num_adapters: int
-) -> Float[Array, "*L A"]:
+    indices: Int32[Array, "... C"], weights: Float[Array, "... C"], num_adapters: int
+) -> Float[Array, "... A"]:
     """The weight of every adapter, zero where it was not chosen; an index outside 0..A-1 chooses nothing."""
     chosen = jax.nn.one_hot(indices, num_adapters, dtype=jnp.float32)
     return jnp.sum(chosen * weights[..., None], axis=-2)
@@ -71,28 +77,3 @@ def expand(
         update = einsum_float32(b.dtype, "btar,aro->bto", h[:, :, p], b[:, :, start:stop])
         parts.append((base[..., start:stop].astype(jnp.float32) + update).astype(base.dtype))
     return jnp.concatenate(parts, axis=-1)
-
-
-def reference_lora(
-    x: Float[Array, "B T I"],
-    a: Float[Array, "P A R I"],
-    b: Float[Array, "A R O"],
-    combine: Float[Array, "B T1 P1 A"],
-    base: Float[Array, "B T O"],
-    splits: tuple[int, ...],
-) -> Float[Array, "B T O"]:
-    """For each projection p, with its own columns of base and b,
-
-        y_p = base_p + sum_a combine[.., p, a] * (x @ A[p, a]^T) @ B[a, :, columns of p]
-
-    Args:
-        x: the group's input. a: A of every adapter as rows (PEFT's lora_A), zero-padded to a common rank R.
-        b: B of every adapter; the columns of the P projections side by side.
-        combine: routing weight times the adapter's scale; T1 and P1 are T and P, or 1 and broadcast.
-        base: what the update is added to. splits: the width of each projection in O; sums to O.
-
-    Returns:
-        in base's dtype. Products are accumulated in float32; the weighted shrink is rounded to x's dtype.
-    """
-    h = shrink(x, a) * combine[..., None].astype(jnp.float32)
-    return expand(h.astype(x.dtype), b, base, splits)
