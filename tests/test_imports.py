@@ -30,7 +30,18 @@ ORDER = [
         "execution",
         "numerics",
     ),
-    *("sharding", "bank", "retriever", "model.kv_cache", "model.attention", "model.rope", "routing", "model", "io"),
+    *(
+        "sharding",
+        "bank",
+        "retriever",
+        "model.paged_cache",
+        "model.kv_cache",
+        "model.attention",
+        "model.rope",
+        "routing",
+        "model",
+        "io",
+    ),
     *("generation", "evaluation", "training", "viz", "planning", "api", "", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
