@@ -31,7 +31,8 @@ class Case:
                 read = list(range(start, min(start + QUERY_BLOCK, n))) if c else []
                 positions += read + [EMPTY] * (QUERY_BLOCK - len(read)) if read else []
                 runs += [row] if read else []
-        self.tokens = StepTokens(jnp.asarray(positions, jnp.int32), jnp.asarray(tables), jnp.asarray(runs, jnp.int32))
+        arrays = positions, tables, runs, [*lengths, 0]
+        self.tokens = StepTokens(*(jnp.asarray(z, jnp.int32) for z in arrays))
         self.keys, self.values = (draw.normal(size=(4, max(lengths), KV, WIDTH)) for _ in "kv")
         self.q = draw.normal(size=(len(positions), HEADS, WIDTH))
         self.layer = 1
