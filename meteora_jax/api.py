@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,17 @@ from jax.sharding import Mesh
 
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
+from meteora_jax.engine import FinishReason, Progress, Request, Sampling, bind_row
+from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
 from meteora_jax.execution import default_dtype, jit, platform
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.generation import Generator, Sampling, check_prompts, check_token_ids, pad_batch
+from meteora_jax.generation import Delta, Engines, pieces, routing_of
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
 from meteora_jax.io.gates import load_gates
 from meteora_jax.io.model_state import assemble
-from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.model.llama import pack
+from meteora_jax.padding import pad_batch
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
 from meteora_jax.routing import BoundRouter, RoutingTrace, bind
 from meteora_jax.routing.alora import watch
@@ -32,9 +34,9 @@ from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.retrieval import Found, look_up
 from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import Params, place_rows, use_mesh
-from meteora_jax.text import TextStream, load_tokenizer
+from meteora_jax.text import load_tokenizer
+from pallas_kernels.paged_attention import EMPTY
 
-FinishReason = Literal["end", "stop", "length"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -43,7 +45,8 @@ class Completion:
     """One response.
 
     token_ids exclude the end token; `text` ends before a stop string, whose tokens token_ids still hold.
-    routing covers prompt and response; None where no router acted.
+    routing covers prompt and response; None where no router acted, or none was asked for. logprobs: of each token its
+    own log probability and the likeliest tokens' (token id, theirs); empty unless asked for.
     """
 
     text: str
@@ -51,14 +54,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_length: int
     routing: RoutingTrace | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """A piece of streamed text: `text` is to be appended to response `index`."""
-
-    index: int
-    text: str
+    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +80,21 @@ class Meteora:
         return str(self.weights["embed"].dtype)
 
     @functools.cached_property
+    def _engines(self) -> Engines:
+        return Engines(self.graph, self.weights, self.config, self.mesh, self.decode_tokens)
+
+    @functools.cached_property
     def _adapted(self) -> np.ndarray | None:
         return adapted_places(self.weights)
 
     def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""
+        return watch(bind(self._named(router), self.adapter_names, batch, self.gates is not None), self.bank, prompts)
+
+    def _named(self, router: Any) -> Any:
         if isinstance(router, str) and router == "gates if loaded":
-            router = Gates(self.gates.top_k, self.gates.temperature) if self.gates else None
-        return watch(bind(router, self.adapter_names, batch, self.gates is not None), self.bank, prompts)
+            return Gates(self.gates.top_k, self.gates.temperature) if self.gates else None
+        return router
 
     def request_text(self, prompt: Prompt | Sequence[int]) -> str:
         """What a retrieval reads: the text itself, what the user said in messages, or the text of token ids."""
@@ -102,7 +105,7 @@ class Meteora:
             return prompt
         if is_messages(prompt):
             return "\n".join(m["content"] for m in prompt if m["role"] == "user")
-        return self._decode(prompt)
+        return self.decode_tokens(prompt)
 
     def logits(self, token_ids: Any, router: Any = "gates if loaded") -> jax.Array:
         """Next-token logits at every position.
@@ -116,7 +119,7 @@ class Meteora:
         """
         rows = read_token_ids(token_ids)
         check_prompts(rows, self.config, 0)
-        router, _ = look_up(router, len(rows), lambda: [self._decode(row) for row in rows])
+        router, _ = look_up(router, len(rows), lambda: [self.decode_tokens(row) for row in rows])
         tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows), rows), self.mesh)
         with use_mesh(self.mesh):
             batch = place_rows((tokens, lengths), self.mesh)
@@ -139,9 +142,10 @@ class Meteora:
         """Token ids -> text, special tokens left out."""
         (row,) = read_token_ids([token_ids])
         check_token_ids(row, self.config)
-        return self._decode(row)
+        return self.decode_tokens(row)
 
-    def _decode(self, token_ids: Any) -> str:
+    def decode_tokens(self, token_ids: Any) -> str:
+        """As `decode`, without a check."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def generate(
@@ -154,6 +158,7 @@ class Meteora:
         top_p: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        routing: bool = True,
     ) -> list[Completion]:
         """Answers a batch of prompts (text, messages, or token ids); greedy at temperature 0.
 
@@ -161,16 +166,15 @@ class Meteora:
             router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, None (bare base), a list of them (one a prompt); by
                 default the gates if loaded, else None, whatever bank there is.
             stop: texts that end a response, or one text.
+            routing: whether the routing is recorded; beginnings that an earlier call has read are read again for it.
 
         Raises:
             InputError: empty prompt, prompt beyond the context, messages that the chat template refuses, text that
                 UTF-8 cannot hold, unknown adapter, bad sampling values.
         """
-        # without stop strings nothing needs the host before the end: one loop on the device
-        chunk = 16 if stop else max_new_tokens
         sampling = Sampling(temperature, top_k, top_p, seed)
         completions: list[Completion] = []
-        for piece in self._run(prompts, router, max_new_tokens, sampling, stop, chunk):
+        for piece in self._run(prompts, router, max_new_tokens, sampling, stop, routing, stream=False):
             if isinstance(piece, list):
                 completions = piece
         return completions
@@ -185,17 +189,19 @@ class Meteora:
         top_p: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
-        chunk: int = 8,
+        routing: bool = True,
     ) -> Iterator[Delta | list[Completion]]:
-        """As `generate`, in pieces: `Delta`s as text becomes certain, every `chunk` tokens, then the completions."""
-        return self._run(prompts, router, max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop, chunk)
+        """As `generate`, in pieces: `Delta`s as text becomes certain, then the completions."""
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return self._run(prompts, router, max_new_tokens, sampling, stop, routing, stream=True)
 
-    def _run(self, prompts, router, max_new_tokens, sampling, stop, chunk) -> Iterator[Delta | list[Completion]]:
+    def _run(
+        self, prompts, router, max_new_tokens, sampling, stop, routing, stream
+    ) -> Iterator[Delta | list[Completion]]:
         """Checks the call, reads the prompts, and gives the pieces as they come."""
-        stop = (stop,) if isinstance(stop, str) else stop
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
         with Arguments() as given:
             given.whole("max_new_tokens", max_new_tokens)
-            given.whole("chunk", chunk)
             given.texts("stop", stop)
         asked, ids, problems = read_prompts(prompts), [], []
         for i, prompt in enumerate(asked):
@@ -207,51 +213,43 @@ class Meteora:
             raise InputError(problems)
         check_prompts(ids, self.config, max_new_tokens)
         router, retrieved = look_up(router, len(ids), lambda: list(map(self._request_text, asked)))
-        bound = self.bind(router, len(ids), ids)
-        batch = Generator(self.graph, self.weights, self.config, ids, bound, sampling, max_new_tokens, self.mesh)
-        return self._pieces(batch, ids, stop, chunk, retrieved)
+        per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
+        self.bind(router, len(ids), ids)  # refuses all that is wrong at once
+        requests = [
+            self.request(row, own, max_new_tokens, dataclasses.replace(sampling, index=i), stop, trace=routing)
+            for i, (row, own) in enumerate(zip(ids, per_prompt, strict=True))
+        ]
+        return self._pieces(requests, retrieved, stream)
+
+    def request(
+        self, token_ids: Sequence[int], router: Any, max_new_tokens: int, sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (), logprobs: int | None = None, trace: bool = False,
+    ) -> Request:  # fmt: skip
+        """What the engine is asked for one prompt; a router that reads text has been replaced by what it found."""
+        prompt, router = tuple(token_ids), self._named(router)
+        bound = None if router is None else self.bind([router, None], 2, [prompt, prompt])
+        return Request(prompt, max_new_tokens, bind_row(bound), sampling, tuple(stop), logprobs, trace)
 
     def _pieces(
-        self, batch: Generator, ids: list[list[int]], stop: Sequence[str], chunk: int, retrieved: list[Found]
+        self, requests: list[Request], retrieved: list[Found], stream: bool
     ) -> Iterator[Delta | list[Completion]]:
-        streams = [TextStream(self._decode, stop) for _ in ids]
-        seen = [0] * len(ids)
-        running = True
-        while running:
-            running = batch.advance(chunk)
-            for i, tokens in enumerate(batch.tokens()):
-                text = streams[i].push(tokens[seen[i] :])
-                seen[i] = len(tokens)
-                if text:
-                    yield Delta(i, text)
-            stopped = [i for i, s in enumerate(streams) if s.stopped]
-            if stopped and running:
-                batch.stop(stopped)
-                running = not bool(np.all(batch.done))
-        for i, s in enumerate(streams):
-            if text := s.finish():
-                yield Delta(i, text)
-        yield self._complete(batch, ids, streams, retrieved)
+        for piece in pieces(self._engines.holding(requests), requests, self.decode_tokens, stream):
+            if isinstance(piece, Delta):
+                yield piece
+            else:
+                yield [self.completion(*one) for one in zip(*piece, retrieved, strict=True)]
 
-    def _complete(
-        self, batch: Generator, ids: list[list[int]], streams: list[TextStream], retrieved: list[Found]
-    ) -> list[Completion]:
-        reasons: list[FinishReason] = [
-            "stop" if s.stopped else "end" if len(s.tokens) < batch.max_new_tokens else "length" for s in streams
-        ]
-        # a response that met its end token had its last token read; any other's last was never fed back
-        lengths = [len(s.tokens) for s in streams]
-        fed = [n if r == "end" else n - 1 for n, r in zip(lengths, reasons, strict=True)]
-        routing = batch.routing(fed, lengths)
-        out = []
-        for i, (prompt, s) in enumerate(zip(ids, streams, strict=True)):
-            trace = None
-            if routing is not None:
-                shown = tuple(self.tokenizer.decode([t]) for t in prompt + s.tokens)
-                found = *routing[i], retrieved[i], self._adapted
-                trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *found)
-            out.append(Completion(s.text, s.tokens, reasons[i], len(prompt), trace))
-        return out
+    def completion(self, progress: Progress, text: str, retrieved: Found) -> Completion:
+        """What became of a request, with its text."""
+        prompt, tokens = list(progress.request.prompt), progress.tokens
+        assert progress.finish_reason is not None
+        routing, trace = routing_of(progress), None
+        if routing is not None:
+            shown = tuple(self.tokenizer.decode([t]) for t in prompt + tokens)
+            found = *routing, retrieved, self._adapted
+            trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *found)
+        own = tuple((value, tuple(best)) for value, best in progress.logprobs)
+        return Completion(text, tokens, progress.finish_reason, len(prompt), trace, own)
 
 
 @jit(static_argnames=("graph",))

@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.io import hf_config
 from meteora_jax.model.llama import Llama, lay_out
 from meteora_jax.model.routed_llama import gated_llama

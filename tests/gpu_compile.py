@@ -28,6 +28,8 @@ from jax.sharding import SingleDeviceSharding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from meteora_jax.model.kv_cache import KVCache
+
 import meteora_jax as mj
 from meteora_jax import execution
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
@@ -35,7 +37,6 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.generation import Decoding, decode, prefill
 from meteora_jax.model import llama
-from meteora_jax.model.kv_cache import KVCache
 from meteora_jax.model.llama import Llama
 from meteora_jax.model.routed_llama import RoutedCache, RoutedLlama, gated_llama
 from meteora_jax.planning import abstract_model, shape_of

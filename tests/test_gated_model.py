@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from meteora_jax.model.kv_cache import EMPTY, KVCache
 from test_sharding import devices
 
 import meteora_jax as mj
@@ -22,7 +23,6 @@ from meteora_jax.execution import ExecutionConfig, Jit, platform
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
 from meteora_jax.model import llama
-from meteora_jax.model.kv_cache import EMPTY, KVCache
 from meteora_jax.model.llama import pack, with_execution
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing.gates import GateParam

@@ -35,14 +35,13 @@ ORDER = [
         "bank",
         "retriever",
         "model.paged_cache",
-        "model.kv_cache",
         "model.attention",
         "model.rope",
         "routing",
         "model",
         "io",
     ),
-    *("generation", "evaluation", "training", "viz", "planning", "api", "", "harness", "cli"),
+    *("engine", "generation", "evaluation", "training", "viz", "planning", "api", "batching", "", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDER decides

@@ -26,13 +26,12 @@ from worlds import NAMES
 import converters
 import meteora_jax as mj
 from meteora_jax.config import InputError
+from meteora_jax.engine.step import observe_routing
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.generation import observe_routing
 from meteora_jax.io.bank import load_bank, save_bank
 from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, gate_shapes, load_gates, save_gates, split_gates
-from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.model.llama import pack, with_execution
 from meteora_jax.routing.gates import BoundGates, GateParam
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
@@ -42,6 +41,7 @@ from meteora_jax.training.gates import train_gates
 from meteora_jax.training.recipes import RECIPES, recipe_of, settled
 from meteora_jax.training.settings import Checkpointing, GateTraining, Objective
 from meteora_jax.training.step import gradients
+from pallas_kernels.paged_attention import EMPTY
 
 FORM = TokenRouterForm(width=64, depth=3)
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 75)), [200]]

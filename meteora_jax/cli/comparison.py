@@ -16,9 +16,9 @@ from meteora_jax.api import Meteora, load
 from meteora_jax.cli.devices import Devices
 from meteora_jax.cli.report import status
 from meteora_jax.config import InputError
+from meteora_jax.engine.request import check_prompts
 from meteora_jax.evaluation.problems import Problem, load_problems, load_queries
 from meteora_jax.evaluation.systems import Given, Model, System, make_system, of_a_family
-from meteora_jax.generation import check_prompts
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_state import assemble

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from meteora_jax.engine import Sampling
 from meteora_jax.evaluation.charts import save_picture
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import System
-from meteora_jax.generation import Generator, Sampling
 from meteora_jax.routing.retrieval import look_up
 
 

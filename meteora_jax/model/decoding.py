@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from meteora_jax.config import GROUPS, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
-from meteora_jax.model.kv_cache import KVCache
 from meteora_jax.model.lora_linear import LoRALinear
 from meteora_jax.model.packed_linear import PackedLinear
+from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.routing import BoundRouter, Routing
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
@@ -84,11 +84,11 @@ def run_layers(
     config: LlamaConfig,
     x: jax.Array,
     angles: tuple[jax.Array, jax.Array],
-    cache: KVCache,
+    cache: PagedCache,
     positions: jax.Array,
     router: BoundRouter | None,
     execution: ExecutionConfig,
-) -> tuple[jax.Array, KVCache, tuple[Routing, ...]]:
+) -> tuple[jax.Array, PagedCache, tuple[Routing, ...]]:
     """All layers of one step, the cache's slot claimed already.
 
     Args:

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import answer_pieces, prompt_pieces
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.model.kv_cache import EMPTY
 from meteora_jax.sharding import local_rows
+from pallas_kernels.paged_attention import EMPTY
 
 NO_TASK = -1  # a token that no gate is judged on
 WIDTH_STEP = 64  # a row's width is a multiple of this

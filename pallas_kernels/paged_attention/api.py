@@ -23,7 +23,7 @@ Implementation = Literal["reference", "triton"]
 
 
 def choose(platform: str, triton: bool, head_dim: int, window: int | None) -> Implementation:
-    """The implementation for heads of that width on "cpu", "gpu" or "tpu"; triton: whether a launch may be part of it."""
+    """The implementation for heads of that width on "cpu", "gpu" or "tpu"; triton: whether it may be a launch."""
     fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
     return "triton" if platform == "gpu" and triton and fits and window is None else "reference"
 
