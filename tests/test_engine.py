@@ -241,7 +241,11 @@ def test_a_failed_engine_says_so_to_everyone(world, monkeypatch):
 def test_fused_requests_and_others_in_one_batch(world):
     model = world["model"]
     prompt = list(range(50, 73))
-    routers = [Composed((("apple", 0.5), ("birch", 0.5)), True), Composed((("apple", 0.5), ("birch", 0.5)), False), None]
+    routers = [
+        Composed((("apple", 0.5), ("birch", 0.5)), True),
+        Composed((("apple", 0.5), ("birch", 0.5)), False),
+        None,
+    ]
     used = engine(model)
     handles = [used.submit(request(model, prompt, router, 8)) for router in routers]
     used.drain()
