@@ -319,7 +319,7 @@ def stepping(model: Any, execution: ExecutionConfig) -> Any:
 def whole_model() -> None:
     """Generation by the kernels tells what generation by XLA does."""
     packing.ROWS = 64  # fewer blocks of zeros to interpret
-    model = small("float32", layers=2)
+    model = small("float32", layers=2, null=True)
     stepped = stepping(model, NARROW)
     plain = dataclasses.replace(stepped, graph=llama.with_execution(stepped.graph, stepped.weights, ExecutionConfig()))
     for router in (
@@ -331,7 +331,7 @@ def whole_model() -> None:
         agree(plain, stepped, router)
     form = TokenRouterForm(width=64, depth=2)
     for execution, router, count in ((NARROW, [mj.Gates(1, 3.0), None, mj.Fixed("birch")], 3), (WIDE, mj.Gates(2), 2)):
-        routed = small("float32", form, layers=2)
+        routed = small("float32", form, layers=2, null=True)
         agree(routed, stepping(routed, execution), router, count)
         assert ("shrink_kernel" in RAN) == (execution is WIDE), RAN
     agree(model, stepping(model, WIDE), mj.Gates(2), 1)  # a wide bank's own gates
@@ -341,6 +341,8 @@ def whole_model() -> None:
 def agree(apart: Any, model: Any, router: Any, count: int = 3, steps: int = 2) -> None:
     """`model` by the kernels tells what `apart` does by XLA."""
     wanted, traced, cache = generate(apart, router, count, steps)
+    if isinstance(router, mj.Gates):  # adapters, and none of them, are chosen
+        assert {-1, 0, 1, 2, 3} >= {*np.unique(traced[0][0])} > {-1}, traced[0][0]
     RAN.clear()
     found, routing, kept = generate(model, router, count, steps)
     assert set(triton_gpu.KERNELS.values()) <= set(RAN), RAN
