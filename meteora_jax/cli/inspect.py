@@ -81,6 +81,7 @@ def describe(path: Path) -> dict[str, Any]:
 
         index = Index.load(path)
         about = {"adapters": len(index.names), "scoring": index.scoring, "instruction": index.instruction}
+        about |= {"threshold": "none" if index.threshold is None else round(index.threshold, 4)}
         inputs = {name: len(texts) for name, texts in index.profiles.items()}
         return {"kind": "index", "about": about | {"encoder": index.encoder is not None, "inputs": inputs}}
     if (path / "encoder.json").exists():
