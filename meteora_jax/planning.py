@@ -168,7 +168,7 @@ def plan_training(
     loss = _rowwise(mesh, (rows, width), bool)
     batch = Batch(tokens=whole_batch, positions=whole_batch, segments=whole_batch, loss=loss, tasks=whole_batch)
     part = (rows // accumulate,)
-    router = BoundGates(TopK(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), top_k))
+    router = BoundGates(TopK(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), top_k), adapters)
     step: Any = make_step(
         graph, state, tx, gate_loss(objective), dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
     )  # fmt: skip
@@ -214,7 +214,7 @@ def plan_generation(
         jax.eval_shape(lambda w: new_state(graph, w, rows * table, BLOCK_SIZE, rows), weights), empty.output_shardings,
     )  # fmt: skip
     step_rows = StepRows(whole(rows), whole(rows, dtype=bool), whole(rows, table), whole(rows), None)
-    router = BoundGates(TopK(whole(rows), whole(rows, dtype=jnp.float32), top_k))
+    router = BoundGates(TopK(whole(rows), whole(rows, dtype=jnp.float32), top_k), adapters)
     read = min(rows * width, BUDGET) // QUERY_BLOCK * QUERY_BLOCK
     prompt = PromptTokens(whole(read), whole(read), whole(read // QUERY_BLOCK), whole(rows), whole(rows), whole(rows))
     how: dict[str, Any] = dict(most=8, logprobs=None, trace=True)

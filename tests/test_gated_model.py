@@ -127,8 +127,9 @@ def test_two_executions_are_two_programs():
 # ---- on a GPU, where neither transformers nor a tokenizer need be installed
 
 
-def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3) -> mj.Meteora:
-    """A random model with four adapters and gates; its weights do not depend on the dtype but for their rounding."""
+def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null: bool = False) -> mj.Meteora:
+    """A random model with four adapters and gates, with `null` of a null choice too; its weights do not depend on the
+    dtype but for their rounding."""
     config = LlamaConfig(
         vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=layers, num_heads=4, num_kv_heads=2,
         head_dim=64, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=256,
@@ -137,12 +138,12 @@ def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3) -> m
     infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)
-    graph, state = nnx.split(gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0)))
+    graph, state = nnx.split(gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0), null=null))
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     draw = lambda key, x: (0.1 * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)  # noqa: E731
     weights = jax.tree.unflatten(tree, [draw(k, x) for k, x in zip(keys, leaves, strict=True)])
-    return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0, form), None, graph, weights)
+    return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0, form, null), None, graph, weights)
 
 
 def prompt_hidden(model: mj.Meteora, router: Any = None) -> np.ndarray:

@@ -7,6 +7,7 @@ prompt a router in their place that needs no text any more: `Composed`, or `Gate
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -21,15 +22,27 @@ from meteora_jax.routing.gates import Gates, check_choice
 
 Compose = Literal["selection", "mixture", "fusion"]
 COMPOSITIONS: tuple[Compose, ...] = ("selection", "mixture", "fusion")
+MinSimilarity = float | Literal["calibrated"] | None
 Found = tuple[tuple[str, float], ...]  # (adapter, similarity), best first
 
 
-def check_query(given: Arguments, index: Any, k: Any, exclude: Any) -> None:
-    """What an index is asked for: how many adapters, and which it must not find."""
+def check_query(given: Arguments, index: Any, k: Any, exclude: Any, min_similarity: Any) -> None:
+    """What an index is asked for: how many adapters, which it must not find, and how similar the best must be."""
     if not isinstance(index, Index):
         given.refuse("index", "an Index", index)
     given.whole("k", k)
     given.texts("exclude", exclude)
+    if isinstance(min_similarity, str) and min_similarity != "calibrated":
+        given.refuse("min_similarity", "a number, 'calibrated' or None", min_similarity)
+    elif min_similarity is not None and min_similarity != "calibrated":
+        given.number("min_similarity", min_similarity, "a finite number", math.isfinite)
+
+
+def is_nobodys(index: Index, found: Found, min_similarity: MinSimilarity) -> bool:
+    """Whether the best of what was found is less similar to the request than it must be."""
+    if min_similarity == "calibrated":
+        min_similarity = index.threshold
+    return min_similarity is not None and found[0][1] < min_similarity
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +53,8 @@ class Retrieval:
     adapter's A meets another's B. weights "uniform" is the paper's; "similarity" divides one among the retrieved in
     proportion to their similarities, those below zero counting as zero (uniform where all are).
     exclude: adapters that this request must not get.
+    min_similarity: a request whose best adapter is less similar gets none, and the base answers alone. "calibrated":
+    what the index found on its own profiles (`Index.threshold`; where it has none, None); None: each request gets some.
     """
 
     index: Index
@@ -47,15 +62,18 @@ class Retrieval:
     compose: Compose = "mixture"
     weights: Literal["uniform", "similarity"] = "uniform"
     exclude: tuple[str, ...] = ()
+    min_similarity: MinSimilarity = "calibrated"
 
     def __post_init__(self):
         with Arguments("Retrieval") as given:
-            check_query(given, self.index, self.k, self.exclude)
+            check_query(given, self.index, self.k, self.exclude, self.min_similarity)
             given.choice("compose", self.compose, COMPOSITIONS)
             given.choice("weights", self.weights, ("uniform", "similarity"))
 
     def router(self, found: Found) -> Composed:
         """The router of a request for which `found` was retrieved."""
+        if is_nobodys(self.index, found, self.min_similarity):
+            return NOBODY
         if self.compose == "selection":
             return Composed(((found[0][0], 1.0),), False)
         shares = np.ones(len(found))
@@ -68,29 +86,35 @@ class Retrieval:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GatesWithin:
-    """Retrieval narrows the bank to k adapters, and the gates choose among those for every token."""
+    """Retrieval narrows the bank to k adapters, and the gates choose among those for every token.
+
+    min_similarity: as `Retrieval` has it.
+    """
 
     index: Index
     k: int = 3
     top_k: int = 2
     temperature: float = 1.0
     exclude: tuple[str, ...] = ()
+    min_similarity: MinSimilarity = "calibrated"
 
     def __post_init__(self):
         with Arguments("GatesWithin") as given:
             check_choice(given, self.top_k, self.temperature)
-            check_query(given, self.index, self.k, self.exclude)
+            check_query(given, self.index, self.k, self.exclude, self.min_similarity)
         if self.k < self.top_k:
             raise InputError(f"GatesWithin: k: expected at least {self.top_k} (top_k), found {self.k}")
 
-    def router(self, found: Found) -> Gates:
+    def router(self, found: Found) -> Gates | Composed:
         """The router of a request for which `found` was retrieved."""
+        if is_nobodys(self.index, found, self.min_similarity):
+            return NOBODY
         return Gates(self.top_k, self.temperature, within=tuple(name for name, _ in found))
 
 
 @dataclasses.dataclass(frozen=True)
 class Composed:
-    """Adapters of one request with their weights, as a mixture or fused."""
+    """Adapters of one request with their weights, as a mixture or fused; none: the base answers alone."""
 
     adapters: tuple[tuple[str, float], ...]
     fused: bool
@@ -101,6 +125,9 @@ class Composed:
         if unknown := sorted({name for row in rows for name, _ in row} - set(names)):
             raise InputError([f"retrieval: expected adapters of the bank, found {name!r}" for name in unknown])
         return request_routing(rows, names, [r is not None and r.fused for r in routers])
+
+
+NOBODY = Composed((), False)
 
 
 def look_up(router: Any, batch: int, texts: Callable[[], list[str]]) -> tuple[Any, list[Found]]:

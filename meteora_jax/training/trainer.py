@@ -47,6 +47,7 @@ Path = str | os.PathLike[str]
 LATER = {
     "composite_sizes": (3, 3), "composite_shots": 0, "form": None, "lm_loss": True, "response_weight": None,
     "start_weight": 0.0, "segment_weight": 0.0, "composite_cut": 0.0, "ema": 0.0,
+    "background_share": 0.25,
 }  # fmt: skip
 
 
@@ -132,9 +133,9 @@ class Trainer:
         if self.validation is not None:
             self.validation.begin(graph, state, layout, self.dtype, self.mesh, run=self.checkpointing.run, start=start)
         recorder = Recorder(
-            self.trainee.bank.names, self.checkpointing.log or self.checkpointing.in_run("log.jsonl"),
-            self.checkpointing.in_run("tensorboard"), start=start, progress=self.callbacks.progress,
-            flops=self.trainee.flops,
+            self.trainee.bank.names if self.trainee.gates is None else tuple(self.labels),
+            self.checkpointing.log or self.checkpointing.in_run("log.jsonl"), self.checkpointing.in_run("tensorboard"),
+            start=start, progress=self.callbacks.progress, flops=self.trainee.flops,
         )  # fmt: skip
         try:
             state = self._steps(step, frozen, state, batches, layout, start, recorder, checkpoints)
