@@ -14,6 +14,17 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from meteora_jax.cli.bank import (
+    BankAdd,
+    BankCommand,
+    BankList,
+    BankRemove,
+    BankRename,
+    bank_add,
+    bank_list,
+    bank_remove,
+    bank_rename,
+)
 from meteora_jax.cli.compose import Compose, compose
 from meteora_jax.cli.demo import Demo, demo
 from meteora_jax.cli.devices import quiet_libtpu
@@ -123,6 +134,7 @@ def commands_for(args: Sequence[str]) -> Any:
     return Union[  # noqa: UP007 - a value here, no annotation
         Annotated[Import, sub("import")],
         Annotated[Export, sub("export")],
+        Annotated[BankCommand, sub("bank")],
         Annotated[Inspect, sub("inspect")],
         Annotated[IndexCommand, sub("index")],
         Annotated[Prepare, sub("prepare")],
@@ -146,6 +158,10 @@ ACTIONS = {
     ExportBase: export_base,
     ExportGates: export_gates,
     ExportBank: export_bank,
+    BankAdd: bank_add,
+    BankRemove: bank_remove,
+    BankRename: bank_rename,
+    BankList: bank_list,
     Inspect: inspect,
     IndexBuild: index_build,
     IndexAdd: index_add,
@@ -192,7 +208,7 @@ def parse(args: Sequence[str]) -> Any:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    return command.what if isinstance(command, Import | Export | Train | IndexCommand) else command
+    return command.what if isinstance(command, Import | Export | Train | BankCommand | IndexCommand) else command
 
 
 def main(args: Sequence[str] | None = None) -> None:
