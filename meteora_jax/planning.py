@@ -165,7 +165,7 @@ def plan_training(
     loss = _rowwise(mesh, (rows, width), bool)
     batch = Batch(tokens=whole_batch, positions=whole_batch, segments=whole_batch, loss=loss, tasks=whole_batch)
     part = (rows // accumulate,)
-    router = BoundGates(TopK(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), top_k))
+    router = BoundGates(TopK(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), top_k), adapters)
     step: Any = make_step(
         graph, state, tx, gate_loss(objective), dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
     )  # fmt: skip
@@ -203,7 +203,7 @@ def plan_generation(
     def whole(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
 
-    router = BoundGates(TopK(_rowwise(mesh, (rows,), jnp.int32), _rowwise(mesh, (rows,), jnp.float32), top_k))
+    router = BoundGates(TopK(_rowwise(mesh, (rows,), jnp.int32), _rowwise(mesh, (rows,), jnp.float32), top_k), adapters)
     call = dict(router=router, how=Sampling().traced, eos=whole((1,)))
     prompts = _rowwise(mesh, (rows, width), jnp.int32), _rowwise(mesh, (rows,), jnp.int32)
     with use_mesh(mesh):

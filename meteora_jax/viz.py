@@ -58,8 +58,9 @@ def dominant(trace: RoutingTrace) -> np.ndarray:
 
 
 def _leader(share: np.ndarray) -> np.ndarray:
-    """int32 [rows]: argmax over adapters; a row of zeros has no leader."""
-    no_adapter_first = np.pad(share, ((0, 0), (1, 0)))
+    """int32 [rows]: argmax over adapters and what is left for none of them; a row of zeros has no leader."""
+    left = np.where(share.any(axis=1, keepdims=True), 1 - share.sum(axis=1, keepdims=True), 1)
+    no_adapter_first = np.concatenate([np.where(left > 1e-6, left, 0), share], axis=1)
     return (no_adapter_first.argmax(axis=1) + NO_ADAPTER).astype(np.int32)
 
 

@@ -27,7 +27,7 @@ from jax_triton import triton_lib
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pallas_kernels.decode_step import operands, triton_gpu
-from pallas_kernels.routed_lora import LoraBank, packing
+from pallas_kernels.routed_lora import LoraBank
 from pallas_kernels.routed_lora.triton_gpu import topk_gated_lora
 from pallas_kernels.topk_gating import TopK
 
@@ -81,8 +81,7 @@ def main() -> None:
         )
         product = array((rows, len(splits) * 256), jnp.float32)
         rule = TopK(array((rows,), jnp.int32), array((rows,), jnp.float32), 2)
-        first = packing.first_a_row(adapters)
-        run = functools.partial(topk_gated_lora, first=first)
+        run = functools.partial(topk_gated_lora, gates=adapters)
         lower(run, product, bank, rule, array((rows, sum(splits)), jnp.bfloat16))
     decode_steps()
 
@@ -106,7 +105,7 @@ def decode_steps() -> None:
             group = operands.Group(
                 half(sum(splits) + 256 * p, width), half(p, some, rank, width) if wide else None,
                 half(some, rank, sum(splits)), array((layers, p, some), jnp.float32), splits,
-                1e-5 if norm else None, 256, packing.first_a_row(some), 0,
+                1e-5 if norm else None, 256, some, 0,
             )  # fmt: skip
             trace = (layers, rows, 7, 2) if how == "gates" else (1,)
             state = operands.StepState(

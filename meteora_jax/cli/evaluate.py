@@ -26,7 +26,7 @@ from meteora_jax.evaluation.composite import COMPOSITES, default_path, generate_
 from meteora_jax.evaluation.problems import Problem, load_composites
 from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, skipped
-from meteora_jax.routing import RoutingTrace, adapter_share
+from meteora_jax.routing import RoutingTrace, adapter_share, null_share
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Evaluate(Comparison):
 
 
 def response_routing(trace: RoutingTrace) -> dict[str, float]:
-    """Each adapter's share of the response's tokens, rounded; empty where nothing routed any (a response of one
-    token that was never read back, or of none)."""
+    """Each adapter's share of the response's tokens, rounded, less than 1 together where gates chose none of them;
+    empty where nothing routed any (a response of one token that was never read back, or of none)."""
     shares = np.sum(adapter_share(trace)[trace.prompt_length :], axis=0)
-    shares /= max(float(shares.sum()), 1e-9)
+    shares /= max(float(shares.sum() + null_share(trace)[trace.prompt_length :].sum()), 1e-9)
     named = zip(trace.adapter_names, shares.tolist(), strict=True)
     return {name: round(share, 4) for name, share in named if share >= 5e-5}
 

@@ -73,7 +73,7 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / "gates.json").exists():
         gates = GateConfig.from_json(read_json(path / "gates.json"), str(path / "gates.json"))
         about = {"adapters": " ".join(gates.names), "top_k": gates.top_k, "temperature": gates.temperature}
-        about |= {"form": gates.form_name}
+        about |= {"form": gates.form_name, "null choice": gates.null}
         about |= {"width": gates.form.width, "depth": gates.form.depth} if gates.form else {}
         return {"kind": "gates", "about": about}
     if (path / "index.json").exists():

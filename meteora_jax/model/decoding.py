@@ -17,7 +17,6 @@ from meteora_jax.routing import BoundRouter, Routing
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
-from pallas_kernels.routed_lora import packing
 
 EPILOGUES: dict[str, Epilogue] = {"qkv": "qkv", "o": "residual", "gate_up": "silu", "down": "residual"}
 FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
@@ -68,14 +67,14 @@ def group_weights(
     """The stacked weights of a group; `norm` is the RmsNorm before it."""
     if not adapt or linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
         a = b = scale = None
-        first = 0
+        gates = 0
     else:
         a = linear.lora_a[...] if _is_wide(linear, execution) else None
         b, scale = linear.lora_b[...], linear.lora_scale[...]
-        first = packing.first_a_row(b.shape[1])
+        gates = linear.gate_columns
     return Group(
         linear.kernel[...], a, b, scale, splits=linear.splits, eps=None if norm is None else norm.eps,
-        packed=linear.packed_rows // len(linear.splits), first_shrink=first, first_projection=first_projection,
+        packed=linear.packed_rows // len(linear.splits), gates=gates, first_projection=first_projection,
     )  # fmt: skip
 
 

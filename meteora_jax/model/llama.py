@@ -59,14 +59,14 @@ class Where:
 class Layer(nnx.Module):
     """One transformer layer."""
 
-    def __init__(self, config: LlamaConfig, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, bank: BankConfig | None, gate_columns: int, dtype: Any, rngs: nnx.Rngs):
         self.config = config
         norm = config.hidden_size, config.rms_norm_eps, dtype
         self.attention_norm, self.mlp_norm = RmsNorm(*norm), RmsNorm(*norm)
         head_norm = config.head_dim, config.rms_norm_eps, dtype
         self.q_norm, self.k_norm = (RmsNorm(*head_norm) if config.qk_norm else None for _ in "qk")
         self.qkv, self.o, self.gate_up, self.down = (
-            LoRALinear(config, group, bank, gates, dtype, rngs) for group in GROUPS
+            LoRALinear(config, group, bank, gate_columns, dtype, rngs) for group in GROUPS
         )
 
     def __call__(
@@ -114,13 +114,14 @@ class Llama(nnx.Module):
         self,
         config: LlamaConfig,
         bank: BankConfig | None = None,
-        gates: bool = False,
+        gate_columns: int = 0,
         dtype: Any = jnp.float32,
         *,
         rngs: nnx.Rngs,
         execution: ExecutionConfig | None = None,
     ):
-        self.config, self.has_gates = config, gates
+        """gate_columns: of the gates at every projection, one an adapter and any for the null choice; 0: no gates."""
+        self.config, self.has_gates = config, gate_columns > 0
         self.execution = ExecutionConfig.here(dtype) if execution is None else execution
         self.adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
@@ -131,7 +132,7 @@ class Llama(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
         def stack(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, bank, gates, dtype, rngs)
+            return Layer(config, bank, gate_columns, dtype, rngs)
 
         self.layers = stack(rngs)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)

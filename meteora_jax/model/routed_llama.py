@@ -40,11 +40,13 @@ class RoutedLlama(Llama):
         *,
         rngs: nnx.Rngs,
         form: TokenRouterForm,
+        columns: int,
         execution: ExecutionConfig | None = None,
     ):
+        """columns: of the token router's logits, one an adapter and any for the null choice."""
         super().__init__(config, bank, dtype=dtype, rngs=rngs, execution=execution)
         self.has_gates = True
-        self.token_router = TokenRouter(config.hidden_size, form, self.adapters)
+        self.token_router = TokenRouter(config.hidden_size, form, columns)
 
     def __call__(
         self,
@@ -90,9 +92,13 @@ class RoutedLlama(Llama):
 
 def gated_llama(
     config: LlamaConfig, bank: BankConfig, form: TokenRouterForm | None, dtype: Any, rngs: nnx.Rngs,
-    execution: ExecutionConfig | None = None,
+    execution: ExecutionConfig | None = None, null: bool = False,
 ) -> Llama:  # fmt: skip
-    """A model with a bank and gates of that form (None: MeteoRA's own, at every projection), as `Llama` has it."""
+    """A model with a bank and gates of that form (None: MeteoRA's own, at every projection), as `Llama` has it.
+
+    null: whether the gates have a column for no adapter.
+    """
+    columns = len(bank.names) + null
     if form is None:
-        return Llama(config, bank, gates=True, dtype=dtype, rngs=rngs, execution=execution)
-    return RoutedLlama(config, bank, dtype, rngs=rngs, form=form, execution=execution)
+        return Llama(config, bank, columns, dtype=dtype, rngs=rngs, execution=execution)
+    return RoutedLlama(config, bank, dtype, rngs=rngs, form=form, columns=columns, execution=execution)

@@ -25,9 +25,10 @@ from pallas_kernels.topk_gating import NO_ADAPTER, TopK
 class Routing:
     """Which adapters act, and how strongly.
 
-    indices: int32 [B, T, P, C]; NO_ADAPTER where nothing acts (its weight is 0).
-    weights: float32 [B, T, P, C].
-    logits: float32 [B, T, P, A], the gates' own, for the router that has them; what gate training reads.
+    indices: int32 [B, T, P, C]; NO_ADAPTER where nothing acts.
+    weights: float32 [B, T, P, C]; of NO_ADAPTER 0, or what the null choice took of the token: its adapter's dW is zero.
+    logits: float32 [B, T, P, A], the gates' own (with a null choice A + 1), for the router that has them; what gate
+    training reads.
     fused: bool [B], the requests whose chosen adapters act as one, their matrices averaged by the weights, cross
     terms included (LoraRetriever's fusion); None: nobody's. Such a request's choice is the same at every T and P.
     Axes T and P of each array may be 1 and then broadcast.
@@ -73,7 +74,7 @@ class GateLogits(Protocol):
     """Who knows the gate logits of a projection group's input."""
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """float32 [B, T, P, A] of x [B, T, I]."""
+        """float32 [B, T, P, A] of x [B, T, I], a null choice behind the adapters."""
         ...
 
 
@@ -177,17 +178,28 @@ def adapter_share(trace: RoutingTrace) -> np.ndarray:
     Where the weights of every projection sum to one, this is their average over layers and projections.
 
     Returns:
-        float32 [T, A]: rows sum to one, or are zero where no adapter acted.
+        float32 [T, A]: rows sum to one less `null_share`, or are zero where no adapter acted.
     """
     return weight_share(trace.indices, trace.weights, len(trace.adapter_names))
 
 
+def null_share(trace: RoutingTrace) -> np.ndarray:
+    """float32 [T]: the share of a token's total weight, over all layers and projections, that went to the null choice:
+    1 where the base answered alone; 0 where nothing routed."""
+    rows = len(trace.indices)
+    weights = np.abs(trace.weights).reshape(rows, -1)
+    total = weights.sum(axis=1)
+    null = np.where(trace.indices.reshape(rows, -1) == NO_ADAPTER, weights, 0).sum(axis=1)
+    return np.divide(null, total, out=np.zeros(rows, np.float32), where=total > 0)
+
+
 def weight_share(indices: np.ndarray, weights: np.ndarray, num_adapters: int) -> np.ndarray:
-    """float32 [rows, A]: each adapter's share of a row's absolute weight; `indices` and `weights` are [rows, ..]."""
+    """float32 [rows, A]: each adapter's share of a row's absolute weight, of which null choices have their part;
+    `indices` and `weights` are [rows, ..]."""
     rows = len(indices)
     indices, weights = indices.reshape(rows, -1), np.abs(weights).reshape(rows, -1)
     acting = indices != NO_ADAPTER
     slots = (np.arange(rows)[:, None] * num_adapters + indices)[acting]
     summed = np.bincount(slots, weights[acting], minlength=rows * num_adapters).reshape(rows, num_adapters)
-    total = summed.sum(axis=1, keepdims=True)
+    total = weights.sum(axis=1, keepdims=True)
     return np.divide(summed, total, out=np.zeros(summed.shape, np.float32), where=total > 0)

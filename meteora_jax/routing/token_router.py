@@ -55,15 +55,16 @@ class TokenRouter(nnx.Module):
         before: with it the first layer tells the "2" at the beginning of a line, which a look-up starts with.
     qkv_embed [F, D, 3, E], qkv [F, E, 3, E], o [F, E, E]: attention; queries, keys and values of embedding and stream.
     gate_up [F, E, 2, 2 E], down [F, 2 E, E]: silu(gate) up.
-    task [E, A]: logits of the token's own task. previous [E, A], first [E, 1]: logits of the task of the segment before
-        its own, an adapter's or none. segment [E, SEGMENTS]: logits of its segment's index. lookup [2]: the sharpness
-        of the look-up, in which tokens that agree in the latter two read each other's task, and its weight.
+    task [E, A]: logits of the token's own task; with a null choice A counts it as well. previous [E, A], first [E, 1]:
+        logits of the task of the segment before its own, or of none. segment [E, SEGMENTS]: logits of its segment's
+        index. lookup [2]: the sharpness of the look-up, in which tokens that agree in the latter two read each other's
+        task, and its weight.
     hop [1 + SHIFTS, E, E]: of the tasks that the first hop found, at a token and those before it, into the last layer:
         by it a line's first token knows the task of the line before, which that line's text, "5. incorrect", hides.
     """
 
-    def __init__(self, width: int, form: TokenRouterForm, adapters: int):
-        """width: D."""
+    def __init__(self, width: int, form: TokenRouterForm, columns: int):
+        """width: D. columns: of the logits, one an adapter and any for the null choice."""
         e, f = form.width, form.depth
         self.form = form
 
@@ -73,7 +74,7 @@ class TokenRouter(nnx.Module):
         self.embed, self.shift = weight(width, e), weight(SHIFTS, e, e)
         self.qkv_embed, self.qkv, self.o = weight(f, width, 3, e), weight(f, e, 3, e), weight(f, e, e)
         self.gate_up, self.down = weight(f, e, 2, 2 * e), weight(f, 2 * e, e)
-        self.task, self.previous, self.first = weight(e, adapters), weight(e, adapters), weight(e, 1)
+        self.task, self.previous, self.first = weight(e, columns), weight(e, columns), weight(e, 1)
         self.segment, self.lookup = weight(e, SEGMENTS), weight(2)
         self.hop = weight(1 + SHIFTS, e, e)
 

@@ -35,12 +35,12 @@ def route_by_gates(
 ):  # fmt: skip
     """(adapters int32, weights float32), [BM, CP]: the choice of projection p's gates, also traced where `traces`.
 
-    logit_ptr: float32 [M, A], rows ROW elements apart, not yet times the factor.
+    logit_ptr: float32 [M, G], rows ROW elements apart, not yet times the factor.
     """
     which = tl.arange(0, ADAPTERS.CP)
     adapters, weights = top_k_softmax(
-        logit_ptr, count_ptr, temperature_ptr, rows, M, ADAPTERS.A, ADAPTERS.AP, ADAPTERS.C, ADAPTERS.CP, ROW, BM,
-        factor,
+        logit_ptr, count_ptr, temperature_ptr, rows, M, ADAPTERS.A, ADAPTERS.G, ADAPTERS.GP, ADAPTERS.C, ADAPTERS.CP,
+        ROW, BM, factor,
     )  # fmt: skip
     start = layer * ADAPTERS.routing_layer + ADAPTERS.routing_first
     place = rows[:, None] * ADAPTERS.routing_row + p * ADAPTERS.routing_projection + which[None, :]

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.routed_lora import packing
 from pallas_kernels.routed_lora.triton_gpu import power
 
 EMPTY = -1  # position of a slot of the cache that holds no token
@@ -26,18 +27,19 @@ def at_least(x: jax.Array, rows: int) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["w", "a", "b", "scale"],
-    meta_fields=["splits", "eps", "packed", "first_shrink", "first_projection"],
+    meta_fields=["splits", "eps", "packed", "gates", "first_projection"],
 )
 @dataclasses.dataclass(frozen=True)
 class Group:
     """The weights of projections that share an input (q k v, o, gate and up, down), stacked over layers.
 
     w: [L, I, O]; or packed, [L, O + P packed, I]: behind the O rows of the base, for each projection `packed` rows with
-        its gates and, from row `first_shrink` of them on, its A's.
+        its `gates` and, from row `first_shrink` of them on, its A's.
     a: [L, P, A, R, I] where the bank is too wide for that (then gates alone are packed), else None.
     b: [L, A, R, O]; None without adapters, like scale: float32 [L, P, A].
     splits: columns of each projection. eps: of the norm before the group, None without one.
-    packed: packed rows of a projection, 0 without. first_projection: the group's first among a layer's projections.
+    packed: packed rows of a projection, 0 without. gates: columns of its gates, the adapters' and any null choice's.
+    first_projection: the group's first among a layer's projections.
     """
 
     w: jax.Array
@@ -47,13 +49,18 @@ class Group:
     splits: tuple[int, ...]
     eps: float | None
     packed: int
-    first_shrink: int
+    gates: int
     first_projection: int
 
     @property
     def columns(self) -> int:
         """O: columns of all projections."""
         return sum(self.splits)
+
+    @property
+    def first_shrink(self) -> int:
+        """The first row of a projection's A's among its packed rows."""
+        return packing.first_a_row(self.gates)
 
 
 @functools.partial(
@@ -121,7 +128,8 @@ class ResidualStream:
 class AdapterLayout:
     """How a kernel finds a group's adapters, shrinks and routing: one compile-time constant.
 
-    A, R, C: as above; a property with a P behind it is rounded up to a power of two.
+    A, R, C: as above; G: columns of a projection's gates, null choices behind the A adapters' own; a property with a P
+        behind it is rounded up to a power of two.
     gates: the kernel chooses by logits. Else it reads a routing (a wide bank's `shrink_kernel` has chosen before it).
     gather: a program has one row and reads its adapters' rows of B; else it has many and reads every B, masked.
     compact: shrinks are of the chosen adapters alone, in `parts` that are to be added, and times the norm's factor.
@@ -131,6 +139,7 @@ class AdapterLayout:
     """
 
     A: int
+    G: int
     R: int
     C: int
     gates: bool
@@ -147,8 +156,8 @@ class AdapterLayout:
     routing_first: int
 
     @property
-    def AP(self) -> int:
-        return power(self.A)
+    def GP(self) -> int:
+        return power(self.G)
 
     @property
     def RP(self) -> int:

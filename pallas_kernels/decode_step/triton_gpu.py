@@ -210,8 +210,9 @@ def adapter_layout(group: Group, state: StepState, choice: Choice | None, limits
         place = dict(start=group.columns, projection=group.packed, row=row, first_shrink=group.first_shrink)
     traced = state.indices.shape[2] * c if gates else 0  # a row's, of all projections
     return AdapterLayout(
-        A=adapters, R=rank, C=c, gates=gates and not compact, gather=compact or rows * c <= limits.gather * adapters,
-        compact=compact, parts=shrink_parts(group, rows, c), **place,
+        A=adapters, G=group.gates, R=rank, C=c, gates=gates and not compact,
+        gather=compact or rows * c <= limits.gather * adapters, compact=compact, parts=shrink_parts(group, rows, c),
+        **place,
         routing_layer=rows * traced, routing_row=traced or c, routing_projection=c if gates else 0,
         routing_first=group.first_projection * c if gates else 0,
     )  # fmt: skip
