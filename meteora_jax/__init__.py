@@ -1,12 +1,21 @@
 """One LLaMA-family model with many LoRA adapters inside, where nobody has to pick the adapter."""
 
-from meteora_jax.api import Completion, Delta, Meteora, load
+from importlib.metadata import PackageNotFoundError, version
+
+from meteora_jax.api import Meteora, load
+from meteora_jax.completion import Completion, Delta
 from meteora_jax.config import InputError
 from meteora_jax.retriever.index import Index
-from meteora_jax.routing import Routing, RoutingTrace
+from meteora_jax.routing import Router, RouterArgument, Routing, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.retrieval import GatesWithin, Retrieval
+from meteora_jax.warming import warm_up
+
+try:
+    __version__ = version("meteora-jax")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "Completion",
@@ -18,7 +27,11 @@ __all__ = [
     "InputError",
     "Meteora",
     "Retrieval",
+    "Router",
+    "RouterArgument",
     "Routing",
     "RoutingTrace",
+    "__version__",
     "load",
+    "warm_up",
 ]

@@ -88,7 +88,7 @@ class Decoding:
 
     tokens: int32 [B, N], the response so far; counts: int32 [B], how many of them are real; done: bool [B];
     step: int32 [], tokens emitted by the rows still running; positions: int32 [B], of the newest token.
-    trace: (indices, weights), each [N, L, B, P, C], of the tokens fed back so far; None without a router.
+    trace: (indices, weights), each [N, L, B, P, C], of the tokens fed back so far; None without a router, or untraced.
     """
 
     cache: KVCache | RoutedCache
@@ -109,7 +109,7 @@ def _emit(state: Decoding, logits: jax.Array, how: dict[str, jax.Array], eos: ja
     return dataclasses.replace(state, tokens=tokens, counts=counts, done=state.done | ended, step=state.step + 1)
 
 
-@jit(static_argnames=("graph", "new_tokens"))
+@jit(static_argnames=("graph", "new_tokens", "traced"))
 def prefill(
     graph: nnx.GraphDef,
     weights: Params,
@@ -119,12 +119,14 @@ def prefill(
     how: dict[str, jax.Array],
     eos: jax.Array,
     new_tokens: int,
+    traced: bool = True,
 ) -> tuple[Decoding, tuple[jax.Array, jax.Array] | None]:
     """Reads the prompts and emits each one's first token.
 
     Args:
         tokens: int32 [B, T], padded on the right. lengths: int32 [B]; a row of length 0 is no prompt and is done
-            from the start. new_tokens: tokens that the response may take, whose slots the cache gets.
+            from the start. new_tokens: tokens that the response may take, whose slots the cache gets. traced: what
+            routed each token is kept, here and in decoding.
 
     Returns:
         the state, and the prompts' routing (indices, weights), each [L, B, T, P, C] (T may be 1).
@@ -134,11 +136,11 @@ def prefill(
     columns = jnp.arange(width, dtype=jnp.int32)[None, :]
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
     cache = KVCache.create(model.config, batch, width + new_tokens, model.embed.dtype)
-    observe = observe_routing if router is not None else None
+    observe = observe_routing if router is not None and traced else None
     out = model(tokens, positions, router, cache=cache, fresh=True, observe=observe)
     last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     trace = None
-    if router is not None:
+    if observe is not None:
         indices, shares = (jnp.zeros((new_tokens, x.shape[0], batch, *x.shape[3:]), x.dtype) for x in out.observed)
         trace = indices, shares
     zeros = jnp.zeros((batch,), jnp.int32)
@@ -169,7 +171,7 @@ def decode(
 
     def step(state: Decoding) -> Decoding:
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        observe = observe_routing if router is not None else None
+        observe = None if state.trace is None else observe_routing
         out = model(token, state.positions[:, None], router, cache=state.cache, observe=observe)
         trace = state.trace
         if trace is not None:
@@ -256,6 +258,7 @@ class Generator:
         sampling: Sampling,
         max_new_tokens: int,
         mesh: Mesh | None = None,
+        traced: bool = True,
     ):
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
@@ -268,7 +271,12 @@ class Generator:
         slots = -(-max_new_tokens // 32) * 32
         with use_mesh(mesh):
             self._state, self._prompt_trace = prefill(
-                *self._model, place_rows(tokens, mesh), place_rows(self.lengths, mesh), new_tokens=slots, **self._call
+                *self._model,
+                place_rows(tokens, mesh),
+                place_rows(self.lengths, mesh),
+                new_tokens=slots,
+                traced=traced,
+                **self._call,
             )
 
     def advance(self, tokens: int) -> bool:
@@ -296,7 +304,7 @@ class Generator:
         return [row[:n].tolist() for row, n in zip(tokens[: self._rows], counts, strict=False)]
 
     def routing(self, fed: Sequence[int], lengths: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]] | None:
-        """Each row's (indices, weights), [T, L, P, C], of its prompt and response; None without a router.
+        """Each row's (indices, weights), [T, L, P, C], of its prompt and response; None without a router, or untraced.
 
         `lengths` are the responses' lengths; only the first `fed` tokens of each were read by the model, and
         nothing routed the rest.

@@ -7,13 +7,15 @@ ended after saving, which the same command goes on with; 130 interrupted.
 from __future__ import annotations
 
 import dataclasses
+import inspect as python_inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_type_hints
 
 import tyro
 
+from meteora_jax import compilation_cache
 from meteora_jax.cli.bank import (
     BankAdd,
     BankCommand,
@@ -182,6 +184,23 @@ ACTIONS = {
 }
 
 
+METAVARS = {  # of positional arguments whose field is not called like what stands there
+    "adapters": "NAME=PEFT_DIR ...", "files": "[NAME=FILE ...]", "names": "NAME ...", "prompts": "[PROMPT ...]",
+    "texts": "[TEXT ...]", "composites": "[N ...]",
+}  # fmt: skip
+
+
+def name_positionals() -> None:
+    """Positional arguments are called by what stands there, BANK and not {PATH}, in every command's help."""
+    for command in {owner for action in ACTIONS for owner in action.__mro__ if dataclasses.is_dataclass(owner)}:
+        hints = get_type_hints(command, include_extras=True)
+        for name in python_inspect.get_annotations(command):
+            hint = hints[name]
+            if tyro.conf.Positional[Any].__metadata__[0] in getattr(hint, "__metadata__", ()):
+                called = tyro.conf.arg(metavar=METAVARS.get(name, name.upper()))
+                command.__annotations__[name] = Annotated[hint, called]
+
+
 def check_texts(command: Any) -> None:
     """Refuses words that are not valid UTF-8; paths may be anything."""
     for field in dataclasses.fields(command):
@@ -201,6 +220,7 @@ def parse(args: Sequence[str]) -> Any:
     Raises:
         InputError: as `gates_by_recipe`.
     """
+    name_positionals()
     command = tyro.cli(
         commands_for(args),
         prog="meteora",
@@ -214,7 +234,14 @@ def parse(args: Sequence[str]) -> Any:
 def main(args: Sequence[str] | None = None) -> None:
     """Parses and runs one command; exits with the status that the module's docstring lists."""
     try:
-        command = parse(sys.argv[1:] if args is None else args)
+        args = sys.argv[1:] if args is None else args
+        if list(args) == ["--version"]:
+            from meteora_jax import __version__
+
+            print(f"meteora {__version__}")
+            return
+        command = parse(args)
+        compilation_cache.use()
         quiet_libtpu()
         check_texts(command)
         ACTIONS[type(command)](command)
