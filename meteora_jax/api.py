@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,23 +16,26 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from meteora_jax import compilation_cache
 from meteora_jax.arguments import Arguments
-from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
-from meteora_jax.engine import FinishReason, Progress, Request, Sampling, bind_row
+from meteora_jax.completion import Completion, Delta
+from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig
+from meteora_jax.engine import Progress, Request, Sampling, bind_row
 from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
-from meteora_jax.execution import default_dtype, jit, platform
+from meteora_jax.execution import default_dtype, jit, packs
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.generation import Delta, Engines, pieces, routing_of
+from meteora_jax.generation import Engines, pieces, routing_of
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
 from meteora_jax.io.gates import load_gates
+from meteora_jax.io.model_bank import change_adapters, is_packed, rank_in
 from meteora_jax.io.model_state import assemble
 from meteora_jax.model.llama import pack
 from meteora_jax.padding import pad_batch
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
-from meteora_jax.routing import BoundRouter, RoutingTrace, bind
-from meteora_jax.routing.alora import watch
-from meteora_jax.routing.gates import Gates
+from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
+from meteora_jax.routing.known import bind_known, within_known
+from meteora_jax.routing.named import spelled_out
 from meteora_jax.routing.retrieval import Found, look_up
 from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import Params, place_rows, use_mesh
@@ -40,26 +45,12 @@ from pallas_kernels.paged_attention import EMPTY
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One response.
-
-    token_ids exclude the end token; `text` ends before a stop string, whose tokens token_ids still hold.
-    routing covers prompt and response; None where no router acted, or none was asked for. logprobs: of each token its
-    own log probability and the likeliest tokens' (token id, theirs); empty unless asked for.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    prompt_length: int
-    routing: RoutingTrace | None
-    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Meteora:
-    """A base with its bank and gates, ready to run. Made by `load`."""
+    """A base with its bank and gates, ready to run. `load` makes it; `add_adapter` and `remove_adapter` give others.
+
+    gates: they know the first of the bank's adapters; any that were added do without. folder: the BASE folder.
+    """
 
     config: LlamaConfig
     bank: BankConfig | None
@@ -68,6 +59,19 @@ class Meteora:
     graph: nnx.GraphDef
     weights: Params
     mesh: Mesh | None = None
+    folder: Path | None = None
+
+    def __repr__(self) -> str:
+        named, count = self.adapter_names[:4], len(self.adapter_names)
+        more = f" and {count - len(named)} more" if count > len(named) else ""
+        gates = f", {self.gates.form_name} gates of {len(self.gates.names)}" if self.gates else ""
+        name = "" if self.folder is None else f"{str(self.folder)!r}, "
+        where = jax.devices()[:1] if self.mesh is None else self.mesh.devices.flat
+        devices = f"{len(where)} {where[0].device_kind}" if self.mesh is not None else where[0].device_kind
+        return (
+            f"Meteora({name}{self.config.num_layers} layers, {count} adapters"
+            f"{': ' if count else ''}{', '.join(named)}{more}{gates}, {self.dtype}, {devices})"
+        )
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -87,14 +91,85 @@ class Meteora:
     def _adapted(self) -> np.ndarray | None:
         return adapted_places(self.weights)
 
-    def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None:
+    def bind(
+        self, router: RouterArgument, batch: int, prompts: Sequence[Sequence[int]] | None = None
+    ) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""
-        return watch(bind(self._named(router), self.adapter_names, batch, self.gates is not None), self.bank, prompts)
+        return bind_known(router, self.bank, self.gates, batch, prompts)
 
-    def _named(self, router: Any) -> Any:
-        if isinstance(router, str) and router == "gates if loaded":
-            return Gates(self.gates.top_k, self.gates.temperature) if self.gates else None
-        return router
+    def look_up(
+        self, router: RouterArgument, batch: int, texts: Callable[[], list[str]]
+    ) -> tuple[RouterArgument, list[Found]]:
+        """Routers that read the requests' texts, replaced by what they found; and for each request what that was."""
+        routers, found = look_up(spelled_out(router, self.gates), batch, texts)
+        return within_known(routers, found, self.adapter_names, self.gates), found
+
+    def add_adapter(
+        self, path: str | os.PathLike[str], name: str, *, any_base: bool = False, release: bool = False
+    ) -> Meteora:
+        """Another model with one adapter more, behind the others; this one stays as it is.
+
+        Both share the base's arrays. Gates have no column of the new adapter and go on choosing among those that they
+        know; `Fixed` and `Retrieval` reach it (and gates that `meteora train gates --extend` made, once loaded).
+
+        Args:
+            path: a PEFT folder, or a BANK folder that has an adapter of this name.
+            name: what it will be called.
+            any_base: take an adapter whose settings name another base.
+            release: replaced arrays' memory is given back one by one; this model is then of no more use. Otherwise both
+                models' adapters are in memory, and of packed models (a GPU, 16 bit) both bases.
+
+        Raises:
+            InputError: a name that is taken or none, and what `meteora import adapters` refuses.
+        """
+        with Arguments("add_adapter") as given:
+            given.path("path", path)
+            given.texts("name", [name])
+        if self.folder is None:
+            raise InputError("add_adapter: expected a model of mj.load, found one whose BASE folder is not known")
+        if name in self.adapter_names:
+            raise InputError(f"add_adapter: name: expected one that no adapter has, found {name!r}")
+        import converters  # knows the files of others; here alone outside of the command line
+
+        kind = jnp.dtype(self.dtype)
+        with tempfile.TemporaryDirectory() as scratch:
+            one = Path(scratch) / "bank"
+            if (Path(path) / "bank.json").exists():
+                converters.take_adapters(path, one, [name])
+            else:
+                converters.import_adapters(one, self.folder, {name: path}, any_base=any_base)
+            added = load_bank(one, self.config, kind, read_origin(self.folder))
+        count = len(self.adapter_names)
+        return self._changed(
+            added.config if self.bank is None else self.bank.join(added.config), range(count), added, self.gates,
+            range(self.gates.columns if self.gates else 0), release,
+        )  # fmt: skip
+
+    def remove_adapter(self, name: str, *, release: bool = False) -> Meteora:
+        """Another model without one adapter; this one stays as it is. Gates lose its column, if they have one.
+
+        Args:
+            name: the adapter. release: as in `add_adapter`.
+
+        Raises:
+            InputError: no adapter has the name, or it is the last one.
+        """
+        if self.bank is None or name not in self.adapter_names:
+            found = ", ".join(self.adapter_names) or "none"
+            raise InputError(f"remove_adapter: name: expected an adapter's ({found}), found {name!r:.200}")
+        if len(self.adapter_names) == 1:
+            raise InputError(f"remove_adapter: expected an adapter that stays, found {name!r} alone (load the base)")
+        keep = [i for i, n in enumerate(self.adapter_names) if n != name]
+        gates = None if self.gates is None else self.gates.without(name)
+        columns = [i for i in range(self.gates.columns) if self.gates.names[i : i + 1] != (name,)] if self.gates else []
+        return self._changed(self.bank.take(keep, rank_in(self.weights)), keep, None, gates, columns, release)
+
+    def _changed(self, bank, keep, added, gates, columns, release) -> Meteora:
+        packed = packs(self.dtype, self.mesh) or is_packed(self.graph, self.weights)
+        graph, weights = change_adapters(
+            self.graph, self.weights, self.config, bank, keep, added, gates, columns, self.mesh, packed, release
+        )
+        return dataclasses.replace(self, bank=bank, gates=gates, graph=graph, weights=weights)
 
     def request_text(self, prompt: Prompt | Sequence[int]) -> str:
         """What a retrieval reads: the text itself, what the user said in messages, or the text of token ids."""
@@ -107,19 +182,19 @@ class Meteora:
             return "\n".join(m["content"] for m in prompt if m["role"] == "user")
         return self.decode_tokens(prompt)
 
-    def logits(self, token_ids: Any, router: Any = "gates if loaded") -> jax.Array:
+    def logits(self, token_ids: Any, router: RouterArgument = "gates if loaded") -> jax.Array:
         """Next-token logits at every position.
 
         Args:
             token_ids: int [B, T], or a list of B token lists of any lengths.
-            router: `Gates`, `Fixed`, None (bare base), a list of them (one a row); by default the gates if loaded.
+            router: as in `generate`; of a list one a row.
 
         Returns:
             float32 [B, T, V], T the longest row; what stands behind a shorter row's end means nothing.
         """
         rows = read_token_ids(token_ids)
         check_prompts(rows, self.config, 0)
-        router, _ = look_up(router, len(rows), lambda: [self.decode_tokens(row) for row in rows])
+        router, _ = self.look_up(router, len(rows), lambda: [self.decode_tokens(row) for row in rows])
         tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows), rows), self.mesh)
         with use_mesh(self.mesh):
             batch = place_rows((tokens, lengths), self.mesh)
@@ -151,7 +226,7 @@ class Meteora:
     def generate(
         self,
         prompts: Sequence[Prompt | Sequence[int]],
-        router: Any = "gates if loaded",
+        router: RouterArgument = "gates if loaded",
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -163,10 +238,16 @@ class Meteora:
         """Answers a batch of prompts (text, messages, or token ids); greedy at temperature 0.
 
         Args:
-            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, None (bare base), a list of them (one a prompt); by
-                default the gates if loaded, else None, whatever bank there is.
+            prompts: texts, lists of messages {"role", "content"}, or lists of token ids, mixed as you like.
+            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, "gates" (as they were trained), "base" or None (bare
+                base), a list of these (one a prompt); by default "gates if loaded", else the base.
+            max_new_tokens: at most so many tokens a response.
+            temperature: 0 takes the likeliest token; else what logits are divided by before one is drawn.
+            top_k, top_p: draws from so many of the likeliest tokens, or from the fewest with this probability, only.
+            seed: of the draws; a row's draws depend on it, its place in the batch and the step alone.
             stop: texts that end a response, or one text.
-            routing: whether the routing is recorded; beginnings that an earlier call has read are read again for it.
+            routing: whether completions say what routed each token (docs/fleet.md has what that costs); beginnings that
+                an earlier call has read are read again for it.
 
         Raises:
             InputError: empty prompt, prompt beyond the context, messages that the chat template refuses, text that
@@ -182,7 +263,7 @@ class Meteora:
     def stream(
         self,
         prompts: Sequence[Prompt | Sequence[int]],
-        router: Any = "gates if loaded",
+        router: RouterArgument = "gates if loaded",
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -203,6 +284,8 @@ class Meteora:
         with Arguments() as given:
             given.whole("max_new_tokens", max_new_tokens)
             given.texts("stop", stop)
+            if not isinstance(routing, bool):
+                given.refuse("routing", "true or false", routing)
         asked, ids, problems = read_prompts(prompts), [], []
         for i, prompt in enumerate(asked):
             try:
@@ -212,7 +295,7 @@ class Meteora:
         if problems:
             raise InputError(problems)
         check_prompts(ids, self.config, max_new_tokens)
-        router, retrieved = look_up(router, len(ids), lambda: list(map(self._request_text, asked)))
+        router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_text, asked)))
         per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         self.bind(router, len(ids), ids)  # refuses all that is wrong at once
         requests = [
@@ -222,12 +305,12 @@ class Meteora:
         return self._pieces(requests, retrieved, stream)
 
     def request(
-        self, token_ids: Sequence[int], router: Any, max_new_tokens: int, sampling: Sampling = GREEDY,
+        self, token_ids: Sequence[int], router: RouterArgument, max_new_tokens: int, sampling: Sampling = GREEDY,
         stop: Sequence[str] = (), logprobs: int | None = None, trace: bool = False,
     ) -> Request:  # fmt: skip
         """What the engine is asked for one prompt; a router that reads text has been replaced by what it found."""
-        prompt, router = tuple(token_ids), self._named(router)
-        bound = None if router is None else self.bind([router, None], 2, [prompt, prompt])
+        prompt = tuple(token_ids)
+        bound = self.bind([router, None], 2, [prompt, prompt])
         return Request(prompt, max_new_tokens, bind_row(bound), sampling, tuple(stop), logprobs, trace)
 
     def _pieces(
@@ -272,6 +355,8 @@ def load(
     """Loads BASE, and on top of it BANK and GATES, made by `meteora import` and `meteora train gates`.
 
     Args:
+        base: the BASE folder. bank: the BANK folder of its adapters; None: the base alone. gates: the GATES folder of
+            that bank; None: adapters act where a router names them.
         mesh: of `sharding.make_mesh`: weights are split over its devices, and batches too; None is one device.
         dtype: of base, adapters and activations; by default float32 on a CPU, bfloat16 on an accelerator; the model's
             `dtype` says which. Gates stay float32.
@@ -279,6 +364,7 @@ def load(
     Raises:
         InputError: a folder is missing, damaged, or made for another base or bank.
     """
+    compilation_cache.use()
     with Arguments() as given:
         given.path("base", base)
         given.path("bank", bank, none=True)
@@ -295,6 +381,7 @@ def load(
     gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
     form = gate_config.form if gate_config else None
     graph, state = assemble(config, weights, loaded, columns, kind, mesh, form)
-    if platform() == "gpu" and mesh is None and kind.itemsize == 2:
-        graph, state = pack(graph, state, release=True)
-    return Meteora(config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh)
+    if packs(kind, mesh):
+        graph, state = pack(graph, state, release=GROUPS)
+    held = config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh, Path(base)
+    return Meteora(*held)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from meteora_jax.api import Completion, Meteora
+from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
+from meteora_jax.completion import Completion
 from meteora_jax.engine import EngineCore, EngineSize, Handle, Sampling
 from meteora_jax.engine.request import GREEDY
 from meteora_jax.execution import platform
 from meteora_jax.generation import LEAST_BLOCKS, fitting_blocks
 from meteora_jax.prompts import Prompt, read_prompt
-from meteora_jax.routing.retrieval import Found, look_up
+from meteora_jax.routing import RouterArgument
+from meteora_jax.routing.retrieval import Found
 from meteora_jax.text import TextStream
 
 
@@ -91,7 +92,7 @@ class Engine:
     def submit(
         self,
         prompt: Prompt | Sequence[int],
-        router: Any = "gates if loaded",
+        router: RouterArgument = "gates if loaded",
         sampling: Sampling = GREEDY,
         max_new_tokens: int = 64,
         stop: str | Sequence[str] = (),
@@ -112,7 +113,7 @@ class Engine:
             given.whole("logprobs", logprobs, none=True)
             given.texts("stop", (stop,) if isinstance(stop, str) else stop)
         read = read_prompt(prompt, "prompt")
-        (own,), (found,) = look_up([router], 1, lambda: [self.model.request_text(read)])
+        (own,), (found,) = self.model.look_up([router], 1, lambda: [self.model.request_text(read)])
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         request = self.model.request(
             self.model.encode(read), own, max_new_tokens, sampling, stop, logprobs, trace=routing

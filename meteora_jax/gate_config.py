@@ -54,6 +54,11 @@ class GateConfig:
         """Of the gates: one an adapter, and the null choice's."""
         return len(self.names) + self.null
 
+    def without(self, name: str) -> GateConfig | None:
+        """The same less one adapter's column, if it has one; None where no other is left."""
+        left = tuple(n for n in self.names if n != name)
+        return dataclasses.replace(self, names=left, top_k=min(self.top_k, len(left))) if left else None
+
     @property
     def form_name(self) -> FormName:
         return "meteora" if self.form is None else "token-router"

@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from meteora_jax.completion import Delta
 from meteora_jax.config import LlamaConfig
-from meteora_jax.engine import EngineCore, EngineSize, FinishReason, Handle, Progress, Request
+from meteora_jax.engine import EngineCore, EngineSize, Handle, Progress, Request
 from meteora_jax.execution import platform
 from meteora_jax.routing import NO_ADAPTER
 from meteora_jax.sharding import Params
@@ -21,14 +22,6 @@ from meteora_jax.text import TextStream
 ROWS = 256  # sequences at once
 LEAST_BLOCKS = 128
 MEMORY = 0.9  # share of what a device has left that blocks may take
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """A piece of streamed text: `text` is to be appended to response `index`."""
-
-    index: int
-    text: str
 
 
 class Engines:
@@ -112,6 +105,3 @@ def routing_of(progress: Progress) -> tuple[np.ndarray, np.ndarray] | None:
         missing = len(progress.request.prompt) + len(progress.tokens) - len(joined)
         out.append(np.pad(joined, [(0, missing)] + [(0, 0)] * 3, constant_values=fill))
     return out[0], out[1]
-
-
-__all__ = ["Delta", "Engines", "FinishReason", "fitting_blocks", "pieces", "routing_of"]

@@ -106,6 +106,12 @@ REFUSED = {
     'ask(stop=["a", 3])': "stop 1: expected a text, found 3",
     'ask(stop={"a": 1})': "stop: expected a list of texts",
     'model.stream([[1]], chunk=0)': "chunk: expected at least 1, found 0",
+    'ask(routing=3)': "routing: expected true or false, found 3",
+    'mj.warm_up(model, batch_sizes=3)': "warm_up: batch_sizes: expected a list of whole numbers, found 3",
+    # adapters
+    'model.add_adapter(3, "new")': "add_adapter: path: expected a path, found 3",
+    'model.add_adapter("x", 3)': "add_adapter: name 0: expected a text, found 3",
+    'model.remove_adapter(3)': "remove_adapter: name: expected an adapter's (apple, birch, cedar, daisy), found 3",
     # routers
     'ask(router=3)': "router: expected Gates, Fixed, Retrieval, None or a list of them, found 3",
     'ask(router=object())': "router: expected Gates, Fixed",

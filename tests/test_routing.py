@@ -56,7 +56,7 @@ def test_gated_update_equals_the_formula(chosen, adapters, rank, temperature, ti
     scale = rng.uniform(0.5, 2, (2, adapters))
     f32 = lambda z: jnp.asarray(z, jnp.float32)  # noqa: E731
     names = tuple(f"n{i}" for i in range(adapters))
-    router = bind(mj.Gates(chosen, temperature), names, batch=2, has_gates=True)
+    router = bind(mj.Gates(chosen, temperature), names, batch=2, gated=names)
     routing = router.route(f32(x), ProjectionGates(f32(gate)))
     bank = LoraBank(f32(a), f32(b), f32(scale), splits)
     ours = np.asarray(routed_lora(f32(x), bank, routing, jnp.zeros((2, 3, 10)))).reshape(6, -1)

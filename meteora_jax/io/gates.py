@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from meteora_jax.config import GROUPS, InputError, LlamaConfig, read_json
+from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.gate_config import SEGMENTS, SHIFTS, GateConfig, TokenRouterForm
 from meteora_jax.io.tensors import WEIGHTS, read_tensors, write_folder
 
@@ -29,9 +30,12 @@ _SIZES = {"qkv_embed": 0.3, "o": 0.5, "down": 0.5, "shift": 0.5, "hop": 4.0}
 _SIZES |= dict.fromkeys(("task", "previous", "first", "segment"), 0.1)
 
 
-def gate_shapes(form: TokenRouterForm | None, base: LlamaConfig, columns: int) -> dict[str, tuple[int, ...]]:
+def gate_shapes(
+    form: TokenRouterForm | None, base: LlamaConfig | BankConfig, columns: int
+) -> dict[str, tuple[int, ...]]:
     """{name: shape} of `GATES/weights.safetensors`: MeteoRA's gates [L, I, G], named like their projections; or the
-    parameters of a token router, as `TokenRouter` has them. columns: G, `GateConfig.columns`."""
+    parameters of a token router, as `TokenRouter` has them. base: or a bank, which knows its shapes. columns: G,
+    `GateConfig.columns`."""
     if form is None:
         return {
             p: (base.num_layers, base.projection_shape(p)[0], columns) for ps in GROUPS.values() for p in ps
@@ -45,7 +49,9 @@ def gate_shapes(form: TokenRouterForm | None, base: LlamaConfig, columns: int) -
     return {f"token_router.{part}": parts[part] for part in _ROUTER}
 
 
-def fresh_gates(form: TokenRouterForm | None, base: LlamaConfig, columns: int, seed: int) -> dict[str, np.ndarray]:
+def fresh_gates(
+    form: TokenRouterForm | None, base: LlamaConfig | BankConfig, columns: int, seed: int
+) -> dict[str, np.ndarray]:
     """Gates before their training, float32 as `gate_shapes` has them: MeteoRA's zeros, a token router's normal."""
     gates = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, base, columns).items()}
     if form is None:
@@ -62,7 +68,7 @@ def fresh_gates(form: TokenRouterForm | None, base: LlamaConfig, columns: int, s
 
 
 def load_gates(
-    folder: str | os.PathLike[str], base: LlamaConfig, names: tuple[str, ...]
+    folder: str | os.PathLike[str], base: LlamaConfig | BankConfig, names: tuple[str, ...]
 ) -> tuple[GateConfig, dict[str, np.ndarray]]:
     """GATES/ -> its configuration and float32 tensors as `gate_shapes` has them, columns in the bank's order, a null
     choice's last."""
@@ -73,7 +79,9 @@ def load_gates(
     unknown = [n for n in config.names if n not in names]
     if missing or unknown:
         wrong = [f"no gate for {n!r}" for n in missing] + [f"a gate for {n!r}" for n in unknown]
-        raise InputError(f"{source}: names: expected the bank's adapters, found {', '.join(wrong)}")
+        ways = ["meteora train gates --extend trains what is missing"] if missing else []
+        ways += ["meteora bank remove and rename --gates change gates with their bank"] if unknown else []
+        raise InputError(f"{source}: names: expected the bank's adapters, found {', '.join(wrong)} ({'; '.join(ways)})")
     shapes = gate_shapes(config.form, base, config.columns)
     if former := config.former:
         shapes = {_FORMER[name]: shape for name, shape in shapes.items()}
@@ -89,6 +97,44 @@ def save_gates(folder: str | os.PathLike[str], config: GateConfig, gates: Mappin
     """Writes GATES/ whole or not at all; an existing folder is replaced only once the new one is complete."""
     tensors = {p: np.ascontiguousarray(g, np.float32) for p, g in gates.items()}
     write_folder(Path(folder), "gates.json", config.to_json(), tensors)
+
+
+def change_columns(
+    folder: str | os.PathLike[str], bank: BankConfig, changes: Mapping[str, str | None]
+) -> tuple[GateConfig, bool]:
+    """Renames columns of GATES/, or drops those of adapters that become None; every other column keeps every bit.
+
+    Columns that are not there are not missed, so that a change which was killed between gates and bank can be made
+    once more. A choice of more adapters than are left becomes one of all that are.
+
+    Args:
+        bank: the gates' own, before its change or after it.
+
+    Returns:
+        the description, and whether it had to be changed.
+
+    Raises:
+        InputError: gates of adapters that the bank will not have, or whose columns all go.
+    """
+    source = Path(folder) / "gates.json"
+    config = GateConfig.from_json(read_json(source), str(source))
+    kept = {old: new for old in config.names if (new := changes.get(old, old)) is not None}
+    allowed = {changes.get(name, name) for name in bank.names}
+    unknown = [new for new in kept.values() if new not in allowed]
+    if unknown:
+        found = f"columns of {', '.join(unknown)}: gates of another bank"
+        raise InputError(f"{source}: names: expected adapters of the bank, found {found}")
+    if not kept:
+        raise InputError(f"{source}: names: expected an adapter that stays, found all of them removed")
+    if len(set(kept.values())) < len(kept):
+        raise InputError(f"{source}: names: expected a name that no column has, found {', '.join(kept.values())}")
+    new = dataclasses.replace(config, names=tuple(kept.values()), top_k=min(config.top_k, len(kept)), former=False)
+    if new.names == config.names:
+        return config, False
+    config, gates = load_gates(folder, bank, config.names)
+    at = [*(config.names.index(name) for name in kept), *range(len(config.names), config.columns)]
+    save_gates(folder, new, {p: g if p in SHARED_BY_ADAPTERS else g[..., at] for p, g in gates.items()})
+    return new, True
 
 
 _PLACES = {name: tuple(name.split(".")) for name in TOKEN_ROUTER}  # in the module tree

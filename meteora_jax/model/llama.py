@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
@@ -147,6 +147,7 @@ class Llama(nnx.Module):
         shape = (config.hidden_size, config.vocab_size)
         self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype), axes=("model", "vocab"))
         self.vocab_adapter_names = bank.vocab_adapter_names if bank is not None else ()
+        self.gates_leave_vocab = False  # whether gates know none of these, so that a choice by token is not refused
         ends = bank.vocab_adapters if bank is not None else {}
         self.embed_adapters, self.head_adapters = (
             VocabAdapters(bank, end, dtype) if bank is not None and end in ends else None for end in ("embed", "head")
@@ -238,11 +239,12 @@ class Llama(nnx.Module):
 
     def _vocab_routing(self, router: BoundRouter | None) -> Routing | None:
         """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
-        return (
-            check_request_routing(router.known(None), self.vocab_adapter_names)
-            if router is not None and self.vocab_adapter_names
-            else None
-        )
+        if router is None or not self.vocab_adapter_names:
+            return None
+        known = router.known(None)
+        if self.gates_leave_vocab and (known is None or known.indices.shape[1] != 1):
+            return None
+        return check_request_routing(known, self.vocab_adapter_names)
 
     def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
         """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""
@@ -272,16 +274,16 @@ def with_execution(graph: Any, weights: Any, execution: ExecutionConfig) -> Any:
     return nnx.split(model)[0]
 
 
-def pack(graph: Any, weights: Any, release: bool = False) -> tuple[Any, Any]:
+def pack(graph: Any, weights: Any, release: Collection[str] = ()) -> tuple[Any, Any]:
     """The model with every group as `packed` has it: what `mj.load` gives a GPU in 16 bit.
 
-    release: a kernel's memory is given back as soon as there is another; `weights` is then of no more use.
+    release: groups whose kernel's memory is given back as soon as there is another; `weights` is then of no more use.
     """
     model = nnx.merge(graph, weights)
     for group in GROUPS:
         linear = getattr(model.layers, group)
         setattr(model.layers, group, packed(linear, model.has_gates, model.execution))
-        if release and getattr(model.layers, group) is not linear:
+        if group in release and getattr(model.layers, group) is not linear:
             linear.kernel[...].delete()
     return nnx.split(model)
 

@@ -57,6 +57,12 @@ class PackedLinear(nnx.Module):
         """The base's [L, I, O], copied."""
         return jnp.swapaxes(self.kernel[...][:, : sum(self.splits)], 1, 2)
 
+    def gates(self) -> jax.Array:
+        """The gates' rows as `LoRALinear.gate` has them, float32 [L, I, P, G], as precise as they are kept."""
+        kernel, projections = self.kernel[...], len(self.splits)
+        behind = kernel[:, sum(self.splits) :].reshape(len(kernel), projections, -1, kernel.shape[-1])
+        return behind[:, :, : self.gate_columns].transpose(0, 3, 1, 2).astype(jnp.float32)
+
     def __call__(
         self,
         x: jax.Array,

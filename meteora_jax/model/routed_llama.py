@@ -98,13 +98,14 @@ class RoutedLlama(Llama):
 
 def gated_llama(
     config: LlamaConfig, bank: BankConfig, form: TokenRouterForm | None, dtype: Any, rngs: nnx.Rngs,
-    execution: ExecutionConfig | None = None, null: bool = False,
+    execution: ExecutionConfig | None = None, null: bool = False, known: int | None = None,
 ) -> Llama:  # fmt: skip
     """A model with a bank and gates of that form (None: MeteoRA's own, at every projection), as `Llama` has it.
 
-    null: whether the gates have a column for no adapter.
+    null: whether the gates have a column for no adapter. known: of the bank's adapters the first so many have a column;
+    None: all.
     """
-    columns = len(bank.names) + null
+    columns = (len(bank.names) if known is None else known) + null
     if form is None:
         return Llama(config, bank, columns, dtype=dtype, rngs=rngs, execution=execution)
     return RoutedLlama(config, bank, dtype, rngs=rngs, form=form, columns=columns, execution=execution)

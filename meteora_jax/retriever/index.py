@@ -115,6 +115,12 @@ class Index:
         index.add(profiles)
         return index
 
+    def __repr__(self) -> str:
+        named, count = self.names[:4], len(self.names)
+        more = f" and {count - len(named)} more" if count > len(named) else ""
+        shown = f": {', '.join(named)}{more}" if named else ""
+        return f"Index({count} adapters{shown}; scoring {self.scoring}{', encoder' if self.encoder else ''})"
+
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters in the order they were added."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +109,32 @@ class Router(Protocol):
         ...
 
 
-def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> BoundRouter | None:
+def refuse(router: Any) -> NoReturn:
+    """Raises InputError: what a caller passed is no router."""
+    words = "; or 'gates', 'base', 'gates if loaded'" if isinstance(router, str) else ""
+    raise InputError(f"router: expected Gates, Fixed, Retrieval, None or a list of them, found {router!r:.200}{words}")
+
+
+@runtime_checkable
+class RequestRouter(Protocol):
+    """What a request's text is looked up for (`Retrieval`, `GatesWithin`); it makes a `Router` of what was found."""
+
+    def router(self, found: Any) -> Router:
+        """The router of a request for which `found` was retrieved."""
+        ...
+
+
+# What callers pass as `router=`: a router, one of `routing.named.WORDS`, None (the bare base), or a list, one a prompt.
+RouterArgument = Router | RequestRouter | str | None | Sequence[Router | RequestRouter | str | None]
+
+
+def bind(
+    router: RouterArgument, names: tuple[str, ...], batch: int, gated: tuple[str, ...] | None
+) -> BoundRouter | None:
     """Makes `router` (one router, a list of one a prompt, or None) ready for a batch of `batch` prompts.
+
+    Args:
+        names: the bank's adapters. gated: those that gates know, the first of them; None: no gates are loaded.
 
     Raises:
         InputError: a list of another length, an unknown adapter, gates asked for where none are loaded.
@@ -125,7 +149,7 @@ def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> Bo
         if r is None or type(r) in kinds:
             continue
         if isinstance(r, type) or not hasattr(r, "bind"):
-            raise InputError(f"router: expected Gates, Fixed, Retrieval, None or a list of them, found {r!r:.200}")
+            refuse(r)
         kinds.append(type(r))
     if not kinds:
         return None
@@ -135,16 +159,16 @@ def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> Bo
     for kind in kinds:
         rows = [r if type(r) is kind else None for r in per_prompt]
         first = next(r for r in rows if r is not None)
-        if first.needs_gates and not has_gates:
+        if first.needs_gates and gated is None:
             raise InputError(f"router: {first!r} expected trained gates, found a model loaded without them")
-        bound.append(first.bind(rows, names))
+        bound.append(first.bind(rows, gated if first.needs_gates and gated is not None else names))
     if len(bound) == 1:
         return bound[0]
     which = [kinds.index(type(r)) if r is not None else -1 for r in per_prompt]
     return Mixed(jnp.asarray(which, jnp.int32), tuple(bound))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RoutingTrace:
     """What routed each token of one request, on the host.
 
@@ -163,6 +187,21 @@ class RoutingTrace:
     weights: np.ndarray
     retrieved: tuple[tuple[str, float], ...] = ()
     adapted: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        layers, projections, choices = self.indices.shape[1:]
+        share = adapter_share(self).sum(axis=0)
+        leaders = [self.adapter_names[i] for i in np.argsort(-share)[:3] if share[i] > 0]
+        return (
+            f"RoutingTrace({self.prompt_length} + {len(self.tokens) - self.prompt_length} tokens, {layers} layers, "
+            f"{projections} projections, {choices} choices; most by {', '.join(leaders) or 'none'})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The page of `meteora generate --show-routing`, for a notebook."""
+        from meteora_jax.routing.page import cell_of
+
+        return cell_of(self)
 
     def acting(self) -> np.ndarray:
         """`indices` with NO_ADAPTER in the place of choices that have no weights where they were chosen."""
