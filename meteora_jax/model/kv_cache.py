@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from meteora_jax.config import LlamaConfig
 from meteora_jax.sharding import constrain
-from pallas_kernels.decode_step.operands import EMPTY
+from pallas_kernels.paged_attention import EMPTY
 
 
 @jax.tree_util.register_dataclass
