@@ -30,6 +30,8 @@ from meteora_jax.model.routed_llama import RoutedCache
 from pallas_kernels.decode_step import operands, triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import StepLimits
+from pallas_kernels.paged_attention import EMPTY
+from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 from pallas_kernels.routed_lora import packing
 
 RAN: list[str] = []  # the kernels whose results were needed; one traced before runs without being launched again
@@ -59,7 +61,7 @@ def interpret() -> list[str]:
 
         return jax.pure_callback(run, out, *arrays)
 
-    triton_gpu.launch = launch
+    triton_gpu.launch = paged_gpu.launch = launch
     # a loop's bound that was read from memory is an array of one element there, which NumPy takes for no number
     patched = interpreter._patch_lang_tensor
 
@@ -261,7 +263,7 @@ def attention(q, keys, values, own, positions, heads: int, head: int) -> np.ndar
     )
     out = np.zeros_like(q)
     for m, n in np.ndindex(rows, heads):
-        seen = (positions[m] != operands.EMPTY) & (positions[m] <= own[m])
+        seen = (positions[m] != EMPTY) & (positions[m] <= own[m])
         if seen.any():
             share = n // (heads * head // kv)
             scores = k[m, seen, share] @ q[m, n] * head**-0.5
@@ -281,11 +283,11 @@ def one_attention(seed: int) -> None:
 
     keys, values = draw(2, rows, slots, groups * head), draw(2, rows, slots, groups * head)
     q, used = draw(rows, groups * ratio * head), int(rng.integers(1, slots + 1))
-    positions = np.full((rows, slots), operands.EMPTY, np.int32)
+    positions = np.full((rows, slots), EMPTY, np.int32)
     positions[:, :used] = np.arange(used)
-    positions[0, used // 2 : used - 1] = operands.EMPTY  # padding behind a prompt
+    positions[0, used // 2 : used - 1] = EMPTY  # padding behind a prompt
     own = positions[:, used - 1].copy()
-    own[-1] = rng.choice([own[-1], operands.EMPTY])
+    own[-1] = rng.choice([own[-1], EMPTY])
     nothing = jnp.zeros((1,), jnp.int32)
     y = triton_gpu.attend(
         1, q, StepState(keys, values, nothing, nothing), jnp.asarray(own),

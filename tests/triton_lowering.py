@@ -27,6 +27,7 @@ from jax_triton import triton_lib
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pallas_kernels.decode_step import operands, triton_gpu
+from pallas_kernels.paged_attention import QUERY_BLOCK, StepTokens, paged_attention
 from pallas_kernels.routed_lora import LoraBank
 from pallas_kernels.routed_lora.triton_gpu import topk_gated_lora
 from pallas_kernels.topk_gating import TopK
@@ -83,6 +84,7 @@ def main() -> None:
         rule = TopK(array((rows,), jnp.int32), array((rows,), jnp.float32), 2)
         run = functools.partial(topk_gated_lora, gates=adapters)
         lower(run, product, bank, rule, array((rows, sum(splits)), jnp.bfloat16))
+    attentions()
     decode_steps()
 
 
@@ -129,11 +131,22 @@ def decode_steps() -> None:
             residual, squares = array((rows, 4096), jnp.bfloat16), array((rows, 128), jnp.float32)
             own = (angle, angle), array((1,), jnp.int32), residual, half(4096)
             lower(step, x, squares, group, state, choice, *own)
-    print("decode_step attention bfloat16")
-    rows, one = array((8,), jnp.int32), array((1,), jnp.int32)
-    state = operands.StepState(half(8, 1024, 1024), half(8, 1024, 1024), one, one)
-    attend = functools.partial(triton_gpu.attend, 1, heads=32, head_dim=128)
-    lower(attend, array((8, 4096), jnp.bfloat16), state, rows, array((8, 1024), jnp.int32), one)
+
+
+def attentions() -> None:
+    """Steps that decode and read prompts: of a Llama-3-8B, with eight query heads a key head, a token router's."""
+    array = jax.ShapeDtypeStruct
+    for rows, runs, heads, kv, width, kind in [
+        (1, 0, 32, 8, 128, jnp.bfloat16), (64, 0, 32, 8, 128, jnp.bfloat16), (64, 4, 32, 8, 128, jnp.bfloat16),
+        (64, 1024, 32, 8, 128, jnp.bfloat16), (64, 512, 64, 8, 128, jnp.bfloat16), (8, 32, 32, 8, 128, jnp.float32),
+        (64, 128, 4, 4, 32, jnp.bfloat16), (64, 128, 1, 1, 256, jnp.bfloat16), (64, 128, 1, 1, 256, jnp.float32),
+    ]:  # fmt: skip
+        print(f"paged_attention {rows} and {runs} runs, {heads} heads, {kv} of keys, {width} {jnp.dtype(kind).name}")
+        count = rows + runs * QUERY_BLOCK
+        tokens = StepTokens(array((count,), jnp.int32), array((rows, 512), jnp.int32), array((runs,), jnp.int32))
+        pages = array((4096, 16, 2 * kv, width), kind)
+        attend = functools.partial(paged_attention, first_block=512, implementation="triton")
+        lower(attend, array((count, heads, width), kind), pages, tokens)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from pallas_kernels.routed_lora import packing
 from pallas_kernels.routed_lora.triton_gpu import power
 
-EMPTY = -1  # position of a slot of the cache that holds no token
 LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
 
 

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_step.operands import (
-    EMPTY,
     LEAST_ROWS,
     AdapterLayout,
     Choice,
@@ -31,6 +30,7 @@ from pallas_kernels.decode_step.operands import (
     StepState,
 )
 from pallas_kernels.launch import launch
+from pallas_kernels.paged_attention import EMPTY
 from pallas_kernels.routed_lora.triton_gpu import power
 
 Epilogue = Literal["qkv", "silu", "residual"]
