@@ -30,6 +30,7 @@ from meteora_jax.routing import Routing
 from meteora_jax.routing.token_router import choose
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.triton_gpu import StepLimits
+from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -43,7 +44,7 @@ def test_numerics_by_triton_s_interpreter():
         capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert result.stdout.splitlines() == ["whole model", f"groups: {examples(9, 18)} cases", "attention"]
+    assert result.stdout.splitlines() == ["whole model", f"groups: {examples(9, 18)} cases"]
 
 
 @functools.cache
@@ -90,11 +91,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)
 
     monkeypatch.setattr(triton_gpu, "launch", launch)
+    monkeypatch.setattr(paged_gpu, "launch", launch)
     return launches
 
 
 ROUTER = TokenRouterForm(width=32, depth=2)
-LAYER = ["qkv_epilogue_kernel", "attend_kernel"]
+LAYER = ["qkv_epilogue_kernel", "decode_kernel"]
 LAYER += ["residual_epilogue_kernel", "silu_epilogue_kernel", "residual_epilogue_kernel"]
 NUMBERS = itertools.count(65)
 
@@ -124,6 +126,7 @@ def test_an_epilogue_gathers_exactly_where_its_tiles_are_single_rows(monkeypatch
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)
 
     monkeypatch.setattr(triton_gpu, "launch", launch)
+    monkeypatch.setattr(paged_gpu, "launch", launch)
     model = packed_model(execution=recorded_steps(gather=gather))
     batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(mj.Gates(2), 2), Sampling(), 2)
     batch.advance(2)
@@ -277,7 +280,7 @@ def test_generation_on_a_gpu(dtype, router, form):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("first", [0, 9, 18, 27])
-def test_groups_and_attention_on_a_gpu(monkeypatch, first):
+def test_groups_on_a_gpu(monkeypatch, first):
     """The interpreter's cases, compiled: against float64, epilogues, routings and forms mixed."""
     import decode_step_on_cpu as cases
 
@@ -292,4 +295,3 @@ def test_groups_and_attention_on_a_gpu(monkeypatch, first):
     with jax.default_matmul_precision("highest"):  # as the model computes float32; tensor cores alone are 1e-4 off
         for seed in range(first, first + 9):
             cases.one_case(seed, launches)
-    cases.one_attention(first // 9)

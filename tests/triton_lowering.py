@@ -110,18 +110,20 @@ def decode_steps() -> None:
                 1e-5 if norm else None, 256, some, 0,
             )  # fmt: skip
             trace = (layers, rows, 7, 2) if how == "gates" else (1,)
-            state = operands.StepState(
-                half(rows, 1024, 1024), half(rows, 1024, 1024), array(trace, jnp.int32), array(trace, jnp.float32)
-            )
+            pages = array((layers * 512, 16, 16, 128), jnp.bfloat16)
+            state = operands.StepState(pages, array(trace, jnp.int32), array(trace, jnp.float32), 512)
             limits = array((rows,), jnp.int32), array((rows,), jnp.float32)
             given = array((rows, 2), jnp.int32), array((rows, 2), jnp.float32)
             choice = operands.Choice(2, *limits) if how == "gates" else operands.Choice(2, None, None, *given)
             choice = choice if adapters else None
 
-            def step(x, squares, group, state, choice, angles, slot, residual, scales, epilogue=epilogue):
+            def step(x, squares, group, state, choice, angles, slots, residual, scales, epilogue=epilogue):
                 stream = operands.ResidualStream(residual, x, squares)
                 if epilogue == "qkv":
-                    return triton_gpu.qkv_step(1, stream, group, state, choice, angles=angles, slot=slot, head_dim=128)
+                    own = dict(angles=angles, slots=slots, head_dim=128)
+                    return triton_gpu.qkv_step(1, stream, group, state, choice, **own)
+                        1, stream, group, state, choice, angles=angles, slots=slots, head_dim=128
+                    )
                 if epilogue == "silu":
                     return triton_gpu.silu_step(1, stream, group, state, choice)
                 following = dict(next_scale=scales, next_layer=1)
@@ -129,7 +131,7 @@ def decode_steps() -> None:
 
             angle, x = array((rows, 64), jnp.float32), array((max(8, rows), width), jnp.bfloat16)
             residual, squares = array((rows, 4096), jnp.bfloat16), array((rows, 128), jnp.float32)
-            own = (angle, angle), array((1,), jnp.int32), residual, half(4096)
+            own = (angle, angle), array((rows,), jnp.int32), residual, half(4096)
             lower(step, x, squares, group, state, choice, *own)
 
 
@@ -143,7 +145,7 @@ def attentions() -> None:
     ]:  # fmt: skip
         print(f"paged_attention {rows} and {runs} runs, {heads} heads, {kv} of keys, {width} {jnp.dtype(kind).name}")
         count = rows + runs * QUERY_BLOCK
-        tokens = StepTokens(array((count,), jnp.int32), array((rows, 512), jnp.int32), array((runs,), jnp.int32))
+        tokens = StepTokens(*(array(s, jnp.int32) for s in ((count,), (rows, 512), (runs,), (rows,))))
         pages = array((4096, 16, 2 * kv, width), kind)
         attend = functools.partial(paged_attention, first_block=512, implementation="triton")
         lower(attend, array((count, heads, width), kind), pages, tokens)

@@ -17,6 +17,7 @@ from meteora_jax.routing import BoundRouter, Routing
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
+from pallas_kernels.paged_attention import StepTokens
 
 EPILOGUES: dict[str, Epilogue] = {"qkv": "qkv", "o": "residual", "gate_up": "silu", "down": "residual"}
 FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
@@ -84,17 +85,18 @@ def run_layers(
     x: jax.Array,
     angles: tuple[jax.Array, jax.Array],
     cache: PagedCache,
-    positions: jax.Array,
+    tokens: StepTokens,
     router: BoundRouter | None,
     execution: ExecutionConfig,
 ) -> tuple[jax.Array, PagedCache, tuple[Routing, ...]]:
-    """All layers of one step, the cache's slot claimed already.
+    """All layers of one step.
 
     Args:
-        layers: the stacked `Layer`. x [B, D]. angles: cosines and sines float32 [B, H/2]. positions int32 [B].
+        layers: the stacked `Layer`. x [M, D]. angles: cosines and sines float32 [M, H/2]. tokens: of all M, their
+            blocks claimed already. router: bound for M rows of one token each.
 
     Returns:
-        x [B, D], the cache with the slot written, each group's routing with layers first: [L, B, 1, P or 1, C].
+        x [M, D], the cache with the slots written, each group's routing with layers first: [L, M, 1, P or 1, C].
     """
     assert execution.step is not None
     limits = execution.step
@@ -112,16 +114,14 @@ def run_layers(
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
     adapt = choice is not None
     groups = {g: group_weights(getattr(layers, g), norms.get(g), adapt, execution, FIRST[g]) for g in GROUPS}
-    keys, values = (z.reshape(*z.shape[:3], -1) for z in (cache.keys, cache.values))
-    state = StepState(keys, values, *traced)
-    slot, used = cache.length[None], cache.length[None] + 1
+    state = StepState(cache.pages, *traced, cache.blocks)
+    slots = tokens.slots(cache.block_size)
     stream = ResidualStream.begin(x, layers.attention_norm.scale[0])
     for layer in range(depth):  # written out: cuBLAS reads a layer in place where its number is known
         q, state = triton_gpu.qkv_step(
-            layer, stream, groups["qkv"], state, choice, limits, angles=angles, slot=slot, head_dim=config.head_dim
+            layer, stream, groups["qkv"], state, choice, limits, angles=angles, slots=slots, head_dim=config.head_dim
         )
-        heads = config.num_heads, config.head_dim
-        y = triton_gpu.attend(layer, q, state, positions, cache.positions, used, *heads)
+        y = triton_gpu.attend(layer, q, state, tokens, config.num_heads, config.head_dim)
         stream, state = triton_gpu.residual_step(
             layer, y, groups["o"], state, choice, limits, residual=stream.x, next_scale=layers.mlp_norm.scale[...],
             next_layer=0,
@@ -131,8 +131,7 @@ def run_layers(
             layer, y, groups["down"], state, choice, limits, residual=stream.x,
             next_scale=layers.attention_norm.scale[...], next_layer=1,
         )  # fmt: skip
-    keys, values = (z.reshape(cache.keys.shape) for z in (state.keys, state.values))
-    cache = dataclasses.replace(cache, keys=keys, values=values)
+    cache = dataclasses.replace(cache, pages=state.pages)
     routings: tuple[Routing, ...] = ()
     if choice is not None:
         routings = tuple(_routing(state, choice, g, depth) for g in GROUPS)

@@ -41,20 +41,20 @@ def qkv_epilogue_kernel(
     layer_ptr, product_ptr, square_ptr, shrink_ptr, b_ptr, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr,
     cos_ptr,  # float32 [M, H / 2]
     sin_ptr,  # float32 [M, H / 2]
-    slot_ptr,  # int32 [1], the slot of the cache that is written
-    keys_in, values_in,  # keys and values before this launch
+    slot_ptr,  # int32 [M], each token's slot in the first layer's blocks, negative for none
+    pages_in,  # the cache before this launch
     trace_in, trace_weight_in,
     query_ptr,  # [M, Q], written
-    keys_ptr,  # [L, M, S, KV], a slot of the layer written
-    values_ptr,  # [L, M, S, KV], likewise
+    pages_ptr,  # [L * blocks, Bs, 2 K, H], a slot of each token written: k0 v0 k1 v1 ..
     trace_ptr, trace_weight_ptr,
-    M: tl.constexpr, I: tl.constexpr, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
+    M: tl.constexpr, I: tl.constexpr, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, SLOTS: tl.constexpr,
     ROW: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr, ADAPTERS: tl.constexpr, BM: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values: norm's factor, adapters, rotary embedding; keys and values go into the cache.
 
-    Columns: Q of queries, KV of keys, KV of values, heads of H. y0 and y1 are of the two halves of a head.
+    Columns: Q of queries, KV of keys, KV of values, heads of H. y0 and y1 are of the two halves of a head. SLOTS: of a
+    layer.
     """
     O: tl.constexpr = Q + 2 * KV
     dtype = query_ptr.dtype.element_ty
@@ -97,16 +97,13 @@ def qkv_epilogue_kernel(
         tl.store(query, y0.to(dtype), mask=inside)
         tl.store(query + H // 2, y1.to(dtype), mask=inside)
     else:
-        slot = tl.load(slot_ptr).to(tl.int64)
-        place = ((layer * M + rows) * S + slot)[:, None] * KV + columns[None, :]
-        if first < Q + KV:
-            key = keys_ptr + place + (first - Q)
-            tl.store(key, y0.to(dtype), mask=inside)
-            tl.store(key + H // 2, y1.to(dtype), mask=inside)
-        else:
-            value = values_ptr + place + (first - Q - KV)
-            tl.store(value, y0.to(dtype), mask=inside)
-            tl.store(value + H // 2, y1.to(dtype), mask=inside)
+        slot = tl.load(slot_ptr + rows, mask=rows < M, other=-1).to(tl.int64)
+        own = (first - Q) % KV  # the column among the keys, or among the values
+        head = 2 * (own // H) + (first >= Q + KV).to(tl.int32)
+        place = pages_ptr + (layer * SLOTS + slot)[:, None] * (2 * KV) + (head * H + own % H + columns)[None, :]
+        written = inside & (slot >= 0)[:, None]
+        tl.store(place, y0.to(dtype), mask=written)
+        tl.store(place + H // 2, y1.to(dtype), mask=written)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """What the launches of a decoding step read and change: weights, routing, cache, residual stream; stacked over layers.
 
-Axis letters: M rows (one token each), L layers, D width, S slots, K key and value heads, H head width, O columns of a
-group, P its projections, I its input, A adapters, R rank, C adapters that act on a row.
+Axis letters: M rows (one token each), L layers, D width, Bs slots of a block, K key and value heads, H head width, O
+columns of a group, P its projections, I its input, A adapters, R rank, C adapters that act on a row.
 """
 
 from __future__ import annotations
@@ -87,19 +87,14 @@ class Choice:
 class StepState:
     """What launches change in place: the cache, and the trace of what gates chose.
 
-    keys, values: [L, M, S, K H]. indices, weights: int32 and float32 [L, M, projections of a layer, C]; one element
-    each where no gates choose.
+    pages: [L * blocks, Bs, 2 K, H], see `paged_attention`; blocks: those of a layer. indices, weights: int32 and
+    float32 [L, M, projections of a layer, C]; one element each where no gates choose.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    pages: jax.Array
     indices: jax.Array
     weights: jax.Array
-
-    @property
-    def rows(self) -> int:
-        """M."""
-        return self.keys.shape[1]
+    blocks: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -30,7 +30,8 @@ from pallas_kernels.decode_step.operands import (
     StepState,
 )
 from pallas_kernels.launch import launch
-from pallas_kernels.paged_attention import EMPTY
+from pallas_kernels.paged_attention import StepTokens
+from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 from pallas_kernels.routed_lora.triton_gpu import power
 
 Epilogue = Literal["qkv", "silu", "residual"]
@@ -39,7 +40,6 @@ KERNELS: Mapping[Epilogue, str] = MappingProxyType(
 )
 EPILOGUE_MODULE = "pallas_kernels.decode_step.epilogue_kernels"
 ADAPTER_MODULE = "pallas_kernels.decode_step.adapter_kernels"
-ATTENTION_MODULE = "pallas_kernels.decode_step.attention_kernels"
 MAX_ROWS = 64
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 WIDEST = 128  # columns of a block
@@ -108,30 +108,30 @@ def qkv_step(
     limits: StepLimits = StepLimits(),
     *,
     angles: tuple[jax.Array, jax.Array],
-    slot: jax.Array,
+    slots: jax.Array,
     head_dim: int,
 ) -> tuple[jax.Array, StepState]:
     """Queries, keys and values of one layer, with rotary embedding; keys and values go into the cache.
 
     Args:
         choice: None adds no adapters.
-        angles: cosines and sines, float32 [M, H/2]. slot: int32 [1], the cache's that is written.
+        angles: cosines and sines, float32 [M, H/2]. slots: int32 [M], `StepTokens.slots`.
 
     Returns:
-        (queries [M, N H], the state with the slot and the trace written).
+        (queries [M, N H], the state with the slots and the trace written).
 
     Raises:
         NotImplementedError: a shape that no tile serves.
     """
-    rows, queries = state.rows, group.splits[0]
-    layout = adapter_layout(group, state, choice, limits)
+    rows, queries = stream.x.shape[0], group.splits[0]
+    layout = adapter_layout(group, rows, state, choice, limits)
     size = _tiles("qkv", group, rows, layout, limits, head_dim)
-    (q, keys, values), state = _epilogue(
-        "qkv", layer, stream.scaled, group, state, choice, layout, size, squares=stream.squares,
-        inputs=(*angles, slot), outputs=(shape((rows, queries), stream.x.dtype),), in_place=(state.keys, state.values),
-        Q=queries, KV=group.splits[1], H=head_dim, S=state.keys.shape[2],
+    (q, pages), state = _epilogue(
+        "qkv", layer, rows, stream.scaled, group, state, choice, layout, size, squares=stream.squares,
+        inputs=(*angles, slots), outputs=(shape((rows, queries), stream.x.dtype),), in_place=(state.pages,),
+        Q=queries, KV=group.splits[1], H=head_dim, SLOTS=state.blocks * state.pages.shape[1],
     )  # fmt: skip
-    return q, dataclasses.replace(state, keys=keys, values=values)
+    return q, dataclasses.replace(state, pages=pages)
 
 
 def silu_step(
@@ -143,10 +143,10 @@ def silu_step(
     limits: StepLimits = StepLimits(),
 ) -> tuple[jax.Array, StepState]:
     """(silu(gate) * up [at least M, F] of one layer, the state with the trace written); otherwise as `qkv_step`."""
-    rows, hidden = state.rows, group.splits[0]
-    layout = adapter_layout(group, state, choice, limits)
+    rows, hidden = stream.x.shape[0], group.splits[0]
+    layout = adapter_layout(group, rows, state, choice, limits)
     (y,), state = _epilogue(
-        "silu", layer, stream.scaled, group, state, choice, layout, _tiles("silu", group, rows, layout, limits),
+        "silu", layer, rows, stream.scaled, group, state, choice, layout, _tiles("silu", group, rows, layout, limits),
         squares=stream.squares, outputs=(shape((max(rows, LEAST_ROWS), hidden), stream.x.dtype),), F=hidden,
     )  # fmt: skip
     return y, state
@@ -173,26 +173,27 @@ def residual_step(
     Returns:
         (the stream, the state with the trace written).
     """
-    rows, columns = state.rows, group.columns
-    layout = adapter_layout(group, state, choice, limits)
+    rows, columns = residual.shape[0], group.columns
+    layout = adapter_layout(group, rows, state, choice, limits)
     size = _tiles("residual", group, rows, layout, limits)
     scaled = shape((max(rows, LEAST_ROWS), columns), x.dtype)
     squares = shape((rows, columns // (2 * size["BH"])), jnp.float32)
     (scaled, squares, y), state = _epilogue(
-        "residual", layer, x, group, state, choice, layout, size, inputs=(next_scale,), outputs=(scaled, squares),
+        "residual", layer, rows, x, group, state, choice, layout, size, inputs=(next_scale,), outputs=(scaled, squares),
         in_place=(residual,),  # a program reads the columns that it writes
         O=columns, L=group.w.shape[0], NEXT=next_layer,
     )  # fmt: skip
     return ResidualStream(y, scaled, squares), state
 
 
-def adapter_layout(group: Group, state: StepState, choice: Choice | None, limits: StepLimits) -> AdapterLayout | None:
+def adapter_layout(
+    group: Group, rows: int, state: StepState, choice: Choice | None, limits: StepLimits
+) -> AdapterLayout | None:
     """Where an epilogue finds the group's adapters, shrinks and routing; None without adapters.
 
     Raises:
         NotImplementedError: more than MAX_ROWS rows, or gates or A's that are not where a kernel reads them.
     """
-    rows = state.rows
     if rows > MAX_ROWS:
         raise NotImplementedError(f"decode_step: expected at most {MAX_ROWS} rows, found {rows}")
     if choice is None:
@@ -241,7 +242,7 @@ def _product(x: jax.Array, group: Group, layer: int) -> jax.Array:
 
 
 def _epilogue(
-    epilogue: Epilogue, layer: int, x: jax.Array, group: Group, state: StepState, choice: Choice | None,
+    epilogue: Epilogue, layer: int, rows: int, x: jax.Array, group: Group, state: StepState, choice: Choice | None,
     layout: AdapterLayout | None, size: Mapping[str, int], *, squares: jax.Array | None = None,
     inputs: tuple[jax.Array, ...] = (), outputs: tuple[jax.ShapeDtypeStruct, ...] = (),
     in_place: tuple[jax.Array, ...] = (), **constants: Hashable,
@@ -263,7 +264,7 @@ def _epilogue(
     shrinks, adapters, traces = product, (unused,) * 6, (unused, unused)
     if choice is not None and layout is not None:
         if layout.compact:
-            shrinks, state = _shrink(number, x, squares, group, state, choice, product, layout)
+            shrinks, state = _shrink(number, rows, x, squares, group, state, choice, product, layout)
             if choice.counts is not None:  # what that launch chose
                 choice = Choice(choice.top_k, indices=state.indices, weights=state.weights)
         if layout.gates:
@@ -277,9 +278,9 @@ def _epilogue(
         EPILOGUE_MODULE, KERNELS[epilogue], *read, *changed,
         out=(*outputs, *(shape(z.shape, z.dtype) for z in changed)),
         aliases={len(read) + i: len(outputs) + i for i, z in enumerate(changed) if z is not unused},
-        grid=(group.columns // (2 * size["BH"]), math.ceil(state.rows / size["BM"])),
+        grid=(group.columns // (2 * size["BH"]), math.ceil(rows / size["BM"])),
         warps=1 if one_warp and size["BM"] == 1 else 4,
-        M=state.rows, ROW=product.shape[1], ADAPTERS=layout, **norm, **constants, **size,
+        M=rows, ROW=product.shape[1], ADAPTERS=layout, **norm, **constants, **size,
     )  # fmt: skip
     if layout is not None and layout.gates:
         state = dataclasses.replace(state, indices=results[-2], weights=results[-1])
@@ -287,12 +288,12 @@ def _epilogue(
 
 
 def _shrink(
-    number: jax.Array, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState, choice: Choice,
-    product: jax.Array, layout: AdapterLayout,
+    number: jax.Array, rows: int, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState,
+    choice: Choice, product: jax.Array, layout: AdapterLayout,
 ) -> tuple[jax.Array, StepState]:  # fmt: skip
     """The shrinks of the chosen adapters of a wide bank, float32 [parts, M, P, C, R]; what gates choose is traced."""
     assert group.a is not None
-    rows, width, p, parts = state.rows, x.shape[1], len(group.splits), layout.parts
+    width, p, parts = x.shape[1], len(group.splits), layout.parts
     gates, unused = choice.counts is not None, number
     traces = (state.indices, state.weights) if gates else (unused, unused)
     routing = (unused if z is None else z for z in (choice.counts, choice.temperatures, choice.indices))
@@ -309,47 +310,7 @@ def _shrink(
     return shrinks, dataclasses.replace(state, indices=indices, weights=weights) if gates else state
 
 
-def attend(
-    layer: int,
-    q: jax.Array,
-    state: StepState,
-    positions: jax.Array,
-    slot_positions: jax.Array,
-    used: jax.Array,
-    heads: int,
-    head_dim: int,
-) -> jax.Array:
-    """Attention of one token a row over its cache, [at least M, N H]: the input of a product.
-
-    Args:
-        q: [M, N H], with rotary embedding. positions: int32 [M], the tokens'. slot_positions: int32 [M, S], those of
-            the tokens in the slots, EMPTY for none. used: int32 [1], slots written. heads: N.
-        head_dim: H, a power of two.
-
-    Raises:
-        NotImplementedError: heads that no tile has.
-    """
-    rows, slots, kv = state.keys.shape[1:]
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        raise NotImplementedError(f"decode_step: expected heads of a power of two, 16 or wider, found {head_dim}")
-    groups = kv // head_dim
-    # a part is long enough to be worth a program, and there are enough programs to fill the chip
-    block = 64 if head_dim <= 128 else 32
-    parts = max(1, min(32, slots // block, math.ceil(4 * PROGRAMS / (rows * groups))))
-    part = math.ceil(slots / (parts * block)) * block
-    parts = math.ceil(slots / part)
-    result = shape((max(rows, LEAST_ROWS), heads * head_dim), q.dtype)
-    number = jnp.full((1,), layer, jnp.int32)
-    (y,) = launch(
-        ATTENTION_MODULE, "attend_kernel", number, q, state.keys, state.values, positions, slot_positions, used,
-        out=(result if parts == 1 else shape((parts, rows, heads, head_dim + 2), jnp.float32),),
-        grid=(rows, groups, parts), S=slots, KV=kv, G=heads // groups, GP=max(16, power(heads // groups)), PART=part,
-        EMPTY=EMPTY, FACTOR=head_dim**-0.5, BS=block, STAGES=3, M=rows, N=heads,
-        H=head_dim, PARTS=parts,
-    )  # fmt: skip
-    if parts > 1:
-        (y,) = launch(
-            ATTENTION_MODULE, "combine_kernel", y, out=(result,), grid=(rows * heads,), M=rows, N=heads, H=head_dim,
-            PARTS=parts,
-        )  # fmt: skip
-    return y
+def attend(layer: int, q: jax.Array, state: StepState, tokens: StepTokens, heads: int, head_dim: int) -> jax.Array:
+    """Attention of the step's tokens, [at least M, N H]: the input of a product. q: [M, N H], with rotary embedding."""
+    split = q.reshape(-1, heads, head_dim)
+    return paged_gpu.paged_attention(split, state.pages, tokens, layer * state.blocks, None, LEAST_ROWS)
