@@ -122,8 +122,6 @@ def decode_steps() -> None:
                 if epilogue == "qkv":
                     own = dict(angles=angles, slots=slots, head_dim=128)
                     return triton_gpu.qkv_step(1, stream, group, state, choice, **own)
-                        1, stream, group, state, choice, angles=angles, slots=slots, head_dim=128
-                    )
                 if epilogue == "silu":
                     return triton_gpu.silu_step(1, stream, group, state, choice)
                 following = dict(next_scale=scales, next_layer=1)
