@@ -18,12 +18,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from batches import answer
 from test_gated_model import small
 
 import meteora_jax as mj
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.generation import Generator, Sampling
 from meteora_jax.model import llama
 from meteora_jax.model.packed_linear import stack_rows
 from meteora_jax.model.routed_llama import RoutedCache
@@ -266,10 +266,8 @@ NARROW, WIDE = ExecutionConfig(step=FEW), ExecutionConfig(step=FEW, dense_width=
 
 def generate(model: Any, router: Any, count: int = 3, steps: int = 2) -> tuple[list[list[int]], Any, Any]:
     """Greedy tokens, routing, and the cache, of a ragged batch."""
-    bound = model.bind(router, count)
-    batch = Generator(model.graph, model.weights, model.config, PROMPTS[:count], bound, Sampling(), steps)
-    batch.advance(steps)
-    return batch.tokens(), batch.routing([steps - 1] * count, [steps] * count), batch._state.cache
+    tokens, routing, engine = answer(model, PROMPTS[:count], router, steps)
+    return tokens, routing, engine._state.cache
 
 
 def stepping(model: Any, execution: ExecutionConfig) -> Any:
@@ -311,7 +309,7 @@ def agree(apart: Any, model: Any, router: Any, count: int = 3, steps: int = 2) -
     assert set(triton_gpu.KERNELS.values()) <= set(RAN), RAN
     assert found == wanted, router
     if isinstance(kept, RoutedCache):
-        for one, other in ((kept.keys, cache.keys), (kept.values, cache.values)):
+        for one, other in zip(jax.tree.leaves(kept.router), jax.tree.leaves(cache.router), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
     assert (routing is None) == (traced is None)
     for (i, w), (j, v) in zip(routing or [], traced or [], strict=True):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import answer
 from extent import examples
 from flax import nnx
 from test_gated_model import ROWS, small
@@ -24,7 +25,6 @@ import meteora_jax as mj
 from meteora_jax import execution
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.generation import Generator, Sampling
 from meteora_jax.model import decoding, llama
 from meteora_jax.routing import Routing
 from meteora_jax.routing.token_router import choose
@@ -111,8 +111,7 @@ def recorded_steps(gather: int = StepLimits.gather, width: int = 512) -> Executi
 def test_launches_of_a_layer_are_the_bare_model_s(monkeypatch, router, form):
     launches = recorded(monkeypatch)
     model = packed_model(form=form, execution=recorded_steps())
-    batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(router, 2), Sampling(), 2)
-    batch.advance(2)
+    answer(model, ROWS[:2], router, 2)
     assert launches == LAYER * model.config.num_layers
 
 
@@ -128,16 +127,14 @@ def test_an_epilogue_gathers_exactly_where_its_tiles_are_single_rows(monkeypatch
     monkeypatch.setattr(triton_gpu, "launch", launch)
     monkeypatch.setattr(paged_gpu, "launch", launch)
     model = packed_model(execution=recorded_steps(gather=gather))
-    batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(mj.Gates(2), 2), Sampling(), 2)
-    batch.advance(2)
+    answer(model, ROWS[:2], mj.Gates(2), 2)
     assert {(given["ADAPTERS"].gather, given["BM"]) for given in constants} == {(bool(gather), 1 if gather else 16)}
 
 
 def test_a_wide_bank_takes_another_launch_in_each_group(monkeypatch):
     launches = recorded(monkeypatch)
     model = packed_model(execution=recorded_steps(width=8))
-    batch = Generator(model.graph, model.weights, model.config, ROWS[:1], model.bind(mj.Gates(2), 1), Sampling(), 2)
-    batch.advance(2)
+    answer(model, ROWS[:1], mj.Gates(2), 2)
     assert [name for name in launches if name != "shrink_kernel"] == LAYER * model.config.num_layers
     assert launches.count("shrink_kernel") == 4 * model.config.num_layers
 
@@ -265,9 +262,7 @@ def test_generation_on_a_gpu(dtype, router, form):
 
     def run(execution: ExecutionConfig) -> Any:
         model = packed_model(dtype, form, execution)
-        batch = Generator(model.graph, model.weights, model.config, ROWS, model.bind(router, 4), Sampling(), 12)
-        batch.advance(12)
-        return batch.tokens(), batch.routing([11] * 4, [12] * 4)
+        return answer(model, ROWS, router, 12)
 
     gpu = ExecutionConfig.of("gpu", dtype)
     wanted, found = run(dataclasses.replace(gpu, step=None) if dtype == "float32" else gpu), run(gpu)

@@ -16,7 +16,7 @@ from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import Given, check_routes, make_system
 from meteora_jax.evaluation.tasks import Example, write_splits
 from meteora_jax.evaluation.throughput import choose_prompts, measure, throughput_markdown, time_generation
-from meteora_jax.generation import Generator
+from meteora_jax.generation import Engines
 from meteora_jax.retriever.evaluation import Query, judge
 from meteora_jax.routing.gates import Gates
 
@@ -184,20 +184,21 @@ def test_what_is_timed_is_the_system(folders, monkeypatch):
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=()))
     problems, generated = [Problem(f"{n}/0", n, f"about the {n}", "") for n in NAMES], []
 
-    class Kept(Generator):
-        def advance(self, tokens):
-            done = super().advance(tokens)
-            generated.append(self.tokens())
-            return done
+    class Kept(Engines):
+        def holding(self, requests):
+            engine = super().holding(requests)
+            submit = engine.submit
+            engine.submit = lambda request: generated.append(submit(request)) or generated[-1]
+            return engine
 
-    monkeypatch.setattr("meteora_jax.evaluation.throughput.Generator", Kept)
+    monkeypatch.setattr("meteora_jax.evaluation.throughput.Engines", Kept)
     index, prompts = folders["index"], [p.prompt for p in problems]
     routers = {"base": None, "apple": mj.Fixed("apple")}
     routers |= {f"retrieval-{how}-k2": mj.Retrieval(index, 2, how) for how in ("selection", "fusion", "mixture")}
     for name, router in routers.items():
         time_generation(make_system(name, Given(model, index=index)), problems, 9)
         want = model.generate(prompts, router, max_new_tokens=9)
-        assert generated[-1] == [completion.token_ids for completion in want]
+        assert [h.progress.tokens for h in generated[-len(want) :]] == [c.token_ids for c in want]
     assert len({str(tokens) for tokens in generated}) == len(routers)  # no two of them are the same work
 
 

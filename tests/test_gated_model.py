@@ -12,21 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import answer
 from flax import nnx
-from meteora_jax.model.kv_cache import EMPTY, KVCache
 from test_sharding import devices
 
 import meteora_jax as mj
 from meteora_jax import execution
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
+from meteora_jax.engine.step import observe_routing, run_steps
 from meteora_jax.execution import ExecutionConfig, Jit, platform
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
 from meteora_jax.model import llama
 from meteora_jax.model.llama import pack, with_execution
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.sharding import make_mesh, use_mesh
+from pallas_kernels.paged_attention import EMPTY, StepTokens
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90)), [200]]
 NAMES = ("apple", "birch", "cedar", "daisy")
@@ -151,16 +152,22 @@ def prompt_hidden(model: mj.Meteora, router: Any = None) -> np.ndarray:
     tokens, lengths = np.zeros((4, 64), np.int32), np.array([len(r) for r in ROWS])
     for row, prompt in zip(tokens, ROWS, strict=True):
         row[: len(prompt)] = prompt
-    real = np.arange(64)[None] < lengths[:, None]
-    positions = jnp.asarray(np.where(real, np.arange(64), EMPTY), jnp.int32)
+    real = (np.arange(64)[None] < lengths[:, None]).reshape(-1)
+    none = np.full((4,), EMPTY)
+    positions = jnp.asarray(np.concatenate([none, np.where(real, np.tile(np.arange(64), 4), EMPTY)]), jnp.int32)
+    tables, runs = np.arange(16).reshape(4, 4), np.repeat(np.arange(4), 4)
+    step = StepTokens(positions, *(jnp.asarray(z, jnp.int32) for z in (tables, runs, lengths)))
     bound = model.bind(router, 4)
 
     def call(weights: Any) -> jax.Array:
         module = nnx.merge(model.graph, weights)
-        cache = KVCache.create(model.config, 4, 64, module.embed.dtype)
-        return module(jnp.asarray(tokens), positions, bound, cache=cache, fresh=True).hidden
+        at = step.rows()
+        each = jax.tree.map(lambda z: z[at], bound)
+        flat = jnp.concatenate([jnp.zeros((4,), jnp.int32), jnp.asarray(tokens.reshape(-1))])
+        cache = module.new_cache(16, 16)
+        return module(flat[:, None], positions[:, None], each, cache=cache, step=step).hidden[4:, 0]
 
-    return np.asarray(Jit(call)(model.weights), np.float64) * real[:, :, None]
+    return np.asarray(Jit(call)(model.weights), np.float64) * real[:, None]
 
 
 def run_as(model: mj.Meteora, execution: ExecutionConfig) -> mj.Meteora:
@@ -187,13 +194,9 @@ def decode_twice(rows: int) -> None:
     model = dataclasses.replace(model, graph=graph, weights=weights)
     runs, compiled = [], []
     for _ in range(2):
-        batch = Generator(
-            model.graph, model.weights, model.config, ROWS[:rows], model.bind(mj.Gates(2), rows), Sampling(), 12
-        )
-        batch.advance(12)
-        lengths = [len(t) for t in batch.tokens()]
-        runs.append((batch.tokens(), batch.routing([n - 1 for n in lengths], lengths)))
-        compiled.append((prefill._cache_size(), decode._cache_size()))
+        tokens, routing, _ = answer(model, ROWS[:rows], mj.Gates(2), 12)
+        runs.append((tokens, routing))
+        compiled.append(run_steps._cache_size())
     assert compiled[0] == compiled[1]
     assert runs[0][0] == runs[1][0]
     assert runs[0][1] is not None

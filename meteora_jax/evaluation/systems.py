@@ -60,7 +60,7 @@ class Model(Protocol):
     @property
     def gates(self) -> GateConfig | None: ...
     @property
-    def graph(self) -> Any: ...  # flax's definition and state of the modules, and the mesh: what a `Generator` takes
+    def graph(self) -> Any: ...  # flax's definition and state of the modules, and the mesh: what an engine takes
     @property
     def weights(self) -> Any: ...
     @property

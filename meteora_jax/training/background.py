@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from meteora_jax.config import InputError, read_lines
+from meteora_jax.engine import Request, Sampling
 from meteora_jax.evaluation.tasks import Example, parse_example
-from meteora_jax.generation import Generator, Sampling
+from meteora_jax.generation import Engines
 from meteora_jax.io.base import load_base
 from meteora_jax.io.files import whole_file
 from meteora_jax.io.model_state import assemble
@@ -140,6 +141,7 @@ def write_background(
     tokenizer, kind = load_tokenizer(base), jnp.dtype(dtype)
     config, weights = load_base(base, kind)
     graph, state = assemble(config, weights, None, None, kind, mesh)
+    engines = Engines(graph, state, config, mesh, None)
     rendered = render_chat(tokenizer, [{"role": "user", "content": HERE}], f"{base}: background {SELF!r}")
     before, here, _ = rendered.partition(HERE)
     if not here:
@@ -150,10 +152,14 @@ def write_background(
     def go_on(prompts: list[str], number: int) -> tuple[list[str], list[bool]]:
         """What the base writes behind each text, and whether it ended by itself."""
         ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        batch = Generator(graph, state, config, ids, None, Sampling(1.0, seed=1000 * seed + number), TOKENS, mesh)
-        batch.advance(TOKENS)
-        texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in batch.tokens()]
-        return texts, [len(row) < TOKENS for row in batch.tokens()]
+        how = [Sampling(1.0, seed=1000 * seed + number, index=i) for i in range(len(ids))]
+        asked = [Request(tuple(row), TOKENS, sampling=one) for row, one in zip(ids, how, strict=True)]
+        engine = engines.holding(asked)
+        handles = [engine.submit(request) for request in asked]
+        engine.drain()
+        rows = [handle.progress.tokens for handle in handles]
+        texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        return texts, [len(row) < TOKENS for row in rows]
 
     found: list[Example] = []
     for number in range(0, 2 * ROUNDS * -(-count // ROWS), 2):
