@@ -19,8 +19,9 @@ import numpy as np
 
 from meteora_jax.config import InputError, LlamaConfig, read_lines
 from meteora_jax.evaluation.metrics import METRICS
-from meteora_jax.evaluation.tasks import Example, load_split, parse_example, write_splits
+from meteora_jax.evaluation.tasks import load_split, write_splits
 from meteora_jax.evaluation.tasks.bigbench import COMPOSITE_10
+from meteora_jax.examples import Example, parse_example, record_of
 from meteora_jax.text import check_text
 
 # MeteoRA's own problems, by n.
@@ -73,7 +74,7 @@ def generate_composites(
         tasks_dir, tasks, seed=seed, count=count, shots=shots, max_tokens=max_tokens, count_tokens=count_tokens
     )
     if not dest.exists():
-        write_splits(dest.parent, {dest.stem: problems})
+        write_splits(dest.parent, {dest.stem: problems}, _record)
     elif read_composites(dest) != problems:
         size = "" if max_tokens is None else f", at most {max_tokens} tokens"
         raise InputError(
@@ -81,6 +82,10 @@ def generate_composites(
             "the file, or name it as it is"
         )
     return dest
+
+
+def _record(problem: Composite) -> dict[str, object]:
+    return {**record_of(problem), "tasks": problem.tasks, "answers": problem.answers}
 
 
 def tasks_of(name: str) -> tuple[str, ...]:

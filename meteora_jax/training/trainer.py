@@ -278,7 +278,7 @@ class Trainer:
         m, digest, sample = self.trainee, hashlib.sha256(), hashlib.sha256()
         for name, examples in self.tasks.items():
             for e in examples:
-                digest.update(f"{name}\0{e.prompt}\0{e.response}\0".encode())
+                digest.update(f"{name}\0{e.key}\0{e.response}\0".encode())
         for path in sorted(m.weights, key=str):  # a few rows of each weight tell one base from another
             sample.update(m.weights[path].first(4096).tobytes())
         own = {k: v for k, v in self.settings.record().items() if k not in LATER or v != LATER[k]}
