@@ -10,7 +10,7 @@ from typing import Any
 from meteora_jax.evaluation import charts
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import System
-from meteora_jax.evaluation.table import Scoring, Table, markdown, mean_shares, retrieval_markdown, tabulate
+from meteora_jax.evaluation.table import Table, markdown, mean_shares, retrieval_markdown, scoring_of, tabulate
 from meteora_jax.io.files import write_json
 from meteora_jax.retriever.evaluation import KS, MOST_DRAWN, Query, judge, write_heat_map
 from meteora_jax.retriever.index import Index
@@ -23,11 +23,6 @@ class Report:
     table: Table
     text: str
     remarks: tuple[str, ...] = ()
-
-
-def scoring_of(problems: Sequence[Problem]) -> Scoring:
-    """By whose metrics table.md and the pictures are: LoraRetriever's where a query of its release is asked."""
-    return "loraretriever" if any(p.metric for p in problems) else "meteora"
 
 
 def write_report(

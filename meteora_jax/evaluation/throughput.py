@@ -33,7 +33,7 @@ def choose_prompts(problems: Sequence[Problem], batch: int) -> list[Problem]:
 def time_generation(system: System, problems: Sequence[Problem], new_tokens: int) -> dict[str, float]:
     """Seconds of one batch: `retrieval` of its adapters, `prefill`, `decoding` of `new_tokens` - 1 further tokens."""
     model = system.model
-    ids = [model.encode(p.prompt) for p in problems]
+    ids = [model.encode(p.asked) for p in problems]
     start = time.perf_counter()
     routers = [system.route(p) for p in problems]
     router, _ = look_up(routers, len(problems), lambda: [p.prompt for p in problems])
@@ -69,7 +69,7 @@ def measure(
     records, total, count = [], len(batch_sizes) * repeats * len(systems), 0
     for size in batch_sizes:
         chosen = choose_prompts(problems, size)
-        longest = max(len(systems[0].model.encode(p.prompt)) for p in chosen)
+        longest = max(len(systems[0].model.encode(p.asked)) for p in chosen)
         for system in systems:  # compiles
             time_generation(system, chosen, new_tokens)
         samples: dict[str, list[dict[str, float]]] = {s.name: [] for s in systems}
