@@ -7,11 +7,12 @@ assistant's, is the response. A prompt may be messages, too: `{"prompt": [...], 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from meteora_jax.config import InputError
+from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.prompts import Message, read_messages, render_chat, user_text
 from meteora_jax.text import check_text
 
@@ -120,6 +121,19 @@ def prompt_ids(examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
             for i, row in zip(places, found, strict=True):
                 ids[i] = list(row)
     return ids
+
+
+def end_token(base: str | os.PathLike[str], config: LlamaConfig, tokenizer: Any) -> int:
+    """What a response ends with: the tokenizer's own end token if generation stops at it, else the first at which it
+    does. Of a model that talks the former ends a turn, and the latter may end a text.
+
+    Raises:
+        InputError: the base has no end token.
+    """
+    if not config.eos_token_ids:
+        raise InputError(f"{base}: eos_token_id: expected an end token, found none")
+    own = tokenizer.eos_token_id
+    return own if own in config.eos_token_ids else config.eos_token_ids[0]
 
 
 def as_text(example: Example, tokenizer: Any) -> Example:

@@ -228,4 +228,4 @@ def test_own_tasks_in_any_form_are_answered_and_scored_by_the_metric_asked_for(t
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["metrics"]["apple"] == {"name": r"regex:\d", "because": ""}
     assert table["metrics"]["birch"]["name"] == "exact"
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["max_new_tokens of tasks"] == {"birch": 2}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["new_tokens"] == {"apple": 4, "birch": 2}

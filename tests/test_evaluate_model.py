@@ -102,7 +102,7 @@ def test_composite_row_is_what_the_parts_say(folders, whole):
                 shares /= max(shares.sum(), 1e-9)
                 np.testing.assert_allclose([r["routing"].get(n, 0) for n in NAMES], shares, atol=1e-4)
     text = (whole / "table.md").read_text()
-    assert f"| {ROW}, correct | 5 | 0 of 15 | not defined |" in text
+    assert f"| {ROW}, correct | 5 | 0 of 15 [0, 0] | not defined |" in text
     assert f"| {ROW}, ROUGE-L | 5 | " in text
 
 

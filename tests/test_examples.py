@@ -1,5 +1,6 @@
 """Lines of task data: text and conversations, what a model reads of them, lines in which nothing is to be learnt."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ from tiny import tiny_tokenizer
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import load_split, load_splits, write_splits
-from meteora_jax.examples import Example, as_text, parse_example
+from meteora_jax.examples import Example, as_text, end_token, parse_example
 from meteora_jax.retriever.index import read_training_file
 from meteora_jax.training.data import NO_TASK, Mixture, encode_all
 from meteora_jax.training.settings import BankTraining
@@ -82,6 +83,15 @@ def test_training_reads_messages_as_generation_does(world):
     assert tokenizer.decode(first.tokens) == rendered + "3<|im_end|>"
     assert list(np.flatnonzero(first.loss)) == list(range(len(prompt), len(first.tokens)))
     assert tokenizer.decode(second.tokens[:-1]) == "plain so"
+
+
+def test_a_response_ends_with_the_token_that_ends_a_turn_if_generation_stops_there(world):
+    tokenizer, config = world["model"].tokenizer, world["model"].config
+    assert tokenizer.eos_token_id == 2
+    for stops, end in (((0, 2), 2), ((2,), 2), ((0, 7), 0)):
+        assert end_token("base", dataclasses.replace(config, eos_token_ids=stops), tokenizer) == end
+    with pytest.raises(InputError, match=r"^base: eos_token_id: expected an end token, found none"):
+        end_token("base", dataclasses.replace(config, eos_token_ids=()), tokenizer)
 
 
 def test_a_tokenizer_without_a_template_and_one_that_refuses_are_named():

@@ -57,6 +57,7 @@ from meteora_jax.cli.index import (
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
+from meteora_jax.cli.tasks import TasksCheck, TasksCommand, TasksSplit, tasks_check, tasks_split
 from meteora_jax.cli.throughput import Throughput, throughput
 from meteora_jax.cli.train import (
     TrainAdapter,
@@ -126,6 +127,7 @@ def commands_for(args: Sequence[str]) -> Any:
         Annotated[Inspect, sub("inspect")],
         Annotated[IndexCommand, sub("index")],
         Annotated[Prepare, sub("prepare")],
+        Annotated[TasksCommand, sub("tasks")],
         Annotated[train_commands(gates_by_recipe(args)), sub("train")],
         Annotated[Plan, sub("plan")],
         Annotated[Generate, sub("generate")],
@@ -153,6 +155,8 @@ ACTIONS = {
     IndexQuery: index_query,
     IndexEvaluate: index_evaluate,
     Prepare: prepare,
+    TasksCheck: tasks_check,
+    TasksSplit: tasks_split,
     TrainGates: train_gates,
     TrainAdapter: train_adapter,
     TrainBank: train_bank,
@@ -192,7 +196,7 @@ def parse(args: Sequence[str]) -> Any:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    return command.what if isinstance(command, Import | Export | Train | IndexCommand) else command
+    return command.what if isinstance(command, Import | Export | Train | IndexCommand | TasksCommand) else command
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -190,10 +190,8 @@ def evaluate(command: Evaluate) -> None:
         "base": fingerprint(command.base), "bank": fingerprint(command.bank), "gates": fingerprint(command.gates),
         "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype,
         "system banks": loaded.banks, "index": fingerprint(command.index, "index.json"),
+        "new_tokens": {p.task: p.new_tokens(command.max_new_tokens) for p in problems},
     }  # fmt: skip
-    usual = command.max_new_tokens
-    if own := {p.task: p.new_tokens(usual) for p in problems if p.new_tokens(usual) != p.parts * usual}:
-        settings["max_new_tokens of tasks"] = own
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None
     leave = skipped(systems, problems)

@@ -83,6 +83,12 @@ def interval(drawn: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
+def share_interval(share: float, count: int) -> Interval:
+    """The interval of a share of `count` problems, from 0 to 1: to draw problems again is to draw from a binomial."""
+    random = np.random.default_rng(count)
+    return interval(random.binomial(count, share, DRAWS) / count)
+
+
 # A row's scores as sums over its problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,4 +89,18 @@ def write_retrieval(
     }
     panels = {title: {line: v for line, v in lines.items() if v} for title, lines in panels.items()}
     charts.write_against_k(panels, out / "k.png")
-    return judge(index, queries, KS)
+    return judge(index, queries, KS) | {"counts": query_counts(queries)}
+
+
+def query_counts(queries: Sequence[Query]) -> dict[str, Any]:
+    """The queries that each figure of `judge` is of: iid, ood (those whose cluster has another adapter), by adapter and
+    by cluster."""
+    kin: dict[str, set[str]] = {}
+    for q in queries:
+        kin.setdefault(q.cluster, set()).add(q.adapter)
+    return {
+        "iid": len(queries),
+        "ood": sum(bool(q.cluster) and len(kin[q.cluster]) > 1 for q in queries),
+        "adapters": Counter(q.adapter for q in queries),
+        "clusters": Counter(q.cluster for q in queries),
+    }

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from meteora_jax.evaluation.intervals import DRAWS, LEVEL, Draws, draw, interval, statistics
+from meteora_jax.evaluation.intervals import DRAWS, LEVEL, Draws, draw, interval, share_interval, statistics
 from meteora_jax.evaluation.metrics import (
     loraretriever_kind,
     read_composite,
@@ -73,7 +73,7 @@ def tabulate(
     Returns:
         {"tasks": {row: {system: scores}}, "clusters": {cluster: {system: the mean of its tasks' scores}},
         "mean accuracy": {system: over the tasks that have one}, "mean exact_match": likewise, by LoraRetriever's
-        scoring, "scoring": the one that is shown, "metrics": {row: name and reason, of tasks of one's own},
+        scoring, "scoring": the one that is shown, "metrics": {task: name and reason, of tasks of one's own},
         "intervals": as `_intervals`, "differences": as `_differences`}.
     """
     rows: dict[str, list[Problem]] = {}
@@ -93,13 +93,13 @@ def tabulate(
     for row, own in rows.items():
         said = {s: [answers[s, p.id] for p in own] for s in table[row]}
         drawn[row] = draw(row, {s: statistics(own, texts, scoring == "loraretriever") for s, texts in said.items()})
-    named = {row: own[0].metrics[0] for row, own in rows.items() if not own[0].tasks and own[0].metrics}
+    named = {t: m for own in rows.values() for t, m in zip(own[0].own_tasks, own[0].metrics, strict=False)}
     return {
         "tasks": table,
         "clusters": {c: _cluster([table[row] for row in members]) for c, members in clusters.items()},
         **means,
         "scoring": scoring,
-        "metrics": {row: {"name": m.name, "because": m.because} for row, m in named.items() if m.name},
+        "metrics": {task: {"name": m.name, "because": m.because} for task, m in named.items() if m.name},
         "intervals": _intervals(drawn, systems, clusters, scoring),
         "differences": _differences(table, drawn, systems, scoring),
     }
@@ -260,17 +260,22 @@ def differences_markdown(differences: Sequence[Mapping[str, Any]]) -> str:
 
 
 def retrieval_markdown(found: Mapping[str, Any]) -> str:
-    """How often an index finds the own adapter of a problem among the first k, from `retriever.evaluation.judge`."""
+    """How often an index finds the own adapter of a problem among the first k, from `report.write_retrieval`."""
     ks = list(found["iid"])
     lines = ["| % found among the first | " + " | ".join(map(str, ks)) + " |", "| --- " * (len(ks) + 1) + "|"]
-    rows = {"all": found["iid"], **found["adapters"], **{f"cluster {c}": row for c, row in found["clusters"].items()}}
+    counts = found["counts"]
+    rows = [("all", found["iid"], counts["iid"])]
+    rows += [(name, row, counts["adapters"][name]) for name, row in found["adapters"].items()]
+    rows += [(f"cluster {name}", row, counts["clusters"][name]) for name, row in found["clusters"].items()]
     if found["ood"]:
-        rows["all, own adapter hidden: one of its cluster"] = found["ood"]
-    lines += [f"| {label} | " + " | ".join(f"{row[k]:.1f}" for k in ks) + " |" for label, row in rows.items()]
+        rows.append(("all, own adapter hidden: one of its cluster", found["ood"], counts["ood"]))
+    for label, row, count in rows:
+        bounds = {k: share_interval(row[k] / 100, count) for k in ks}
+        lines.append(f"| {label} | " + " | ".join(f"{row[k]:.1f}{_bounds(bounds, k, 100)}" for k in ks) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _bounds(known: Mapping[str, Sequence[float]], name: str, factor: int, digits: int = 1) -> str:
+def _bounds(known: Mapping[Any, Sequence[float]], name: object, factor: int, digits: int = 1) -> str:
     """An interval behind its score; nothing where none is known."""
     return "" if name not in known else " [" + ", ".join(f"{factor * bound:.{digits}f}" for bound in known[name]) + "]"
 
