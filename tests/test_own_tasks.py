@@ -6,6 +6,7 @@ import json
 
 import pytest
 from test_cli import refused, run
+from worlds import NAMES
 
 from meteora_jax.evaluation.tasks import SPLITS, load_split
 from meteora_jax.training.data import encode
@@ -178,3 +179,49 @@ def test_what_cannot_be_divided_is_refused_and_nothing_is_written(tmp_path, caps
     words = [word.format(file=file) for word in words]
     assert said in refused(capsys, "tasks", "split", tmp_path / "t", f"sums={file}", *words)
     assert not (tmp_path / "t").exists()
+
+
+@pytest.fixture
+def talks(tmp_path):
+    """TASKS of conversations, one an adapter of the world's bank."""
+    for name in NAMES:
+        system = {"role": "system", "content": f"{name}."}
+        own = [[system, {"role": "user", "content": f"{name} {i}"}] for i in range(6)]
+        lines = [{"messages": [*talk, {"role": "assistant", "content": f"{i}"}]} for i, talk in enumerate(own)]
+        write(tmp_path / "t" / name, train=lines, test=lines[:2])
+    return tmp_path / "t"
+
+
+@pytest.mark.exhaustive("two whole trainings more; their sequences are in test_examples")
+def test_gates_and_an_adapter_are_trained_on_conversations(tmp_path, talks, world, capsys):
+    data = ["--base", world["base"], "--tasks", talks, "--steps", 2, "--batch-size", 2, "--max-length", 256]
+    how = ["--composite", 0.5, "--json", tmp_path / "r.json"]
+    status, _, noted = run(
+        capsys, "train", "gates", *data, *how, "--bank", world["bank"], "--out", tmp_path / "gates"
+    )  # fmt: skip
+    assert status == 0, noted
+    lost = json.loads((tmp_path / "r.json").read_text())["unused"]
+    assert lost["examples"] == dict.fromkeys(NAMES, 6)
+    assert lost["too_long"] == {}
+    one = ["--task", "apple", "--name", "fig", "--out", tmp_path / "fig", "--rank", 2]
+    assert run(capsys, "train", "adapter", *data, *how, *one)[0] == 0
+
+
+def test_an_index_and_composites_are_made_of_conversations(tmp_path, talks, world, capsys):
+    line = refused(capsys, "train", "adapter", "--base", world["base"], "--tasks", talks, "--out", tmp_path / "x",
+                   "--task", "apple", "apple", "--name", "x")  # fmt: skip
+    assert "apple: expected a task once, found it twice" in line
+    assert run(capsys, "index", "build", tmp_path / "index", "--tasks", talks)[0] == 0
+    status, _, _ = run(capsys, "index", "evaluate", tmp_path / "index", talks, "--json", tmp_path / "i.json")
+    assert status == 0
+    assert json.loads((tmp_path / "i.json").read_text())["wordings"]["own"]["iid"]["1"] == 100
+    compose, how = ["compose", talks], ["--count", 2, "--shots", 0, "--max-new-tokens", 4]
+    line = refused(capsys, *compose, "apple+birch", *how)
+    assert "expected a base whose tokenizer has a chat template (--base) for the conversations of apple, birch" in line
+    line = refused(capsys, *compose, "apple+elm", *how, "--base", world["base"])
+    assert "expected the test split of elm, found no file" in line
+    assert run(capsys, *compose, "apple+birch", *how, "--base", world["base"])[0] == 0
+    (file,) = talks.glob("composite_2_of_*_template_*/test.jsonl")
+    problem = json.loads(file.read_text().splitlines()[0])
+    assert problem["prompt"].count("<|im_start|>assistant\n") == 2
+    assert problem["prompt"].endswith("<|im_start|>assistant\n(2)\n\n")

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from meteora_jax.config import InputError
 from meteora_jax.evaluation import metrics
 from meteora_jax.evaluation.metrics import METRICS, Metric, final_number, meteora_metric, plain
@@ -39,8 +41,8 @@ def metric_for(tasks_dir: Path, task: str, examples: Sequence[Example], named: s
     settings = read_settings(tasks_dir, task)
     file = tasks_dir / task / FILE
     where = f"--metric {task}={named}" if named is not None else f"{file}: metric"
-    labels = settings.labels or _responses(tasks_dir, task, examples)
     name = named if named is not None else settings.metric
+    labels = settings.labels or (_responses(tasks_dir, task, examples) if name == "choice" else ())
     if name is not None:
         metric = named_metric(name, labels, where)
     elif settings.labels:
@@ -172,7 +174,7 @@ def _called(function: Callable[[str, str], object], name: str, answer: str, targ
     except Exception as e:  # a user's function may raise anything
         said = f"its refusal ({type(e).__name__}: {e})"
     else:
-        if isinstance(found, bool | int | float) and 0 <= found <= 1:
+        if isinstance(found, int | float | np.bool_ | np.number) and 0 <= found <= 1:
             return float(found)
         said = f"{found!r:.60}"
     raise InputError(f"{name}: expected a number from 0 to 1 for the answer {answer!r:.60}, found {said}")
