@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny import tiny_tokenizer
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import load_split, load_splits, write_splits
@@ -111,7 +111,7 @@ def test_a_first_token_that_tokenizer_and_template_both_write_stands_once_in_a_c
     example = parsed({"messages": [*TALK, ANSWER]})
     assert as_text(example, tokenizer).prompt.startswith("<|im_start|>system")  # here it begins every message
     tokenizer.bos_token = "<|endoftext|>"
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
     assert as_text(example, tokenizer).prompt.startswith("<|endoftext|><|im_start|>")  # the tokenizer does not write it
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]

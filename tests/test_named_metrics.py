@@ -53,6 +53,7 @@ def own_module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "answer", "target", "right"), CASES)
 def test_one_answer(name, answer, target, right):
     metric = named_metric(name, LABELS, "here")
+    assert metric.right is not None
     assert math.isclose(metric.right(answer, target), right)
     assert math.isclose(score_by(metric, [answer, answer], [target, target])["accuracy"], right)
 
@@ -126,8 +127,8 @@ def test_what_nobody_named_follows_from_the_task(tmp_path):
     # without labels a choice is among the task's responses, those of train too
     test = write(tmp_path, "frogs", train=[Example("?", "not sure")])
     choice = metric_for(tmp_path, "frogs", test, "choice")
-    assert not choice.right("not sure: no", "no")
-    assert choice.right("no, not sure", "no")
+    right = score_by(choice, ["not sure: no", "no, not sure"], ["no", "no"])
+    assert right == {"accuracy": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -203,6 +204,18 @@ def test_own_tasks_are_asked_recorded_and_scored_again_by_another_metric(tmp_pat
     write_splits(tmp_path / "cats", {"test": [Example("Blue?", "yes", messages=tuple(other))]})
     with pytest.raises(InputError, match="expected the problem of the task's file, found another one"):
         scored(load_problems(tmp_path, ["birds", "cats"], "test", None))
+
+
+def test_an_answer_that_a_function_refuses_is_kept_and_said(tmp_path):
+    write(tmp_path, responses=("1", "2"))
+    problems = load_problems(tmp_path, ["birds"], "test", None, {"birds": "python:own_metric.near"})
+    records = Records(tmp_path / "run", {})
+    run(problems, {"s": lambda asked: [{"answer": "many"} for _ in asked]}, records, 8, lambda *_: None)
+    assert set(records.answers.values()) == {"many"}
+    with pytest.raises(InputError, match=r"^python:own_metric\.near: expected a number from 0 to 1 for .*'many'"):
+        tabulate(problems, ["s"], records.answers)
+    problems = load_problems(tmp_path, ["birds"], "test", None, {"birds": "exact"})
+    assert tabulate(problems, ["s"], records.answers)["tasks"]["birds"]["s"]["accuracy"] == 0
 
 
 def test_composites_of_own_tasks_are_scored_by_their_tasks_metrics(tmp_path):

@@ -149,8 +149,9 @@ def run(
 
 
 def _record(system: str, problem: Problem, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the file: the problem, what was said, a composite's answers one by one, and the scores."""
-    known = {"system": system, "id": problem.id, "task": problem.task}
+    """A line of the file: the problem, what was said, a composite's answers one by one, and the scores, none where a
+    user's metric refuses the answer: what was said is kept, and the table says what is wrong."""
+    known: dict[str, Any] = {"system": system, "id": problem.id, "task": problem.task}
     known |= {"prompt": problem.prompt, "response": problem.response}
     if problem.messages:
         known["messages"] = problem.messages
@@ -159,6 +160,9 @@ def _record(system: str, problem: Problem, said: Mapping[str, Any]) -> dict[str,
         known["metric"] = ", ".join(names)
     if problem.tasks:
         known |= {"tasks": problem.tasks, "answers": read_composite(said["answer"], problem.parts)}
-    scores = score_row([problem], [said["answer"]])
+    try:
+        scores = score_row([problem], [said["answer"]])
+    except InputError:
+        return {**known, "scores": {}}
     del scores["problems"]
     return {**known, "scores": scores}
