@@ -15,6 +15,7 @@ from meteora_jax.evaluation.problems import load_problems
 from meteora_jax.evaluation.table import markdown, tabulate
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.gates import save_gates
+from meteora_jax.routing.fixed import Fixed
 
 TASKS = ("winowhy", "disfl_qa", "object_counting")
 
@@ -54,7 +55,7 @@ def test_table_counts_what_was_right(tmp_path, tasks):
     assert all(np.isclose(row["echo"]["accuracy"], 3 / 7) for row in table["tasks"].values())
     assert np.isclose(table["mean accuracy"]["echo"], 3 / 7)
     text = markdown(table, ["echo"])
-    assert text.count("| 7 | 42.9 |") == 3
+    assert text.count("| 7 | 42.9 [") == 3
     assert table_of(tasks, tmp_path / "other", batch_size=5) == table
 
 
@@ -125,10 +126,6 @@ def test_command_writes_records_table_and_pictures(tmp_path, tasks, world, capsy
         (tasks / task).rename(tasks / name)
     folders = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(world[k]))]
     options = ["--tasks", str(tasks), "--out", str(tmp_path / "run"), "--max-new-tokens", "3", "--limit", "3"]
-    with pytest.raises(SystemExit) as refusal:  # no score is known for these tasks
-        main(["evaluate", *folders, *options, "--only", "apple,birch"])
-    assert refusal.value.code == 1
-    assert "apple" in capsys.readouterr().err
     for name, task in zip(NAMES, TASKS, strict=False):
         (tasks / name).rename(tasks / task)
     systems = "base,gates-top1,gates-top2,cedar"
@@ -184,3 +181,51 @@ def test_few_options(capsys, command):
     options = set(re.findall(r"^[│ ] (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
     assert {"--base", "--systems", "--distributed", "--mesh", "--json"} < options
     assert len(options) <= 18, sorted(options)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["winowhy"], "--metric: expected TASK=METRIC, found 'winowhy'"),
+        (["winowhy=exact", "winowhy=bleu"], "--metric: expected one of winowhy, found 2"),
+        (["disfl_qa=exact"], "--metric: expected tasks that are asked, found disfl_qa"),
+        (["winowhy=f1"], "--metric winowhy=f1: expected exact, contains, choice, number, bleu, rouge, rougeL, regex:"),
+        (["winowhy=regex:(0"], "--metric winowhy=regex:(0: expected a regular expression, found one that does not"),
+    ],
+)
+def test_metrics_that_do_not_fit_are_refused_before_anything_runs(tmp_path, tasks, world, capsys, words, said):
+    options = ["--tasks", str(tasks), "--out", str(tmp_path / "run"), "--only", "winowhy", "--systems", "base"]
+    with pytest.raises(SystemExit) as refusal:
+        main(["evaluate", "--base", str(world["base"]), *options, *(w for m in words for w in ("--metric", m))])
+    assert refusal.value.code == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_own_tasks_in_any_form_are_answered_and_scored_by_the_metric_asked_for(tmp_path, world):
+    """Text and conversations, one task that may say less than the others, in batches of both systems."""
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many apples?"}]
+    answered = {"messages": [*talk, {"role": "assistant", "content": "3 apples"}]}
+    for i, lines in enumerate(([answered] * 3, [{"prompt": "Which?", "response": "a"}])):
+        (tmp_path / "tasks" / NAMES[i]).mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "tasks" / NAMES[i] / "test.jsonl").write_text(text)
+    (tmp_path / "tasks" / "birch" / "task.json").write_text('{"max_new_tokens": 2}')
+    folders = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(world[k]))]
+    options = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "run"), "--max-new-tokens", "4"]
+    asked = ["--only", "apple,birch", "--systems", "base,oracle", "--metric", r"apple=regex:\d", "--json"]
+    main(["evaluate", *folders, *options, *asked, str(tmp_path / "table.json")])
+    records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 8
+    model = world["model"]
+    for r in records:
+        router = Fixed(r["task"]) if r["system"] == "oracle" else None
+        tokens = 4 if r["task"] == "apple" else 2
+        (said,) = model.generate([talk if r["task"] == "apple" else "Which?"], router, max_new_tokens=tokens)
+        assert (r["answer"], r["tokens"]) == (said.text, len(said.token_ids))
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["metrics"]["apple"] == {"name": r"regex:\d", "because": ""}
+    assert table["metrics"]["birch"]["name"] == "exact"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["new_tokens"] == {"apple": 4, "birch": 2}

@@ -102,7 +102,7 @@ def test_composite_row_is_what_the_parts_say(folders, whole):
                 shares /= max(shares.sum(), 1e-9)
                 np.testing.assert_allclose([r["routing"].get(n, 0) for n in NAMES], shares, atol=1e-4)
     text = (whole / "table.md").read_text()
-    assert f"| {ROW}, correct | 5 | 0 of 15 | not defined |" in text
+    assert f"| {ROW}, correct | 5 | 0 of 15 [0, 0] | not defined |" in text
     assert f"| {ROW}, ROUGE-L | 5 | " in text
 
 
@@ -293,7 +293,7 @@ def test_composites_that_were_written_are_asked_and_missing_ones_drawn(folders, 
     ("words", "said"),
     [
         (["4"], "composites: expected 3, 5, 10 or tasks joined by +, found '4'"),
-        (["winowhy+nobody"], "winowhy+nobody: expected tasks with metrics, found nobody"),
+        (["winowhy+nobody"], "nobody/test.jsonl: expected the test split of nobody, found no file"),
         (["3", "5", "--out", "x.jsonl"], "--out: expected one composite, found 2: 3, 5"),
         (["3", "--out", "x.json"], "x.json: expected a name that ends in .jsonl"),
         (["3", "--count", "0"], "--count: expected 1 or more, found 0"),
@@ -339,7 +339,7 @@ def test_long_prompts_can_be_left_out(folders, world, tmp_path):
     [
         (["--composite", "4"], "--composite: expected 3, 5, 10, tasks joined by +, what meteora compose wrote"),
         (["--composite", "composite_3_seed_9"], "or .jsonl files, found 'composite_3_seed_9'"),
-        (["--composite", "winowhy+nobody"], "winowhy+nobody: expected tasks with metrics, found nobody"),
+        (["--composite", "winowhy+nobody"], "expected the test split of nobody, found no file"),
         (["--composite", "winowhy+gsm8k"], "expected the test split of gsm8k"),
         (["--composite", "3", "--split", "train"], "--split: expected test with --composite 3"),
         (["--composite", "nowhere.jsonl"], "nowhere.jsonl: expected composite problems, found no file"),

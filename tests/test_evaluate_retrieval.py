@@ -96,11 +96,14 @@ def test_what_was_found_stands_beside_what_was_answered(folders, run):
     table = json.loads((run / "table.json").read_text())
     queries = [Query(q["inputs"], q["task"], q["domain"]) for q in folders["queries"]]
     want = judge(folders["index"], queries)
+    counts = table["retrieval"].pop("counts")
+    assert counts["iid"] == sum(counts["adapters"].values()) == sum(counts["clusters"].values()) == len(queries)
     assert table["retrieval"] == json.loads(json.dumps(want))
     assert want["iid"][1] == 100
     assert set(want["ood"]) == {1, 3}
     text = (run / "table.md").read_text()
     assert "| % found among the first | 1 | 3 |" in text
+    assert "| all | 100.0 [100.0, 100.0] |" in text
     assert "| all, own adapter hidden: one of its cluster |" in text
     assert "| cluster trees, ROUGE-L | 4 |" in text
     for picture in ("k.png", "similarity.png"):

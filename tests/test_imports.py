@@ -27,6 +27,7 @@ ORDER = [
         "text",
         "arguments",
         "prompts",
+        "examples",
         "execution",
         "compilation_cache",
         "numerics",

@@ -70,6 +70,7 @@ from meteora_jax.cli.index import (
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
+from meteora_jax.cli.tasks import TasksCheck, TasksCommand, TasksSplit, tasks_check, tasks_split
 from meteora_jax.cli.throughput import Throughput, throughput
 from meteora_jax.cli.train import (
     TrainAdapter,
@@ -140,6 +141,7 @@ def commands_for(args: Sequence[str]) -> Any:
         Annotated[Inspect, sub("inspect")],
         Annotated[IndexCommand, sub("index")],
         Annotated[Prepare, sub("prepare")],
+        Annotated[TasksCommand, sub("tasks")],
         Annotated[train_commands(gates_by_recipe(args)), sub("train")],
         Annotated[Plan, sub("plan")],
         Annotated[Generate, sub("generate")],
@@ -171,6 +173,8 @@ ACTIONS = {
     IndexQuery: index_query,
     IndexEvaluate: index_evaluate,
     Prepare: prepare,
+    TasksCheck: tasks_check,
+    TasksSplit: tasks_split,
     TrainGates: train_gates,
     TrainAdapter: train_adapter,
     TrainBank: train_bank,
@@ -228,7 +232,8 @@ def parse(args: Sequence[str]) -> Any:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    return command.what if isinstance(command, Import | Export | Train | BankCommand | IndexCommand) else command
+    groups = Import | Export | Train | BankCommand | IndexCommand | TasksCommand
+    return command.what if isinstance(command, groups) else command
 
 
 def main(args: Sequence[str] | None = None) -> None:

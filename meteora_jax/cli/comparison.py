@@ -62,8 +62,6 @@ class Comparison(Devices):
     """Leave out problems of one task whose prompt has more tokens, of those that --limit chose."""
     max_new_tokens: int = 64
     """Longest answer."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of weights and activations: bfloat16 on an accelerator, float32 on a CPU unless given."""
     json: Path | None = None
     """Write what is printed here too."""
 
@@ -162,8 +160,10 @@ def fingerprint(folder: Path | None, file: str = WEIGHTS) -> str | None:
     return None if folder is None else sha256(folder / file)
 
 
-def named_problems(command: Comparison, model: Model, only: str) -> tuple[list[str], list[Problem]]:
-    """The rows that an `--only` names, tasks before files of queries, and their problems.
+def named_problems(
+    command: Comparison, model: Model, only: str, metrics: Mapping[str, str] | None = None
+) -> tuple[list[str], list[Problem]]:
+    """The rows that an `--only` names, tasks before files of queries, and their problems, scored by `metrics`.
 
     Raises:
         InputError: a file was refused.
@@ -174,7 +174,7 @@ def named_problems(command: Comparison, model: Model, only: str) -> tuple[list[s
     for entry in entries:
         if not entry.endswith(".json"):
             tasks += model.adapter_names if entry == "all" else [entry]
-    rows, problems = list(tasks), load_problems(command.tasks, tasks, command.split, command.limit)
+    rows, problems = list(tasks), load_problems(command.tasks, tasks, command.split, command.limit, metrics)
     for file in files:
         queries = load_queries(file, command.limit)
         rows += dict.fromkeys(p.task for p in queries)
@@ -195,7 +195,7 @@ def fitting(command: Comparison, model: Model, rows: Sequence[str], problems: Se
     most = command.max_prompt
     if most is None:
         return list(problems)
-    short = [p for p in problems if p.tasks or len(model.encode(p.prompt)) <= most]
+    short = [p for p in problems if p.tasks or len(model.encode(p.asked)) <= most]
     if gone := set(rows) - {p.task for p in short}:
         raise InputError(f"--max-prompt: expected room for a problem of every row, found none for {', '.join(gone)}")
     if left := len(problems) - len(short):
@@ -212,7 +212,7 @@ def check_lengths(command: Comparison, model: Model, problems: Sequence[Problem]
     wrong = []
     for p in problems:
         try:
-            check_prompts([model.encode(p.prompt)], model.config, p.parts * command.max_new_tokens)
+            check_prompts([model.encode(p.asked)], model.config, p.new_tokens(command.max_new_tokens))
         except InputError as e:
             wrong.append(f"{p.id}: {str(e).removeprefix('prompt 0: ')}")
     if wrong:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from meteora_jax.cli.comparison import (
     Comparison,
@@ -22,8 +23,16 @@ from meteora_jax.cli.devices import as_the_first_says, is_first_process, make_de
 from meteora_jax.cli.report import default_dtype, print_tables, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation import runner
-from meteora_jax.evaluation.composite import COMPOSITES, default_path, generate_composites, longest_prompt, tasks_of
-from meteora_jax.evaluation.problems import Problem, load_composites
+from meteora_jax.evaluation.composite import (
+    COMPOSITES,
+    default_path,
+    generate_composites,
+    longest_prompt,
+    read_composites,
+    tasks_of,
+    template_mark,
+)
+from meteora_jax.evaluation.problems import Problem, load_composites, longest_response
 from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, skipped
 from meteora_jax.routing import RoutingTrace, adapter_share, null_share
@@ -43,6 +52,11 @@ class Evaluate(Comparison):
     """Composite problems, separated by commas: 3, 5, 10 for MeteoRA's or tasks joined by +, drawn into TASKS if they
     are not there; a folder of TASKS that `meteora compose` wrote; or .jsonl files. A response has at most n times
     --max-new-tokens."""
+    metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """TASK=METRIC, another than task.json's, MeteoRA's of that task or what fits its responses (exact if they are
+    short, else rougeL): exact, contains, choice (the label that the answer says first), number (the last one), bleu,
+    rouge, rougeL, regex:PATTERN (what it finds, or its group, is the same) or python:MODULE.FUNCTION (of answer and
+    response, from 0 to 1). May be given several times; answers that are there are scored again."""
     batch_size: int = 16
     """Problems a batch."""
 
@@ -62,9 +76,9 @@ def answering(system: System, command: Evaluate) -> runner.Answer:
     def answer(problems: Sequence[Problem]) -> list[dict[str, Any]]:
         padded = [*problems, *[problems[-1]] * (command.batch_size - len(problems))]
         completions = system.model.generate(
-            [p.prompt for p in padded],
+            [p.asked for p in padded],
             [system.route(p) for p in padded],
-            max_new_tokens=problems[0].parts * command.max_new_tokens,
+            max_new_tokens=problems[0].new_tokens(command.max_new_tokens),
             stop=problems[0].stop,
         )
         said = []
@@ -90,12 +104,31 @@ def gather_problems(command: Evaluate, model: Model) -> list[Problem]:
         InputError: a file was refused, there is nothing to ask, or two rows have one name.
     """
     only = command.only if command.only is not None else "all" if command.composite is None else ""
-    rows, problems = named_problems(command, model, only)
+    metrics = named_metrics(command.metric)
+    rows, problems = named_problems(command, model, only, metrics)
     for what in filter(None, (command.composite or "").split(",")):
         row, path = composite_file(command, model, what)
         rows.append(row)
-        problems += load_composites(path, row, command.limit)
+        problems += load_composites(path, row, command.limit, command.tasks, metrics, command.max_new_tokens)
+    asked = {task for p in problems if not p.metric for task in p.own_tasks}
+    if strange := [task for task in metrics if task not in asked]:
+        raise InputError(f"--metric: expected tasks that are asked, found {', '.join(strange)}")
     return fitting(command, model, rows, problems)
+
+
+def named_metrics(entries: Sequence[str]) -> dict[str, str]:
+    """The metrics of `--metric` by their tasks.
+
+    Raises:
+        InputError: an entry that is half of TASK=METRIC, or a task with two.
+    """
+    pairs = [(entry, *entry.partition("=")[::2]) for entry in entries]
+    wrong = [f"--metric: expected TASK=METRIC, found {entry!r}" for entry, *pair in pairs if not all(pair)]
+    tasks = [task for _, task, _ in pairs]
+    wrong += [f"--metric: expected one of {t}, found {tasks.count(t)}" for t in {*tasks} if tasks.count(t) > 1]
+    if wrong:
+        raise InputError(wrong)
+    return {task: metric for _, task, metric in pairs}
 
 
 def composite_file(command: Evaluate, model: Model, what: str) -> tuple[str, Path]:
@@ -115,11 +148,14 @@ def composite_file(command: Evaluate, model: Model, what: str) -> tuple[str, Pat
             f"--composite: expected {sizes}, tasks joined by +, what meteora compose wrote below TASKS, or .jsonl "
             f"files, found {what!r}"
         )
-    path = default_path(command.tasks, tasks)
+    path = default_path(command.tasks, tasks, template=template_mark(command.tasks, tasks, model.tokenizer))
     if not path.is_file():
-        limit = longest_prompt(model.config, len(tasks) * command.max_new_tokens)
-        generate_composites(command.tasks, tasks, max_tokens=limit, count_tokens=counting(model) if limit else None)
-    found = load_composites(path, path.parent.name, 1)[0].tasks
+        limit = longest_prompt(model.config, longest_response(command.tasks, tasks, command.max_new_tokens))
+        generate_composites(
+            command.tasks, tasks, max_tokens=limit, count_tokens=counting(model) if limit else None,
+            tokenizer=model.tokenizer,
+        )  # fmt: skip
+    found = read_composites(path)[0].tasks
     if found != tasks:
         raise InputError(f"{path}: tasks: expected {', '.join(tasks)}, found {', '.join(found)}")
     return path.parent.name, path
@@ -143,17 +179,18 @@ def evaluate(command: Evaluate) -> None:
         max_prompt=command.max_prompt,
     )
     mesh = make_devices_mesh(command)
-    dtype = default_dtype(command.dtype)
+    dtype = default_dtype(None)
     with status.status(f"loading as {dtype}"):
         loaded = load_systems(command, mesh, dtype)
         model, systems = loaded.model, loaded.systems
         problems = gather_problems(command, model)
         check_routes(systems, problems)
         check_lengths(command, model, problems)
-    settings = {
+    settings: dict[str, Any] = {
         "base": fingerprint(command.base), "bank": fingerprint(command.bank), "gates": fingerprint(command.gates),
         "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype,
         "system banks": loaded.banks, "index": fingerprint(command.index, "index.json"),
+        "new_tokens": {p.task: p.new_tokens(command.max_new_tokens) for p in problems},
     }  # fmt: skip
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None

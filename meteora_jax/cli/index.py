@@ -30,7 +30,8 @@ class IndexBuild:
     dest: tyro.conf.Positional[Path]
     """INDEX folder to make; an index that is there is replaced once the new one is complete."""
     files: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt"; 20 are taken, evenly spread."""
+    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt" or "messages"; 20 are taken, evenly
+    spread."""
     profiles: Path | None = None
     """A JSON file {NAME: [inputs]}, or the profiles of LoraRetriever's release."""
     tasks: Path | None = None
@@ -57,7 +58,7 @@ class IndexAdd:
     index: tyro.conf.Positional[Path]
     """INDEX folder."""
     files: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt"."""
+    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt" or "messages"."""
     profiles: Path | None = None
     """A JSON file {NAME: [inputs]}."""
     tasks: Path | None = None

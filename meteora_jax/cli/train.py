@@ -114,14 +114,14 @@ def gates_by_recipe(args: Sequence[str]) -> TrainGates:
 
 def train_gates(command: TrainGates) -> None:
     """Runs `meteora train gates`."""
-    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.evaluation.tasks import load_splits
     from meteora_jax.training.background import load_background
     from meteora_jax.training.gates import train_gates as train
 
     settings = settled(command.settings, recipe_of(command.recipe, command.extend))
     mesh = make_devices_mesh(command)
     names = BankConfig.from_json(read_json(command.bank / "bank.json"), str(command.bank / "bank.json")).names
-    tasks = {name: load_split(command.tasks, name, "train") for name in names}
+    tasks = load_splits(command.tasks, names, "train")
     checkpointing, dtype = _checkpointing(command), default_dtype(command.dtype)
     kept = checkpointing.in_run("background.jsonl")
     if kept is not None and not checkpointing.resume and is_first_process():
@@ -140,12 +140,12 @@ def train_gates(command: TrainGates) -> None:
 
 def train_adapter(command: TrainAdapter) -> None:
     """Runs `meteora train adapter`."""
-    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.evaluation.tasks import load_splits
     from meteora_jax.training.adapter import train_adapter as train
 
     settings = command.settings
     mesh = make_devices_mesh(command)
-    tasks = {name: load_split(command.tasks, name, "train") for name in command.task}
+    tasks = load_splits(command.tasks, command.task, "train")
     with _callbacks(f"train {settings.name}", settings) as callbacks:
         final = train(
             command.base, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,
@@ -156,7 +156,7 @@ def train_adapter(command: TrainAdapter) -> None:
 
 def train_bank(command: TrainBank) -> None:
     """Runs `meteora train bank`."""
-    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.evaluation.tasks import load_splits
     from meteora_jax.training.bank import train_bank as train
 
     settings = command.settings
@@ -164,7 +164,7 @@ def train_bank(command: TrainBank) -> None:
     names = command.task or tuple(sorted(file.parent.name for file in command.tasks.glob("*/train.jsonl")))
     if not names or len(set(names)) < len(names):
         raise InputError(f"{command.tasks}: expected tasks, each once, found {' '.join(names) or 'none'}")
-    tasks = {name: load_split(command.tasks, name, "train") for name in names}
+    tasks = load_splits(command.tasks, names, "train")
     with _callbacks("train bank", settings) as callbacks:
         final = train(
             command.base, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,

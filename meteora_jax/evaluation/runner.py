@@ -93,13 +93,13 @@ def _settings(file: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def batches(problems: Sequence[Problem], batch_size: int) -> list[list[Problem]]:
-    """Problems of as many answers and of like length together.
+    """Problems of as many answers, of as long responses and of like length together.
 
     Which problems share a batch does not depend on what is done already: a run that goes on after a kill computes
     the very same batches as one that was never killed.
     """
-    ordered = sorted(problems, key=lambda p: (p.parts, len(p.prompt), p.id))
-    kinds = [list(own) for _, own in itertools.groupby(ordered, key=lambda p: p.parts)]
+    ordered = sorted(problems, key=lambda p: (p.parts, p.max_new_tokens or 0, len(p.prompt), p.id))
+    kinds = [list(own) for _, own in itertools.groupby(ordered, key=lambda p: (p.parts, p.max_new_tokens))]
     return [own[start : start + batch_size] for own in kinds for start in range(0, len(own), batch_size)]
 
 
@@ -128,7 +128,8 @@ def run(
     done = records.done if records else {}
     for system, p in ((s, p) for s, own in asked.items() for p in own if (s, p.id) in done):
         kept = done[system, p.id]
-        if records and (kept["prompt"], kept["response"]) != (p.prompt, p.response):
+        same = (kept["prompt"], kept["response"], kept.get("messages", [])) == (p.prompt, p.response, list(p.messages))
+        if records and not same:
             where = f"{records.path}: {system}, {p.id}"
             raise InputError(f"{where}: expected the problem of the task's file, found another one")
     total = sum(map(len, asked.values()))
@@ -148,11 +149,20 @@ def run(
 
 
 def _record(system: str, problem: Problem, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the file: the problem, what was said, a composite's answers one by one, and the scores."""
-    known = {"system": system, "id": problem.id, "task": problem.task}
-    known |= {"prompt": problem.prompt, "response": problem.response, **said}
+    """A line of the file: the problem, what was said, a composite's answers one by one, and the scores, none where a
+    user's metric refuses the answer: what was said is kept, and the table says what is wrong."""
+    known: dict[str, Any] = {"system": system, "id": problem.id, "task": problem.task}
+    known |= {"prompt": problem.prompt, "response": problem.response}
+    if problem.messages:
+        known["messages"] = problem.messages
+    known |= said
+    if names := [metric.name for metric in problem.metrics if metric.name]:
+        known["metric"] = ", ".join(names)
     if problem.tasks:
         known |= {"tasks": problem.tasks, "answers": read_composite(said["answer"], problem.parts)}
-    scores = score_row([problem], [said["answer"]])
+    try:
+        scores = score_row([problem], [said["answer"]])
+    except InputError:
+        return {**known, "scores": {}}
     del scores["problems"]
     return {**known, "scores": scores}

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.prompts import Prompt
 from meteora_jax.retriever.index import Index
 from meteora_jax.routing import BoundRouter, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
@@ -66,10 +67,13 @@ class Model(Protocol):
     @property
     def mesh(self) -> Any: ...
 
-    def encode(self, prompt: str) -> list[int]: ...
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def encode(self, prompt: Prompt) -> list[int]: ...
     def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None: ...
     def generate(
-        self, prompts: Sequence[str], router: Any, *, max_new_tokens: int, stop: Sequence[str]
+        self, prompts: Sequence[Prompt], router: Any, *, max_new_tokens: int, stop: Sequence[str]
     ) -> Sequence[Response]: ...
 
 

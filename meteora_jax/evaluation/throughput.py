@@ -34,7 +34,7 @@ def time_generation(system: System, problems: Sequence[Problem], new_tokens: int
     """Seconds of one batch: `retrieval` of its adapters; `prefill`, until every request has its first token; `decoding`
     of the rest of its `new_tokens`."""
     model = dataclasses.replace(system.model, config=dataclasses.replace(system.model.config, eos_token_ids=()))
-    ids = [model.encode(p.prompt) for p in problems]
+    ids = [model.encode(p.asked) for p in problems]
     start = time.perf_counter()
     routers = [system.route(p) for p in problems]
     router, _ = look_up(routers, len(problems), lambda: [p.prompt for p in problems])
@@ -71,7 +71,7 @@ def measure(
     records, total, count = [], len(batch_sizes) * repeats * len(systems), 0
     for size in batch_sizes:
         chosen = choose_prompts(problems, size)
-        longest = max(len(systems[0].model.encode(p.prompt)) for p in chosen)
+        longest = max(len(systems[0].model.encode(p.asked)) for p in chosen)
         for system in systems:  # compiles
             time_generation(system, chosen, new_tokens)
         samples: dict[str, list[dict[str, float]]] = {s.name: [] for s in systems}

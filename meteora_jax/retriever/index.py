@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from meteora_jax.config import InputError, read_json, read_lines
+from meteora_jax.examples import parse_example
 from meteora_jax.io.files import whole_folder, write_json
 from meteora_jax.retriever.calibration import calibrate
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
@@ -376,19 +377,24 @@ def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 
 def read_training_file(path: str | os.PathLike[str]) -> list[str]:
-    """A profile from an adapter's training file, JSON lines with a "prompt": up to 20, spread evenly; prompts that are
-    blank say nothing and are left out."""
-    prompts: list[str] = []
-    for where, line in read_lines(path):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            found = line.decode(errors="replace")[:60]
-            raise InputError(f'{where}: expected {{"prompt": ...}}, found {found!r}') from None
-        if not isinstance(prompt, str):
-            raise InputError(f"{where}: prompt: expected a string, found {prompt!r:.60}")
-        check_text(prompt, f"{where}: prompt")
-        prompts.append(prompt)
+    """A profile from an adapter's training file, JSON lines with a "prompt" or "messages" (what the user says in them):
+    up to 20, spread evenly; prompts that are blank say nothing and are left out."""
+    prompts = [_read_prompt(line, where) for where, line in read_lines(path)]
     if not any(p.strip() for p in prompts):
         raise InputError(f"{path}: expected prompts, found none")
     return spread(prompts)
+
+
+def _read_prompt(line: bytes, where: str) -> str:
+    try:
+        record = json.loads(line)
+        if "messages" in record or isinstance(record["prompt"], list):
+            return parse_example(line, where).prompt
+        prompt = record["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = line.decode(errors="replace")[:60]
+        raise InputError(f'{where}: expected {{"prompt": ...}}, found {found!r}') from None
+    if not isinstance(prompt, str):
+        raise InputError(f"{where}: prompt: expected a string, found {prompt!r:.60}")
+    check_text(prompt, f"{where}: prompt")
+    return prompt
