@@ -131,7 +131,7 @@ def torch_composed_logits(world, row, adapters, fused) -> np.ndarray:
 @pytest.mark.parametrize("weights", ["uniform", "similarity"])
 def test_the_model_equals_a_float64_transcription(world, index, compose, weights):
     """Banks of mixed ranks and targets."""
-    router = mj.Retrieval(index, k=3, compose=compose, weights=weights)
+    router = mj.Retrieval(index, k=3, compose=compose, weights=weights, min_similarity=None)
     model = world["model"]
     found = index.query([model.decode(row) for row in ROWS], k=3)
     ours = np.asarray(model.logits(ROWS, router))
