@@ -135,7 +135,7 @@ def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> Bo
     for kind in kinds:
         rows = [r if type(r) is kind else None for r in per_prompt]
         first = next(r for r in rows if r is not None)
-        if first.needs_gates and not has_gates:
+        if any(r is not None and r.needs_gates for r in rows) and not has_gates:
             raise InputError(f"router: {first!r} expected trained gates, found a model loaded without them")
         bound.append(first.bind(rows, names))
     if len(bound) == 1:
