@@ -99,7 +99,7 @@ def _of_json(line: bytes, where: str, tokenizer: Any) -> Example:
         raise InputError(f'{where}: expected {{"prompt": ...}} or {{"messages": [...]}}, found {found!r}')
     if "messages" not in record:
         return parse_example(json.dumps({"response": "", **record}).encode(), where)
-    messages = read_prompt(record["messages"], f"{where}: messages")
+    messages: Any = read_prompt(record["messages"], f"{where}: messages")
     if not is_messages(messages):
         raise InputError(f"{where}: messages: expected a list of messages, found {record['messages']!r:.60}")
     response = ""
@@ -114,9 +114,8 @@ def _of_json(line: bytes, where: str, tokenizer: Any) -> Example:
 def _chat(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> str:
     """The messages as the text of a prompt: without the first token where the tokenizer adds it by itself."""
     text = render_chat(tokenizer, messages, where, add_generation_prompt=True)
-    first = tokenizer.bos_token
-    adds = first is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(first) if adds else text
+    adds = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds else text
 
 
 def _halves(text: str) -> Example:
