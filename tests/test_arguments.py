@@ -169,7 +169,7 @@ ACCEPTED = {
     'model.logits(jnp.ones((2, 3), int)).shape': "(2, 3, 320)",
     'model.logits([[jnp.int32(1)], (2, 3)]).shape': "(2, 2, 320)",
     'model.request_text([5, 6]) == model.decode(np.asarray([5, 6]))': "True",
-    'mj.Fixed({"a": np.float32(0.5), "b": 1}).weights()["b"]': "1",
+    'mj.Fixed({"a": np.float32(0.5), "b": 1}).weights()["b"]': "1.0",
     'mj.Gates(np.int64(2), 1, ["apple", "birch"]).top_k': "np.int64(2)",
 }  # fmt: skip
 

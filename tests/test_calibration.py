@@ -98,6 +98,7 @@ def test_a_request_that_is_nobody_s_goes_to_the_base_alone(world):
     assert acts == [False, True, True, False, True, False]
     assert done[0].token_ids == done[3].token_ids == done[5].token_ids
     assert done[0].routing.retrieved == done[1].routing.retrieved  # what was found is told all the same
+    assert index.threshold is not None
     calibrated = mj.Retrieval(index).router((("apple", index.threshold - 1e-3),))
     assert calibrated.adapters == ()
     assert mj.Retrieval(index).router((("apple", index.threshold),)).adapters == (("apple", 1.0),)

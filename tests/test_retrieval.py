@@ -131,7 +131,7 @@ def torch_composed_logits(world, row, adapters, fused) -> np.ndarray:
 @pytest.mark.parametrize("weights", ["uniform", "similarity"])
 def test_the_model_equals_a_float64_transcription(world, index, compose, weights):
     """Banks of mixed ranks and targets."""
-    router = mj.Retrieval(index, k=3, compose=compose, weights=weights)
+    router = mj.Retrieval(index, k=3, compose=compose, weights=weights, min_similarity=None)
     model = world["model"]
     found = index.query([model.decode(row) for row in ROWS], k=3)
     ours = np.asarray(model.logits(ROWS, router))
@@ -217,9 +217,8 @@ def test_weights_by_similarity(index):
         ("apple", pytest.approx(2 / 3)), ("birch", pytest.approx(1 / 3)), ("cedar", 0.0),
     )  # fmt: skip
     below = tuple((name, -1.0) for name, _ in found)
-    assert [w for _, w in mj.Retrieval(index, weights="similarity").router(below).adapters] == [
-        pytest.approx(1 / 3)
-    ] * 3
+    router = mj.Retrieval(index, weights="similarity", min_similarity=None)
+    assert [w for _, w in router.router(below).adapters] == [pytest.approx(1 / 3)] * 3
     assert mj.Retrieval(index, compose="selection").router(found) == Composed((("apple", 1.0),), False)
 
 

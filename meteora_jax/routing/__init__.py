@@ -159,7 +159,7 @@ def bind(
     for kind in kinds:
         rows = [r if type(r) is kind else None for r in per_prompt]
         first = next(r for r in rows if r is not None)
-        if first.needs_gates and gated is None:
+        if any(r is not None and r.needs_gates for r in rows) and gated is None:
             raise InputError(f"router: {first!r} expected trained gates, found a model loaded without them")
         bound.append(first.bind(rows, gated if first.needs_gates and gated is not None else names))
     if len(bound) == 1:

@@ -108,7 +108,7 @@ class GatesWithin:
     def router(self, found: Found) -> Gates | Composed:
         """The router of a request for which `found` was retrieved."""
         if is_nobodys(self.index, found, self.min_similarity):
-            return NOBODY
+            return dataclasses.replace(NOBODY, needs_gates=True)  # a model without gates is refused whatever is asked
         return Gates(self.top_k, self.temperature, within=tuple(name for name, _ in found))
 
 
@@ -118,7 +118,7 @@ class Composed:
 
     adapters: tuple[tuple[str, float], ...]
     fused: bool
-    needs_gates = False
+    needs_gates: bool = False
 
     def bind(self, routers: Sequence[Composed | None], names: tuple[str, ...]) -> Routing:
         rows = [r.adapters if r is not None else () for r in routers]

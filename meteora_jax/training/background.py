@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.config import InputError, read_lines
 from meteora_jax.engine import Request, Sampling
-from meteora_jax.evaluation.tasks import Example, parse_example
+from meteora_jax.examples import Example, parse_example
 from meteora_jax.generation import Engines
 from meteora_jax.io.base import load_base
 from meteora_jax.io.files import whole_file
@@ -60,7 +60,8 @@ def load_background(
             own = write_background(base, count, dtype=dtype, seed=seed, mesh=mesh)
             if kept is not None and jax.process_index() == 0:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                lines = (json.dumps(dataclasses.asdict(example), ensure_ascii=False) + "\n" for example in own)
+                said = ({"prompt": example.prompt, "response": example.response} for example in own)
+                lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in said)
                 with whole_file(kept) as partial, partial.open("w", encoding="utf-8") as file:
                     file.writelines(lines)
             found += own
@@ -100,7 +101,7 @@ def _of_json(line: bytes, where: str, tokenizer: Any) -> Example:
         raise InputError(f'{where}: expected {{"prompt": ...}} or {{"messages": [...]}}, found {found!r}')
     if "messages" not in record:
         return parse_example(json.dumps({"response": "", **record}).encode(), where)
-    messages = read_prompt(record["messages"], f"{where}: messages")
+    messages: Any = read_prompt(record["messages"], f"{where}: messages")
     if not is_messages(messages):
         raise InputError(f"{where}: messages: expected a list of messages, found {record['messages']!r:.60}")
     response = ""
@@ -115,9 +116,8 @@ def _of_json(line: bytes, where: str, tokenizer: Any) -> Example:
 def _chat(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> str:
     """The messages as the text of a prompt: without the first token where the tokenizer adds it by itself."""
     text = render_chat(tokenizer, messages, where, add_generation_prompt=True)
-    first = tokenizer.bos_token
-    adds = first is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(first) if adds else text
+    adds = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds else text
 
 
 def _halves(text: str) -> Example:

@@ -91,8 +91,8 @@ def exact(model: mj.Meteora, rows: Sequence[tuple[list[int], int]], router: Any,
 
 
 def judge(models: dict[str, mj.Meteora], command: Arguments, task: str) -> dict[str, Any]:
-    """A task's test problems: each system's score, that of the gates where its own adapter is hidden from them (unseen),
-    and what the null choice takes."""
+    """A task's test problems: each system's score, the gates' with its own adapter hidden (unseen), and what the null
+    choice takes."""
     assert command.tasks is not None
     examples, model = load_split(command.tasks, task, "test"), models["gates"]
     examples = [examples[i] for i in choose([e.prompt for e in examples], command.limit)]
