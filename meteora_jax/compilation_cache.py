@@ -33,7 +33,7 @@ def use() -> None:
     written is such a miss.
     """
     where = folder()
-    if where is None or jax.config.jax_compilation_cache_dir:
+    if where is None or getattr(jax.config, "jax_compilation_cache_dir"):  # noqa: B009 - JAX does not declare it
         return
     from jax.experimental.compilation_cache import compilation_cache as programs
 

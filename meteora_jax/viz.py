@@ -179,7 +179,7 @@ def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> 
         axes.set_facecolor("0.95")
         axes.axvline(trace.prompt_length - 0.5, color="black", linewidth=1.2)
         axes.tick_params(length=0)
-        axes.spines[:].setvisible(False)
+        axes.spines[:].set_visible(False)
     _mark_response(strip, trace.prompt_length)
     _draw_legend(figure, trace, columns)
     figure.suptitle(_drawable(title), x=0.01, ha="left", fontsize=12, parse_math=False)
@@ -223,7 +223,7 @@ def _label_rows(axes: Any, bands: tuple[str, ...], num_layers: int) -> None:
     numbers.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=6, color="0.4")
     numbers.set_ylabel("layer", fontsize=8)
     numbers.tick_params(length=0)
-    numbers.spines[:].setvisible(False)
+    numbers.spines[:].set_visible(False)
 
 
 def _mark_response(axes: Any, prompt_length: int) -> None:

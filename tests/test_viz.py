@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import html
 import io
 import json
 import re
@@ -308,3 +309,10 @@ def test_a_model_knows_where_its_adapters_have_weights(world):
             assert (places[:, p, a] == (projection in targets)).all()
     answer = world["model"].generate([[5, 6, 7]], router=Fixed(NAMES[0]), max_new_tokens=2)[0]
     assert np.array_equal(answer.routing.adapted, places)
+
+
+def test_a_notebook_shows_the_page_in_a_frame():
+    trace = random_trace()
+    cell = trace._repr_html_()
+    assert cell.startswith('<iframe srcdoc="')
+    assert html.unescape(cell.partition('srcdoc="')[2].partition('"')[0]) == page_module.page_of(trace, "routing")

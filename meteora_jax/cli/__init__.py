@@ -197,6 +197,7 @@ METAVARS = {  # of positional arguments whose field is not called like what stan
 def name_positionals() -> None:
     """Positional arguments are called by what stands there, BANK and not {PATH}, in every command's help."""
     for command in {owner for action in ACTIONS for owner in action.__mro__ if dataclasses.is_dataclass(owner)}:
+        assert isinstance(command, type)
         hints = get_type_hints(command, include_extras=True)
         for name in python_inspect.get_annotations(command):
             hint = hints[name]

@@ -160,7 +160,6 @@ def _rebuilt(
         return jnp.concatenate(parts, axis=axis) if parts else None
 
     where = None if mesh is None else sharding(mesh, leaf.get_metadata("axes"), leaf.shape)
-    one = None if one is None else jnp.asarray(one) if mesh is None else one
     whole = jax.jit(lambda old, one: build(None if old is None else take(old), one), out_shardings=where)
     return whole(old, one)
 

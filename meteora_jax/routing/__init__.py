@@ -139,7 +139,7 @@ def bind(
     Raises:
         InputError: a list of another length, an unknown adapter, gates asked for where none are loaded.
     """
-    per_prompt = list(router) if isinstance(router, list | tuple) else [router] * batch
+    per_prompt: list[Any] = list(router) if isinstance(router, list | tuple) else [router] * batch
     if len(per_prompt) != batch:
         raise InputError(f"router: expected a list of {batch} (one a prompt), found {len(per_prompt)}")
     from meteora_jax.routing.mixed import Mixed

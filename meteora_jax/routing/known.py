@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from meteora_jax.config import BankConfig, InputError
 from meteora_jax.gate_config import GateConfig
@@ -35,7 +36,7 @@ def bind_known(
     if gates is None or bank is None or len(gates.names) == len(names):
         return watch(bind(router, names, batch, gates.names if gates else None), bank, prompts)
     known = gates.names
-    rows = list(router) if isinstance(router, list | tuple) else [router] * batch
+    rows: list[Any] = list(router) if isinstance(router, list | tuple) else [router] * batch
     if gates.null:  # kernels take the column behind the bank's last adapter for the null choice: these must not choose
         rows = [
             dataclasses.replace(r, within=known)
@@ -64,13 +65,13 @@ def within_known(
     Raises:
         InputError: fewer are left than gates are to choose.
     """
-    rows = list(router) if isinstance(router, list | tuple) else [router] * len(found)
+    rows: list[Any] = list(router) if isinstance(router, list | tuple) else [router] * len(found)
     if gates is None or len(gates.names) == len(names) or len(rows) != len(found):
         return router
     return [_narrowed(r, gates.names, names) if retrieved else r for r, retrieved in zip(rows, found, strict=True)]
 
 
-def _narrowed(router: RouterArgument, known: tuple[str, ...], names: tuple[str, ...]) -> RouterArgument:
+def _narrowed(router: Any, known: tuple[str, ...], names: tuple[str, ...]) -> Any:
     if not isinstance(router, Gates) or router.within is None:
         return router
     left = tuple(name for name in router.within if name in known or name not in names)
