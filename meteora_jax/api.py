@@ -280,7 +280,7 @@ class Meteora:
         self, prompts, router, max_new_tokens, sampling, stop, routing, stream
     ) -> Iterator[Delta | list[Completion]]:
         """Checks the call, reads the prompts, and gives the pieces as they come."""
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = (stop,) if isinstance(stop, str) else stop
         with Arguments() as given:
             given.whole("max_new_tokens", max_new_tokens)
             given.texts("stop", stop)

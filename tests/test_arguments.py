@@ -105,7 +105,6 @@ REFUSED = {
     'ask(stop=None)': "stop: expected a list of texts, found None",
     'ask(stop=["a", 3])': "stop 1: expected a text, found 3",
     'ask(stop={"a": 1})': "stop: expected a list of texts",
-    'model.stream([[1]], chunk=0)': "chunk: expected at least 1, found 0",
     'ask(routing=3)': "routing: expected true or false, found 3",
     'mj.warm_up(model, batch_sizes=3)': "warm_up: batch_sizes: expected a list of whole numbers, found 3",
     # adapters

@@ -98,7 +98,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 ROUTER = TokenRouterForm(width=32, depth=2)
 LAYER = ["qkv_epilogue_kernel", "decode_kernel"]
 LAYER += ["residual_epilogue_kernel", "silu_epilogue_kernel", "residual_epilogue_kernel"]
-NUMBERS = itertools.count(65)
+NUMBERS = itertools.count(3)  # below the rows of a step that reads prompts
 
 
 def recorded_steps(gather: int = StepLimits.gather, width: int = 512) -> ExecutionConfig:
