@@ -130,6 +130,7 @@ def test_an_adapter_in_a_bank_of_its_own_answers_as_in_the_large_one(whole):
     assert any(records["base", i]["answer"] != records["cedar", i]["answer"] for s, i in records if s == "cedar")
 
 
+@pytest.mark.exhaustive("batches of 4 equal prompts alone in test_composite_row_is_what_the_parts_say")
 @pytest.mark.parametrize("batch_size", parameters([1, 3, 16], [3], "3 has whole batches and a rest"))
 def test_the_numbers_are_the_same_at_any_batch_size(folders, whole, batch_size, tmp_path):
     main(arguments(folders, tmp_path, "--batch-size", str(batch_size), *COMPOSITE))
