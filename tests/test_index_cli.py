@@ -120,7 +120,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize(
-    "asked", parameters(ASKED, ["fusion", "gates"], "the defaults of the options given with fusion")
+    "asked", parameters(ASKED, ["fusion", "gates"], "the defaults of what fusion is given")
 )
 def test_generate_by_retrieval(tmp_path, capsys, world, profiles, asked):
     index = tmp_path / "index"
