@@ -119,9 +119,7 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize(
-    "asked", parameters(ASKED, ["fusion", "gates"], "the defaults of what fusion is given")
-)
+@pytest.mark.parametrize("asked", parameters(ASKED, ["fusion", "gates"], "the defaults of what fusion is given"))
 def test_generate_by_retrieval(tmp_path, capsys, world, profiles, asked):
     index = tmp_path / "index"
     assert run(capsys, "index", "build", index, "--profiles", profiles)[0] == 0
