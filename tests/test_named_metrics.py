@@ -184,7 +184,7 @@ def test_own_tasks_are_asked_recorded_and_scored_again_by_another_metric(tmp_pat
 
     def scored(problems):
         records = Records(tmp_path / "run", {})
-        run(problems, {"parrot": say}, records, 8, lambda *_: None)
+        run(problems, {"parrot": say}, records, lambda *_: None)
         return tabulate(problems, ["parrot"], records.answers)
 
     table = scored(problems)
