@@ -46,11 +46,11 @@ def refusal(
     given = router.known(None)
     if given is None and router.gating is None:
         return "a router that takes more than the gates' top-k"
-    if given is not None and given.fused is not None:
-        return "fusion"
     for linear in linears:
         if linear.lora_b is None:
             return "a group without adapters"
+        if given is not None and given.fused is not None and _is_wide(linear, execution):
+            return "fusion in a wide bank"
         if not linear.packed_rows and (given is None or not _is_wide(linear, execution)):
             return "gates and A's that are not behind the kernel's rows"
     return None
@@ -110,7 +110,8 @@ def run_layers(
         shape = (depth, rows, sum(map(len, GROUPS.values())), rule.k)
         traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
     elif given is not None:
-        choice = Choice(given.indices.shape[-1], indices=given.indices[:, 0, 0], weights=given.weights[:, 0, 0])
+        own = given.indices[:, 0, 0], given.weights[:, 0, 0], given.fused
+        choice = Choice(given.indices.shape[-1], None, None, *own)
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
     adapt = choice is not None
     groups = {g: group_weights(getattr(layers, g), norms.get(g), adapt, execution, FIRST[g]) for g in GROUPS}

@@ -7,7 +7,7 @@ where it is stacked; gates and A's are packed behind the base's rows) and one la
     silu_step      gate and up   norm's factor, adapters, silu(gate) * up
     residual_step  o; down       adapters, sum with the residual stream, what the next norm needs
 
-With a wide bank `shrink_kernel` stands between the two. Tiles follow from the shapes; nothing is tuned at run time.
+Between the two stands `weigh_kernel` in steps of many rows, `shrink_kernel` with a wide bank. Tiles follow from the shapes; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_step.operands import (
     LEAST_ROWS,
+    WEIGHED_ROWS,
     AdapterLayout,
     Choice,
     Group,
@@ -40,7 +41,7 @@ KERNELS: Mapping[Epilogue, str] = MappingProxyType(
 )
 EPILOGUE_MODULE = "pallas_kernels.decode_step.epilogue_kernels"
 ADAPTER_MODULE = "pallas_kernels.decode_step.adapter_kernels"
-MAX_ROWS = 64
+MAX_ROWS = 512
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 WIDEST = 128  # columns of a block
 ONE_WARP = 1024  # values of B in a block of one warp
@@ -52,8 +53,8 @@ class StepLimits:
     """Which decoding steps the kernels serve, and how.
 
     rows: a step of at most so many.
-    gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, every B
-        is read once and masked. On an H200 gathering 64 of 28 takes 3 % off a step, 96 of 28 7 %.
+    gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, and
+        where matrices are averaged, every B that a tile of rows uses is read once, behind `weigh_kernel`. On an H200 gathering 64 of 28 takes 3 % off a step, 96 of 28 7 %.
     programs: epilogues of chosen rows have so many at most, as far as blocks of WIDEST columns go: a chip holds 32 of
         one warp a multiprocessor, and a second wave waits for the whole chain again. One H100, 32 rows: an epilogue
         takes 8.9 us with narrow blocks, 6.5 so, and 6.1 with half as many, which no requests were timed with.
@@ -77,10 +78,12 @@ def tiles(
     gather: bool | None,
     rank: int = 1,
     programs: int = StepLimits.programs,
+    most_rows: int = 64,
 ) -> dict[str, int]:
     """Tiles of an epilogue over a group's columns: BM rows, two blocks of BH columns.
 
-    gather: of `AdapterLayout`, None without adapters. rank: of these. programs: of `StepLimits`.
+    gather: of `AdapterLayout`, None without adapters. rank: of these. programs: of `StepLimits`. most_rows: BM of
+    matrix products at most.
 
     Raises:
         NotImplementedError: no tile divides the columns.
@@ -91,8 +94,12 @@ def tiles(
         raise NotImplementedError(
             f"decode_step: expected columns of {epilogue} in blocks of 16, found {columns} ({head_dim} a head)"
         )
-    # chosen rows of B are read by a program for each row; every B by matrix products, which have 16 rows
-    bm = min(8, power(rows)) if gather is None else 1 if gather else max(16, power(rows))
+    if gather is False:  # matrix products: of 16 rows at least; blocks widen as long as programs fill the chip
+        bm = min(most_rows, max(WEIGHED_ROWS, power(rows)))
+        while math.ceil(rows / bm) * columns > 4 * bh * PROGRAMS and block % (2 * bh) == 0 and 2 * bh <= bm:
+            bh *= 2
+        return dict(BM=bm, BH=bh)
+    bm = min(8, power(rows)) if gather is None else 1  # chosen rows of B are read by a program for each row
     widest = min(WIDEST, ONE_WARP // rank)
     while gather and rows * columns > 2 * bh * programs and block % (2 * bh) == 0 and 2 * bh <= widest:
         bh *= 2
@@ -192,7 +199,8 @@ def adapter_layout(
     """Where an epilogue finds the group's adapters, shrinks and routing; None without adapters.
 
     Raises:
-        NotImplementedError: more than MAX_ROWS rows, or gates or A's that are not where a kernel reads them.
+        NotImplementedError: more than MAX_ROWS rows, gates or A's that are not where a kernel reads them, or matrices
+            to be averaged of a bank too wide for that.
     """
     if rows > MAX_ROWS:
         raise NotImplementedError(f"decode_step: expected at most {MAX_ROWS} rows, found {rows}")
@@ -201,6 +209,8 @@ def adapter_layout(
     gates, compact = choice.counts is not None, group.a is not None
     if not group.packed and (gates or not compact):
         raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
+    if compact and choice.fused is not None:
+        raise NotImplementedError("decode_step: expected adapters of a wide bank one by one, found fused ones")
     assert group.b is not None
     adapters, rank = group.b.shape[1:3]
     c, p = choice.top_k, len(group.splits)
@@ -212,8 +222,8 @@ def adapter_layout(
     traced = state.indices.shape[2] * c if gates else 0  # a row's, of all projections
     return AdapterLayout(
         A=adapters, G=group.gates, R=rank, C=c, gates=gates and not compact,
-        gather=compact or rows * c <= limits.gather * adapters, compact=compact, parts=shrink_parts(group, rows, c),
-        **place,
+        gather=compact or (choice.fused is None and rows * c <= limits.gather * adapters),
+        fused=choice.fused is not None, compact=compact, parts=shrink_parts(group, rows, c), **place,
         routing_layer=rows * traced, routing_row=traced or c, routing_projection=c if gates else 0,
         routing_first=group.first_projection * c if gates else 0,
     )  # fmt: skip
@@ -232,7 +242,8 @@ def _tiles(
 ) -> dict[str, int]:
     """`tiles` of a group."""
     adapters = (None, 1) if layout is None else (layout.gather, layout.RP)
-    return tiles(rows, group.columns, epilogue, head_dim, *adapters, limits.programs)
+    most = 64 if group.w.dtype.itemsize == 2 else 16  # float32 has no tensor cores: what is in no register is spilt
+    return tiles(rows, group.columns, epilogue, head_dim, *adapters, limits.programs, most)
 
 
 def _product(x: jax.Array, group: Group, layer: int) -> jax.Array:
@@ -261,17 +272,19 @@ def _epilogue(
     unused = number  # an array in the place of one that the kernel does not read
     product = _product(x, group, layer)
     norm = {} if squares is None else dict(I=x.shape[1], EPS=group.eps, PARTS=squares.shape[1])
-    shrinks, adapters, traces = product, (unused,) * 6, (unused, unused)
+    shrinks, used, adapters, traces = product, unused, (unused,) * 6, (unused, unused)
     if choice is not None and layout is not None:
         if layout.compact:
             shrinks, state = _shrink(number, rows, x, squares, group, state, choice, product, layout)
             if choice.counts is not None:  # what that launch chose
                 choice = Choice(choice.top_k, indices=state.indices, weights=state.weights)
-        if layout.gates:
+        elif not layout.gather:
+            shrinks, used, state = _weigh(number, rows, x, squares, group, state, choice, product, layout)
+        if layout.gates and layout.gather:
             traces = state.indices, state.weights
-        routing = (choice.counts, choice.temperatures, choice.indices, choice.weights)
+        routing = (choice.counts, choice.temperatures, choice.indices, choice.weights) if layout.gather else (None,) * 4
         adapters = tuple(unused if z is None else z for z in (group.b, group.scale, *routing))
-    read = (number, product, *(() if squares is None else (squares,)), shrinks, *adapters, *inputs)
+    read = (number, product, *(() if squares is None else (squares,)), shrinks, used, *adapters, *inputs)
     changed = (*in_place, *traces)
     one_warp = layout is None or (layout.gather and layout.RP * size["BH"] <= ONE_WARP)
     results = launch(
@@ -282,9 +295,36 @@ def _epilogue(
         warps=1 if one_warp and size["BM"] == 1 else 4,
         M=rows, ROW=product.shape[1], ADAPTERS=layout, **norm, **constants, **size,
     )  # fmt: skip
-    if layout is not None and layout.gates:
+    if traces[0] is not unused:
         state = dataclasses.replace(state, indices=results[-2], weights=results[-1])
     return results[:-2], state
+
+
+def _weigh(
+    number: jax.Array, rows: int, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState,
+    choice: Choice, product: jax.Array, layout: AdapterLayout,
+) -> tuple[jax.Array, jax.Array, StepState]:  # fmt: skip
+    """What `weigh_kernel` makes of the shrinks behind the product [M, P, KP], which blocks of B its tiles use int32
+    [P, tiles, KP / BK], and the state with the trace of what gates chose."""
+    assert group.b is not None
+    p, unused = len(group.splits), number
+    traces = (state.indices, state.weights) if layout.gates else (unused, unused)
+    fused = None if choice.fused is None else choice.fused.astype(jnp.int32)
+    routing = (choice.counts, choice.temperatures, choice.indices, choice.weights, fused)
+    given = (unused if z is None else z for z in (squares, group.scale, *routing))
+    read = (number, product, *given)
+    grid = math.ceil(rows / WEIGHED_ROWS), p, layout.KP // layout.BK
+    h, used, indices, weights = launch(
+        ADAPTER_MODULE, "weigh_kernel", *read, *traces,
+        out=(
+            shape((rows, p, layout.KP), group.b.dtype), shape((p, grid[0], grid[2]), jnp.int32),
+            *(shape(z.shape, z.dtype) for z in traces),
+        ),
+        aliases={len(read): 2, len(read) + 1: 3} if layout.gates else {}, grid=grid,
+        M=rows, I=x.shape[1], P=p, NORM=squares is not None, EPS=group.eps or 0.0,
+        PARTS=1 if squares is None else squares.shape[1], ADAPTERS=layout, BM=WEIGHED_ROWS,
+    )  # fmt: skip
+    return h, used, dataclasses.replace(state, indices=indices, weights=weights) if layout.gates else state
 
 
 def _shrink(
