@@ -99,8 +99,8 @@ def decode_steps() -> None:
         ("qkv", QKV, True), ("residual", (4096, (4096,)), False), ("silu", GATE_UP, True), ("residual", DOWN, False)
     ]:  # fmt: skip
         for rows, adapters, rank, how in [
-            *((rows, 28, 8, how) for rows in (1, 8, 32, 64, 128, 256) for how in ("gates", "given")), (64, 28, 8, "fused"),
-            (1, 0, 0, ""), (32, 0, 0, ""), (8, 256, 16, "gates"), (8, 256, 16, "given"),
+            *((rows, 28, 8, how) for rows in (1, 8, 32, 64, 128, 256) for how in ("gates", "given")),
+            (64, 28, 8, "fused"), (1, 0, 0, ""), (32, 0, 0, ""), (8, 256, 16, "gates"), (8, 256, 16, "given"),
         ]:  # fmt: skip
             print(f"decode_step {rows} {width}->{splits} {adapters} of rank {rank} {how} bfloat16")
             p, wide, some = len(splits), adapters * rank > 512, max(1, adapters)

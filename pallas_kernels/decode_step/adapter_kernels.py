@@ -55,7 +55,7 @@ def routing_of(
     shrink_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr, trace_weight_ptr,
     layer, p, rows, traces, M: tl.constexpr, P: tl.constexpr, ADAPTERS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """(adapters int32, weights float32, scales float32), [BM, CP], of projection p: by its gates, or as they were given.
+    """(adapters int32, weights and scales float32), [BM, CP], of projection p: by its gates, or as they were given.
 
     shrink_ptr: projection p's logits, if gates choose. The weights are 0 where no adapter acts.
     """
@@ -142,7 +142,7 @@ def expand_chosen_two(
     y0, y1, shrink0_ptr, shrink1_ptr, b_ptr, adapters0, weights0, adapters1, weights1, rows, first, second,
     M: tl.constexpr, O: tl.constexpr, ADAPTERS: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """As `expand_chosen`, where y0 and y1 are columns of two projections, each with shrinks and a routing of its own."""
+    """As `expand_chosen`, where y0 and y1 are of two projections, each with shrinks and a routing of its own."""
     C: tl.constexpr = ADAPTERS.C
     row = tl.sum(rows, axis=0)  # there is one
     for c in tl.static_range(C):
@@ -164,31 +164,40 @@ def expand_weighed(
 ):  # fmt: skip
     """y0, y1 float32 [BM, BH], columns of projections p0 and p1 from `first` and `second` on, plus the rows' update.
 
-    h_ptr, used_ptr: what `weigh_kernel` wrote. b_ptr: a layer's [A * R, O], read where a row of the tile uses it.
-    tile: of BM rows. TWO: p0 and p1 differ.
+    h_ptr, used_ptr: what `weigh_kernel` wrote. b_ptr: a layer's [A * R, O]; of a routing that was given no more is read
+    than the tile's rows use (gates spread over all, and nothing need wait for `used_ptr`). tile: of BM rows. TWO: p0
+    and p1 differ.
     """
     K: tl.constexpr = ADAPTERS.A * ADAPTERS.R
     KP: tl.constexpr = ADAPTERS.KP
     BK: tl.constexpr = ADAPTERS.BK
     rows = tile * BM + tl.arange(0, BM)
     h_ptr += rows[:, None] * (P * KP)
-    used0 = used_blocks(used_ptr, p0, tile, M, ADAPTERS, BM)
-    used1 = used0
-    if TWO:
-        used1 = used_blocks(used_ptr, p1, tile, M, ADAPTERS, BM)
-    block = tl.arange(0, ADAPTERS.KBP)
+    if not ADAPTERS.gates:
+        used0 = used_blocks(used_ptr, p0, tile, M, ADAPTERS, BM)
+        used1 = used0
+        if TWO:
+            used1 = used_blocks(used_ptr, p1, tile, M, ADAPTERS, BM)
     for k in tl.range(0, KP, BK, num_stages=3):
         ks = k + tl.arange(0, BK)
-        here0 = tl.max(tl.where(block == k // BK, used0, 0), axis=0) > 0
-        here1 = here0
-        if TWO:
-            here1 = tl.max(tl.where(block == k // BK, used1, 0), axis=0) > 0
-        b0 = load_b(b_ptr, ks, (ks < K) & here0, first, O, BH)
-        b1 = load_b(b_ptr, ks, (ks < K) & here1, second, O, BH)
-        h0 = tl.load(h_ptr + p0 * KP + ks[None, :], mask=(rows < M)[:, None] & here0, other=0.0)
+        real0 = ks < K
+        real1 = real0
+        inside0 = (rows < M)[:, None]
+        inside1 = inside0
+        if not ADAPTERS.gates:
+            own = tl.arange(0, ADAPTERS.KBP) == k // BK
+            here0 = tl.max(tl.where(own, used0, 0), axis=0) > 0
+            here1 = tl.max(tl.where(own, used1, 0), axis=0) > 0
+            real0 = real0 & here0
+            real1 = real1 & here1
+            inside0 = inside0 & here0
+            inside1 = inside1 & here1
+        b0 = load_b(b_ptr, ks, real0, first, O, BH)
+        b1 = load_b(b_ptr, ks, real1, second, O, BH)
+        h0 = tl.load(h_ptr + p0 * KP + ks[None, :], mask=inside0, other=0.0)
         h1 = h0
         if TWO:
-            h1 = tl.load(h_ptr + p1 * KP + ks[None, :], mask=(rows < M)[:, None] & here1, other=0.0)
+            h1 = tl.load(h_ptr + p1 * KP + ks[None, :], mask=inside1, other=0.0)
         y0 = tl.dot(h0, b0, y0, input_precision="ieee")
         y1 = tl.dot(h1, b1, y1, input_precision="ieee")
     return y0, y1
@@ -220,7 +229,7 @@ def weigh_kernel(
     fused_ptr,  # int32 [M], not 0 for rows whose adapters act as one, if ADAPTERS.fused
     trace_in, trace_weight_in,  # the last two outputs before this launch
     h_ptr,  # [M, P, KP], written
-    used_ptr,  # int32 [P, tiles of rows, KP / BK], written
+    used_ptr,  # int32 [P, tiles of rows, KP / BK], written where a routing was given
     trace_ptr,  # int32 [L, M, projections of a layer, C], this group's written, if gates choose
     trace_weight_ptr,  # float32, likewise
     M: tl.constexpr, I: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr,
@@ -270,8 +279,9 @@ def weigh_kernel(
     weight = tl.where((ks < K)[None, :], weight, 0.0)  # null choices are columns behind the last adapter's
     place = rows[:, None] * (P * KP) + p * KP + ks[None, :]
     tl.store(h_ptr + place, (h * weight * factor).to(h_ptr.dtype.element_ty), mask=(rows < M)[:, None])
-    used = tl.max(tl.max((weight != 0).to(tl.int32), axis=1), axis=0)
-    tl.store(used_ptr + (p * tl.num_programs(0) + tile) * (KP // BK) + block, used)
+    if not ADAPTERS.gates:
+        used = tl.max(tl.max((weight != 0).to(tl.int32), axis=1), axis=0)
+        tl.store(used_ptr + (p * tl.num_programs(0) + tile) * (KP // BK) + block, used)
 
 
 @triton.jit

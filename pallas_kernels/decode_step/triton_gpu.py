@@ -7,7 +7,8 @@ where it is stacked; gates and A's are packed behind the base's rows) and one la
     silu_step      gate and up   norm's factor, adapters, silu(gate) * up
     residual_step  o; down       adapters, sum with the residual stream, what the next norm needs
 
-Between the two stands `weigh_kernel` in steps of many rows, `shrink_kernel` with a wide bank. Tiles follow from the shapes; nothing is tuned at run time.
+Between the two stands `weigh_kernel` in steps of many rows, `shrink_kernel` with a wide bank. Tiles follow from the
+shapes; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class StepLimits:
 
     rows: a step of at most so many.
     gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, and
-        where matrices are averaged, every B that a tile of rows uses is read once, behind `weigh_kernel`. On an H200 gathering 64 of 28 takes 3 % off a step, 96 of 28 7 %.
+        where matrices are averaged, tiles of rows read the B's that they use once each, behind `weigh_kernel`.
     programs: epilogues of chosen rows have so many at most, as far as blocks of WIDEST columns go: a chip holds 32 of
         one warp a multiprocessor, and a second wave waits for the whole chain again. One H100, 32 rows: an epilogue
         takes 8.9 us with narrow blocks, 6.5 so, and 6.1 with half as many, which no requests were timed with.
