@@ -291,7 +291,7 @@ class Meteora:
         stop = (stop,) if isinstance(stop, str) else stop
         own_stops = isinstance(stop, Sequence) and len(stop) > 0 and not isinstance(stop[0], str)
         with Arguments() as given:
-            for most in [max_new_tokens] if isinstance(max_new_tokens, int | np.integer) else max_new_tokens:
+            for most in max_new_tokens if isinstance(max_new_tokens, list | tuple) else [max_new_tokens]:
                 given.whole("max_new_tokens", most)
             for texts in stop if own_stops else [stop]:
                 given.texts("stop", texts)
@@ -305,8 +305,8 @@ class Meteora:
                 problems += e.problems
         if problems:
             raise InputError(problems)
-        each = isinstance(max_new_tokens, Sequence)
-        mosts = list(max_new_tokens) if each else [max_new_tokens] * len(ids)
+        each = isinstance(max_new_tokens, list | tuple)
+        mosts = [int(n) for n in (max_new_tokens if each else [max_new_tokens] * len(ids))]
         stops = list(stop) if own_stops else [stop] * len(ids)
         check_prompts(ids, self.config, mosts)
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_text, asked)))

@@ -193,7 +193,8 @@ def main() -> None:
             f"{what}: {launches / LAYERS:g} launches a layer, {products / LAYERS:g} products, {rest} beside the layers"
         )
         assert products == 4 * (LAYERS + depth), f"{what}: products that do not read their layer in place"
-        assert launches == 6 * LAYERS, what
+        own = 2 * (depth + 2) if form else 0  # attention of the token router and of its two hops
+        assert launches == 6 * LAYERS + own, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
         assert rest <= (28 + 16 * (depth + 3) if form else 24), what  # the shifts, and each hop's look-up
     for router, products in ((None, 4), (mj.Fixed("adapter_3"), 4), (mj.Gates(2), 8)):
