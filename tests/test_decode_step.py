@@ -112,13 +112,12 @@ def recorded_steps(gather: int = StepLimits.gather, width: int = 512, more: int 
 
 
 @pytest.mark.parametrize("form", [None, ROUTER], ids=["gates", "token router"])
-@pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar"), [mj.Gates(1), mj.Fixed("cedar")]])
+@pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar")])
 def test_launches_of_a_layer_are_the_bare_model_s(monkeypatch, router, form):
     launches = recorded(monkeypatch)
     model = packed_model(form=form, execution=recorded_steps())
     answer(model, ROWS[:2], router, 2)
-    programs = 2 if isinstance(router, list) else 1  # of a batch of one kind alone, and of both
-    assert launches == LAYER * (programs * TRACES * model.config.num_layers)
+    assert launches == LAYER * (TRACES * model.config.num_layers)
 
 
 @pytest.mark.parametrize("router", [None, mj.Gates(2)])

@@ -70,8 +70,8 @@ def chooser(router: BoundRouter) -> Chooser:
     def choose(x: jax.Array, logits: jax.Array) -> Choice:
         routing = router.route(x[:, None], KnownLogits(logits[:, None]))
         shape = *logits.shape[:2], routing.indices.shape[-1]
-        own = (jnp.broadcast_to(z[:, 0], shape) for z in (routing.indices, routing.weights))
-        return Choice(shape[-1], None, None, *own, routing.fused)
+        indices, weights = (jnp.broadcast_to(z[:, 0], shape) for z in (routing.indices, routing.weights))
+        return Choice(shape[-1], None, None, indices, weights, routing.fused)
 
     return choose
 
