@@ -171,8 +171,9 @@ def test_a_wide_bank_takes_another_launch_in_each_group(monkeypatch):
         ({}, None, None),
         ({}, mj.Gates(2), None),
         ({}, mj.Fixed({"cedar": 0.5, "apple": 0.5}), None),
-        ({}, mj.Gates(1, within=("apple", "birch")), "more than the gates' top-k"),
-        ({}, [mj.Gates(1), mj.Fixed("cedar")], "more than the gates' top-k"),
+        ({}, mj.Gates(1, within=("apple", "birch")), None),
+        ({}, [mj.Gates(1), mj.Fixed("cedar")], None),
+        ({}, [mj.Gates(1), Composed((("cedar", 1.0),), True)], None),
         ({"sliding_window": 8}, None, "sliding window"),
         ({"head_dim": 96}, None, "heads"),
     ],
@@ -201,7 +202,9 @@ def test_what_a_token_router_chose_is_served(routers):
     fused = dataclasses.replace(chosen, fused=jnp.asarray([False, True]))
     assert decoding.refusal(module.layers, model.config, fused, 2, STEPS) is None
     wide = dataclasses.replace(STEPS, dense_width=8)
-    assert decoding.refusal(module.layers, model.config, fused, 2, wide) == "fusion in a wide bank"
+    mixed = packed_model().bind([mj.Gates(1), Composed((("cedar", 1.0),), True)], 2)
+    for router in (fused, mixed):
+        assert decoding.refusal(module.layers, model.config, router, 2, wide) == "fusion in a wide bank"
 
 
 def test_a_model_whose_gates_are_elsewhere_is_refused():

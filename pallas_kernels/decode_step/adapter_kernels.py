@@ -173,6 +173,8 @@ def expand_weighed(
     BK: tl.constexpr = ADAPTERS.BK
     rows = tile * BM + tl.arange(0, BM)
     h_ptr += rows[:, None] * (P * KP)
+    used0 = 0
+    used1 = 0
     if not ADAPTERS.gates:
         used0 = used_blocks(used_ptr, p0, tile, M, ADAPTERS, BM)
         used1 = used0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -70,10 +71,11 @@ class Group:
 )
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which adapters act: what the gates choose, or a routing that was given for all projections.
+    """Which adapters act: what the gates choose, or a routing that was given, for all projections or for each.
 
     top_k: C, at most so many on a row. Gates: counts int32 [M], how many on each row; temperatures float32 [M].
-    Given: indices int32 [M, C], anything but an adapter's index for none; weights float32 [M, C], without the scale.
+    Given: indices int32 [M, C] or [M, P, C], anything but an adapter's index for none; weights float32, as many,
+    without the scale.
     fused: bool [M], the rows whose adapters act as one, their matrices averaged by the weights; None: nobody's.
     """
 
@@ -83,6 +85,11 @@ class Choice:
     indices: jax.Array | None = None
     weights: jax.Array | None = None
     fused: jax.Array | None = None
+
+
+# What makes a choice by rules that the kernels do not have, of a group's input [M, I] and its gates' logits float32
+# [M, P, G]: a routing given for each projection.
+Chooser = Callable[[jax.Array, jax.Array], Choice]
 
 
 @jax.tree_util.register_dataclass

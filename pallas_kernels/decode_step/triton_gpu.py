@@ -27,6 +27,7 @@ from pallas_kernels.decode_step.operands import (
     WEIGHED_ROWS,
     AdapterLayout,
     Choice,
+    Chooser,
     Group,
     ResidualStream,
     StepState,
@@ -112,7 +113,7 @@ def qkv_step(
     stream: ResidualStream,
     group: Group,
     state: StepState,
-    choice: Choice | None = None,
+    choice: Choice | Chooser | None = None,
     limits: StepLimits = StepLimits(),
     *,
     angles: tuple[jax.Array, jax.Array],
@@ -122,7 +123,7 @@ def qkv_step(
     """Queries, keys and values of one layer, with rotary embedding; keys and values go into the cache.
 
     Args:
-        choice: None adds no adapters.
+        choice: None adds no adapters. A Chooser is asked by XLA, between product and epilogue.
         angles: cosines and sines, float32 [M, H/2]. slots: int32 [M], `StepTokens.slots`.
 
     Returns:
@@ -132,10 +133,11 @@ def qkv_step(
         NotImplementedError: a shape that no tile serves.
     """
     rows, queries = stream.x.shape[0], group.splits[0]
+    product, choice, state = _product(layer, rows, stream.scaled, stream.squares, group, state, choice)
     layout = adapter_layout(group, rows, state, choice, limits)
     size = _tiles("qkv", group, rows, layout, limits, head_dim)
     (q, pages), state = _epilogue(
-        "qkv", layer, rows, stream.scaled, group, state, choice, layout, size, squares=stream.squares,
+        "qkv", layer, rows, stream.scaled, product, group, state, choice, layout, size, squares=stream.squares,
         inputs=(*angles, slots), outputs=(shape((rows, queries), stream.x.dtype),), in_place=(state.pages,),
         Q=queries, KV=group.splits[1], H=head_dim, SLOTS=state.blocks * state.pages.shape[1],
     )  # fmt: skip
@@ -147,15 +149,17 @@ def silu_step(
     stream: ResidualStream,
     group: Group,
     state: StepState,
-    choice: Choice | None = None,
+    choice: Choice | Chooser | None = None,
     limits: StepLimits = StepLimits(),
 ) -> tuple[jax.Array, StepState]:
     """(silu(gate) * up [at least M, F] of one layer, the state with the trace written); otherwise as `qkv_step`."""
     rows, hidden = stream.x.shape[0], group.splits[0]
+    product, choice, state = _product(layer, rows, stream.scaled, stream.squares, group, state, choice)
     layout = adapter_layout(group, rows, state, choice, limits)
+    size = _tiles("silu", group, rows, layout, limits)
     (y,), state = _epilogue(
-        "silu", layer, rows, stream.scaled, group, state, choice, layout, _tiles("silu", group, rows, layout, limits),
-        squares=stream.squares, outputs=(shape((max(rows, LEAST_ROWS), hidden), stream.x.dtype),), F=hidden,
+        "silu", layer, rows, stream.scaled, product, group, state, choice, layout, size, squares=stream.squares,
+        outputs=(shape((max(rows, LEAST_ROWS), hidden), stream.x.dtype),), F=hidden,
     )  # fmt: skip
     return y, state
 
@@ -165,7 +169,7 @@ def residual_step(
     x: jax.Array,
     group: Group,
     state: StepState,
-    choice: Choice | None = None,
+    choice: Choice | Chooser | None = None,
     limits: StepLimits = StepLimits(),
     *,
     residual: jax.Array,
@@ -182,13 +186,14 @@ def residual_step(
         (the stream, the state with the trace written).
     """
     rows, columns = residual.shape[0], group.columns
+    product, choice, state = _product(layer, rows, x, None, group, state, choice)
     layout = adapter_layout(group, rows, state, choice, limits)
     size = _tiles("residual", group, rows, layout, limits)
     scaled = shape((max(rows, LEAST_ROWS), columns), x.dtype)
     squares = shape((rows, columns // (2 * size["BH"])), jnp.float32)
     (scaled, squares, y), state = _epilogue(
-        "residual", layer, rows, x, group, state, choice, layout, size, inputs=(next_scale,), outputs=(scaled, squares),
-        in_place=(residual,),  # a program reads the columns that it writes
+        "residual", layer, rows, x, product, group, state, choice, layout, size, inputs=(next_scale,),
+        outputs=(scaled, squares), in_place=(residual,),  # a program reads the columns that it writes
         O=columns, L=group.w.shape[0], NEXT=next_layer,
     )  # fmt: skip
     return ResidualStream(y, scaled, squares), state
@@ -221,11 +226,13 @@ def adapter_layout(
         row = group.columns + p * group.packed
         place = dict(start=group.columns, projection=group.packed, row=row, first_shrink=group.first_shrink)
     traced = state.indices.shape[2] * c if gates else 0  # a row's, of all projections
+    each = choice.indices is not None and choice.indices.ndim == 3  # a routing of its own for each projection
     return AdapterLayout(
         A=adapters, G=group.gates, R=rank, C=c, gates=gates and not compact,
         gather=compact or (choice.fused is None and rows * c <= limits.gather * adapters),
         fused=choice.fused is not None, compact=compact, parts=shrink_parts(group, rows, c), **place,
-        routing_layer=rows * traced, routing_row=traced or c, routing_projection=c if gates else 0,
+        routing_layer=rows * traced, routing_row=traced or (p * c if each else c),
+        routing_projection=c if gates or each else 0,
         routing_first=group.first_projection * c if gates else 0,
     )  # fmt: skip
 
@@ -247,21 +254,38 @@ def _tiles(
     return tiles(rows, group.columns, epilogue, head_dim, *adapters, limits.programs, most)
 
 
-def _product(x: jax.Array, group: Group, layer: int) -> jax.Array:
-    """float32 [rows of x, O + P packed]: x W of a layer, read where it is stacked."""
+def _product(
+    layer: int, rows: int, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState,
+    choice: Choice | Chooser | None,
+) -> tuple[jax.Array, Choice | None, StepState]:  # fmt: skip
+    """x W of a layer, read where it is stacked, float32 [rows of x, O + P packed]; and what acts behind it: the choice,
+    as a Chooser made it of the product, and the state with that choice traced."""
     form = "mi,oi->mo" if group.packed else "mi,io->mo"
-    return jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
+    product = jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
+    if choice is None or isinstance(choice, Choice):
+        return product, choice, state
+    p = len(group.splits)
+    logits = product[:rows, group.columns :].reshape(rows, p, group.packed)[..., : group.gates]
+    x = x[:rows]
+    if squares is not None:
+        factor = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / x.shape[1] + (group.eps or 0.0))
+        x, logits = (x.astype(jnp.float32) * factor).astype(x.dtype), logits * factor[..., None]
+    choice = choice(x, logits)
+    own = layer, slice(None), slice(group.first_projection, group.first_projection + p)
+    indices, weights = state.indices.at[own].set(choice.indices), state.weights.at[own].set(choice.weights)
+    return product, choice, dataclasses.replace(state, indices=indices, weights=weights)
 
 
 def _epilogue(
-    epilogue: Epilogue, layer: int, rows: int, x: jax.Array, group: Group, state: StepState, choice: Choice | None,
-    layout: AdapterLayout | None, size: Mapping[str, int], *, squares: jax.Array | None = None,
+    epilogue: Epilogue, layer: int, rows: int, x: jax.Array, product: jax.Array, group: Group, state: StepState,
+    choice: Choice | None, layout: AdapterLayout | None, size: Mapping[str, int], *, squares: jax.Array | None = None,
     inputs: tuple[jax.Array, ...] = (), outputs: tuple[jax.ShapeDtypeStruct, ...] = (),
     in_place: tuple[jax.Array, ...] = (), **constants: Hashable,
 ) -> tuple[tuple[jax.Array, ...], StepState]:  # fmt: skip
-    """The product of one layer's group and its epilogue.
+    """The epilogue of one layer's group.
 
     Args:
+        x, product: what `_product` was given, and gave.
         squares: of the residual stream; None where no norm is before the group.
         inputs, outputs, in_place, constants: the epilogue kernel's own, arrays in its order. in_place: inputs that
             are changed, and are its outputs behind `outputs`.
@@ -271,7 +295,6 @@ def _epilogue(
     """
     number = jnp.full((1,), layer, jnp.int32)
     unused = number  # an array in the place of one that the kernel does not read
-    product = _product(x, group, layer)
     norm = {} if squares is None else dict(I=x.shape[1], EPS=group.eps, PARTS=squares.shape[1])
     shrinks, used, adapters, traces = product, unused, (unused,) * 6, (unused, unused)
     if choice is not None and layout is not None:
