@@ -119,6 +119,9 @@ def test_limit_chooses_by_hash_and_grows(tasks):
     assert {p.id for p in few} < {p.id for p in many}
 
 
+@pytest.mark.exhaustive(
+    "answers are compared below and in test_evaluate_model; test_evaluation_rows draws the pictures"
+)
 def test_command_writes_records_table_and_pictures(tmp_path, tasks, world, capsys):
     for name, task in zip(NAMES, TASKS, strict=False):
         (tasks / task).rename(tasks / name)

@@ -164,6 +164,9 @@ def test_a_killed_process_goes_on_to_the_same_table(folders, tmp_path):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.exhaustive(
+    "their routers are in test_evaluation_rows, a run in test_evaluate_retrieval, figures in test_retrieval"
+)
 def test_systems_that_retrieve_answer_as_generate_does(folders, world, tmp_path):
     named = dict(zip((*TASKS, "cedar"), ("apple", "birch", "cedar"), strict=True))
     converters.import_adapters(tmp_path / "bank", folders["base"], {n: world["peft"][p] for n, p in named.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from batches import answer
+from extent import parameters
 from flax import nnx
 from test_sharding import devices
 
@@ -51,7 +53,10 @@ def run(model: mj.Meteora, router: Any) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize("width", [512, 1], ids=["gates and shrinks", "gates alone"])
-@pytest.mark.parametrize("router", [mj.Gates(2), mj.Gates(1), mj.Gates(3, temperature=4.0)])
+@pytest.mark.parametrize(
+    "router",
+    parameters([mj.Gates(2), mj.Gates(1), mj.Gates(3, 4.0)], [mj.Gates(3, 4.0)], "fewer adapters, no temperature"),
+)
 def test_packed_weights_route_and_compute_as_gates_and_adapters_do(world, router, width):
     model, packed = world["model"], prepared(world["model"], width)
     held = nnx.merge(packed.graph, packed.weights).layers.qkv
@@ -65,7 +70,14 @@ def test_packed_weights_route_and_compute_as_gates_and_adapters_do(world, router
 
 
 @pytest.mark.parametrize("width", [512, 1], ids=["gates and shrinks", "gates alone"])
-@pytest.mark.parametrize("router", [mj.Gates(2), mj.Fixed("cedar"), mj.Gates(1, within=("apple", "birch")), None])
+@pytest.mark.parametrize(
+    "router",
+    parameters(
+        [mj.Gates(2), mj.Fixed("cedar"), mj.Gates(1, within=("apple", "birch")), None],
+        [mj.Gates(2)],
+        "test_packed_weights_serve_other_routers has them in one row",
+    ),
+)
 def test_packed_weights_are_the_same_model(world, router, width):
     model, packed = world["model"], prepared(world["model"], width)
     held = nnx.merge(packed.graph, packed.weights).layers.down
@@ -128,6 +140,7 @@ def test_two_executions_are_two_programs():
 # ---- on a GPU, where neither transformers nor a tokenizer need be installed
 
 
+@functools.cache  # nothing changes a model in its place
 def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null: bool = False) -> mj.Meteora:
     """A random model with four adapters and gates, with `null` of a null choice too; its weights do not depend on the
     dtype but for their rounding."""

@@ -7,6 +7,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extent import parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import edit_json, tiny_tokenizer
@@ -22,7 +23,10 @@ from meteora_jax.text import TextStream, check_text, load_tokenizer
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90)), [200]]
 
 
-@pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar")])
+@pytest.mark.parametrize(
+    "router",
+    parameters([None, mj.Gates(2), mj.Fixed("cedar")], [mj.Gates(2)], "test_retrieval mixes them in a ragged batch"),
+)
 def test_a_ragged_batch_equals_its_prompts(world, router):
     model = world["model"]
     together = model.generate(ROWS, router, max_new_tokens=20)

@@ -182,6 +182,7 @@ def test_an_extension_adds_the_null_column_and_keeps_it(tmp_path, world, learnt)
                     background=OTHERS)  # fmt: skip
 
 
+@pytest.mark.exhaustive("learns the target of the token router above; these gates equal float64 above")
 def test_gates_at_every_projection_learn_it_too(tmp_path, world):
     settings = flat(GateTraining, steps=12, batch_size=8, learning_rate=5e-2, max_length=200)
     log = tmp_path / "log.jsonl"

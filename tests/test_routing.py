@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from extent import parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -177,7 +178,7 @@ def test_a_mixture_equals_the_sum_of_its_deltas(world):
             assert np.abs(logits[: len(row)] - peft.eval()(torch.tensor([row])).logits[0].numpy()).max() <= 1e-4
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", parameters(range(3), [0], "another order"))
 def test_bank_order_and_padding_change_nothing(tmp_path, world, seed):
     """Another order of the bank (its gates still in the old one) and a wider unrelated rank: the same logits."""
     order = np.random.default_rng(seed).permutation(len(NAMES))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extent import parameters
 from flat_settings import changed, flat
 from flax import nnx
 from gate_gradients import loss_and_gradients
@@ -99,6 +100,9 @@ def test_loss_and_gradients_of_packed_rows_equal_torch_sequence_by_sequence(rout
     check(computed(routed[2]), expected)
 
 
+EVERY_TERM = dict(lm_loss=False, response_weight=0.2, start_weight=0.3, segment_weight=0.4)
+
+
 @pytest.mark.exhaustive("two forms of the step that is compared with torch above")
 def test_in_parts_and_without_recomputing_it_is_the_same(routed, expected):
     check(computed(routed[2], accumulate=4, remat=False), expected)
@@ -106,12 +110,17 @@ def test_in_parts_and_without_recomputing_it_is_the_same(routed, expected):
 
 @pytest.mark.parametrize(
     "how",
-    [
-        dict(lm_loss=False),
-        dict(response_weight=0.7),
-        dict(response_weight=0.6, start_weight=0.4),
-        dict(lm_loss=False, response_weight=0.2, segment_weight=0.4),
-    ],
+    parameters(
+        [
+            dict(lm_loss=False),
+            dict(response_weight=0.7),
+            dict(response_weight=0.6, start_weight=0.4),
+            dict(lm_loss=False, response_weight=0.2, segment_weight=0.4),
+            EVERY_TERM,
+        ],
+        [EVERY_TERM],
+        "some of the terms that are compared together",
+    ),
 )
 def test_the_gate_term_alone_and_what_responses_count_in_it(world, routed, how):
     _, arrays, model = routed
@@ -184,7 +193,7 @@ def test_gates_and_other_routers_in_one_batch(routed):
     assert [c.token_ids for c in together] == [alone[i].token_ids for i in range(4)]
 
 
-@pytest.mark.parametrize("width", [512, 1], ids=["narrow bank", "wide bank"])
+@pytest.mark.parametrize("width", parameters([512, 1], [512], "test_gated_model packs those of a wide bank"))
 def test_packed_weights_serve_what_the_router_chose(routed, width):
     """Not those of a wide bank: no gates' columns, no A's."""
     model = routed[2]
