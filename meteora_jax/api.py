@@ -32,11 +32,11 @@ from meteora_jax.io.model_bank import change_adapters, is_packed, rank_in
 from meteora_jax.io.model_state import assemble
 from meteora_jax.model.llama import pack
 from meteora_jax.padding import pad_batch
-from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
+from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
 from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
 from meteora_jax.routing.named import spelled_out
-from meteora_jax.routing.retrieval import Found, look_up
+from meteora_jax.routing.retrieval import Found, Reading, Said, look_up, read_texts
 from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import Params, place_rows, use_mesh
 from meteora_jax.text import load_tokenizer
@@ -98,7 +98,7 @@ class Meteora:
         return bind_known(router, self.bank, self.gates, batch, prompts)
 
     def look_up(
-        self, router: RouterArgument, batch: int, texts: Callable[[], list[str]]
+        self, router: RouterArgument, batch: int, texts: Callable[[], Sequence[Said]]
     ) -> tuple[RouterArgument, list[Found]]:
         """Routers that read the requests' texts, replaced by what they found; and for each request what that was."""
         routers, found = look_up(spelled_out(router, self.gates), batch, texts)
@@ -171,16 +171,19 @@ class Meteora:
         )
         return dataclasses.replace(self, bank=bank, gates=gates, graph=graph, weights=weights)
 
-    def request_text(self, prompt: Prompt | Sequence[int]) -> str:
-        """What a retrieval reads: the text itself, what the user said in messages, or the text of token ids."""
-        return self._request_text(read_prompt(prompt, "prompt"))
+    def request_text(self, prompt: Prompt | Sequence[int], read: Reading = "last") -> str:
+        """What a retrieval reads: the text itself, the text of token ids, or what the user said in messages, last or
+        all of it (`Retrieval`; "weighted" looks every one of `request_texts` up)."""
+        return "\n".join(text for text, _ in read_texts(self.request_texts(prompt), read))
 
-    def _request_text(self, prompt: Any) -> str:
+    def request_texts(self, prompt: Prompt | Sequence[int]) -> Said:
+        """What retrievals choose from: the text itself, the text of token ids, or the user's messages one by one."""
+        return self._request_texts(read_prompt(prompt, "prompt"))
+
+    def _request_texts(self, prompt: Any) -> Said:
         if isinstance(prompt, str):
             return prompt
-        if is_messages(prompt):
-            return "\n".join(m["content"] for m in prompt if m["role"] == "user")
-        return self.decode_tokens(prompt)
+        return user_texts(prompt) if is_messages(prompt) else self.decode_tokens(prompt)
 
     def logits(self, token_ids: Any, router: RouterArgument = "gates if loaded") -> jax.Array:
         """Next-token logits at every position.
@@ -295,7 +298,7 @@ class Meteora:
         if problems:
             raise InputError(problems)
         check_prompts(ids, self.config, max_new_tokens)
-        router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_text, asked)))
+        router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
         per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         self.bind(router, len(ids), ids)  # refuses all that is wrong at once
         requests = [
