@@ -28,11 +28,11 @@ from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_bank import change_adapters, is_packed, rank_in
 from meteora_jax.padding import pad_batch
-from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
+from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
 from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
 from meteora_jax.routing.named import spelled_out
-from meteora_jax.routing.retrieval import Found, look_up
+from meteora_jax.routing.retrieval import Found, Reading, Said, look_up, read_texts
 from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import Params, place_rows, use_mesh
 from pallas_kernels.paged_attention import EMPTY
@@ -93,7 +93,7 @@ class Meteora:
         return bind_known(router, self.bank, self.gates, batch, prompts)
 
     def look_up(
-        self, router: RouterArgument, batch: int, texts: Callable[[], list[str]]
+        self, router: RouterArgument, batch: int, texts: Callable[[], Sequence[Said]]
     ) -> tuple[RouterArgument, list[Found]]:
         """Routers that read the requests' texts, replaced by what they found; and for each request what that was."""
         routers, found = look_up(spelled_out(router, self.gates), batch, texts)
@@ -166,16 +166,19 @@ class Meteora:
         )
         return dataclasses.replace(self, bank=bank, gates=gates, graph=graph, weights=weights)
 
-    def request_text(self, prompt: Prompt | Sequence[int]) -> str:
-        """What a retrieval reads: the text itself, what the user said in messages, or the text of token ids."""
-        return self._request_text(read_prompt(prompt, "prompt"))
+    def request_text(self, prompt: Prompt | Sequence[int], read: Reading = "last") -> str:
+        """What a retrieval reads: the text itself, the text of token ids, or what the user said in messages, last or
+        all of it (`Retrieval`; "weighted" looks every one of `request_texts` up)."""
+        return "\n".join(text for text, _ in read_texts(self.request_texts(prompt), read))
 
-    def _request_text(self, prompt: Any) -> str:
+    def request_texts(self, prompt: Prompt | Sequence[int]) -> Said:
+        """What retrievals choose from: the text itself, the text of token ids, or the user's messages one by one."""
+        return self._request_texts(read_prompt(prompt, "prompt"))
+
+    def _request_texts(self, prompt: Any) -> Said:
         if isinstance(prompt, str):
             return prompt
-        if is_messages(prompt):
-            return "\n".join(m["content"] for m in prompt if m["role"] == "user")
-        return self.decode_tokens(prompt)
+        return user_texts(prompt) if is_messages(prompt) else self.decode_tokens(prompt)
 
     def logits(self, token_ids: Any, router: RouterArgument = "gates if loaded") -> jax.Array:
         """Next-token logits at every position.
@@ -305,11 +308,16 @@ class Meteora:
                 problems += e.problems
         if problems:
             raise InputError(problems)
+<<<<<<< HEAD
         each = isinstance(max_new_tokens, list | tuple)
         mosts = [int(n) for n in (max_new_tokens if each else [max_new_tokens] * len(ids))]
         stops = list(stop) if own_stops else [stop] * len(ids)
         check_prompts(ids, self.config, mosts)
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_text, asked)))
+=======
+        check_prompts(ids, self.config, max_new_tokens)
+        router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
+>>>>>>> talk
         per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         self.bind(router, len(ids), ids)  # refuses all that is wrong at once
         requests = [
