@@ -308,16 +308,11 @@ class Meteora:
                 problems += e.problems
         if problems:
             raise InputError(problems)
-<<<<<<< HEAD
         each = isinstance(max_new_tokens, list | tuple)
         mosts = [int(n) for n in (max_new_tokens if each else [max_new_tokens] * len(ids))]
         stops = list(stop) if own_stops else [stop] * len(ids)
         check_prompts(ids, self.config, mosts)
-        router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_text, asked)))
-=======
-        check_prompts(ids, self.config, max_new_tokens)
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
->>>>>>> talk
         per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         self.bind(router, len(ids), ids)  # refuses all that is wrong at once
         requests = [
