@@ -2,11 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from meteora_jax.api import Meteora, load
+from meteora_jax.api import Meteora
 from meteora_jax.batching import Engine, Pending
 from meteora_jax.completion import Completion, Delta
 from meteora_jax.config import InputError
 from meteora_jax.engine import Sampling
+from meteora_jax.loading import load
 from meteora_jax.retriever.index import Index
 from meteora_jax.routing import Router, RouterArgument, Routing, RoutingTrace
 from meteora_jax.routing.fixed import Fixed

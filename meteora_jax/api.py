@@ -16,30 +16,25 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from meteora_jax import compilation_cache
 from meteora_jax.arguments import Arguments
 from meteora_jax.completion import Completion, Delta
-from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig
+from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import Progress, Request, Sampling, bind_row
 from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
-from meteora_jax.execution import default_dtype, jit, packs
+from meteora_jax.execution import jit, packs
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.generation import Engines, pieces, routing_of
+from meteora_jax.generation import Ended, Engines, pieces, routing_of
 from meteora_jax.io.bank import load_bank
-from meteora_jax.io.base import load_base, read_origin
-from meteora_jax.io.gates import load_gates
+from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_bank import change_adapters, is_packed, rank_in
-from meteora_jax.io.model_state import assemble
-from meteora_jax.model.llama import pack
 from meteora_jax.padding import pad_batch
-from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
+from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
 from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
 from meteora_jax.routing.named import spelled_out
-from meteora_jax.routing.retrieval import Found, look_up
+from meteora_jax.routing.retrieval import Found, Reading, Said, look_up, read_texts
 from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import Params, place_rows, use_mesh
-from meteora_jax.text import load_tokenizer
 from pallas_kernels.paged_attention import EMPTY
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,7 +42,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Meteora:
-    """A base with its bank and gates, ready to run. `load` makes it; `add_adapter` and `remove_adapter` give others.
+    """A base with its bank and gates, ready to run. `mj.load` makes it; `add_adapter` and `remove_adapter` give others.
 
     gates: they know the first of the bank's adapters; any that were added do without. folder: the BASE folder.
     """
@@ -98,7 +93,7 @@ class Meteora:
         return bind_known(router, self.bank, self.gates, batch, prompts)
 
     def look_up(
-        self, router: RouterArgument, batch: int, texts: Callable[[], list[str]]
+        self, router: RouterArgument, batch: int, texts: Callable[[], Sequence[Said]]
     ) -> tuple[RouterArgument, list[Found]]:
         """Routers that read the requests' texts, replaced by what they found; and for each request what that was."""
         routers, found = look_up(spelled_out(router, self.gates), batch, texts)
@@ -171,16 +166,19 @@ class Meteora:
         )
         return dataclasses.replace(self, bank=bank, gates=gates, graph=graph, weights=weights)
 
-    def request_text(self, prompt: Prompt | Sequence[int]) -> str:
-        """What a retrieval reads: the text itself, what the user said in messages, or the text of token ids."""
-        return self._request_text(read_prompt(prompt, "prompt"))
+    def request_text(self, prompt: Prompt | Sequence[int], read: Reading = "last") -> str:
+        """What a retrieval reads: the text itself, the text of token ids, or what the user said in messages, last or
+        all of it (`Retrieval`; "weighted" looks every one of `request_texts` up)."""
+        return "\n".join(text for text, _ in read_texts(self.request_texts(prompt), read))
 
-    def _request_text(self, prompt: Any) -> str:
+    def request_texts(self, prompt: Prompt | Sequence[int]) -> Said:
+        """What retrievals choose from: the text itself, the text of token ids, or the user's messages one by one."""
+        return self._request_texts(read_prompt(prompt, "prompt"))
+
+    def _request_texts(self, prompt: Any) -> Said:
         if isinstance(prompt, str):
             return prompt
-        if is_messages(prompt):
-            return "\n".join(m["content"] for m in prompt if m["role"] == "user")
-        return self.decode_tokens(prompt)
+        return user_texts(prompt) if is_messages(prompt) else self.decode_tokens(prompt)
 
     def logits(self, token_ids: Any, router: RouterArgument = "gates if loaded") -> jax.Array:
         """Next-token logits at every position.
@@ -254,11 +252,22 @@ class Meteora:
                 UTF-8 cannot hold, unknown adapter, bad sampling values.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        completions: list[Completion] = []
-        for piece in self._run(prompts, router, max_new_tokens, sampling, stop, routing, stream=False):
-            if isinstance(piece, list):
-                completions = piece
-        return completions
+        found = dict(self._run(prompts, router, max_new_tokens, sampling, stop, routing))
+        return [found[i] for i in sorted(found)]
+
+    def completions(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        router: RouterArgument = "gates if loaded",
+        max_new_tokens: int | Sequence[int] = 64,
+        stop: Sequence[str] | Sequence[Sequence[str]] = (),
+    ) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, greedy: (place in the list, completion) as each ends, so that none waits for a longer one.
+
+        Args:
+            max_new_tokens, stop: the same for all, or a list, one a prompt.
+        """
+        return self._run(prompts, router, max_new_tokens, GREEDY, stop, True)
 
     def stream(
         self,
@@ -274,16 +283,21 @@ class Meteora:
     ) -> Iterator[Delta | list[Completion]]:
         """As `generate`, in pieces: `Delta`s as text becomes certain, then the completions."""
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return self._run(prompts, router, max_new_tokens, sampling, stop, routing, stream=True)
+        return self._streamed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing))
 
-    def _run(
-        self, prompts, router, max_new_tokens, sampling, stop, routing, stream
-    ) -> Iterator[Delta | list[Completion]]:
-        """Checks the call, reads the prompts, and gives the pieces as they come."""
+    def _run(self, prompts, router, max_new_tokens, sampling, stop, routing) -> Iterator[tuple[int, Completion]]:
+        """Checks the call, and gives the completions as they end."""
+        return self._completed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing))
+
+    def _requests(self, prompts, router, max_new_tokens, sampling, stop, routing) -> tuple[list[Request], list[Found]]:
+        """What the engine is asked, and what was retrieved for each prompt."""
         stop = (stop,) if isinstance(stop, str) else stop
+        own_stops = isinstance(stop, Sequence) and len(stop) > 0 and not isinstance(stop[0], str)
         with Arguments() as given:
-            given.whole("max_new_tokens", max_new_tokens)
-            given.texts("stop", stop)
+            for most in max_new_tokens if isinstance(max_new_tokens, list | tuple) else [max_new_tokens]:
+                given.whole("max_new_tokens", most)
+            for texts in stop if own_stops else [stop]:
+                given.texts("stop", texts)
             if not isinstance(routing, bool):
                 given.refuse("routing", "true or false", routing)
         asked, ids, problems = read_prompts(prompts), [], []
@@ -294,15 +308,18 @@ class Meteora:
                 problems += e.problems
         if problems:
             raise InputError(problems)
-        check_prompts(ids, self.config, max_new_tokens)
-        router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_text, asked)))
+        each = isinstance(max_new_tokens, list | tuple)
+        mosts = [int(n) for n in (max_new_tokens if each else [max_new_tokens] * len(ids))]
+        stops = list(stop) if own_stops else [stop] * len(ids)
+        check_prompts(ids, self.config, mosts)
+        router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
         per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         self.bind(router, len(ids), ids)  # refuses all that is wrong at once
         requests = [
-            self.request(row, own, max_new_tokens, dataclasses.replace(sampling, index=i), stop, trace=routing)
-            for i, (row, own) in enumerate(zip(ids, per_prompt, strict=True))
+            self.request(row, own, most, dataclasses.replace(sampling, index=i), texts, trace=routing)
+            for i, (row, own, most, texts) in enumerate(zip(ids, per_prompt, mosts, stops, strict=True))
         ]
-        return self._pieces(requests, retrieved, stream)
+        return requests, retrieved
 
     def request(
         self, token_ids: Sequence[int], router: RouterArgument, max_new_tokens: int, sampling: Sampling = GREEDY,
@@ -313,14 +330,19 @@ class Meteora:
         bound = self.bind([router, None], 2, [prompt, prompt])
         return Request(prompt, max_new_tokens, bind_row(bound), sampling, tuple(stop), logprobs, trace)
 
-    def _pieces(
-        self, requests: list[Request], retrieved: list[Found], stream: bool
-    ) -> Iterator[Delta | list[Completion]]:
-        for piece in pieces(self._engines.holding(requests), requests, self.decode_tokens, stream):
+    def _completed(self, requests: list[Request], retrieved: list[Found]) -> Iterator[tuple[int, Completion]]:
+        for piece in pieces(self._engines.holding(requests), requests, self.decode_tokens, stream=False):
+            assert isinstance(piece, Ended)
+            yield piece.index, self.completion(piece.progress, piece.text, retrieved[piece.index])
+
+    def _streamed(self, requests: list[Request], retrieved: list[Found]) -> Iterator[Delta | list[Completion]]:
+        found: dict[int, Completion] = {}
+        for piece in pieces(self._engines.holding(requests), requests, self.decode_tokens, stream=True):
             if isinstance(piece, Delta):
                 yield piece
             else:
-                yield [self.completion(*one) for one in zip(*piece, retrieved, strict=True)]
+                found[piece.index] = self.completion(piece.progress, piece.text, retrieved[piece.index])
+        yield [found[i] for i in sorted(found)]
 
     def completion(self, progress: Progress, text: str, retrieved: Found) -> Completion:
         """What became of a request, with its text."""
@@ -343,45 +365,3 @@ def _logits(
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
     return model.logits(model(tokens, positions, router).hidden, router)
-
-
-def load(
-    base: str | os.PathLike[str],
-    bank: str | os.PathLike[str] | None = None,
-    gates: str | os.PathLike[str] | None = None,
-    mesh: Any = None,
-    dtype: str | None = None,
-) -> Meteora:
-    """Loads BASE, and on top of it BANK and GATES, made by `meteora import` and `meteora train gates`.
-
-    Args:
-        base: the BASE folder. bank: the BANK folder of its adapters; None: the base alone. gates: the GATES folder of
-            that bank; None: adapters act where a router names them.
-        mesh: of `sharding.make_mesh`: weights are split over its devices, and batches too; None is one device.
-        dtype: of base, adapters and activations; by default float32 on a CPU, bfloat16 on an accelerator; the model's
-            `dtype` says which. Gates stay float32.
-
-    Raises:
-        InputError: a folder is missing, damaged, or made for another base or bank.
-    """
-    compilation_cache.use()
-    with Arguments() as given:
-        given.path("base", base)
-        given.path("bank", bank, none=True)
-        given.path("gates", gates, none=True)
-        if mesh is not None and not isinstance(mesh, Mesh):
-            given.refuse("mesh", "one of sharding.make_mesh, or None", mesh)
-        if dtype is not None:
-            given.choice("dtype", dtype, DTYPES)
-    if gates is not None and bank is None:
-        raise InputError(f"{gates}: gates: expected a bank beside them, found none")
-    kind = jnp.dtype(default_dtype(dtype))
-    config, weights = load_base(base, kind)
-    loaded = load_bank(bank, config, kind, read_origin(base)) if bank is not None else None
-    gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
-    form = gate_config.form if gate_config else None
-    graph, state = assemble(config, weights, loaded, columns, kind, mesh, form)
-    if packs(kind, mesh):
-        graph, state = pack(graph, state, release=GROUPS)
-    held = config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh, Path(base)
-    return Meteora(*held)

@@ -113,7 +113,7 @@ class Engine:
             given.whole("logprobs", logprobs, none=True)
             given.texts("stop", (stop,) if isinstance(stop, str) else stop)
         read = read_prompt(prompt, "prompt")
-        (own,), (found,) = self.model.look_up([router], 1, lambda: [self.model.request_text(read)])
+        (own,), (found,) = self.model.look_up([router], 1, lambda: [self.model.request_texts(read)])
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         request = self.model.request(
             self.model.encode(read), own, max_new_tokens, sampling, stop, logprobs, trace=routing

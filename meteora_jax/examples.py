@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meteora_jax.config import InputError, LlamaConfig
-from meteora_jax.prompts import Message, read_messages, render_chat, user_text
+from meteora_jax.prompts import Message, last_text, read_messages, render_chat, user_text
 from meteora_jax.text import check_text
 
 ANSWERS = "assistant"  # the role whose message is the response
@@ -23,7 +23,7 @@ ANSWERS = "assistant"  # the role whose message is the response
 class Example:
     """One problem of a task.
 
-    prompt: the text that the model reads; of messages, what the user says in them, which is what a retrieval reads.
+    prompt: the text that the model reads; of messages, what the user says in them.
     messages: what the chat template makes the model's text of; none where the prompt is that text. where: FILE:LINE.
     """
 
@@ -36,6 +36,11 @@ class Example:
     def key(self) -> str:
         """What the model reads, as one text that is another's only if that one reads the same."""
         return json.dumps(self.messages) if self.messages else self.prompt
+
+    @property
+    def request(self) -> str:
+        """What a retrieval reads of it: the text, or what the user says last."""
+        return last_text(self.prompt, self.messages)
 
     @property
     def asked(self) -> str | list[Message]:

@@ -64,30 +64,41 @@ def fitting_blocks(config: LlamaConfig, block_size: int, weights: Params) -> int
     return int(MEMORY * min(free) / block)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What became of a request, and its text."""
+
+    index: int
+    progress: Progress
+    text: str
+
+
 def pieces(
     engine: EngineCore, requests: Sequence[Request], decode: Callable[[Sequence[int]], str], stream: bool
-) -> Iterator[Delta | tuple[list[Progress], list[str]]]:
-    """`Delta`s as text becomes certain, if `stream`; at last what became of each request, and its text."""
+) -> Iterator[Delta | Ended]:
+    """`Delta`s as text becomes certain, if `stream`; and each request as it ends."""
     handles: list[Handle] = []
     try:
         handles += [engine.submit(request) for request in requests]
         texts = [TextStream(decode, r.stop) for r in requests]
         seen = [0] * len(requests)
-        while not all(h.done for h in handles):
-            engine.advance(next(h for h in handles if not h.done))
-            for i, h in enumerate(handles if stream else ()):
-                if fresh := h.progress.tokens[seen[i] :]:
-                    seen[i] += len(fresh)
-                    if text := texts[i].push(fresh):
-                        yield Delta(i, text)
-        for i, (h, text) in enumerate(zip(handles, texts, strict=True)):
-            text.push(h.progress.tokens[seen[i] :])
-            if (rest := text.finish()) and stream:
-                yield Delta(i, rest)
+        left = list(range(len(requests)))
+        while left:
+            engine.advance(handles[left[0]])
+            ended = [i for i in left if handles[i].done]
+            for i in left if stream else ended:
+                fresh = handles[i].progress.tokens[seen[i] :]
+                seen[i] += len(fresh)
+                if (text := texts[i].push(fresh)) and stream:
+                    yield Delta(i, text)
+            for i in ended:
+                if (rest := texts[i].finish()) and stream:
+                    yield Delta(i, rest)
+                yield Ended(i, handles[i].progress, texts[i].text)
+            left = [i for i in left if i not in set(ended)]
     finally:
         for h in handles:  # whoever stops reading wants no more
             h.cancel()
-    yield [h.progress for h in handles], [t.text for t in texts]
 
 
 def routing_of(progress: Progress) -> tuple[np.ndarray, np.ndarray] | None:

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from meteora_jax.api import load
 from meteora_jax.config import InputError
 from meteora_jax.execution import jit
+from meteora_jax.loading import load
 from meteora_jax.padding import bucket, pad_prompts
 from meteora_jax.prompts import render_chat
 from meteora_jax.routing import BoundRouter

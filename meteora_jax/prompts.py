@@ -77,8 +77,20 @@ def read_token_ids(token_ids: Any) -> list[list[int]]:
 
 
 def user_text(messages: Sequence[Message]) -> str:
-    """What the user says in a conversation: what a retrieval reads of it."""
+    """What the user says in a conversation, all of it."""
     return "\n".join(message["content"] for message in messages if message["role"] == "user")
+
+
+def user_texts(messages: Sequence[Message]) -> tuple[str, ...]:
+    """What the user says in a conversation, message by message: what a retrieval chooses from. Blank messages say
+    nothing and are left out."""
+    said = (message["content"] for message in messages if message["role"] == "user")
+    return tuple(text for text in said if text.strip())
+
+
+def last_text(prompt: str, messages: Sequence[Message]) -> str:
+    """What a retrieval reads of a request unless told otherwise: the text, or of messages what the user says last."""
+    return prompt if not messages else (user_texts(messages) or ("",))[-1]
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Message], where: str, **options: Any) -> str:

@@ -27,6 +27,7 @@ from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.model import llama
 from meteora_jax.model.packed_linear import stack_rows
 from meteora_jax.model.routed_llama import RoutedCache
+from meteora_jax.routing.retrieval import Composed
 from pallas_kernels.decode_step import operands, triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import StepLimits
@@ -110,18 +111,20 @@ def group(
                 chosen = np.asarray(choice.indices)[m], exact(choice.weights)[m]
             routed[-1].append(chosen)
             columns = slice(starts[p], starts[p + 1])
-            for i, w in zip(*chosen, strict=True):
-                if 0 <= i < g.b.shape[1]:
-                    rank = g.b.shape[2]
-                    h = (
-                        exact(g.a)[layer, p, i] @ x[m] * factor[m]
-                        if g.a is not None
-                        else packed[g.first_shrink + i * rank :][:rank]
-                    )
-                    y[m, columns] += w * exact(g.scale)[layer, p, i] * h @ exact(g.b)[layer, i][:, columns]
-                    size[m, columns] += (
-                        abs(w * exact(g.scale)[layer, p, i]) * np.abs(h) @ np.abs(exact(g.b)[layer, i][:, columns])
-                    )
+            acting = [(i, w) for i, w in zip(*chosen, strict=True) if 0 <= i < g.b.shape[1]]
+            rank = g.b.shape[2]
+            shrinks = [
+                exact(g.a)[layer, p, i] @ x[m] * factor[m]
+                if g.a is not None
+                else packed[g.first_shrink + i * rank :][:rank]
+                for i, _ in acting
+            ]
+            if choice.fused is not None and choice.fused[m] and acting:
+                shrinks = [sum(w * h for (_, w), h in zip(acting, shrinks, strict=True))] * len(acting)
+            for (i, w), h in zip(acting, shrinks, strict=True):
+                w *= exact(g.scale)[layer, p, i]
+                y[m, columns] += w * h @ exact(g.b)[layer, i][:, columns]
+                size[m, columns] += abs(w) * np.abs(h) @ np.abs(exact(g.b)[layer, i][:, columns])
     if epilogue == "silu":
         gate, up = np.split(y, 2, -1)
         return (gate / (1 + np.exp(-gate)) * up,), routed, float(size.max()) * max(1.0, np.abs(y).max())
@@ -137,7 +140,9 @@ def group(
     return tuple(z.reshape(len(y), -1) for z in (rotate(q), rotate(k), v)), routed, 2 * float(size.max())
 
 
-def random_group(rng, kind, layers, width, splits, adapters, rank, wide, norm, gates, first) -> tuple[Group, Any, Any]:
+def random_group(
+    rng, kind, layers, width, splits, adapters, rank, wide, norm, gates, first, null
+) -> tuple[Group, Any, Any]:
     """(the group, the scale of the norm before it, its gates and A's as `packing.pack_gates_and_a` packs them)."""
 
     def draw(*shape: int) -> jax.Array:
@@ -145,7 +150,7 @@ def random_group(rng, kind, layers, width, splits, adapters, rank, wide, norm, g
 
     p, total = len(splits), sum(splits)
     a = jnp.asarray(rng.standard_normal((layers, p, adapters, rank, width)) / np.sqrt(width), kind)
-    columns = adapters + int(rng.integers(2))  # with a null choice
+    columns = adapters + null
     gate = np.round(2 * rng.standard_normal((layers, width, p, columns)))  # with x and norm below, exact; ties
     packed = jnp.stack(
         [
@@ -163,8 +168,8 @@ def random_group(rng, kind, layers, width, splits, adapters, rank, wide, norm, g
     return g, scale if norm else None, packed
 
 
-def one_case(seed: int, launches: list[str]) -> None:
-    """A random group, routing, epilogue and form."""
+def one_case(seed: int, launches: list[str], many: int | None = None) -> None:
+    """A random group, routing, epilogue and form. many: rows of a step that multiplies every B, a small bank's."""
     rng = np.random.default_rng(seed)
     epilogue, how = ("qkv", "silu", "residual")[seed % 3], ("none", "gates", "given")[seed // 3 % 3]
     kind = ("float32", "bfloat16")[(seed // 9 + seed) % 2]
@@ -172,7 +177,10 @@ def one_case(seed: int, launches: list[str]) -> None:
     rows, layers, head = int(rng.choice([1, 2, 3, 8, 17])), 2, int(rng.choice([32, 64]))
     width = int(rng.choice([16, 64, 96, 128]))
     adapters, rank, top_k = int(rng.integers(2, 40)), int(rng.choice([1, 3, 8])), int(rng.integers(1, 4))
-    top_k = min(top_k, adapters)
+    top_k, null = min(top_k, adapters), int(rng.integers(2))
+    if many is not None:
+        rows, width, head, wide, null = many, 16, 32, False, seed % 2
+        adapters, rank = (5, 20)[seed // 3 % 2], 4  # one block of B, or two
     kv = int(rng.integers(1, 3))
     splits = {
         "qkv": (2 * kv * head, kv * head, kv * head),
@@ -181,12 +189,12 @@ def one_case(seed: int, launches: list[str]) -> None:
     }[epilogue]
     at = {"qkv": 0, "residual": 3, "silu": 4}[epilogue]  # the group's first projection
     g, norm, packed = random_group(
-        rng, kind, layers, width, splits, adapters, rank, wide, epilogue != "residual", how == "gates", at
+        rng, kind, layers, width, splits, adapters, rank, wide, epilogue != "residual", how == "gates", at, null
     )
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)), kind)
     layer, blocks, block = int(rng.integers(layers)), rows + 2, 4
     # every B masked, or each row's own, by many rows, too; wide and narrow tiles
-    limits = StepLimits(gather=(1, 64)[seed // 2 % 2], programs=(1, 4096)[seed % 2])
+    limits = StepLimits(gather=(1, 64)[seed // 2 % 2] if many is None else 0, programs=(1, 4096)[seed % 2])
     traced = how == "gates"
     pages = jnp.asarray(rng.standard_normal((layers * blocks, block, 2 * kv, head)), kind)
     slots = rng.permutation(blocks * block)[:rows].astype(np.int32)
@@ -200,8 +208,13 @@ def one_case(seed: int, launches: list[str]) -> None:
         choice = Choice(top_k, jnp.asarray(rng.integers(0, top_k + 1, rows), jnp.int32),
                         jnp.asarray(rng.uniform(5, 20, rows), jnp.float32))  # fmt: skip
     elif how == "given":
-        choice = Choice(top_k, indices=jnp.asarray(rng.integers(-1, adapters, (rows, top_k)), jnp.int32),
-                        weights=jnp.asarray(rng.standard_normal((rows, top_k)), jnp.float32))  # fmt: skip
+        indices = rng.integers(-1, adapters, (rows, top_k))
+        if many is not None:  # few rows act, and blocks of B are nobody's: the last in the first tile, then the first
+            late = np.arange(rows)[:, None] >= (64 if rows > 64 else 16)
+            indices = np.where(rng.random((rows, 1)) < 0.2, indices % 3 + late * (adapters - 3), -1)
+        choice = Choice(top_k, indices=jnp.asarray(indices, jnp.int32),
+                        weights=jnp.asarray(rng.standard_normal((rows, top_k)), jnp.float32),
+                        fused=None if wide or seed % 2 else jnp.asarray(rng.integers(2, size=rows) > 0))  # fmt: skip
     angle = rng.uniform(0, 6, (rows, head // 2))
     then = jnp.asarray(rng.choice([0.5, 1, 2], (layers, splits[0])), kind)
     extra: dict[str, Any] = dict(
@@ -225,7 +238,8 @@ def one_case(seed: int, launches: list[str]) -> None:
             )  # fmt: skip
         else:
             out, after = triton_gpu.silu_step(layer, stream, g, state, choice, limits)
-    shrinks = ["shrink_kernel"] if wide and choice is not None else []
+    gathers = wide or (choice is not None and choice.fused is None and rows * top_k <= limits.gather * adapters)
+    shrinks = [] if choice is None else ["shrink_kernel"] if wide else [] if gathers else ["weigh_kernel"]
     assert launches == [*shrinks, f"{epilogue}_epilogue_kernel"], launches
     wanted, routed, size = group(x, g, layer, epilogue, choice, extra)
     found = (out[:rows],) if epilogue == "silu" else (out,)
@@ -260,7 +274,7 @@ def one_case(seed: int, launches: list[str]) -> None:
 
 
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], [200], list(range(20, 40)), [3, 4]]
-FEW = StepLimits(programs=1)  # fewer programs to interpret
+FEW = StepLimits(rows=64, programs=1)  # fewer programs to interpret, and no prompts
 NARROW, WIDE = ExecutionConfig(step=FEW), ExecutionConfig(step=FEW, dense_width=8)
 
 
@@ -290,6 +304,14 @@ def whole_model() -> None:
         [mj.Fixed({"cedar": 0.7, "apple": 0.4}), None, mj.Fixed("birch")],
     ):
         agree(plain, stepped, router)
+    # what XLA chooses between product and epilogue; matrices averaged; prompts
+    whole = stepping(model, ExecutionConfig(step=StepLimits(programs=1)))
+    within, fused = mj.Gates(1, within=("birch", "cedar")), Composed((("cedar", 0.7), ("apple", 0.4)), True)
+    agree(plain, whole, [mj.Gates(2, 3.0), fused, within], steps=1)
+    assert {"weigh_kernel", "runs_kernel"} <= set(RAN), RAN
+    agree(plain, stepped, within)
+    agree(model, stepping(model, WIDE), [within, mj.Fixed("apple")], 2)
+    assert "shrink_kernel" in RAN, RAN
     form = TokenRouterForm(width=64, depth=2)
     for execution, router, count in ((NARROW, [mj.Gates(1, 3.0), None, mj.Fixed("birch")], 3), (WIDE, mj.Gates(2), 2)):
         routed = small("float32", form, layers=2, null=True)
@@ -312,9 +334,17 @@ def agree(apart: Any, model: Any, router: Any, count: int = 3, steps: int = 2) -
         for one, other in zip(jax.tree.leaves(kept.router), jax.tree.leaves(cache.router), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
     assert (routing is None) == (traced is None)
-    for (i, w), (j, v) in zip(routing or [], traced or [], strict=True):
+    for one, other in zip(routing or [], traced or [], strict=True):
+        assert (one is None) == (other is None)
+        if one is None or other is None:  # a request without adapters
+            continue
+        (i, w), (j, v) = one, other
         np.testing.assert_array_equal(i, j)
         np.testing.assert_allclose(w, v, atol=1e-4)
+
+
+# (rows, seed): bare; by gates with a null choice and without; given, some of them fused, of one block of B and of two
+MANY = [(96, 1), (40, 3), (96, 4), (40, 5), (40, 6), (96, 8), (96, 16), (40, 17)]
 
 
 def main(examples: int) -> None:
@@ -324,6 +354,9 @@ def main(examples: int) -> None:
     for seed in range(examples):
         one_case(seed, launches)
     print(f"groups: {examples} cases")
+    for rows, seed in MANY[:examples]:
+        one_case(seed, launches, rows)
+    print(f"many rows: {len(MANY[:examples])} cases")
 
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ REFUSED = {
     'mj.Retrieval(index, compose=None)': "Retrieval: compose: expected one of",
     'mj.Retrieval(index, weights=[1])': "Retrieval: weights: expected one of uniform, similarity, found [1]",
     'mj.Retrieval(index, exclude="apple")': "Retrieval: exclude: expected a list of texts, found 'apple'",
+    'mj.Retrieval(index, read="first")': "Retrieval: read: expected one of last, all, weighted, found 'first'",
     'mj.GatesWithin(None)': "GatesWithin: index: expected an Index, found None",
     'mj.GatesWithin(index, k=1.5)': "GatesWithin: k: expected a whole number, found 1.5",
     'mj.GatesWithin(index, top_k=0, temperature=-1)': "top_k: expected at least 1, found 0; GatesWithin: temperature",

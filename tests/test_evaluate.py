@@ -33,7 +33,7 @@ def tasks(tmp_path):
 def echo(problems):
     """A system that is right on every second problem, without a model."""
     said = [p.response if int(p.id.split("/")[-1]) % 2 else "?" for p in problems]
-    return [{"answer": a, "tokens": 1} for a in said]
+    return list(enumerate({"answer": a, "tokens": 1} for a in said))
 
 
 def no_progress(done, total, system):
@@ -43,10 +43,10 @@ def no_progress(done, total, system):
 SETTINGS = {"base": "x", "split": "test"}
 
 
-def table_of(tasks, out, batch_size=2, answer=echo):
+def table_of(tasks, out, answer=echo):
     problems = load_problems(tasks, TASKS, "test", None)
     records = runner.Records(out, SETTINGS)
-    runner.run(problems, {"echo": answer}, records, batch_size, no_progress)
+    runner.run(problems, {"echo": answer}, records, no_progress)
     return tabulate(problems, ["echo"], records.answers)
 
 
@@ -56,41 +56,39 @@ def test_table_counts_what_was_right(tmp_path, tasks):
     assert np.isclose(table["mean accuracy"]["echo"], 3 / 7)
     text = markdown(table, ["echo"])
     assert text.count("| 7 | 42.9 [") == 3
-    assert table_of(tasks, tmp_path / "other", batch_size=5) == table
 
 
 @pytest.mark.parametrize("cut", [1, 40, None])
-def test_a_killed_run_goes_on_and_redoes_nothing(tmp_path, tasks, cut):
+def test_a_killed_run_goes_on_and_redoes_nothing(tmp_path, tasks, cut, monkeypatch):
+    monkeypatch.setattr(runner, "KEPT", 2)
     want = table_of(tasks, tmp_path / "whole")
-    calls = []
+    asked = []
 
     def dies(problems):
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        calls.append([p.id for p in problems])
-        return echo(problems)
+        for place, said in echo(problems):
+            if place == 8:
+                raise KeyboardInterrupt
+            yield place, said
 
     with pytest.raises(KeyboardInterrupt):
         table_of(tasks, tmp_path / "run", answer=dies)
     file = tmp_path / "run" / runner.RECORDS
-    lost = []
-    if cut:  # the kill came while the last line was written: its problem is asked again, in the same batch
+    assert len(file.read_bytes().splitlines()) == 8
+    if cut:  # the kill came while the last line was written: its problem is asked again
         file.write_bytes(file.read_bytes()[:-cut])
-        lost = calls.pop()
     kept = [json.loads(line) for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    again = []
+    assert len(kept) == 8 - bool(cut)
 
     def answer(problems):
-        again.append([p.id for p in problems])
-        return echo(problems)
+        asked.extend(p.id for p in problems)
+        return reversed(echo(problems))  # whoever ends first is recorded first
 
     assert table_of(tasks, tmp_path / "run", answer=answer) == want
-    assert again[: bool(lost)] == [lost][: bool(lost)]
-    asked = sorted(i for part in calls + again for i in part)
-    assert asked == sorted(p.id for p in load_problems(tasks, TASKS, "test", None))
+    every = sorted(p.id for p in load_problems(tasks, TASKS, "test", None))
+    assert sorted([*asked, *(r["id"] for r in kept)]) == every
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert records[: len(kept)] == kept
-    assert sorted(r["id"] for r in records) == asked
+    assert sorted(r["id"] for r in records) == every
 
 
 def test_other_settings_and_damaged_records_are_refused(tmp_path, tasks):
@@ -132,20 +130,8 @@ def test_command_writes_records_table_and_pictures(tmp_path, tasks, world, capsy
     for name, task in zip(NAMES, TASKS, strict=False):
         (tasks / name).rename(tasks / task)
     systems = "base,gates-top1,gates-top2,cedar"
-    for batch_size in ("2", "4"):
-        main(
-            [
-                "evaluate",
-                *folders,
-                *options,
-                "--only",
-                ",".join(TASKS),
-                "--systems",
-                systems,
-                "--batch-size",
-                batch_size,
-            ]
-        )
+    for _ in range(2):  # the second time everything is there
+        main(["evaluate", *folders, *options, "--only", ",".join(TASKS), "--systems", systems])
     records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
     mine = [r for r in records if r["system"] in systems.split(",") and r["task"] in TASKS]
     assert len(mine) == 4 * 9

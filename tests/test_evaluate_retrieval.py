@@ -51,7 +51,7 @@ def run(folders):
     out = folders["root"] / "run"
     kinds = ("retrieval-mixture-k1", "retrieval-mixture", "gates-top2", "gates-within-top2")
     systems = ",".join(kind + hides for kind in kinds for hides in ("", "-unseen"))
-    evaluate(folders, out, "--systems", systems, "--batch-size", "8")
+    evaluate(folders, out, "--systems", systems)
     return out
 
 

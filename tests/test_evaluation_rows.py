@@ -14,7 +14,7 @@ from meteora_jax.evaluation.charts import accuracies, write_bars, write_radar
 from meteora_jax.evaluation.composite import COMPOSITES, read_composites
 from meteora_jax.evaluation.metrics import METRICS, loraretriever_metric, score, score_composite
 from meteora_jax.evaluation.problems import Problem, load_composites, load_queries
-from meteora_jax.evaluation.runner import Records, batches, run
+from meteora_jax.evaluation.runner import Records, run
 from meteora_jax.evaluation.systems import Given, check_routes, make_system, skipped
 from meteora_jax.evaluation.table import markdown, tabulate
 from meteora_jax.evaluation.tasks import Example, bigbench, load_split
@@ -286,22 +286,16 @@ def test_every_row_has_its_cells_and_an_undefined_one_says_so(tmp_path):
     assert (tmp_path / "radar.png").stat().st_size > 1000
 
 
-def test_a_batch_holds_one_kind_and_a_record_its_scores(tmp_path):
+def test_a_record_has_its_scores(tmp_path):
     problems = [single(3), composite(0), single(1), composite(1), single(2)]
-    parts = [[(p.task, p.id[-1]) for p in part] for part in batches(problems, 2)]
-    assert parts == [
-        [("object_counting", "1"), ("object_counting", "2")],
-        [("object_counting", "3")],
-        [("pair", "0"), ("pair", "1")],
-    ]
     records = Records(tmp_path, {})
 
     def say(asked):
-        return [{"answer": "1. 3\n" if p.tasks else "4"} for p in asked]
+        return enumerate({"answer": "1. 3\n" if p.tasks else "4"} for p in asked)
 
     counts = []
     systems = {"a": say, "oracle": say}
-    run(problems, systems, records, 2, lambda *seen: counts.append(seen), {("oracle", "pair")})
+    run(problems, systems, records, lambda *seen: counts.append(seen), {("oracle", "pair")})
     assert counts[-1] == (8, 8, "oracle")
     lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert len(lines) == 8

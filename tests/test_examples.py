@@ -148,8 +148,9 @@ def test_composites_of_conversations_keep_their_template_and_their_owners(world)
 
 def test_a_profile_is_what_the_user_says_as_a_request_is(tmp_path, world):
     write_splits(tmp_path, {"train": [parsed({"messages": [*TALK, ANSWER]}), Example("plain", "so")]})
-    assert read_training_file(tmp_path / "train.jsonl") == ["Two dogs\nand a cat?", "plain"]
-    assert world["model"].request_text(TALK) == "Two dogs\nand a cat?"
+    assert read_training_file(tmp_path / "train.jsonl") == ["and a cat?", "plain"]
+    assert world["model"].request_text(TALK) == "and a cat?"
+    assert world["model"].request_text(TALK, "all") == "Two dogs\nand a cat?"
     (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1: messages: expected the assistant's answer at the end"):
         read_training_file(tmp_path / "bad.jsonl")

@@ -45,7 +45,7 @@ ORDER = [
         "io",
     ),
     *("engine", "completion", "generation", "evaluation", "training", "viz", "planning"),
-    *("api", "batching", "warming", "", "harness", "cli"),
+    *("api", "loading", "batching", "warming", "", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDER decides

@@ -180,11 +180,11 @@ def test_own_tasks_are_asked_recorded_and_scored_again_by_another_metric(tmp_pat
     assert sorted(len(part) for part in batches(problems, 8)) == [1, 3]  # of one length of responses each
 
     def say(asked):
-        return [{"answer": "Yes, it is."} for _ in asked]
+        return enumerate({"answer": "Yes, it is."} for _ in asked)
 
     def scored(problems):
         records = Records(tmp_path / "run", {})
-        run(problems, {"parrot": say}, records, 8, lambda *_: None)
+        run(problems, {"parrot": say}, records, lambda *_: None)
         return tabulate(problems, ["parrot"], records.answers)
 
     table = scored(problems)
@@ -210,7 +210,7 @@ def test_an_answer_that_a_function_refuses_is_kept_and_said(tmp_path):
     write(tmp_path, responses=("1", "2"))
     problems = load_problems(tmp_path, ["birds"], "test", None, {"birds": "python:own_metric.near"})
     records = Records(tmp_path / "run", {})
-    run(problems, {"s": lambda asked: [{"answer": "many"} for _ in asked]}, records, 8, lambda *_: None)
+    run(problems, {"s": lambda asked: enumerate({"answer": "many"} for _ in asked)}, records, lambda *_: None)
     assert set(records.answers.values()) == {"many"}
     with pytest.raises(InputError, match=r"^python:own_metric\.near: expected a number from 0 to 1 for .*'many'"):
         tabulate(problems, ["s"], records.answers)

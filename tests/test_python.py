@@ -15,7 +15,7 @@ import meteora_jax as mj
 from meteora_jax import compilation_cache, warming
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
-from meteora_jax.generation import decode, prefill
+from meteora_jax.engine.step import run_steps
 
 PROMPTS = ["How many apples", "The quick brown fox jumps over the lazy dog"]
 ROOT = Path(__file__).parents[1]
@@ -84,14 +84,14 @@ def test_warm_requests_compile_nothing(world: dict[str, Any], capsys: pytest.Cap
     model, asked = world["model"], dict(router="gates", max_new_tokens=40, temperature=0.5, routing=False)
     calls: list[tuple[str, int, int]] = []
     took = mj.warm_up(model, [20, 22, 30], [3], progress=lambda *said: calls.append(said), **asked)
-    assert [(done, total) for _, done, total in calls] == [(1, 2), (2, 2)]  # 20 and 22 share a bucket
-    assert calls[0][0].startswith("3 x 24 prompt tokens in ")
+    assert [(done, total) for _, done, total in calls] == [(1, 3), (2, 3), (3, 3)]
+    assert calls[0][0].startswith("3 x 20 prompt tokens in ")
     assert took > 0
-    programs = prefill._cache_size(), decode._cache_size()
+    programs = run_steps._cache_size()
     for length in (17, 32):
         prompts = [list(range(3, 3 + n)) for n in (length, 4, 9)]
         model.generate(prompts, **{**asked, "temperature": 0.9, "seed": 4, "max_new_tokens": 33})
-    assert (prefill._cache_size(), decode._cache_size()) == programs
+    assert run_steps._cache_size() == programs
     warming.print_progress("3 x 24", 1, 2)
     assert capsys.readouterr().err == "warm-up 1/2: 3 x 24\n"
     for options, message in (

@@ -193,11 +193,65 @@ def test_messages_are_retrieved_by_what_the_user_says(world, index):
     assert done.routing.retrieved[0][0] == "apple"
 
 
+def talk(*said: str) -> list[dict[str, str]]:
+    """A conversation whose user says these; the assistant answers, and a system prompt stands before."""
+    turns = [{"role": "user", "content": text} for text in said]
+    between = [m for turn in turns for m in (turn, {"role": "assistant", "content": PROMPTS[1]})][:-1]
+    return [{"role": "system", "content": PROMPTS[1]}, *between]
+
+
+SWITCH = talk(PROMPTS[0], "Thanks", PROMPTS[2], "  ")  # apple's first, daisy's last; the blank one says nothing
+
+
+@pytest.mark.parametrize("router", [mj.Retrieval, mj.GatesWithin])
+def test_the_last_user_message_is_looked_up_of_a_conversation(world, index, router):
+    model = world["model"]
+    prompts = [talk(PROMPTS[0]), talk(PROMPTS[0], "Thanks"), SWITCH, PROMPTS[0]]
+    asked = [PROMPTS[0], "Thanks", PROMPTS[2], PROMPTS[0]]
+    found = index.query(asked, k=2)
+    done = model.generate(prompts, router(index, k=2, min_similarity=None), max_new_tokens=2)
+    for c, names, similarities in zip(done, *found, strict=True):
+        assert c.routing.retrieved == tuple(zip(names, map(float, similarities), strict=True))
+    assert done[2].routing.retrieved[0][0] == "daisy"
+    engine = mj.Engine(model, max_tokens=128, max_rows=2, blocks=64)  # nothing runs
+    assert (
+        engine.submit(SWITCH, router(index, k=2, min_similarity=None), max_new_tokens=2)._retrieved
+        == done[2].routing.retrieved
+    )
+
+
+def test_all_and_weighted_readings_of_a_conversation(world, index):
+    """One batch of all three; weighted by hand: 4/7 of the last message's similarities, 2/7 and 1/7."""
+    model = world["model"]
+    routers = [mj.Retrieval(index, k=4, min_similarity=None, read=read) for read in ("last", "all", "weighted")]
+    _, (last, joined, weighted) = model.look_up(routers, 3, lambda: [model.request_texts(SWITCH)] * 3)
+    said = [PROMPTS[0], "Thanks", PROMPTS[2]]
+    assert [dict(last)[n] for n in NAMES] == index.scores(said[2:])[0].tolist()
+    assert [dict(joined)[n] for n in NAMES] == index.scores(["\n".join(said)])[0].tolist()
+    want = np.asarray([1, 2, 4]) / 7 @ index.scores(said).astype(np.float64)
+    assert np.allclose([dict(weighted)[n] for n in NAMES], want, atol=1e-6)
+    assert len({last, joined, weighted}) == 3
+    # text is looked up as it is, whatever is read of conversations
+    _, texts = model.look_up(routers, 3, lambda: [model.request_texts(PROMPTS[0])] * 3)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_conversation_in_which_the_user_says_nothing_is_refused(world, index):
+    with pytest.raises(InputError, match="expected a text, found ''"):
+        world["model"].generate([SWITCH[:1]], mj.Retrieval(index), max_new_tokens=2)
+
+
 def test_excluded_adapters_never_act(world, index):
     routers = [mj.Retrieval(index, k=2, exclude=("apple",)), mj.GatesWithin(index, k=2, exclude=("apple",))]
     for c in world["model"].generate([PROMPTS[0]] * 2, routers, max_new_tokens=3):
         assert "apple" not in [n for n, _ in c.routing.retrieved]
         assert NAMES.index("apple") not in c.routing.indices
+
+
+def test_prompts_of_one_batch_may_have_different_numbers_of_adapters_left(world, index):
+    few = mj.Retrieval(index, k=3, exclude=("apple", "birch"), min_similarity=None)
+    _, found = world["model"].look_up([few, mj.Retrieval(index, k=3)], 2, lambda: PROMPTS[:2])
+    assert [len(own) for own in found] == [2, 3]
 
 
 def test_gates_choose_only_within_what_was_retrieved(world, index):

@@ -99,8 +99,8 @@ def decode_steps() -> None:
         ("qkv", QKV, True), ("residual", (4096, (4096,)), False), ("silu", GATE_UP, True), ("residual", DOWN, False)
     ]:  # fmt: skip
         for rows, adapters, rank, how in [
-            *((rows, 28, 8, how) for rows in (1, 8, 32, 64) for how in ("gates", "given")),
-            (1, 0, 0, ""), (32, 0, 0, ""), (8, 256, 16, "gates"), (8, 256, 16, "given"),
+            *((rows, 28, 8, how) for rows in (1, 8, 32, 64, 128, 256) for how in ("gates", "given")),
+            (64, 28, 8, "fused"), (1, 0, 0, ""), (32, 0, 0, ""), (8, 256, 16, "gates"), (8, 256, 16, "given"),
         ]:  # fmt: skip
             print(f"decode_step {rows} {width}->{splits} {adapters} of rank {rank} {how} bfloat16")
             p, wide, some = len(splits), adapters * rank > 512, max(1, adapters)
@@ -115,6 +115,8 @@ def decode_steps() -> None:
             limits = array((rows,), jnp.int32), array((rows,), jnp.float32)
             given = array((rows, 2), jnp.int32), array((rows, 2), jnp.float32)
             choice = operands.Choice(2, *limits) if how == "gates" else operands.Choice(2, None, None, *given)
+            if how == "fused":
+                choice = operands.Choice(2, None, None, *given, array((rows,), jnp.bool))
             choice = choice if adapters else None
 
             def step(x, squares, group, state, choice, angles, slots, residual, scales, epilogue=epilogue):

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from meteora_jax.api import Meteora, load
+from meteora_jax.api import Meteora
 from meteora_jax.cli.devices import Devices
 from meteora_jax.cli.report import status
 from meteora_jax.config import InputError
@@ -23,6 +23,7 @@ from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_state import assemble
 from meteora_jax.io.tensors import WEIGHTS
+from meteora_jax.loading import load
 from meteora_jax.model.llama import base_arrays
 from meteora_jax.retriever.index import Index
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,6 @@ class Evaluate(Comparison):
     short, else rougeL): exact, contains, choice (the label that the answer says first), number (the last one), bleu,
     rouge, rougeL, regex:PATTERN (what it finds, or its group, is the same) or python:MODULE.FUNCTION (of answer and
     response, from 0 to 1). May be given several times; answers that are there are scored again."""
-    batch_size: int = 16
-    """Problems a batch."""
 
 
 def response_routing(trace: RoutingTrace) -> dict[str, float]:
@@ -71,25 +69,22 @@ def response_routing(trace: RoutingTrace) -> dict[str, float]:
 
 
 def answering(system: System, command: Evaluate) -> runner.Answer:
-    """A system as the runner calls it: problems of as many parts each -> answers, always in batches of one size."""
+    """A system as the runner calls it."""
 
-    def answer(problems: Sequence[Problem]) -> list[dict[str, Any]]:
-        padded = [*problems, *[problems[-1]] * (command.batch_size - len(problems))]
-        completions = system.model.generate(
-            [p.asked for p in padded],
-            [system.route(p) for p in padded],
-            max_new_tokens=problems[0].new_tokens(command.max_new_tokens),
-            stop=problems[0].stop,
+    def answer(problems: Sequence[Problem]) -> Iterator[tuple[int, dict[str, Any]]]:
+        completions = system.model.completions(
+            [p.asked for p in problems],
+            [system.route(p) for p in problems],
+            max_new_tokens=[p.new_tokens(command.max_new_tokens) for p in problems],
+            stop=[p.stop for p in problems],
         )
-        said = []
-        for c in completions[: len(problems)]:
+        for place, c in completions:
             record: dict[str, Any] = {"answer": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason}
             if c.routing is not None:
                 record["routing"] = response_routing(c.routing)
                 if c.routing.retrieved:
                     record["retrieved"] = {name: round(similarity, 4) for name, similarity in c.routing.retrieved}
-            said.append(record)
-        return said
+            yield place, record
 
     return answer
 
@@ -174,7 +169,6 @@ def evaluate(command: Evaluate) -> None:
     """Runs `meteora evaluate`."""
     check_counts(
         max_new_tokens=command.max_new_tokens,
-        batch_size=command.batch_size,
         limit=command.limit,
         max_prompt=command.max_prompt,
     )
@@ -197,7 +191,7 @@ def evaluate(command: Evaluate) -> None:
     leave = skipped(systems, problems)
     answers = {s.name: answering(s, command) for s in systems}
     with progress_bar("evaluate", shown=first) as progress:
-        runner.run(problems, answers, records, command.batch_size, progress, leave, as_the_first_says)
+        runner.run(problems, answers, records, progress, leave, as_the_first_says)
     if records:
         report = write_report(command.out, problems, systems, records.answers, leave, loaded.index)
         write_json(command.json, report.table)

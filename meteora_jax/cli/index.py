@@ -263,7 +263,9 @@ def read_asked(command: IndexEvaluate, names: Sequence[str]) -> list[Query]:
         raise InputError(f"--limit: expected 1 or more, found {command.limit}")
     if command.queries.is_dir():
         # a task may state one prompt with several right answers: as a query it is one
-        prompts = [(name, dict.fromkeys(e.prompt for e in load_split(command.queries, name, "test"))) for name in names]
+        prompts = [
+            (name, dict.fromkeys(e.request for e in load_split(command.queries, name, "test"))) for name in names
+        ]
         queries = [Query(prompt, name, "") for name, own in prompts for prompt in own]
     else:
         queries = read_queries(command.queries)

@@ -127,14 +127,16 @@ def strange_ids(token_ids: Sequence[int], config: LlamaConfig) -> str:
     return "" if strange is None else f"expected token ids from 0 and below {config.vocab_size}, found {strange}"
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig, new_tokens: int) -> None:
-    """Refuses empty prompts, unknown tokens, and prompts that with `new_tokens` exceed the context; all at once."""
+def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig, new_tokens: int | Sequence[int]) -> None:
+    """Refuses empty prompts, unknown tokens, and prompts that with `new_tokens` (of all, or of each) are beyond the
+    context; all at once."""
     problems = []
     if not prompts:
         problems.append("prompts: expected at least one, found none")
     grows = config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic"
-    longest = config.max_position_embeddings - new_tokens
     for i, prompt in enumerate(prompts):
+        most = new_tokens if isinstance(new_tokens, int) else new_tokens[i]
+        longest = config.max_position_embeddings - most
         if len(prompt) == 0:
             problems.append(f"prompt {i}: expected at least one token, found none")
         elif wrong := strange_ids(prompt, config):
@@ -142,7 +144,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig, new_tok
         elif len(prompt) > longest and not grows:
             problems.append(
                 f"prompt {i}: expected at most {max(longest, 0)} tokens (a context of {config.max_position_embeddings} "
-                f"less {new_tokens} to generate), found {len(prompt)}"
+                f"less {most} to generate), found {len(prompt)}"
             )
     if problems:
         raise InputError(problems)

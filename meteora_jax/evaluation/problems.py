@@ -14,7 +14,7 @@ from meteora_jax.evaluation.named_metrics import metric_for
 from meteora_jax.evaluation.tasks import load_splits
 from meteora_jax.evaluation.tasks.settings import read_settings
 from meteora_jax.examples import Example
-from meteora_jax.prompts import Message
+from meteora_jax.prompts import Message, last_text
 from meteora_jax.text import check_text
 
 LORARETRIEVER_METRICS = ("em", "bleu", "rouge")
@@ -46,6 +46,11 @@ class Problem:
     def asked(self) -> str | list[Message]:
         """The prompt as a model takes it: text or messages."""
         return list(self.messages) or self.prompt
+
+    @property
+    def request(self) -> str:
+        """What a retrieval reads of it: the text, or what the user says last."""
+        return last_text(self.prompt, self.messages)
 
     @property
     def scored_by(self) -> tuple[Metric, ...]:

@@ -8,11 +8,12 @@ gates; -unseen.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.engine import Request
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.prompts import Prompt
@@ -72,9 +73,10 @@ class Model(Protocol):
 
     def encode(self, prompt: Prompt) -> list[int]: ...
     def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None: ...
-    def generate(
-        self, prompts: Sequence[Prompt], router: Any, *, max_new_tokens: int, stop: Sequence[str]
-    ) -> Sequence[Response]: ...
+    def request(self, token_ids: Sequence[int], router: Any, max_new_tokens: int) -> Request: ...
+    def completions(
+        self, prompts: Sequence[Prompt], router: Any, *, max_new_tokens: Sequence[int], stop: Sequence[Sequence[str]]
+    ) -> Iterator[tuple[int, Response]]: ...
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from meteora_jax.evaluation.charts import save_picture
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import System
 from meteora_jax.generation import Engines
+from meteora_jax.prompts import user_texts
 from meteora_jax.routing.retrieval import look_up
 
 
@@ -37,7 +38,9 @@ def time_generation(system: System, problems: Sequence[Problem], new_tokens: int
     ids = [model.encode(p.asked) for p in problems]
     start = time.perf_counter()
     routers = [system.route(p) for p in problems]
-    router, _ = look_up(routers, len(problems), lambda: [p.prompt for p in problems])
+    router, _ = look_up(
+        routers, len(problems), lambda: [user_texts(p.messages) if p.messages else p.prompt for p in problems]
+    )
     found = time.perf_counter()
     requests = [model.request(row, own, new_tokens) for row, own in zip(ids, router, strict=True)]
     engine = Engines(model.graph, model.weights, model.config, model.mesh, None).holding(requests)

@@ -14,8 +14,9 @@ from meteora_jax.model.lora_linear import LoRALinear
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing.gates import KnownLogits
 from pallas_kernels.decode_step import triton_gpu
-from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
+from pallas_kernels.decode_step.operands import Choice, Chooser, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
 from pallas_kernels.paged_attention import StepTokens
 
@@ -43,14 +44,15 @@ def refusal(
             return str(e)
     if router is None:
         return None
+    if any(linear.lora_b is None for linear in linears):
+        return "a group without adapters"
     given = router.known(None)
+    fuses = given is not None and given.fused is not None
     if given is None and router.gating is None:
-        return "a router that takes more than the gates' top-k"
-    if given is not None and given.fused is not None:
-        return "fusion"
+        fuses = _chosen_shapes(router, linears[0], rows).fused is not None
     for linear in linears:
-        if linear.lora_b is None:
-            return "a group without adapters"
+        if fuses and _is_wide(linear, execution):
+            return "fusion in a wide bank"
         if not linear.packed_rows and (given is None or not _is_wide(linear, execution)):
             return "gates and A's that are not behind the kernel's rows"
     return None
@@ -60,6 +62,25 @@ def _is_wide(linear: LoRALinear | PackedLinear, execution: ExecutionConfig) -> b
     """Whether the bank has too many adapters times ranks for their A's to be packed."""
     assert linear.lora_a is not None
     return linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
+
+
+def chooser(router: BoundRouter) -> Chooser:
+    """What asks a router for a group's routing that takes more than the plain top-k of all its logits."""
+
+    def choose(x: jax.Array, logits: jax.Array) -> Choice:
+        routing = router.route(x[:, None], KnownLogits(logits[:, None]))
+        shape = *logits.shape[:2], routing.indices.shape[-1]
+        indices, weights = (jnp.broadcast_to(z[:, 0], shape) for z in (routing.indices, routing.weights))
+        return Choice(shape[-1], None, None, indices, weights, routing.fused)
+
+    return choose
+
+
+def _chosen_shapes(router: BoundRouter, linear: LoRALinear | PackedLinear, rows: int) -> Any:
+    """A `Choice` of shapes: what `chooser` gives of one projection."""
+    assert linear.lora_a is not None
+    shapes = (rows, linear.lora_a.shape[-1]), (rows, 1, linear.gate_columns)
+    return jax.eval_shape(chooser(router), *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
 
 
 def group_weights(
@@ -101,16 +122,19 @@ def run_layers(
     assert execution.step is not None
     limits = execution.step
     rows, depth = x.shape[0], config.num_layers
-    choice = None
-    traced = jnp.full((1,), -1, jnp.int32), jnp.zeros((1,), jnp.float32)
+    choice: Choice | Chooser | None = None
+    top_k = 0  # of a choice that is traced
     given = None if router is None else router.known(None)
-    if router is not None and router.gating is not None:
-        rule = router.gating
-        choice = Choice(rule.k, rule.counts, rule.temperatures)
-        shape = (depth, rows, sum(map(len, GROUPS.values())), rule.k)
-        traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
-    elif given is not None:
-        choice = Choice(given.indices.shape[-1], indices=given.indices[:, 0, 0], weights=given.weights[:, 0, 0])
+    if given is not None:
+        own = given.indices[:, 0, 0], given.weights[:, 0, 0], given.fused
+        choice = Choice(given.indices.shape[-1], None, None, *own)
+    elif router is not None and router.gating is not None:
+        top_k = router.gating.k
+        choice = Choice(top_k, router.gating.counts, router.gating.temperatures)
+    elif router is not None:
+        choice, top_k = chooser(router), _chosen_shapes(router, layers.qkv, rows).top_k
+    shape = (depth, rows, sum(map(len, GROUPS.values())), top_k) if top_k else (1,)
+    traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
     adapt = choice is not None
     groups = {g: group_weights(getattr(layers, g), norms.get(g), adapt, execution, FIRST[g]) for g in GROUPS}
@@ -138,9 +162,9 @@ def run_layers(
     return stream.x, cache, routings
 
 
-def _routing(state: StepState, choice: Choice, group: str, depth: int) -> Routing:
+def _routing(state: StepState, choice: Choice | Chooser, group: str, depth: int) -> Routing:
     """What acted in a group, layers first."""
-    if choice.indices is None or choice.weights is None:
+    if not isinstance(choice, Choice) or choice.indices is None or choice.weights is None:
         own = slice(FIRST[group], FIRST[group] + len(GROUPS[group]))
         return Routing(state.indices[:, :, None, own], state.weights[:, :, None, own])
     given = (

@@ -377,7 +377,7 @@ def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 
 def read_training_file(path: str | os.PathLike[str]) -> list[str]:
-    """A profile from an adapter's training file, JSON lines with a "prompt" or "messages" (what the user says in them):
+    """A profile from an adapter's training file, JSON lines with a "prompt" or "messages" (what the user says last):
     up to 20, spread evenly; prompts that are blank say nothing and are left out."""
     prompts = [_read_prompt(line, where) for where, line in read_lines(path)]
     if not any(p.strip() for p in prompts):
@@ -389,7 +389,7 @@ def _read_prompt(line: bytes, where: str) -> str:
     try:
         record = json.loads(line)
         if "messages" in record or isinstance(record["prompt"], list):
-            return parse_example(line, where).prompt
+            return parse_example(line, where).request
         prompt = record["prompt"]
     except (ValueError, KeyError, TypeError, RecursionError):
         found = line.decode(errors="replace")[:60]

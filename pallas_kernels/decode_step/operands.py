@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from pallas_kernels.routed_lora import packing
 from pallas_kernels.routed_lora.triton_gpu import power
 
 LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
+WEIGHED_ROWS = 16  # of a program that weighs shrinks; a matrix product has at least so many
 
 
 def at_least(x: jax.Array, rows: int) -> jax.Array:
@@ -64,15 +66,17 @@ class Group:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["counts", "temperatures", "indices", "weights"],
+    data_fields=["counts", "temperatures", "indices", "weights", "fused"],
     meta_fields=["top_k"],
 )
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which adapters act: what the gates choose, or a routing that was given for all projections.
+    """Which adapters act: what the gates choose, or a routing that was given, for all projections or for each.
 
     top_k: C, at most so many on a row. Gates: counts int32 [M], how many on each row; temperatures float32 [M].
-    Given: indices int32 [M, C], anything but an adapter's index for none; weights float32 [M, C], without the scale.
+    Given: indices int32 [M, C] or [M, P, C], anything but an adapter's index for none; weights float32, as many,
+    without the scale.
+    fused: bool [M], the rows whose adapters act as one, their matrices averaged by the weights; None: nobody's.
     """
 
     top_k: int
@@ -80,6 +84,12 @@ class Choice:
     temperatures: jax.Array | None = None
     indices: jax.Array | None = None
     weights: jax.Array | None = None
+    fused: jax.Array | None = None
+
+
+# What makes a choice by rules that the kernels do not have, of a group's input [M, I] and its gates' logits float32
+# [M, P, G]: a routing given for each projection.
+Chooser = Callable[[jax.Array, jax.Array], Choice]
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +135,9 @@ class AdapterLayout:
     A, R, C: as above; G: columns of a projection's gates, null choices behind the A adapters' own; a property with a P
         behind it is rounded up to a power of two.
     gates: the kernel chooses by logits. Else it reads a routing (a wide bank's `shrink_kernel` has chosen before it).
-    gather: a program has one row and reads its adapters' rows of B; else it has many and reads every B, masked.
+    gather: an epilogue's program has one row and reads its adapters' rows of B; else it has many, and multiplies every
+        B with what `weigh_kernel` made of the shrinks: of BK columns in a block, KP in all, tiles of WM rows.
+    fused: rows may average their adapters' matrices (without gather only).
     compact: shrinks are of the chosen adapters alone, in `parts` that are to be added, and times the norm's factor.
     start, projection, row: elements to the first projection's logits (compact: shrinks), from there to the next
         projection's, and from a row to the next; first_shrink: from a projection's logits to its shrinks.
@@ -138,6 +150,7 @@ class AdapterLayout:
     C: int
     gates: bool
     gather: bool
+    fused: bool
     compact: bool
     parts: int
     start: int
@@ -162,6 +175,18 @@ class AdapterLayout:
         return power(self.C)
 
     @property
+    def KP(self) -> int:
+        """A R, rounded up to whole blocks."""
+        return -(-self.A * self.R // self.BK) * self.BK
+
+    @property
+    def KBP(self) -> int:
+        return power(self.KP // self.BK)
+
+    @property
     def BK(self) -> int:
-        """Rows of B in a block of a masked expand."""
-        return max(16, min(64, power(self.A * self.R)))
+        return 64
+
+    @property
+    def WM(self) -> int:
+        return WEIGHED_ROWS
