@@ -238,7 +238,7 @@ def test_an_index_and_composites_are_made_of_conversations(tmp_path, talks, worl
 def test_the_document_s_commands_run_as_they_stand(tmp_path, world):
     text = (Path(__file__).parents[1] / "docs" / "own-adapters.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     shutil.copytree(world["base"], tmp_path / "BASE")
     edit_json(tmp_path / "BASE" / "config.json", max_position_embeddings=1024)
     command = tmp_path / "bin" / "meteora"

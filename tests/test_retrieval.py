@@ -221,14 +221,14 @@ def test_the_last_user_message_is_looked_up_of_a_conversation(world, index, rout
 
 
 def test_all_and_weighted_readings_of_a_conversation(world, index):
-    """One batch of all three; weighted by hand: 4/7 of the last message's similarities, 2/7 and 1/7."""
+    """One batch of all three; weighted by hand: the last message's similarities, 1/2 and 1/4 of those before."""
     model = world["model"]
     routers = [mj.Retrieval(index, k=4, min_similarity=None, read=read) for read in ("last", "all", "weighted")]
     _, (last, joined, weighted) = model.look_up(routers, 3, lambda: [model.request_texts(SWITCH)] * 3)
     said = [PROMPTS[0], "Thanks", PROMPTS[2]]
     assert [dict(last)[n] for n in NAMES] == index.scores(said[2:])[0].tolist()
     assert [dict(joined)[n] for n in NAMES] == index.scores(["\n".join(said)])[0].tolist()
-    want = np.asarray([1, 2, 4]) / 7 @ index.scores(said).astype(np.float64)
+    want = np.asarray([1, 2, 4]) / 4 @ index.scores(said).astype(np.float64)
     assert np.allclose([dict(weighted)[n] for n in NAMES], want, atol=1e-6)
     assert len({last, joined, weighted}) == 3
     # text is looked up as it is, whatever is read of conversations

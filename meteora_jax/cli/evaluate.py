@@ -32,6 +32,7 @@ from meteora_jax.evaluation.composite import (
     tasks_of,
     template_mark,
 )
+from meteora_jax.evaluation.conversations import CONVERSATIONS, UNNUMBERED, load_conversations
 from meteora_jax.evaluation.problems import Problem, load_composites, longest_response
 from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, skipped
@@ -51,7 +52,8 @@ class Evaluate(Comparison):
     composite: str | None = None
     """Composite problems, separated by commas: 3, 5, 10 for MeteoRA's or tasks joined by +, drawn into TASKS if they
     are not there; a folder of TASKS that `meteora compose` wrote; or .jsonl files. A response has at most n times
-    --max-new-tokens."""
+    --max-new-tokens. conversations: turns of other tasks each, of the bank's (conversations=a+b+c: of these);
+    unnumbered: two tasks in one sentence, of the same tasks."""
     metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """TASK=METRIC, another than task.json's, MeteoRA's of that task or what fits its responses (exact if they are
     short, else rougeL): exact, contains, choice (the label that the answer says first), number (the last one), bleu,
@@ -102,6 +104,10 @@ def gather_problems(command: Evaluate, model: Model) -> list[Problem]:
     metrics = named_metrics(command.metric)
     rows, problems = named_problems(command, model, only, metrics)
     for what in filter(None, (command.composite or "").split(",")):
+        if what.partition("=")[0] in (CONVERSATIONS, UNNUMBERED):
+            rows.append(what.partition("=")[0])
+            problems += conversations(command, model, what, metrics)
+            continue
         row, path = composite_file(command, model, what)
         rows.append(row)
         problems += load_composites(path, row, command.limit, command.tasks, metrics, command.max_new_tokens)
@@ -124,6 +130,20 @@ def named_metrics(entries: Sequence[str]) -> dict[str, str]:
     if wrong:
         raise InputError(wrong)
     return {task: metric for _, task, metric in pairs}
+
+
+def conversations(command: Evaluate, model: Model, what: str, metrics: dict[str, str]) -> list[Problem]:
+    """The problems of an entry of `--composite` that is drawn anew each time: the same of the same TASKS."""
+    row, equals, tasks = what.partition("=")
+    if command.split != "test":
+        raise InputError(f"--split: expected test with --composite {what}, found {command.split}")
+    if equals and len(tasks.split("+")) < 2:
+        raise InputError(f"--composite: expected {row}=TASK+TASK, found {what!r}")
+    of = tasks.split("+") if equals else model.adapter_names
+    return load_conversations(
+        command.tasks, row, of, command.limit, command.max_new_tokens, metrics, longest_prompt(model.config, 0),
+        lambda messages: len(model.encode(messages)),
+    )  # fmt: skip
 
 
 def composite_file(command: Evaluate, model: Model, what: str) -> tuple[str, Path]:
@@ -184,7 +204,7 @@ def evaluate(command: Evaluate) -> None:
         "base": fingerprint(command.base), "bank": fingerprint(command.bank), "gates": fingerprint(command.gates),
         "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype,
         "system banks": loaded.banks, "index": fingerprint(command.index, "index.json"),
-        "new_tokens": {p.task: p.new_tokens(command.max_new_tokens) for p in problems},
+        "new_tokens": {p.asks or p.task: p.new_tokens(command.max_new_tokens) for p in problems},
     }  # fmt: skip
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None

@@ -21,7 +21,6 @@ from meteora_jax.evaluation.metrics import (
     exact_match,
     loraretriever_kind,
     plain,
-    read_composite,
     rouge_each,
     sentence_bleu,
 )
@@ -49,6 +48,8 @@ def statistics(problems: Sequence[Problem], answers: Sequence[str], loraretrieve
     first, targets = problems[0], [p.response for p in problems]
     if first.tasks:
         return {} if loraretriever else _composite(problems, answers)
+    if first.asks:
+        return {} if loraretriever else _turns(problems, answers)
     if loraretriever:
         return _loraretriever(first.metric or loraretriever_kind(first.scored_by[0]), answers, targets)
     return {} if first.metric else _single(first.scored_by[0], answers, targets)
@@ -141,9 +142,28 @@ def _loraretriever(kind: str, answers: Sequence[str], targets: Sequence[str]) ->
     return {t: _mean([e[t] for e in each]) for t in ROUGE_TYPES}
 
 
+def _turns(problems: Sequence[Problem], answers: Sequence[str]) -> dict[str, Statistic]:
+    """Turns of conversations, each by its own task's metric: a score's mean is over those that have it."""
+    metrics, targets = [p.scored_by[0] for p in problems], [p.response for p in problems]
+    scored = list(zip(metrics, answers, targets, strict=True))
+    right = [0.0 if metric.right is None else metric.right(answer, target) for metric, answer, target in scored]
+    found = {
+        "attempted": _mean([answer.strip() != "" for answer in answers]),
+        "correct": _mean(right, [metric.right is not None for metric in metrics]),
+    }
+    sums: dict[str, np.ndarray] = {}
+    for scores in {metric.scores for metric in metrics}:
+        rows = [i for i, metric in enumerate(metrics) if metric.scores == scores]
+        names = ["rouge" if name == "rougeL" else name for name in scores]
+        for name, parts in _texts(names, [answers[i] for i in rows], [targets[i] for i in rows]).items():
+            whole = sums.setdefault(name, np.zeros((len(problems), parts.shape[1])))
+            whole[rows] = parts
+    return found | _named(sums)
+
+
 def _composite(problems: Sequence[Problem], answers: Sequence[str]) -> dict[str, Statistic]:
     metrics = problems[0].scored_by
-    said = [read_composite(answer, problems[0].parts) for answer in answers]
+    said = [p.answers_in(answer) for p, answer in zip(problems, answers, strict=True)]
     columns = list(zip(metrics, zip(*said, strict=True), zip(*(p.answers for p in problems), strict=True), strict=True))
     attempted = [sum(answer.strip() != "" for answer in row) for row in said]
     found = {"attempted": _mean(attempted, [len(metrics)] * len(said))}

@@ -362,18 +362,18 @@ def score_composite(
             f"{len(targets)} problems, of {min(rows, default=0)} to {max(rows, default=0)}"
         )
     columns = list(zip(metrics, zip(*answers, strict=True), zip(*targets, strict=True), strict=True))
+    parts = [(metric, *pair) for metric, found, wanted in columns for pair in zip(found, wanted, strict=True)]
+    return {"problems": len(answers), **score_parts(parts)}
+
+
+def score_parts(parts: Sequence[tuple[Metric, str, str]]) -> dict[str, int | float]:
+    """The scores of answers of several tasks together, from (metric, answer, target): as `score_composite` has them."""
     scores: dict[str, int | float] = {
-        "problems": len(answers),
-        "attempted": sum(answer.strip() != "" for _, found, _ in columns for answer in found),
-        "correct": sum(
-            metric.right(answer, target)
-            for metric, found, wanted in columns
-            if metric.right is not None
-            for answer, target in zip(found, wanted, strict=True)
-        ),
+        "attempted": sum(answer.strip() != "" for _, answer, _ in parts),
+        "correct": sum(metric.right(answer, target) for metric, answer, target in parts if metric.right is not None),
     }
     for names, corpus in ((("bleu",), _bleu), (("rouge", "rougeL"), _rouge)):
-        chosen = [column for column in columns if set(names) & set(column[0].scores)]
+        chosen = [(answer, target) for metric, answer, target in parts if set(names) & set(metric.scores)]
         if chosen:
-            scores |= _twice(corpus, [p for _, found, wanted in chosen for p in _pairs("composite", found, wanted)])
+            scores |= _twice(corpus, _pairs("composite", *zip(*chosen, strict=True)))
     return scores

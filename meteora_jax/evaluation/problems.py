@@ -9,7 +9,7 @@ from pathlib import Path
 
 from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.composite import read_composites
-from meteora_jax.evaluation.metrics import Metric, meteora_metric
+from meteora_jax.evaluation.metrics import Metric, meteora_metric, read_composite
 from meteora_jax.evaluation.named_metrics import metric_for
 from meteora_jax.evaluation.tasks import load_splits
 from meteora_jax.evaluation.tasks.settings import read_settings
@@ -28,6 +28,8 @@ class Problem:
     has the `metric` that its file names, and the `cluster` of tasks to which its own belongs. `messages` are the prompt
     where it is a conversation; `prompt` is what the user says in it then. `metrics` score the answers, one a part;
     MeteoRA's own if there are none. `max_new_tokens` is the task's own longest response, if it has one.
+    A turn of a conversation `asks` of one task, while `task` is the row of all turns; `turn` counts from 1. A composite
+    that is not `numbered` asks in one sentence: each answer is looked for in all that was said.
     """
 
     id: str
@@ -41,6 +43,9 @@ class Problem:
     messages: tuple[Message, ...] = field(default=(), hash=False)
     metrics: tuple[Metric, ...] = ()
     max_new_tokens: int | None = None
+    asks: str = ""
+    turn: int = 0
+    numbered: bool = True
 
     @property
     def asked(self) -> str | list[Message]:
@@ -64,7 +69,7 @@ class Problem:
     @property
     def own_tasks(self) -> tuple[str, ...]:
         """The tasks that it asks of: several in a composite problem."""
-        return self.tasks or (self.task,)
+        return self.tasks or (self.asks or self.task,)
 
     @property
     def parts(self) -> int:
@@ -74,7 +79,11 @@ class Problem:
     @property
     def stop(self) -> tuple[str, ...]:
         """Strings that end a response: an answer n + 1 that nobody asked for."""
-        return (f"\n{self.parts + 1}.",) if self.tasks else ()
+        return (f"\n{self.parts + 1}.",) if self.tasks and self.numbered else ()
+
+    def answers_in(self, text: str) -> list[str]:
+        """What was said to each part of a composite problem."""
+        return read_composite(text, self.parts) if self.numbered else [text] * self.parts
 
 
 def load_problems(
@@ -103,7 +112,7 @@ def load_problems(
             )
             for i, e in enumerate(examples)
         ]  # fmt: skip
-        problems += _limited(own, limit)
+        problems += limited(own, limit)
     if wrong:
         raise InputError(wrong)
     return problems
@@ -142,7 +151,7 @@ def load_composites(
         )
         for i, c in enumerate(composites)
     ]  # fmt: skip
-    return _limited(own, limit)
+    return limited(own, limit)
 
 
 def longest_response(tasks_dir: Path, tasks: Sequence[str], new_tokens: int) -> int:
@@ -175,10 +184,11 @@ def load_queries(path: Path, limit: int | None) -> list[Problem]:
             raise InputError(f"{path}: {i}: metric: expected {' or '.join(map(str, expected))}, found {metric!r}")
         cluster = str(query.get("domain", ""))
         row.append(Problem(f"{task}/{path.stem}/{i}", task, prompt, response, metric=metric, cluster=cluster))
-    return [p for row in rows.values() for p in _limited(row, limit)]
+    return [p for row in rows.values() for p in limited(row, limit)]
 
 
-def _limited(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
+def limited(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
+    """At most `limit` problems of a row, chosen by the hashes of their prompts."""
     return [problems[i] for i in choose([p.prompt for p in problems], limit)]
 
 

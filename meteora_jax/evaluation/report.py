@@ -55,7 +55,8 @@ def write_report(
 
 def own_queries(problems: Sequence[Problem], index: Index) -> list[Query]:
     """The problems of one task each whose own adapter the index knows."""
-    return [Query(p.request, p.task, p.cluster) for p in problems if not p.tasks and p.task in index.names]
+    single = [(p, p.own_tasks[0]) for p in problems if not p.tasks]
+    return [Query(p.request, task, p.cluster) for p, task in single if task in index.names]
 
 
 def write_similarities(out: Path, problems: Sequence[Problem], index: Index) -> tuple[str, ...]:

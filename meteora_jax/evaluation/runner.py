@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from meteora_jax.config import InputError, read_json
-from meteora_jax.evaluation.metrics import read_composite
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.table import score_row
 from meteora_jax.io.files import write_json
@@ -147,11 +146,13 @@ def _record(system: str, problem: Problem, said: Mapping[str, Any]) -> dict[str,
     known |= {"prompt": problem.prompt, "response": problem.response}
     if problem.messages:
         known["messages"] = problem.messages
+    if problem.asks:
+        known |= {"asks": problem.asks, "turn": problem.turn}
     known |= said
     if names := [metric.name for metric in problem.metrics if metric.name]:
         known["metric"] = ", ".join(names)
     if problem.tasks:
-        known |= {"tasks": problem.tasks, "answers": read_composite(said["answer"], problem.parts)}
+        known |= {"tasks": problem.tasks, "answers": problem.answers_in(said["answer"])}
     try:
         scores = score_row([problem], [said["answer"]])
     except InputError:

@@ -14,10 +14,10 @@ import numpy as np
 from meteora_jax.evaluation.intervals import DRAWS, LEVEL, Draws, draw, interval, share_interval, statistics
 from meteora_jax.evaluation.metrics import (
     loraretriever_kind,
-    read_composite,
     score_by,
     score_composite,
     score_loraretriever,
+    score_parts,
 )
 from meteora_jax.evaluation.problems import Problem
 
@@ -46,20 +46,39 @@ def score_row(problems: Sequence[Problem], answers: Sequence[str]) -> Cell:
 
     A task has MeteoRA's metrics and under "loraretriever" LoraRetriever's; a query of LoraRetriever's only those.
     Composite problems have `score_composite`'s counts, `asked` sub-questions and `graded` ones, which `correct`
-    counts among.
+    counts among. Turns of conversations have the same, each by its own task's metric, and in `turns` what is correct
+    and graded of every place in a conversation.
     """
     first, count = problems[0], {"problems": len(problems)}
     targets = [p.response for p in problems]
     if first.tasks:
-        parsed = [read_composite(answer, first.parts) for answer in answers]
+        parsed = [p.answers_in(answer) for p, answer in zip(problems, answers, strict=True)]
         graded = len(problems) * sum(metric.right is not None for metric in first.scored_by)
         scores = score_composite(first.tasks, parsed, [p.answers for p in problems], first.scored_by)
         return {**scores, **count, "asked": len(problems) * first.parts, "graded": graded}
+    if first.asks:
+        return {**_score_turns(problems, answers), **count}
     if first.metric:
         return {"loraretriever": score_loraretriever(first.metric, answers, targets), **count}
     (metric,) = first.scored_by
     other = score_loraretriever(loraretriever_kind(metric), answers, targets)
     return {**score_by(metric, answers, targets), "loraretriever": other, **count}
+
+
+def _score_turns(problems: Sequence[Problem], answers: Sequence[str]) -> Cell:
+    parts = [(p.scored_by[0], answer, p.response) for p, answer in zip(problems, answers, strict=True)]
+    places: dict[str, list[float]] = {}
+    for p, (metric, answer, target) in sorted(zip(problems, parts, strict=True), key=_turn):
+        if metric.right is not None:
+            place = places.setdefault(str(p.turn), [0, 0])
+            place[0] += metric.right(answer, target)
+            place[1] += 1
+    graded = sum(metric.right is not None for metric, _, _ in parts)
+    return {**score_parts(parts), "asked": len(parts), "graded": graded, "turns": places}
+
+
+def _turn(scored: tuple[Problem, Any]) -> int:
+    return scored[0].turn
 
 
 def tabulate(
@@ -93,13 +112,13 @@ def tabulate(
     for row, own in rows.items():
         said = {s: [answers[s, p.id] for p in own] for s in table[row]}
         drawn[row] = draw(row, {s: statistics(own, texts, scoring == "loraretriever") for s, texts in said.items()})
-    named = {t: m for own in rows.values() for t, m in zip(own[0].own_tasks, own[0].metrics, strict=False)}
+    named = {t: m for p in problems for t, m in zip(p.own_tasks, p.metrics, strict=False) if m.name}
     return {
         "tasks": table,
         "clusters": {c: _cluster([table[row] for row in members]) for c, members in clusters.items()},
         **means,
         "scoring": scoring,
-        "metrics": {task: {"name": m.name, "because": m.because} for task, m in named.items() if m.name},
+        "metrics": {task: {"name": m.name, "because": m.because} for task, m in named.items()},
         "intervals": _intervals(drawn, systems, clusters, scoring),
         "differences": _differences(table, drawn, systems, scoring),
     }
@@ -297,6 +316,9 @@ def _lines(
                 f"{row}, {name}",
                 {s: t + _bounds(bounds.get(s, {}), name, visible[s][among], 0) for s, t in texts.items()},
             )
+    for turn in sample.get("turns", {}):
+        texts = {s: f"{v['turns'][turn][0]:g} of {v['turns'][turn][1]}" for s, v in visible.items()}
+        yield f"{row}, turn {turn}", texts
     names = [name for name in _LABELS if name in sample]
     # an accuracy stands for its task alone; what strategyqa has beside it is in the JSON
     for name in names[:1] if names[:1] == ["accuracy"] else names:

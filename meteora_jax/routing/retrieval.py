@@ -46,13 +46,13 @@ def check_query(given: Arguments, index: Any, k: Any, exclude: Any, min_similari
 
 
 def read_texts(said: Said, read: Reading) -> list[tuple[str, float]]:
-    """What is looked up for a request, by the rule of `Retrieval`: texts with their weights, which sum to one."""
+    """What is looked up for a request, by the rule of `Retrieval`: texts with their weights."""
     if isinstance(said, str):
         return [(said, 1.0)]
     if read != "weighted" or not said:
         return [("\n".join(said if read == "all" else said[-1:]), 1.0)]
     weights = FADING ** np.arange(len(said))[::-1]
-    return list(zip(said, (weights / weights.sum()).tolist(), strict=True))
+    return list(zip(said, weights.tolist(), strict=True))
 
 
 def is_nobodys(index: Index, found: Found, min_similarity: MinSimilarity) -> bool:
@@ -74,8 +74,8 @@ class Retrieval:
     what the index found on its own profiles (`Index.threshold`; where it has none, None); None: each request gets some.
     read: what is looked up of a conversation; blank messages are passed over, and a prompt that is text is looked up as
     it is. last: the user's last message. all: the user's messages in one text, a line end between. weighted: each of
-    them by itself; an adapter's similarity is the mean of those, the last message weighing 1 and each earlier one half
-    of the next.
+    them by itself; an adapter's similarity is the sum of those, the last message weighing 1 and each earlier one half
+    of the next: up to twice a single look-up's, so that min_similarity is met more easily.
     """
 
     index: Index
@@ -185,11 +185,11 @@ def look_up(router: Any, batch: int, texts: Callable[[], Sequence[Said]]) -> tup
 
 
 def _scores(index: Index, requests: Sequence[Sequence[tuple[str, float]]]) -> np.ndarray:
-    """float32 [B, A]: of each request the mean of its texts' similarities by their weights."""
+    """float32 [B, A]: of each request the sum of its texts' similarities by their weights."""
     each = index.scores([text for request in requests for text, _ in request])
-    means, at = [], 0
+    sums, at = [], 0
     for request in requests:
         weights = np.asarray([weight for _, weight in request], np.float32)
-        means.append(weights @ each[at : at + len(request)])
+        sums.append(weights @ each[at : at + len(request)])
         at += len(request)
-    return np.stack(means)
+    return np.stack(sums)
