@@ -144,7 +144,7 @@ def _order(tasks: Sequence[str], random: np.random.Generator) -> Iterator[str]:
     """Tasks in random order without end, as `_dealt`, none twice in a row."""
     before = None
     while True:
-        order = [tasks[i] for i in random.permutation(len(tasks))]
+        order = [tasks[int(i)] for i in random.permutation(len(tasks))]
         if order[0] == before:
             order = order[1:] + order[:1]
         yield from order
