@@ -327,7 +327,8 @@ class Meteora:
     ) -> Request:  # fmt: skip
         """What the engine is asked for one prompt; a router that reads text has been replaced by what it found."""
         prompt = tuple(token_ids)
-        bound = self.bind([router, None], 2, [prompt, prompt])
+        both: Any = [router, None]
+        bound = self.bind(both, 2, [prompt, prompt])
         return Request(prompt, max_new_tokens, bind_row(bound), sampling, tuple(stop), logprobs, trace)
 
     def _completed(self, requests: list[Request], retrieved: list[Found]) -> Iterator[tuple[int, Completion]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
@@ -112,8 +113,10 @@ class Engine:
             given.whole("max_new_tokens", max_new_tokens)
             given.whole("logprobs", logprobs, none=True)
             given.texts("stop", (stop,) if isinstance(stop, str) else stop)
-        read = read_prompt(prompt, "prompt")
-        (own,), (found,) = self.model.look_up([router], 1, lambda: [self.model.request_texts(read)])
+        read: Any = read_prompt(prompt, "prompt")
+        one: Any = [router]
+        routers, (found,) = self.model.look_up(one, 1, lambda: [self.model.request_texts(read)])
+        (own,) = cast("list[RouterArgument]", routers)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         request = self.model.request(
             self.model.encode(read), own, max_new_tokens, sampling, stop, logprobs, trace=routing

@@ -6,6 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
@@ -61,7 +62,7 @@ def warm_up(
     shapes = list(itertools.product(sorted(set(batch_sizes), reverse=True), sorted(set(prompt_lengths))))
     for done, (size, length) in enumerate(shapes, start=1):  # the largest first: it decides how many blocks there are
         started = time.perf_counter()
-        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, routing=routing)
+        how: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, routing=routing)
         model.generate([[0] * length] * size, router, max_new_tokens, **how)
         if progress is not None:
             took = time.perf_counter() - started

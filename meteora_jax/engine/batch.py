@@ -104,6 +104,7 @@ def dispatch_of(
     order = np.full((count,), row_sizes[-1], np.int32)
     decodes, prompts = np.zeros((count,), bool), np.zeros((count,), np.int32)
     for b, p in enumerate(owners):
+        assert p.row is not None
         tables[b, : len(p.blocks)] = p.blocks
         order[b], decodes[b], prompts[b] = p.row, b < len(plan.decoding), len(p.request.prompt)
     sampling = SamplingRows.of([p.request.sampling for p in owners], vocabulary)

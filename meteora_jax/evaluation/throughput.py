@@ -34,7 +34,8 @@ def choose_prompts(problems: Sequence[Problem], batch: int) -> list[Problem]:
 def time_generation(system: System, problems: Sequence[Problem], new_tokens: int) -> dict[str, float]:
     """Seconds of one batch: `retrieval` of its adapters; `prefill`, until every request has its first token; `decoding`
     of the rest of its `new_tokens`."""
-    model = dataclasses.replace(system.model, config=dataclasses.replace(system.model.config, eos_token_ids=()))
+    model: Any = system.model
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=()))
     ids = [model.encode(p.asked) for p in problems]
     start = time.perf_counter()
     routers = [system.route(p) for p in problems]

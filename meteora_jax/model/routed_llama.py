@@ -74,7 +74,7 @@ class RoutedLlama(Llama):
             return out if cache is None else dataclasses.replace(out, cache=RoutedCache(out.cache, cache.router))
         self._vocab_routing(router)  # refuses a choice by token where adapters change the embedding or the head
         with matmul_precision(self.embed.dtype):
-            if step is None:
+            if step is None or cache is None:
                 sight = Sight(positions, *self.visible(positions, segments))
             else:
                 sight = Sight(positions, step=step, slots=step.slots(cache.block_size), execution=self.execution)

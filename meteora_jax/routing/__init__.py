@@ -104,7 +104,7 @@ class Router(Protocol):
 
     needs_gates: bool
 
-    def bind(self, routers: Sequence[Router | None], names: tuple[str, ...]) -> BoundRouter:
+    def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
         """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER."""
         ...
 

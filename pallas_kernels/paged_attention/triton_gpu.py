@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,9 @@ def paged_attention(
     ratio, wide = heads // kv, q.dtype.itemsize * width  # bytes of a head
     first = jnp.asarray(first_block, jnp.int32).reshape(1)
     result = shape((max(rows, least_rows), heads * width), q.dtype)
-    fixed = dict(R=decoded, N=heads, K=kv, H=width, G=ratio, W=tokens.tables.shape[1], BLOCK=pages.shape[1])
+    fixed: dict[str, Any] = dict(
+        R=decoded, N=heads, K=kv, H=width, G=ratio, W=tokens.tables.shape[1], BLOCK=pages.shape[1]
+    )
     fixed |= dict(
         FACTOR=width**-0.5 * math.log2(math.e), BS=tile_slots(wide, q.dtype.itemsize), STAGES=3 if wide <= 256 else 2
     )
