@@ -144,11 +144,11 @@ def test_turns_are_scored_by_their_own_task_s_metric(tasks, tmp_path):
             else:
                 right = {"daisy": f"so {p.response[-1]}", "birch": "no"}.get(p.asks, p.response)
                 said.append(right)
-        return [{"answer": a, "tokens": 1} for a in said]
+        return enumerate({"answer": a, "tokens": 1} for a in said)
 
     problems = [*turns, *pairs]
     records = runner.Records(tmp_path / "run", {"base": "x"})
-    runner.run(problems, {"mine": answer}, records, 4, lambda done, total, system: None, {("mine", "nothing")})
+    runner.run(problems, {"mine": answer}, records, lambda done, total, system: None, {("mine", "nothing")})
     table = tabulate(problems, ["mine"], records.answers)
     cell, both = table["tasks"]["conversations"]["mine"], table["tasks"]["unnumbered"]["mine"]
     count = collections.Counter(p.asks for p in turns)
@@ -195,7 +195,7 @@ def test_conversations_are_asked_by_a_command(tasks, world, tmp_path, capsys):
     index.save(tmp_path / "index")
     given = ["evaluate", "--base", str(base), *(w for k in ("bank", "gates") for w in (f"--{k}", str(world[k])))]
     given += ["--tasks", str(tasks), "--index", str(tmp_path / "index"), "--out", str(tmp_path / "run")]
-    given += ["--limit", "2", "--batch-size", "2", "--max-new-tokens", "2", "--max-prompt", "1000"]
+    given += ["--limit", "2", "--max-new-tokens", "2", "--max-prompt", "1000"]
     systems = ["--systems", "oracle,retrieval-selection-k1"]
     main([*given, "--composite", "conversations,unnumbered", *systems])
     lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
