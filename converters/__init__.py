@@ -10,6 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from converters import gguf_llama, hf_llama, meta_llama, meteora_layout
+from converters.bank_change import (
+    add_adapters,
+    check_rename,
+    names_left,
+    remove_adapters,
+    rename_adapter,
+    take_adapters,
+)
 from converters.base_folder import OpenedBase, describe_base, named, write_base
 from converters.hf_export import export_base, export_merged
 from converters.meteora_export import export_gates
@@ -21,6 +29,8 @@ from converters.rules import Progress, TensorPlan
 from meteora_jax.config import InputError, LlamaConfig
 
 __all__ = [
+    "add_adapters",
+    "check_rename",
     "describe_adapters",
     "describe_gates",
     "export_adapter",
@@ -30,8 +40,12 @@ __all__ = [
     "import_adapters",
     "import_base",
     "import_gates",
+    "names_left",
     "open_base",
     "plan_base",
+    "remove_adapters",
+    "rename_adapter",
+    "take_adapters",
 ]
 
 

@@ -95,6 +95,10 @@ def _open_gates(folder: Path, config: LlamaConfig, gates: GateConfig) -> TensorR
     if gates.form is not None:
         expected = "MeteoRA's own gates (its layout has no place for others)"
         raise InputError(f"{folder / 'gates.json'}: form: expected {expected}, found a token router")
+    if gates.null:
+        raise InputError(
+            f"{folder / 'gates.json'}: null: expected gates that always choose an adapter, found a null choice"
+        )
     return TensorReader(folder / "weights.safetensors", gate_shapes(config, len(gates.names)))
 
 

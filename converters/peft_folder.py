@@ -156,6 +156,25 @@ def read_adapter(name: str, folder: Path, config: LlamaConfig) -> PeftAdapter:
     return PeftAdapter(name, folder, weights, raw, settings, parts, saved, vocab_parts, tokens)
 
 
+def what_needs_base(folder: Path) -> str:
+    """What of a PEFT folder only its base itself can check or complete, in words; empty: the base's shapes suffice.
+
+    A folder that `read_adapter` refuses anyway needs nothing.
+    """
+    try:
+        settings = read_settings(read_json(folder / CONFIG), f"{folder / CONFIG}")
+        keys = [tensor.key for tensor in read_tensors(folder)[1]]
+    except InputError:
+        return ""
+    at_vocabulary = any(_SAVED.fullmatch(key) or _VOCAB_KEY.fullmatch(key) for key in keys)
+    reasons = {
+        "DoRA's norms are those of its weights": settings.dora,
+        "the adapter has tensors at its vocabulary": at_vocabulary or settings.saved or settings.tokens,
+        "the invocation is tokens of its vocabulary": settings.invocation,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
 def _check_vocab_parts(
     settings: LoraSettings, vocab_parts: Mapping[VocabSlot, SourceTensor], config: LlamaConfig, file: str
 ) -> list[str]:

@@ -70,24 +70,19 @@ def import_adapters(
     """
     bank, loaded = plan_adapters(base, adapters, any_base, on_remark)
     base = Path(base)
-    problems = [p for adapter in loaded for p in _check_saved(base, adapter)]
+    problems = [p for adapter in loaded for p in check_saved(base, adapter)]
     if problems:
         raise InputError(problems)
     inputs = [base / "config.json", base / "weights.safetensors", *(path for a in loaded for path in a.inputs)]
     with new_folder(dest, overwrite, inputs, _identity(bank, inputs)) as partial:
         dtype = common_dtype({t.dtype for a in loaded for t in a.trained})
-        shapes = bank.weight_shapes()
-        # What is computed rather than copied stays float32.
-        specs = {p: (np.dtype(np.float32) if p.endswith((".scale", ".dora")) else dtype, shapes[p]) for p in shapes}
-        writer = TensorWriter(partial / "weights.safetensors", specs)
+        writer = bank_writer(partial, bank, dtype)
         journal = Journal(partial)
         if not writer.found:
             journal.begin(journal.conversion)
         first, unsaved = journal.done, 0
         for index, adapter in enumerate(loaded[first:], start=first):
-            problems += _write_adapter(writer, index, adapter)
-            if adapter.settings.dora and not problems:
-                problems += _write_dora(writer, index, adapter, base)
+            problems += write_adapter(writer, index, adapter, base)
             unsaved += sum(math.prod(t.shape) * t.dtype.itemsize for t in adapter.trained)
             if unsaved >= rules.SAVE_BYTES and not problems:
                 writer.sync()
@@ -99,6 +94,13 @@ def import_adapters(
             raise InputError(problems)
         write_json(partial / "bank.json", bank.to_json())
     return bank
+
+
+def bank_writer(folder: Path, bank: BankConfig, dtype: np.dtype) -> TensorWriter:
+    """The weight file of a BANK folder; what is computed rather than copied stays float32."""
+    shapes = bank.weight_shapes()
+    specs = {p: (np.dtype(np.float32) if p.endswith((".scale", ".dora")) else dtype, shapes[p]) for p in shapes}
+    return TensorWriter(folder / "weights.safetensors", specs)
 
 
 def _identity(bank: BankConfig, inputs: Iterable[Path]) -> str:
@@ -124,9 +126,20 @@ def plan_adapters(
     raw = read_json(config_file)
     config = hf_config.from_hf(raw, str(config_file))
     origin = BaseOrigin.of_base(raw, str(config_file))
+    return read_adapters(config, origin, adapters, any_base, on_remark)
+
+
+def read_adapters(
+    config: LlamaConfig,
+    origin: BaseOrigin | None,
+    adapters: Mapping[str, str | os.PathLike[str]] | Adapters,
+    any_base: bool = False,
+    on_remark: Callable[[str], None] | None = None,
+) -> tuple[BankConfig, list[PeftAdapter]]:
+    """As `plan_adapters`, for a base of this shape and record."""
     pairs = cast("Adapters", adapters.items() if isinstance(adapters, Mapping) else adapters)
     named = [(name, Path(folder)) for name, folder in pairs]
-    problems = _check_names([name for name, _ in named])
+    problems = check_names([name for name, _ in named])
     loaded: list[PeftAdapter] = []
     for name, folder in named:
         try:
@@ -162,7 +175,7 @@ def _compare_bases(adapters: Sequence[PeftAdapter], origin: BaseOrigin | None) -
         if verdict.expected is not None:
             problems.append(
                 f"{file}: {verdict.key}: expected {verdict.expected} (this base), found {said[verdict.key]} "
-                "(meteora import adapters --any-base takes it all the same)"
+                "(--any-base takes it all the same)"
             )
         elif verdict.remark is not None:
             remarks.setdefault(verdict.remark, []).append(adapter.name)
@@ -198,7 +211,8 @@ def describe_adapters(
     return bank, plans
 
 
-def _check_names(names: Sequence[str]) -> list[str]:
+def check_names(names: Sequence[str]) -> list[str]:
+    """What is wrong with the names of a bank's adapters, a line each."""
     problems = [] if names else ["adapters: expected at least one, found none"]
     for name in dict.fromkeys(names):
         if not name or name != name.strip() or not name.isprintable() or any(c in name for c in "/\\="):
@@ -242,8 +256,11 @@ def _describe_bank(adapters: Sequence[PeftAdapter], config: LlamaConfig) -> Bank
     return BankConfig(infos, used, config.num_layers, base_shapes, dora, bias, vocab_adapters, vocab_shape)
 
 
-def _write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter) -> list[str]:
-    """Fills the adapter's slices; rows beyond its rank and modules it lacks stay zero, scale 0 included."""
+def write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter, base: Path | None) -> list[str]:
+    """Fills the adapter's slices; rows beyond its rank and modules it lacks stay zero, scale 0 included.
+
+    base: the BASE folder; None where the adapter has no DoRA. Returns what is wrong with its values.
+    """
     problems = []
     for (layer, p, part), tensor in adapter.parts.items():
         out = writer.slice(f"{p}.{part}", layer, index)
@@ -257,6 +274,9 @@ def _write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter) -> li
         problems += copy_tensor(tensor, out.T if part == "b" else out)
         if part == "a":
             writer.slice(f"{matrix}.scale", index)[0] = adapter.settings.scale_of(ENDS[matrix])
+    if adapter.settings.dora and not problems:
+        assert base is not None, "DoRA's norms are the base's"
+        problems += _write_dora(writer, index, adapter, base)
     return problems
 
 
@@ -286,7 +306,7 @@ def _check_values(adapter: PeftAdapter) -> list[str]:
     return [p for t in adapter.trained for p in copy_tensor(t, np.empty(t.shape, t.dtype))]
 
 
-def _check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
+def check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
     """Saved embeddings and heads are accepted where they are the base's own, value by value."""
     if not adapter.saved:
         return []

@@ -213,6 +213,10 @@ class TensorReader:
         if problems:
             raise InputError(problems)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
     def dtype(self, key: str) -> np.dtype:
         return self._tensors[key].dtype
 

@@ -1,24 +1,43 @@
 """One LLaMA-family model with many LoRA adapters inside, where nobody has to pick the adapter."""
 
-from meteora_jax.api import Completion, Delta, Meteora, load
+from importlib.metadata import PackageNotFoundError, version
+
+from meteora_jax.api import Meteora
+from meteora_jax.batching import Engine, Pending
+from meteora_jax.completion import Completion, Delta
 from meteora_jax.config import InputError
+from meteora_jax.engine import Sampling
+from meteora_jax.loading import load
 from meteora_jax.retriever.index import Index
-from meteora_jax.routing import Routing, RoutingTrace
+from meteora_jax.routing import Router, RouterArgument, Routing, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.retrieval import GatesWithin, Retrieval
+from meteora_jax.warming import warm_up
+
+try:
+    __version__ = version("meteora-jax")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "Completion",
     "Delta",
+    "Engine",
     "Fixed",
     "Gates",
     "GatesWithin",
     "Index",
     "InputError",
     "Meteora",
+    "Pending",
     "Retrieval",
+    "Router",
+    "RouterArgument",
     "Routing",
     "RoutingTrace",
+    "Sampling",
+    "__version__",
     "load",
+    "warm_up",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,55 +17,35 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.arguments import Arguments
+from meteora_jax.completion import Completion, Delta
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
-from meteora_jax.execution import default_dtype, jit, platform
+from meteora_jax.engine import Progress, Request, Sampling, bind_row
+from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
+from meteora_jax.execution import jit, packs
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.generation import Generator, Sampling, check_prompts, check_token_ids, pad_batch
+from meteora_jax.generation import Ended, Engines, pieces, routing_of
 from meteora_jax.io.bank import load_bank
-from meteora_jax.io.base import load_base, read_origin
-from meteora_jax.io.gates import load_gates
-from meteora_jax.io.model_state import assemble
-from meteora_jax.model.kv_cache import EMPTY
-from meteora_jax.model.llama import pack
-from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat
-from meteora_jax.routing import BoundRouter, RoutingTrace, bind
-from meteora_jax.routing.alora import watch
-from meteora_jax.routing.gates import Gates
-from meteora_jax.routing.retrieval import Found, look_up
+from meteora_jax.io.base import read_origin
+from meteora_jax.io.model_bank import change_adapters, is_packed, rank_in
+from meteora_jax.padding import pad_batch
+from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
+from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
+from meteora_jax.routing.known import bind_known, within_known
+from meteora_jax.routing.named import spelled_out
+from meteora_jax.routing.retrieval import Found, Reading, Said, look_up, read_texts
 from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import Params, place_rows, use_mesh
-from meteora_jax.text import TextStream, load_tokenizer
+from pallas_kernels.paged_attention import EMPTY
 
-FinishReason = Literal["end", "stop", "length"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One response.
-
-    token_ids exclude the end token; `text` ends before a stop string, whose tokens token_ids still hold.
-    routing covers prompt and response; None where no router acted.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    prompt_length: int
-    routing: RoutingTrace | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """A piece of streamed text: `text` is to be appended to response `index`."""
-
-    index: int
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Meteora:
-    """A base with its bank and gates, ready to run. Made by `load`."""
+    """A base with its bank and gates, ready to run. `mj.load` makes it; `add_adapter` and `remove_adapter` give others.
+
+    gates: they know the first of the bank's adapters; any that were added do without. folder: the BASE folder.
+    """
 
     config: LlamaConfig
     bank: BankConfig | None
@@ -72,6 +54,19 @@ class Meteora:
     graph: nnx.GraphDef
     weights: Params
     mesh: Mesh | None = None
+    folder: Path | None = None
+
+    def __repr__(self) -> str:
+        named, count = self.adapter_names[:4], len(self.adapter_names)
+        more = f" and {count - len(named)} more" if count > len(named) else ""
+        gates = f", {self.gates.form_name} gates of {len(self.gates.names)}" if self.gates else ""
+        name = "" if self.folder is None else f"{str(self.folder)!r}, "
+        where = jax.devices()[:1] if self.mesh is None else self.mesh.devices.flat
+        devices = f"{len(where)} {where[0].device_kind}" if self.mesh is not None else where[0].device_kind
+        return (
+            f"Meteora({name}{self.config.num_layers} layers, {count} adapters"
+            f"{': ' if count else ''}{', '.join(named)}{more}{gates}, {self.dtype}, {devices})"
+        )
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -84,39 +79,120 @@ class Meteora:
         return str(self.weights["embed"].dtype)
 
     @functools.cached_property
+    def _engines(self) -> Engines:
+        return Engines(self.graph, self.weights, self.config, self.mesh, self.decode_tokens)
+
+    @functools.cached_property
     def _adapted(self) -> np.ndarray | None:
         return adapted_places(self.weights)
 
-    def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None:
+    def bind(
+        self, router: RouterArgument, batch: int, prompts: Sequence[Sequence[int]] | None = None
+    ) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""
-        if isinstance(router, str) and router == "gates if loaded":
-            router = Gates(self.gates.top_k, self.gates.temperature) if self.gates else None
-        return watch(bind(router, self.adapter_names, batch, self.gates is not None), self.bank, prompts)
+        return bind_known(router, self.bank, self.gates, batch, prompts)
 
-    def request_text(self, prompt: Prompt | Sequence[int]) -> str:
-        """What a retrieval reads: the text itself, what the user said in messages, or the text of token ids."""
-        return self._request_text(read_prompt(prompt, "prompt"))
+    def look_up(
+        self, router: RouterArgument, batch: int, texts: Callable[[], Sequence[Said]]
+    ) -> tuple[RouterArgument, list[Found]]:
+        """Routers that read the requests' texts, replaced by what they found; and for each request what that was."""
+        routers, found = look_up(spelled_out(router, self.gates), batch, texts)
+        return within_known(routers, found, self.adapter_names, self.gates), found
 
-    def _request_text(self, prompt: Any) -> str:
+    def add_adapter(
+        self, path: str | os.PathLike[str], name: str, *, any_base: bool = False, release: bool = False
+    ) -> Meteora:
+        """Another model with one adapter more, behind the others; this one stays as it is.
+
+        Both share the base's arrays. Gates have no column of the new adapter and go on choosing among those that they
+        know; `Fixed` and `Retrieval` reach it (and gates that `meteora train gates --extend` made, once loaded).
+
+        Args:
+            path: a PEFT folder, or a BANK folder that has an adapter of this name.
+            name: what it will be called.
+            any_base: take an adapter whose settings name another base.
+            release: replaced arrays' memory is given back one by one; this model is then of no more use. Otherwise both
+                models' adapters are in memory, and of packed models (a GPU, 16 bit) both bases.
+
+        Raises:
+            InputError: a name that is taken or none, and what `meteora import adapters` refuses.
+        """
+        with Arguments("add_adapter") as given:
+            given.path("path", path)
+            given.texts("name", [name])
+        if self.folder is None:
+            raise InputError("add_adapter: expected a model of mj.load, found one whose BASE folder is not known")
+        if name in self.adapter_names:
+            raise InputError(f"add_adapter: name: expected one that no adapter has, found {name!r}")
+        import converters  # knows the files of others; here alone outside of the command line
+
+        kind = jnp.dtype(self.dtype)
+        with tempfile.TemporaryDirectory() as scratch:
+            one = Path(scratch) / "bank"
+            if (Path(path) / "bank.json").exists():
+                converters.take_adapters(path, one, [name])
+            else:
+                converters.import_adapters(one, self.folder, {name: path}, any_base=any_base)
+            added = load_bank(one, self.config, kind, read_origin(self.folder))
+        count = len(self.adapter_names)
+        return self._changed(
+            added.config if self.bank is None else self.bank.join(added.config), range(count), added, self.gates,
+            range(self.gates.columns if self.gates else 0), release,
+        )  # fmt: skip
+
+    def remove_adapter(self, name: str, *, release: bool = False) -> Meteora:
+        """Another model without one adapter; this one stays as it is. Gates lose its column, if they have one.
+
+        Args:
+            name: the adapter. release: as in `add_adapter`.
+
+        Raises:
+            InputError: no adapter has the name, or it is the last one.
+        """
+        if self.bank is None or name not in self.adapter_names:
+            found = ", ".join(self.adapter_names) or "none"
+            raise InputError(f"remove_adapter: name: expected an adapter's ({found}), found {name!r:.200}")
+        if len(self.adapter_names) == 1:
+            raise InputError(f"remove_adapter: expected an adapter that stays, found {name!r} alone (load the base)")
+        keep = [i for i, n in enumerate(self.adapter_names) if n != name]
+        gates = None if self.gates is None else self.gates.without(name)
+        columns = [i for i in range(self.gates.columns) if self.gates.names[i : i + 1] != (name,)] if self.gates else []
+        return self._changed(self.bank.take(keep, rank_in(self.weights)), keep, None, gates, columns, release)
+
+    def _changed(self, bank, keep, added, gates, columns, release) -> Meteora:
+        packed = packs(self.dtype, self.mesh) or is_packed(self.graph, self.weights)
+        graph, weights = change_adapters(
+            self.graph, self.weights, self.config, bank, keep, added, gates, columns, self.mesh, packed, release
+        )
+        return dataclasses.replace(self, bank=bank, gates=gates, graph=graph, weights=weights)
+
+    def request_text(self, prompt: Prompt | Sequence[int], read: Reading = "last") -> str:
+        """What a retrieval reads: the text itself, the text of token ids, or what the user said in messages, last or
+        all of it (`Retrieval`; "weighted" looks every one of `request_texts` up)."""
+        return "\n".join(text for text, _ in read_texts(self.request_texts(prompt), read))
+
+    def request_texts(self, prompt: Prompt | Sequence[int]) -> Said:
+        """What retrievals choose from: the text itself, the text of token ids, or the user's messages one by one."""
+        return self._request_texts(read_prompt(prompt, "prompt"))
+
+    def _request_texts(self, prompt: Any) -> Said:
         if isinstance(prompt, str):
             return prompt
-        if is_messages(prompt):
-            return "\n".join(m["content"] for m in prompt if m["role"] == "user")
-        return self._decode(prompt)
+        return user_texts(prompt) if is_messages(prompt) else self.decode_tokens(prompt)
 
-    def logits(self, token_ids: Any, router: Any = "gates if loaded") -> jax.Array:
+    def logits(self, token_ids: Any, router: RouterArgument = "gates if loaded") -> jax.Array:
         """Next-token logits at every position.
 
         Args:
             token_ids: int [B, T], or a list of B token lists of any lengths.
-            router: `Gates`, `Fixed`, None (bare base), a list of them (one a row); by default the gates if loaded.
+            router: as in `generate`; of a list one a row.
 
         Returns:
             float32 [B, T, V], T the longest row; what stands behind a shorter row's end means nothing.
         """
         rows = read_token_ids(token_ids)
         check_prompts(rows, self.config, 0)
-        router, _ = look_up(router, len(rows), lambda: [self._decode(row) for row in rows])
+        router, _ = self.look_up(router, len(rows), lambda: [self.decode_tokens(row) for row in rows])
         tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows), rows), self.mesh)
         with use_mesh(self.mesh):
             batch = place_rows((tokens, lengths), self.mesh)
@@ -139,64 +215,91 @@ class Meteora:
         """Token ids -> text, special tokens left out."""
         (row,) = read_token_ids([token_ids])
         check_token_ids(row, self.config)
-        return self._decode(row)
+        return self.decode_tokens(row)
 
-    def _decode(self, token_ids: Any) -> str:
+    def decode_tokens(self, token_ids: Any) -> str:
+        """As `decode`, without a check."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def generate(
         self,
         prompts: Sequence[Prompt | Sequence[int]],
-        router: Any = "gates if loaded",
+        router: RouterArgument = "gates if loaded",
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        routing: bool = True,
     ) -> list[Completion]:
         """Answers a batch of prompts (text, messages, or token ids); greedy at temperature 0.
 
         Args:
-            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, None (bare base), a list of them (one a prompt); by
-                default the gates if loaded, else None, whatever bank there is.
+            prompts: texts, lists of messages {"role", "content"}, or lists of token ids, mixed as you like.
+            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, "gates" (as they were trained), "base" or None (bare
+                base), a list of these (one a prompt); by default "gates if loaded", else the base.
+            max_new_tokens: at most so many tokens a response.
+            temperature: 0 takes the likeliest token; else what logits are divided by before one is drawn.
+            top_k, top_p: draws from so many of the likeliest tokens, or from the fewest with this probability, only.
+            seed: of the draws; a row's draws depend on it, its place in the batch and the step alone.
             stop: texts that end a response, or one text.
+            routing: whether completions say what routed each token (docs/fleet.md has what that costs); beginnings that
+                an earlier call has read are read again for it.
 
         Raises:
             InputError: empty prompt, prompt beyond the context, messages that the chat template refuses, text that
                 UTF-8 cannot hold, unknown adapter, bad sampling values.
         """
-        # without stop strings nothing needs the host before the end: one loop on the device
-        chunk = 16 if stop else max_new_tokens
         sampling = Sampling(temperature, top_k, top_p, seed)
-        completions: list[Completion] = []
-        for piece in self._run(prompts, router, max_new_tokens, sampling, stop, chunk):
-            if isinstance(piece, list):
-                completions = piece
-        return completions
+        found = dict(self._run(prompts, router, max_new_tokens, sampling, stop, routing))
+        return [found[i] for i in sorted(found)]
+
+    def completions(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        router: RouterArgument = "gates if loaded",
+        max_new_tokens: int | Sequence[int] = 64,
+        stop: Sequence[str] | Sequence[Sequence[str]] = (),
+    ) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, greedy: (place in the list, completion) as each ends, so that none waits for a longer one.
+
+        Args:
+            max_new_tokens, stop: the same for all, or a list, one a prompt.
+        """
+        return self._run(prompts, router, max_new_tokens, GREEDY, stop, True)
 
     def stream(
         self,
         prompts: Sequence[Prompt | Sequence[int]],
-        router: Any = "gates if loaded",
+        router: RouterArgument = "gates if loaded",
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
-        chunk: int = 8,
+        routing: bool = True,
     ) -> Iterator[Delta | list[Completion]]:
-        """As `generate`, in pieces: `Delta`s as text becomes certain, every `chunk` tokens, then the completions."""
-        return self._run(prompts, router, max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop, chunk)
+        """As `generate`, in pieces: `Delta`s as text becomes certain, then the completions."""
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return self._streamed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing))
 
-    def _run(self, prompts, router, max_new_tokens, sampling, stop, chunk) -> Iterator[Delta | list[Completion]]:
-        """Checks the call, reads the prompts, and gives the pieces as they come."""
+    def _run(self, prompts, router, max_new_tokens, sampling, stop, routing) -> Iterator[tuple[int, Completion]]:
+        """Checks the call, and gives the completions as they end."""
+        return self._completed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing))
+
+    def _requests(self, prompts, router, max_new_tokens, sampling, stop, routing) -> tuple[list[Request], list[Found]]:
+        """What the engine is asked, and what was retrieved for each prompt."""
         stop = (stop,) if isinstance(stop, str) else stop
+        own_stops = isinstance(stop, Sequence) and len(stop) > 0 and not isinstance(stop[0], str)
         with Arguments() as given:
-            given.whole("max_new_tokens", max_new_tokens)
-            given.whole("chunk", chunk)
-            given.texts("stop", stop)
+            for most in max_new_tokens if isinstance(max_new_tokens, list | tuple) else [max_new_tokens]:
+                given.whole("max_new_tokens", most)
+            for texts in stop if own_stops else [stop]:
+                given.texts("stop", texts)
+            if not isinstance(routing, bool):
+                given.refuse("routing", "true or false", routing)
         asked, ids, problems = read_prompts(prompts), [], []
         for i, prompt in enumerate(asked):
             try:
@@ -205,53 +308,54 @@ class Meteora:
                 problems += e.problems
         if problems:
             raise InputError(problems)
-        check_prompts(ids, self.config, max_new_tokens)
-        router, retrieved = look_up(router, len(ids), lambda: list(map(self._request_text, asked)))
-        bound = self.bind(router, len(ids), ids)
-        batch = Generator(self.graph, self.weights, self.config, ids, bound, sampling, max_new_tokens, self.mesh)
-        return self._pieces(batch, ids, stop, chunk, retrieved)
-
-    def _pieces(
-        self, batch: Generator, ids: list[list[int]], stop: Sequence[str], chunk: int, retrieved: list[Found]
-    ) -> Iterator[Delta | list[Completion]]:
-        streams = [TextStream(self._decode, stop) for _ in ids]
-        seen = [0] * len(ids)
-        running = True
-        while running:
-            running = batch.advance(chunk)
-            for i, tokens in enumerate(batch.tokens()):
-                text = streams[i].push(tokens[seen[i] :])
-                seen[i] = len(tokens)
-                if text:
-                    yield Delta(i, text)
-            stopped = [i for i, s in enumerate(streams) if s.stopped]
-            if stopped and running:
-                batch.stop(stopped)
-                running = not bool(np.all(batch.done))
-        for i, s in enumerate(streams):
-            if text := s.finish():
-                yield Delta(i, text)
-        yield self._complete(batch, ids, streams, retrieved)
-
-    def _complete(
-        self, batch: Generator, ids: list[list[int]], streams: list[TextStream], retrieved: list[Found]
-    ) -> list[Completion]:
-        reasons: list[FinishReason] = [
-            "stop" if s.stopped else "end" if len(s.tokens) < batch.max_new_tokens else "length" for s in streams
+        each = isinstance(max_new_tokens, list | tuple)
+        mosts = [int(n) for n in (max_new_tokens if each else [max_new_tokens] * len(ids))]
+        stops = list(stop) if own_stops else [stop] * len(ids)
+        check_prompts(ids, self.config, mosts)
+        router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
+        per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
+        self.bind(router, len(ids), ids)  # refuses all that is wrong at once
+        requests = [
+            self.request(row, own, most, dataclasses.replace(sampling, index=i), texts, trace=routing)
+            for i, (row, own, most, texts) in enumerate(zip(ids, per_prompt, mosts, stops, strict=True))
         ]
-        # a response that met its end token had its last token read; any other's last was never fed back
-        lengths = [len(s.tokens) for s in streams]
-        fed = [n if r == "end" else n - 1 for n, r in zip(lengths, reasons, strict=True)]
-        routing = batch.routing(fed, lengths)
-        out = []
-        for i, (prompt, s) in enumerate(zip(ids, streams, strict=True)):
-            trace = None
-            if routing is not None:
-                shown = tuple(self.tokenizer.decode([t]) for t in prompt + s.tokens)
-                found = *routing[i], retrieved[i], self._adapted
-                trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *found)
-            out.append(Completion(s.text, s.tokens, reasons[i], len(prompt), trace))
-        return out
+        return requests, retrieved
+
+    def request(
+        self, token_ids: Sequence[int], router: RouterArgument, max_new_tokens: int, sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (), logprobs: int | None = None, trace: bool = False,
+    ) -> Request:  # fmt: skip
+        """What the engine is asked for one prompt; a router that reads text has been replaced by what it found."""
+        prompt = tuple(token_ids)
+        both: Any = [router, None]
+        bound = self.bind(both, 2, [prompt, prompt])
+        return Request(prompt, max_new_tokens, bind_row(bound), sampling, tuple(stop), logprobs, trace)
+
+    def _completed(self, requests: list[Request], retrieved: list[Found]) -> Iterator[tuple[int, Completion]]:
+        for piece in pieces(self._engines.holding(requests), requests, self.decode_tokens, stream=False):
+            assert isinstance(piece, Ended)
+            yield piece.index, self.completion(piece.progress, piece.text, retrieved[piece.index])
+
+    def _streamed(self, requests: list[Request], retrieved: list[Found]) -> Iterator[Delta | list[Completion]]:
+        found: dict[int, Completion] = {}
+        for piece in pieces(self._engines.holding(requests), requests, self.decode_tokens, stream=True):
+            if isinstance(piece, Delta):
+                yield piece
+            else:
+                found[piece.index] = self.completion(piece.progress, piece.text, retrieved[piece.index])
+        yield [found[i] for i in sorted(found)]
+
+    def completion(self, progress: Progress, text: str, retrieved: Found) -> Completion:
+        """What became of a request, with its text."""
+        prompt, tokens = list(progress.request.prompt), progress.tokens
+        assert progress.finish_reason is not None
+        routing, trace = routing_of(progress), None
+        if routing is not None:
+            shown = tuple(self.tokenizer.decode([t]) for t in prompt + tokens)
+            found = *routing, retrieved, self._adapted
+            trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *found)
+        own = tuple((value, tuple(best)) for value, best in progress.logprobs)
+        return Completion(text, tokens, progress.finish_reason, len(prompt), trace, own)
 
 
 @jit(static_argnames=("graph",))
@@ -262,41 +366,3 @@ def _logits(
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
     return model.logits(model(tokens, positions, router).hidden, router)
-
-
-def load(
-    base: str | os.PathLike[str],
-    bank: str | os.PathLike[str] | None = None,
-    gates: str | os.PathLike[str] | None = None,
-    mesh: Any = None,
-    dtype: str | None = None,
-) -> Meteora:
-    """Loads BASE, and on top of it BANK and GATES, made by `meteora import` and `meteora train gates`.
-
-    Args:
-        mesh: of `sharding.make_mesh`: weights are split over its devices, and batches too; None is one device.
-        dtype: of base, adapters and activations; by default float32 on a CPU, bfloat16 on an accelerator; the model's
-            `dtype` says which. Gates stay float32.
-
-    Raises:
-        InputError: a folder is missing, damaged, or made for another base or bank.
-    """
-    with Arguments() as given:
-        given.path("base", base)
-        given.path("bank", bank, none=True)
-        given.path("gates", gates, none=True)
-        if mesh is not None and not isinstance(mesh, Mesh):
-            given.refuse("mesh", "one of sharding.make_mesh, or None", mesh)
-        if dtype is not None:
-            given.choice("dtype", dtype, DTYPES)
-    if gates is not None and bank is None:
-        raise InputError(f"{gates}: gates: expected a bank beside them, found none")
-    kind = jnp.dtype(default_dtype(dtype))
-    config, weights = load_base(base, kind)
-    loaded = load_bank(bank, config, kind, read_origin(base)) if bank is not None else None
-    gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
-    form = gate_config.form if gate_config else None
-    graph, state = assemble(config, weights, loaded, columns, kind, mesh, form)
-    if platform() == "gpu" and mesh is None and kind.itemsize == 2:
-        graph, state = pack(graph, state, release=True)
-    return Meteora(config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,6 +182,76 @@ class BankConfig:
     def invoked(self) -> tuple[str, ...]:
         """The adapters that act from an invocation on."""
         return tuple(a.name for a in self.adapters if a.invocation)
+
+    @property
+    def hidden_size(self) -> int:
+        """D of the base."""
+        return self.base_shapes["q_proj"][0]
+
+    def projection_shape(self, projection: str) -> tuple[int, int]:
+        """(I, O) of a projection of the base."""
+        return self.base_shapes[projection]
+
+    def take(self, at: Sequence[int], rank_of: Callable[[int, str], int]) -> BankConfig:
+        """The bank of some of its adapters, stacked as an import of them alone stacks them.
+
+        Args:
+            at: their places, in the order that they shall have.
+            rank_of: (an adapter's place, projection or end) -> its rank there; asked where its settings have a rank
+                pattern, of which the description keeps the largest rank alone.
+        """
+        infos = [self.adapters[i] for i in at]
+        held = [self._ranks(i, rank_of) for i in at]
+        most = {place: max(ranks.get(place, 0) for ranks in held) for place in (*self.ranks, *self.vocab_adapters)}
+
+        def kept(projections: tuple[str, ...], switch: str) -> tuple[str, ...]:
+            return tuple(p for p in projections if any(a.peft_config.get(switch) and p in a.targets for a in infos))
+
+        vocab = {
+            end: VocabAdapterConfig(most[end], tuple(old.tokens[i] for i in at))
+            for end, old in self.vocab_adapters.items()
+        }
+        vocab = {end: new for end, new in vocab.items() if new.rank or new.most}
+        return dataclasses.replace(
+            self, adapters=tuple(infos), ranks={p: most[p] for p in self.ranks if most[p]},
+            dora=kept(self.dora, "use_dora"), lora_bias=kept(self.lora_bias, "lora_bias"),
+            vocab_adapters=vocab, vocab_shape=self.vocab_shape if vocab else None,
+        )  # fmt: skip
+
+    def _ranks(self, i: int, rank_of: Callable[[int, str], int]) -> dict[str, int]:
+        """{projection or end: rank of adapter i's LoRA there}. At an end it has a LoRA or rows, never both."""
+        info = self.adapters[i]
+        places = [p for p in self.ranks if p in info.targets]
+        places += [
+            end
+            for end, held in self.vocab_adapters.items()
+            if ENDS[end].rpartition(".")[2] in info.targets and not held.tokens[i]
+        ]
+        patterned = bool(info.peft_config.get("rank_pattern"))
+        return {place: rank_of(i, place) if patterned else info.rank for place in places}
+
+    def join(self, other: BankConfig) -> BankConfig:
+        """This bank with the adapters of another one of the same base behind its own."""
+        vocab = {}
+        for end in self.vocab_adapters.keys() | other.vocab_adapters.keys():
+            nothing = (VocabAdapterConfig(0, ((),) * len(bank.names)) for bank in (self, other))
+            mine, theirs = (
+                bank.vocab_adapters.get(end, none) for bank, none in zip((self, other), nothing, strict=True)
+            )
+            vocab[end] = VocabAdapterConfig(max(mine.rank, theirs.rank), mine.tokens + theirs.tokens)
+        vocab = {end: vocab[end] for end in ENDS if end in vocab}
+        ranks = {p: max(self.ranks.get(p, 0), other.ranks.get(p, 0)) for p in PROJECTIONS}
+        return dataclasses.replace(
+            self, adapters=(*self.adapters, *other.adapters), ranks={p: r for p, r in ranks.items() if r},
+            dora=tuple(p for p in PROJECTIONS if p in self.dora + other.dora),
+            lora_bias=tuple(p for p in PROJECTIONS if p in self.lora_bias + other.lora_bias),
+            vocab_adapters=vocab, vocab_shape=self.vocab_shape or other.vocab_shape, base=self.base or other.base,
+        )  # fmt: skip
+
+    def rename(self, old: str, new: str) -> BankConfig:
+        """The same with another name for one adapter."""
+        named = (dataclasses.replace(a, name=new) if a.name == old else a for a in self.adapters)
+        return dataclasses.replace(self, adapters=tuple(named))
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """{path: shape} of `BANK/weights.safetensors`.

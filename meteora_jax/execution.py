@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 
@@ -33,6 +34,11 @@ def default_dtype(dtype: str | None = None) -> str:
     A CPU has no fast bfloat16.
     """
     return dtype or ("float32" if platform() == "cpu" else "bfloat16")
+
+
+def packs(dtype: DTypeLike, mesh: Mesh | None) -> bool:
+    """Whether models of this type are packed for inference: on one GPU, in 16 bit."""
+    return platform() == "gpu" and mesh is None and jnp.dtype(dtype).itemsize == 2
 
 
 @functools.cache

@@ -39,13 +39,25 @@ class GateConfig:
     """`GATES/gates.json`: which adapters the columns stand for, and how they were trained to be read.
 
     form: of a token router; None: MeteoRA's own gates, one at every projection of every layer.
+    null: whether a column behind the adapters' stands for none of them, the base alone.
     """
 
     names: tuple[str, ...]  # adapter of each column
     top_k: int  # C that training used
     temperature: float
     form: TokenRouterForm | None = None
+    null: bool = False
     former: bool = False  # whether the tensors beside it have the names of format "meteora-gates-2"
+
+    @property
+    def columns(self) -> int:
+        """Of the gates: one an adapter, and the null choice's."""
+        return len(self.names) + self.null
+
+    def without(self, name: str) -> GateConfig | None:
+        """The same less one adapter's column, if it has one; None where no other is left."""
+        left = tuple(n for n in self.names if n != name)
+        return dataclasses.replace(self, names=left, top_k=min(self.top_k, len(left))) if left else None
 
     @property
     def form_name(self) -> FormName:
@@ -53,6 +65,8 @@ class GateConfig:
 
     def to_json(self) -> dict[str, Any]:
         own: dict[str, Any] = {"names": self.names, "top_k": self.top_k, "temperature": self.temperature}
+        if self.null:
+            own["null"] = True
         if self.form is None:
             return {"format": "meteora-gates-1", **own}
         return {"format": "meteora-gates-3", **own, "form": self.form_name, **dataclasses.asdict(self.form)}
@@ -75,8 +89,10 @@ class GateConfig:
                 if raw["form"] != "token-router":
                     raise ValueError(f"form {raw['form']!r}")
                 form = TokenRouterForm(raw["width"], raw["depth"])
-            former = raw["format"] == "meteora-gates-2"
-            return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]), form, former)
+            former, null = raw["format"] == "meteora-gates-2", raw.get("null", False)
+            if not isinstance(null, bool):
+                raise InputError(f"{source}: null: expected true or false, found {null!r:.60}")
+            return cls(tuple(raw["names"]), int(raw["top_k"]), float(raw["temperature"]), form, null, former)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{source}: expected a description of gates, found a malformed one ({e!r})") from e
 

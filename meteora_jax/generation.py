@@ -1,317 +1,118 @@
-"""From prompts to tokens: one prefill, then a jitted loop of many decoding steps."""
+"""A batch of prompts through an engine: the text of each response as it becomes certain, and the whole at the end."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from meteora_jax.arguments import MOST, Arguments
-from meteora_jax.config import GROUPS, InputError, LlamaConfig
-from meteora_jax.execution import jit
-from meteora_jax.model.kv_cache import EMPTY, KVCache
-from meteora_jax.model.routed_llama import RoutedCache
-from meteora_jax.routing import NO_ADAPTER, BoundRouter, Routing
-from meteora_jax.sharding import Params, fetch, pad_rows, place_rows, place_whole, rows_multiple, use_mesh
+from meteora_jax.completion import Delta
+from meteora_jax.config import LlamaConfig
+from meteora_jax.engine import EngineCore, EngineSize, Handle, Progress, Request
+from meteora_jax.execution import platform
+from meteora_jax.routing import NO_ADAPTER
+from meteora_jax.sharding import Params
+from meteora_jax.text import TextStream
+
+ROWS = 256  # sequences at once
+LEAST_BLOCKS = 128
+MEMORY = 0.9  # share of what a device has left that blocks may take
+
+
+class Engines:
+    """The engine that a model's calls share. It is replaced by one with more blocks when a call needs them."""
+
+    def __init__(self, graph: nnx.GraphDef, weights: Params, config: LlamaConfig, mesh: Mesh | None, decode: Any):
+        self._model, self._config, self._mesh, self._decode = (graph, weights), config, mesh, decode
+        self._engine: EngineCore | None = None
+
+    def holding(self, requests: Sequence[Request]) -> EngineCore:
+        """An engine in which the longest of these requests have room together, up to ROWS and the device's memory."""
+        tokens = 1024 if platform() == "cpu" else 8192
+        size = EngineSize(ROWS, tokens, LEAST_BLOCKS)
+        slots = sorted((len(r.prompt) + r.max_new_tokens for r in requests), reverse=True)[:ROWS]
+        wanted = [-(-n // size.block_size) for n in slots]
+        blocks = LEAST_BLOCKS
+        while blocks < sum(wanted):
+            blocks *= 2
+        found = self._engine
+        if found is not None and not found.failed and found.size.blocks >= blocks:
+            return found
+        if found is not None and not found.busy:
+            self._engine = found = None  # its memory goes before the next one's comes
+        most = max(fitting_blocks(self._config, size.block_size, self._model[1]), wanted[0])
+        size = dataclasses.replace(size, blocks=min(blocks, most))
+        engine = EngineCore(*self._model, self._config, size, mesh=self._mesh, decode=self._decode)
+        if found is None:
+            self._engine = engine
+        return engine
+
+
+def fitting_blocks(config: LlamaConfig, block_size: int, weights: Params) -> int:
+    """How many blocks of the model's cache fit into what its devices have left; any number where that is not known."""
+    leaf = jax.tree.leaves(weights)[0]
+    stats = [device.memory_stats() for device in leaf.sharding.addressable_devices]
+    free = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
+    if not free:
+        return 1 << 30
+    block = config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim * leaf.dtype.itemsize
+    return int(MEMORY * min(free) / block)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: greedy at temperature 0, else from the top-k / top-p of the softmax."""
+class Ended:
+    """What became of a request, and its text."""
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        with Arguments() as given:
-            given.number("temperature", self.temperature, "0 or a positive number", lambda t: t >= 0)
-            given.whole("top_k", self.top_k, none=True)
-            if self.top_p is not None:
-                given.number("top_p", self.top_p, "a number in (0, 1]", lambda p: 0 < p <= 1)
-            given.whole("seed", self.seed, least=-MOST - 1)
-
-    @property
-    def traced(self) -> dict[str, jax.Array]:
-        """The values as arrays: another temperature or seed compiles nothing; which of them apply is structure."""
-        if self.temperature == 0:
-            return {}
-        values = {"temperature": jnp.float32(self.temperature), "seed": jnp.int32(self.seed)}
-        if self.top_k is not None:
-            values["top_k"] = jnp.int32(self.top_k)
-        if self.top_p is not None:
-            values["top_p"] = jnp.float32(self.top_p)
-        return values
+    index: int
+    progress: Progress
+    text: str
 
 
-def sample(logits: jax.Array, step: jax.Array, how: dict[str, jax.Array]) -> jax.Array:
-    """Next tokens int32 [B] from logits float32 [B, V]; `how` is `Sampling.traced`.
-
-    Temperature first, then top-k, then top-p (the smallest set whose probability reaches p). Row b at step t
-    draws with its own key, so a token does not depend on how many steps a call makes.
-    """
-    if "temperature" not in how:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / how["temperature"]
-    if "top_k" in how or "top_p" in how:
-        ranked = -jnp.sort(-logits, axis=-1)
-        kept = jnp.ones(ranked.shape, bool)
-        if "top_k" in how:
-            kept &= jnp.arange(ranked.shape[1])[None, :] < how["top_k"]
-        if "top_p" in how:
-            probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-            kept &= jnp.cumsum(probabilities, axis=-1) - probabilities < how["top_p"]
-        lowest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    key = jax.random.fold_in(jax.random.key(how["seed"]), step)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits.shape[0]))
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def observe_routing(routings: tuple[Routing, ...]) -> tuple[jax.Array, jax.Array]:
-    """A layer's routing with its projections side by side: indices int32 and weights float32 [B, T or 1, P, C]."""
-    spread = [r.spread(len(ps)) for r, ps in zip(routings, GROUPS.values(), strict=True)]
-    return jnp.concatenate([r.indices for r in spread], axis=2), jnp.concatenate([r.weights for r in spread], axis=2)
+def pieces(
+    engine: EngineCore, requests: Sequence[Request], decode: Callable[[Sequence[int]], str], stream: bool
+) -> Iterator[Delta | Ended]:
+    """`Delta`s as text becomes certain, if `stream`; and each request as it ends."""
+    handles: list[Handle] = []
+    try:
+        handles += [engine.submit(request) for request in requests]
+        texts = [TextStream(decode, r.stop) for r in requests]
+        seen = [0] * len(requests)
+        left = list(range(len(requests)))
+        while left:
+            engine.advance(handles[left[0]])
+            ended = [i for i in left if handles[i].done]
+            for i in left if stream else ended:
+                fresh = handles[i].progress.tokens[seen[i] :]
+                seen[i] += len(fresh)
+                if (text := texts[i].push(fresh)) and stream:
+                    yield Delta(i, text)
+            for i in ended:
+                if (rest := texts[i].finish()) and stream:
+                    yield Delta(i, rest)
+                yield Ended(i, handles[i].progress, texts[i].text)
+            left = [i for i in left if i not in set(ended)]
+    finally:
+        for h in handles:  # whoever stops reading wants no more
+            h.cancel()
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """A batch in the middle of its decoding.
-
-    tokens: int32 [B, N], the response so far; counts: int32 [B], how many of them are real; done: bool [B];
-    step: int32 [], tokens emitted by the rows still running; positions: int32 [B], of the newest token.
-    trace: (indices, weights), each [N, L, B, P, C], of the tokens fed back so far; None without a router.
-    """
-
-    cache: KVCache | RoutedCache
-    tokens: jax.Array
-    counts: jax.Array
-    done: jax.Array
-    step: jax.Array
-    positions: jax.Array
-    trace: tuple[jax.Array, jax.Array] | None
-
-
-def _emit(state: Decoding, logits: jax.Array, how: dict[str, jax.Array], eos: jax.Array) -> Decoding:
-    """Chooses the next token of every row that is not done and appends it; an end token ends its row."""
-    token = sample(logits, state.step, how)
-    ended = jnp.any(token[:, None] == eos[None, :], axis=1)
-    tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.zeros((), jnp.int32), state.step))
-    counts = state.counts + (~state.done & ~ended).astype(jnp.int32)
-    return dataclasses.replace(state, tokens=tokens, counts=counts, done=state.done | ended, step=state.step + 1)
-
-
-@jit(static_argnames=("graph", "new_tokens"))
-def prefill(
-    graph: nnx.GraphDef,
-    weights: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    router: BoundRouter | None,
-    how: dict[str, jax.Array],
-    eos: jax.Array,
-    new_tokens: int,
-) -> tuple[Decoding, tuple[jax.Array, jax.Array] | None]:
-    """Reads the prompts and emits each one's first token.
-
-    Args:
-        tokens: int32 [B, T], padded on the right. lengths: int32 [B]; a row of length 0 is no prompt and is done
-            from the start. new_tokens: tokens that the response may take, whose slots the cache gets.
-
-    Returns:
-        the state, and the prompts' routing (indices, weights), each [L, B, T, P, C] (T may be 1).
-    """
-    model = nnx.merge(graph, weights)
-    batch, width = tokens.shape
-    columns = jnp.arange(width, dtype=jnp.int32)[None, :]
-    positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
-    cache = KVCache.create(model.config, batch, width + new_tokens, model.embed.dtype)
-    observe = observe_routing if router is not None else None
-    out = model(tokens, positions, router, cache=cache, fresh=True, observe=observe)
-    last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    trace = None
-    if router is not None:
-        indices, shares = (jnp.zeros((new_tokens, x.shape[0], batch, *x.shape[3:]), x.dtype) for x in out.observed)
-        trace = indices, shares
-    zeros = jnp.zeros((batch,), jnp.int32)
-    state = Decoding(
-        out.cache,
-        jnp.zeros((batch, new_tokens), jnp.int32),
-        zeros,
-        lengths == 0,
-        jnp.zeros((), jnp.int32),
-        lengths,
-        trace,
-    )
-    return _emit(state, model.logits(last, router), how, eos), out.observed
-
-
-@jit(static_argnames=("graph",), donate_argnames=("state",))
-def decode(
-    graph: nnx.GraphDef,
-    weights: Params,
-    state: Decoding,
-    router: BoundRouter | None,
-    how: dict[str, jax.Array],
-    eos: jax.Array,
-    limit: jax.Array,
-) -> Decoding:
-    """Decodes until `limit` tokens have been emitted or every row is done, in one loop on the device."""
-    model = nnx.merge(graph, weights)
-
-    def step(state: Decoding) -> Decoding:
-        token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        observe = observe_routing if router is not None else None
-        out = model(token, state.positions[:, None], router, cache=state.cache, observe=observe)
-        trace = state.trace
-        if trace is not None:
-            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.step - 1, axis=0)
-            trace = tuple(put(kept, new[:, :, 0]) for kept, new in zip(trace, out.observed, strict=True))
-        state = dataclasses.replace(state, cache=out.cache, trace=trace, positions=state.positions + 1)
-        return _emit(state, model.logits(out.hidden[:, 0], router), how, eos)
-
-    return jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done), step, state)
-
-
-def bucket(length: int) -> int:
-    """The padded length: 16, 24, 32, 48, 64, 96 ...: few compiled shapes, at most half wasted."""
-    size = 16
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
-def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists -> int32 [B, T] padded on the right to a bucket, and their lengths int32 [B]."""
-    lengths = np.asarray([len(p) for p in prompts], np.int32)
-    tokens = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, lengths
-
-
-def pad_batch(
-    prompts: Sequence[Sequence[int]], router: BoundRouter | None, mesh: Mesh | None
-) -> tuple[np.ndarray, np.ndarray, BoundRouter | None]:
-    """`pad_prompts`, with empty rows (length 0) up to what the mesh divides, and the router for all rows."""
-    tokens, lengths = pad_prompts(prompts)
-    multiple = rows_multiple(mesh)
-    rows = -(-len(prompts) // multiple) * multiple
-    extra = rows - len(prompts)
-    router = router if mesh is None else place_rows(pad_rows(router, rows), mesh)
-    return np.pad(tokens, [(0, extra), (0, 0)]), np.pad(lengths, (0, extra)), router
-
-
-def check_token_ids(token_ids: Sequence[int], config: LlamaConfig) -> None:
-    """Refuses ids that are no tokens of the model."""
-    if wrong := strange_ids(token_ids, config):
-        raise InputError(f"token_ids: {wrong}")
-
-
-def strange_ids(token_ids: Sequence[int], config: LlamaConfig) -> str:
-    """What was expected instead of the first id that is no token of the model; empty where all are."""
-    strange = next((t for t in token_ids if not 0 <= t < config.vocab_size), None)
-    return "" if strange is None else f"expected token ids from 0 and below {config.vocab_size}, found {strange}"
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig, new_tokens: int) -> None:
-    """Refuses empty prompts, unknown tokens, and prompts that with `new_tokens` exceed the context; all at once."""
-    problems = []
-    if not prompts:
-        problems.append("prompts: expected at least one, found none")
-    grows = config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic"
-    longest = config.max_position_embeddings - new_tokens
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            problems.append(f"prompt {i}: expected at least one token, found none")
-        elif wrong := strange_ids(prompt, config):
-            problems.append(f"prompt {i}: {wrong}")
-        elif len(prompt) > longest and not grows:
-            problems.append(
-                f"prompt {i}: expected at most {max(longest, 0)} tokens (a context of {config.max_position_embeddings} "
-                f"less {new_tokens} to generate), found {len(prompt)}"
-            )
-    if problems:
-        raise InputError(problems)
-
-
-class Generator:
-    """One batch being generated: `advance` runs the device loop, the rest reads its state on the host."""
-
-    def __init__(
-        self,
-        graph: nnx.GraphDef,
-        weights: Params,
-        config: LlamaConfig,
-        prompts: Sequence[Sequence[int]],
-        router: BoundRouter | None,
-        sampling: Sampling,
-        max_new_tokens: int,
-        mesh: Mesh | None = None,
-    ):
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
-        check_prompts(prompts, config, max_new_tokens)
-        self.max_new_tokens = max_new_tokens
-        tokens, self.lengths, router = pad_batch(prompts, router, mesh)
-        self._mesh, self._model, self._rows = mesh, (graph, weights), len(prompts)
-        eos = jnp.asarray(config.eos_token_ids or (-1,), jnp.int32)
-        self._call = dict(router=router, how=place_whole(sampling.traced, mesh), eos=place_whole(eos, mesh))
-        slots = -(-max_new_tokens // 32) * 32
-        with use_mesh(mesh):
-            self._state, self._prompt_trace = prefill(
-                *self._model, place_rows(tokens, mesh), place_rows(self.lengths, mesh), new_tokens=slots, **self._call
-            )
-
-    def advance(self, tokens: int) -> bool:
-        """Emits up to `tokens` more tokens a row; False once every row is done or at its limit."""
-        limit = min(int(self._state.step) + tokens, self.max_new_tokens)
-        with use_mesh(self._mesh):
-            limit = place_whole(jnp.int32(limit), self._mesh)
-            self._state = decode(*self._model, self._state, limit=limit, **self._call)
-        return int(self._state.step) < self.max_new_tokens and not bool(np.all(self.done))
-
-    def stop(self, rows: Sequence[int]) -> None:
-        """Ends rows from outside (a stop string was found)."""
-        done = fetch(self._state.done).copy()
-        done[list(rows)] = True
-        self._state = dataclasses.replace(self._state, done=place_rows(done, self._mesh))
-
-    @property
-    def done(self) -> np.ndarray:
-        """bool [B]: rows that met an end token or were stopped."""
-        return fetch(self._state.done)[: self._rows]
-
-    def tokens(self) -> list[list[int]]:
-        """Each row's response so far, without its end token."""
-        tokens, counts = fetch(self._state.tokens), fetch(self._state.counts)
-        return [row[:n].tolist() for row, n in zip(tokens[: self._rows], counts, strict=False)]
-
-    def routing(self, fed: Sequence[int], lengths: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]] | None:
-        """Each row's (indices, weights), [T, L, P, C], of its prompt and response; None without a router.
-
-        `lengths` are the responses' lengths; only the first `fed` tokens of each were read by the model, and
-        nothing routed the rest.
-        """
-        if self._prompt_trace is None:
-            return None
-        rows: list[list[np.ndarray]] = [[] for _ in fed]
-        fills = (NO_ADAPTER, 0.0)
-        for prompt, response, fill in zip(self._prompt_trace, self._state.trace, fills, strict=True):
-            prompt, response = fetch(prompt), fetch(response)
-            for b, row in enumerate(rows):
-                read = np.moveaxis(prompt[:, b], 1, 0)  # [T or 1, L, P, C]
-                read = np.broadcast_to(read[: self.lengths[b]], (self.lengths[b], *read.shape[1:]))
-                said = response[: lengths[b], :, b].copy()
-                said[fed[b] :] = fill
-                row.append(np.concatenate([read, said]))
-        # a choice that waits for its invocation is no adapter yet
-        return [(np.where(weights == 0, NO_ADAPTER, indices), weights) for indices, weights in rows]
+def routing_of(progress: Progress) -> tuple[np.ndarray, np.ndarray] | None:
+    """(indices, weights) [T, L, P, C] of prompt and response; the last token of a response was not read unless its end
+    token followed. None where no router acted."""
+    if not progress.routing:
+        return None
+    width = max(indices.shape[-1] for indices, _ in progress.routing)
+    read = len(progress.request.prompt) + len(progress.tokens) - (progress.finish_reason != "end")
+    out = []
+    for part, fill in ((0, NO_ADAPTER), (1, 0.0)):
+        arrays = [piece[part] for piece in progress.routing]
+        pads = [np.pad(z, [(0, 0)] * 3 + [(0, width - z.shape[-1])], constant_values=fill) for z in arrays]
+        joined = np.concatenate(pads)[:read]
+        missing = len(progress.request.prompt) + len(progress.tokens) - len(joined)
+        out.append(np.pad(joined, [(0, missing)] + [(0, 0)] * 3, constant_values=fill))
+    return out[0], out[1]

@@ -20,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from meteora_jax.api import load
 from meteora_jax.config import InputError
 from meteora_jax.execution import jit
-from meteora_jax.generation import bucket, pad_prompts
-from meteora_jax.model.kv_cache import EMPTY
+from meteora_jax.loading import load
+from meteora_jax.padding import bucket, pad_prompts
 from meteora_jax.prompts import render_chat
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.named import read_router
 from meteora_jax.sharding import Params
 from meteora_jax.text import check_text
+from pallas_kernels.paged_attention import EMPTY
 
 try:
     from lm_eval.api.model import TemplateLM

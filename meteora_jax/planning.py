@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
+from meteora_jax.engine.step import PromptTokens, StepRows, new_state, run_steps
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.generation import Sampling, decode, prefill
 from meteora_jax.io import hf_config
 from meteora_jax.model.llama import Llama, lay_out
 from meteora_jax.model.routed_llama import gated_llama
@@ -32,11 +32,14 @@ from meteora_jax.training.recipes import RECIPES
 from meteora_jax.training.settings import GateTraining
 from meteora_jax.training.step import TrainState, make_step, optimizer
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
+from pallas_kernels.paged_attention import QUERY_BLOCK
 from pallas_kernels.topk_gating import TopK
 
 GIB = 1 << 30
 # Memory of one device by the beginning of its `device_kind` (Google's data sheets; a TPU7x chip is two devices).
 MEMORY = {"TPU7x": 96, "TPU v6 lite": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32}
+BLOCK_SIZE = 16  # of the engine's cache
+BUDGET = 8192  # prompt tokens that a step of the engine reads
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, tie_word_embeddings=False)
@@ -165,7 +168,7 @@ def plan_training(
     loss = _rowwise(mesh, (rows, width), bool)
     batch = Batch(tokens=whole_batch, positions=whole_batch, segments=whole_batch, loss=loss, tasks=whole_batch)
     part = (rows // accumulate,)
-    router = BoundGates(TopK(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), top_k))
+    router = BoundGates(TopK(_rowwise(mesh, part, jnp.int32), _rowwise(mesh, part, jnp.float32), top_k), adapters)
     step: Any = make_step(
         graph, state, tx, gate_loss(objective), dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
     )  # fmt: skip
@@ -191,8 +194,8 @@ def plan_generation(
     top_k: int = 2,
     form: TokenRouterForm | None = None,
 ) -> tuple[Plan, ...]:
-    """Compiles what evaluation runs, in bfloat16 with routing traces: the prefill of `rows` prompts of `width` tokens,
-    and, if that fits, the loop that decodes `new_tokens` more."""
+    """Compiles what evaluation runs, in bfloat16 with routing traces: a step of the engine that reads `rows` prompts of
+    `width` tokens, as many as go into its budget; and, if that fits, the loop that decodes `new_tokens` more."""
     if rows % rows_multiple(mesh):
         raise InputError(f"rows: expected a multiple of data x fsdp = {rows_multiple(mesh)}, found {rows}")
     abstract, bank = abstract_model(config, adapters, rank, form, ExecutionConfig.here(jnp.bfloat16, mesh))
@@ -200,14 +203,24 @@ def plan_generation(
     graph, weights = nnx.split(abstract)
     weights = spread(weights, mesh)
 
-    def whole(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
+    def whole(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
-    router = BoundGates(TopK(_rowwise(mesh, (rows,), jnp.int32), _rowwise(mesh, (rows,), jnp.float32), top_k))
-    call = dict(router=router, how=Sampling().traced, eos=whole((1,)))
-    prompts = _rowwise(mesh, (rows, width), jnp.int32), _rowwise(mesh, (rows,), jnp.int32)
+    table = -(-(width + new_tokens) // BLOCK_SIZE)
     with use_mesh(mesh):
-        first = _compiled(prefill.lower(graph, weights, *prompts, new_tokens=new_tokens, **call))
+        empty: Any = new_state.lower(graph, weights, rows * table, BLOCK_SIZE, rows).compile()
+    state = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.eval_shape(lambda w: new_state(graph, w, rows * table, BLOCK_SIZE, rows), weights), empty.output_shardings,
+    )  # fmt: skip
+    step_rows = StepRows(whole(rows), whole(rows, dtype=bool), whole(rows, table), whole(rows), None)
+    router = BoundGates(TopK(whole(rows), whole(rows, dtype=jnp.float32), top_k), adapters)
+    read = min(rows * width, BUDGET) // QUERY_BLOCK * QUERY_BLOCK
+    prompt = PromptTokens(whole(read), whole(read), whole(read // QUERY_BLOCK), whole(rows), whole(rows), whole(rows))
+    how: dict[str, Any] = dict(most=8, logprobs=None, trace=True)
+    call = step_rows, prompt, router, whole(1), whole()
+    with use_mesh(mesh):
+        first = _compiled(run_steps.lower(graph, weights, state, *call, **how))
     # forward alone, and no gate's gradient: a third of attention's count, and of 4 or 6 a weight 2 remain
     per_token = flops_per_token(config, None, chosen=0, gates=None, train_adapters=False) / 2
     gated = flops_per_token(config, bank, chosen=top_k, gates=None, train_adapters=False) / 2 - per_token
@@ -216,18 +229,15 @@ def plan_generation(
     layers = per_token - 2.0 * config.hidden_size * config.vocab_size + gated + gates
     pair = flops_per_pair(config) / 3
     head = 2.0 * config.hidden_size * config.vocab_size
-    reading = rows * (width * (layers + pair * (width + 1) / 2) + head)
+    reading = read * (layers + pair * (width + 1) / 2) + rows * head
     writing = rows * (layers + head + pair * (width + new_tokens))
-    held = _held((weights, prompts, call))
+    held = _held((weights, state, call))
     plan = _figures("prefill", first, held, mesh, rows=rows, width=width, flops=reading, mfu=mfu)
-    if isinstance(first, OutOfMemory):  # nobody knows how its results, which decoding takes, would lie
+    if isinstance(first, OutOfMemory):
         return (plan,)
+    call = step_rows, None, router, whole(1), whole()
     with use_mesh(mesh):
-        state, _ = jax.eval_shape(lambda w, *p: prefill(graph, w, *p, new_tokens=new_tokens, **call), weights, *prompts)
-        state = jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, first.output_shardings[0]
-        )
-        loop = _compiled(decode.lower(graph, weights, state, limit=whole(()), **call))
+        loop = _compiled(run_steps.lower(graph, weights, state, *call, **how))
     held = _held((weights, state, call))
     return plan, _figures("decoding", loop, held, mesh, rows=rows, width=width + new_tokens, flops=writing, mfu=None)
 

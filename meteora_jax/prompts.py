@@ -47,7 +47,7 @@ def read_prompt(prompt: Any, where: str) -> Read:
         return prompt
     parts = _as_list(prompt)
     if parts is not None and parts and all(isinstance(part, Mapping) for part in parts):
-        return _read_messages(parts, where)
+        return read_messages(parts, where)
     if parts is None or not all(map(_is_token_id, parts)):
         raise InputError(f"{where}: expected a text, a list of messages or a list of token ids, found {prompt!r:.200}")
     return [int(token) for token in parts]
@@ -74,6 +74,23 @@ def read_token_ids(token_ids: Any) -> list[list[int]]:
     if problems:
         raise InputError(problems)
     return rows
+
+
+def user_text(messages: Sequence[Message]) -> str:
+    """What the user says in a conversation, all of it."""
+    return "\n".join(message["content"] for message in messages if message["role"] == "user")
+
+
+def user_texts(messages: Sequence[Message]) -> tuple[str, ...]:
+    """What the user says in a conversation, message by message: what a retrieval chooses from. Blank messages say
+    nothing and are left out."""
+    said = (message["content"] for message in messages if message["role"] == "user")
+    return tuple(text for text in said if text.strip())
+
+
+def last_text(prompt: str, messages: Sequence[Message]) -> str:
+    """What a retrieval reads of a request unless told otherwise: the text, or of messages what the user says last."""
+    return prompt if not messages else (user_texts(messages) or ("",))[-1]
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Message], where: str, **options: Any) -> str:
@@ -121,7 +138,12 @@ def _is_token_id(value: Any) -> bool:
     return True
 
 
-def _read_messages(messages: Sequence[Any], where: str) -> list[Message]:
+def read_messages(messages: Sequence[Any], where: str) -> list[Message]:
+    """Messages, each with a role and a content.
+
+    Raises:
+        InputError: all that is wrong with them, in lines that begin with `where`.
+    """
     problems = []
     for i, message in enumerate(messages):
         for key in ("role", "content"):

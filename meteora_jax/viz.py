@@ -1,20 +1,15 @@
 """Pictures of routing: coloured tokens in the terminal, a standalone HTML page, a PNG heat map.
 
-Each picture reads one `RoutingTrace` and nothing else. Token text comes from a model and is not trusted:
-control characters are shown as pictures, and whatever goes into the page is escaped.
+Each picture reads one `RoutingTrace` and nothing else; `routing.page` makes the page. Token text comes from a model
+and is not trusted: control characters are shown as pictures.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import itertools
-import json
 import math
 import os
-import re
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -26,41 +21,8 @@ from rich.text import Text
 
 from meteora_jax.config import InputError
 from meteora_jax.io.files import whole_file
-from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share, weight_share
-
-# Ten picked by hand, then the candidate furthest from all before it (Oklab distance, the least of normal,
-# deuteranope and protanope sight). Luminance stays between 0.16 and 0.56: black text reads on every one, and
-# every one stands out from a white and from a black page.
-_PALETTE = (
-    "#4888f0", "#f0a030", "#d84888", "#20c8b8", "#a86028", "#b898f0", "#609838",
-    "#f07058", "#1880a0", "#c8c850", "#98c8f0", "#8058d0", "#60a0b8", "#e0a098",
-    "#108060", "#b860c8", "#c88098", "#f8a0d0", "#e0c090", "#b85060", "#d07010",
-    "#88a070", "#e870d0", "#b8b068", "#c89810", "#98d0b0", "#8890e8", "#5880c0",
-)  # fmt: skip
-
-
-def palette(n: int) -> tuple[str, ...]:
-    """`n` colours, "#rrggbb", by adapter index: distinct up to 28, then they repeat; none depends on n."""
-    return tuple(itertools.islice(itertools.cycle(_PALETTE), n))
-
-
-def _colours_for(adapters: np.ndarray) -> tuple[str, ...]:
-    """Colours enough to index with any of `adapters`, and never none."""
-    return palette(int(adapters.max(initial=0)) + 1)
-
-
-# What a trace says about its tokens
-
-
-def dominant(trace: RoutingTrace) -> np.ndarray:
-    """int32 [T]: the adapter with the largest share, the first of equals; NO_ADAPTER where none acted."""
-    return _leader(adapter_share(trace))
-
-
-def _leader(share: np.ndarray) -> np.ndarray:
-    """int32 [rows]: argmax over adapters; a row of zeros has no leader."""
-    no_adapter_first = np.pad(share, ((0, 0), (1, 0)))
-    return (no_adapter_first.argmax(axis=1) + NO_ADAPTER).astype(np.int32)
+from meteora_jax.routing import NO_ADAPTER, RoutingTrace, weight_share
+from meteora_jax.routing.page import colours_for, dominant, has_idle_places, leading, page_of, palette, visible
 
 
 def _led(trace: RoutingTrace, leaders: np.ndarray) -> dict[str, np.ndarray]:
@@ -72,16 +34,6 @@ def _led(trace: RoutingTrace, leaders: np.ndarray) -> dict[str, np.ndarray]:
     return {
         name: np.bincount(part[part != NO_ADAPTER], minlength=size) / max(len(part), 1) for name, part in parts.items()
     }
-
-
-def _visible(token: str) -> str:
-    """The token with control characters (all but newline and tab) as their pictures: ESC becomes ␛."""
-
-    def picture(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return "␡" if code == 0x7F else chr(0x2400 + code) if code < 0x20 else "\ufffd"
-
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", picture, token)
 
 
 # Terminal
@@ -96,7 +48,7 @@ def to_terminal(trace: RoutingTrace, console: Console) -> None:
     leaders = dominant(trace)
     n = trace.prompt_length
     for name, part, strength in (("prompt", slice(0, n), 0.45), ("response", slice(n, None), 1.0)):
-        painted = ([_visible(token) for token in trace.tokens[part]], leaders[part])
+        painted = ([visible(token) for token in trace.tokens[part]], leaders[part])
         text = _coloured_text(*painted, strength) if in_colour else _lettered_text(*painted)
         console.print(Rule(name, align="left", style="dim"))
         # In a file the text keeps its own line breaks; on a screen it breaks between words.
@@ -108,7 +60,7 @@ def to_terminal(trace: RoutingTrace, console: Console) -> None:
 def _coloured_text(tokens: list[str], leaders: np.ndarray, strength: float) -> Text:
     """Tokens on their leaders' colours, mixed with white down to `strength`."""
     bold = strength == 1
-    styles = [Style(color="#000000", bgcolor=_pale(c, strength), bold=bold) for c in _colours_for(leaders)]
+    styles = [Style(color="#000000", bgcolor=_pale(c, strength), bold=bold) for c in colours_for(leaders)]
     text = Text()
     for token, leader in zip(tokens, leaders, strict=True):
         text.append(token, "" if leader == NO_ADAPTER else styles[leader])
@@ -130,7 +82,7 @@ def _legend(trace: RoutingTrace, leaders: np.ndarray, in_colour: bool) -> Table:
     table.add_column("adapter")
     for part in led:
         table.add_column(part, justify="right")
-    partial = _has_idle_places(trace)
+    partial = has_idle_places(trace)
     if partial:
         table.add_column("has weights in")
     colours = palette(len(trace.adapter_names))
@@ -140,16 +92,11 @@ def _legend(trace: RoutingTrace, leaders: np.ndarray, in_colour: bool) -> Table:
         cells = [_percent(float(f[a])) for f in led.values()]
         if partial and trace.adapted is not None:
             cells.append(f"{int(trace.adapted[..., a].sum())} of {trace.adapted[..., a].size} projections")
-        table.add_row(mark, Text(_visible(trace.adapter_names[a])), *cells)
+        table.add_row(mark, Text(visible(trace.adapter_names[a])), *cells)
     others = len(colours) - len(leading)
     if others:
         table.add_row("", Text(f"leading no token: {others}", "dim"))
     return table
-
-
-def _has_idle_places(trace: RoutingTrace) -> bool:
-    """Whether any adapter lacks weights somewhere, as far as the trace says."""
-    return trace.adapted is not None and not trace.adapted.all()
 
 
 def _letter(adapter: int) -> str:
@@ -171,83 +118,15 @@ def _percent(fraction: float) -> str:
 
 # HTML
 
-_IDLE_PAGE = "Grey: what was chosen has no weights there and changes nothing."
-
 
 def write_html(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> None:
-    """Writes one standalone page: the coloured text, what routed the token in focus, the whole routing map.
+    """Writes `page_of` a trace.
 
     Raises:
         InputError: the file cannot be written.
     """
-    share = adapter_share(trace)
-    colours = palette(len(trace.adapter_names))
-    styles = [
-        f' style="--c:{colours[leader]};--s:{strength:.2f}"' if leader != NO_ADAPTER else ""
-        for leader, strength in zip(_leader(share), share.max(axis=1, initial=0), strict=True)
-    ]
-    tokens = list(map(_token_html, trace.tokens, styles))
-    fill = {
-        "title": html.escape(_visible(title)),
-        "summary": html.escape(_summary(trace)),
-        "legend": "".join(map(_legend_html, trace.adapter_names, colours)),
-        "prompt": "".join(tokens[: trace.prompt_length]),
-        "response": "".join(tokens[trace.prompt_length :]),
-        "idle": f" {_IDLE_PAGE}" if _has_idle_places(trace) else "",
-        "trace": _page_data(trace, colours),
-    }
-    template = resources.files("meteora_jax").joinpath("routing_page.html").read_text(encoding="utf-8")
-    # One pass: text that happens to hold {{...}} is never taken for a slot.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda slot: fill[slot[1]], template)
-    with whole_file(path) as partial:
-        partial.write_text(page, encoding="utf-8", errors="replace")  # lone surrogates have no UTF-8
-
-
-def _token_html(token: str, style: str) -> str:
-    kind = "token newline" if "\n" in token else "token"
-    return f'<span class="{kind}" role="option" tabindex="-1"{style}>{html.escape(_visible(token))}</span>'
-
-
-def _legend_html(name: str, colour: str) -> str:
-    return (
-        f'<button type="button" class="adapter" aria-pressed="false" style="--c:{colour}">'
-        f'<i></i><b>{html.escape(_visible(name))}</b><span class="led"></span></button>'
-    )
-
-
-def _summary(trace: RoutingTrace) -> str:
-    layers, projections, chosen = trace.indices.shape[1:]
-    response = len(trace.tokens) - trace.prompt_length
-    return (
-        f"{len(trace.adapter_names)} adapters, {layers} layers × {projections} projections, "
-        f"top {chosen}; {trace.prompt_length} prompt and {response} response tokens"
-    )
-
-
-def _page_data(trace: RoutingTrace, colours: tuple[str, ...]) -> str:
-    """The routing as JSON: indices in the smallest unsigned type (its largest value is none), weights int16."""
-    index_type = np.dtype("uint8" if len(trace.adapter_names) < 256 else "<u2")
-    none = np.iinfo(index_type).max
-    weight_step = max(float(np.abs(trace.weights).max(initial=0)), 1.0) / np.iinfo(np.int16).max
-    data = {
-        "adapters": [_visible(name) for name in trace.adapter_names],
-        "colours": colours,
-        "projections": trace.projections,
-        "promptLength": trace.prompt_length,
-        "shape": trace.indices.shape,
-        "indices": _base64(np.where(trace.indices == NO_ADAPTER, none, trace.indices).astype(index_type)),
-        "indexBytes": index_type.itemsize,
-        "none": none,
-        "weights": _base64(np.rint(trace.weights / weight_step).astype("<i2")),
-        "weightStep": weight_step,
-        "adapted": _base64(trace.adapted.astype("uint8")) if trace.adapted is not None else None,
-    }
-    # Inside <script> only "<" can end or change the element.
-    return json.dumps(data, default=int, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _base64(array: np.ndarray) -> str:
-    return base64.b64encode(array.tobytes()).decode("ascii")
+    with whole_file(path) as partial:  # lone surrogates have no UTF-8
+        partial.write_text(page_of(trace, title), encoding="utf-8", errors="replace")
 
 
 # PNG
@@ -286,7 +165,7 @@ def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> 
     height = float(np.clip(0.028 * len(adapters), 2.4, 9))
     columns = _legend_columns(trace, width)
     margins = 1.85 if num_tokens <= _MANY_TOKENS else 1.35
-    legend_height = 0.2 + 0.28 * math.ceil((len(trace.adapter_names) + _has_idle_places(trace)) / columns)
+    legend_height = 0.2 + 0.28 * math.ceil((len(trace.adapter_names) + has_idle_places(trace)) / columns)
     figure = Figure(figsize=(width, margins + height + legend_height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     strip, cells = figure.subplots(2, sharex=True, height_ratios=(0.2, height), gridspec_kw={"hspace": 0.02})
@@ -322,12 +201,12 @@ def _layer_rows(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
     num_tokens, num_layers = trace.indices.shape[:2]
     rows, shape = num_tokens * num_layers, (num_tokens, num_layers)
     share = weight_share(trace.indices.reshape(rows, -1), trace.weights.reshape(rows, -1), len(trace.adapter_names))
-    return _leader(share).reshape(shape).T, share.max(axis=1, initial=0).reshape(shape).T
+    return leading(share).reshape(shape).T, share.max(axis=1, initial=0).reshape(shape).T
 
 
 def _rgba(adapters: np.ndarray, strengths: np.ndarray) -> np.ndarray:
     """float [..., 4]: the adapter's colour, as opaque as it is strong; nothing where there is none."""
-    colours = [list(bytes.fromhex(c[1:])) for c in _colours_for(adapters)]
+    colours = [list(bytes.fromhex(c[1:])) for c in colours_for(adapters)]
     rgb = np.array(colours)[np.maximum(adapters, 0)] / 255
     return np.concatenate([rgb, np.where(adapters == NO_ADAPTER, 0, strengths)[..., None]], axis=-1)
 
@@ -364,7 +243,7 @@ def _label_tokens(axes: Any, trace: RoutingTrace) -> None:
 
 def _legend_columns(trace: RoutingTrace, width: float) -> int:
     """How many entries of the longest name fit into `width` inches at 8 points."""
-    idle = (_IDLE_LABEL,) if _has_idle_places(trace) else ()
+    idle = (_IDLE_LABEL,) if has_idle_places(trace) else ()
     longest = max(map(len, (*trace.adapter_names, *idle)), default=1)
     return max(int(width / (0.45 + 0.075 * longest)), 1)
 
@@ -374,7 +253,7 @@ def _draw_legend(figure: Any, trace: RoutingTrace, columns: int) -> None:
 
     names = [_drawable(name) for name in trace.adapter_names]
     patches = [Patch(color=c, label=name) for c, name in zip(palette(len(names)), names, strict=True)]
-    if _has_idle_places(trace):
+    if has_idle_places(trace):
         patches.append(Patch(color=str(_IDLE), label=_IDLE_LABEL))
     legend = figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
     for text in legend.get_texts():
@@ -386,4 +265,4 @@ def _drawable(text: str) -> str:
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     known = get_font(findfont(FontProperties())).get_charmap()
-    return "".join(c if ord(c) in known else "\ufffd" for c in _visible(text))
+    return "".join(c if ord(c) in known else "\ufffd" for c in visible(text))

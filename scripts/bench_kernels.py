@@ -37,7 +37,7 @@ def follow_product(
     first = packing.first_a_row(adapters)
     product = einsum_float32(x.dtype, "mi,pni->mpn", x, packed)
     if name == "triton":
-        return topk_gated_lora(product.reshape(len(product), -1), bank, rule, base, first)[0]
+        return topk_gated_lora(product.reshape(len(product), -1), bank, rule, base, adapters)[0]
     routing = Routing(*topk_gating(product[..., :adapters], rule))
     shrink = product[..., first : first + adapters * rank].reshape(*product.shape[:2], adapters, rank)
     return routed_lora(

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 from bench_timing import Timed
 from flax import nnx
 
+from meteora_jax.engine.step import EngineState, PromptTokens, StepRows, new_state, run_steps
 from meteora_jax.execution import ExecutionConfig, Jit, jit
-from meteora_jax.generation import Decoding, Sampling, decode, prefill
 from meteora_jax.model import llama
-from meteora_jax.model.routed_llama import RoutedCache
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.data import Batch
 from meteora_jax.training.gate_loss import GateLoss
 from meteora_jax.training.settings import Objective
 from meteora_jax.training.step import initial_state, make_step, optimizer
+from pallas_kernels.paged_attention import QUERY_BLOCK
 
+BLOCK_SIZE = 16  # of the cache
 NO_END = jnp.asarray((-1,), jnp.int32)
 DOTS = "dots"  # of training: today's, products kept for the backward pass
 
@@ -77,39 +78,70 @@ def prepared(model: LazyArrays, execution: ExecutionConfig) -> LazyArrays:
     return LazyArrays(graphs[0], shapes, lambda: prepare(model()))
 
 
-def _asked(router: Any, tokens: jax.Array) -> tuple[Any, ...]:
-    """The arguments of `prefill` after the weights."""
-    lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    return tokens, lengths, router, Sampling().traced, NO_END
+def _step_rows(batch: int, slots: int, decodes: bool) -> StepRows:
+    """`batch` rows, each with blocks of its own for so many positions."""
+    width = -(-slots // BLOCK_SIZE)
+    tables = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
+    own = jnp.arange(batch, dtype=jnp.int32)
+    return StepRows(own, jnp.full((batch,), decodes), tables, jnp.full((batch,), slots, jnp.int32), None)
+
+
+def _prompt(tokens: jax.Array, left: int) -> PromptTokens:
+    """The whole prompts [B, T] of all rows; T is a multiple of QUERY_BLOCK."""
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    own = jnp.arange(batch, dtype=jnp.int32)
+    last = batch + (own + 1) * length - 1
+    runs = jnp.repeat(own, length // QUERY_BLOCK)
+    zeros = jnp.zeros((batch,), jnp.int32)
+    return PromptTokens(tokens.reshape(-1), positions.reshape(-1), runs, last, zeros, zeros + left)
+
+
+def _empty(model: LazyArrays, batch: int, slots: int) -> LazyArrays:
+    """A state without tokens."""
+    call = functools.partial(
+        new_state, model.graph, blocks=batch * -(-slots // BLOCK_SIZE), block_size=BLOCK_SIZE, rows=batch
+    )
+    return LazyArrays(None, jax.eval_shape(call, model.shapes), lambda: call(model()))
+
+
+def _reading(model: LazyArrays, router: Any, tokens: jax.Array, steps: int) -> tuple[LazyArrays, Callable[..., Any]]:
+    """An empty state, and the compiled step that reads the prompts into it."""
+    slots = tokens.shape[1] + 2 * steps
+    empty = _empty(model, tokens.shape[0], slots)
+    rest = _step_rows(tokens.shape[0], slots, False), _prompt(tokens, 2 * steps), router, NO_END, jnp.int32(1)
+    call = run_steps.lower(model.graph, model.shapes, empty.shapes, *rest, most=1, logprobs=None, trace=False).compile()
+    return empty, lambda weights, state: call(weights, state, *rest)
 
 
 def started(model: LazyArrays, router: Any, tokens: jax.Array, steps: int = 32) -> LazyArrays:
-    """The decoding state after a prompt, with cache positions for twice `steps`."""
-    rest = _asked(router, tokens)
-    call = prefill.lower(model.graph, model.shapes, *rest, new_tokens=2 * steps).compile()
-    plain = functools.partial(prefill.__wrapped__, model.graph, new_tokens=2 * steps)
-    shapes = jax.eval_shape(plain, model.shapes, *rest)[0]
-    return LazyArrays(None, shapes, lambda: call(model(), *rest)[0])
+    """The engine's state after a prompt, with room for twice `steps`."""
+    empty, read = _reading(model, router, tokens, steps)
+    return LazyArrays(None, empty.shapes, lambda: read(model(), empty.copy())[0])
 
 
-def model_keys(state: Decoding) -> jax.Array:
-    """Keys [L, B, S, K, H] of the model's cache, whether or not a token router has a cache of its own."""
-    return (state.cache.model if isinstance(state.cache, RoutedCache) else state.cache).keys
+def written_keys(state: EngineState, batch: int, slots: int, position: int) -> jax.Array:
+    """Keys [L, B, K, H] of every row at a position."""
+    cache = state.cache.model if hasattr(state.cache, "model") else state.cache
+    width = -(-slots // BLOCK_SIZE)
+    pages = cache.pages.reshape(-1, batch, width * BLOCK_SIZE, *cache.pages.shape[2:])
+    return pages[:, :, position, 0::2]
 
 
 def generating(model: LazyArrays, router: Any, tokens: jax.Array, start: LazyArrays | None, steps: int = 32) -> Timed:
-    """A prefill, or `steps` decoding steps from `start` on, compiled."""
+    """The prompts, or `steps` decoding steps from `start` on, compiled."""
+    batch, length = tokens.shape
+    slots = length + 2 * steps
+    keys = functools.partial(written_keys, batch=batch, slots=slots)
     if start is None:
-        rest = _asked(router, tokens)
-        call = prefill.lower(model.graph, model.shapes, *rest, new_tokens=2 * steps).compile()
-        return Timed(lambda _: call(model(), *rest)[0], compared=lambda s: model_keys(s)[:, :, tokens.shape[1] - 1])
-    rest = router, Sampling().traced, NO_END, jnp.int32(steps + 1)
-    call = decode.lower(model.graph, model.shapes, start.shapes, *rest).compile()
-
-    def first_keys(state: Decoding) -> jax.Array:
-        return model_keys(state)[:, :, tokens.shape[1]]  # the first step's token is the same under every setting
-
-    return Timed(lambda s: call(model(), s, *rest), start.copy, calls=steps, compared=first_keys)
+        empty, read = _reading(model, router, tokens, steps)
+        return Timed(lambda s: read(model(), s)[0], empty.copy, compared=functools.partial(keys, position=length - 1))
+    rest = _step_rows(batch, slots, True), None, router, NO_END, jnp.int32(steps)
+    how: dict[str, Any] = dict(most=steps, logprobs=None, trace=False)
+    call = run_steps.lower(model.graph, model.shapes, start.shapes, *rest, **how).compile()
+    # the first step's token is the same under every setting
+    compared = functools.partial(keys, position=length)
+    return Timed(lambda s: call(model(), s, *rest)[0], start.copy, calls=steps, compared=compared)
 
 
 def training(model: LazyArrays, router: Any, tokens: jax.Array, adapters: int, remat: Any) -> dict[str, Timed]:

@@ -6,6 +6,7 @@ import os
 # Before the first import of jax or transformers: both read these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda runs the tests marked gpu
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["METEORA_CACHE"] = ""  # nothing is written into the user's cache, by child processes neither
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Compiling is most of what the tests do, and LLVM's optimiser a third of compiling. Level 0 gave wrong gradients of

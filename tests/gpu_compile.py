@@ -31,13 +31,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import meteora_jax as mj
 from meteora_jax import execution
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
+from meteora_jax.engine.step import PromptTokens, StepRows, new_state, run_steps
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.generation import Decoding, decode, prefill
 from meteora_jax.model import llama
-from meteora_jax.model.kv_cache import KVCache
 from meteora_jax.model.llama import Llama
-from meteora_jax.model.routed_llama import RoutedCache, RoutedLlama, gated_llama
+from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.planning import abstract_model, shape_of
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.data import Batch
@@ -45,6 +44,8 @@ from meteora_jax.training.gate_loss import GateLoss
 from meteora_jax.training.settings import Objective
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.decode_step import triton_gpu
+from pallas_kernels.paged_attention import QUERY_BLOCK
+from pallas_kernels.paged_attention import triton_gpu as attention_gpu
 
 # What the compiler asks of a GPU; source: the vendor's data sheet and CUDA's device properties.
 H200 = """
@@ -101,38 +102,39 @@ def compiled(device: Any, function: Any, graph: Any, *given: Any, donate: tuple[
     return text
 
 
+BLOCK_SIZE, TABLE = 16, 36
+
+
+def state_of(graph: Any, weights: Any, rows: int) -> Any:
+    """Shapes of the engine's state with room for 576 positions a row."""
+    return jax.eval_shape(lambda w: new_state(graph, w, rows * TABLE, BLOCK_SIZE, rows), weights)
+
+
+def step_rows(rows: int) -> StepRows:
+    counted = array((rows,), jnp.int32)
+    return StepRows(counted, array((rows,), bool), array((rows, TABLE), jnp.int32), counted, None)
+
+
 def decoding(device: Any, router: Any, rows: int, form: TokenRouterForm | None) -> str:
-    """The optimised program of `decode`."""
+    """The optimised program of decoding steps."""
     graph, weights, bank = llama_3_8b(form)
     bound = router.bind([router] * rows, bank.names) if router is not None else None
-    trace = None
-    if bound is not None:
-        routed = (64, LAYERS, rows, 7, bound.max_k)
-        trace = (array(routed, jnp.int32), array(routed, jnp.float32))
-    model = nnx.merge(graph, weights)
-
-    def begin() -> Any:
-        cache = KVCache.create(model.config, rows, 576, jnp.bfloat16)
-        if not isinstance(model, RoutedLlama):
-            return cache
-        own = model.token_router.new_cache(cache)
-        return RoutedCache(cache, own.keys, own.values)
-
-    cache = jax.eval_shape(begin)
-    counted = array((rows,), jnp.int32)
-    state = Decoding(
-        cache, array((rows, 64), jnp.int32), counted, array((rows,), bool), array((), jnp.int32), counted, trace
+    rest = step_rows(rows), None, bound, array((1,), jnp.int32), array((), jnp.int32)
+    how: dict[str, Any] = dict(most=8, logprobs=None, trace=True)
+    return compiled(
+        device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, rows), *rest, donate=(1,), **how
     )
-    rest = {}, array((1,), jnp.int32), array((), jnp.int32)
-    return compiled(device, decode.__wrapped__, graph, weights, state, bound, *rest, donate=(1,))
 
 
 def prompt(device: Any, router: Any, length: int) -> str:
-    """The optimised program of `prefill`; attention by XLA, as cuDNN's asks for a GPU."""
-    graph, weights, bank = llama_3_8b(execution=dataclasses.replace(GPU, fused_attention=()))
+    """The optimised program of a step that reads a prompt."""
+    graph, weights, bank = llama_3_8b()
     bound = router.bind([router], bank.names) if router is not None else None
-    rest = array((1, length), jnp.int32), array((1,), jnp.int32), bound, {}, array((1,), jnp.int32)
-    return compiled(device, prefill.__wrapped__, graph, weights, *rest, new_tokens=64)
+    tokens, one = array((length,), jnp.int32), array((1,), jnp.int32)
+    read = PromptTokens(tokens, tokens, array((length // QUERY_BLOCK,), jnp.int32), one, one, one)
+    rest = step_rows(1), read, bound, one, array((), jnp.int32)
+    how: dict[str, Any] = dict(most=8, logprobs=None, trace=False)
+    return compiled(device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, 1), *rest, **how)
 
 
 def readers_of_kernels(text: str) -> list[str]:
@@ -171,7 +173,7 @@ def products_of_training(device: Any, remat: Any) -> dict[int, int]:
 
 def main() -> None:
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
-    triton_gpu.launch = stand_in
+    triton_gpu.launch = attention_gpu.launch = stand_in
     for router, rows, form in (
         (None, 1, None),
         (mj.Gates(2), 1, None),
@@ -191,7 +193,8 @@ def main() -> None:
             f"{what}: {launches / LAYERS:g} launches a layer, {products / LAYERS:g} products, {rest} beside the layers"
         )
         assert products == 4 * (LAYERS + depth), f"{what}: products that do not read their layer in place"
-        assert launches == 6 * LAYERS, what
+        own = 2 * (depth + 2) if form else 0  # attention of the token router and of its two hops
+        assert launches == 6 * LAYERS + own, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
         assert rest <= (28 + 16 * (depth + 3) if form else 24), what  # the shifts, and each hop's look-up
     for router, products in ((None, 4), (mj.Fixed("adapter_3"), 4), (mj.Gates(2), 8)):

@@ -87,14 +87,18 @@ def apply(x, a, b, indices, weights, scale, base, splits, implementation=None):
 PACKED = ("reference", "masked", "triton")  # what may follow a packed weight's product
 
 
-def follow_product(x, packed, bank, rule, base, name):
-    """(base + update, indices, weights) behind the product of x [M, I] with gates and A's packed [P, N, I]."""
+def follow_product(x, packed, bank, rule, base, name, gates=None):
+    """(base + update, indices, weights) behind the product of x [M, I] with gates and A's packed [P, N, I].
+
+    gates: columns of the gates, the bank's adapters unless given.
+    """
     adapters, rank, _ = bank.b.shape
-    first = packing.first_a_row(adapters)
+    gates = adapters if gates is None else gates
+    first = packing.first_a_row(gates)
     product = einsum_float32(x.dtype, "mi,pni->mpn", x, packed)
     if name == "triton":
-        return topk_gated_lora(product.reshape(len(product), -1), bank, rule, base, first)
-    indices, weights = topk_gating(product[..., :adapters], rule)
+        return topk_gated_lora(product.reshape(len(product), -1), bank, rule, base, gates)
+    indices, weights = topk_gating(product[..., :gates], rule, adapters=adapters)
     shrink = product[..., first : first + adapters * rank].reshape(*product.shape[:2], adapters, rank)
     y = routed_lora(x, bank, Routing(indices, weights), base, shrink=shrink, implementation=name)
     return y, indices, weights

@@ -105,7 +105,12 @@ REFUSED = {
     'ask(stop=None)': "stop: expected a list of texts, found None",
     'ask(stop=["a", 3])': "stop 1: expected a text, found 3",
     'ask(stop={"a": 1})': "stop: expected a list of texts",
-    'model.stream([[1]], chunk=0)': "chunk: expected at least 1, found 0",
+    'ask(routing=3)': "routing: expected true or false, found 3",
+    'mj.warm_up(model, batch_sizes=3)': "warm_up: batch_sizes: expected a list of whole numbers, found 3",
+    # adapters
+    'model.add_adapter(3, "new")': "add_adapter: path: expected a path, found 3",
+    'model.add_adapter("x", 3)': "add_adapter: name 0: expected a text, found 3",
+    'model.remove_adapter(3)': "remove_adapter: name: expected an adapter's (apple, birch, cedar, daisy), found 3",
     # routers
     'ask(router=3)': "router: expected Gates, Fixed, Retrieval, None or a list of them, found 3",
     'ask(router=object())': "router: expected Gates, Fixed",
@@ -135,6 +140,7 @@ REFUSED = {
     'mj.Retrieval(index, compose=None)': "Retrieval: compose: expected one of",
     'mj.Retrieval(index, weights=[1])': "Retrieval: weights: expected one of uniform, similarity, found [1]",
     'mj.Retrieval(index, exclude="apple")': "Retrieval: exclude: expected a list of texts, found 'apple'",
+    'mj.Retrieval(index, read="first")': "Retrieval: read: expected one of last, all, weighted, found 'first'",
     'mj.GatesWithin(None)': "GatesWithin: index: expected an Index, found None",
     'mj.GatesWithin(index, k=1.5)': "GatesWithin: k: expected a whole number, found 1.5",
     'mj.GatesWithin(index, top_k=0, temperature=-1)': "top_k: expected at least 1, found 0; GatesWithin: temperature",
@@ -163,7 +169,7 @@ ACCEPTED = {
     'model.logits(jnp.ones((2, 3), int)).shape': "(2, 3, 320)",
     'model.logits([[jnp.int32(1)], (2, 3)]).shape': "(2, 2, 320)",
     'model.request_text([5, 6]) == model.decode(np.asarray([5, 6]))': "True",
-    'mj.Fixed({"a": np.float32(0.5), "b": 1}).weights()["b"]': "1",
+    'mj.Fixed({"a": np.float32(0.5), "b": 1}).weights()["b"]': "1.0",
     'mj.Gates(np.int64(2), 1, ["apple", "birch"]).top_k': "np.int64(2)",
 }  # fmt: skip
 

@@ -156,11 +156,14 @@ def test_a_table_s_headers_are_whole_in_80_columns(terminal):
     cells = {name: {"accuracy": 0.125, "problems": 240} for name in systems}
     tasks = {"object_counting_of_many_things": cells}
     table = {"tasks": tasks, "clusters": {}, "mean accuracy": dict.fromkeys(systems, 0.125)}
+    bounds = {"object_counting_of_many_things": {name: {"accuracy": [0.08, 0.17]} for name in systems}}
+    known = {"tasks": bounds, "clusters": {}, "mean": dict.fromkeys(systems, (0.08, 0.17))}
+    table |= {"scoring": "meteora", "metrics": {}, "intervals": known, "differences": []}
     screen = io.StringIO()
     print_tables(markdown(table, systems), Console(file=screen, width=80, force_terminal=terminal, color_system=None))
     said = screen.getvalue()
     assert "…" not in said
-    assert said.count("12.5") == 2 * len(systems)
+    assert said.count("12.5") == said.count("[8.0,") == said.count("17.0]") == 2 * len(systems)
     if not terminal:
         assert said.startswith("| task | problems | base | oracle | gates-top1 |")
         return

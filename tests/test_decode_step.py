@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import answer
 from extent import examples
 from flax import nnx
 from test_gated_model import ROWS, small
@@ -24,12 +25,13 @@ import meteora_jax as mj
 from meteora_jax import execution
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.generation import Generator, Sampling
 from meteora_jax.model import decoding, llama
 from meteora_jax.routing import Routing
+from meteora_jax.routing.retrieval import Composed
 from meteora_jax.routing.token_router import choose
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.triton_gpu import StepLimits
+from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -43,7 +45,9 @@ def test_numerics_by_triton_s_interpreter():
         capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert result.stdout.splitlines() == ["whole model", f"groups: {examples(9, 18)} cases", "attention"]
+    assert result.stdout.splitlines() == [
+        "whole model", f"groups: {examples(9, 18)} cases", "many rows: 8 cases"
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -90,18 +94,21 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)
 
     monkeypatch.setattr(triton_gpu, "launch", launch)
+    monkeypatch.setattr(paged_gpu, "launch", launch)
     return launches
 
 
 ROUTER = TokenRouterForm(width=32, depth=2)
-LAYER = ["qkv_epilogue_kernel", "attend_kernel"]
+LAYER = ["qkv_epilogue_kernel", "decode_kernel"]
 LAYER += ["residual_epilogue_kernel", "silu_epilogue_kernel", "residual_epilogue_kernel"]
-NUMBERS = itertools.count(65)
+TRACES = 2  # of decoding steps: for the shapes of their results, and of themselves
+NUMBERS = itertools.count(2)
 
 
-def recorded_steps(gather: int = StepLimits.gather, width: int = 512) -> ExecutionConfig:
-    """One that nobody had before: a program must be traced for its launches to be seen."""
-    return ExecutionConfig(step=StepLimits(rows=next(NUMBERS), gather=gather), dense_width=width)
+def recorded_steps(gather: int = StepLimits.gather, width: int = 512, more: int = 0) -> ExecutionConfig:
+    """One that nobody had before: a program must be traced for its launches to be seen. Without `more` rows it does not
+    serve steps that read a prompt, of 64 tokens and more."""
+    return ExecutionConfig(step=StepLimits(rows=more + next(NUMBERS), gather=gather), dense_width=width)
 
 
 @pytest.mark.parametrize("form", [None, ROUTER], ids=["gates", "token router"])
@@ -109,9 +116,19 @@ def recorded_steps(gather: int = StepLimits.gather, width: int = 512) -> Executi
 def test_launches_of_a_layer_are_the_bare_model_s(monkeypatch, router, form):
     launches = recorded(monkeypatch)
     model = packed_model(form=form, execution=recorded_steps())
-    batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(router, 2), Sampling(), 2)
-    batch.advance(2)
-    assert launches == LAYER * model.config.num_layers
+    answer(model, ROWS[:2], router, 2)
+    assert launches == LAYER * (TRACES * model.config.num_layers)
+
+
+@pytest.mark.parametrize("router", [None, mj.Gates(2)])
+def test_a_step_that_reads_a_prompt_has_the_same_launches(monkeypatch, router):
+    launches = recorded(monkeypatch)
+    model = packed_model(execution=recorded_steps(more=400))
+    answer(model, ROWS[:2], router, 1)
+    own = [*LAYER[:1], "runs_kernel", *LAYER[1:]]
+    if router is not None:  # 66 tokens, twice as many choices, four adapters
+        own = [launch for kernel in own for launch in ("weigh_kernel", kernel)[-1 - ("epilogue" in kernel) :]]
+    assert launches == own * model.config.num_layers
 
 
 @pytest.mark.parametrize("gather", [0, 1])
@@ -124,19 +141,28 @@ def test_an_epilogue_gathers_exactly_where_its_tiles_are_single_rows(monkeypatch
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)
 
     monkeypatch.setattr(triton_gpu, "launch", launch)
+    monkeypatch.setattr(paged_gpu, "launch", launch)
     model = packed_model(execution=recorded_steps(gather=gather))
-    batch = Generator(model.graph, model.weights, model.config, ROWS[:2], model.bind(mj.Gates(2), 2), Sampling(), 2)
-    batch.advance(2)
+    answer(model, ROWS[:2], mj.Gates(2), 2)
     assert {(given["ADAPTERS"].gather, given["BM"]) for given in constants} == {(bool(gather), 1 if gather else 16)}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_launch_more_weighs_what_is_not_gathered(monkeypatch, fused):
+    """Many rows, or rows whose adapters' matrices are averaged."""
+    launches = recorded(monkeypatch)
+    model = packed_model(execution=recorded_steps(gather=4 if fused else 0))
+    answer(model, ROWS[:2], Composed((("cedar", 0.5), ("apple", 0.5)), fused), 2)
+    assert [name for name in launches if name != "weigh_kernel"] == LAYER * (TRACES * model.config.num_layers)
+    assert launches.count("weigh_kernel") == 4 * TRACES * model.config.num_layers
 
 
 def test_a_wide_bank_takes_another_launch_in_each_group(monkeypatch):
     launches = recorded(monkeypatch)
     model = packed_model(execution=recorded_steps(width=8))
-    batch = Generator(model.graph, model.weights, model.config, ROWS[:1], model.bind(mj.Gates(2), 1), Sampling(), 2)
-    batch.advance(2)
-    assert [name for name in launches if name != "shrink_kernel"] == LAYER * model.config.num_layers
-    assert launches.count("shrink_kernel") == 4 * model.config.num_layers
+    answer(model, ROWS[:1], mj.Gates(2), 2)
+    assert [name for name in launches if name != "shrink_kernel"] == LAYER * (TRACES * model.config.num_layers)
+    assert launches.count("shrink_kernel") == 4 * TRACES * model.config.num_layers
 
 
 @pytest.mark.parametrize(
@@ -145,8 +171,9 @@ def test_a_wide_bank_takes_another_launch_in_each_group(monkeypatch):
         ({}, None, None),
         ({}, mj.Gates(2), None),
         ({}, mj.Fixed({"cedar": 0.5, "apple": 0.5}), None),
-        ({}, mj.Gates(1, within=("apple", "birch")), "more than the gates' top-k"),
-        ({}, [mj.Gates(1), mj.Fixed("cedar")], "more than the gates' top-k"),
+        ({}, mj.Gates(1, within=("apple", "birch")), None),
+        ({}, [mj.Gates(1), mj.Fixed("cedar")], None),
+        ({}, [mj.Gates(1), Composed((("cedar", 1.0),), True)], None),
         ({"sliding_window": 8}, None, "sliding window"),
         ({"head_dim": 96}, None, "heads"),
     ],
@@ -173,7 +200,11 @@ def test_what_a_token_router_chose_is_served(routers):
     assert isinstance(chosen, Routing)
     assert decoding.refusal(module.layers, model.config, chosen, 2, STEPS) is None
     fused = dataclasses.replace(chosen, fused=jnp.asarray([False, True]))
-    assert decoding.refusal(module.layers, model.config, fused, 2, STEPS) == "fusion"
+    assert decoding.refusal(module.layers, model.config, fused, 2, STEPS) is None
+    wide = dataclasses.replace(STEPS, dense_width=8)
+    mixed = packed_model().bind([mj.Gates(1), Composed((("cedar", 1.0),), True)], 2)
+    for router in (fused, mixed):
+        assert decoding.refusal(module.layers, model.config, router, 2, wide) == "fusion in a wide bank"
 
 
 def test_a_model_whose_gates_are_elsewhere_is_refused():
@@ -195,7 +226,7 @@ def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
     assert of("cpu", "float32") == ExecutionConfig()
     assert of("tpu", "bfloat16") == ExecutionConfig("tpu")
     gpu = of("gpu", "bfloat16")
-    assert gpu == ExecutionConfig("gpu", StepLimits(64, 4, 4096), ("prompt", "packed"), triton=True)
+    assert gpu == ExecutionConfig("gpu", StepLimits(512, 4, 4096), ("prompt", "packed"), triton=True)
     assert of("gpu", "float32") == dataclasses.replace(gpu, fused_attention=())
     assert of("gpu", "bfloat16", triton=False) == dataclasses.replace(gpu, step=None, triton=False)
     many = jax.sharding.AbstractMesh((2,), ("data",))
@@ -204,7 +235,7 @@ def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
     assert ExecutionConfig.here("bfloat16") == ExecutionConfig("tpu")
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("rows", [1, 8, 16, 32, 64, 512])
 @pytest.mark.parametrize("gather", [None, False, True])
 @pytest.mark.parametrize(
     ("total", "epilogue", "head"),
@@ -214,7 +245,7 @@ def test_tiles_cover_the_columns(rows, gather, total, epilogue, head):
     size = triton_gpu.tiles(rows, total, epilogue, head, gather)
     assert total % (2 * size["BH"]) == 0
     assert epilogue != "qkv" or head // 2 % size["BH"] == 0
-    assert gather is not False or size["BM"] >= max(16, rows)
+    assert gather is not False or size["BM"] == min(64, max(16, rows))
     assert not gather or size["BM"] == 1
 
 
@@ -262,9 +293,7 @@ def test_generation_on_a_gpu(dtype, router, form):
 
     def run(execution: ExecutionConfig) -> Any:
         model = packed_model(dtype, form, execution)
-        batch = Generator(model.graph, model.weights, model.config, ROWS, model.bind(router, 4), Sampling(), 12)
-        batch.advance(12)
-        return batch.tokens(), batch.routing([11] * 4, [12] * 4)
+        return answer(model, ROWS, router, 12)
 
     gpu = ExecutionConfig.of("gpu", dtype)
     wanted, found = run(dataclasses.replace(gpu, step=None) if dtype == "float32" else gpu), run(gpu)
@@ -277,7 +306,7 @@ def test_generation_on_a_gpu(dtype, router, form):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("first", [0, 9, 18, 27])
-def test_groups_and_attention_on_a_gpu(monkeypatch, first):
+def test_groups_on_a_gpu(monkeypatch, first):
     """The interpreter's cases, compiled: against float64, epilogues, routings and forms mixed."""
     import decode_step_on_cpu as cases
 
@@ -292,4 +321,5 @@ def test_groups_and_attention_on_a_gpu(monkeypatch, first):
     with jax.default_matmul_precision("highest"):  # as the model computes float32; tensor cores alone are 1e-4 off
         for seed in range(first, first + 9):
             cases.one_case(seed, launches)
-    cases.one_attention(first // 9)
+        for rows, seed in cases.MANY[first % 18 // 9 :: 2]:
+            cases.one_case(seed, launches, rows)

@@ -15,6 +15,7 @@ from meteora_jax.evaluation.problems import load_problems
 from meteora_jax.evaluation.table import markdown, tabulate
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.gates import save_gates
+from meteora_jax.routing.fixed import Fixed
 
 TASKS = ("winowhy", "disfl_qa", "object_counting")
 
@@ -32,7 +33,7 @@ def tasks(tmp_path):
 def echo(problems):
     """A system that is right on every second problem, without a model."""
     said = [p.response if int(p.id.split("/")[-1]) % 2 else "?" for p in problems]
-    return [{"answer": a, "tokens": 1} for a in said]
+    return list(enumerate({"answer": a, "tokens": 1} for a in said))
 
 
 def no_progress(done, total, system):
@@ -42,10 +43,10 @@ def no_progress(done, total, system):
 SETTINGS = {"base": "x", "split": "test"}
 
 
-def table_of(tasks, out, batch_size=2, answer=echo):
+def table_of(tasks, out, answer=echo):
     problems = load_problems(tasks, TASKS, "test", None)
     records = runner.Records(out, SETTINGS)
-    runner.run(problems, {"echo": answer}, records, batch_size, no_progress)
+    runner.run(problems, {"echo": answer}, records, no_progress)
     return tabulate(problems, ["echo"], records.answers)
 
 
@@ -54,42 +55,40 @@ def test_table_counts_what_was_right(tmp_path, tasks):
     assert all(np.isclose(row["echo"]["accuracy"], 3 / 7) for row in table["tasks"].values())
     assert np.isclose(table["mean accuracy"]["echo"], 3 / 7)
     text = markdown(table, ["echo"])
-    assert text.count("| 7 | 42.9 |") == 3
-    assert table_of(tasks, tmp_path / "other", batch_size=5) == table
+    assert text.count("| 7 | 42.9 [") == 3
 
 
 @pytest.mark.parametrize("cut", [1, 40, None])
-def test_a_killed_run_goes_on_and_redoes_nothing(tmp_path, tasks, cut):
+def test_a_killed_run_goes_on_and_redoes_nothing(tmp_path, tasks, cut, monkeypatch):
+    monkeypatch.setattr(runner, "KEPT", 2)
     want = table_of(tasks, tmp_path / "whole")
-    calls = []
+    asked = []
 
     def dies(problems):
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        calls.append([p.id for p in problems])
-        return echo(problems)
+        for place, said in echo(problems):
+            if place == 8:
+                raise KeyboardInterrupt
+            yield place, said
 
     with pytest.raises(KeyboardInterrupt):
         table_of(tasks, tmp_path / "run", answer=dies)
     file = tmp_path / "run" / runner.RECORDS
-    lost = []
-    if cut:  # the kill came while the last line was written: its problem is asked again, in the same batch
+    assert len(file.read_bytes().splitlines()) == 8
+    if cut:  # the kill came while the last line was written: its problem is asked again
         file.write_bytes(file.read_bytes()[:-cut])
-        lost = calls.pop()
     kept = [json.loads(line) for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    again = []
+    assert len(kept) == 8 - bool(cut)
 
     def answer(problems):
-        again.append([p.id for p in problems])
-        return echo(problems)
+        asked.extend(p.id for p in problems)
+        return reversed(echo(problems))  # whoever ends first is recorded first
 
     assert table_of(tasks, tmp_path / "run", answer=answer) == want
-    assert again[: bool(lost)] == [lost][: bool(lost)]
-    asked = sorted(i for part in calls + again for i in part)
-    assert asked == sorted(p.id for p in load_problems(tasks, TASKS, "test", None))
+    every = sorted(p.id for p in load_problems(tasks, TASKS, "test", None))
+    assert sorted([*asked, *(r["id"] for r in kept)]) == every
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert records[: len(kept)] == kept
-    assert sorted(r["id"] for r in records) == asked
+    assert sorted(r["id"] for r in records) == every
 
 
 def test_other_settings_and_damaged_records_are_refused(tmp_path, tasks):
@@ -120,32 +119,19 @@ def test_limit_chooses_by_hash_and_grows(tasks):
     assert {p.id for p in few} < {p.id for p in many}
 
 
+@pytest.mark.exhaustive(
+    "answers are compared below and in test_evaluate_model; test_evaluation_rows draws the pictures"
+)
 def test_command_writes_records_table_and_pictures(tmp_path, tasks, world, capsys):
     for name, task in zip(NAMES, TASKS, strict=False):
         (tasks / task).rename(tasks / name)
     folders = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(world[k]))]
     options = ["--tasks", str(tasks), "--out", str(tmp_path / "run"), "--max-new-tokens", "3", "--limit", "3"]
-    with pytest.raises(SystemExit) as refusal:  # no score is known for these tasks
-        main(["evaluate", *folders, *options, "--only", "apple,birch"])
-    assert refusal.value.code == 1
-    assert "apple" in capsys.readouterr().err
     for name, task in zip(NAMES, TASKS, strict=False):
         (tasks / name).rename(tasks / task)
     systems = "base,gates-top1,gates-top2,cedar"
-    for batch_size in ("2", "4"):
-        main(
-            [
-                "evaluate",
-                *folders,
-                *options,
-                "--only",
-                ",".join(TASKS),
-                "--systems",
-                systems,
-                "--batch-size",
-                batch_size,
-            ]
-        )
+    for _ in range(2):  # the second time everything is there
+        main(["evaluate", *folders, *options, "--only", ",".join(TASKS), "--systems", systems])
     records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
     mine = [r for r in records if r["system"] in systems.split(",") and r["task"] in TASKS]
     assert len(mine) == 4 * 9
@@ -184,3 +170,51 @@ def test_few_options(capsys, command):
     options = set(re.findall(r"^[│ ] (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
     assert {"--base", "--systems", "--distributed", "--mesh", "--json"} < options
     assert len(options) <= 18, sorted(options)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["winowhy"], "--metric: expected TASK=METRIC, found 'winowhy'"),
+        (["winowhy=exact", "winowhy=bleu"], "--metric: expected one of winowhy, found 2"),
+        (["disfl_qa=exact"], "--metric: expected tasks that are asked, found disfl_qa"),
+        (["winowhy=f1"], "--metric winowhy=f1: expected exact, contains, choice, number, bleu, rouge, rougeL, regex:"),
+        (["winowhy=regex:(0"], "--metric winowhy=regex:(0: expected a regular expression, found one that does not"),
+    ],
+)
+def test_metrics_that_do_not_fit_are_refused_before_anything_runs(tmp_path, tasks, world, capsys, words, said):
+    options = ["--tasks", str(tasks), "--out", str(tmp_path / "run"), "--only", "winowhy", "--systems", "base"]
+    with pytest.raises(SystemExit) as refusal:
+        main(["evaluate", "--base", str(world["base"]), *options, *(w for m in words for w in ("--metric", m))])
+    assert refusal.value.code == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_own_tasks_in_any_form_are_answered_and_scored_by_the_metric_asked_for(tmp_path, world):
+    """Text and conversations, one task that may say less than the others, in batches of both systems."""
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many apples?"}]
+    answered = {"messages": [*talk, {"role": "assistant", "content": "3 apples"}]}
+    for i, lines in enumerate(([answered] * 3, [{"prompt": "Which?", "response": "a"}])):
+        (tmp_path / "tasks" / NAMES[i]).mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "tasks" / NAMES[i] / "test.jsonl").write_text(text)
+    (tmp_path / "tasks" / "birch" / "task.json").write_text('{"max_new_tokens": 2}')
+    folders = [w for k in ("base", "bank", "gates") for w in (f"--{k}", str(world[k]))]
+    options = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "run"), "--max-new-tokens", "4"]
+    asked = ["--only", "apple,birch", "--systems", "base,oracle", "--metric", r"apple=regex:\d", "--json"]
+    main(["evaluate", *folders, *options, *asked, str(tmp_path / "table.json")])
+    records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 8
+    model = world["model"]
+    for r in records:
+        router = Fixed(r["task"]) if r["system"] == "oracle" else None
+        tokens = 4 if r["task"] == "apple" else 2
+        (said,) = model.generate([talk if r["task"] == "apple" else "Which?"], router, max_new_tokens=tokens)
+        assert (r["answer"], r["tokens"]) == (said.text, len(said.token_ids))
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["metrics"]["apple"] == {"name": r"regex:\d", "because": ""}
+    assert table["metrics"]["birch"]["name"] == "exact"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["new_tokens"] == {"apple": 4, "birch": 2}

@@ -16,7 +16,7 @@ from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import Given, check_routes, make_system
 from meteora_jax.evaluation.tasks import Example, write_splits
 from meteora_jax.evaluation.throughput import choose_prompts, measure, throughput_markdown, time_generation
-from meteora_jax.generation import Generator
+from meteora_jax.generation import Engines
 from meteora_jax.retriever.evaluation import Query, judge
 from meteora_jax.routing.gates import Gates
 
@@ -51,7 +51,7 @@ def run(folders):
     out = folders["root"] / "run"
     kinds = ("retrieval-mixture-k1", "retrieval-mixture", "gates-top2", "gates-within-top2")
     systems = ",".join(kind + hides for kind in kinds for hides in ("", "-unseen"))
-    evaluate(folders, out, "--systems", systems, "--batch-size", "8")
+    evaluate(folders, out, "--systems", systems)
     return out
 
 
@@ -96,11 +96,14 @@ def test_what_was_found_stands_beside_what_was_answered(folders, run):
     table = json.loads((run / "table.json").read_text())
     queries = [Query(q["inputs"], q["task"], q["domain"]) for q in folders["queries"]]
     want = judge(folders["index"], queries)
+    counts = table["retrieval"].pop("counts")
+    assert counts["iid"] == sum(counts["adapters"].values()) == sum(counts["clusters"].values()) == len(queries)
     assert table["retrieval"] == json.loads(json.dumps(want))
     assert want["iid"][1] == 100
     assert set(want["ood"]) == {1, 3}
     text = (run / "table.md").read_text()
     assert "| % found among the first | 1 | 3 |" in text
+    assert "| all | 100.0 [100.0, 100.0] |" in text
     assert "| all, own adapter hidden: one of its cluster |" in text
     assert "| cluster trees, ROUGE-L | 4 |" in text
     for picture in ("k.png", "similarity.png"):
@@ -184,20 +187,21 @@ def test_what_is_timed_is_the_system(folders, monkeypatch):
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=()))
     problems, generated = [Problem(f"{n}/0", n, f"about the {n}", "") for n in NAMES], []
 
-    class Kept(Generator):
-        def advance(self, tokens):
-            done = super().advance(tokens)
-            generated.append(self.tokens())
-            return done
+    class Kept(Engines):
+        def holding(self, requests):
+            engine = super().holding(requests)
+            submit = engine.submit
+            engine.submit = lambda request: generated.append(submit(request)) or generated[-1]
+            return engine
 
-    monkeypatch.setattr("meteora_jax.evaluation.throughput.Generator", Kept)
+    monkeypatch.setattr("meteora_jax.evaluation.throughput.Engines", Kept)
     index, prompts = folders["index"], [p.prompt for p in problems]
     routers = {"base": None, "apple": mj.Fixed("apple")}
     routers |= {f"retrieval-{how}-k2": mj.Retrieval(index, 2, how) for how in ("selection", "fusion", "mixture")}
     for name, router in routers.items():
         time_generation(make_system(name, Given(model, index=index)), problems, 9)
         want = model.generate(prompts, router, max_new_tokens=9)
-        assert generated[-1] == [completion.token_ids for completion in want]
+        assert [h.progress.tokens for h in generated[-len(want) :]] == [c.token_ids for c in want]
     assert len({str(tokens) for tokens in generated}) == len(routers)  # no two of them are the same work
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,21 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import answer
+from extent import parameters
 from flax import nnx
 from test_sharding import devices
 
 import meteora_jax as mj
 from meteora_jax import execution
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
+from meteora_jax.engine.step import observe_routing, run_steps
 from meteora_jax.execution import ExecutionConfig, Jit, platform
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.generation import Generator, Sampling, decode, observe_routing, prefill
 from meteora_jax.model import llama
-from meteora_jax.model.kv_cache import EMPTY, KVCache
 from meteora_jax.model.llama import pack, with_execution
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.sharding import make_mesh, use_mesh
+from pallas_kernels.paged_attention import EMPTY, StepTokens
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90)), [200]]
 NAMES = ("apple", "birch", "cedar", "daisy")
@@ -50,7 +53,10 @@ def run(model: mj.Meteora, router: Any) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize("width", [512, 1], ids=["gates and shrinks", "gates alone"])
-@pytest.mark.parametrize("router", [mj.Gates(2), mj.Gates(1), mj.Gates(3, temperature=4.0)])
+@pytest.mark.parametrize(
+    "router",
+    parameters([mj.Gates(2), mj.Gates(1), mj.Gates(3, 4.0)], [mj.Gates(3, 4.0)], "fewer adapters, no temperature"),
+)
 def test_packed_weights_route_and_compute_as_gates_and_adapters_do(world, router, width):
     model, packed = world["model"], prepared(world["model"], width)
     held = nnx.merge(packed.graph, packed.weights).layers.qkv
@@ -64,7 +70,14 @@ def test_packed_weights_route_and_compute_as_gates_and_adapters_do(world, router
 
 
 @pytest.mark.parametrize("width", [512, 1], ids=["gates and shrinks", "gates alone"])
-@pytest.mark.parametrize("router", [mj.Gates(2), mj.Fixed("cedar"), mj.Gates(1, within=("apple", "birch")), None])
+@pytest.mark.parametrize(
+    "router",
+    parameters(
+        [mj.Gates(2), mj.Fixed("cedar"), mj.Gates(1, within=("apple", "birch")), None],
+        [mj.Gates(2)],
+        "test_packed_weights_serve_other_routers has them in one row",
+    ),
+)
 def test_packed_weights_are_the_same_model(world, router, width):
     model, packed = world["model"], prepared(world["model"], width)
     held = nnx.merge(packed.graph, packed.weights).layers.down
@@ -127,8 +140,10 @@ def test_two_executions_are_two_programs():
 # ---- on a GPU, where neither transformers nor a tokenizer need be installed
 
 
-def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3) -> mj.Meteora:
-    """A random model with four adapters and gates; its weights do not depend on the dtype but for their rounding."""
+@functools.cache  # nothing changes a model in its place
+def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null: bool = False) -> mj.Meteora:
+    """A random model with four adapters and gates, with `null` of a null choice too; its weights do not depend on the
+    dtype but for their rounding."""
     config = LlamaConfig(
         vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=layers, num_heads=4, num_kv_heads=2,
         head_dim=64, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=256,
@@ -137,12 +152,12 @@ def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3) -> m
     infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)
-    graph, state = nnx.split(gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0)))
+    graph, state = nnx.split(gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0), null=null))
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     draw = lambda key, x: (0.1 * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)  # noqa: E731
     weights = jax.tree.unflatten(tree, [draw(k, x) for k, x in zip(keys, leaves, strict=True)])
-    return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0, form), None, graph, weights)
+    return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0, form, null), None, graph, weights)
 
 
 def prompt_hidden(model: mj.Meteora, router: Any = None) -> np.ndarray:
@@ -150,16 +165,22 @@ def prompt_hidden(model: mj.Meteora, router: Any = None) -> np.ndarray:
     tokens, lengths = np.zeros((4, 64), np.int32), np.array([len(r) for r in ROWS])
     for row, prompt in zip(tokens, ROWS, strict=True):
         row[: len(prompt)] = prompt
-    real = np.arange(64)[None] < lengths[:, None]
-    positions = jnp.asarray(np.where(real, np.arange(64), EMPTY), jnp.int32)
+    real = (np.arange(64)[None] < lengths[:, None]).reshape(-1)
+    none = np.full((4,), EMPTY)
+    positions = jnp.asarray(np.concatenate([none, np.where(real, np.tile(np.arange(64), 4), EMPTY)]), jnp.int32)
+    tables, runs = np.arange(16).reshape(4, 4), np.repeat(np.arange(4), 4)
+    step = StepTokens(positions, *(jnp.asarray(z, jnp.int32) for z in (tables, runs, lengths)))
     bound = model.bind(router, 4)
 
     def call(weights: Any) -> jax.Array:
         module = nnx.merge(model.graph, weights)
-        cache = KVCache.create(model.config, 4, 64, module.embed.dtype)
-        return module(jnp.asarray(tokens), positions, bound, cache=cache, fresh=True).hidden
+        at = step.rows()
+        each = jax.tree.map(lambda z: z[at], bound)
+        flat = jnp.concatenate([jnp.zeros((4,), jnp.int32), jnp.asarray(tokens.reshape(-1))])
+        cache = module.new_cache(16, 16)
+        return module(flat[:, None], positions[:, None], each, cache=cache, step=step).hidden[4:, 0]
 
-    return np.asarray(Jit(call)(model.weights), np.float64) * real[:, :, None]
+    return np.asarray(Jit(call)(model.weights), np.float64) * real[:, None]
 
 
 def run_as(model: mj.Meteora, execution: ExecutionConfig) -> mj.Meteora:
@@ -186,13 +207,9 @@ def decode_twice(rows: int) -> None:
     model = dataclasses.replace(model, graph=graph, weights=weights)
     runs, compiled = [], []
     for _ in range(2):
-        batch = Generator(
-            model.graph, model.weights, model.config, ROWS[:rows], model.bind(mj.Gates(2), rows), Sampling(), 12
-        )
-        batch.advance(12)
-        lengths = [len(t) for t in batch.tokens()]
-        runs.append((batch.tokens(), batch.routing([n - 1 for n in lengths], lengths)))
-        compiled.append((prefill._cache_size(), decode._cache_size()))
+        tokens, routing, _ = answer(model, ROWS[:rows], mj.Gates(2), 12)
+        runs.append((tokens, routing))
+        compiled.append(run_steps._cache_size())
     assert compiled[0] == compiled[1]
     assert runs[0][0] == runs[1][0]
     assert runs[0][1] is not None

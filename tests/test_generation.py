@@ -7,19 +7,26 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extent import parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import edit_json, tiny_tokenizer
 
 import meteora_jax as mj
 from meteora_jax.config import InputError
-from meteora_jax.generation import Sampling, bucket, decode, prefill, sample
+from meteora_jax.engine.request import Sampling
+from meteora_jax.engine.sampling import SamplingRows, sample
+from meteora_jax.engine.step import run_steps
+from meteora_jax.padding import bucket
 from meteora_jax.text import TextStream, check_text, load_tokenizer
 
 ROWS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], list(range(40, 90)), [200]]
 
 
-@pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar")])
+@pytest.mark.parametrize(
+    "router",
+    parameters([None, mj.Gates(2), mj.Fixed("cedar")], [mj.Gates(2)], "test_retrieval mixes them in a ragged batch"),
+)
 def test_a_ragged_batch_equals_its_prompts(world, router):
     model = world["model"]
     together = model.generate(ROWS, router, max_new_tokens=20)
@@ -41,12 +48,11 @@ def test_cached_decoding_equals_recomputing(world):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 3}, {"stop": ("a", "e")}])
-@pytest.mark.parametrize("chunk", [1, 5])
-def test_streaming_equals_not_streaming(world, options, chunk):
+def test_streaming_equals_not_streaming(world, options):
     model = world["model"]
     whole = model.generate(ROWS, max_new_tokens=18, **options)
     texts, streamed = [""] * len(ROWS), None
-    for piece in model.stream(ROWS, max_new_tokens=18, chunk=chunk, **options):
+    for piece in model.stream(ROWS, max_new_tokens=18, **options):
         if isinstance(piece, mj.Delta):
             texts[piece.index] += piece.text
         else:
@@ -65,10 +71,10 @@ def test_a_second_call_compiles_nothing(world):
              max_new_tokens=11),
     ]  # fmt: skip
     model.generate(**calls[0])
-    compiled = prefill._cache_size(), decode._cache_size()
+    compiled = run_steps._cache_size()
     for call in calls:
         model.generate(**call)
-    assert (prefill._cache_size(), decode._cache_size()) == compiled
+    assert run_steps._cache_size() == compiled
 
 
 def test_stop_string_ends_text_and_tokens(world):
@@ -129,6 +135,12 @@ def kept_by_numpy(logits, temperature, top_k, top_p):
     return set(order.tolist())
 
 
+def draw(logits, count, how):
+    """So many first tokens by the same settings, each a response of its own."""
+    rows = SamplingRows.of([dataclasses.replace(how, index=i) for i in range(count)], len(logits))
+    return np.asarray(sample(jnp.tile(logits[None], (count, 1)), jnp.zeros((count,), jnp.int32), rows))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 999), st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([None, 1, 3, 50]),
@@ -136,15 +148,13 @@ def kept_by_numpy(logits, temperature, top_k, top_p):
 )  # fmt: skip
 def test_samples_stay_in_the_kept_set(seed, temperature, top_k, top_p):
     logits = np.random.default_rng(seed).standard_normal(12).astype(np.float32)
-    how = Sampling(temperature, top_k, top_p, seed).traced
-    drawn = sample(jnp.tile(logits[None], (256, 1)), jnp.int32(0), how)
+    drawn = draw(logits, 256, Sampling(temperature, top_k, top_p, seed))
     kept = kept_by_numpy(logits, temperature, top_k, top_p)
     assert set(np.asarray(drawn).tolist()) <= kept
 
 
 def test_samples_follow_the_softmax():
-    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
-    drawn = np.asarray(sample(jnp.tile(logits, (20000, 1)), jnp.int32(0), Sampling(1.0).traced))
+    drawn = draw(np.log(np.asarray([0.5, 0.3, 0.15, 0.05], np.float32)), 20000, Sampling(1.0))
     assert np.allclose(np.bincount(drawn, minlength=4) / 20000, [0.5, 0.3, 0.15, 0.05], atol=0.015)
 
 
@@ -289,18 +299,11 @@ def test_half_a_character_is_refused_where_it_stands(text, at):
         check_text(text, "prompt 7")
 
 
-def test_the_device_loop_runs_many_tokens_a_call(world):
-    """One dispatch decodes all: the jitted function holds a while loop, and `advance` calls it once."""
-    calls = []
-    original = mj.api.Generator.advance
-
-    def counted(self, n):
-        calls.append(n)
-        return original(self, n)
-
-    mj.api.Generator.advance = counted
-    try:
-        world["model"].generate([ROWS[0]], max_new_tokens=20)
-    finally:
-        mj.api.Generator.advance = original
-    assert calls == [20]
+def test_the_device_makes_many_tokens_between_two_looks_of_the_host(world):
+    model = dataclasses.replace(world["model"])
+    model.generate([ROWS[0]], None, max_new_tokens=1)
+    counters = model._engines.holding([]).counters
+    before = counters.dispatches
+    (done,) = model.generate([ROWS[0]], None, max_new_tokens=20)
+    assert len(done.token_ids) == 20
+    assert counters.dispatches - before == 1 + 3  # the prompt; then 8, 8 and 3 steps

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extent import parameters
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -40,7 +41,7 @@ def models(world):
     }
 
 
-@pytest.mark.parametrize("router", ["none", "apple"])
+@pytest.mark.parametrize("router", parameters(["none", "apple"], ["apple"], "an adapter acts on the same base"))
 def test_loglikelihoods_are_those_of_transformers(models, router):
     ours, theirs = models[router]
     found, want = (m.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True) for m in (ours, theirs))
@@ -66,7 +67,7 @@ def test_greedy_continuations_are_said_to_be_greedy(models):
     assert not other
 
 
-@pytest.mark.parametrize("router", ["none", "apple"])
+@pytest.mark.parametrize("router", parameters(["none", "apple"], ["apple"], "an adapter acts on the same base"))
 def test_generated_texts_are_those_of_transformers(models, router):
     ours, theirs = models[router]
     asked = [(c, {"until": ["e"], "max_gen_toks": 12, "do_sample": False}) for c in (*CORPUS, "long " * 200)]

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from extent import parameters
 from test_cli import refused, run
 from test_encoder import sentence_folder
 from test_retrieval import PROFILES, PROMPTS
@@ -111,21 +112,26 @@ def test_encoder_training_and_an_index_with_vectors(tmp_path, capsys, profiles):
     assert run(capsys, "inspect", trained)[0] == 0
 
 
-def test_generate_by_retrieval(tmp_path, capsys, world, profiles):
+ASKED = {
+    "mixture": ((), lambda index: mj.Retrieval(index, 3)),
+    "fusion": (("--compose", "fusion", "--retrieve", 2), lambda index: mj.Retrieval(index, 2, "fusion")),
+    "gates": (("--gates", "GATES"), lambda index: mj.GatesWithin(index, 3)),
+}
+
+
+@pytest.mark.parametrize("asked", parameters(ASKED, ["fusion", "gates"], "the defaults of what fusion is given"))
+def test_generate_by_retrieval(tmp_path, capsys, world, profiles, asked):
     index = tmp_path / "index"
     assert run(capsys, "index", "build", index, "--profiles", profiles)[0] == 0
     folders = ("--base", world["base"], "--bank", world["bank"], "--index", index, "--json", tmp_path / "out.json")
     loaded, model = mj.Index.load(index), world["model"]
-    for extra, router in (
-        ((), mj.Retrieval(loaded, 3)),
-        (("--compose", "fusion", "--retrieve", 2), mj.Retrieval(loaded, 2, "fusion")),
-        (("--gates", world["gates"]), mj.GatesWithin(loaded, 3)),
-    ):
-        assert run(capsys, "generate", *PROMPTS[:2], *folders, *extra, "--max-new-tokens", 4)[0] == 0
-        want = model.generate(PROMPTS[:2], router, max_new_tokens=4)
-        written = json.loads((tmp_path / "out.json").read_text())
-        assert [w["token_ids"] for w in written] == [c.token_ids for c in want]
-        assert [w["retrieved"] for w in written] == [dict(c.routing.retrieved) for c in want]
+    extra, router = ASKED[asked]
+    extra = [world["gates"] if word == "GATES" else word for word in extra]
+    assert run(capsys, "generate", *PROMPTS[:2], *folders, *extra, "--max-new-tokens", 4)[0] == 0
+    want = model.generate(PROMPTS[:2], router(loaded), max_new_tokens=4)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [w["token_ids"] for w in written] == [c.token_ids for c in want]
+    assert [w["retrieved"] for w in written] == [dict(c.routing.retrieved) for c in want]
     base = ("generate", "x", "--base", world["base"], "--bank", world["bank"], "--router")
     assert "expected --index" in refused(capsys, *base, "retrieval")
 

@@ -48,7 +48,17 @@ def test_numerics_on_random_shapes_by_triton_s_interpreter():
 @needs_gpu_extra
 def test_every_kernel_compiles_for_hopper():
     out = program("triton_lowering.py")
-    for kernel in ("gated_expand", "qkv_epilogue", "silu_epilogue", "residual_epilogue", "shrink", "attend", "combine"):
+    for kernel in (
+        "gated_expand",
+        "qkv_epilogue",
+        "silu_epilogue",
+        "residual_epilogue",
+        "shrink",
+        "weigh",
+        "decode",
+        "runs",
+        "combine",
+    ):
         assert f"  {kernel}_kernel: " in out
     for case in re.split(r"\n(?=\S)", out):  # a case, and its kernels indented below it
         header, *kernels = case.strip().splitlines()

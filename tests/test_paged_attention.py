@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import EMPTY, QUERY_BLOCK, StepTokens, paged_attention, write_pages
+from pallas_kernels.paged_attention import EMPTY, QUERY_BLOCK, StepTokens, paged_attention, triton_gpu, write_pages
 
-BLOCK, LAYERS, HEADS, KV, WIDTH = 4, 2, 6, 2, 8
+BLOCK, LAYERS = 4, 2
+LENGTHS = (13, 1, 37, 22)  # tokens in the cache after the step
+CHUNKS = (0, 0, 21, 16)  # of which so many are read by it; 0: one is decoded; the third row's go to two runs
 
 
 class Case:
-    """Sequences whose blocks lie in no order: some decode one token, one reads a chunk, one does nothing."""
+    """Sequences whose blocks lie in no order: some decode one token, others read a chunk, one does nothing."""
 
-    def __init__(self, seed: int):
+    def __init__(
+        self, seed: int, heads: int = 6, kv: int = 2, width: int = 8, lengths: Sequence[int] = LENGTHS,
+        chunks: Sequence[int] = CHUNKS,
+    ):  # fmt: skip
         draw = np.random.default_rng(seed)
-        lengths = [13, 1, 37, 22]  # tokens in the cache after the step
-        chunks = [0, 0, 21, 16]  # of which so many are read by it; 0: one is decoded; the third row's go to two runs
+        self.heads, self.kv, self.width = heads, kv, width
         self.blocks = sum(-(-n // BLOCK) for n in lengths) + 3
         free = list(draw.permutation(self.blocks))
-        tables = np.zeros((5, 12), np.int32)  # the last row is no sequence
+        # the last row is no sequence
+        tables = np.zeros((len(lengths) + 1, -(-max(lengths) // BLOCK) + 2), np.int32)
         for row, n in enumerate(lengths):
             own = [free.pop() for _ in range(-(-n // BLOCK))]
             tables[row, : len(own)] = own
@@ -31,11 +43,12 @@ class Case:
                 read = list(range(start, min(start + QUERY_BLOCK, n))) if c else []
                 positions += read + [EMPTY] * (QUERY_BLOCK - len(read)) if read else []
                 runs += [row] if read else []
-        self.tokens = StepTokens(jnp.asarray(positions, jnp.int32), jnp.asarray(tables), jnp.asarray(runs, jnp.int32))
-        self.keys, self.values = (draw.normal(size=(4, max(lengths), KV, WIDTH)) for _ in "kv")
-        self.q = draw.normal(size=(len(positions), HEADS, WIDTH))
+        arrays = positions, tables, runs, [*lengths, 0]
+        self.tokens = StepTokens(*(jnp.asarray(z, jnp.int32) for z in arrays))
+        self.keys, self.values = (draw.normal(size=(len(lengths), max(lengths), kv, width)) for _ in "kv")
+        self.q = draw.normal(size=(len(positions), heads, width))
         self.layer = 1
-        pages = np.full((LAYERS * self.blocks, BLOCK, 2 * KV, WIDTH), np.nan)
+        pages = np.full((LAYERS * self.blocks, BLOCK, 2 * kv, width), np.nan)
         for row, n in enumerate(lengths):
             for p in range(n):
                 slot = pages[self.layer * self.blocks + tables[row, p // BLOCK], p % BLOCK]
@@ -44,16 +57,16 @@ class Case:
 
     def expected(self, window: int | None) -> np.ndarray:
         rows, positions = np.asarray(self.tokens.rows()), np.asarray(self.tokens.positions)
-        out = np.zeros((len(positions), HEADS * WIDTH))
+        out = np.zeros((len(positions), self.heads * self.width))
         for m, (row, p) in enumerate(zip(rows, positions, strict=True)):
             if p == EMPTY:
                 continue
             first = 0 if window is None else max(0, p - window + 1)
-            for h in range(HEADS):
-                k, v = (z[row, first : p + 1, h // (HEADS // KV)] for z in (self.keys, self.values))
-                scores = k @ self.q[m, h] / np.sqrt(WIDTH)
+            for h in range(self.heads):
+                k, v = (z[row, first : p + 1, h // (self.heads // self.kv)] for z in (self.keys, self.values))
+                scores = k @ self.q[m, h] / np.sqrt(self.width)
                 weights = np.exp(scores - scores.max())
-                out[m, h * WIDTH : (h + 1) * WIDTH] = weights @ v / weights.sum()
+                out[m, h * self.width : (h + 1) * self.width] = weights @ v / weights.sum()
         return out
 
 
@@ -74,9 +87,49 @@ def test_what_is_written_is_what_attention_reads():
     empty = case.pages.copy()
     slots = np.asarray(case.tokens.slots(BLOCK))
     assert ((slots == EMPTY) == (positions == EMPTY)).all()
-    flat = empty.reshape(-1, 2 * KV, WIDTH)
+    flat = empty.reshape(-1, 2 * case.kv, case.width)
     flat[case.layer * case.blocks * BLOCK + slots[slots >= 0]] = -3.0
     written = write_pages(
         *(jnp.asarray(z, jnp.float32) for z in (empty, k, v)), jnp.asarray(slots), case.layer * case.blocks
     )
     np.testing.assert_array_equal(written, case.pages.astype(np.float32))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_by_triton_s_interpreter():
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "paged_attention_on_cpu.py")],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert result.stdout == "10 cases\n"
+
+
+def test_triton_says_what_it_does_not_serve():
+    case = Case(0)
+    given = jnp.asarray(case.q, jnp.float32), jnp.asarray(case.pages, jnp.float32), case.tokens
+    with pytest.raises(NotImplementedError, match="sliding window, found one of 5"):
+        paged_attention(*given, window=5, implementation="triton")
+    with pytest.raises(NotImplementedError, match="power of two from 16 to 256, found 8"):
+        paged_attention(*given, implementation="triton")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 64, 256])
+@pytest.mark.parametrize("slots", [32, 2048, 131072])
+def test_parts_reach_to_the_end_of_every_row(rows: int, slots: int):
+    cut = triton_gpu.decode_parts(rows, 8, slots, 64)
+    for length in {1, 63, 64, 65, 1000, slots // 2, slots}:
+        size = max(cut["LEAST"], -(-length // (cut["PARTS"] * 64)) * 64)  # as `part_of` has it
+        assert length > slots or cut["PARTS"] * size >= length
+        assert size % 64 == 0
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(32, 8), (32, 32), (9, 3), (64, 4), (1, 1)])
+@pytest.mark.parametrize("runs", [1, 32, 1024])
+def test_tiles_of_runs_are_powers_of_two(heads: int, kv: int, runs: int):
+    for most in (16, 64, 128):
+        together, share = triton_gpu.run_tiles(runs, QUERY_BLOCK, heads, kv, most)
+        queries = together * share * QUERY_BLOCK
+        assert queries & (queries - 1) == 0
+        assert QUERY_BLOCK <= queries <= most

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from extent import ALL, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -43,7 +44,7 @@ def composed_float64(x, a, b, scale, chosen, weights, fused):
     return sum(w * scale[i] * ((x @ a[i].T) @ b[i]) for i, w in zip(chosen, weights, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(12, 40), deadline=None)
 @given(st.integers(1, 4), st.integers(3, 9), st.integers(1, 5), st.integers(0, 2**31))
 def test_compositions_equal_the_formula(chosen, adapters, rank, seed):
     rng = np.random.default_rng(seed)
@@ -131,7 +132,7 @@ def torch_composed_logits(world, row, adapters, fused) -> np.ndarray:
 @pytest.mark.parametrize("weights", ["uniform", "similarity"])
 def test_the_model_equals_a_float64_transcription(world, index, compose, weights):
     """Banks of mixed ranks and targets."""
-    router = mj.Retrieval(index, k=3, compose=compose, weights=weights)
+    router = mj.Retrieval(index, k=3, compose=compose, weights=weights, min_similarity=None)
     model = world["model"]
     found = index.query([model.decode(row) for row in ROWS], k=3)
     ours = np.asarray(model.logits(ROWS, router))
@@ -152,13 +153,16 @@ def test_a_heterogeneous_batch_equals_its_requests(world, index):
         mj.Retrieval(index, k=3, compose="mixture"),
         None,
         mj.Retrieval(index, k=2, compose="fusion"),
-        mj.Gates(2),
-        mj.Retrieval(index, k=1, compose="selection"),
         mj.GatesWithin(index, k=3, top_k=2, temperature=4.0),
         mj.Fixed("birch"),
-        mj.Retrieval(index, k=4, compose="fusion", weights="similarity"),
-        mj.Retrieval(index, k=2, exclude=("apple",)),
     ]
+    if ALL:  # other numbers of adapters, each a program more
+        routers += [
+            mj.Gates(2),
+            mj.Retrieval(index, k=1, compose="selection"),
+            mj.Retrieval(index, k=4, compose="fusion", weights="similarity"),
+            mj.Retrieval(index, k=2, exclude=("apple",)),
+        ]
     prompts = [PROMPTS[i % 3] for i in range(len(routers))]
     model = world["model"]
     together = model.generate(prompts, routers, max_new_tokens=6)
@@ -189,11 +193,65 @@ def test_messages_are_retrieved_by_what_the_user_says(world, index):
     assert done.routing.retrieved[0][0] == "apple"
 
 
+def talk(*said: str) -> list[dict[str, str]]:
+    """A conversation whose user says these; the assistant answers, and a system prompt stands before."""
+    turns = [{"role": "user", "content": text} for text in said]
+    between = [m for turn in turns for m in (turn, {"role": "assistant", "content": PROMPTS[1]})][:-1]
+    return [{"role": "system", "content": PROMPTS[1]}, *between]
+
+
+SWITCH = talk(PROMPTS[0], "Thanks", PROMPTS[2], "  ")  # apple's first, daisy's last; the blank one says nothing
+
+
+@pytest.mark.parametrize("router", [mj.Retrieval, mj.GatesWithin])
+def test_the_last_user_message_is_looked_up_of_a_conversation(world, index, router):
+    model = world["model"]
+    prompts = [talk(PROMPTS[0]), talk(PROMPTS[0], "Thanks"), SWITCH, PROMPTS[0]]
+    asked = [PROMPTS[0], "Thanks", PROMPTS[2], PROMPTS[0]]
+    found = index.query(asked, k=2)
+    done = model.generate(prompts, router(index, k=2, min_similarity=None), max_new_tokens=2)
+    for c, names, similarities in zip(done, *found, strict=True):
+        assert c.routing.retrieved == tuple(zip(names, map(float, similarities), strict=True))
+    assert done[2].routing.retrieved[0][0] == "daisy"
+    engine = mj.Engine(model, max_tokens=128, max_rows=2, blocks=64)  # nothing runs
+    assert (
+        engine.submit(SWITCH, router(index, k=2, min_similarity=None), max_new_tokens=2)._retrieved
+        == done[2].routing.retrieved
+    )
+
+
+def test_all_and_weighted_readings_of_a_conversation(world, index):
+    """One batch of all three; weighted by hand: the last message's similarities, 1/2 and 1/4 of those before."""
+    model = world["model"]
+    routers = [mj.Retrieval(index, k=4, min_similarity=None, read=read) for read in ("last", "all", "weighted")]
+    _, (last, joined, weighted) = model.look_up(routers, 3, lambda: [model.request_texts(SWITCH)] * 3)
+    said = [PROMPTS[0], "Thanks", PROMPTS[2]]
+    assert [dict(last)[n] for n in NAMES] == index.scores(said[2:])[0].tolist()
+    assert [dict(joined)[n] for n in NAMES] == index.scores(["\n".join(said)])[0].tolist()
+    want = np.asarray([1, 2, 4]) / 4 @ index.scores(said).astype(np.float64)
+    assert np.allclose([dict(weighted)[n] for n in NAMES], want, atol=1e-6)
+    assert len({last, joined, weighted}) == 3
+    # text is looked up as it is, whatever is read of conversations
+    _, texts = model.look_up(routers, 3, lambda: [model.request_texts(PROMPTS[0])] * 3)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_conversation_in_which_the_user_says_nothing_is_refused(world, index):
+    with pytest.raises(InputError, match="expected a text, found ''"):
+        world["model"].generate([SWITCH[:1]], mj.Retrieval(index), max_new_tokens=2)
+
+
 def test_excluded_adapters_never_act(world, index):
     routers = [mj.Retrieval(index, k=2, exclude=("apple",)), mj.GatesWithin(index, k=2, exclude=("apple",))]
     for c in world["model"].generate([PROMPTS[0]] * 2, routers, max_new_tokens=3):
         assert "apple" not in [n for n, _ in c.routing.retrieved]
         assert NAMES.index("apple") not in c.routing.indices
+
+
+def test_prompts_of_one_batch_may_have_different_numbers_of_adapters_left(world, index):
+    few = mj.Retrieval(index, k=3, exclude=("apple", "birch"), min_similarity=None)
+    _, found = world["model"].look_up([few, mj.Retrieval(index, k=3)], 2, lambda: PROMPTS[:2])
+    assert [len(own) for own in found] == [2, 3]
 
 
 def test_gates_choose_only_within_what_was_retrieved(world, index):
@@ -217,9 +275,8 @@ def test_weights_by_similarity(index):
         ("apple", pytest.approx(2 / 3)), ("birch", pytest.approx(1 / 3)), ("cedar", 0.0),
     )  # fmt: skip
     below = tuple((name, -1.0) for name, _ in found)
-    assert [w for _, w in mj.Retrieval(index, weights="similarity").router(below).adapters] == [
-        pytest.approx(1 / 3)
-    ] * 3
+    router = mj.Retrieval(index, weights="similarity", min_similarity=None)
+    assert [w for _, w in router.router(below).adapters] == [pytest.approx(1 / 3)] * 3
     assert mj.Retrieval(index, compose="selection").router(found) == Composed((("apple", 1.0),), False)
 
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from extent import parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -56,7 +57,7 @@ def test_gated_update_equals_the_formula(chosen, adapters, rank, temperature, ti
     scale = rng.uniform(0.5, 2, (2, adapters))
     f32 = lambda z: jnp.asarray(z, jnp.float32)  # noqa: E731
     names = tuple(f"n{i}" for i in range(adapters))
-    router = bind(mj.Gates(chosen, temperature), names, batch=2, has_gates=True)
+    router = bind(mj.Gates(chosen, temperature), names, batch=2, gated=names)
     routing = router.route(f32(x), ProjectionGates(f32(gate)))
     bank = LoraBank(f32(a), f32(b), f32(scale), splits)
     ours = np.asarray(routed_lora(f32(x), bank, routing, jnp.zeros((2, 3, 10)))).reshape(6, -1)
@@ -177,7 +178,7 @@ def test_a_mixture_equals_the_sum_of_its_deltas(world):
             assert np.abs(logits[: len(row)] - peft.eval()(torch.tensor([row])).logits[0].numpy()).max() <= 1e-4
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", parameters(range(3), [0], "another order"))
 def test_bank_order_and_padding_change_nothing(tmp_path, world, seed):
     """Another order of the bank (its gates still in the old one) and a wider unrelated rank: the same logits."""
     order = np.random.default_rng(seed).permutation(len(NAMES))

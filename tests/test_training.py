@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from extent import parameters
 from flat_settings import flat
 from flax import nnx
 from worlds import NAMES
@@ -46,16 +45,24 @@ def losses_of(llama, batch, router, beta, remat=False, shared_prefix=0):
     return GateLoss(Objective(beta=beta)).over(llama, batch, shared_prefix)(llama, batch, router, remat)
 
 
+def compiled_losses(model, batch, router, beta, shared_prefix=0):
+    """One program: by themselves the operations are hundreds."""
+    run = jax.jit(lambda w, b, r: losses_of(nnx.merge(model.graph, w), b, r, beta, shared_prefix=shared_prefix))
+    return run(model.weights, batch, router)
+
+
 def bound(model, top_k=2):
     return model.bind([mj.Gates(top_k)] * 4, 4)
 
 
-@pytest.mark.parametrize("remat", parameters([False, True], [True], "nothing recomputed"))
-def test_loss_equals_its_definition(world, remat):
-    """LM term: mean negative log-probability of the predicted tokens. Gate term: the same of the gates' logits."""
+def test_loss_equals_its_definition(world):
+    """LM term: mean negative log-probability of the predicted tokens. Gate term: the same of the gates' logits.
+
+    What is recomputed for gradients is in test_training_mesh.
+    """
     model = world["model"]
     batch = some_batch(model.tokenizer)
-    losses = losses_of(nnx.merge(model.graph, model.weights), batch, bound(model), 50.0, remat)
+    losses = compiled_losses(model, batch, bound(model), 50.0)
     lm, count, gate, hits, judged = 0.0, 0, 0.0, 0, 0
     for row in range(4):
         n = int((np.asarray(batch.positions[row]) >= 0).sum())
@@ -70,11 +77,14 @@ def test_loss_equals_its_definition(world, remat):
             if batch.loss[row, t]:
                 lm, count = lm - logp[t - 1, tokens[t]], count + 1
     assert np.isclose(float(losses.lm), lm / count, atol=1e-5)
-    llama = nnx.merge(model.graph, model.weights)
-    out = llama(
-        batch.tokens, batch.positions, bound(model), observe=lambda rs: jnp.concatenate([r.logits for r in rs], 2)
-    )
-    g = np.asarray(out.observed, np.float64)  # [L, B, T, P, A]
+
+    @jax.jit
+    def observed(weights, batch, router):
+        llama = nnx.merge(model.graph, weights)
+        together = lambda rs: jnp.concatenate([r.logits for r in rs], 2)  # noqa: E731
+        return llama(batch.tokens, batch.positions, router, observe=together).observed
+
+    g = np.asarray(observed(model.weights, batch, bound(model)), np.float64)  # [L, B, T, P, A]
     for row in range(4):
         n = int((np.asarray(batch.positions[row]) >= 0).sum())
         x = g[:, row, :n]
@@ -111,7 +121,7 @@ def test_gradients_equal_finite_differences(world):
         assert np.isclose(float(jnp.sum(grad * direction)), difference, rtol=0.05, atol=2e-3)
 
 
-@pytest.mark.exhaustive("packing, which pads too, equals padding in the test below")
+@pytest.mark.exhaustive("test_training_data packs, which pads too, and compares with padding")
 def test_padding_changes_no_loss(world):
     model = world["model"]
     tokenizer = model.tokenizer
@@ -150,11 +160,17 @@ def test_training_routes_each_task_to_its_adapter(tmp_path, world):
         (done,) = model.generate([TASKS[name][15].prompt], mj.Gates(1), max_new_tokens=2)
         chosen = done.routing.indices[4 : done.prompt_length]
         assert (chosen == i).mean() > 0.45, name  # one of four by chance
-    again = train_gates(world["base"], world["bank"], TASKS, tmp_path / "again", settings, dtype="float32")
-    config, first = load_gates(tmp_path / "gates", model.config, NAMES)
-    _, second = load_gates(tmp_path / "again", model.config, NAMES)
-    assert all(np.array_equal(first[p], second[p]) for p in first)  # seeds decide everything
-    assert (config.top_k, again["step"]) == (2, 60)
+    config, _ = load_gates(tmp_path / "gates", model.config, NAMES)
+    assert (config.top_k, final["step"]) == (2, 60)
+
+
+@pytest.mark.exhaustive("test_training_resume compares two runs, one of them killed, bit for bit")
+def test_seeds_decide_everything(tmp_path, world):
+    settings = flat(GateTraining, steps=6, batch_size=8, learning_rate=5e-2, composite=0.25, max_length=200)
+    for name in ("first", "again"):
+        train_gates(world["base"], world["bank"], TASKS, tmp_path / name, settings, dtype="float32")
+    first, again = (load_gates(tmp_path / name, world["model"].config, NAMES)[1] for name in ("first", "again"))
+    assert all(np.array_equal(first[p], again[p]) for p in first)
 
 
 def test_accuracy_leaves_out_the_tokens_that_all_tasks_begin_with(world):
@@ -163,7 +179,7 @@ def test_accuracy_leaves_out_the_tokens_that_all_tasks_begin_with(world):
     batch = some_batch(model.tokenizer)
 
     def loss(b, shared):
-        return losses_of(nnx.merge(model.graph, model.weights), b, bound(model), 50.0, shared_prefix=shared)
+        return compiled_losses(model, b, bound(model), 50.0, shared)
 
     whole, found = loss(batch, 0), loss(batch, 5)
     behind = loss(dataclasses.replace(batch, tasks=jnp.where(batch.positions < 5, NO_TASK, batch.tasks)), 0)

@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from test_training import TASKS, losses_of
+from test_training import TASKS, compiled_losses
 from worlds import NAMES
 
 import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, plan
 from meteora_jax.training.unused import TRIED, shared_prefix, unused
 
@@ -146,28 +144,21 @@ def test_a_run_has_one_shape_and_holds_the_sequences_asked_for(world, packing):
         assert np.mean([(b.segments > 0).mean() for b in some]) > 0.6
 
 
-def test_packing_gives_the_loss_and_gradients_of_padding(world):
+def test_packing_gives_the_terms_of_padding(world):
+    """Gradients of packed rows are compared with torch's, sequence by sequence, in test_training_mesh."""
     model = world["model"]
     packed = next(batches(mixture(world, composite=0.3, max_length=200), batch_size=8))
     assert packed.segments.max() > 1
-    graph, gates, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
 
     def terms(batch):
         batch, rows = jax.tree.map(jnp.asarray, batch), len(batch.tokens)
-        router = model.bind([mj.Gates(2)] * rows, rows)
+        return compiled_losses(model, batch, model.bind([mj.Gates(2)] * rows, rows), 1.0)
 
-        def loss(g):
-            return losses_of(nnx.merge(graph, g, frozen), batch, router, 1.0)
-
-        return jax.jit(lambda g: (loss(g), jax.grad(lambda g: loss(g).loss)(g)))(gates)
-
-    (a, da), (b, db) = terms(packed), terms(collate(list(unpacked(packed))))
+    a, b = terms(packed), terms(collate(list(unpacked(packed))))
     for key in ("lm", "gate", "gate_accuracy", "hits", "judged", "entropy", "load"):
         assert np.allclose(getattr(a, key), getattr(b, key), atol=1e-5), key
     assert np.isclose(float(jnp.sum(a.judged)), 1)
     assert np.allclose(jnp.sum(a.load, -1), 1, atol=1e-5)
-    for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
-        assert np.allclose(x, y, atol=1e-5)
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -125,14 +125,16 @@ def check(found, expected):
     ("accumulate", "remat"),
     [
         pytest.param(1, False, marks=pytest.mark.exhaustive("nothing is recomputed")),
-        (4, True),
+        (4, True),  # two rows a part, sixteen tokens a block
         pytest.param(1, "dots", marks=pytest.mark.exhaustive("test_gated_model has what is recomputed")),
     ],
 )
-def test_one_device_equals_torch(calm, expected, accumulate, remat):
+def test_one_device_equals_torch(calm, expected, accumulate, remat, monkeypatch):
+    monkeypatch.setattr("meteora_jax.training.loss.LOGITS_AT_ONCE", ROWS // accumulate * 16 * 320)
     check(computed(*calm, None, accumulate, remat), expected)
 
 
+@pytest.mark.exhaustive("parts of a batch are computed in blocks above; the mesh has no blocks")
 def test_logits_block_by_block_equal_torch(calm, expected, monkeypatch):
     monkeypatch.setattr("meteora_jax.training.loss.LOGITS_AT_ONCE", ROWS * 16 * 320)
     check(computed(*calm, None), expected)

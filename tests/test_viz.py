@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import html
 import io
 import json
 import re
@@ -19,6 +20,7 @@ from worlds import NAMES, TARGETS
 from meteora_jax import viz
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share
+from meteora_jax.routing import page as page_module
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.trace import adapted_places
 
@@ -284,8 +286,8 @@ def test_pictures_tell_where_what_was_chosen_has_no_weights(tmp_path: Path):
     assert colours["partial"]["grey"] > 3 * colours["plain"]["grey"] + 1000
     assert 0 < colours["partial"][first] < 0.5 * colours["plain"][first]
     page, whole = page_of(trace, tmp_path), page_of(plain, tmp_path)
-    assert viz._IDLE_PAGE in page
-    assert viz._IDLE_PAGE not in whole
+    assert page_module.IDLE in page
+    assert page_module.IDLE not in whole
     data = json.loads(Page(page).texts("script", id="trace")[0])
     held = np.frombuffer(base64.b64decode(data["adapted"]), np.uint8).reshape(trace.adapted.shape)
     assert np.array_equal(held, trace.adapted)
@@ -307,3 +309,10 @@ def test_a_model_knows_where_its_adapters_have_weights(world):
             assert (places[:, p, a] == (projection in targets)).all()
     answer = world["model"].generate([[5, 6, 7]], router=Fixed(NAMES[0]), max_new_tokens=2)[0]
     assert np.array_equal(answer.routing.adapted, places)
+
+
+def test_a_notebook_shows_the_page_in_a_frame():
+    trace = random_trace()
+    cell = trace._repr_html_()
+    assert cell.startswith('<iframe srcdoc="')
+    assert html.unescape(cell.partition('srcdoc="')[2].partition('"')[0]) == page_module.page_of(trace, "routing")

@@ -2,7 +2,8 @@
 
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python tests/tpu_compile.py v5e:4x4
 
-Prints a line a shape; exits 1 on the first that Mosaic refuses. tests/test_kernels_tpu.py starts it.
+Prints a line a shape, with METEORA_TEST_ALL in the environment of three shapes more; exits 1 on the first that Mosaic
+refuses. tests/test_kernels_tpu.py starts it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from extent import ALL
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,13 +25,15 @@ from pallas_kernels.routed_lora.api import Implementation, LoraBank, routed_lora
 
 LLAMA_QKV, LLAMA_DOWN, SMOL_QKV = (4096, (4096, 1024, 1024)), (14336, (4096,)), (576, (576, 192, 192))
 SHAPES: list[tuple[Implementation, tuple[int, int], tuple[int, tuple[int, ...]], str]] = [
-    ("tpu_gathered", (1, 1), LLAMA_QKV, "bfloat16"),
     ("tpu_gathered", (8, 1), LLAMA_DOWN, "bfloat16"),
     ("tpu_gathered", (4, 300), LLAMA_QKV, "bfloat16"),
-    ("tpu_gathered", (3, 1), SMOL_QKV, "float32"),
-    ("tpu_dense", (8, 1), LLAMA_DOWN, "bfloat16"),
     ("tpu_dense", (2048, 1), LLAMA_QKV, "bfloat16"),
     ("tpu_dense", (40, 1), SMOL_QKV, "float32"),
+]
+MORE: list[tuple[Implementation, tuple[int, int], tuple[int, tuple[int, ...]], str]] = [
+    ("tpu_gathered", (1, 1), LLAMA_QKV, "bfloat16"),
+    ("tpu_gathered", (3, 1), SMOL_QKV, "float32"),
+    ("tpu_dense", (8, 1), LLAMA_DOWN, "bfloat16"),
 ]
 
 
@@ -39,7 +43,7 @@ def main(topology: str) -> None:
     place = NamedSharding(mesh, PartitionSpec())
     array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
     adapters, rank, choices = 28, 8, 2
-    for name, (groups, tokens), (width, splits), dtype in SHAPES:
+    for name, (groups, tokens), (width, splits), dtype in SHAPES + MORE * ALL:
 
         def loss(x, a, b, weights, scale, base, indices, name=name, splits=splits):
             bank, routing = LoraBank(a, b, scale, splits), Routing(indices, weights)

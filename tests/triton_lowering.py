@@ -27,7 +27,8 @@ from jax_triton import triton_lib
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pallas_kernels.decode_step import operands, triton_gpu
-from pallas_kernels.routed_lora import LoraBank, packing
+from pallas_kernels.paged_attention import QUERY_BLOCK, StepTokens, paged_attention
+from pallas_kernels.routed_lora import LoraBank
 from pallas_kernels.routed_lora.triton_gpu import topk_gated_lora
 from pallas_kernels.topk_gating import TopK
 
@@ -81,9 +82,9 @@ def main() -> None:
         )
         product = array((rows, len(splits) * 256), jnp.float32)
         rule = TopK(array((rows,), jnp.int32), array((rows,), jnp.float32), 2)
-        first = packing.first_a_row(adapters)
-        run = functools.partial(topk_gated_lora, first=first)
+        run = functools.partial(topk_gated_lora, gates=adapters)
         lower(run, product, bank, rule, array((rows, sum(splits)), jnp.bfloat16))
+    attentions()
     decode_steps()
 
 
@@ -98,29 +99,31 @@ def decode_steps() -> None:
         ("qkv", QKV, True), ("residual", (4096, (4096,)), False), ("silu", GATE_UP, True), ("residual", DOWN, False)
     ]:  # fmt: skip
         for rows, adapters, rank, how in [
-            *((rows, 28, 8, how) for rows in (1, 8, 32, 64) for how in ("gates", "given")),
-            (1, 0, 0, ""), (32, 0, 0, ""), (8, 256, 16, "gates"), (8, 256, 16, "given"),
+            *((rows, 28, 8, how) for rows in (1, 8, 32, 64, 128, 256) for how in ("gates", "given")),
+            (64, 28, 8, "fused"), (1, 0, 0, ""), (32, 0, 0, ""), (8, 256, 16, "gates"), (8, 256, 16, "given"),
         ]:  # fmt: skip
             print(f"decode_step {rows} {width}->{splits} {adapters} of rank {rank} {how} bfloat16")
             p, wide, some = len(splits), adapters * rank > 512, max(1, adapters)
             group = operands.Group(
                 half(sum(splits) + 256 * p, width), half(p, some, rank, width) if wide else None,
                 half(some, rank, sum(splits)), array((layers, p, some), jnp.float32), splits,
-                1e-5 if norm else None, 256, packing.first_a_row(some), 0,
+                1e-5 if norm else None, 256, some, 0,
             )  # fmt: skip
             trace = (layers, rows, 7, 2) if how == "gates" else (1,)
-            state = operands.StepState(
-                half(rows, 1024, 1024), half(rows, 1024, 1024), array(trace, jnp.int32), array(trace, jnp.float32)
-            )
+            pages = array((layers * 512, 16, 16, 128), jnp.bfloat16)
+            state = operands.StepState(pages, array(trace, jnp.int32), array(trace, jnp.float32), 512)
             limits = array((rows,), jnp.int32), array((rows,), jnp.float32)
             given = array((rows, 2), jnp.int32), array((rows, 2), jnp.float32)
             choice = operands.Choice(2, *limits) if how == "gates" else operands.Choice(2, None, None, *given)
+            if how == "fused":
+                choice = operands.Choice(2, None, None, *given, array((rows,), jnp.bool))
             choice = choice if adapters else None
 
-            def step(x, squares, group, state, choice, angles, slot, residual, scales, epilogue=epilogue):
+            def step(x, squares, group, state, choice, angles, slots, residual, scales, epilogue=epilogue):
                 stream = operands.ResidualStream(residual, x, squares)
                 if epilogue == "qkv":
-                    return triton_gpu.qkv_step(1, stream, group, state, choice, angles=angles, slot=slot, head_dim=128)
+                    own = dict(angles=angles, slots=slots, head_dim=128)
+                    return triton_gpu.qkv_step(1, stream, group, state, choice, **own)
                 if epilogue == "silu":
                     return triton_gpu.silu_step(1, stream, group, state, choice)
                 following = dict(next_scale=scales, next_layer=1)
@@ -128,13 +131,24 @@ def decode_steps() -> None:
 
             angle, x = array((rows, 64), jnp.float32), array((max(8, rows), width), jnp.bfloat16)
             residual, squares = array((rows, 4096), jnp.bfloat16), array((rows, 128), jnp.float32)
-            own = (angle, angle), array((1,), jnp.int32), residual, half(4096)
+            own = (angle, angle), array((rows,), jnp.int32), residual, half(4096)
             lower(step, x, squares, group, state, choice, *own)
-    print("decode_step attention bfloat16")
-    rows, one = array((8,), jnp.int32), array((1,), jnp.int32)
-    state = operands.StepState(half(8, 1024, 1024), half(8, 1024, 1024), one, one)
-    attend = functools.partial(triton_gpu.attend, 1, heads=32, head_dim=128)
-    lower(attend, array((8, 4096), jnp.bfloat16), state, rows, array((8, 1024), jnp.int32), one)
+
+
+def attentions() -> None:
+    """Steps that decode and read prompts: of a Llama-3-8B, with eight query heads a key head, a token router's."""
+    array = jax.ShapeDtypeStruct
+    for rows, runs, heads, kv, width, kind in [
+        (1, 0, 32, 8, 128, jnp.bfloat16), (64, 0, 32, 8, 128, jnp.bfloat16), (64, 4, 32, 8, 128, jnp.bfloat16),
+        (64, 1024, 32, 8, 128, jnp.bfloat16), (64, 512, 64, 8, 128, jnp.bfloat16), (8, 32, 32, 8, 128, jnp.float32),
+        (64, 128, 4, 4, 32, jnp.bfloat16), (64, 128, 1, 1, 256, jnp.bfloat16), (64, 128, 1, 1, 256, jnp.float32),
+    ]:  # fmt: skip
+        print(f"paged_attention {rows} and {runs} runs, {heads} heads, {kv} of keys, {width} {jnp.dtype(kind).name}")
+        count = rows + runs * QUERY_BLOCK
+        tokens = StepTokens(*(array(s, jnp.int32) for s in ((count,), (rows, 512), (runs,), (rows,))))
+        pages = array((4096, 16, 2 * kv, width), kind)
+        attend = functools.partial(paged_attention, first_block=512, implementation="triton")
+        lower(attend, array((count, heads, width), kind), pages, tokens)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def gated_cases(draw) -> tuple[Any, ...]:
         return jnp.asarray(rng.standard_normal(shape).astype(kind))
 
     # few distinct values make ties
-    gate = jnp.asarray(rng.integers(-2, 3, (width, len(splits), adapters)).astype(np.float32))
+    columns = adapters + draw(st.sampled_from([0, 1]))  # with a null choice
+    gate = jnp.asarray(rng.integers(-2, 3, (width, len(splits), columns)).astype(np.float32))
     x = jnp.asarray(rng.integers(-2, 3, (rows, width)).astype(kind))
     a, b = draw_array(len(splits), adapters, rank, width), draw_array(adapters, rank, sum(splits))
     scale = jnp.asarray(rng.uniform(0.5, 2, (len(splits), adapters)).astype(np.float32))
@@ -119,7 +120,7 @@ def random_gated_shapes(name: str, examples: int) -> None:
         values = np.take_along_axis(logits, order, -1) / np.asarray(temperatures, np.float64)[:, None, None]
         values = np.where(taken, np.exp(values - values[..., :1]), 0)
         weights = values / np.maximum(values.sum(-1, keepdims=True), 1e-300)
-        indices = np.where(taken, order, -1).astype(np.int32)
+        indices = np.where(taken & (order < a.shape[1]), order, -1).astype(np.int32)
         kind = next(k for k, v in DTYPES.items() if v == x.dtype)
         expected = Case(
             kind,
@@ -128,7 +129,8 @@ def random_gated_shapes(name: str, examples: int) -> None:
             np.asarray(base),
         )
         bank, rule = LoraBank(a, b, scale, splits), TopK(counts, temperatures, top_k)
-        y, found_indices, found_weights = follow_product(x, packing.pack_gates_and_a(gate, a), bank, rule, base, name)
+        packed = packing.pack_gates_and_a(gate, a)
+        y, found_indices, found_weights = follow_product(x, packed, bank, rule, base, name, gate.shape[-1])
         np.testing.assert_array_equal(found_indices, indices)
         np.testing.assert_allclose(found_weights, weights, atol=1e-6)
         assert_close({"y": y}, expected)

@@ -7,13 +7,26 @@ ended after saving, which the same command goes on with; 130 interrupted.
 from __future__ import annotations
 
 import dataclasses
+import inspect as python_inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_type_hints
 
 import tyro
 
+from meteora_jax import compilation_cache
+from meteora_jax.cli.bank import (
+    BankAdd,
+    BankCommand,
+    BankList,
+    BankRemove,
+    BankRename,
+    bank_add,
+    bank_list,
+    bank_remove,
+    bank_rename,
+)
 from meteora_jax.cli.compose import Compose, compose
 from meteora_jax.cli.demo import Demo, demo
 from meteora_jax.cli.devices import quiet_libtpu
@@ -57,6 +70,7 @@ from meteora_jax.cli.index import (
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
+from meteora_jax.cli.tasks import TasksCheck, TasksCommand, TasksSplit, tasks_check, tasks_split
 from meteora_jax.cli.throughput import Throughput, throughput
 from meteora_jax.cli.train import (
     TrainAdapter,
@@ -123,9 +137,11 @@ def commands_for(args: Sequence[str]) -> Any:
     return Union[  # noqa: UP007 - a value here, no annotation
         Annotated[Import, sub("import")],
         Annotated[Export, sub("export")],
+        Annotated[BankCommand, sub("bank")],
         Annotated[Inspect, sub("inspect")],
         Annotated[IndexCommand, sub("index")],
         Annotated[Prepare, sub("prepare")],
+        Annotated[TasksCommand, sub("tasks")],
         Annotated[train_commands(gates_by_recipe(args)), sub("train")],
         Annotated[Plan, sub("plan")],
         Annotated[Generate, sub("generate")],
@@ -146,6 +162,10 @@ ACTIONS = {
     ExportBase: export_base,
     ExportGates: export_gates,
     ExportBank: export_bank,
+    BankAdd: bank_add,
+    BankRemove: bank_remove,
+    BankRename: bank_rename,
+    BankList: bank_list,
     Inspect: inspect,
     IndexBuild: index_build,
     IndexAdd: index_add,
@@ -153,6 +173,8 @@ ACTIONS = {
     IndexQuery: index_query,
     IndexEvaluate: index_evaluate,
     Prepare: prepare,
+    TasksCheck: tasks_check,
+    TasksSplit: tasks_split,
     TrainGates: train_gates,
     TrainAdapter: train_adapter,
     TrainBank: train_bank,
@@ -164,6 +186,24 @@ ACTIONS = {
     Throughput: throughput,
     Demo: demo,
 }
+
+
+METAVARS = {  # of positional arguments whose field is not called like what stands there
+    "adapters": "NAME=PEFT_DIR ...", "files": "[NAME=FILE ...]", "names": "NAME ...", "prompts": "[PROMPT ...]",
+    "texts": "[TEXT ...]", "composites": "[N ...]",
+}  # fmt: skip
+
+
+def name_positionals() -> None:
+    """Positional arguments are called by what stands there, BANK and not {PATH}, in every command's help."""
+    for command in {owner for action in ACTIONS for owner in action.__mro__ if dataclasses.is_dataclass(owner)}:
+        assert isinstance(command, type)
+        hints = get_type_hints(command, include_extras=True)
+        for name in python_inspect.get_annotations(command):
+            hint = hints[name]
+            if tyro.conf.Positional[Any].__metadata__[0] in getattr(hint, "__metadata__", ()):
+                called = tyro.conf.arg(metavar=METAVARS.get(name, name.upper()))
+                command.__annotations__[name] = Annotated[hint, called]
 
 
 def check_texts(command: Any) -> None:
@@ -185,6 +225,7 @@ def parse(args: Sequence[str]) -> Any:
     Raises:
         InputError: as `gates_by_recipe`.
     """
+    name_positionals()
     command = tyro.cli(
         commands_for(args),
         prog="meteora",
@@ -192,13 +233,21 @@ def parse(args: Sequence[str]) -> Any:
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    return command.what if isinstance(command, Import | Export | Train | IndexCommand) else command
+    groups = Import | Export | Train | BankCommand | IndexCommand | TasksCommand
+    return command.what if isinstance(command, groups) else command
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parses and runs one command; exits with the status that the module's docstring lists."""
     try:
-        command = parse(sys.argv[1:] if args is None else args)
+        args = sys.argv[1:] if args is None else args
+        if list(args) == ["--version"]:
+            from meteora_jax import __version__
+
+            print(f"meteora {__version__}")
+            return
+        command = parse(args)
+        compilation_cache.use()
         quiet_libtpu()
         check_texts(command)
         ACTIONS[type(command)](command)

@@ -12,17 +12,18 @@ from typing import Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from meteora_jax.api import Meteora, load
+from meteora_jax.api import Meteora
 from meteora_jax.cli.devices import Devices
 from meteora_jax.cli.report import status
 from meteora_jax.config import InputError
+from meteora_jax.engine.request import check_prompts
 from meteora_jax.evaluation.problems import Problem, load_problems, load_queries
 from meteora_jax.evaluation.systems import Given, Model, System, make_system, of_a_family
-from meteora_jax.generation import check_prompts
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_state import assemble
 from meteora_jax.io.tensors import WEIGHTS
+from meteora_jax.loading import load
 from meteora_jax.model.llama import base_arrays
 from meteora_jax.retriever.index import Index
 
@@ -62,8 +63,6 @@ class Comparison(Devices):
     """Leave out problems of one task whose prompt has more tokens, of those that --limit chose."""
     max_new_tokens: int = 64
     """Longest answer."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of weights and activations: bfloat16 on an accelerator, float32 on a CPU unless given."""
     json: Path | None = None
     """Write what is printed here too."""
 
@@ -162,8 +161,10 @@ def fingerprint(folder: Path | None, file: str = WEIGHTS) -> str | None:
     return None if folder is None else sha256(folder / file)
 
 
-def named_problems(command: Comparison, model: Model, only: str) -> tuple[list[str], list[Problem]]:
-    """The rows that an `--only` names, tasks before files of queries, and their problems.
+def named_problems(
+    command: Comparison, model: Model, only: str, metrics: Mapping[str, str] | None = None
+) -> tuple[list[str], list[Problem]]:
+    """The rows that an `--only` names, tasks before files of queries, and their problems, scored by `metrics`.
 
     Raises:
         InputError: a file was refused.
@@ -174,7 +175,7 @@ def named_problems(command: Comparison, model: Model, only: str) -> tuple[list[s
     for entry in entries:
         if not entry.endswith(".json"):
             tasks += model.adapter_names if entry == "all" else [entry]
-    rows, problems = list(tasks), load_problems(command.tasks, tasks, command.split, command.limit)
+    rows, problems = list(tasks), load_problems(command.tasks, tasks, command.split, command.limit, metrics)
     for file in files:
         queries = load_queries(file, command.limit)
         rows += dict.fromkeys(p.task for p in queries)
@@ -195,7 +196,7 @@ def fitting(command: Comparison, model: Model, rows: Sequence[str], problems: Se
     most = command.max_prompt
     if most is None:
         return list(problems)
-    short = [p for p in problems if p.tasks or len(model.encode(p.prompt)) <= most]
+    short = [p for p in problems if p.tasks or len(model.encode(p.asked)) <= most]
     if gone := set(rows) - {p.task for p in short}:
         raise InputError(f"--max-prompt: expected room for a problem of every row, found none for {', '.join(gone)}")
     if left := len(problems) - len(short):
@@ -212,7 +213,7 @@ def check_lengths(command: Comparison, model: Model, problems: Sequence[Problem]
     wrong = []
     for p in problems:
         try:
-            check_prompts([model.encode(p.prompt)], model.config, p.parts * command.max_new_tokens)
+            check_prompts([model.encode(p.asked)], model.config, p.new_tokens(command.max_new_tokens))
         except InputError as e:
             wrong.append(f"{p.id}: {str(e).removeprefix('prompt 0: ')}")
     if wrong:

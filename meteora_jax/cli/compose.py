@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -21,6 +22,7 @@ from meteora_jax.evaluation.composite import (
     read_composites,
     tasks_of,
 )
+from meteora_jax.evaluation.problems import longest_response
 from meteora_jax.io import hf_config
 from meteora_jax.text import load_tokenizer
 
@@ -44,7 +46,8 @@ class Compose:
     count: int = COUNT
     """Problems of each composite."""
     base: Path | None = None
-    """BASE folder: prompts leave room for the response in its context; any length without."""
+    """BASE folder: prompts leave room for the response in its context, any length without; its chat template makes the
+    prompts of tasks that are conversations."""
     max_new_tokens: int = 64
     """Longest answer to a question, as evaluate's: a response to n questions has room for n times as many tokens."""
     out: Path | None = None
@@ -62,14 +65,19 @@ def compose(command: Compose) -> None:
         raise InputError(f"composites: expected {sizes} or tasks joined by +, found {wrong[0]!r}")
     if command.out is not None and len(named) != 1:
         raise InputError(f"--out: expected one composite, found {len(named)}: {', '.join(named)}")
-    count, config = (None, None) if command.base is None else read_base(command.base)
+    tokenizer, count, config = (None, None, None) if command.base is None else read_base(command.base)
     records = []
     for what, tasks in named.items():
-        limit = None if config is None else longest_prompt(config, len(tasks) * command.max_new_tokens)
+        limit = (
+            None
+            if config is None
+            else longest_prompt(config, longest_response(command.tasks, tasks, command.max_new_tokens))
+        )
         with status.status(f"drawing {what}"):
             path = generate_composites(
                 command.tasks, tasks, seed=command.seed, count=command.count, shots=command.shots, dest=command.out,
                 max_tokens=limit, count_tokens=None if limit is None else count,
+                tokenizer=tokenizer,
             )  # fmt: skip
             prompts = [problem.prompt for problem in read_composites(path)]
         longest = None if count is None else max(map(count, prompts))
@@ -79,12 +87,12 @@ def compose(command: Compose) -> None:
     write_json(command.json, records)
 
 
-def read_base(base: Path) -> tuple[Callable[[str], int], LlamaConfig]:
-    """The length of a text in a base's tokens, and the base's configuration."""
+def read_base(base: Path) -> tuple[Any, Callable[[str], int], LlamaConfig]:
+    """A base's tokenizer, the length of a text in its tokens, and its configuration."""
     config = hf_config.from_hf(read_json(base / "config.json"), str(base / "config.json"))
     tokenizer = load_tokenizer(base)
 
     def count(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
-    return count, config
+    return tokenizer, count, config

@@ -112,7 +112,7 @@ def import_all(command: Demo, adapters: dict[str, Path]) -> tuple[Path, Path, Pa
 
 def demo(command: Demo) -> None:
     """Runs `meteora demo`."""
-    from meteora_jax.api import load
+    from meteora_jax.loading import load
 
     started = time.perf_counter()
     if not (command.assets / "gates" / "gates.json").exists():

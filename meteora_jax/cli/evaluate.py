@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from meteora_jax.cli.comparison import (
     Comparison,
@@ -22,11 +23,20 @@ from meteora_jax.cli.devices import as_the_first_says, is_first_process, make_de
 from meteora_jax.cli.report import default_dtype, print_tables, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation import runner
-from meteora_jax.evaluation.composite import COMPOSITES, default_path, generate_composites, longest_prompt, tasks_of
-from meteora_jax.evaluation.problems import Problem, load_composites
+from meteora_jax.evaluation.composite import (
+    COMPOSITES,
+    default_path,
+    generate_composites,
+    longest_prompt,
+    read_composites,
+    tasks_of,
+    template_mark,
+)
+from meteora_jax.evaluation.conversations import CONVERSATIONS, UNNUMBERED, load_conversations
+from meteora_jax.evaluation.problems import Problem, load_composites, longest_response
 from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, skipped
-from meteora_jax.routing import RoutingTrace, adapter_share
+from meteora_jax.routing import RoutingTrace, adapter_share, null_share
 
 
 @dataclass(frozen=True)
@@ -42,40 +52,41 @@ class Evaluate(Comparison):
     composite: str | None = None
     """Composite problems, separated by commas: 3, 5, 10 for MeteoRA's or tasks joined by +, drawn into TASKS if they
     are not there; a folder of TASKS that `meteora compose` wrote; or .jsonl files. A response has at most n times
-    --max-new-tokens."""
-    batch_size: int = 16
-    """Problems a batch."""
+    --max-new-tokens. conversations: turns of other tasks each, of the bank's (conversations=a+b+c: of these);
+    unnumbered: two tasks in one sentence, of the same tasks."""
+    metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """TASK=METRIC, another than task.json's, MeteoRA's of that task or what fits its responses (exact if they are
+    short, else rougeL): exact, contains, choice (the label that the answer says first), number (the last one), bleu,
+    rouge, rougeL, regex:PATTERN (what it finds, or its group, is the same) or python:MODULE.FUNCTION (of answer and
+    response, from 0 to 1). May be given several times; answers that are there are scored again."""
 
 
 def response_routing(trace: RoutingTrace) -> dict[str, float]:
-    """Each adapter's share of the response's tokens, rounded; empty where nothing routed any (a response of one
-    token that was never read back, or of none)."""
+    """Each adapter's share of the response's tokens, rounded, less than 1 together where gates chose none of them;
+    empty where nothing routed any (a response of one token that was never read back, or of none)."""
     shares = np.sum(adapter_share(trace)[trace.prompt_length :], axis=0)
-    shares /= max(float(shares.sum()), 1e-9)
+    shares /= max(float(shares.sum() + null_share(trace)[trace.prompt_length :].sum()), 1e-9)
     named = zip(trace.adapter_names, shares.tolist(), strict=True)
     return {name: round(share, 4) for name, share in named if share >= 5e-5}
 
 
 def answering(system: System, command: Evaluate) -> runner.Answer:
-    """A system as the runner calls it: problems of as many parts each -> answers, always in batches of one size."""
+    """A system as the runner calls it."""
 
-    def answer(problems: Sequence[Problem]) -> list[dict[str, Any]]:
-        padded = [*problems, *[problems[-1]] * (command.batch_size - len(problems))]
-        completions = system.model.generate(
-            [p.prompt for p in padded],
-            [system.route(p) for p in padded],
-            max_new_tokens=problems[0].parts * command.max_new_tokens,
-            stop=problems[0].stop,
+    def answer(problems: Sequence[Problem]) -> Iterator[tuple[int, dict[str, Any]]]:
+        completions = system.model.completions(
+            [p.asked for p in problems],
+            [system.route(p) for p in problems],
+            max_new_tokens=[p.new_tokens(command.max_new_tokens) for p in problems],
+            stop=[p.stop for p in problems],
         )
-        said = []
-        for c in completions[: len(problems)]:
+        for place, c in completions:
             record: dict[str, Any] = {"answer": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason}
             if c.routing is not None:
                 record["routing"] = response_routing(c.routing)
                 if c.routing.retrieved:
                     record["retrieved"] = {name: round(similarity, 4) for name, similarity in c.routing.retrieved}
-            said.append(record)
-        return said
+            yield place, record
 
     return answer
 
@@ -90,12 +101,49 @@ def gather_problems(command: Evaluate, model: Model) -> list[Problem]:
         InputError: a file was refused, there is nothing to ask, or two rows have one name.
     """
     only = command.only if command.only is not None else "all" if command.composite is None else ""
-    rows, problems = named_problems(command, model, only)
+    metrics = named_metrics(command.metric)
+    rows, problems = named_problems(command, model, only, metrics)
     for what in filter(None, (command.composite or "").split(",")):
+        if what.partition("=")[0] in (CONVERSATIONS, UNNUMBERED):
+            rows.append(what.partition("=")[0])
+            problems += conversations(command, model, what, metrics)
+            continue
         row, path = composite_file(command, model, what)
         rows.append(row)
-        problems += load_composites(path, row, command.limit)
+        problems += load_composites(path, row, command.limit, command.tasks, metrics, command.max_new_tokens)
+    asked = {task for p in problems if not p.metric for task in p.own_tasks}
+    if strange := [task for task in metrics if task not in asked]:
+        raise InputError(f"--metric: expected tasks that are asked, found {', '.join(strange)}")
     return fitting(command, model, rows, problems)
+
+
+def named_metrics(entries: Sequence[str]) -> dict[str, str]:
+    """The metrics of `--metric` by their tasks.
+
+    Raises:
+        InputError: an entry that is half of TASK=METRIC, or a task with two.
+    """
+    pairs = [(entry, *entry.partition("=")[::2]) for entry in entries]
+    wrong = [f"--metric: expected TASK=METRIC, found {entry!r}" for entry, *pair in pairs if not all(pair)]
+    tasks = [task for _, task, _ in pairs]
+    wrong += [f"--metric: expected one of {t}, found {tasks.count(t)}" for t in {*tasks} if tasks.count(t) > 1]
+    if wrong:
+        raise InputError(wrong)
+    return {task: metric for _, task, metric in pairs}
+
+
+def conversations(command: Evaluate, model: Model, what: str, metrics: dict[str, str]) -> list[Problem]:
+    """The problems of an entry of `--composite` that is drawn anew each time: the same of the same TASKS."""
+    row, equals, tasks = what.partition("=")
+    if command.split != "test":
+        raise InputError(f"--split: expected test with --composite {what}, found {command.split}")
+    if equals and len(tasks.split("+")) < 2:
+        raise InputError(f"--composite: expected {row}=TASK+TASK, found {what!r}")
+    of = tasks.split("+") if equals else model.adapter_names
+    return load_conversations(
+        command.tasks, row, of, command.limit, command.max_new_tokens, metrics, longest_prompt(model.config, 0),
+        lambda messages: len(model.encode(messages)),
+    )  # fmt: skip
 
 
 def composite_file(command: Evaluate, model: Model, what: str) -> tuple[str, Path]:
@@ -115,11 +163,14 @@ def composite_file(command: Evaluate, model: Model, what: str) -> tuple[str, Pat
             f"--composite: expected {sizes}, tasks joined by +, what meteora compose wrote below TASKS, or .jsonl "
             f"files, found {what!r}"
         )
-    path = default_path(command.tasks, tasks)
+    path = default_path(command.tasks, tasks, template=template_mark(command.tasks, tasks, model.tokenizer))
     if not path.is_file():
-        limit = longest_prompt(model.config, len(tasks) * command.max_new_tokens)
-        generate_composites(command.tasks, tasks, max_tokens=limit, count_tokens=counting(model) if limit else None)
-    found = load_composites(path, path.parent.name, 1)[0].tasks
+        limit = longest_prompt(model.config, longest_response(command.tasks, tasks, command.max_new_tokens))
+        generate_composites(
+            command.tasks, tasks, max_tokens=limit, count_tokens=counting(model) if limit else None,
+            tokenizer=model.tokenizer,
+        )  # fmt: skip
+    found = read_composites(path)[0].tasks
     if found != tasks:
         raise InputError(f"{path}: tasks: expected {', '.join(tasks)}, found {', '.join(found)}")
     return path.parent.name, path
@@ -138,29 +189,29 @@ def evaluate(command: Evaluate) -> None:
     """Runs `meteora evaluate`."""
     check_counts(
         max_new_tokens=command.max_new_tokens,
-        batch_size=command.batch_size,
         limit=command.limit,
         max_prompt=command.max_prompt,
     )
     mesh = make_devices_mesh(command)
-    dtype = default_dtype(command.dtype)
+    dtype = default_dtype(None)
     with status.status(f"loading as {dtype}"):
         loaded = load_systems(command, mesh, dtype)
         model, systems = loaded.model, loaded.systems
         problems = gather_problems(command, model)
         check_routes(systems, problems)
         check_lengths(command, model, problems)
-    settings = {
+    settings: dict[str, Any] = {
         "base": fingerprint(command.base), "bank": fingerprint(command.bank), "gates": fingerprint(command.gates),
         "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype,
         "system banks": loaded.banks, "index": fingerprint(command.index, "index.json"),
+        "new_tokens": {p.asks or p.task: p.new_tokens(command.max_new_tokens) for p in problems},
     }  # fmt: skip
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None
     leave = skipped(systems, problems)
     answers = {s.name: answering(s, command) for s in systems}
     with progress_bar("evaluate", shown=first) as progress:
-        runner.run(problems, answers, records, command.batch_size, progress, leave, as_the_first_says)
+        runner.run(problems, answers, records, progress, leave, as_the_first_says)
     if records:
         report = write_report(command.out, problems, systems, records.answers, leave, loaded.index)
         write_json(command.json, report.table)

@@ -123,8 +123,8 @@ class ExportBank:
 
 def export_bank(command: ExportBank) -> None:
     """Runs `meteora export bank`."""
-    from meteora_jax.io.bank import take_adapters
+    import converters
 
-    take_adapters(command.bank, command.dest, command.names)
+    converters.take_adapters(command.bank, command.dest, command.names, overwrite=True)
     console.print(f"{command.dest}: {' '.join(command.names)}", highlight=False, soft_wrap=True)
     write_json(command.json, {"bank": str(command.dest), "names": list(command.names)})

@@ -100,7 +100,7 @@ def read_stdin() -> str:
 
 def generate(command: Generate) -> None:
     """Runs `meteora generate`."""
-    from meteora_jax.api import load
+    from meteora_jax.loading import load
 
     prompts: list[Any] = list(command.prompts) or [read_stdin()]
     if empty := [i for i, p in enumerate(prompts) if not p]:

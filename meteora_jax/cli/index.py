@@ -30,7 +30,8 @@ class IndexBuild:
     dest: tyro.conf.Positional[Path]
     """INDEX folder to make; an index that is there is replaced once the new one is complete."""
     files: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt"; 20 are taken, evenly spread."""
+    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt" or "messages"; 20 are taken, evenly
+    spread."""
     profiles: Path | None = None
     """A JSON file {NAME: [inputs]}, or the profiles of LoraRetriever's release."""
     tasks: Path | None = None
@@ -57,7 +58,7 @@ class IndexAdd:
     index: tyro.conf.Positional[Path]
     """INDEX folder."""
     files: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt"."""
+    """NAME=FILE, one an adapter: its training file, JSON lines with a "prompt" or "messages"."""
     profiles: Path | None = None
     """A JSON file {NAME: [inputs]}."""
     tasks: Path | None = None
@@ -262,7 +263,9 @@ def read_asked(command: IndexEvaluate, names: Sequence[str]) -> list[Query]:
         raise InputError(f"--limit: expected 1 or more, found {command.limit}")
     if command.queries.is_dir():
         # a task may state one prompt with several right answers: as a query it is one
-        prompts = [(name, dict.fromkeys(e.prompt for e in load_split(command.queries, name, "test"))) for name in names]
+        prompts = [
+            (name, dict.fromkeys(e.request for e in load_split(command.queries, name, "test"))) for name in names
+        ]
         queries = [Query(prompt, name, "") for name, own in prompts for prompt in own]
     else:
         queries = read_queries(command.queries)

@@ -73,7 +73,7 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / "gates.json").exists():
         gates = GateConfig.from_json(read_json(path / "gates.json"), str(path / "gates.json"))
         about = {"adapters": " ".join(gates.names), "top_k": gates.top_k, "temperature": gates.temperature}
-        about |= {"form": gates.form_name}
+        about |= {"form": gates.form_name, "null choice": gates.null}
         about |= {"width": gates.form.width, "depth": gates.form.depth} if gates.form else {}
         return {"kind": "gates", "about": about}
     if (path / "index.json").exists():
@@ -81,6 +81,7 @@ def describe(path: Path) -> dict[str, Any]:
 
         index = Index.load(path)
         about = {"adapters": len(index.names), "scoring": index.scoring, "instruction": index.instruction}
+        about |= {"threshold": "none" if index.threshold is None else round(index.threshold, 4)}
         inputs = {name: len(texts) for name, texts in index.profiles.items()}
         return {"kind": "index", "about": about | {"encoder": index.encoder is not None, "inputs": inputs}}
     if (path / "encoder.json").exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 
@@ -25,6 +26,8 @@ class Throughput(Comparison):
     """Requests that are answered together."""
     repeats: int = 5
     """Measurements of each system and batch size; medians count."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of weights and activations: bfloat16 on an accelerator, float32 on a CPU unless given."""
 
 
 def throughput(command: Throughput) -> None:

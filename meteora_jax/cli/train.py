@@ -56,6 +56,10 @@ class TrainGates(_Run):
     extend: Path | None = None
     """GATES of a part of the bank: their columns keep every bit, only the other adapters' are trained. Their form, and
     the recipe with it, is taken."""
+    background: tuple[str, ...] = ()
+    """Text of none of the tasks, which the base is to answer alone: files (.jsonl of prompts and responses or of
+    messages, else plain text, a line an example), and `self` for what the base writes by itself. The gates then get a
+    column for no adapter."""
     new_bank: Path | None = None
     """Train the adapters too, in float32, and write them to this BANK folder."""
     settings: GateTraining = RECIPES["token-router"]
@@ -110,30 +114,38 @@ def gates_by_recipe(args: Sequence[str]) -> TrainGates:
 
 def train_gates(command: TrainGates) -> None:
     """Runs `meteora train gates`."""
-    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.evaluation.tasks import load_splits
+    from meteora_jax.training.background import load_background
     from meteora_jax.training.gates import train_gates as train
 
     settings = settled(command.settings, recipe_of(command.recipe, command.extend))
     mesh = make_devices_mesh(command)
     names = BankConfig.from_json(read_json(command.bank / "bank.json"), str(command.bank / "bank.json")).names
-    tasks = {name: load_split(command.tasks, name, "train") for name in names}
+    tasks = load_splits(command.tasks, names, "train")
+    checkpointing, dtype = _checkpointing(command), default_dtype(command.dtype)
+    kept = checkpointing.in_run("background.jsonl")
+    if kept is not None and not checkpointing.resume and is_first_process():
+        kept.unlink(missing_ok=True)
+    background = load_background(
+        command.background, command.base, dtype=dtype, seed=settings.seed, mesh=mesh, kept=kept
+    )
     with _callbacks("train gates", settings) as callbacks:
         final = train(
             command.base, command.bank, tasks, command.out, settings,
-            dtype=default_dtype(command.dtype), mesh=mesh, checkpointing=_checkpointing(command),
-            callbacks=callbacks, new_bank=command.new_bank, extend=command.extend,
+            dtype=dtype, mesh=mesh, checkpointing=checkpointing, callbacks=callbacks, new_bank=command.new_bank,
+            extend=command.extend, background=background,
         )  # fmt: skip
     _report(command, settings, final, {"gates": str(command.out)})
 
 
 def train_adapter(command: TrainAdapter) -> None:
     """Runs `meteora train adapter`."""
-    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.evaluation.tasks import load_splits
     from meteora_jax.training.adapter import train_adapter as train
 
     settings = command.settings
     mesh = make_devices_mesh(command)
-    tasks = {name: load_split(command.tasks, name, "train") for name in command.task}
+    tasks = load_splits(command.tasks, command.task, "train")
     with _callbacks(f"train {settings.name}", settings) as callbacks:
         final = train(
             command.base, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,
@@ -144,7 +156,7 @@ def train_adapter(command: TrainAdapter) -> None:
 
 def train_bank(command: TrainBank) -> None:
     """Runs `meteora train bank`."""
-    from meteora_jax.evaluation.tasks import load_split
+    from meteora_jax.evaluation.tasks import load_splits
     from meteora_jax.training.bank import train_bank as train
 
     settings = command.settings
@@ -152,7 +164,7 @@ def train_bank(command: TrainBank) -> None:
     names = command.task or tuple(sorted(file.parent.name for file in command.tasks.glob("*/train.jsonl")))
     if not names or len(set(names)) < len(names):
         raise InputError(f"{command.tasks}: expected tasks, each once, found {' '.join(names) or 'none'}")
-    tasks = {name: load_split(command.tasks, name, "train") for name in names}
+    tasks = load_splits(command.tasks, names, "train")
     with _callbacks("train bank", settings) as callbacks:
         final = train(
             command.base, tasks, command.out, settings, dtype=default_dtype(command.dtype), mesh=mesh,

@@ -4,7 +4,8 @@ In the release's composite-10 file a prompt is two worked examples, a line that 
 problem's own sub-questions; its response is the answers joined by "@@@@\\n". In the worked examples the
 whitespace that begins a line is gone, two line ends separate questions where three do below, and the answers
 stand on lines "i. ...", each on one line. Unlike there, where one pair of worked examples serves all problems,
-each problem draws its own from train.
+each problem draws its own from train. A question is its task's own prompt, whatever its format: where the release has
+`[INST] ... [/INST]`, a conversation stands as the base's chat template writes it.
 """
 
 import hashlib
@@ -14,13 +15,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from meteora_jax.config import InputError, LlamaConfig, read_lines
-from meteora_jax.evaluation.metrics import METRICS
-from meteora_jax.evaluation.tasks import Example, load_split, parse_example, write_splits
+from meteora_jax.evaluation.tasks import load_split, write_splits
 from meteora_jax.evaluation.tasks.bigbench import COMPOSITE_10
+from meteora_jax.examples import Example, as_text, parse_example, record_of
 from meteora_jax.text import check_text
 
 # MeteoRA's own problems, by n.
@@ -58,6 +60,7 @@ def generate_composites(
     shots: int = SHOTS,
     max_tokens: int | None = None,
     count_tokens: Callable[[str], int] | None = None,
+    tokenizer: Any = None,
     dest: Path | None = None,
 ) -> Path:
     """Write `count` composite problems of `tasks` as JSON lines {"prompt", "response", "tasks", "answers"}.
@@ -66,14 +69,16 @@ def generate_composites(
     it like any task's. It is complete or it is not there; one that is there must hold the very same problems, and
     is left alone. What is drawn: see `draw_composites`.
     """
-    dest = dest or default_path(tasks_dir, tasks, seed=seed, count=count, shots=shots)
+    mark = "" if dest else template_mark(tasks_dir, tasks, tokenizer)
+    dest = dest or default_path(tasks_dir, tasks, seed=seed, count=count, shots=shots, template=mark)
     if dest.suffix != ".jsonl":
         raise InputError(f"{dest}: expected a name that ends in .jsonl")
     problems = draw_composites(
-        tasks_dir, tasks, seed=seed, count=count, shots=shots, max_tokens=max_tokens, count_tokens=count_tokens
-    )
+        tasks_dir, tasks, seed=seed, count=count, shots=shots, max_tokens=max_tokens, count_tokens=count_tokens,
+        tokenizer=tokenizer,
+    )  # fmt: skip
     if not dest.exists():
-        write_splits(dest.parent, {dest.stem: problems})
+        write_splits(dest.parent, {dest.stem: problems}, _record)
     elif read_composites(dest) != problems:
         size = "" if max_tokens is None else f", at most {max_tokens} tokens"
         raise InputError(
@@ -83,18 +88,14 @@ def generate_composites(
     return dest
 
 
+def _record(problem: Composite) -> dict[str, object]:
+    return {**record_of(problem), "tasks": problem.tasks, "answers": problem.answers}
+
+
 def tasks_of(name: str) -> tuple[str, ...]:
     """The tasks of a composite as the command line names it: 3, 5, 10 for MeteoRA's, or tasks joined by +; one word
-    of another kind for itself.
-
-    Raises:
-        InputError: several tasks, some of which have no metrics.
-    """
-    tasks = {str(n): tasks for n, tasks in COMPOSITES.items()}.get(name, tuple(name.split("+")))
-    unknown = [task for task in tasks if task not in METRICS]
-    if unknown and len(tasks) > 1:
-        raise InputError(f"{name}: expected tasks with metrics, found {', '.join(unknown)}")
-    return tasks
+    of another kind for itself."""
+    return {str(n): tasks for n, tasks in COMPOSITES.items()}.get(name, tuple(name.split("+")))
 
 
 def longest_prompt(config: LlamaConfig, new_tokens: int) -> int | None:
@@ -105,25 +106,52 @@ def longest_prompt(config: LlamaConfig, new_tokens: int) -> int | None:
 
 
 def default_path(
-    tasks_dir: Path, tasks: Sequence[str], *, seed: int = SEED, count: int = COUNT, shots: int = SHOTS
+    tasks_dir: Path,
+    tasks: Sequence[str],
+    *,
+    seed: int = SEED,
+    count: int = COUNT,
+    shots: int = SHOTS,
+    template: str = "",
 ) -> Path:
     """`tasks_dir/composite_<n>/test.jsonl`; what is not the usual shots, seed or count is in the folder's name, and a
-    digest of the tasks where they are not MeteoRA's: their problems must not pass for those."""
+    digest of the tasks where they are not MeteoRA's: their problems must not pass for those. So is the `template_mark`
+    of conversations: another base has other prompts."""
     n = len(tasks)
     own = hashlib.sha256("+".join(tasks).encode()).hexdigest()[:8]
     unusual = [f"of_{own}"] if COMPOSITES.get(n) != tuple(tasks) else []
+    unusual += [template] if template else []
     unusual += [f"{shots}_shot"] if shots != SHOTS else []
     unusual += [f"seed_{seed}"] if seed != SEED else []
     unusual += [f"count_{count}"] if count != COUNT else []
     return tasks_dir / "_".join(["composite", str(n), *unusual]) / "test.jsonl"
 
 
+def template_mark(tasks_dir: Path, tasks: Sequence[str], tokenizer: Any) -> str:
+    """What tells the chat template's composites from another's: a digest of it where a task has conversations, else "".
+
+    Raises:
+        InputError: a task has conversations and the tokenizer no template, or there is no tokenizer.
+    """
+    there = [task for task in tasks if (tasks_dir / task / "test.jsonl").is_file()]
+    talks = [task for task in there if any(example.messages for example in load_split(tasks_dir, task, "test"))]
+    if not talks:
+        return ""
+    template = tokenizer.chat_template if tokenizer is not None else None
+    if not template:
+        found = "none" if tokenizer is None else "one without"
+        raise InputError(
+            f"{tasks_dir}: expected a base whose tokenizer has a chat template (--base) for the conversations of "
+            f"{', '.join(talks)}, found {found}"
+        )
+    return f"template_{hashlib.sha256(json.dumps(template).encode()).hexdigest()[:8]}"
+
+
 def read_composites(path: Path) -> list[Composite]:
     """The problems of a file that `generate_composites` wrote, or of the MeteoRA release's.
 
     The release's lines have no "tasks" and "answers": answers are the response's parts, and their number tells
-    which of `COMPOSITES` was asked. Raises `InputError` for a malformed line, tasks without metrics, or problems
-    of different tasks.
+    which of `COMPOSITES` was asked. Raises `InputError` for a malformed line, or problems of different tasks.
     """
     if not path.is_file():
         raise InputError(f"{path}: expected composite problems, found no file")
@@ -134,8 +162,6 @@ def read_composites(path: Path) -> list[Composite]:
         if problem.tasks != problems[0].tasks:
             expected, found = ", ".join(problems[0].tasks), ", ".join(problem.tasks)
             raise InputError(f"{path}:{number}: tasks: expected those of line 1 ({expected}), found {found}")
-    if unknown := [task for task in problems[0].tasks if task not in METRICS]:
-        raise InputError(f"{path}: tasks: expected tasks with metrics, found {', '.join(unknown)}")
     return problems
 
 
@@ -167,21 +193,23 @@ def draw_composites(
     shots: int,
     max_tokens: int | None = None,
     count_tokens: Callable[[str], int] | None = None,
+    tokenizer: Any = None,
 ) -> list[Composite]:
     """`count` problems: sub-questions from test, `shots` worked examples each from train (0 is zero-shot).
 
     No two problems have the same sub-questions, and a task repeats one only after all others have been used.
     Without `max_tokens` a seed gives the same sub-questions whatever `shots` is. A prompt of more than `max_tokens` by
     `count_tokens` gets other worked examples; where many do not help, its longest sub-question is never drawn
-    again and the others later. Raises `InputError` for data that cannot give so many problems.
+    again and the others later. Conversations become text by the tokenizer's chat template. Raises `InputError` for data
+    that cannot give so many problems.
     """
     _check(tasks, seed=seed, count=count, shots=shots, max_tokens=max_tokens, count_tokens=count_tokens)
     length, limit = count_tokens or len, math.inf if max_tokens is None else max_tokens
     # Two generators: what the worked examples draw leaves the questions as they are.
     question_random, shot_random = (np.random.RandomState([seed, stream]) for stream in (0, 1))
-    asked = _load_all(tasks_dir, tasks, "test", least=1)
+    asked = _load_all(tasks_dir, tasks, "test", tokenizer, least=1)
     decks = [_Deck(task, examples, question_random) for task, examples in zip(tasks, asked, strict=True)]
-    worked = _load_all(tasks_dir, tasks, "train", least=shots) if shots else []
+    worked = _load_all(tasks_dir, tasks, "train", tokenizer, least=shots) if shots else []
 
     problems: dict[tuple[Example, ...], Composite] = {}
     for _ in range(_DEALS_A_PROBLEM * count):
@@ -225,22 +253,33 @@ def prompt_pieces(
     """A prompt cut into what belongs to each sub-question, number and line ends included: (text, which sub-question,
     from 0; None for what belongs to none)."""
     if not shots:
-        return [(f"{question.prompt}({i + 1})\n\n", i) for i, question in enumerate(questions)]
+        return [(f"{_ended(question.prompt)}({i + 1})\n\n", i) for i, question in enumerate(questions)]
     pieces: list[tuple[str, int | None]] = []
     for number, shot in enumerate(shots, start=1):
-        prompts = [re.sub(r"\n[ \t]+", "\n", example.prompt) for example in shot]
+        prompts = [_dedented(_ended(example.prompt)) for example in shot]
         pieces.append((f"{chr(10) if number > 1 else ''}\nExample {number}:\n\n", None))
         pieces += [(f"{prompt}\n", i) for i, prompt in enumerate(prompts)]
         pieces += [(line, i) for i, line in enumerate(answer_pieces(shot))]
     pieces.append(("\n\nFollowing the example above, generate answers to the questions below:\n\n", None))
     last = len(questions) - 1
-    return pieces + [(question.prompt + ("\n" if i == last else "\n\n"), i) for i, question in enumerate(questions)]
+    asked = [_ended(question.prompt) + ("\n" if i == last else "\n\n") for i, question in enumerate(questions)]
+    return [*pieces, *((text, i) for i, text in enumerate(asked))]
 
 
 def answer_pieces(questions: Sequence[Example]) -> list[str]:
     """The lines "i. answer" that answer a problem, a line each: a line that began with another number would read
     as the next answer."""
     return [f"{i}. {_on_one_line(question.response)}\n" for i, question in enumerate(questions, start=1)]
+
+
+def _dedented(prompt: str) -> str:
+    """A prompt of MeteoRA's format without the whitespace that begins its lines; in others it may mean something."""
+    return re.sub(r"\n[ \t]+", "\n", prompt) if re.fullmatch(r"\[INST\] .* \[/INST\]\n", prompt, re.DOTALL) else prompt
+
+
+def _ended(prompt: str) -> str:
+    """A prompt with the line end that the layout counts on; MeteoRA's prompts and most chat templates have one."""
+    return prompt if prompt.endswith("\n") else prompt + "\n"
 
 
 def _on_one_line(text: str) -> str:
@@ -293,20 +332,20 @@ def _draw_shots(
     return list(zip(*drawn, strict=True))
 
 
-def _load_all(tasks_dir: Path, tasks: Sequence[str], split: str, least: int) -> list[list[Example]]:
-    """Each task's examples of different prompts; of two answers to one prompt the first counts."""
+def _load_all(tasks_dir: Path, tasks: Sequence[str], split: str, tokenizer: Any, least: int) -> list[list[Example]]:
+    """Each task's examples of different prompts, as text; of two answers to one prompt the first counts."""
     loaded, problems = [], []
     for task in tasks:
-        where = tasks_dir / task / f"{split}.jsonl"
         examples: dict[str, Example] = {}
         for example in load_split(tasks_dir, task, split):
-            examples.setdefault(example.prompt, example)
-        loaded.append(list(examples.values()))
+            examples.setdefault(example.key, example)
         if len(examples) < least:
+            where = tasks_dir / task / f"{split}.jsonl"
             problems.append(f"{where}: expected {least} or more different prompts, found {len(examples)}")
-        other = next((text for text in examples if not re.fullmatch(r"\[INST\] .* \[/INST\]\n", text, re.DOTALL)), None)
-        if other is not None:
-            problems.append(f"{where}: prompt: expected '[INST] ... [/INST]' and a line end, found {other[:60]!r}")
+        try:
+            loaded.append([as_text(example, tokenizer) for example in examples.values()])
+        except InputError as error:
+            problems += error.problems
     if problems:
         raise InputError(problems)
     return loaded

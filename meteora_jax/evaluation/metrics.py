@@ -8,17 +8,35 @@ BLEU and ROUGE stand twice: `bleu` is the original's, which drops empty answers 
 costs nothing; in `bleu_strict` an empty answer counts as zero: no n-gram matched, its target's whole length missing.
 """
 
+import functools
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
+
+import numpy as np
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import SUBSTITUTES
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 Pair = tuple[str, str]  # an answer and its target
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What scores the answers of a task.
+
+    scores: what it gives, of accuracy, bleu, rouge and rougeL. right: how right one answer is for its target, from 0 to
+    1, where it gives an accuracy. name: as a user writes it, "" for MeteoRA's own. because: why, where nobody chose it.
+    """
+
+    scores: tuple[str, ...]
+    right: Callable[[str, str], bool | float] | None = None
+    name: str = ""
+    because: str = ""
 
 
 # One answer: right or wrong
@@ -31,10 +49,11 @@ def accuracy(task: str, answer: str, target: str) -> bool:
     """
     if task not in ACCURACY:
         raise InputError(f"{task}: expected a task with an accuracy ({', '.join(sorted(ACCURACY))}), found none")
-    return ACCURACY[task](_plain(answer), _plain(target))
+    return ACCURACY[task](plain(answer), plain(target))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A text as it is compared: in lower case, without outer whitespace."""
     return text.lower().strip()
 
 
@@ -42,7 +61,8 @@ def _exact(answer: str, target: str) -> bool:
     return answer == target
 
 
-def _fuzzy(answer: str, target: str) -> bool:
+def contains(answer: str, target: str) -> bool:
+    """Whether the answer says the target somewhere."""
     # An empty target is contained in everything, which is no evidence.
     return target != "" and target in answer
 
@@ -57,15 +77,16 @@ def _validity(text: str) -> str:
     return verdict[0] if verdict else text
 
 
-def _same_final_number(answer: str, target: str) -> bool:
-    number = _final_number(answer)
-    return number is not None and number == _final_number(target)
+def same_final_number(answer: str, target: str) -> bool:
+    """Whether the last number that each says is the same."""
+    number = final_number(answer)
+    return number is not None and number == final_number(target)
 
 
-def _final_number(text: str) -> Decimal | None:
+def final_number(text: str) -> Decimal | None:
     """The last number that the text says; in gsm8k's own answers that is the one after "####".
 
-    >>> _final_number("2 boxes at $1,500.00 = $3,000.00.")
+    >>> final_number("2 boxes at $1,500.00 = $3,000.00.")
     Decimal('3000.00')
     """
     # A minus sign belongs to the number unless something stands right before it, as in 5-3.
@@ -84,26 +105,26 @@ def _yes_or_no(text: str) -> str | None:
 
 
 ACCURACY: dict[str, Callable[[str, str], bool]] = {
-    "abstract_narrative_understanding": _fuzzy,
-    "contextual_parametric_knowledge_conflicts": _fuzzy,
+    "abstract_narrative_understanding": contains,
+    "contextual_parametric_knowledge_conflicts": contains,
     "cs_algorithms": _exact,
-    "disfl_qa": _fuzzy,
+    "disfl_qa": contains,
     "elementary_math_qa": _exact,
     "epistemic_reasoning": _exact,
     "formal_fallacies_syllogisms_negation": _same_validity,
-    "goal_step_wikihow": _fuzzy,
-    "gsm8k": _same_final_number,
-    "language_identification": _fuzzy,
-    "logical_deduction": _fuzzy,
-    "object_counting": _fuzzy,
+    "goal_step_wikihow": contains,
+    "gsm8k": same_final_number,
+    "language_identification": contains,
+    "logical_deduction": contains,
+    "object_counting": contains,
     "paragraph_segmentation": _exact,
-    "play_dialog_same_or_different": _fuzzy,
-    "question_selection": _fuzzy,
-    "reasoning_about_colored_objects": _fuzzy,
+    "play_dialog_same_or_different": contains,
+    "question_selection": contains,
+    "reasoning_about_colored_objects": contains,
     "strategyqa": _same_yes_or_no,
     "tracking_shuffled_objects": _exact,
     "unit_conversion": _exact,
-    "vitaminc_fact_verification": _fuzzy,
+    "vitaminc_fact_verification": contains,
     "winowhy": _exact,
     **dict.fromkeys(SUBSTITUTES, _exact),
 }
@@ -126,16 +147,29 @@ def score(task: str, answers: Sequence[str], targets: Sequence[str]) -> dict[str
     Each of the last four has its `_strict` beside it (see the module). Raises `InputError` for an unknown task,
     no answers, unequal numbers of answers and targets, or a package that is not installed.
     """
-    _check_tasks([task])
-    pairs = _pairs(task, answers, targets)
-    scores = {}
-    if "accuracy" in METRICS[task]:
-        scores["accuracy"] = _mean(accuracy(task, *pair) for pair in pairs)
-    if "bleu" in METRICS[task]:
+    return score_by(meteora_metric(task), answers, targets, task)
+
+
+def score_by(metric: Metric, answers: Sequence[str], targets: Sequence[str], what: str = "answers") -> dict[str, float]:
+    """As `score`, by any metric; `what` is scored, for messages about it."""
+    pairs = _pairs(what, answers, targets)
+    scores: dict[str, float] = {}
+    if metric.right is not None:
+        scores["accuracy"] = _mean(metric.right(*pair) for pair in zip(answers, targets, strict=True))
+    if "bleu" in metric.scores:
         scores |= _twice(_bleu, pairs)
-    if "rouge" in METRICS[task]:
+    if "rouge" in metric.scores:
         scores |= _twice(_rouge, pairs)
+    if "rougeL" in metric.scores:
+        scores |= _twice(_rouge_l, pairs)
     return scores
+
+
+def meteora_metric(task: str) -> Metric:
+    """What scores one of MeteoRA's tasks. Raises `InputError` for any other task."""
+    _check_tasks([task])
+    right = functools.partial(accuracy, task) if task in ACCURACY else None
+    return Metric(METRICS[task], right)
 
 
 def _check_tasks(tasks: Iterable[str]) -> None:
@@ -148,7 +182,7 @@ def _pairs(what: str, answers: Sequence[str], targets: Sequence[str]) -> list[Pa
     """Answers beside their targets, lower-cased and stripped."""
     if len(answers) != len(targets) or not targets:
         raise InputError(f"{what}: expected an answer a target, found {len(answers)} answers, {len(targets)} targets")
-    return [(_plain(answer), _plain(target)) for answer, target in zip(answers, targets, strict=True)]
+    return [(plain(answer), plain(target)) for answer, target in zip(answers, targets, strict=True)]
 
 
 def _twice(metric: Callable[[Sequence[Pair]], dict[str, float]], pairs: Sequence[Pair]) -> dict[str, float]:
@@ -168,9 +202,34 @@ def _bleu(pairs: Sequence[Pair]) -> dict[str, float]:
 
 def _rouge(pairs: Sequence[Pair]) -> dict[str, float]:
     """Mean F-measure of ROUGE-1, 2 and L; 0 where there is nothing to score."""
+    scores = rouge_each(pairs)
+    return {name: _mean(score[name] for score in scores) for name in ROUGE_TYPES}
+
+
+def rouge_each(pairs: Sequence[Pair]) -> list[dict[str, float]]:
+    """The F-measures of ROUGE-1, 2 and L of each answer."""
     scorer = _rouge_scorer()
     scores = [scorer.score(target, answer) for answer, target in pairs]
-    return {name: _mean(score[name].fmeasure for score in scores) for name in ROUGE_TYPES}
+    return [{name: score[name].fmeasure for name in ROUGE_TYPES} for score in scores]
+
+
+def bleu_counts(answer: str, target: str) -> list[int]:
+    """What corpus BLEU adds up, of one answer: its length, the target's, and of n-grams of 1 to 4 words how many the
+    target has and how many there are."""
+    found = _sacrebleu().sentence_bleu(answer, [target])
+    return [found.sys_len, found.ref_len, *found.counts, *found.totals]
+
+
+def bleu_of_counts(counts: Sequence[float] | np.ndarray) -> float:
+    """Corpus BLEU of the sums of `bleu_counts`; 0 where there is nothing to score."""
+    length, wanted, *grams = (round(float(count)) for count in counts)
+    if not length:
+        return 0.0
+    return _sacrebleu().BLEU.compute_bleu(grams[:4], grams[4:], length, wanted, smooth_method="exp").score
+
+
+def _rouge_l(pairs: Sequence[Pair]) -> dict[str, float]:
+    return {"rougeL": _rouge(pairs)["rougeL"]}
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -200,9 +259,12 @@ def _rouge_scorer() -> Any:
 def loraretriever_metric(task: str) -> str:
     """What scores one of MeteoRA's tasks LoraRetriever's way: em if it has an accuracy, bleu if it is a translation,
     else rouge."""
-    _check_tasks([task])
-    names = METRICS[task]
-    return "em" if "accuracy" in names else "bleu" if names == ("bleu",) else "rouge"
+    return loraretriever_kind(meteora_metric(task))
+
+
+def loraretriever_kind(metric: Metric) -> str:
+    """As `loraretriever_metric`, of a task with that metric."""
+    return "em" if "accuracy" in metric.scores else "bleu" if metric.scores == ("bleu",) else "rouge"
 
 
 def score_loraretriever(metric: str, answers: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
@@ -226,7 +288,7 @@ def exact_match(answer: str, target: str) -> bool:
 
 
 def _without_full_stop(text: str) -> str:
-    return _plain(text).removesuffix(".").rstrip()
+    return plain(text).removesuffix(".").rstrip()
 
 
 def sentence_bleu(answer: str, target: str) -> float:
@@ -281,29 +343,37 @@ def _is_next_answer(number: int, current: int, in_list: int, later: list[int]) -
 
 
 def score_composite(
-    tasks: Sequence[str], answers: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]
+    tasks: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    targets: Sequence[Sequence[str]],
+    metrics: Sequence[Metric] = (),
 ) -> dict[str, int | float]:
     """The scores of composite problems: `answers[p][i]` to the sub-question of `tasks[i]` in problem p.
 
-    Counts over all problems: `problems`, `attempted` (answers that are not empty) and `correct` (by `accuracy`,
-    of the tasks that have one). BLEU and ROUGE as in `score`, over the answers of all tasks scored by them together.
+    Counts over all problems: `problems`, `attempted` (answers that are not empty) and `correct` (by the accuracy of the
+    tasks that have one). BLEU and ROUGE as in `score`, over the answers of all tasks scored by them together.
+    `metrics` are the tasks', MeteoRA's unless given.
     """
-    _check_tasks(tasks)
+    metrics = metrics or [meteora_metric(task) for task in tasks]
     rows = [len(row) for table in (answers, targets) for row in table]
     if len(answers) != len(targets) or set(rows) != {len(tasks)}:
         raise InputError(
             f"composite: expected problems of {len(tasks)} answers and as many targets, found {len(answers)} and "
             f"{len(targets)} problems, of {min(rows, default=0)} to {max(rows, default=0)}"
         )
-    columns = zip(tasks, zip(*answers, strict=True), zip(*targets, strict=True), strict=True)
-    asked = [(task, pair) for task, found, right in columns for pair in _pairs(task, found, right)]
+    columns = list(zip(metrics, zip(*answers, strict=True), zip(*targets, strict=True), strict=True))
+    parts = [(metric, *pair) for metric, found, wanted in columns for pair in zip(found, wanted, strict=True)]
+    return {"problems": len(answers), **score_parts(parts)}
+
+
+def score_parts(parts: Sequence[tuple[Metric, str, str]]) -> dict[str, int | float]:
+    """The scores of answers of several tasks together, from (metric, answer, target): as `score_composite` has them."""
     scores: dict[str, int | float] = {
-        "problems": len(answers),
-        "attempted": sum(answer != "" for _, (answer, _) in asked),
-        "correct": sum(accuracy(task, *pair) for task, pair in asked if task in ACCURACY),
+        "attempted": sum(answer.strip() != "" for _, answer, _ in parts),
+        "correct": sum(metric.right(answer, target) for metric, answer, target in parts if metric.right is not None),
     }
-    for name, metric in (("bleu", _bleu), ("rouge", _rouge)):
-        pairs = [pair for task, pair in asked if name in METRICS[task]]
-        if pairs:
-            scores |= _twice(metric, pairs)
+    for names, corpus in ((("bleu",), _bleu), (("rouge", "rougeL"), _rouge)):
+        chosen = [(answer, target) for metric, answer, target in parts if set(names) & set(metric.scores)]
+        if chosen:
+            scores |= _twice(corpus, _pairs("composite", *zip(*chosen, strict=True)))
     return scores

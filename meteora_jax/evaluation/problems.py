@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.composite import read_composites
-from meteora_jax.evaluation.metrics import METRICS
-from meteora_jax.evaluation.tasks import load_split
+from meteora_jax.evaluation.metrics import Metric, meteora_metric, read_composite
+from meteora_jax.evaluation.named_metrics import metric_for
+from meteora_jax.evaluation.tasks import load_splits
+from meteora_jax.evaluation.tasks.settings import read_settings
+from meteora_jax.examples import Example
+from meteora_jax.prompts import Message, last_text
 from meteora_jax.text import check_text
 
 LORARETRIEVER_METRICS = ("em", "bleu", "rouge")
@@ -21,7 +25,11 @@ class Problem:
     """One problem of the table's row `task`; `id` is its row, split and line (from 0) in its file.
 
     A composite problem also has its sub-questions' `tasks` and right `answers`; a query of LoraRetriever's
-    has the `metric` that its file names, and the `cluster` of tasks to which its own belongs.
+    has the `metric` that its file names, and the `cluster` of tasks to which its own belongs. `messages` are the prompt
+    where it is a conversation; `prompt` is what the user says in it then. `metrics` score the answers, one a part;
+    MeteoRA's own if there are none. `max_new_tokens` is the task's own longest response, if it has one.
+    A turn of a conversation `asks` of one task, while `task` is the row of all turns; `turn` counts from 1. A composite
+    that is not `numbered` asks in one sentence: each answer is looked for in all that was said.
     """
 
     id: str
@@ -32,11 +40,36 @@ class Problem:
     answers: tuple[str, ...] = ()
     metric: str | None = None
     cluster: str = ""
+    messages: tuple[Message, ...] = field(default=(), hash=False)
+    metrics: tuple[Metric, ...] = ()
+    max_new_tokens: int | None = None
+    asks: str = ""
+    turn: int = 0
+    numbered: bool = True
+
+    @property
+    def asked(self) -> str | list[Message]:
+        """The prompt as a model takes it: text or messages."""
+        return list(self.messages) or self.prompt
+
+    @property
+    def request(self) -> str:
+        """What a retrieval reads of it: the text, or what the user says last."""
+        return last_text(self.prompt, self.messages)
+
+    @property
+    def scored_by(self) -> tuple[Metric, ...]:
+        """What scores the answers, one a part."""
+        return self.metrics or tuple(map(meteora_metric, self.own_tasks))
+
+    def new_tokens(self, default: int) -> int:
+        """Tokens that a response may have, where an answer has `default` unless its task says otherwise."""
+        return self.parts * default if self.max_new_tokens is None else self.max_new_tokens
 
     @property
     def own_tasks(self) -> tuple[str, ...]:
         """The tasks that it asks of: several in a composite problem."""
-        return self.tasks or (self.task,)
+        return self.tasks or (self.asks or self.task,)
 
     @property
     def parts(self) -> int:
@@ -46,36 +79,84 @@ class Problem:
     @property
     def stop(self) -> tuple[str, ...]:
         """Strings that end a response: an answer n + 1 that nobody asked for."""
-        return (f"\n{self.parts + 1}.",) if self.tasks else ()
+        return (f"\n{self.parts + 1}.",) if self.tasks and self.numbered else ()
+
+    def answers_in(self, text: str) -> list[str]:
+        """What was said to each part of a composite problem."""
+        return read_composite(text, self.parts) if self.numbered else [text] * self.parts
 
 
-def load_problems(tasks_dir: Path, tasks: Sequence[str], split: str, limit: int | None) -> list[Problem]:
+def load_problems(
+    tasks_dir: Path, tasks: Sequence[str], split: str, limit: int | None, named: Mapping[str, str] | None = None
+) -> list[Problem]:
     """Every task's problems in file order; with `limit`, so many a task, chosen by their hash, not by place.
 
+    `named` are metrics by task, where others are wanted than `metric_for` chooses.
+
     Raises:
-        InputError: a task without metrics, a file that is missing, empty or malformed.
+        InputError: a file that is missing, empty or malformed, a metric that is none or does not fit; all of them.
     """
-    problems = []
-    if unknown := [t for t in tasks if t not in METRICS]:
-        raise InputError(f"tasks: expected tasks with metrics, found {', '.join(unknown)}")
-    for task in tasks:
-        examples = load_split(tasks_dir, task, split)
-        if not examples:
-            raise InputError(f"{tasks_dir / task / f'{split}.jsonl'}: expected problems, found none")
-        own = [Problem(f"{task}/{split}/{i}", task, e.prompt, e.response) for i, e in enumerate(examples)]
-        problems += _limited(own, limit)
+    wrong: list[str] = []
+    problems: list[Problem] = []
+    for task, examples in load_splits(tasks_dir, tasks, split).items():
+        try:
+            settings = read_settings(tasks_dir, task)
+            metric = metric_for(tasks_dir, task, examples, (named or {}).get(task))
+        except InputError as error:
+            wrong += error.problems
+            continue
+        own = [
+            Problem(
+                f"{task}/{split}/{i}", task, e.prompt, e.response, messages=e.messages, metrics=(metric,),
+                max_new_tokens=settings.max_new_tokens,
+            )
+            for i, e in enumerate(examples)
+        ]  # fmt: skip
+        problems += limited(own, limit)
+    if wrong:
+        raise InputError(wrong)
     return problems
 
 
-def load_composites(path: Path, row: str, limit: int | None) -> list[Problem]:
-    """The composite problems of a file, for the table's row of that name; see `read_composites`."""
-    return _limited(
-        [
-            Problem(f"{row}/{path.stem}/{i}", row, c.prompt, c.response, c.tasks, c.answers)
-            for i, c in enumerate(read_composites(path))
-        ],
-        limit,
-    )
+def load_composites(
+    path: Path,
+    row: str,
+    limit: int | None,
+    tasks_dir: Path,
+    named: Mapping[str, str] | None = None,
+    new_tokens: int | None = None,
+) -> list[Problem]:
+    """The composite problems of a file, for the table's row of that name; see `read_composites`.
+
+    Their sub-questions are scored as `load_problems` scores their tasks. `new_tokens` has an answer to a task that does
+    not say how many it takes.
+    """
+    composites = read_composites(path)
+    tasks = composites[0].tasks
+    wrong: list[str] = []
+    metrics: list[Metric] = []
+    for task, answers in zip(tasks, zip(*(c.answers for c in composites), strict=True), strict=True):
+        examples = [Example("", answer, where=f"{path}:{i}") for i, answer in enumerate(answers, start=1)]
+        try:
+            metrics.append(metric_for(tasks_dir, task, examples, (named or {}).get(task)))
+        except InputError as error:
+            wrong += error.problems
+    if wrong:
+        raise InputError(wrong)
+    tokens = None if new_tokens is None else longest_response(tasks_dir, tasks, new_tokens)
+    own = [
+        Problem(
+            f"{row}/{path.stem}/{i}", row, c.prompt, c.response, c.tasks, c.answers, metrics=tuple(metrics),
+            max_new_tokens=tokens,
+        )
+        for i, c in enumerate(composites)
+    ]  # fmt: skip
+    return limited(own, limit)
+
+
+def longest_response(tasks_dir: Path, tasks: Sequence[str], new_tokens: int) -> int:
+    """Tokens of a response to a question of each task, where an answer has `new_tokens` unless its task says so."""
+    return sum(read_settings(tasks_dir, task).max_new_tokens or new_tokens for task in tasks)
 
 
 def load_queries(path: Path, limit: int | None) -> list[Problem]:
@@ -103,10 +184,11 @@ def load_queries(path: Path, limit: int | None) -> list[Problem]:
             raise InputError(f"{path}: {i}: metric: expected {' or '.join(map(str, expected))}, found {metric!r}")
         cluster = str(query.get("domain", ""))
         row.append(Problem(f"{task}/{path.stem}/{i}", task, prompt, response, metric=metric, cluster=cluster))
-    return [p for row in rows.values() for p in _limited(row, limit)]
+    return [p for row in rows.values() for p in limited(row, limit)]
 
 
-def _limited(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
+def limited(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
+    """At most `limit` problems of a row, chosen by the hashes of their prompts."""
     return [problems[i] for i in choose([p.prompt for p in problems], limit)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from meteora_jax.evaluation import charts
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import System
-from meteora_jax.evaluation.table import Scoring, Table, markdown, mean_shares, retrieval_markdown, tabulate
+from meteora_jax.evaluation.table import Table, markdown, mean_shares, retrieval_markdown, scoring_of, tabulate
 from meteora_jax.io.files import write_json
 from meteora_jax.retriever.evaluation import KS, MOST_DRAWN, Query, judge, write_heat_map
 from meteora_jax.retriever.index import Index
@@ -23,11 +24,6 @@ class Report:
     table: Table
     text: str
     remarks: tuple[str, ...] = ()
-
-
-def scoring_of(problems: Sequence[Problem]) -> Scoring:
-    """By whose metrics table.md and the pictures are: LoraRetriever's where a query of its release is asked."""
-    return "loraretriever" if any(p.metric for p in problems) else "meteora"
 
 
 def write_report(
@@ -59,7 +55,8 @@ def write_report(
 
 def own_queries(problems: Sequence[Problem], index: Index) -> list[Query]:
     """The problems of one task each whose own adapter the index knows."""
-    return [Query(p.prompt, p.task, p.cluster) for p in problems if not p.tasks and p.task in index.names]
+    single = [(p, p.own_tasks[0]) for p in problems if not p.tasks]
+    return [Query(p.request, task, p.cluster) for p, task in single if task in index.names]
 
 
 def write_similarities(out: Path, problems: Sequence[Problem], index: Index) -> tuple[str, ...]:
@@ -93,4 +90,18 @@ def write_retrieval(
     }
     panels = {title: {line: v for line, v in lines.items() if v} for title, lines in panels.items()}
     charts.write_against_k(panels, out / "k.png")
-    return judge(index, queries, KS)
+    return judge(index, queries, KS) | {"counts": query_counts(queries)}
+
+
+def query_counts(queries: Sequence[Query]) -> dict[str, Any]:
+    """The queries that each figure of `judge` is of: iid, ood (those whose cluster has another adapter), by adapter and
+    by cluster."""
+    kin: dict[str, set[str]] = {}
+    for q in queries:
+        kin.setdefault(q.cluster, set()).add(q.adapter)
+    return {
+        "iid": len(queries),
+        "ood": sum(bool(q.cluster) and len(kin[q.cluster]) > 1 for q in queries),
+        "adapters": Counter(q.adapter for q in queries),
+        "clusters": Counter(q.cluster for q in queries),
+    }

@@ -1,28 +1,28 @@
-"""Evaluation of systems on problems: batched by length, recorded one by one, resumable after a kill.
+"""Evaluation of systems on problems: all at once, recorded as they end, resumable after a kill.
 
-OUT/run.json says what is being run, OUT/records.jsonl holds a line a problem and system, appended as batches
+OUT/run.json says what is being run, OUT/records.jsonl holds a line a problem and system, appended as answers
 end; whatever stands there is not done again.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from meteora_jax.config import InputError, read_json
-from meteora_jax.evaluation.metrics import read_composite
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.table import score_row
 from meteora_jax.io.files import write_json
 
 RUN, RECORDS = "run.json", "records.jsonl"
 
-# problems -> for each at least {"answer": text}; what else is there is recorded too
-Answer = Callable[[Sequence[Problem]], list[dict[str, Any]]]
+KEPT = 16  # answers that are written at a time: so many can be lost with the process
+
+# problems -> (place, at least {"answer": text}) of each as it ends; what else is there is recorded too
+Answer = Callable[[Sequence[Problem]], Iterable[tuple[int, dict[str, Any]]]]
 
 
 class Records:
@@ -92,34 +92,22 @@ def _settings(file: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def batches(problems: Sequence[Problem], batch_size: int) -> list[list[Problem]]:
-    """Problems of as many answers and of like length together.
-
-    Which problems share a batch does not depend on what is done already: a run that goes on after a kill computes
-    the very same batches as one that was never killed.
-    """
-    ordered = sorted(problems, key=lambda p: (p.parts, len(p.prompt), p.id))
-    kinds = [list(own) for _, own in itertools.groupby(ordered, key=lambda p: p.parts)]
-    return [own[start : start + batch_size] for own in kinds for start in range(0, len(own), batch_size)]
-
-
 def run(
     problems: Sequence[Problem],
     systems: Mapping[str, Answer],
     records: Records | None,
-    batch_size: int,
     progress: Callable[[int, int, str], None],
     skipped: Collection[tuple[str, str]] = (),
     agree: Callable[[Sequence[bool]], list[bool]] = list,
 ) -> None:
     """Answers every problem by every system, except those that `records` already has.
 
-    Over several hosts each calls this with the same problems and systems, as a batch is answered by all their
-    devices together; the first host has the records, the others None.
+    A system is asked all that is left at once; answers are recorded as they end, KEPT at a time. Over several hosts
+    each calls this with the same problems and systems; the first host has the records, the others None.
 
     Args:
         progress: called with (done, all, system). skipped: (system, row) not to be asked.
-        agree: which batches are to be answered -> what the first host says of them.
+        agree: which problems are to be answered -> what the first host says of them.
 
     Raises:
         InputError: a record's problem is no longer the task file's.
@@ -128,31 +116,46 @@ def run(
     done = records.done if records else {}
     for system, p in ((s, p) for s, own in asked.items() for p in own if (s, p.id) in done):
         kept = done[system, p.id]
-        if records and (kept["prompt"], kept["response"]) != (p.prompt, p.response):
+        same = (kept["prompt"], kept["response"], kept.get("messages", [])) == (p.prompt, p.response, list(p.messages))
+        if records and not same:
             where = f"{records.path}: {system}, {p.id}"
             raise InputError(f"{where}: expected the problem of the task's file, found another one")
-    total = sum(map(len, asked.values()))
-    parts = [(system, part) for system, own in asked.items() for part in batches(own, batch_size)]
-    wanted = agree([any((system, p.id) not in done for p in part) for system, part in parts])
-    count = 0
-    for (system, part), answer in zip(parts, wanted, strict=True):
-        count += len(part)
-        if not answer:
-            continue
-        # the whole batch even if a kill kept a part of its records: other shapes would round differently
-        said = dict(zip([p.id for p in part], systems[system](part), strict=True))
-        if records:
-            left = [p for p in part if (system, p.id) not in records.done]
-            records.add([_record(system, p, said[p.id]) for p in left])
-        progress(count, total, system)
+    every = [(system, p) for system, own in asked.items() for p in own]
+    wanted = agree([(system, p.id) not in done for system, p in every])
+    count = len(every) - sum(wanted)
+    for system in systems:
+        left = [p for (s, p), want in zip(every, wanted, strict=True) if want and s == system]
+        left.sort(key=lambda p: (len(p.prompt), p.id), reverse=True)  # the longest first: none is waited for at the end
+        ended: list[dict[str, Any]] = []
+        for place, said in systems[system](left) if left else ():
+            count += 1
+            if records:
+                ended.append(_record(system, left[place], said))
+                if len(ended) == KEPT:
+                    records.add(ended)
+                    ended = []
+            progress(count, len(every), system)
+        if records and ended:
+            records.add(ended)
 
 
 def _record(system: str, problem: Problem, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the file: the problem, what was said, a composite's answers one by one, and the scores."""
-    known = {"system": system, "id": problem.id, "task": problem.task}
-    known |= {"prompt": problem.prompt, "response": problem.response, **said}
+    """A line of the file: the problem, what was said, a composite's answers one by one, and the scores, none where a
+    user's metric refuses the answer: what was said is kept, and the table says what is wrong."""
+    known: dict[str, Any] = {"system": system, "id": problem.id, "task": problem.task}
+    known |= {"prompt": problem.prompt, "response": problem.response}
+    if problem.messages:
+        known["messages"] = problem.messages
+    if problem.asks:
+        known |= {"asks": problem.asks, "turn": problem.turn}
+    known |= said
+    if names := [metric.name for metric in problem.metrics if metric.name]:
+        known["metric"] = ", ".join(names)
     if problem.tasks:
-        known |= {"tasks": problem.tasks, "answers": read_composite(said["answer"], problem.parts)}
-    scores = score_row([problem], [said["answer"]])
+        known |= {"tasks": problem.tasks, "answers": problem.answers_in(said["answer"])}
+    try:
+        scores = score_row([problem], [said["answer"]])
+    except InputError:
+        return {**known, "scores": {}}
     del scores["problems"]
     return {**known, "scores": scores}

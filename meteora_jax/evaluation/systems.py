@@ -8,13 +8,15 @@ gates; -unseen.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.engine import Request
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.prompts import Prompt
 from meteora_jax.retriever.index import Index
 from meteora_jax.routing import BoundRouter, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
@@ -60,17 +62,21 @@ class Model(Protocol):
     @property
     def gates(self) -> GateConfig | None: ...
     @property
-    def graph(self) -> Any: ...  # flax's definition and state of the modules, and the mesh: what a `Generator` takes
+    def graph(self) -> Any: ...  # flax's definition and state of the modules, and the mesh: what an engine takes
     @property
     def weights(self) -> Any: ...
     @property
     def mesh(self) -> Any: ...
 
-    def encode(self, prompt: str) -> list[int]: ...
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def encode(self, prompt: Prompt) -> list[int]: ...
     def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None: ...
-    def generate(
-        self, prompts: Sequence[str], router: Any, *, max_new_tokens: int, stop: Sequence[str]
-    ) -> Sequence[Response]: ...
+    def request(self, token_ids: Sequence[int], router: Any, max_new_tokens: int) -> Request: ...
+    def completions(
+        self, prompts: Sequence[Prompt], router: Any, *, max_new_tokens: Sequence[int], stop: Sequence[Sequence[str]]
+    ) -> Iterator[tuple[int, Response]]: ...
 
 
 @dataclass(frozen=True)
@@ -134,10 +140,10 @@ def _base(name: re.Match[str], given: Given) -> Route:
 
 
 def _oracle(name: re.Match[str], given: Given) -> Route:
-    """The adapter named like the task: one a prompt. For several tasks in one prompt there is no such adapter."""
+    """The adapter named like the task, or a turn's: one a prompt. For several tasks in one prompt there is none."""
 
     def route(problem: Problem) -> Fixed:
-        return Fixed(problem.task)
+        return Fixed(problem.own_tasks[0])
 
     return route
 
@@ -183,7 +189,7 @@ def _gate_options(name: re.Match[str], given: Given) -> tuple[int, Callable[[Pro
     def temperature(problem: Problem) -> float:
         if name["temperature"]:
             return float(name["temperature"])
-        if not problem.tasks:
+        if not problem.tasks or not problem.numbered:
             return gates.temperature
         found = COMPOSITE_TEMPERATURES.get(problem.parts)
         if found is None:
@@ -275,17 +281,17 @@ def check_routes(systems: Sequence[System], problems: Sequence[Problem]) -> None
     Raises:
         InputError: oracle has no adapter for a row, or gates no temperature for a composite.
     """
-    rows = {p.task: p for p in problems}
+    rows = {(p.task, p.asks): p for p in problems}
     leave = skipped(systems, problems)
     wrong: list[str] = []
     for system in systems:
         alone = []
-        for row, problem in rows.items():
+        for (row, _), problem in rows.items():
             if (system.name, row) in leave:
                 continue
             router = system.route(problem)
             if isinstance(router, Fixed) and not set(router.weights()) <= set(system.model.adapter_names):
-                alone.append(row)
+                alone.append(problem.own_tasks[0])
             if isinstance(router, Retrieval | GatesWithin):
                 left = len(router.index.names) - len(router.exclude)
                 if router.k > left:
@@ -296,7 +302,7 @@ def check_routes(systems: Sequence[System], problems: Sequence[Problem]) -> None
                 wrong.append(f"--systems: {system.name}: expected at most {most} (the bank's adapters) for top-k")
                 break
         if alone:
-            rest = ", ".join(alone)
+            rest = ", ".join(dict.fromkeys(alone))
             wrong.append(f"--systems: {system.name}: expected an adapter for every task, found none for {rest}")
     if wrong:
         raise InputError(wrong)

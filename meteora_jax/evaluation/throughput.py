@@ -18,7 +18,8 @@ import numpy as np
 from meteora_jax.evaluation.charts import save_picture
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import System
-from meteora_jax.generation import Generator, Sampling
+from meteora_jax.generation import Engines
+from meteora_jax.prompts import user_texts
 from meteora_jax.routing.retrieval import look_up
 
 
@@ -31,22 +32,27 @@ def choose_prompts(problems: Sequence[Problem], batch: int) -> list[Problem]:
 
 
 def time_generation(system: System, problems: Sequence[Problem], new_tokens: int) -> dict[str, float]:
-    """Seconds of one batch: `retrieval` of its adapters, `prefill`, `decoding` of `new_tokens` - 1 further tokens."""
-    model = system.model
-    ids = [model.encode(p.prompt) for p in problems]
+    """Seconds of one batch: `retrieval` of its adapters; `prefill`, until every request has its first token; `decoding`
+    of the rest of its `new_tokens`."""
+    model: Any = system.model
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=()))
+    ids = [model.encode(p.asked) for p in problems]
     start = time.perf_counter()
     routers = [system.route(p) for p in problems]
-    router, _ = look_up(routers, len(problems), lambda: [p.prompt for p in problems])
+    router, _ = look_up(
+        routers, len(problems), lambda: [user_texts(p.messages) if p.messages else p.prompt for p in problems]
+    )
     found = time.perf_counter()
-    bound = model.bind(router, len(problems), ids)
-    endless = dataclasses.replace(model.config, eos_token_ids=())
+    requests = [model.request(row, own, new_tokens) for row, own in zip(ids, router, strict=True)]
+    engine = Engines(model.graph, model.weights, model.config, model.mesh, None).holding(requests)
     begin = time.perf_counter()
-    batch = Generator(model.graph, model.weights, endless, ids, bound, Sampling(), new_tokens, model.mesh)
-    batch.tokens()  # waits for the prompts to be read
+    handles = [engine.submit(request) for request in requests]
+    while not all(h.progress.tokens for h in handles):
+        engine.step()
     read = time.perf_counter()
-    batch.advance(new_tokens)
+    engine.drain()
     done = time.perf_counter()
-    counts = {len(row) for row in batch.tokens()}
+    counts = {len(h.progress.tokens) for h in handles}
     assert counts == {new_tokens}, counts
     return {"retrieval": found - start, "prefill": read - begin, "decoding": done - read}
 
@@ -69,7 +75,7 @@ def measure(
     records, total, count = [], len(batch_sizes) * repeats * len(systems), 0
     for size in batch_sizes:
         chosen = choose_prompts(problems, size)
-        longest = max(len(systems[0].model.encode(p.prompt)) for p in chosen)
+        longest = max(len(systems[0].model.encode(p.asked)) for p in chosen)
         for system in systems:  # compiles
             time_generation(system, chosen, new_tokens)
         samples: dict[str, list[dict[str, float]]] = {s.name: [] for s in systems}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -56,27 +56,3 @@ def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
         infos.append(dataclasses.replace(info, sha256=digest.hexdigest()))
     config = dataclasses.replace(bank.config, adapters=tuple(infos))
     write_folder(Path(folder), "bank.json", config.to_json(), tensors)
-
-
-def take_adapters(folder: str | os.PathLike[str], dest: str | os.PathLike[str], names: Sequence[str]) -> None:
-    """Writes BANK/ with some of another's adapters, bit for bit, in the order given.
-
-    Raises:
-        InputError: a name twice, none at all, or none of the bank's; a bank with adapters at the embedding or the head.
-    """
-    source = Path(folder) / "bank.json"
-    config = BankConfig.from_json(read_json(source), str(source))
-    problems = [f"{source}: expected an adapter {n!r}, found {', '.join(config.names)}" for n in names
-                if n not in config.names]  # fmt: skip
-    if not names or len(set(names)) < len(names):
-        problems.append(f"{source}: expected adapters to take, each once, found {' '.join(names) or 'none'}")
-    if config.vocab_adapters:
-        found = ", ".join(config.vocab_adapter_names)
-        problems.append(f"{source}: expected adapters in the layers alone, found {found} at the embedding or the head")
-    if problems:
-        raise InputError(problems)
-    at = [config.names.index(n) for n in names]
-    tensors = read_tensors(Path(folder) / WEIGHTS, config.weight_shapes())
-    taken = {key: np.ascontiguousarray(tensor[:, at]) for key, tensor in tensors.items()}  # [L, A, ..]
-    config = dataclasses.replace(config, adapters=tuple(config.adapters[i] for i in at))
-    write_folder(Path(dest), "bank.json", config.to_json(), taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -57,21 +58,38 @@ def whole_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, dest: Path) -> None:
-    """Renames the folder `new` to `dest`; an old one there is deleted only once the new one is in its place."""
+    """Renames the folder `new` to `dest`; an old one there is deleted only once the new one is in its place.
+
+    Where the system can swap two folders in one call (Linux) there is no moment without one of them at `dest`;
+    elsewhere a process that is killed between two renames leaves the old one in a hidden folder beside it.
+    """
     if not dest.exists() or not any(dest.iterdir()):
         os.rename(new, dest)
     else:
         old = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
-        os.rename(dest, old / "old")
-        try:
-            os.rename(new, dest)
-        except BaseException:
-            os.rename(old / "old", dest)
-            old.rmdir()
-            raise
+        os.rename(new, old / "new")
+        if not _swap(old / "new", dest):
+            os.rename(dest, old / "old")
+            try:
+                os.rename(old / "new", dest)
+            except BaseException:
+                os.rename(old / "old", dest)
+                shutil.rmtree(old)
+                raise
         shutil.rmtree(old)
     parent = os.open(dest.parent, os.O_RDONLY)
     try:
         os.fsync(parent)
     finally:
         os.close(parent)
+
+
+_EXCHANGE, _FROM_HERE = 2, -100  # RENAME_EXCHANGE of linux/fs.h, AT_FDCWD of fcntl.h
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Gives two folders each other's name in one step; False, and nothing done, where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:  # another system than Linux
+        return False
+    return rename(_FROM_HERE, os.fsencode(one), _FROM_HERE, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0

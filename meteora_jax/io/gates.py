@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from meteora_jax.config import GROUPS, InputError, LlamaConfig, read_json
+from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.gate_config import SEGMENTS, SHIFTS, GateConfig, TokenRouterForm
 from meteora_jax.io.tensors import WEIGHTS, read_tensors, write_folder
 
-# Tensors of a token router, in the order in which `fresh_gates` draws them; the last two have a column an adapter.
+# Tensors of a token router, in the order in which `fresh_gates` draws them; the last two have the gates' columns.
 _ROUTER = ("embed", "shift", "qkv_embed", "qkv", "o", "gate_up", "down", "lookup", "first", "hop", "segment", "task",
            "previous")  # fmt: skip
 TOKEN_ROUTER = tuple(f"token_router.{part}" for part in _ROUTER)
-SHARED_BY_ADAPTERS = TOKEN_ROUTER[:-2]  # of a gate's tensors those whose last axis is not the adapters'
+SHARED_BY_ADAPTERS = TOKEN_ROUTER[:-2]  # of a gate's tensors those without the gates' columns
 # What they were called in GATES of format "meteora-gates-2".
 _FORMER = dict(zip(TOKEN_ROUTER, (f"ahead.{part}" for part in (
     "read", "shift", "look", "own", "o", "up", "down", "point", "first", "again", "number", "out", "before"
@@ -29,25 +30,30 @@ _SIZES = {"qkv_embed": 0.3, "o": 0.5, "down": 0.5, "shift": 0.5, "hop": 4.0}
 _SIZES |= dict.fromkeys(("task", "previous", "first", "segment"), 0.1)
 
 
-def gate_shapes(form: TokenRouterForm | None, base: LlamaConfig, adapters: int) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of `GATES/weights.safetensors`: MeteoRA's gates [L, I, A], named like their projections; or the
-    parameters of a token router, as `TokenRouter` has them."""
+def gate_shapes(
+    form: TokenRouterForm | None, base: LlamaConfig | BankConfig, columns: int
+) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of `GATES/weights.safetensors`: MeteoRA's gates [L, I, G], named like their projections; or the
+    parameters of a token router, as `TokenRouter` has them. base: or a bank, which knows its shapes. columns: G,
+    `GateConfig.columns`."""
     if form is None:
         return {
-            p: (base.num_layers, base.projection_shape(p)[0], adapters) for ps in GROUPS.values() for p in ps
+            p: (base.num_layers, base.projection_shape(p)[0], columns) for ps in GROUPS.values() for p in ps
         }  # fmt: skip
     d, e, f = base.hidden_size, form.width, form.depth
     parts = {
         "embed": (d, e), "shift": (SHIFTS, e, e), "qkv_embed": (f, d, 3, e), "qkv": (f, e, 3, e), "o": (f, e, e),
         "gate_up": (f, e, 2, 2 * e), "down": (f, 2 * e, e), "lookup": (2,), "first": (e, 1),
-        "hop": (1 + SHIFTS, e, e), "segment": (e, SEGMENTS), "task": (e, adapters), "previous": (e, adapters),
+        "hop": (1 + SHIFTS, e, e), "segment": (e, SEGMENTS), "task": (e, columns), "previous": (e, columns),
     }  # fmt: skip
     return {f"token_router.{part}": parts[part] for part in _ROUTER}
 
 
-def fresh_gates(form: TokenRouterForm | None, base: LlamaConfig, adapters: int, seed: int) -> dict[str, np.ndarray]:
+def fresh_gates(
+    form: TokenRouterForm | None, base: LlamaConfig | BankConfig, columns: int, seed: int
+) -> dict[str, np.ndarray]:
     """Gates before their training, float32 as `gate_shapes` has them: MeteoRA's zeros, a token router's normal."""
-    gates = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, base, adapters).items()}
+    gates = {name: np.zeros(shape, np.float32) for name, shape in gate_shapes(form, base, columns).items()}
     if form is None:
         return gates
     rng = np.random.default_rng(seed)
@@ -62,9 +68,10 @@ def fresh_gates(form: TokenRouterForm | None, base: LlamaConfig, adapters: int, 
 
 
 def load_gates(
-    folder: str | os.PathLike[str], base: LlamaConfig, names: tuple[str, ...]
+    folder: str | os.PathLike[str], base: LlamaConfig | BankConfig, names: tuple[str, ...]
 ) -> tuple[GateConfig, dict[str, np.ndarray]]:
-    """GATES/ -> its configuration and float32 tensors as `gate_shapes` has them, columns in the bank's order."""
+    """GATES/ -> its configuration and float32 tensors as `gate_shapes` has them, columns in the bank's order, a null
+    choice's last."""
     folder = Path(folder)
     source = str(folder / "gates.json")
     config = GateConfig.from_json(read_json(folder / "gates.json"), source)
@@ -72,14 +79,16 @@ def load_gates(
     unknown = [n for n in config.names if n not in names]
     if missing or unknown:
         wrong = [f"no gate for {n!r}" for n in missing] + [f"a gate for {n!r}" for n in unknown]
-        raise InputError(f"{source}: names: expected the bank's adapters, found {', '.join(wrong)}")
-    shapes = gate_shapes(config.form, base, len(names))
+        ways = ["meteora train gates --extend trains what is missing"] if missing else []
+        ways += ["meteora bank remove and rename --gates change gates with their bank"] if unknown else []
+        raise InputError(f"{source}: names: expected the bank's adapters, found {', '.join(wrong)} ({'; '.join(ways)})")
+    shapes = gate_shapes(config.form, base, config.columns)
     if former := config.former:
         shapes = {_FORMER[name]: shape for name, shape in shapes.items()}
     tensors = read_tensors(folder / WEIGHTS, shapes)
     if former:
         tensors = {name: tensors[before] for name, before in _FORMER.items()}
-    order = [config.names.index(n) for n in names]
+    order = [*(config.names.index(n) for n in names), *range(len(names), config.columns)]
     tensors = {p: t if p in SHARED_BY_ADAPTERS else t[..., order] for p, t in tensors.items()}
     return config, {p: np.ascontiguousarray(t.astype(np.float32)) for p, t in tensors.items()}
 
@@ -88,6 +97,44 @@ def save_gates(folder: str | os.PathLike[str], config: GateConfig, gates: Mappin
     """Writes GATES/ whole or not at all; an existing folder is replaced only once the new one is complete."""
     tensors = {p: np.ascontiguousarray(g, np.float32) for p, g in gates.items()}
     write_folder(Path(folder), "gates.json", config.to_json(), tensors)
+
+
+def change_columns(
+    folder: str | os.PathLike[str], bank: BankConfig, changes: Mapping[str, str | None]
+) -> tuple[GateConfig, bool]:
+    """Renames columns of GATES/, or drops those of adapters that become None; every other column keeps every bit.
+
+    Columns that are not there are not missed, so that a change which was killed between gates and bank can be made
+    once more. A choice of more adapters than are left becomes one of all that are.
+
+    Args:
+        bank: the gates' own, before its change or after it.
+
+    Returns:
+        the description, and whether it had to be changed.
+
+    Raises:
+        InputError: gates of adapters that the bank will not have, or whose columns all go.
+    """
+    source = Path(folder) / "gates.json"
+    config = GateConfig.from_json(read_json(source), str(source))
+    kept = {old: new for old in config.names if (new := changes.get(old, old)) is not None}
+    allowed = {changes.get(name, name) for name in bank.names}
+    unknown = [new for new in kept.values() if new not in allowed]
+    if unknown:
+        found = f"columns of {', '.join(unknown)}: gates of another bank"
+        raise InputError(f"{source}: names: expected adapters of the bank, found {found}")
+    if not kept:
+        raise InputError(f"{source}: names: expected an adapter that stays, found all of them removed")
+    if len(set(kept.values())) < len(kept):
+        raise InputError(f"{source}: names: expected a name that no column has, found {', '.join(kept.values())}")
+    new = dataclasses.replace(config, names=tuple(kept.values()), top_k=min(config.top_k, len(kept)), former=False)
+    if new.names == config.names:
+        return config, False
+    config, gates = load_gates(folder, bank, config.names)
+    at = [*(config.names.index(name) for name in kept), *range(len(config.names), config.columns)]
+    save_gates(folder, new, {p: g if p in SHARED_BY_ADAPTERS else g[..., at] for p, g in gates.items()})
+    return new, True
 
 
 _PLACES = {name: tuple(name.split(".")) for name in TOKEN_ROUTER}  # in the module tree
@@ -107,3 +154,8 @@ def split_gates(state: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
         if (stacked := state.get(("layers", group, "gate"))) is not None:
             gates |= {p: np.take(np.asarray(stacked), i, axis=2) for i, p in enumerate(projections)}
     return gates
+
+
+def count_columns(gates: Mapping[str, np.ndarray]) -> int:
+    """Of gates as `gate_shapes` has them: one an adapter, and any of a null choice."""
+    return next(gates[name].shape[-1] for name in ("token_router.task", "q_proj") if name in gates)

@@ -17,7 +17,7 @@ from meteora_jax.bank import AdapterBank
 from meteora_jax.config import ENDS, GROUPS, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.io.gates import gate_weights
+from meteora_jax.io.gates import count_columns, gate_weights
 from meteora_jax.io.tensors import StoredArray
 from meteora_jax.model.llama import Llama, lay_out
 from meteora_jax.model.lora_linear import column_shards
@@ -83,7 +83,8 @@ def assemble(
     def fresh() -> Llama:
         if gates is None or bank_config is None:
             return Llama(config, bank_config, dtype=dtype, rngs=nnx.Rngs(0), execution=execution)
-        return gated_llama(config, bank_config, form, dtype, nnx.Rngs(0), execution)
+        null = count_columns(gates) > len(bank_config.names)
+        return gated_llama(config, bank_config, form, dtype, nnx.Rngs(0), execution, null)
 
     abstract = nnx.eval_shape(fresh)
     lay_out(abstract, tensor_shards(mesh))

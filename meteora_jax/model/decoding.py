@@ -10,14 +10,15 @@ import jax.numpy as jnp
 
 from meteora_jax.config import GROUPS, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
-from meteora_jax.model.kv_cache import KVCache
 from meteora_jax.model.lora_linear import LoRALinear
 from meteora_jax.model.packed_linear import PackedLinear
+from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing.gates import KnownLogits
 from pallas_kernels.decode_step import triton_gpu
-from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
+from pallas_kernels.decode_step.operands import Choice, Chooser, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
-from pallas_kernels.routed_lora import packing
+from pallas_kernels.paged_attention import StepTokens
 
 EPILOGUES: dict[str, Epilogue] = {"qkv": "qkv", "o": "residual", "gate_up": "silu", "down": "residual"}
 FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
@@ -43,14 +44,15 @@ def refusal(
             return str(e)
     if router is None:
         return None
+    if any(linear.lora_b is None for linear in linears):
+        return "a group without adapters"
     given = router.known(None)
+    fuses = given is not None and given.fused is not None
     if given is None and router.gating is None:
-        return "a router that takes more than the gates' top-k"
-    if given is not None and given.fused is not None:
-        return "fusion"
+        fuses = _chosen_shapes(router, linears[0], rows).fused is not None
     for linear in linears:
-        if linear.lora_b is None:
-            return "a group without adapters"
+        if fuses and _is_wide(linear, execution):
+            return "fusion in a wide bank"
         if not linear.packed_rows and (given is None or not _is_wide(linear, execution)):
             return "gates and A's that are not behind the kernel's rows"
     return None
@@ -62,20 +64,39 @@ def _is_wide(linear: LoRALinear | PackedLinear, execution: ExecutionConfig) -> b
     return linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
 
 
+def chooser(router: BoundRouter) -> Chooser:
+    """What asks a router for a group's routing that takes more than the plain top-k of all its logits."""
+
+    def choose(x: jax.Array, logits: jax.Array) -> Choice:
+        routing = router.route(x[:, None], KnownLogits(logits[:, None]))
+        shape = *logits.shape[:2], routing.indices.shape[-1]
+        indices, weights = (jnp.broadcast_to(z[:, 0], shape) for z in (routing.indices, routing.weights))
+        return Choice(shape[-1], None, None, indices, weights, routing.fused)
+
+    return choose
+
+
+def _chosen_shapes(router: BoundRouter, linear: LoRALinear | PackedLinear, rows: int) -> Any:
+    """A `Choice` of shapes: what `chooser` gives of one projection."""
+    assert linear.lora_a is not None
+    shapes = (rows, linear.lora_a.shape[-1]), (rows, 1, linear.gate_columns)
+    return jax.eval_shape(chooser(router), *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+
+
 def group_weights(
     linear: LoRALinear | PackedLinear, norm: Any, adapt: bool, execution: ExecutionConfig, first_projection: int
 ) -> Group:
     """The stacked weights of a group; `norm` is the RmsNorm before it."""
     if not adapt or linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
         a = b = scale = None
-        first = 0
+        gates = 0
     else:
         a = linear.lora_a[...] if _is_wide(linear, execution) else None
         b, scale = linear.lora_b[...], linear.lora_scale[...]
-        first = packing.first_a_row(b.shape[1])
+        gates = linear.gate_columns
     return Group(
         linear.kernel[...], a, b, scale, splits=linear.splits, eps=None if norm is None else norm.eps,
-        packed=linear.packed_rows // len(linear.splits), first_shrink=first, first_projection=first_projection,
+        packed=linear.packed_rows // len(linear.splits), gates=gates, first_projection=first_projection,
     )  # fmt: skip
 
 
@@ -84,45 +105,47 @@ def run_layers(
     config: LlamaConfig,
     x: jax.Array,
     angles: tuple[jax.Array, jax.Array],
-    cache: KVCache,
-    positions: jax.Array,
+    cache: PagedCache,
+    tokens: StepTokens,
     router: BoundRouter | None,
     execution: ExecutionConfig,
-) -> tuple[jax.Array, KVCache, tuple[Routing, ...]]:
-    """All layers of one step, the cache's slot claimed already.
+) -> tuple[jax.Array, PagedCache, tuple[Routing, ...]]:
+    """All layers of one step.
 
     Args:
-        layers: the stacked `Layer`. x [B, D]. angles: cosines and sines float32 [B, H/2]. positions int32 [B].
+        layers: the stacked `Layer`. x [M, D]. angles: cosines and sines float32 [M, H/2]. tokens: of all M, their
+            blocks claimed already. router: bound for M rows of one token each.
 
     Returns:
-        x [B, D], the cache with the slot written, each group's routing with layers first: [L, B, 1, P or 1, C].
+        x [M, D], the cache with the slots written, each group's routing with layers first: [L, M, 1, P or 1, C].
     """
     assert execution.step is not None
     limits = execution.step
     rows, depth = x.shape[0], config.num_layers
-    choice = None
-    traced = jnp.full((1,), -1, jnp.int32), jnp.zeros((1,), jnp.float32)
+    choice: Choice | Chooser | None = None
+    top_k = 0  # of a choice that is traced
     given = None if router is None else router.known(None)
-    if router is not None and router.gating is not None:
-        rule = router.gating
-        choice = Choice(rule.k, rule.counts, rule.temperatures)
-        shape = (depth, rows, sum(map(len, GROUPS.values())), rule.k)
-        traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
-    elif given is not None:
-        choice = Choice(given.indices.shape[-1], indices=given.indices[:, 0, 0], weights=given.weights[:, 0, 0])
+    if given is not None:
+        own = given.indices[:, 0, 0], given.weights[:, 0, 0], given.fused
+        choice = Choice(given.indices.shape[-1], None, None, *own)
+    elif router is not None and router.gating is not None:
+        top_k = router.gating.k
+        choice = Choice(top_k, router.gating.counts, router.gating.temperatures)
+    elif router is not None:
+        choice, top_k = chooser(router), _chosen_shapes(router, layers.qkv, rows).top_k
+    shape = (depth, rows, sum(map(len, GROUPS.values())), top_k) if top_k else (1,)
+    traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}
     adapt = choice is not None
     groups = {g: group_weights(getattr(layers, g), norms.get(g), adapt, execution, FIRST[g]) for g in GROUPS}
-    keys, values = (z.reshape(*z.shape[:3], -1) for z in (cache.keys, cache.values))
-    state = StepState(keys, values, *traced)
-    slot, used = cache.length[None], cache.length[None] + 1
+    state = StepState(cache.pages, *traced, cache.blocks)
+    slots = tokens.slots(cache.block_size)
     stream = ResidualStream.begin(x, layers.attention_norm.scale[0])
     for layer in range(depth):  # written out: cuBLAS reads a layer in place where its number is known
         q, state = triton_gpu.qkv_step(
-            layer, stream, groups["qkv"], state, choice, limits, angles=angles, slot=slot, head_dim=config.head_dim
+            layer, stream, groups["qkv"], state, choice, limits, angles=angles, slots=slots, head_dim=config.head_dim
         )
-        heads = config.num_heads, config.head_dim
-        y = triton_gpu.attend(layer, q, state, positions, cache.positions, used, *heads)
+        y = triton_gpu.attend(layer, q, state, tokens, config.num_heads, config.head_dim)
         stream, state = triton_gpu.residual_step(
             layer, y, groups["o"], state, choice, limits, residual=stream.x, next_scale=layers.mlp_norm.scale[...],
             next_layer=0,
@@ -132,17 +155,16 @@ def run_layers(
             layer, y, groups["down"], state, choice, limits, residual=stream.x,
             next_scale=layers.attention_norm.scale[...], next_layer=1,
         )  # fmt: skip
-    keys, values = (z.reshape(cache.keys.shape) for z in (state.keys, state.values))
-    cache = dataclasses.replace(cache, keys=keys, values=values)
+    cache = dataclasses.replace(cache, pages=state.pages)
     routings: tuple[Routing, ...] = ()
     if choice is not None:
         routings = tuple(_routing(state, choice, g, depth) for g in GROUPS)
     return stream.x, cache, routings
 
 
-def _routing(state: StepState, choice: Choice, group: str, depth: int) -> Routing:
+def _routing(state: StepState, choice: Choice | Chooser, group: str, depth: int) -> Routing:
     """What acted in a group, layers first."""
-    if choice.indices is None or choice.weights is None:
+    if not isinstance(choice, Choice) or choice.indices is None or choice.weights is None:
         own = slice(FIRST[group], FIRST[group] + len(GROUPS[group]))
         return Routing(state.indices[:, :, None, own], state.weights[:, :, None, own])
     given = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
@@ -15,14 +15,16 @@ from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig, Fused
 from meteora_jax.model.attention import attend
 from meteora_jax.model.decoding import refusal, run_layers
-from meteora_jax.model.kv_cache import EMPTY, KVCache
 from meteora_jax.model.lora_linear import LoRALinear, column_shards
 from meteora_jax.model.packed_linear import PackedKernel, packed
+from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.model.rope import rotate, rotation
 from meteora_jax.model.vocab_adapters import VocabAdapters, check_request_routing
 from meteora_jax.numerics import contract, matmul_precision
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.sharding import constrain
+from pallas_kernels.paged_attention import EMPTY, StepTokens
+from pallas_kernels.paged_attention.api import choose as choose_attention
 from pallas_kernels.routed_lora.reference import KEPT
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -45,12 +47,15 @@ class RmsNorm(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2], mask bool [B, 1, T, S], and
-    `attend`'s `fused`; execution: the model's; keep: products stay for the backward pass."""
+    """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2]; of whole sequences mask bool
+    [B, 1, T, T] and `attend`'s `fused`; of a step of the engine its tokens and their slots int32 [M]; execution: the
+    model's; keep: products stay for the backward pass."""
 
     cos: Any
     sin: Any
     mask: Any
+    step: StepTokens | None
+    slots: Any
     execution: ExecutionConfig = dataclasses.field(metadata={"static": True})
     fused: Any = dataclasses.field(default=None, metadata={"static": True})
     keep: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -59,25 +64,24 @@ class Where:
 class Layer(nnx.Module):
     """One transformer layer."""
 
-    def __init__(self, config: LlamaConfig, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, bank: BankConfig | None, gate_columns: int, dtype: Any, rngs: nnx.Rngs):
         self.config = config
         norm = config.hidden_size, config.rms_norm_eps, dtype
         self.attention_norm, self.mlp_norm = RmsNorm(*norm), RmsNorm(*norm)
         head_norm = config.head_dim, config.rms_norm_eps, dtype
         self.q_norm, self.k_norm = (RmsNorm(*head_norm) if config.qk_norm else None for _ in "qk")
         self.qkv, self.o, self.gate_up, self.down = (
-            LoRALinear(config, group, bank, gates, dtype, rngs) for group in GROUPS
+            LoRALinear(config, group, bank, gate_columns, dtype, rngs) for group in GROUPS
         )
 
     def __call__(
         self,
         x: jax.Array,
         where: Where,
-        cache: KVCache | None,
+        cache: PagedCache | None,
         index: jax.Array,
-        fresh: bool,
         router: BoundRouter | None,
-    ) -> tuple[jax.Array, KVCache | None, tuple[Routing, ...]]:
+    ) -> tuple[jax.Array, PagedCache | None, tuple[Routing, ...]]:
         """x [B, T, D] -> x, the cache with this layer's keys and values, the routing of each group."""
         width = self.config.head_dim
         (q, k, v), r_qkv = self.qkv(self.attention_norm(x), router, where.execution, index, where.keep)
@@ -85,11 +89,14 @@ class Layer(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
-        if cache is not None:
-            cache = cache.write(index, k, v)
-            if not fresh:
-                k, v = cache.layer(index)
-        (y,), r_o = self.o(attend(q, k, v, where.mask, where.fused), router, where.execution, index, where.keep)
+        if cache is None or where.step is None:
+            y = attend(q, k, v, where.mask, where.fused)
+        else:
+            cache = cache.write(index, k[:, 0], v[:, 0], where.slots)
+            window, execution = self.config.sliding_window, where.execution
+            how = choose_attention(execution.platform, execution.step is not None, width, window)
+            y = cache.attend(index, q[:, 0], where.step, window, how)[:, None]
+        (y,), r_o = self.o(y, router, where.execution, index, where.keep)
         x = x + y
         (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router, where.execution, index, where.keep)
         # down's is added to the residual stream and to nothing else: no backward pass reads it
@@ -114,13 +121,14 @@ class Llama(nnx.Module):
         self,
         config: LlamaConfig,
         bank: BankConfig | None = None,
-        gates: bool = False,
+        gate_columns: int = 0,
         dtype: Any = jnp.float32,
         *,
         rngs: nnx.Rngs,
         execution: ExecutionConfig | None = None,
     ):
-        self.config, self.has_gates = config, gates
+        """gate_columns: of the gates at every projection, one an adapter and any for the null choice; 0: no gates."""
+        self.config, self.has_gates = config, gate_columns > 0
         self.execution = ExecutionConfig.here(dtype) if execution is None else execution
         self.adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
@@ -131,7 +139,7 @@ class Llama(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
         def stack(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, bank, gates, dtype, rngs)
+            return Layer(config, bank, gate_columns, dtype, rngs)
 
         self.layers = stack(rngs)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -139,6 +147,7 @@ class Llama(nnx.Module):
         shape = (config.hidden_size, config.vocab_size)
         self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype), axes=("model", "vocab"))
         self.vocab_adapter_names = bank.vocab_adapter_names if bank is not None else ()
+        self.gates_leave_vocab = False  # whether gates know none of these, so that a choice by token is not refused
         ends = bank.vocab_adapters if bank is not None else {}
         self.embed_adapters, self.head_adapters = (
             VocabAdapters(bank, end, dtype) if bank is not None and end in ends else None for end in ("embed", "head")
@@ -150,8 +159,8 @@ class Llama(nnx.Module):
         positions: jax.Array,
         router: BoundRouter | None = None,
         *,
-        cache: KVCache | None = None,
-        fresh: bool = False,
+        cache: Any = None,
+        step: StepTokens | None = None,
         segments: jax.Array | None = None,
         observe: Observer | None = None,
         remat: bool | Literal["dots"] = False,
@@ -162,21 +171,21 @@ class Llama(nnx.Module):
             tokens: int32 [B, T]. positions: int32 [B, T], each token's place in its own sequence, EMPTY for
                 padding, which nobody attends to.
             router: who chooses the adapters; a Routing [B, T, 1, C] is the same for all layers.
-            cache: read and extended; `fresh` says that it is still empty, so that only the new keys are read, and that
-                each row is one sequence from position 0 on, its padding behind it.
+            cache: read and extended; then T is 1, each of the B tokens stands where `step` says, and a router's first
+                axis is that of tokens. Without a cache a row is whole sequences.
             segments: int32 [B, T] for packed sequences (no cache): a token sees its own segment only.
             observe: see `Observer`; its result is stacked, layers first.
             remat: recompute each layer in the backward pass instead of keeping its activations; "dots" keeps what its
                 products gave, once their updates are added: all matmuls then run once, attention twice.
         """
         with matmul_precision(self.embed.dtype):
-            return self._run(tokens, positions, router, cache, fresh, segments, observe, remat)
+            return self._run(tokens, positions, router, cache, step, segments, observe, remat)
 
-    def _run(self, tokens, positions, router, cache, fresh, segments, observe, remat) -> LlamaOutput:
-        if cache is not None:
-            cache = cache.claim(positions)
-        mask, fused = self.visible(positions, cache, fresh, segments)
-        where = Where(*rotation(self.config, positions), mask, self.execution, fused, remat == "dots")
+    def _run(self, tokens, positions, router, cache, step, segments, observe, remat) -> LlamaOutput:
+        mask, fused = self.visible(positions, segments) if step is None else (None, None)
+        slots = None if step is None else step.slots(cache.block_size)
+        angles = rotation(self.config, positions, None if step is None else step.lengths())
+        where = Where(*angles, mask, step, slots, self.execution, fused, remat == "dots")
         known = None if router is None else router.known(positions)
         router = router if known is None else known
         x = self.embed[...][tokens]
@@ -184,61 +193,58 @@ class Llama(nnx.Module):
         if acting is not None and self.embed_adapters is not None:
             x = self.embed_adapters.embed(x, tokens, acting)
         x = constrain(x, "batch", None, None)
-        one = cache is not None and not fresh and tokens.shape[1] == 1 and segments is None
-        if one and refusal(self.layers, self.config, router, tokens.shape[0], self.execution) is None:
-            return self._step(x, positions, cache, router, where, observe)
+        if step is not None and refusal(self.layers, self.config, router, tokens.shape[0], self.execution) is None:
+            return self._step(x, cache, router, where, observe)
         graph, whole, weights = nnx.split(self.layers, PackedKernel, ...)
 
-        def body(carry: tuple[jax.Array, jax.Array, KVCache | None], own: Any):
+        def body(carry: tuple[jax.Array, jax.Array, PagedCache | None], own: Any):
             index, x, cache = carry
-            x, cache, routings = nnx.merge(graph, whole, own)(x, where, cache, index, fresh, router)
+            x, cache, routings = nnx.merge(graph, whole, own)(x, where, cache, index, router)
             return (index + 1, x, cache), None if observe is None else observe(routings)
 
         policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy) if remat else body
         # carried, not scanned over: only of a loop's own counter does XLA know where a slice lies
         (_, x, cache), observed = jax.lax.scan(body, (jnp.zeros((), jnp.int32), x, cache), weights)
-        cache = cache if cache is None else cache.advance(tokens.shape[1])
         return LlamaOutput(self.norm(x), cache, observed)
 
-    def visible(
-        self, positions: jax.Array, cache: KVCache | None, fresh: bool, segments: jax.Array | None
-    ) -> tuple[jax.Array, Fused | None]:
-        """Which tokens see which, bool [B, 1, T, S], and `attend`'s `fused`; `cache` has claimed the positions."""
-        keys = positions if cache is None or fresh else cache.positions
-        mask = (keys[:, None, :] != EMPTY) & (keys[:, None, :] <= positions[:, :, None])  # [B, T, S]
+    def new_cache(self, blocks: int, block_size: int) -> Any:
+        """An empty cache of so many blocks of so many slots, as `__call__` takes it."""
+        config = self.config
+        heads = config.num_kv_heads, config.head_dim
+        return PagedCache.create(config.num_layers, blocks, block_size, *heads, self.embed.dtype)
+
+    def visible(self, positions: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, Fused | None]:
+        """Which tokens of whole sequences see which, bool [B, 1, T, T], and `attend`'s `fused`."""
+        keys = positions[:, None, :]
+        mask = (keys != EMPTY) & (keys <= positions[:, :, None])  # [B, T, T]
         if self.config.sliding_window is not None:
-            mask &= keys[:, None, :] > positions[:, :, None] - self.config.sliding_window
+            mask &= keys > positions[:, :, None] - self.config.sliding_window
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
-        fused: Fused | None = None
-        if self.config.head_dim % 8 == 0 and self.config.head_dim <= 128:  # what cuDNN knows
-            allowed = self.execution.fused_attention
-            if fresh and self.config.sliding_window is None and "prompt" in allowed:
-                fused = "prompt"
-            elif segments is not None and "packed" in allowed:
-                fused = "packed"
-                mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
-        return mask[:, None], fused
+        known = self.config.head_dim % 8 == 0 and self.config.head_dim <= 128  # to cuDNN
+        if segments is None or not known or "packed" not in self.execution.fused_attention:
+            return mask[:, None], None
+        mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
+        return mask[:, None], "packed"
 
-    def _step(self, x, positions, cache, router, where, observe) -> LlamaOutput:
-        """The layers of one token a row by Triton; see meteora_jax.model.decoding."""
-        angles = where.cos[:, 0, 0], where.sin[:, 0, 0]
-        rows = (jnp.broadcast_to(z, (x.shape[0], z.shape[1])) for z in angles)
+    def _step(self, x, cache, router, where, observe) -> LlamaOutput:
+        """The layers by cuBLAS and Triton; see meteora_jax.model.decoding."""
+        cos, sin = (jnp.broadcast_to(z[:, 0, 0], (x.shape[0], z.shape[-1])) for z in (where.cos, where.sin))
         x, cache, routings = run_layers(
-            self.layers, self.config, x[:, 0], (next(rows), next(rows)), cache, positions[:, 0], router,
-            self.execution,
-        )  # fmt: skip
+            self.layers, self.config, x[:, 0], (cos, sin), cache, where.step, router, self.execution
+        )
         observed = None if observe is None else jax.vmap(observe)(routings)
-        return LlamaOutput(self.norm(x[:, None]), cache.advance(1), observed)
+        return LlamaOutput(self.norm(x[:, None]), cache, observed)
 
     def _vocab_routing(self, router: BoundRouter | None) -> Routing | None:
         """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
-        return (
-            check_request_routing(router.known(None), self.vocab_adapter_names)
-            if router is not None and self.vocab_adapter_names
-            else None
-        )
+        if router is None or not self.vocab_adapter_names:
+            return None
+        known = router.known(None)
+        if self.gates_leave_vocab and (known is None or known.indices.shape[1] != 1):
+            return None
+        return check_request_routing(known, self.vocab_adapter_names)
 
     def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
         """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""
@@ -268,16 +274,16 @@ def with_execution(graph: Any, weights: Any, execution: ExecutionConfig) -> Any:
     return nnx.split(model)[0]
 
 
-def pack(graph: Any, weights: Any, release: bool = False) -> tuple[Any, Any]:
+def pack(graph: Any, weights: Any, release: Collection[str] = ()) -> tuple[Any, Any]:
     """The model with every group as `packed` has it: what `mj.load` gives a GPU in 16 bit.
 
-    release: a kernel's memory is given back as soon as there is another; `weights` is then of no more use.
+    release: groups whose kernel's memory is given back as soon as there is another; `weights` is then of no more use.
     """
     model = nnx.merge(graph, weights)
     for group in GROUPS:
         linear = getattr(model.layers, group)
         setattr(model.layers, group, packed(linear, model.has_gates, model.execution))
-        if release and getattr(model.layers, group) is not linear:
+        if group in release and getattr(model.layers, group) is not linear:
             linear.kernel[...].delete()
     return nnx.split(model)
 

@@ -54,7 +54,7 @@ class LoRALinear(nnx.Module):
     """One projection group: the projections that read the same input, their adapters and their gates.
 
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
-    lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, A], None without gates here;
+    lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, G], None without gates here;
     lora_dora, lora_bias float32 [A, O], None where no adapter has any.
     O's columns lie in `shards` parts of equal width, each with its share of every projection: `sharding.shard_order`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
@@ -63,7 +63,7 @@ class LoRALinear(nnx.Module):
     packed_rows = 0  # rows of gates and A's behind the kernel's own: see `PackedLinear`
 
     def __init__(
-        self, config: LlamaConfig, group: str, bank: BankConfig | None, gates: bool, dtype: Any, rngs: nnx.Rngs
+        self, config: LlamaConfig, group: str, bank: BankConfig | None, gate_columns: int, dtype: Any, rngs: nnx.Rngs
     ):
         shapes = [config.projection_shape(p) for p in GROUPS[group]]
         width, self.splits, self.shards = shapes[0][0], tuple(o for _, o in shapes), 1
@@ -88,7 +88,8 @@ class LoRALinear(nnx.Module):
         self.lora_a, self.lora_b, self.lora_scale = a, b, scale
         self.lora_dora = columns() if bank and any(p in bank.dora for p in GROUPS[group]) else None
         self.lora_bias = columns() if bank and any(p in bank.lora_bias for p in GROUPS[group]) else None
-        gate = jnp.zeros((width, count, adapters), jnp.float32) if gates else None
+        self.gate_columns = gate_columns
+        gate = jnp.zeros((width, count, gate_columns), jnp.float32) if gate_columns else None
         self.gate = None if gate is None else GateParam(gate, axes=(i, None, None))
 
     def base_kernel(self) -> jax.Array:

@@ -29,9 +29,9 @@ class PackedLinear(nnx.Module):
     """A `LoRALinear` whose weights are laid out for inference on one device.
 
     kernel [L, O + P N, I]: the base's columns as rows, and behind them, for each projection, N rows of its gates and
-    its A's (`packing`). One product serves a decoding step; a prompt reads the first O rows, or the P N behind them,
-    where they lie. `wide`: of a bank with too many adapters times ranks there are the gates alone, and A's are read
-    where they are chosen. The rest as in `LoRALinear`.
+    its A's (`packing`); `gate_columns` of them are gates. One product serves a decoding step; a prompt reads the first
+    O rows, or the P N behind them, where they lie. `wide`: of a bank with too many adapters times ranks there are the
+    gates alone, and A's are read where they are chosen. The rest as in `LoRALinear`.
     """
 
     def __init__(self, linear: LoRALinear, dense_width: int):
@@ -44,6 +44,7 @@ class PackedLinear(nnx.Module):
         self.wide = adapters * rank > dense_width
         self.splits, self.sides = linear.splits, linear.sides
         gate = jnp.zeros((layers, width, projections, adapters), a.dtype) if linear.gate is None else linear.gate[...]
+        self.gate_columns = gate.shape[-1]
         rows = jax.jit(jax.vmap(packing.pack_gates_and_a))(gate, a[..., :0, :] if self.wide else a)
         self.packed_rows = rows.shape[1] * rows.shape[2]
         self.kernel = PackedKernel(stack_rows(linear.kernel[...], rows), axes=linear.sides[::-1])
@@ -55,6 +56,12 @@ class PackedLinear(nnx.Module):
     def base_kernel(self) -> jax.Array:
         """The base's [L, I, O], copied."""
         return jnp.swapaxes(self.kernel[...][:, : sum(self.splits)], 1, 2)
+
+    def gates(self) -> jax.Array:
+        """The gates' rows as `LoRALinear.gate` has them, float32 [L, I, P, G], as precise as they are kept."""
+        kernel, projections = self.kernel[...], len(self.splits)
+        behind = kernel[:, sum(self.splits) :].reshape(len(kernel), projections, -1, kernel.shape[-1])
+        return behind[:, :, : self.gate_columns].transpose(0, 3, 1, 2).astype(jnp.float32)
 
     def __call__(
         self,
@@ -73,7 +80,7 @@ class PackedLinear(nnx.Module):
         batch, tokens, width = x.shape
         bank = LoraBank(self.lora_a[...], self.lora_b[...], self.lora_scale[...], self.splits)
         adapters, rank, _ = bank.b.shape
-        first = packing.first_a_row(adapters)
+        first = packing.first_a_row(self.gate_columns)
 
         def rows(start: int, count: int) -> jax.Array:
             """Rows of the layer, in one slice of the stack: of a slice of a slice XLA makes a copy, 15 GB a prompt."""
@@ -98,10 +105,10 @@ class PackedLinear(nnx.Module):
         product = product.astype(jnp.float32).reshape(batch, tokens, projections, -1)
         if router.gating is not None and execution.triton and not self.wide and batch * tokens <= MAX_TOKENS:
             flat = product.reshape(batch * tokens, -1), bank, router.gating.spread(tokens), y.reshape(-1, total)
-            y, *chosen = topk_gated_lora(*flat, first)
+            y, *chosen = topk_gated_lora(*flat, self.gate_columns)
             routing = Routing(*(z.reshape(batch, tokens, *z.shape[1:]) for z in chosen))
             return self._split(y.reshape(batch, tokens, total)), routing
-        routing = router.route(x, KnownLogits(product[..., :adapters]))
+        routing = router.route(x, KnownLogits(product[..., : self.gate_columns]))
         routing = Routing(routing.indices, routing.weights, fused=routing.fused)
         if self.wide or routing.fused is not None:
             implementation = choose_for_wide_bank(batch * tokens) if self.wide else None

@@ -15,11 +15,11 @@ def frequencies(theta: float, width: int) -> jax.Array:
     return (1.0 / jnp.power(jnp.float32(theta), jnp.arange(0, width, 2, dtype=jnp.float32) / width))[None]
 
 
-def inverse_frequencies(config: LlamaConfig, positions: jax.Array) -> jax.Array:
-    """Rotary frequencies, float32 [B, H/2] (B = 1 unless they depend on each row's length).
+def inverse_frequencies(config: LlamaConfig, lengths: jax.Array) -> jax.Array:
+    """Rotary frequencies, float32 [B, H/2] (B = 1 unless they depend on each row's length, int32 [B]).
 
-    Sources: Llama 3.1's `apply_scaling` (llama3); "dynamic NTK" as transformers computes it: theta grows
-    with the row's largest position so far.
+    Sources: Llama 3.1's `apply_scaling` (llama3); "dynamic NTK" as transformers computes it: theta grows with the
+    tokens that the row has so far, a prompt's all at once.
     """
     scaling, theta = config.rope_scaling, config.rope_theta
     plain = frequencies(theta, config.head_dim)
@@ -29,7 +29,7 @@ def inverse_frequencies(config: LlamaConfig, positions: jax.Array) -> jax.Array:
         return plain / scaling.factor
     if scaling.rope_type == "dynamic":
         original = scaling.original_max_position_embeddings
-        length = jnp.maximum(jnp.max(positions, axis=1) + 1, original).astype(jnp.float32)  # [B]
+        length = jnp.maximum(lengths, original).astype(jnp.float32)  # [B]
         grown = scaling.factor * length / original - (scaling.factor - 1)
         theta_row = theta * jnp.power(grown, config.head_dim / (config.head_dim - 2))
         half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
@@ -52,9 +52,12 @@ def angles(frequencies: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax
     return jnp.cos(turns), jnp.sin(turns)
 
 
-def rotation(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`angles` of a base's own frequencies."""
-    return angles(inverse_frequencies(config, positions), positions)
+def rotation(
+    config: LlamaConfig, positions: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`angles` of a base's own frequencies. lengths: int32 [B], tokens of each row so far; None: by its positions."""
+    lengths = jnp.max(positions, axis=1) + 1 if lengths is None else lengths
+    return angles(inverse_frequencies(config, lengths), positions)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -11,21 +11,26 @@ from flax import nnx
 from meteora_jax.config import BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.model.kv_cache import KVCache
 from meteora_jax.model.llama import Llama, LlamaOutput, Observer
+from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.numerics import matmul_precision
 from meteora_jax.routing import BoundRouter
-from meteora_jax.routing.token_router import Hop, TokenRouter, choose
+from meteora_jax.routing.token_router import Hop, RouterCache, Sight, TokenRouter, choose
+from pallas_kernels.paged_attention import StepTokens
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutedCache:
-    """The model's cache, and keys and values [depth + 4, B, S, E / 32, 32] of the token router in the same slots."""
+    """The model's cache, and the token router's own in the same blocks."""
 
-    model: Any
-    keys: Any
-    values: Any
+    model: PagedCache
+    router: RouterCache
+
+    @property
+    def block_size(self) -> int:
+        """Bs."""
+        return self.model.block_size
 
 
 class RoutedLlama(Llama):
@@ -40,11 +45,13 @@ class RoutedLlama(Llama):
         *,
         rngs: nnx.Rngs,
         form: TokenRouterForm,
+        columns: int,
         execution: ExecutionConfig | None = None,
     ):
+        """columns: of the token router's logits, one an adapter and any for the null choice."""
         super().__init__(config, bank, dtype=dtype, rngs=rngs, execution=execution)
         self.has_gates = True
-        self.token_router = TokenRouter(config.hidden_size, form, self.adapters)
+        self.token_router = TokenRouter(config.hidden_size, form, columns)
 
     def __call__(
         self,
@@ -53,46 +60,52 @@ class RoutedLlama(Llama):
         router: BoundRouter | None = None,
         *,
         cache: Any = None,
-        fresh: bool = False,
+        step: StepTokens | None = None,
         segments: jax.Array | None = None,
         observe: Observer | None = None,
         remat: bool | Literal["dots"] = False,
     ) -> LlamaOutput:
-        """As `Llama.__call__`; the cache of a fresh call is a `KVCache`, and that of later ones what it returned."""
+        """As `Llama.__call__`, with a `RoutedCache`."""
         run = super().__call__
-        how: dict[str, Any] = dict(fresh=fresh, segments=segments, observe=observe, remat=remat)
+        how: dict[str, Any] = dict(step=step, segments=segments, observe=observe, remat=remat)
+        held = None if cache is None else cache.model
         if router is None or router.known(positions) is not None:
-            return run(tokens, positions, router, cache=cache, **how)
+            out = run(tokens, positions, router, cache=held, **how)
+            return out if cache is None else dataclasses.replace(out, cache=RoutedCache(out.cache, cache.router))
         self._vocab_routing(router)  # refuses a choice by token where adapters change the embedding or the head
-        held, own = cache, None
-        if cache is not None:
-            if isinstance(cache, RoutedCache):
-                held = cache.model
-                own = KVCache(cache.keys, cache.values, held.positions, held.length)
-            else:
-                own = self.token_router.new_cache(held)
-            own = own.claim(positions)
         with matmul_precision(self.embed.dtype):
-            mask, fused = self.visible(positions, own, fresh, segments)
+            if step is None or cache is None:
+                sight = Sight(positions, *self.visible(positions, segments))
+            else:
+                sight = Sight(positions, step=step, slots=step.slots(cache.block_size), execution=self.execution)
             x = self.embed[...][tokens]
-            hops, own = self.token_router(x, positions, mask, fused, own, fresh)
+            hops, own = self.token_router(x, sight, None if cache is None else cache.router)
             routing = choose(router, x, hops[-1].logits)
         out = run(tokens, positions, routing, cache=held, **how)
-        return out if own is None else dataclasses.replace(out, cache=RoutedCache(out.cache, own.keys, own.values))
+        return out if own is None else dataclasses.replace(out, cache=RoutedCache(out.cache, own))
 
     def hops(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[Hop, Hop]:
         """Both hops of the token router in packed sequences; no layer of the model runs."""
         with matmul_precision(self.embed.dtype):
-            mask, fused = self.visible(positions, None, False, segments)
             x = self.embed[...][tokens]
-            return self.token_router(x, positions, mask, fused, None, False)[0]
+            return self.token_router(x, Sight(positions, *self.visible(positions, segments)), None)[0]
+
+    def new_cache(self, blocks: int, block_size: int) -> RoutedCache:
+        """As `Llama.new_cache`."""
+        own = RouterCache.create(self.token_router.form, blocks, block_size, self.embed.dtype)
+        return RoutedCache(super().new_cache(blocks, block_size), own)
 
 
 def gated_llama(
     config: LlamaConfig, bank: BankConfig, form: TokenRouterForm | None, dtype: Any, rngs: nnx.Rngs,
-    execution: ExecutionConfig | None = None,
+    execution: ExecutionConfig | None = None, null: bool = False, known: int | None = None,
 ) -> Llama:  # fmt: skip
-    """A model with a bank and gates of that form (None: MeteoRA's own, at every projection), as `Llama` has it."""
+    """A model with a bank and gates of that form (None: MeteoRA's own, at every projection), as `Llama` has it.
+
+    null: whether the gates have a column for no adapter. known: of the bank's adapters the first so many have a column;
+    None: all.
+    """
+    columns = (len(bank.names) if known is None else known) + null
     if form is None:
-        return Llama(config, bank, gates=True, dtype=dtype, rngs=rngs, execution=execution)
-    return RoutedLlama(config, bank, dtype, rngs=rngs, form=form, execution=execution)
+        return Llama(config, bank, columns, dtype=dtype, rngs=rngs, execution=execution)
+    return RoutedLlama(config, bank, dtype, rngs=rngs, form=form, columns=columns, execution=execution)

@@ -138,6 +138,14 @@ class Features:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def part(self, at: Sequence[int]) -> Features:
+        """Those at these places, with what is known of them."""
+        rows, vectors = list(at), self.computed_vectors
+        known = None if vectors is None else vectors[rows]
+        part = Features([self.texts[i] for i in rows], self._encoder, self._instruction, known)
+        part._counts = {kind: cast("SparseRows", counts[rows]) for kind, counts in self._counts.items()}
+        return part
+
     def counts(self, kind: str) -> SparseRows:
         """See `count_ngrams`."""
         if kind not in self._counts:

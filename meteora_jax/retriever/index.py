@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -14,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from meteora_jax.config import InputError, read_json, read_lines
+from meteora_jax.examples import parse_example
 from meteora_jax.io.files import whole_folder, write_json
+from meteora_jax.retriever.calibration import calibrate
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
 from meteora_jax.retriever.named_scorings import make_scoring
 from meteora_jax.retriever.scoring import Profile, is_large
@@ -87,7 +90,8 @@ class Index:
         if self._scoring.needs_encoder and encoder is None:
             raise InputError(f"scoring {self.scoring!r}: expected an encoder, found none")
         self._profiles: dict[str, Profile] = {}
-        self._fitted = False
+        self._fitted = self._calibrated = False
+        self._threshold: float | None = None
         self._saved_fit: tuple[Path, dict[str, np.ndarray]] | None = None  # read, not yet compared with the pool
 
     @classmethod
@@ -111,6 +115,12 @@ class Index:
         index = cls(scoring, encoder, instruction)
         index.add(profiles)
         return index
+
+    def __repr__(self) -> str:
+        named, count = self.names[:4], len(self.names)
+        more = f" and {count - len(named)} more" if count > len(named) else ""
+        shown = f": {', '.join(named)}{more}" if named else ""
+        return f"Index({count} adapters{shown}; scoring {self.scoring}{', encoder' if self.encoder else ''})"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,15 +147,16 @@ class Index:
         ]
         if problems:
             raise InputError(problems)
-        added = {}
-        for name, inputs in profiles.items():
-            wording = Wording(inputs, least=2)
-            bare = [text for text in map(wording.remove, inputs) if text] if self._scoring.uses_bare else []
-            added[name] = Profile(self._features(inputs), self._features(bare))
+        added = {name: self._profile(self._features(inputs)) for name, inputs in profiles.items()}
         if self._scoring.needs_encoder and added:
             self._encode([p.inputs for p in added.values()])
         self._profiles |= added
-        self._fitted, self._saved_fit = False, None
+        self._fitted, self._calibrated, self._saved_fit = False, False, None
+
+    def _profile(self, inputs: Features) -> Profile:
+        wording = Wording(inputs.texts, least=2)
+        bare = [text for text in map(wording.remove, inputs.texts) if text] if self._scoring.uses_bare else []
+        return Profile(inputs, self._features(bare))
 
     def _features(self, texts: Sequence[str]) -> Features:
         return Features(texts, self.encoder, self.instruction)
@@ -166,7 +177,19 @@ class Index:
         if unknown := [n for n in names if n not in self._profiles]:
             raise InputError([f"remove: expected an adapter of the index, found {n!r}" for n in unknown])
         self._profiles = {n: p for n, p in self._profiles.items() if n not in set(names)}
-        self._fitted, self._saved_fit = False, None
+        self._fitted, self._calibrated, self._saved_fit = False, False, None
+
+    @property
+    def threshold(self) -> float | None:
+        """The similarity below which a request is no adapter's, as `calibration` finds it: once for the pool as it is.
+
+        None: of a folder of before there were any, or where an adapter has but one input.
+        """
+        if not self._calibrated:
+            pool = list(self._profiles.values())
+            self._threshold = calibrate(pool, functools.partial(make_scoring, self.scoring), self._profile)
+            self._calibrated = True
+        return self._threshold
 
     def fit(self) -> None:
         """Makes the scoring ready for the pool as it is; a query does it by itself when adapters came or went.
@@ -219,7 +242,7 @@ class Index:
         profiles = self._profiles.items()
         description = {
             "format": FORMAT, "scoring": self.scoring, "instruction": self.instruction,
-            "encoder": self.encoder is not None,
+            "encoder": self.encoder is not None, "threshold": self.threshold,
             "adapters": [{"name": n, "inputs": list(p.inputs.texts), "bare": list(p.bare.texts)} for n, p in profiles],
         }  # fmt: skip
         if self._profiles:
@@ -251,7 +274,8 @@ class Index:
                 raise InputError(f"{source}: format: expected {FORMAT!r}, found {raw['format']!r}")
             listed = [(a["name"], tuple(a["inputs"]), tuple(a["bare"])) for a in raw["adapters"]]
             scoring, instruction, has_encoder = str(raw["scoring"]), str(raw["instruction"]), bool(raw["encoder"])
-        except (KeyError, TypeError) as e:
+            threshold = None if raw.get("threshold") is None else float(raw["threshold"])
+        except (KeyError, TypeError, ValueError) as e:
             raise InputError(f"{source}: expected an index's description, found a malformed one ({e!r})") from e
         problems = [f"{source}: {p}" for name, inputs, _ in listed for p in check_profile(name, inputs)]
         if len({name for name, _, _ in listed}) < len(listed):
@@ -269,6 +293,11 @@ class Index:
             index._restore_vectors(folder / VECTORS)
         fit = folder / FIT
         index._saved_fit = fit, _read_tensors(fit) if fit.exists() else {}
+        index._threshold, index._calibrated = threshold, True
+        if "threshold" not in raw:
+            LOG.warning(
+                "%s: no threshold: no request is too unlike for adapters; one comes with `meteora index build`", folder
+            )
         return index
 
     def _restore_vectors(self, path: Path) -> None:
@@ -348,19 +377,24 @@ def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 
 def read_training_file(path: str | os.PathLike[str]) -> list[str]:
-    """A profile from an adapter's training file, JSON lines with a "prompt": up to 20, spread evenly; prompts that are
-    blank say nothing and are left out."""
-    prompts: list[str] = []
-    for where, line in read_lines(path):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            found = line.decode(errors="replace")[:60]
-            raise InputError(f'{where}: expected {{"prompt": ...}}, found {found!r}') from None
-        if not isinstance(prompt, str):
-            raise InputError(f"{where}: prompt: expected a string, found {prompt!r:.60}")
-        check_text(prompt, f"{where}: prompt")
-        prompts.append(prompt)
+    """A profile from an adapter's training file, JSON lines with a "prompt" or "messages" (what the user says last):
+    up to 20, spread evenly; prompts that are blank say nothing and are left out."""
+    prompts = [_read_prompt(line, where) for where, line in read_lines(path)]
     if not any(p.strip() for p in prompts):
         raise InputError(f"{path}: expected prompts, found none")
     return spread(prompts)
+
+
+def _read_prompt(line: bytes, where: str) -> str:
+    try:
+        record = json.loads(line)
+        if "messages" in record or isinstance(record["prompt"], list):
+            return parse_example(line, where).request
+        prompt = record["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = line.decode(errors="replace")[:60]
+        raise InputError(f'{where}: expected {{"prompt": ...}}, found {found!r}') from None
+    if not isinstance(prompt, str):
+        raise InputError(f"{where}: prompt: expected a string, found {prompt!r:.60}")
+    check_text(prompt, f"{where}: prompt")
+    return prompt

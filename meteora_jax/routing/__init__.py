@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ from pallas_kernels.topk_gating import NO_ADAPTER, TopK
 class Routing:
     """Which adapters act, and how strongly.
 
-    indices: int32 [B, T, P, C]; NO_ADAPTER where nothing acts (its weight is 0).
-    weights: float32 [B, T, P, C].
-    logits: float32 [B, T, P, A], the gates' own, for the router that has them; what gate training reads.
+    indices: int32 [B, T, P, C]; NO_ADAPTER where nothing acts.
+    weights: float32 [B, T, P, C]; of NO_ADAPTER 0, or what the null choice took of the token: its adapter's dW is zero.
+    logits: float32 [B, T, P, A], the gates' own (with a null choice A + 1), for the router that has them; what gate
+    training reads.
     fused: bool [B], the requests whose chosen adapters act as one, their matrices averaged by the weights, cross
     terms included (LoraRetriever's fusion); None: nobody's. Such a request's choice is the same at every T and P.
     Axes T and P of each array may be 1 and then broadcast.
@@ -73,7 +74,7 @@ class GateLogits(Protocol):
     """Who knows the gate logits of a projection group's input."""
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """float32 [B, T, P, A] of x [B, T, I]."""
+        """float32 [B, T, P, A] of x [B, T, I], a null choice behind the adapters."""
         ...
 
 
@@ -103,18 +104,42 @@ class Router(Protocol):
 
     needs_gates: bool
 
-    def bind(self, routers: Sequence[Router | None], names: tuple[str, ...]) -> BoundRouter:
+    def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
         """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER."""
         ...
 
 
-def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> BoundRouter | None:
+def refuse(router: Any) -> NoReturn:
+    """Raises InputError: what a caller passed is no router."""
+    words = "; or 'gates', 'base', 'gates if loaded'" if isinstance(router, str) else ""
+    raise InputError(f"router: expected Gates, Fixed, Retrieval, None or a list of them, found {router!r:.200}{words}")
+
+
+@runtime_checkable
+class RequestRouter(Protocol):
+    """What a request's text is looked up for (`Retrieval`, `GatesWithin`); it makes a `Router` of what was found."""
+
+    def router(self, found: Any) -> Router:
+        """The router of a request for which `found` was retrieved."""
+        ...
+
+
+# What callers pass as `router=`: a router, one of `routing.named.WORDS`, None (the bare base), or a list, one a prompt.
+RouterArgument = Router | RequestRouter | str | None | Sequence[Router | RequestRouter | str | None]
+
+
+def bind(
+    router: RouterArgument, names: tuple[str, ...], batch: int, gated: tuple[str, ...] | None
+) -> BoundRouter | None:
     """Makes `router` (one router, a list of one a prompt, or None) ready for a batch of `batch` prompts.
+
+    Args:
+        names: the bank's adapters. gated: those that gates know, the first of them; None: no gates are loaded.
 
     Raises:
         InputError: a list of another length, an unknown adapter, gates asked for where none are loaded.
     """
-    per_prompt = list(router) if isinstance(router, list | tuple) else [router] * batch
+    per_prompt: list[Any] = list(router) if isinstance(router, list | tuple) else [router] * batch
     if len(per_prompt) != batch:
         raise InputError(f"router: expected a list of {batch} (one a prompt), found {len(per_prompt)}")
     from meteora_jax.routing.mixed import Mixed
@@ -124,7 +149,7 @@ def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> Bo
         if r is None or type(r) in kinds:
             continue
         if isinstance(r, type) or not hasattr(r, "bind"):
-            raise InputError(f"router: expected Gates, Fixed, Retrieval, None or a list of them, found {r!r:.200}")
+            refuse(r)
         kinds.append(type(r))
     if not kinds:
         return None
@@ -134,16 +159,16 @@ def bind(router: Any, names: tuple[str, ...], batch: int, has_gates: bool) -> Bo
     for kind in kinds:
         rows = [r if type(r) is kind else None for r in per_prompt]
         first = next(r for r in rows if r is not None)
-        if first.needs_gates and not has_gates:
+        if any(r is not None and r.needs_gates for r in rows) and gated is None:
             raise InputError(f"router: {first!r} expected trained gates, found a model loaded without them")
-        bound.append(first.bind(rows, names))
+        bound.append(first.bind(rows, gated if first.needs_gates and gated is not None else names))
     if len(bound) == 1:
         return bound[0]
     which = [kinds.index(type(r)) if r is not None else -1 for r in per_prompt]
     return Mixed(jnp.asarray(which, jnp.int32), tuple(bound))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RoutingTrace:
     """What routed each token of one request, on the host.
 
@@ -163,6 +188,21 @@ class RoutingTrace:
     retrieved: tuple[tuple[str, float], ...] = ()
     adapted: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        layers, projections, choices = self.indices.shape[1:]
+        share = adapter_share(self).sum(axis=0)
+        leaders = [self.adapter_names[i] for i in np.argsort(-share)[:3] if share[i] > 0]
+        return (
+            f"RoutingTrace({self.prompt_length} + {len(self.tokens) - self.prompt_length} tokens, {layers} layers, "
+            f"{projections} projections, {choices} choices; most by {', '.join(leaders) or 'none'})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The page of `meteora generate --show-routing`, for a notebook."""
+        from meteora_jax.routing.page import cell_of
+
+        return cell_of(self)
+
     def acting(self) -> np.ndarray:
         """`indices` with NO_ADAPTER in the place of choices that have no weights where they were chosen."""
         if self.adapted is None:
@@ -177,17 +217,28 @@ def adapter_share(trace: RoutingTrace) -> np.ndarray:
     Where the weights of every projection sum to one, this is their average over layers and projections.
 
     Returns:
-        float32 [T, A]: rows sum to one, or are zero where no adapter acted.
+        float32 [T, A]: rows sum to one less `null_share`, or are zero where no adapter acted.
     """
     return weight_share(trace.indices, trace.weights, len(trace.adapter_names))
 
 
+def null_share(trace: RoutingTrace) -> np.ndarray:
+    """float32 [T]: the share of a token's total weight, over all layers and projections, that went to the null choice:
+    1 where the base answered alone; 0 where nothing routed."""
+    rows = len(trace.indices)
+    weights = np.abs(trace.weights).reshape(rows, -1)
+    total = weights.sum(axis=1)
+    null = np.where(trace.indices.reshape(rows, -1) == NO_ADAPTER, weights, 0).sum(axis=1)
+    return np.divide(null, total, out=np.zeros(rows, np.float32), where=total > 0)
+
+
 def weight_share(indices: np.ndarray, weights: np.ndarray, num_adapters: int) -> np.ndarray:
-    """float32 [rows, A]: each adapter's share of a row's absolute weight; `indices` and `weights` are [rows, ..]."""
+    """float32 [rows, A]: each adapter's share of a row's absolute weight, of which null choices have their part;
+    `indices` and `weights` are [rows, ..]."""
     rows = len(indices)
     indices, weights = indices.reshape(rows, -1), np.abs(weights).reshape(rows, -1)
     acting = indices != NO_ADAPTER
     slots = (np.arange(rows)[:, None] * num_adapters + indices)[acting]
     summed = np.bincount(slots, weights[acting], minlength=rows * num_adapters).reshape(rows, num_adapters)
-    total = summed.sum(axis=1, keepdims=True)
+    total = weights.sum(axis=1, keepdims=True)
     return np.divide(summed, total, out=np.zeros(summed.shape, np.float32), where=total > 0)

@@ -36,8 +36,9 @@ class Fixed:
 
     def weights(self) -> dict[str, float]:
         """{adapter name: weight}."""
-        given = {self.adapters: 1.0} if isinstance(self.adapters, str) else self.adapters
-        return {name: float(weight) for name, weight in given.items()}
+        if isinstance(self.adapters, str):
+            return {self.adapters: 1.0}
+        return {name: float(weight) for name, weight in self.adapters.items()}
 
     def bind(self, routers: Sequence[Fixed | None], names: tuple[str, ...]) -> Routing:
         rows = [r.weights() if r is not None else {} for r in routers]

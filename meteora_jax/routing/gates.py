@@ -25,7 +25,7 @@ class GateParam(nnx.Param):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ProjectionGates:
-    """The gates of a group's projections: weight float32 [I, P, A]."""
+    """The gates of a group's projections: weight float32 [I, P, A]; a null choice is a column more."""
 
     weight: Any
 
@@ -57,7 +57,9 @@ class Gates:
     """Every projection's own gate picks its `top_k` adapters for every token.
 
     g = x @ Wg; s, idx = top_k(g, C); w = softmax(s / temperature); w = 1 when C = 1.
-    `within`: only these adapters may be chosen (their gates alone enter the top-k); None: all.
+    Gates trained with a null choice have a column for no adapter, which counts as one of the C: what it weighs of a
+    token is the base's alone.
+    `within`: only these adapters may be chosen (their gates, and any null choice's, enter the top-k); None: all.
     """
 
     top_k: int = 2
@@ -85,7 +87,7 @@ class Gates:
         if any(row is not names for row in named):
             allowed = jnp.asarray([[n in row for n in names] for row in map(set, named)])
         rule = TopK(jnp.asarray(counts, jnp.int32), jnp.asarray(temperatures, jnp.float32), max(counts))
-        return BoundGates(rule, allowed)
+        return BoundGates(rule, len(names), allowed)
 
 
 @jax.tree_util.register_dataclass
@@ -93,11 +95,12 @@ class Gates:
 class BoundGates:
     """Gates for a batch.
 
-    rule: each prompt its own C (0: not routed by gates) and temperature. allowed: bool [B, A], the adapters that each
-    prompt may choose; None: all.
+    rule: each prompt its own C (0: not routed by gates) and temperature. adapters: A; logits of more columns have a
+    null choice. allowed: bool [B, A], the adapters that each prompt may choose; None: all.
     """
 
     rule: TopK
+    adapters: int = dataclasses.field(metadata={"static": True})
     allowed: Any = None
 
     @property
@@ -111,4 +114,4 @@ class BoundGates:
     def route(self, x: jax.Array, gates: GateLogits) -> Routing:
         """x [B, T, I] -> Routing [B, T, P, C], with its logits."""
         logits = gates.logits(x)
-        return Routing(*topk_gating(logits, self.rule, self.allowed), logits)
+        return Routing(*topk_gating(logits, self.rule, self.allowed, self.adapters), logits)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from meteora_jax.config import InputError
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.routing import refuse
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 
@@ -48,6 +50,29 @@ def read_router(
         except ValueError:
             raise InputError(f"router: expected NAME=WEIGHT, found {part!r}") from None
     return Fixed(mixture) if "=" in text else Fixed(text)
+
+
+WORDS = ("gates", "base", "gates if loaded")  # what `router=` may be called
+
+
+def spelled_out(router: Any, gates: GateConfig | None) -> Any:
+    """A caller's `router=` with routers in the place of words: "gates" as they were trained, "base" (None), and "gates
+    if loaded", which is the one or the other.
+
+    Raises:
+        InputError: another word; adapters and indices are never named by a bare string.
+    """
+    if isinstance(router, list | tuple):
+        return [spelled_out(r, gates) for r in router]
+    if not isinstance(router, str):
+        return router
+    if router == "base" or (router == "gates if loaded" and gates is None):
+        return None
+    if router not in WORDS:
+        refuse(router)
+    if gates is None:
+        raise InputError("router: expected trained gates beside 'gates', found a model loaded without them")
+    return Gates(gates.top_k, gates.temperature)
 
 
 def gate_options(gates: GateConfig, top_k: int | None, temperature: float | None) -> tuple[int, float]:

@@ -8,18 +8,22 @@ model.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meteora_jax.execution import ExecutionConfig, Fused
 from meteora_jax.gate_config import HEAD, HOPS, SEGMENTS, SHIFTS, TokenRouterForm
-from meteora_jax.model.attention import Fused, attend, unit_rms
-from meteora_jax.model.kv_cache import EMPTY, KVCache
+from meteora_jax.model.attention import attend, unit_rms
+from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.model.rope import angles, frequencies, rotate
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import GateParam, KnownLogits
+from pallas_kernels.paged_attention import EMPTY, StepTokens
+from pallas_kernels.paged_attention.api import choose as choose_attention
 from pallas_kernels.routed_lora.reference import einsum_float32
 
 WIDEST = 128  # head that cuDNN's attention knows
@@ -34,6 +38,52 @@ class Hop(NamedTuple):
     logits: jax.Array
     previous: jax.Array
     segment: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterCache:
+    """What later tokens read of the token router, in the blocks that the model's cache has.
+
+    layers: keys and values of its layers. hops: of each hop's look-up, of one head. shifts [HOPS * blocks * Bs, E]:
+    what the SHIFTS tokens after it read of a token.
+    """
+
+    layers: PagedCache
+    hops: PagedCache
+    shifts: Any
+
+    @classmethod
+    def create(cls, form: TokenRouterForm, blocks: int, block_size: int, dtype: Any) -> RouterCache:
+        """An empty one beside a model's cache of so many blocks of so many slots."""
+        e = form.width
+        shifts = jnp.zeros((HOPS * blocks * block_size, e), dtype)
+        layers = PagedCache.create(form.depth, blocks, block_size, e // HEAD, HEAD, dtype)
+        return cls(layers, PagedCache.create(HOPS, blocks, block_size, 1, e, dtype), shifts)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Which tokens a call's tokens see. Of whole sequences: positions int32 [B, T], and as `attend` takes them mask
+    bool [B, 1, T, T] and fused. Of a step of the engine (B tokens, T = 1): its tokens, and their slots int32 [B]."""
+
+    positions: Any
+    mask: Any = None
+    fused: Fused | None = dataclasses.field(default=None, metadata={"static": True})
+    step: StepTokens | None = None
+    slots: Any = None
+    execution: ExecutionConfig = dataclasses.field(default=ExecutionConfig(), metadata={"static": True})
+
+    def read(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedCache | None, layer: jax.Array | int
+    ) -> tuple[jax.Array, PagedCache | None]:
+        """Attention of q [B, T, N, H] over k and v [B, T, K, H] and what the cache has, which is extended."""
+        if cache is None or self.step is None:
+            return attend(q, k, v, self.mask, self.fused if q.shape[-1] <= WIDEST else None), None
+        cache = cache.write(layer, k[:, 0], v[:, 0], self.slots)
+        how = choose_attention(self.execution.platform, self.execution.step is not None, q.shape[-1], None)
+        return cache.attend(layer, q[:, 0], self.step, None, how)[:, None], cache
 
 
 def choose(router: BoundRouter, x: jax.Array, logits: jax.Array) -> Routing:
@@ -55,15 +105,16 @@ class TokenRouter(nnx.Module):
         before: with it the first layer tells the "2" at the beginning of a line, which a look-up starts with.
     qkv_embed [F, D, 3, E], qkv [F, E, 3, E], o [F, E, E]: attention; queries, keys and values of embedding and stream.
     gate_up [F, E, 2, 2 E], down [F, 2 E, E]: silu(gate) up.
-    task [E, A]: logits of the token's own task. previous [E, A], first [E, 1]: logits of the task of the segment before
-        its own, an adapter's or none. segment [E, SEGMENTS]: logits of its segment's index. lookup [2]: the sharpness
-        of the look-up, in which tokens that agree in the latter two read each other's task, and its weight.
+    task [E, A]: logits of the token's own task; with a null choice A counts it as well. previous [E, A], first [E, 1]:
+        logits of the task of the segment before its own, or of none. segment [E, SEGMENTS]: logits of its segment's
+        index. lookup [2]: the sharpness of the look-up, in which tokens that agree in the latter two read each other's
+        task, and its weight.
     hop [1 + SHIFTS, E, E]: of the tasks that the first hop found, at a token and those before it, into the last layer:
         by it a line's first token knows the task of the line before, which that line's text, "5. incorrect", hides.
     """
 
-    def __init__(self, width: int, form: TokenRouterForm, adapters: int):
-        """width: D."""
+    def __init__(self, width: int, form: TokenRouterForm, columns: int):
+        """width: D. columns: of the logits, one an adapter and any for the null choice."""
         e, f = form.width, form.depth
         self.form = form
 
@@ -73,30 +124,16 @@ class TokenRouter(nnx.Module):
         self.embed, self.shift = weight(width, e), weight(SHIFTS, e, e)
         self.qkv_embed, self.qkv, self.o = weight(f, width, 3, e), weight(f, e, 3, e), weight(f, e, e)
         self.gate_up, self.down = weight(f, e, 2, 2 * e), weight(f, 2 * e, e)
-        self.task, self.previous, self.first = weight(e, adapters), weight(e, adapters), weight(e, 1)
+        self.task, self.previous, self.first = weight(e, columns), weight(e, columns), weight(e, 1)
         self.segment, self.lookup = weight(e, SEGMENTS), weight(2)
         self.hop = weight(1 + SHIFTS, e, e)
 
-    def new_cache(self, like: KVCache) -> KVCache:
-        """An empty cache for what later tokens read, in the slots of the model's cache `like`."""
-        shape = (self.form.cache_layers, *like.keys.shape[1:3], self.form.width // HEAD, HEAD)
-        return KVCache.zeros(shape, like)
-
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
-        fused: Fused | None,
-        cache: KVCache | None,
-        fresh: bool,
-    ) -> tuple[tuple[Hop, Hop], KVCache | None]:
-        """Of embeddings x [B, T, D]: both hops, the second of which chooses, and the cache, extended.
-
-        positions int32 [B, T]; mask bool [B, 1, T, S], fused: as `attend` takes them; cache: its positions claimed.
-        """
+        self, x: jax.Array, sight: Sight, cache: RouterCache | None
+    ) -> tuple[tuple[Hop, Hop], RouterCache | None]:
+        """Of embeddings x [B, T, D]: both hops, the second of which chooses, and the cache, extended."""
         kind, depth = x.dtype, self.form.depth
-        turn = angles(frequencies(THETA, HEAD), positions)
+        turn = angles(frequencies(THETA, HEAD), sight.positions)
 
         def heads(z):
             return z.astype(kind).reshape(*z.shape[:2], -1, HEAD)
@@ -109,49 +146,39 @@ class TokenRouter(nnx.Module):
 
         x = unit(x)
 
-        def layer(carry: tuple[jax.Array, jax.Array, KVCache | None], weights: tuple[jax.Array, ...]) -> Any:
-            index, u, cache = carry
+        def layer(carry: tuple[jax.Array, jax.Array, PagedCache | None], weights: tuple[jax.Array, ...]) -> Any:
+            index, u, held = carry
             qkv_embed, qkv, o, gate_up, down = weights
             seen = product("btd,dpe->btpe", x, qkv_embed) + product("bte,epf->btpf", unit(u), qkv)
             q, k, v = (heads(z) for z in jnp.moveaxis(seen, 2, 0))
-            q, k = rotate(q, *turn), rotate(k, *turn)
-            if cache is not None:
-                cache = cache.write(index, k, v)
-                k, v = (k, v) if fresh else cache.layer(index)
-            u = u + product("bte,ef->btf", attend(q, k, v, mask, fused), o)
+            y, held = sight.read(rotate(q, *turn), rotate(k, *turn), v, held, index)
+            u = u + product("bte,ef->btf", y, o)
             gate, up = jnp.moveaxis(product("bte,epf->btpf", unit(u), gate_up), 2, 0)
-            return (index + 1, u + product("btf,fe->bte", (jax.nn.silu(gate) * up).astype(kind), down), cache), None
+            return (index + 1, u + product("btf,fe->bte", (jax.nn.silu(gate) * up).astype(kind), down), held), None
 
         weights = tuple(w[...] for w in (self.qkv_embed, self.qkv, self.o, self.gate_up, self.down))
-        unroll = depth if x.shape[1] == 1 else 1  # a decoding step has no use for a loop
+        unroll = depth if x.shape[1] == 1 else 1  # a step of the engine has no use for a loop
 
         def run(state, weights):
             return jax.lax.scan(layer, state, weights, unroll=unroll)[0]
 
-        def shifted(z, slot, cache):
-            return self._shifted(z.astype(kind), slot, positions, cache, fresh)
-
-        def look_up(u, slot, cache):
-            return self._look_up(unit(u), slot, mask, fused, cache, fresh)
-
+        held, hops, shifts = (None, None, None) if cache is None else (cache.layers, cache.hops, cache.shifts)
         read = product("btd,de->bte", x, self.embed[...])
-        before, cache = shifted(read, depth, cache)
+        before, shifts = self._shifted(read.astype(kind), 0, sight, shifts, cache)
         u = read + product("nbte,nef->btf", before, self.shift[...])
-        index, u, cache = run((jnp.zeros((), jnp.int32), u, cache), tuple(w[: 1 - HOPS] for w in weights))
-        first, cache = look_up(u, depth + 1, cache)
-        found = product("bta,ea->bte", jax.nn.softmax(first.logits).astype(kind), _columns(self.task[...]))
-        before, cache = shifted(found, depth + 2, cache)
-        found = jnp.concatenate([found.astype(kind)[None], before])
-        u = u + product("nbte,nef->btf", found, self.hop[...])
-        _, u, cache = run((index, u, cache), tuple(w[1 - HOPS :] for w in weights))
-        second, cache = look_up(u, depth + 3, cache)
-        return (first, second), cache
+        index, u, held = run((jnp.zeros((), jnp.int32), u, held), tuple(w[: 1 - HOPS] for w in weights))
+        first, hops = self._look_up(unit(u), 0, sight, hops)
+        found = product("bta,ea->bte", jax.nn.softmax(first.logits).astype(kind), _columns(self.task[...])).astype(kind)
+        before, shifts = self._shifted(found, 1, sight, shifts, cache)
+        u = u + product("nbte,nef->btf", jnp.concatenate([found[None], before]), self.hop[...])
+        _, u, held = run((index, u, held), tuple(w[1 - HOPS :] for w in weights))
+        second, hops = self._look_up(unit(u), 1, sight, hops)
+        extended = None if held is None or hops is None else RouterCache(held, hops, shifts)
+        return (first, second), extended
 
-    def _look_up(
-        self, u: jax.Array, slot: int, mask: jax.Array, fused: Fused | None, cache: KVCache | None, fresh: bool
-    ) -> tuple[Hop, KVCache | None]:
+    def _look_up(self, u: jax.Array, hop: int, sight: Sight, cache: PagedCache | None) -> tuple[Hop, PagedCache | None]:
         """Tokens read the task of those that agree with them in the previous segment's task and in their own segment's
-        index; u [B, T, E], the cache keeps keys and values at `slot`.
+        index; u [B, T, E], the cache keeps keys and values of that hop.
 
         A line of a composite problem has both in common with its question. A stream that has to learn this look-up by
         itself had not after 138 million tokens.
@@ -169,44 +196,33 @@ class TokenRouter(nnx.Module):
         key = (key + product("btn,en->bte", jax.nn.softmax(segment), _columns(segments))).astype(kind)
         value = product("bta,ea->bte", jax.nn.softmax(own), _columns(tasks)).astype(kind)
         e, (sharpness, weight) = u.shape[-1], self.lookup[...]
-        query, keys, values = key * (sharpness * e**0.5).astype(kind), key, value
-        if cache is not None:
-
-            def split(z):
-                return z.reshape(*z.shape[:2], -1, HEAD)
-
-            cache = cache.write(jnp.int32(slot), split(key), split(value))
-            if not fresh:
-                keys, values = (z.reshape(*z.shape[:2], -1) for z in cache.layer(jnp.int32(slot)))
-
-        def one_head(z):
-            return z[:, :, None]
-
-        read = attend(one_head(query), one_head(keys), one_head(values), mask, fused if e <= WIDEST else None)
+        query = key * (sharpness * e**0.5).astype(kind)
+        read, cache = sight.read(query[:, :, None], key[:, :, None], value[:, :, None], cache, hop)  # one head
         return Hop(own + weight * product("bte,ea->bta", read, _columns(tasks)), previous, segment), cache
 
     def _shifted(
-        self, z: jax.Array, slot: int, positions: jax.Array, cache: KVCache | None, fresh: bool
-    ) -> tuple[jax.Array, KVCache | None]:
+        self, z: jax.Array, hop: int, sight: Sight, shifts: jax.Array | None, cache: RouterCache | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         """z [B, T, E] of the SHIFTS tokens before each in its own sequence, [SHIFTS, B, T, E], zeros where there is
-        none; the cache keeps z at `slot`."""
-        kept, before = z, []
-        if cache is not None:
-            split = z.reshape(*z.shape[:2], -1, HEAD)
-            cache = cache.write(jnp.int32(slot), split, split)
-            kept = cache.layer(jnp.int32(slot))[0].reshape(*cache.keys.shape[1:3], -1)
+        none; `shifts` keep z."""
+        if cache is not None and shifts is not None and sight.step is not None:
+            size = cache.layers.block_size
+            first = hop * cache.layers.blocks * size
+            beyond = len(shifts) + jnp.arange(len(z), dtype=jnp.int32)
+            at = jnp.where(sight.slots == EMPTY, beyond, first + sight.slots)
+            shifts = shifts.at[at].set(z[:, 0], mode="drop", unique_indices=True)
+            slots = jnp.stack([sight.step.slots(size, n) for n in range(1, SHIFTS + 1)])
+            there = shifts[first + jnp.maximum(slots, 0)]
+            return jnp.where((slots == EMPTY)[..., None], 0, there)[:, :, None], shifts
+        before, positions = [], sight.positions
         for n in range(1, SHIFTS + 1):
             place = jnp.where(positions >= n, positions - n, EMPTY - 1)  # no token's
-            if cache is None or fresh:  # neighbours
 
-                def back(z, n=n):
-                    return jnp.pad(z[:, :-n], ((0, 0), (n, 0), *[(0, 0)] * (z.ndim - 2)))
+            def back(z, n=n):
+                return jnp.pad(z[:, :-n], ((0, 0), (n, 0), *[(0, 0)] * (z.ndim - 2)))
 
-                before.append(jnp.where((back(positions) == place)[..., None], back(z), 0))
-            else:
-                there = (cache.positions[:, None] == place[..., None]).astype(z.dtype)
-                before.append(jnp.einsum("bts,bse->bte", there, kept))
-        return jnp.stack(before), cache
+            before.append(jnp.where((back(positions) == place)[..., None], back(z), 0))
+        return jnp.stack(before), None
 
 
 def _columns(w: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from meteora_jax.bank import AdapterParam
-from meteora_jax.evaluation.tasks import Example
+from meteora_jax.examples import Example, end_token
 from meteora_jax.io.bank import save_bank
 from meteora_jax.io.base import load_base, read_origin
 from meteora_jax.io.model_state import split_bank
@@ -21,7 +21,7 @@ from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.settings import BankTraining, Checkpointing
 from meteora_jax.training.side_by_side import SideBySideLoss, shares_of
 from meteora_jax.training.step import optimizer
-from meteora_jax.training.trainer import Callbacks, Trainee, Trainer, end_token, fetched, longest
+from meteora_jax.training.trainer import Callbacks, Trainee, Trainer, fetched, longest
 from meteora_jax.training.validation import Validation, repeated_prompts, split_validation, validation_composites
 from meteora_jax.training.watch import FlopCount
 
@@ -45,7 +45,8 @@ def train_bank(
     config, weights = load_base(base, kind)
     shape = settings.lora.rank, settings.lora.numerator, settings.lora.targets, settings.seed
     bank = fresh_bank(config, list(tasks), *shape, read_origin(base))
-    how = settings, load_tokenizer(base), end_token(base, config), longest(config, settings)
+    tokenizer = load_tokenizer(base)
+    how = settings, tokenizer, end_token(base, config, tokenizer), longest(config, settings)
     training, split = split_validation(tasks, *how)
     validation = Validation(
         split, settings, callbacks.validated, composites=validation_composites(tasks, training, *how),

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import answer_pieces, prompt_pieces
-from meteora_jax.evaluation.tasks import Example
-from meteora_jax.model.kv_cache import EMPTY
+from meteora_jax.examples import Example, as_text, prompt_ids
 from meteora_jax.sharding import local_rows
+from pallas_kernels.paged_attention import EMPTY
 
 NO_TASK = -1  # a token that no gate is judged on
 WIDTH_STEP = 64  # a row's width is a multiple of this
@@ -69,7 +69,8 @@ class Layout:
 
 
 def encode(example: Example, task: int, tokenizer: Any, end: int, *, prompt_loss: bool) -> Tokenized:
-    """prompt + response + end token; prompt and response are tokenized apart, as generation will see them."""
+    """prompt + response + end token; prompt and response are tokenized apart, as generation will see them. Of messages
+    the response follows what the chat template writes before an answer."""
     return encode_all([example], task, tokenizer, end, prompt_loss=prompt_loss)[0]
 
 
@@ -77,7 +78,7 @@ def encode_all(
     examples: Sequence[Example], task: int, tokenizer: Any, end: int, *, prompt_loss: bool
 ) -> list[Tokenized]:
     """`encode` of each; one call to the tokenizer, which spreads it over the cores."""
-    prompts = tokenizer([e.prompt for e in examples], return_attention_mask=False)["input_ids"]
+    prompts = prompt_ids(examples, tokenizer)
     responses = tokenizer([e.response for e in examples], return_attention_mask=False, add_special_tokens=False)
     sequences = []
     for prompt, response in zip(prompts, responses["input_ids"], strict=True):
@@ -98,7 +99,7 @@ def compose(
     shots: Sequence[Sequence[Example]] = (),
 ) -> Tokenized:
     """Several tasks in one sequence, a composite problem: worked examples (`shots`, each one example a part), if any,
-    all prompts, then "1. answer" lines.
+    all prompts, then "1. answer" lines. All are plain text (`as_text`).
 
     Every token is labelled with the task of the part that it belongs to, so gates learn to switch inside one
     sequence; headings, the end token and what the tokenizer adds belong to none.
@@ -230,15 +231,22 @@ class Mixture:
         worked = [[example(n) for n in picked] for _ in range(shots)]
         if self.composite_cut and rng.random() < self.composite_cut:
             parts, worked = [(_shortened(e), label) for e, label in parts], [[_shortened(e) for e in w] for w in worked]
+        parts = [(as_text(e, self.tokenizer), label) for e, label in parts]
+        worked = [[as_text(e, self.tokenizer) for e in shot] for shot in worked]
         return compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss, shots=worked)
 
 
 def _shortened(example: Example) -> Example:
     """The beginning and end of a question and the beginning of its answer, enough to know their task: shorter examples
     give more segments in as many tokens."""
+    messages = tuple({**message, "content": _ends(message["content"])} for message in example.messages)
+    prompt, response = _ends(example.prompt), example.response[: CUT[1]]
+    return dataclasses.replace(example, prompt=prompt, response=response, messages=messages)
+
+
+def _ends(text: str) -> str:
     first, last = CUT
-    prompt = example.prompt if len(example.prompt) <= first + last else example.prompt[:first] + example.prompt[-last:]
-    return dataclasses.replace(example, prompt=prompt, response=example.response[:last])
+    return text if len(text) <= first + last else text[:first] + text[-last:]
 
 
 def plan(

@@ -15,11 +15,12 @@ from meteora_jax.config import GROUPS, PROJECTIONS
 from meteora_jax.gate_config import SEGMENTS
 from meteora_jax.model.llama import Llama
 from meteora_jax.model.routed_llama import RoutedLlama
-from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing import NO_ADAPTER, BoundRouter, Routing
 from meteora_jax.routing.token_router import Hop, choose
 from meteora_jax.training.data import NO_TASK, Batch
 from meteora_jax.training.loss import Loss, Losses, PartLoss, Remat, batch_size, count, next_token_loss
 from meteora_jax.training.settings import Objective
+from pallas_kernels.routed_lora.reference import dense_weights
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +54,8 @@ class Counts:
         return ((batch.tasks != NO_TASK) & (batch.positions >= self.shared_prefix)).astype(jnp.float32)
 
 
-# Of some projections' gates: their loss [P], hits [P, A], entropy [P] and load [P, A]; see `Losses`.
+# Of some projections' gates: their loss [P], hits [P, A], entropy [P] and load [P, A]; see `Losses`. A counts the null
+# choice, which is the last.
 Figures = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -221,9 +223,15 @@ def _figures(objective: Objective, batch: Batch, counts: Counts) -> Callable[[Se
         hits = (jnp.argmax(seen, axis=-1) == wanted).astype(jnp.float32)
         logp = jax.nn.log_softmax(seen, axis=-1)
         entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-        load = jnp.concatenate([jax.lax.stop_gradient(r.dense(logits.shape[-1])) for r in routings], axis=2)
+        load = jnp.concatenate([_load(r, logits.shape[-1]) for r in routings], axis=2)
         load = jnp.sum(jnp.where(judged[..., None], load, 0.0), axis=(0, 1)) / counts.judged
         loss = jnp.sum(jnp.where(judged, losses * weight, 0.0), axis=(0, 1))
         return loss, _by_task(hits * decidable, batch, logits.shape[-1]) / counts.decided, mean(entropy), load
 
     return figures
+
+
+def _load(routing: Routing, columns: int) -> jax.Array:
+    """[B, T, P, columns]: what each column of the gates got; of a null choice, NO_ADAPTER with a weight, the last."""
+    indices = jnp.where(routing.indices == NO_ADAPTER, columns - 1, routing.indices)
+    return jax.lax.stop_gradient(dense_weights(indices, routing.weights, columns))

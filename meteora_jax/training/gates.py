@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from meteora_jax.io.base import load_base, read_origin
 from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, load_gates, save_gates, split_gates
 from meteora_jax.io.model_state import split_bank
 from meteora_jax.routing.gates import GateParam, Gates
+from meteora_jax.training.background import NULL, with_background
 from meteora_jax.training.gate_loss import gate_loss
 from meteora_jax.training.settings import Checkpointing, GateTraining
 from meteora_jax.training.step import optimizer
@@ -41,6 +43,7 @@ def train_gates(
     callbacks: Callbacks = Callbacks(),
     new_bank: str | os.PathLike[str] | None = None,
     extend: str | os.PathLike[str] | None = None,
+    background: Sequence[Example] = (),
 ) -> dict[str, Any]:
     """Trains a bank's gates on its adapters' tasks and writes GATES/ to `dest`.
 
@@ -50,6 +53,8 @@ def train_gates(
         new_bank: the adapters are trained, too, and written to this BANK folder.
         extend: GATES of a part of the bank's adapters. Their columns are kept bit for bit and only the others'
             trained, on the tasks of all: the old ones' tokens are what the new columns must not claim.
+        background: text of none of the tasks. Where there is any the gates get a column for no adapter, which these
+            tokens are to choose; an extension keeps the column that it finds, too.
 
     Returns:
         the last step's record, losses averaged over the last tenth of the steps; `unused`, what `begun` was given.
@@ -62,10 +67,16 @@ def train_gates(
     config, weights = load_base(base, kind)
     loaded = load_bank(bank, config, kind, read_origin(base))
     names = loaded.names
+    old = _described(extend, form) if extend is not None else None
+    null = bool(background) or (old is not None and old.null)
     if problems := _problems(settings, loaded.config, str(bank), both):
         raise InputError(problems)
-    fresh = fresh_gates(form, config, len(names), settings.seed)
-    columns = _extended(extend, config, names, form, fresh) if extend is not None else None
+    gates = GateConfig(names, settings.top_k, settings.temperature, form, null)
+    fresh = fresh_gates(form, config, gates.columns, settings.seed)
+    columns = None if extend is None or old is None else _extended(extend, config, gates, old, fresh)
+    labels = {name: i for i, name in enumerate(names)}
+    if background:
+        tasks, labels = {**tasks, NULL: background}, {**labels, NULL: len(names)}
     run, speed = settings.optimization, settings.schedule
     trainer = Trainer(
         trainee=Trainee(
@@ -77,7 +88,8 @@ def train_gates(
                 lm=objective.lm_loss,
             ),
         ),
-        tasks=tasks, labels={name: i for i, name in enumerate(names)}, settings=settings, loss=gate_loss(objective),
+        tasks=tasks, labels=labels, settings=settings, loss=gate_loss(objective),
+        shares=functools.partial(with_background, share=settings.background_share) if background else None,
         optimizer=optimizer(
             run.steps, run.learning_rate, speed.warmup, speed.clip, settings.adapter_learning_rate
         ),
@@ -88,13 +100,15 @@ def train_gates(
     if jax.process_index() == 0:
         if new_bank is not None:
             save_bank(new_bank, split_bank(loaded, flat, config, mesh))
-        save_gates(Path(dest), GateConfig(names, settings.top_k, settings.temperature, form), split_gates(flat))
+        save_gates(Path(dest), gates, split_gates(flat))
     return final
 
 
 def _problems(settings: GateTraining, bank: BankConfig, folder: str, both: bool) -> list[str]:
     """Why these gates cannot be trained for this bank; both: the adapters are trained, too."""
     problems, count = [], len(bank.names)
+    if NULL in bank.names:
+        problems.append(f"{folder}: names: expected none called {NULL!r}, found one")
     if settings.adapter_learning_rate is not None and not both:
         problems.append("adapter_learning_rate: expected a new_bank beside it, found adapters frozen")
     if both and not settings.objective.lm_loss:
@@ -109,30 +123,32 @@ def _problems(settings: GateTraining, bank: BankConfig, folder: str, both: bool)
     return problems
 
 
-def _extended(
-    folder: str | os.PathLike[str],
-    config: LlamaConfig,
-    names: tuple[str, ...],
-    form: TokenRouterForm | None,
-    gates: dict[str, np.ndarray],
-) -> np.ndarray:
-    """Fills the columns that GATES/ has into `gates`, of that form; which columns it has not, bool [A]."""
+def _described(folder: str | os.PathLike[str], form: TokenRouterForm | None) -> GateConfig:
+    """What GATES/ says of the gates that are extended; InputError where they are not of that form."""
     source = Path(folder) / "gates.json"
     described = GateConfig.from_json(read_json(source), str(source))
     if described.form != form:
         asked, found = (f or "MeteoRA's own gates" for f in (form, described.form))
         raise InputError(f"{source}: form: expected {asked} (as asked for), found {found}")
-    old = described.names
+    return described
+
+
+def _extended(
+    folder: str | os.PathLike[str], config: LlamaConfig, whole: GateConfig, described: GateConfig,
+    gates: dict[str, np.ndarray],
+) -> np.ndarray:  # fmt: skip
+    """Fills the columns that GATES/ has into `gates`, which are to be `whole`; which it has not, bool [columns]."""
+    source, old, names = Path(folder) / "gates.json", described.names, whole.names
     unknown = [n for n in old if n not in names]
     if unknown:
         raise InputError(f"{source}: names: expected adapters of the bank, found {', '.join(unknown)}")
-    if len(old) == len(names):
+    if len(old) == len(names) and described.null == whole.null:
         raise InputError(f"{source}: names: expected a part of the bank's adapters, found all of them")
     _, trained = load_gates(folder, config, old)
-    at = [names.index(n) for n in old]
+    at = [*(names.index(n) for n in old), *range(len(names), len(names) + described.null)]
     for name, columns in trained.items():
         if name in SHARED_BY_ADAPTERS:
             gates[name] = columns
         else:
             gates[name][..., at] = columns
-    return ~np.isin(np.arange(len(names)), at)
+    return ~np.isin(np.arange(whole.columns), at)

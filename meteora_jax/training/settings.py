@@ -203,6 +203,7 @@ class GateTraining(Training):
 
     form: a token router, or None: MeteoRA's own gates. temperature: of the softmax over the chosen gates.
     adapter_learning_rate: the adapters' peak where they are trained beside the gates; the gates' unless given.
+    background_share: of the sequences, single and in composites, where there is background text.
     """
 
     drawing: Constant[Drawing] = Drawing()
@@ -211,6 +212,7 @@ class GateTraining(Training):
     form: Constant[TokenRouterForm | None] = None
     temperature: Constant[float] = 1.0
     adapter_learning_rate: Constant[float | None] = None
+    background_share: Constant[float] = 0.25
     top_k: int = 2
     """Adapters a token."""
 
@@ -224,6 +226,8 @@ class GateTraining(Training):
             problems.append(f"segment_weight: expected 0 with lm_loss, found {objective.segment_weight}")
         if objective.lm_loss and self.drawing.composite_cut:
             problems.append(f"composite_cut: expected 0 with lm_loss, found {self.drawing.composite_cut}")
+        if not 0 < self.background_share < 1:
+            problems.append(f"background_share: expected a share between 0 and 1, found {self.background_share}")
         refuse(problems)
 
     def record(self) -> dict[str, Any]:

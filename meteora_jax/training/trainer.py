@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import InputError, LlamaConfig, Preempted
-from meteora_jax.evaluation.tasks import Example
+from meteora_jax.examples import Example, end_token
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.io.model_state import assemble, column_orders
 from meteora_jax.io.tensors import StoredArray
@@ -47,6 +47,7 @@ Path = str | os.PathLike[str]
 LATER = {
     "composite_sizes": (3, 3), "composite_shots": 0, "form": None, "lm_loss": True, "response_weight": None,
     "start_weight": 0.0, "segment_weight": 0.0, "composite_cut": 0.0, "ema": 0.0,
+    "background_share": 0.25,
 }  # fmt: skip
 
 
@@ -132,9 +133,9 @@ class Trainer:
         if self.validation is not None:
             self.validation.begin(graph, state, layout, self.dtype, self.mesh, run=self.checkpointing.run, start=start)
         recorder = Recorder(
-            self.trainee.bank.names, self.checkpointing.log or self.checkpointing.in_run("log.jsonl"),
-            self.checkpointing.in_run("tensorboard"), start=start, progress=self.callbacks.progress,
-            flops=self.trainee.flops,
+            self.trainee.bank.names if self.trainee.gates is None else tuple(self.labels),
+            self.checkpointing.log or self.checkpointing.in_run("log.jsonl"), self.checkpointing.in_run("tensorboard"),
+            start=start, progress=self.callbacks.progress, flops=self.trainee.flops,
         )  # fmt: skip
         try:
             state = self._steps(step, frozen, state, batches, layout, start, recorder, checkpoints)
@@ -148,8 +149,9 @@ class Trainer:
     def _data(self) -> tuple[Mixture, Chosen, Unused]:
         """Where sequences come from, those of each task, and what is not used; says so."""
         data, drawing, model = self.settings.data, self.settings.drawing, self.trainee
+        tokenizer = load_tokenizer(model.base)
         mixture = Mixture(
-            self.tasks, self.labels, load_tokenizer(model.base), end_token(model.base, model.config),
+            self.tasks, self.labels, tokenizer, end_token(model.base, model.config, tokenizer),
             max_length=longest(model.config, self.settings), prompt_loss=drawing.prompt_loss,
             composite=data.composite, composite_sizes=data.composite_sizes, composite_shots=drawing.composite_shots,
             composite_cut=drawing.composite_cut, mixture=self.mixture, samples_per_task=data.samples_per_task,
@@ -278,7 +280,7 @@ class Trainer:
         m, digest, sample = self.trainee, hashlib.sha256(), hashlib.sha256()
         for name, examples in self.tasks.items():
             for e in examples:
-                digest.update(f"{name}\0{e.prompt}\0{e.response}\0".encode())
+                digest.update(f"{name}\0{e.key}\0{e.response}\0".encode())
         for path in sorted(m.weights, key=str):  # a few rows of each weight tell one base from another
             sample.update(m.weights[path].first(4096).tobytes())
         own = {k: v for k, v in self.settings.record().items() if k not in LATER or v != LATER[k]}
@@ -292,13 +294,6 @@ class Trainer:
             "base_shape": [m.config.num_layers, m.config.hidden_size, m.config.vocab_size],
             "adapters": {a.name: a.sha256[:16] for a in m.bank.config.adapters},
         }  # fmt: skip
-
-
-def end_token(base: Path, config: LlamaConfig) -> int:
-    """What a response ends with; raises InputError where a base has none."""
-    if not config.eos_token_ids:
-        raise InputError(f"{base}: eos_token_id: expected an end token, found none")
-    return config.eos_token_ids[0]
 
 
 def longest(config: LlamaConfig, settings: Training) -> int:

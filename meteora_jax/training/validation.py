@@ -61,13 +61,13 @@ def split_validation(
         for j in np.random.default_rng([settings.seed, i, 1]).permutation(len(examples)):
             if len(split[name]) == wanted:
                 break
-            if examples[j].prompt in prompts:
+            if examples[j].key in prompts:
                 continue
             sequence = encode(examples[j], i, tokenizer, end, prompt_loss=False)
             if len(sequence.tokens) <= max_length:
                 split[name].append(sequence)
-                prompts.add(examples[j].prompt)
-        training[name] = [e for e in examples if e.prompt not in prompts]
+                prompts.add(examples[j].key)
+        training[name] = [e for e in examples if e.key not in prompts]
         if len(split[name]) < sizes.validation_min or not training[name]:
             problems.append(
                 f"tasks: {name}: expected more than {sizes.validation_min} examples of at most {max_length} tokens, "
@@ -100,8 +100,8 @@ def validation_composites(
     in `training`; worked examples too."""
     if not settings.validating.validation_composites:
         return []
-    seen = {name: {e.prompt for e in training[name]} for name in tasks}
-    unseen = {name: [e for e in examples if e.prompt not in seen[name]] for name, examples in tasks.items()}
+    seen = {name: {e.key for e in training[name]} for name in tasks}
+    unseen = {name: [e for e in examples if e.key not in seen[name]] for name, examples in tasks.items()}
     mixture = Mixture(
         unseen, {name: i for i, name in enumerate(tasks)}, tokenizer, end, max_length, False, seed=settings.seed,
         composite_sizes=settings.data.composite_sizes, composite_shots=settings.drawing.composite_shots,

@@ -174,10 +174,11 @@ class Recorder:
         if step % SCALARS_EVERY or not losses.gate_accuracy.size:
             return
         by_task = losses.hits.mean((0, 1))
-        for name, hits, judged in zip(self._names, by_task, losses.judged, strict=True):
+        # an extension's null choice has no name where it has no background
+        for name, hits, judged in zip(self._names, by_task, losses.judged, strict=False):
             if judged > 0:
                 add(f"accuracy_of_task/{name}", hits / judged, step)
-        for name, load in zip(self._names, losses.load.mean((0, 1)), strict=True):
+        for name, load in zip(self._names, losses.load.mean((0, 1)), strict=False):
             add(f"adapter_load/{name}", load, step)
         for l, (row, entropies) in enumerate(zip(losses.gate_accuracy, losses.entropy, strict=True)):
             for p, accuracy, entropy in zip(PROJECTIONS, row, entropies, strict=True):

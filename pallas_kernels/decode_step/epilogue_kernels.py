@@ -9,7 +9,8 @@ Parameters of all three kernels:
     product_ptr     float32 [at least M, ROW]: x W in the first columns, not yet times the norm's factor
     square_ptr      float32 [M, PARTS]: squares of the residual stream before the norm
     shrink_ptr      product_ptr again, whose last columns are logits and shrinks of the adapters; or, if compact,
-                    float32 [parts, M, P, C, R], the factor in it
+                    float32 [parts, M, P, C, R], the factor in it; or, unless gather, `weigh_kernel`'s [M, P, KP]
+    used_ptr        int32, what else that kernel writes, unless gather; then nothing of the routing is read or traced
     b_ptr           [L, A, R, O]
     scale_ptr       float32 [L, P, A]
     count_ptr, temperature_ptr      int32 and float32 [M], where gates choose
@@ -27,7 +28,13 @@ Parameters of all three kernels:
 import triton
 import triton.language as tl
 
-from pallas_kernels.decode_step.adapter_kernels import expand, expand_two, rms_factor, routing_of
+from pallas_kernels.decode_step.adapter_kernels import (
+    expand_chosen,
+    expand_chosen_two,
+    expand_weighed,
+    rms_factor,
+    routing_of,
+)
 
 
 @triton.jit
@@ -38,23 +45,24 @@ def rotate(y0, y1, cos, sin):
 
 @triton.jit
 def qkv_epilogue_kernel(
-    layer_ptr, product_ptr, square_ptr, shrink_ptr, b_ptr, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr,
+    layer_ptr, product_ptr, square_ptr, shrink_ptr, used_ptr, b_ptr, scale_ptr, count_ptr, temperature_ptr, index_ptr,
+    weight_ptr,
     cos_ptr,  # float32 [M, H / 2]
     sin_ptr,  # float32 [M, H / 2]
-    slot_ptr,  # int32 [1], the slot of the cache that is written
-    keys_in, values_in,  # keys and values before this launch
+    slot_ptr,  # int32 [M], each token's slot in the first layer's blocks, negative for none
+    pages_in,  # the cache before this launch
     trace_in, trace_weight_in,
     query_ptr,  # [M, Q], written
-    keys_ptr,  # [L, M, S, KV], a slot of the layer written
-    values_ptr,  # [L, M, S, KV], likewise
+    pages_ptr,  # [L * blocks, Bs, 2 K, H], a slot of each token written: k0 v0 k1 v1 ..
     trace_ptr, trace_weight_ptr,
-    M: tl.constexpr, I: tl.constexpr, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
+    M: tl.constexpr, I: tl.constexpr, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, SLOTS: tl.constexpr,
     ROW: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr, ADAPTERS: tl.constexpr, BM: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values: norm's factor, adapters, rotary embedding; keys and values go into the cache.
 
-    Columns: Q of queries, KV of keys, KV of values, heads of H. y0 and y1 are of the two halves of a head.
+    Columns: Q of queries, KV of keys, KV of values, heads of H. y0 and y1 are of the two halves of a head. SLOTS: of a
+    layer.
     """
     O: tl.constexpr = Q + 2 * KV
     dtype = query_ptr.dtype.element_ty
@@ -75,16 +83,25 @@ def qkv_epilogue_kernel(
     if ADAPTERS is not None:
         p = (first >= Q).to(tl.int32) + (first >= Q + KV).to(tl.int32)
         start = tl.where(first >= Q + KV, Q + KV, tl.where(first >= Q, Q, 0))
-        shrink_ptr += ADAPTERS.start + p * ADAPTERS.projection
-        adapters, weights = routing_of(
-            shrink_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
-            trace_weight_ptr, layer, p, rows, first == start, M, 3, ADAPTERS, BM,
-        )  # fmt: skip
-        if not ADAPTERS.compact:
-            weights *= factor
         b_ptr += layer * (ADAPTERS.A * ADAPTERS.R * O)
-        shrink_ptr += ADAPTERS.first_shrink
-        y0, y1 = expand(y0, y1, shrink_ptr, b_ptr, adapters, weights, rows, first, second, M, O, ADAPTERS, BM, BH)
+        if ADAPTERS.gather:
+            shrink_ptr += ADAPTERS.start + p * ADAPTERS.projection
+            adapters, weights, scales = routing_of(
+                shrink_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
+                trace_weight_ptr, layer, p, rows, first == start, M, 3, ADAPTERS, BM,
+            )  # fmt: skip
+            weights *= scales
+            if not ADAPTERS.compact:
+                weights *= factor
+            shrink_ptr += ADAPTERS.first_shrink
+            y0, y1 = expand_chosen(
+                y0, y1, shrink_ptr, b_ptr, adapters, weights, rows, first, second, M, O, ADAPTERS, BH
+            )
+        else:
+            y0, y1 = expand_weighed(
+                y0, y1, shrink_ptr, used_ptr, b_ptr, p, p, tl.program_id(1), first, second, M, O, 3, ADAPTERS, BM, BH,
+                False,
+            )  # fmt: skip
     y0 = y0.to(dtype).to(tl.float32)
     y1 = y1.to(dtype).to(tl.float32)
     if first < Q + KV:
@@ -97,22 +114,19 @@ def qkv_epilogue_kernel(
         tl.store(query, y0.to(dtype), mask=inside)
         tl.store(query + H // 2, y1.to(dtype), mask=inside)
     else:
-        slot = tl.load(slot_ptr).to(tl.int64)
-        place = ((layer * M + rows) * S + slot)[:, None] * KV + columns[None, :]
-        if first < Q + KV:
-            key = keys_ptr + place + (first - Q)
-            tl.store(key, y0.to(dtype), mask=inside)
-            tl.store(key + H // 2, y1.to(dtype), mask=inside)
-        else:
-            value = values_ptr + place + (first - Q - KV)
-            tl.store(value, y0.to(dtype), mask=inside)
-            tl.store(value + H // 2, y1.to(dtype), mask=inside)
+        slot = tl.load(slot_ptr + rows, mask=rows < M, other=-1).to(tl.int64)
+        own = (first - Q) % KV  # the column among the keys, or among the values
+        head = 2 * (own // H) + (first >= Q + KV).to(tl.int32)
+        place = pages_ptr + (layer * SLOTS + slot)[:, None] * (2 * KV) + (head * H + own % H + columns)[None, :]
+        written = inside & (slot >= 0)[:, None]
+        tl.store(place, y0.to(dtype), mask=written)
+        tl.store(place + H // 2, y1.to(dtype), mask=written)
 
 
 @triton.jit
 def silu_epilogue_kernel(
-    layer_ptr, product_ptr, square_ptr, shrink_ptr, b_ptr, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr,
-    trace_in, trace_weight_in,
+    layer_ptr, product_ptr, square_ptr, shrink_ptr, used_ptr, b_ptr, scale_ptr, count_ptr, temperature_ptr, index_ptr,
+    weight_ptr, trace_in, trace_weight_in,
     hidden_ptr,  # [at least M, F], written
     trace_ptr, trace_weight_ptr,
     M: tl.constexpr, I: tl.constexpr, F: tl.constexpr, ROW: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr,
@@ -135,24 +149,32 @@ def silu_epilogue_kernel(
     y0 *= factor
     y1 *= factor
     if ADAPTERS is not None:
-        shrink0_ptr = shrink_ptr + ADAPTERS.start
-        shrink1_ptr = shrink0_ptr + ADAPTERS.projection
-        adapters0, weights0 = routing_of(
-            shrink0_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
-            trace_weight_ptr, layer, 0, rows, first == 0, M, 2, ADAPTERS, BM,
-        )  # fmt: skip
-        adapters1, weights1 = routing_of(
-            shrink1_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
-            trace_weight_ptr, layer, 1, rows, first == 0, M, 2, ADAPTERS, BM,
-        )  # fmt: skip
-        if not ADAPTERS.compact:
-            weights0 *= factor
-            weights1 *= factor
         b_ptr += layer * (ADAPTERS.A * ADAPTERS.R * O)
-        y0, y1 = expand_two(
-            y0, y1, shrink0_ptr + ADAPTERS.first_shrink, shrink1_ptr + ADAPTERS.first_shrink, b_ptr,
-            adapters0, weights0, adapters1, weights1, rows, first, second, M, O, ADAPTERS, BM, BH,
-        )  # fmt: skip
+        if ADAPTERS.gather:
+            shrink0_ptr = shrink_ptr + ADAPTERS.start
+            shrink1_ptr = shrink0_ptr + ADAPTERS.projection
+            adapters0, weights0, scales0 = routing_of(
+                shrink0_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
+                trace_weight_ptr, layer, 0, rows, first == 0, M, 2, ADAPTERS, BM,
+            )  # fmt: skip
+            adapters1, weights1, scales1 = routing_of(
+                shrink1_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
+                trace_weight_ptr, layer, 1, rows, first == 0, M, 2, ADAPTERS, BM,
+            )  # fmt: skip
+            weights0 *= scales0
+            weights1 *= scales1
+            if not ADAPTERS.compact:
+                weights0 *= factor
+                weights1 *= factor
+            y0, y1 = expand_chosen_two(
+                y0, y1, shrink0_ptr + ADAPTERS.first_shrink, shrink1_ptr + ADAPTERS.first_shrink, b_ptr,
+                adapters0, weights0, adapters1, weights1, rows, first, second, M, O, ADAPTERS, BH,
+            )  # fmt: skip
+        else:
+            y0, y1 = expand_weighed(
+                y0, y1, shrink_ptr, used_ptr, b_ptr, 0, 1, tl.program_id(1), first, second, M, O, 2, ADAPTERS, BM, BH,
+                True,
+            )  # fmt: skip
     y0 = y0.to(dtype).to(tl.float32)
     y1 = y1.to(dtype).to(tl.float32)
     silu = (y0 / (1 + tl.exp(-y0))).to(dtype).to(tl.float32)
@@ -162,7 +184,7 @@ def silu_epilogue_kernel(
 
 @triton.jit
 def residual_epilogue_kernel(
-    layer_ptr, product_ptr, shrink_ptr, b_ptr, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr,
+    layer_ptr, product_ptr, shrink_ptr, used_ptr, b_ptr, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr,
     next_scale_ptr,  # [L, O]: the scale of the norm that follows
     residual_ptr,  # [M, O], the residual stream before this launch
     trace_in, trace_weight_in,
@@ -192,15 +214,23 @@ def residual_epilogue_kernel(
     x0 = tl.load(residual_ptr + place + first, mask=inside, other=0.0).to(tl.float32)
     x1 = tl.load(residual_ptr + place + second, mask=inside, other=0.0).to(tl.float32)
     if ADAPTERS is not None:
-        factor = tl.full((BM, 1), 1.0, tl.float32)
-        shrink_ptr += ADAPTERS.start
-        adapters, weights = routing_of(
-            shrink_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
-            trace_weight_ptr, layer, 0, rows, first == 0, M, 1, ADAPTERS, BM,
-        )  # fmt: skip
         b_ptr += layer * (ADAPTERS.A * ADAPTERS.R * O)
-        shrink_ptr += ADAPTERS.first_shrink
-        y0, y1 = expand(y0, y1, shrink_ptr, b_ptr, adapters, weights, rows, first, second, M, O, ADAPTERS, BM, BH)
+        if ADAPTERS.gather:
+            factor = tl.full((BM, 1), 1.0, tl.float32)
+            shrink_ptr += ADAPTERS.start
+            adapters, weights, scales = routing_of(
+                shrink_ptr, factor, scale_ptr, count_ptr, temperature_ptr, index_ptr, weight_ptr, trace_ptr,
+                trace_weight_ptr, layer, 0, rows, first == 0, M, 1, ADAPTERS, BM,
+            )  # fmt: skip
+            shrink_ptr += ADAPTERS.first_shrink
+            y0, y1 = expand_chosen(
+                y0, y1, shrink_ptr, b_ptr, adapters, weights * scales, rows, first, second, M, O, ADAPTERS, BH
+            )
+        else:
+            y0, y1 = expand_weighed(
+                y0, y1, shrink_ptr, used_ptr, b_ptr, 0, 0, tl.program_id(1), first, second, M, O, 1, ADAPTERS, BM, BH,
+                False,
+            )  # fmt: skip
     y0 = y0.to(dtype).to(tl.float32)
     y1 = y1.to(dtype).to(tl.float32)
     x0 = (x0 + y0).to(dtype)

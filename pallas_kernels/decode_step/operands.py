@@ -1,21 +1,23 @@
 """What the launches of a decoding step read and change: weights, routing, cache, residual stream; stacked over layers.
 
-Axis letters: M rows (one token each), L layers, D width, S slots, K key and value heads, H head width, O columns of a
-group, P its projections, I its input, A adapters, R rank, C adapters that act on a row.
+Axis letters: M rows (one token each), L layers, D width, Bs slots of a block, K key and value heads, H head width, O
+columns of a group, P its projections, I its input, A adapters, R rank, C adapters that act on a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.routed_lora import packing
 from pallas_kernels.routed_lora.triton_gpu import power
 
-EMPTY = -1  # position of a slot of the cache that holds no token
 LEAST_ROWS = 8  # of a product's input: XLA takes a single row for a sum and copies W for it
+WEIGHED_ROWS = 16  # of a program that weighs shrinks; a matrix product has at least so many
 
 
 def at_least(x: jax.Array, rows: int) -> jax.Array:
@@ -26,18 +28,19 @@ def at_least(x: jax.Array, rows: int) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["w", "a", "b", "scale"],
-    meta_fields=["splits", "eps", "packed", "first_shrink", "first_projection"],
+    meta_fields=["splits", "eps", "packed", "gates", "first_projection"],
 )
 @dataclasses.dataclass(frozen=True)
 class Group:
     """The weights of projections that share an input (q k v, o, gate and up, down), stacked over layers.
 
     w: [L, I, O]; or packed, [L, O + P packed, I]: behind the O rows of the base, for each projection `packed` rows with
-        its gates and, from row `first_shrink` of them on, its A's.
+        its `gates` and, from row `first_shrink` of them on, its A's.
     a: [L, P, A, R, I] where the bank is too wide for that (then gates alone are packed), else None.
     b: [L, A, R, O]; None without adapters, like scale: float32 [L, P, A].
     splits: columns of each projection. eps: of the norm before the group, None without one.
-    packed: packed rows of a projection, 0 without. first_projection: the group's first among a layer's projections.
+    packed: packed rows of a projection, 0 without. gates: columns of its gates, the adapters' and any null choice's.
+    first_projection: the group's first among a layer's projections.
     """
 
     w: jax.Array
@@ -47,7 +50,7 @@ class Group:
     splits: tuple[int, ...]
     eps: float | None
     packed: int
-    first_shrink: int
+    gates: int
     first_projection: int
 
     @property
@@ -55,18 +58,25 @@ class Group:
         """O: columns of all projections."""
         return sum(self.splits)
 
+    @property
+    def first_shrink(self) -> int:
+        """The first row of a projection's A's among its packed rows."""
+        return packing.first_a_row(self.gates)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["counts", "temperatures", "indices", "weights"],
+    data_fields=["counts", "temperatures", "indices", "weights", "fused"],
     meta_fields=["top_k"],
 )
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which adapters act: what the gates choose, or a routing that was given for all projections.
+    """Which adapters act: what the gates choose, or a routing that was given, for all projections or for each.
 
     top_k: C, at most so many on a row. Gates: counts int32 [M], how many on each row; temperatures float32 [M].
-    Given: indices int32 [M, C], anything but an adapter's index for none; weights float32 [M, C], without the scale.
+    Given: indices int32 [M, C] or [M, P, C], anything but an adapter's index for none; weights float32, as many,
+    without the scale.
+    fused: bool [M], the rows whose adapters act as one, their matrices averaged by the weights; None: nobody's.
     """
 
     top_k: int
@@ -74,6 +84,12 @@ class Choice:
     temperatures: jax.Array | None = None
     indices: jax.Array | None = None
     weights: jax.Array | None = None
+    fused: jax.Array | None = None
+
+
+# What makes a choice by rules that the kernels do not have, of a group's input [M, I] and its gates' logits float32
+# [M, P, G]: a routing given for each projection.
+Chooser = Callable[[jax.Array, jax.Array], Choice]
 
 
 @jax.tree_util.register_dataclass
@@ -81,19 +97,14 @@ class Choice:
 class StepState:
     """What launches change in place: the cache, and the trace of what gates chose.
 
-    keys, values: [L, M, S, K H]. indices, weights: int32 and float32 [L, M, projections of a layer, C]; one element
-    each where no gates choose.
+    pages: [L * blocks, Bs, 2 K, H], see `paged_attention`; blocks: those of a layer. indices, weights: int32 and
+    float32 [L, M, projections of a layer, C]; one element each where no gates choose.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    pages: jax.Array
     indices: jax.Array
     weights: jax.Array
-
-    @property
-    def rows(self) -> int:
-        """M."""
-        return self.keys.shape[1]
+    blocks: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -121,9 +132,12 @@ class ResidualStream:
 class AdapterLayout:
     """How a kernel finds a group's adapters, shrinks and routing: one compile-time constant.
 
-    A, R, C: as above; a property with a P behind it is rounded up to a power of two.
+    A, R, C: as above; G: columns of a projection's gates, null choices behind the A adapters' own; a property with a P
+        behind it is rounded up to a power of two.
     gates: the kernel chooses by logits. Else it reads a routing (a wide bank's `shrink_kernel` has chosen before it).
-    gather: a program has one row and reads its adapters' rows of B; else it has many and reads every B, masked.
+    gather: an epilogue's program has one row and reads its adapters' rows of B; else it has many, and multiplies every
+        B with what `weigh_kernel` made of the shrinks: of BK columns in a block, KP in all, tiles of WM rows.
+    fused: rows may average their adapters' matrices (without gather only).
     compact: shrinks are of the chosen adapters alone, in `parts` that are to be added, and times the norm's factor.
     start, projection, row: elements to the first projection's logits (compact: shrinks), from there to the next
         projection's, and from a row to the next; first_shrink: from a projection's logits to its shrinks.
@@ -131,10 +145,12 @@ class AdapterLayout:
     """
 
     A: int
+    G: int
     R: int
     C: int
     gates: bool
     gather: bool
+    fused: bool
     compact: bool
     parts: int
     start: int
@@ -147,8 +163,8 @@ class AdapterLayout:
     routing_first: int
 
     @property
-    def AP(self) -> int:
-        return power(self.A)
+    def GP(self) -> int:
+        return power(self.G)
 
     @property
     def RP(self) -> int:
@@ -159,6 +175,18 @@ class AdapterLayout:
         return power(self.C)
 
     @property
+    def KP(self) -> int:
+        """A R, rounded up to whole blocks."""
+        return -(-self.A * self.R // self.BK) * self.BK
+
+    @property
+    def KBP(self) -> int:
+        return power(self.KP // self.BK)
+
+    @property
     def BK(self) -> int:
-        """Rows of B in a block of a masked expand."""
-        return max(16, min(64, power(self.A * self.R)))
+        return 64
+
+    @property
+    def WM(self) -> int:
+        return WEIGHED_ROWS

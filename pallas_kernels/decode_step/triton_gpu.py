@@ -7,7 +7,8 @@ where it is stacked; gates and A's are packed behind the base's rows) and one la
     silu_step      gate and up   norm's factor, adapters, silu(gate) * up
     residual_step  o; down       adapters, sum with the residual stream, what the next norm needs
 
-With a wide bank `shrink_kernel` stands between the two. Tiles follow from the shapes; nothing is tuned at run time.
+Between the two stands `weigh_kernel` in steps of many rows, `shrink_kernel` with a wide bank. Tiles follow from the
+shapes; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_step.operands import (
-    EMPTY,
     LEAST_ROWS,
+    WEIGHED_ROWS,
     AdapterLayout,
     Choice,
+    Chooser,
     Group,
     ResidualStream,
     StepState,
 )
 from pallas_kernels.launch import launch
+from pallas_kernels.paged_attention import StepTokens
+from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 from pallas_kernels.routed_lora.triton_gpu import power
 
 Epilogue = Literal["qkv", "silu", "residual"]
@@ -39,8 +43,7 @@ KERNELS: Mapping[Epilogue, str] = MappingProxyType(
 )
 EPILOGUE_MODULE = "pallas_kernels.decode_step.epilogue_kernels"
 ADAPTER_MODULE = "pallas_kernels.decode_step.adapter_kernels"
-ATTENTION_MODULE = "pallas_kernels.decode_step.attention_kernels"
-MAX_ROWS = 64
+MAX_ROWS = 512
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 WIDEST = 128  # columns of a block
 ONE_WARP = 1024  # values of B in a block of one warp
@@ -52,8 +55,8 @@ class StepLimits:
     """Which decoding steps the kernels serve, and how.
 
     rows: a step of at most so many.
-    gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, every B
-        is read once and masked. On an H200 gathering 64 of 28 takes 3 % off a step, 96 of 28 7 %.
+    gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, and
+        where matrices are averaged, tiles of rows read the B's that they use once each, behind `weigh_kernel`.
     programs: epilogues of chosen rows have so many at most, as far as blocks of WIDEST columns go: a chip holds 32 of
         one warp a multiprocessor, and a second wave waits for the whole chain again. One H100, 32 rows: an epilogue
         takes 8.9 us with narrow blocks, 6.5 so, and 6.1 with half as many, which no requests were timed with.
@@ -77,10 +80,12 @@ def tiles(
     gather: bool | None,
     rank: int = 1,
     programs: int = StepLimits.programs,
+    most_rows: int = 64,
 ) -> dict[str, int]:
     """Tiles of an epilogue over a group's columns: BM rows, two blocks of BH columns.
 
-    gather: of `AdapterLayout`, None without adapters. rank: of these. programs: of `StepLimits`.
+    gather: of `AdapterLayout`, None without adapters. rank: of these. programs: of `StepLimits`. most_rows: BM of
+    matrix products at most.
 
     Raises:
         NotImplementedError: no tile divides the columns.
@@ -91,8 +96,12 @@ def tiles(
         raise NotImplementedError(
             f"decode_step: expected columns of {epilogue} in blocks of 16, found {columns} ({head_dim} a head)"
         )
-    # chosen rows of B are read by a program for each row; every B by matrix products, which have 16 rows
-    bm = min(8, power(rows)) if gather is None else 1 if gather else max(16, power(rows))
+    if gather is False:  # matrix products: of 16 rows at least; blocks widen as long as programs fill the chip
+        bm = min(most_rows, max(WEIGHED_ROWS, power(rows)))
+        while math.ceil(rows / bm) * columns > 4 * bh * PROGRAMS and block % (2 * bh) == 0 and 2 * bh <= bm:
+            bh *= 2
+        return dict(BM=bm, BH=bh)
+    bm = min(8, power(rows)) if gather is None else 1  # chosen rows of B are read by a program for each row
     widest = min(WIDEST, ONE_WARP // rank)
     while gather and rows * columns > 2 * bh * programs and block % (2 * bh) == 0 and 2 * bh <= widest:
         bh *= 2
@@ -104,34 +113,35 @@ def qkv_step(
     stream: ResidualStream,
     group: Group,
     state: StepState,
-    choice: Choice | None = None,
+    choice: Choice | Chooser | None = None,
     limits: StepLimits = StepLimits(),
     *,
     angles: tuple[jax.Array, jax.Array],
-    slot: jax.Array,
+    slots: jax.Array,
     head_dim: int,
 ) -> tuple[jax.Array, StepState]:
     """Queries, keys and values of one layer, with rotary embedding; keys and values go into the cache.
 
     Args:
-        choice: None adds no adapters.
-        angles: cosines and sines, float32 [M, H/2]. slot: int32 [1], the cache's that is written.
+        choice: None adds no adapters. A Chooser is asked by XLA, between product and epilogue.
+        angles: cosines and sines, float32 [M, H/2]. slots: int32 [M], `StepTokens.slots`.
 
     Returns:
-        (queries [M, N H], the state with the slot and the trace written).
+        (queries [M, N H], the state with the slots and the trace written).
 
     Raises:
         NotImplementedError: a shape that no tile serves.
     """
-    rows, queries = state.rows, group.splits[0]
-    layout = adapter_layout(group, state, choice, limits)
+    rows, queries = stream.x.shape[0], group.splits[0]
+    product, choice, state = _product(layer, rows, stream.scaled, stream.squares, group, state, choice)
+    layout = adapter_layout(group, rows, state, choice, limits)
     size = _tiles("qkv", group, rows, layout, limits, head_dim)
-    (q, keys, values), state = _epilogue(
-        "qkv", layer, stream.scaled, group, state, choice, layout, size, squares=stream.squares,
-        inputs=(*angles, slot), outputs=(shape((rows, queries), stream.x.dtype),), in_place=(state.keys, state.values),
-        Q=queries, KV=group.splits[1], H=head_dim, S=state.keys.shape[2],
+    (q, pages), state = _epilogue(
+        "qkv", layer, rows, stream.scaled, product, group, state, choice, layout, size, squares=stream.squares,
+        inputs=(*angles, slots), outputs=(shape((rows, queries), stream.x.dtype),), in_place=(state.pages,),
+        Q=queries, KV=group.splits[1], H=head_dim, SLOTS=state.blocks * state.pages.shape[1],
     )  # fmt: skip
-    return q, dataclasses.replace(state, keys=keys, values=values)
+    return q, dataclasses.replace(state, pages=pages)
 
 
 def silu_step(
@@ -139,15 +149,17 @@ def silu_step(
     stream: ResidualStream,
     group: Group,
     state: StepState,
-    choice: Choice | None = None,
+    choice: Choice | Chooser | None = None,
     limits: StepLimits = StepLimits(),
 ) -> tuple[jax.Array, StepState]:
     """(silu(gate) * up [at least M, F] of one layer, the state with the trace written); otherwise as `qkv_step`."""
-    rows, hidden = state.rows, group.splits[0]
-    layout = adapter_layout(group, state, choice, limits)
+    rows, hidden = stream.x.shape[0], group.splits[0]
+    product, choice, state = _product(layer, rows, stream.scaled, stream.squares, group, state, choice)
+    layout = adapter_layout(group, rows, state, choice, limits)
+    size = _tiles("silu", group, rows, layout, limits)
     (y,), state = _epilogue(
-        "silu", layer, stream.scaled, group, state, choice, layout, _tiles("silu", group, rows, layout, limits),
-        squares=stream.squares, outputs=(shape((max(rows, LEAST_ROWS), hidden), stream.x.dtype),), F=hidden,
+        "silu", layer, rows, stream.scaled, product, group, state, choice, layout, size, squares=stream.squares,
+        outputs=(shape((max(rows, LEAST_ROWS), hidden), stream.x.dtype),), F=hidden,
     )  # fmt: skip
     return y, state
 
@@ -157,7 +169,7 @@ def residual_step(
     x: jax.Array,
     group: Group,
     state: StepState,
-    choice: Choice | None = None,
+    choice: Choice | Chooser | None = None,
     limits: StepLimits = StepLimits(),
     *,
     residual: jax.Array,
@@ -173,26 +185,29 @@ def residual_step(
     Returns:
         (the stream, the state with the trace written).
     """
-    rows, columns = state.rows, group.columns
-    layout = adapter_layout(group, state, choice, limits)
+    rows, columns = residual.shape[0], group.columns
+    product, choice, state = _product(layer, rows, x, None, group, state, choice)
+    layout = adapter_layout(group, rows, state, choice, limits)
     size = _tiles("residual", group, rows, layout, limits)
     scaled = shape((max(rows, LEAST_ROWS), columns), x.dtype)
     squares = shape((rows, columns // (2 * size["BH"])), jnp.float32)
     (scaled, squares, y), state = _epilogue(
-        "residual", layer, x, group, state, choice, layout, size, inputs=(next_scale,), outputs=(scaled, squares),
-        in_place=(residual,),  # a program reads the columns that it writes
+        "residual", layer, rows, x, product, group, state, choice, layout, size, inputs=(next_scale,),
+        outputs=(scaled, squares), in_place=(residual,),  # a program reads the columns that it writes
         O=columns, L=group.w.shape[0], NEXT=next_layer,
     )  # fmt: skip
     return ResidualStream(y, scaled, squares), state
 
 
-def adapter_layout(group: Group, state: StepState, choice: Choice | None, limits: StepLimits) -> AdapterLayout | None:
+def adapter_layout(
+    group: Group, rows: int, state: StepState, choice: Choice | None, limits: StepLimits
+) -> AdapterLayout | None:
     """Where an epilogue finds the group's adapters, shrinks and routing; None without adapters.
 
     Raises:
-        NotImplementedError: more than MAX_ROWS rows, or gates or A's that are not where a kernel reads them.
+        NotImplementedError: more than MAX_ROWS rows, gates or A's that are not where a kernel reads them, or matrices
+            to be averaged of a bank too wide for that.
     """
-    rows = state.rows
     if rows > MAX_ROWS:
         raise NotImplementedError(f"decode_step: expected at most {MAX_ROWS} rows, found {rows}")
     if choice is None:
@@ -200,6 +215,8 @@ def adapter_layout(group: Group, state: StepState, choice: Choice | None, limits
     gates, compact = choice.counts is not None, group.a is not None
     if not group.packed and (gates or not compact):
         raise NotImplementedError("decode_step: expected gates and A's behind the kernel's rows, found none")
+    if compact and choice.fused is not None:
+        raise NotImplementedError("decode_step: expected adapters of a wide bank one by one, found fused ones")
     assert group.b is not None
     adapters, rank = group.b.shape[1:3]
     c, p = choice.top_k, len(group.splits)
@@ -209,10 +226,13 @@ def adapter_layout(group: Group, state: StepState, choice: Choice | None, limits
         row = group.columns + p * group.packed
         place = dict(start=group.columns, projection=group.packed, row=row, first_shrink=group.first_shrink)
     traced = state.indices.shape[2] * c if gates else 0  # a row's, of all projections
+    each = choice.indices is not None and choice.indices.ndim == 3  # a routing of its own for each projection
     return AdapterLayout(
-        A=adapters, R=rank, C=c, gates=gates and not compact, gather=compact or rows * c <= limits.gather * adapters,
-        compact=compact, parts=shrink_parts(group, rows, c), **place,
-        routing_layer=rows * traced, routing_row=traced or c, routing_projection=c if gates else 0,
+        A=adapters, G=group.gates, R=rank, C=c, gates=gates and not compact,
+        gather=compact or (choice.fused is None and rows * c <= limits.gather * adapters),
+        fused=choice.fused is not None, compact=compact, parts=shrink_parts(group, rows, c), **place,
+        routing_layer=rows * traced, routing_row=traced or (p * c if each else c),
+        routing_projection=c if gates or each else 0,
         routing_first=group.first_projection * c if gates else 0,
     )  # fmt: skip
 
@@ -230,24 +250,42 @@ def _tiles(
 ) -> dict[str, int]:
     """`tiles` of a group."""
     adapters = (None, 1) if layout is None else (layout.gather, layout.RP)
-    return tiles(rows, group.columns, epilogue, head_dim, *adapters, limits.programs)
+    most = 64 if group.w.dtype.itemsize == 2 else 16  # float32 has no tensor cores: what is in no register is spilt
+    return tiles(rows, group.columns, epilogue, head_dim, *adapters, limits.programs, most)
 
 
-def _product(x: jax.Array, group: Group, layer: int) -> jax.Array:
-    """float32 [rows of x, O + P packed]: x W of a layer, read where it is stacked."""
+def _product(
+    layer: int, rows: int, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState,
+    choice: Choice | Chooser | None,
+) -> tuple[jax.Array, Choice | None, StepState]:  # fmt: skip
+    """x W of a layer, read where it is stacked, float32 [rows of x, O + P packed]; and what acts behind it: the choice,
+    as a Chooser made it of the product, and the state with that choice traced."""
     form = "mi,oi->mo" if group.packed else "mi,io->mo"
-    return jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
+    product = jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
+    if choice is None or isinstance(choice, Choice):
+        return product, choice, state
+    p = len(group.splits)
+    logits = product[:rows, group.columns :].reshape(rows, p, group.packed)[..., : group.gates]
+    x = x[:rows]
+    if squares is not None:
+        factor = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / x.shape[1] + (group.eps or 0.0))
+        x, logits = (x.astype(jnp.float32) * factor).astype(x.dtype), logits * factor[..., None]
+    choice = choice(x, logits)
+    own = layer, slice(None), slice(group.first_projection, group.first_projection + p)
+    indices, weights = state.indices.at[own].set(choice.indices), state.weights.at[own].set(choice.weights)
+    return product, choice, dataclasses.replace(state, indices=indices, weights=weights)
 
 
 def _epilogue(
-    epilogue: Epilogue, layer: int, x: jax.Array, group: Group, state: StepState, choice: Choice | None,
-    layout: AdapterLayout | None, size: Mapping[str, int], *, squares: jax.Array | None = None,
+    epilogue: Epilogue, layer: int, rows: int, x: jax.Array, product: jax.Array, group: Group, state: StepState,
+    choice: Choice | None, layout: AdapterLayout | None, size: Mapping[str, int], *, squares: jax.Array | None = None,
     inputs: tuple[jax.Array, ...] = (), outputs: tuple[jax.ShapeDtypeStruct, ...] = (),
     in_place: tuple[jax.Array, ...] = (), **constants: Hashable,
 ) -> tuple[tuple[jax.Array, ...], StepState]:  # fmt: skip
-    """The product of one layer's group and its epilogue.
+    """The epilogue of one layer's group.
 
     Args:
+        x, product: what `_product` was given, and gave.
         squares: of the residual stream; None where no norm is before the group.
         inputs, outputs, in_place, constants: the epilogue kernel's own, arrays in its order. in_place: inputs that
             are changed, and are its outputs behind `outputs`.
@@ -257,41 +295,69 @@ def _epilogue(
     """
     number = jnp.full((1,), layer, jnp.int32)
     unused = number  # an array in the place of one that the kernel does not read
-    product = _product(x, group, layer)
     norm = {} if squares is None else dict(I=x.shape[1], EPS=group.eps, PARTS=squares.shape[1])
-    shrinks, adapters, traces = product, (unused,) * 6, (unused, unused)
+    shrinks, used, adapters, traces = product, unused, (unused,) * 6, (unused, unused)
     if choice is not None and layout is not None:
         if layout.compact:
-            shrinks, state = _shrink(number, x, squares, group, state, choice, product, layout)
+            shrinks, state = _shrink(number, rows, x, squares, group, state, choice, product, layout)
             if choice.counts is not None:  # what that launch chose
                 choice = Choice(choice.top_k, indices=state.indices, weights=state.weights)
-        if layout.gates:
+        elif not layout.gather:
+            shrinks, used, state = _weigh(number, rows, x, squares, group, state, choice, product, layout)
+        if layout.gates and layout.gather:
             traces = state.indices, state.weights
-        routing = (choice.counts, choice.temperatures, choice.indices, choice.weights)
+        routing = (choice.counts, choice.temperatures, choice.indices, choice.weights) if layout.gather else (None,) * 4
         adapters = tuple(unused if z is None else z for z in (group.b, group.scale, *routing))
-    read = (number, product, *(() if squares is None else (squares,)), shrinks, *adapters, *inputs)
+    read = (number, product, *(() if squares is None else (squares,)), shrinks, used, *adapters, *inputs)
     changed = (*in_place, *traces)
     one_warp = layout is None or (layout.gather and layout.RP * size["BH"] <= ONE_WARP)
     results = launch(
         EPILOGUE_MODULE, KERNELS[epilogue], *read, *changed,
         out=(*outputs, *(shape(z.shape, z.dtype) for z in changed)),
         aliases={len(read) + i: len(outputs) + i for i, z in enumerate(changed) if z is not unused},
-        grid=(group.columns // (2 * size["BH"]), math.ceil(state.rows / size["BM"])),
+        grid=(group.columns // (2 * size["BH"]), math.ceil(rows / size["BM"])),
         warps=1 if one_warp and size["BM"] == 1 else 4,
-        M=state.rows, ROW=product.shape[1], ADAPTERS=layout, **norm, **constants, **size,
+        M=rows, ROW=product.shape[1], ADAPTERS=layout, **norm, **constants, **size,
     )  # fmt: skip
-    if layout is not None and layout.gates:
+    if traces[0] is not unused:
         state = dataclasses.replace(state, indices=results[-2], weights=results[-1])
     return results[:-2], state
 
 
+def _weigh(
+    number: jax.Array, rows: int, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState,
+    choice: Choice, product: jax.Array, layout: AdapterLayout,
+) -> tuple[jax.Array, jax.Array, StepState]:  # fmt: skip
+    """What `weigh_kernel` makes of the shrinks behind the product [M, P, KP], which blocks of B its tiles use int32
+    [P, tiles, KP / BK], and the state with the trace of what gates chose."""
+    assert group.b is not None
+    p, unused = len(group.splits), number
+    traces = (state.indices, state.weights) if layout.gates else (unused, unused)
+    fused = None if choice.fused is None else choice.fused.astype(jnp.int32)
+    routing = (choice.counts, choice.temperatures, choice.indices, choice.weights, fused)
+    given = (unused if z is None else z for z in (squares, group.scale, *routing))
+    read = (number, product, *given)
+    grid = math.ceil(rows / WEIGHED_ROWS), p, layout.KP // layout.BK
+    h, used, indices, weights = launch(
+        ADAPTER_MODULE, "weigh_kernel", *read, *traces,
+        out=(
+            shape((rows, p, layout.KP), group.b.dtype), shape((p, grid[0], grid[2]), jnp.int32),
+            *(shape(z.shape, z.dtype) for z in traces),
+        ),
+        aliases={len(read): 2, len(read) + 1: 3} if layout.gates else {}, grid=grid,
+        M=rows, I=x.shape[1], P=p, NORM=squares is not None, EPS=group.eps or 0.0,
+        PARTS=1 if squares is None else squares.shape[1], ADAPTERS=layout, BM=WEIGHED_ROWS,
+    )  # fmt: skip
+    return h, used, dataclasses.replace(state, indices=indices, weights=weights) if layout.gates else state
+
+
 def _shrink(
-    number: jax.Array, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState, choice: Choice,
-    product: jax.Array, layout: AdapterLayout,
+    number: jax.Array, rows: int, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState,
+    choice: Choice, product: jax.Array, layout: AdapterLayout,
 ) -> tuple[jax.Array, StepState]:  # fmt: skip
     """The shrinks of the chosen adapters of a wide bank, float32 [parts, M, P, C, R]; what gates choose is traced."""
     assert group.a is not None
-    rows, width, p, parts = state.rows, x.shape[1], len(group.splits), layout.parts
+    width, p, parts = x.shape[1], len(group.splits), layout.parts
     gates, unused = choice.counts is not None, number
     traces = (state.indices, state.weights) if gates else (unused, unused)
     routing = (unused if z is None else z for z in (choice.counts, choice.temperatures, choice.indices))
@@ -308,47 +374,7 @@ def _shrink(
     return shrinks, dataclasses.replace(state, indices=indices, weights=weights) if gates else state
 
 
-def attend(
-    layer: int,
-    q: jax.Array,
-    state: StepState,
-    positions: jax.Array,
-    slot_positions: jax.Array,
-    used: jax.Array,
-    heads: int,
-    head_dim: int,
-) -> jax.Array:
-    """Attention of one token a row over its cache, [at least M, N H]: the input of a product.
-
-    Args:
-        q: [M, N H], with rotary embedding. positions: int32 [M], the tokens'. slot_positions: int32 [M, S], those of
-            the tokens in the slots, EMPTY for none. used: int32 [1], slots written. heads: N.
-        head_dim: H, a power of two.
-
-    Raises:
-        NotImplementedError: heads that no tile has.
-    """
-    rows, slots, kv = state.keys.shape[1:]
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        raise NotImplementedError(f"decode_step: expected heads of a power of two, 16 or wider, found {head_dim}")
-    groups = kv // head_dim
-    # a part is long enough to be worth a program, and there are enough programs to fill the chip
-    block = 64 if head_dim <= 128 else 32
-    parts = max(1, min(32, slots // block, math.ceil(4 * PROGRAMS / (rows * groups))))
-    part = math.ceil(slots / (parts * block)) * block
-    parts = math.ceil(slots / part)
-    result = shape((max(rows, LEAST_ROWS), heads * head_dim), q.dtype)
-    number = jnp.full((1,), layer, jnp.int32)
-    (y,) = launch(
-        ATTENTION_MODULE, "attend_kernel", number, q, state.keys, state.values, positions, slot_positions, used,
-        out=(result if parts == 1 else shape((parts, rows, heads, head_dim + 2), jnp.float32),),
-        grid=(rows, groups, parts), S=slots, KV=kv, G=heads // groups, GP=max(16, power(heads // groups)), PART=part,
-        EMPTY=EMPTY, FACTOR=head_dim**-0.5, BS=block, STAGES=3, M=rows, N=heads,
-        H=head_dim, PARTS=parts,
-    )  # fmt: skip
-    if parts > 1:
-        (y,) = launch(
-            ATTENTION_MODULE, "combine_kernel", y, out=(result,), grid=(rows * heads,), M=rows, N=heads, H=head_dim,
-            PARTS=parts,
-        )  # fmt: skip
-    return y
+def attend(layer: int, q: jax.Array, state: StepState, tokens: StepTokens, heads: int, head_dim: int) -> jax.Array:
+    """Attention of the step's tokens, [at least M, N H]: the input of a product. q: [M, N H], with rotary embedding."""
+    split = q.reshape(-1, heads, head_dim)
+    return paged_gpu.paged_attention(split, state.pages, tokens, layer * state.blocks, None, LEAST_ROWS)

@@ -22,6 +22,12 @@ QUERY_BLOCK = 16  # prompt tokens come in runs of so many, each run of one seque
 Implementation = Literal["reference", "triton"]
 
 
+def choose(platform: str, triton: bool, head_dim: int, window: int | None) -> Implementation:
+    """The implementation for heads of that width on "cpu", "gpu" or "tpu"; triton: whether it may be a launch."""
+    fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
+    return "triton" if platform == "gpu" and triton and fits and window is None else "reference"
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepTokens:
@@ -29,12 +35,18 @@ class StepTokens:
 
     positions int32 [M], each token's place in its own sequence, EMPTY for none. Those of a run are consecutive, with
     EMPTY only at its end. tables int32 [R, W]: the blocks of each sequence; what stands behind its last one is not read
-    but names a block. runs int32 [(M - R) / QUERY_BLOCK]: the sequence that each run belongs to.
+    but names a block. runs int32 [(M - R) / QUERY_BLOCK]: the sequence that each run belongs to. prompts int32 [R]: how
+    many tokens each sequence's prompt has, which attention does not ask.
     """
 
     positions: Any
     tables: Any
     runs: Any
+    prompts: Any
+
+    def lengths(self) -> jax.Array:
+        """int32 [M]: how many tokens a sequence has where a token is read: its whole prompt, or up to the token."""
+        return jnp.maximum(self.prompts[self.rows()], self.positions + 1)
 
     @property
     def decoding(self) -> int:
@@ -46,11 +58,11 @@ class StepTokens:
         own = jnp.arange(self.decoding, dtype=jnp.int32)
         return jnp.concatenate([own, jnp.repeat(self.runs, QUERY_BLOCK)])
 
-    def slots(self, block_size: int) -> jax.Array:
-        """int32 [M]: block * Bs + slot of each token in the first layer, EMPTY for none."""
-        at = jnp.maximum(self.positions, 0)
+    def slots(self, block_size: int, back: int = 0) -> jax.Array:
+        """int32 [M]: block * Bs + slot in the first layer of the token so many before each, EMPTY for none."""
+        at = jnp.maximum(self.positions - back, 0)
         block = self.tables[self.rows(), at // block_size]
-        return jnp.where(self.positions == EMPTY, EMPTY, block * block_size + at % block_size)
+        return jnp.where(self.positions < back, EMPTY, block * block_size + at % block_size)
 
 
 def paged_attention(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch as triton_launch
+from pallas_kernels.routed_lora import packing
 from pallas_kernels.routed_lora.api import LoraBank
 from pallas_kernels.topk_gating import TopK
 
@@ -44,12 +45,12 @@ def topk_gated_lora(
     bank: LoraBank,
     rule: TopK,
     base: Float[Array, "M O"],
-    first: int,
+    gates: int,
 ) -> tuple[Float[Array, "M O"], Int32[Array, "M P C"], Float[Array, "M P C"]]:
     """`topk_gating` and `routed_lora` in one launch: (base + update, indices, weights).
 
     product: float32, x times the gates and A's of a packed weight, N / P columns a projection: the logits of its
-    adapters, and from column `first` on its shrinks; see `packing`.
+    `gates` columns (the bank's adapters', and behind them any null choice's), and its shrinks; see `packing`.
     """
     rows, columns = product.shape
     adapters, rank, total = bank.b.shape
@@ -65,6 +66,6 @@ def topk_gated_lora(
         ),
         grid=(column_blocks(bank.splits, tiles["BN"]), math.ceil(rows / tiles["BM"])),
         warps=4 if tiles["BM"] <= 64 else 8,
-        M=rows, O=total, A=adapters, AP=power(adapters), K=adapters * rank, R=rank, C=rule.k, CP=power(rule.k),
-        W=columns // projections, FIRST=first, SPLITS=bank.splits, **tiles,
+        M=rows, O=total, A=adapters, G=gates, GP=power(gates), K=adapters * rank, R=rank, C=rule.k, CP=power(rule.k),
+        W=columns // projections, FIRST=packing.first_a_row(gates), SPLITS=bank.splits, **tiles,
     )  # fmt: skip

@@ -74,7 +74,7 @@ def masked_expand(
 
 @triton.jit
 def gated_expand_kernel(
-    h_ptr,  # float32 [M, P, W]: the gates' logits in columns 0 .. A, the shrink from column FIRST on
+    h_ptr,  # float32 [M, P, W]: the gates' logits in columns 0 .. G, the shrink from column FIRST on
     b_ptr,  # [K, O], K = A * R
     scale_ptr,  # float32 [P, A]
     count_ptr,  # int32 [M]: how many adapters a row takes
@@ -86,7 +86,8 @@ def gated_expand_kernel(
     M: tl.constexpr,
     O: tl.constexpr,
     A: tl.constexpr,
-    AP: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -104,7 +105,7 @@ def gated_expand_kernel(
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = first + tl.arange(0, BN)
     h_ptr += p * W
-    adapters, weights = top_k_softmax(h_ptr, count_ptr, temperature_ptr, rows, M, A, AP, C, CP, P * W, BM)
+    adapters, weights = top_k_softmax(h_ptr, count_ptr, temperature_ptr, rows, M, A, G, GP, C, CP, P * W, BM)
     which = tl.arange(0, CP)
     choice = (rows[:, None] * P + p) * C + which[None, :]
     inside = (rows < M)[:, None] & (which < C)[None, :] & (first == start)  # one block writes

@@ -2,6 +2,9 @@
 
     s, idx = top_k(g, C);  w = softmax(s / temperature)      MeteoRA (arXiv 2405.13053), section 3
 
+Logits may have a column more than there are adapters: the null choice, an adapter whose dW is zero. It competes in the
+top-k and takes its softmax weight, so that an adapter chosen beside it acts with the rest; it leaves as NO_ADAPTER.
+
 NVIDIA GPUs choose inside the launch that needs the choice, by `triton_kernels.choose`, which must agree with this file.
 """
 
@@ -14,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-NO_ADAPTER = -1  # the null choice: weight 0, no adapter
+NO_ADAPTER = -1  # nothing acts, whatever the weight
 
 
 @jax.tree_util.register_dataclass
@@ -53,22 +56,26 @@ def top_k(logits: Float[Array, "*L A"], k: int) -> tuple[Float[Array, "*L k"], I
 
 
 def topk_gating(
-    logits: Float[Array, "*L P A"], rule: TopK, allowed: Bool[Array, "B A"] | None = None
+    logits: Float[Array, "*L P G"], rule: TopK, allowed: Bool[Array, "B A"] | None = None, adapters: int | None = None
 ) -> tuple[Int32[Array, "*L P C"], Float[Array, "*L P C"]]:
     """(indices, weights) of every token at every projection; C is the rule's k.
 
     Args:
         logits: the gates'. The rule's rows B are the first axis of L; the other axes share a row's rule.
-        allowed: the adapters that a row may choose; None: all.
+        allowed: the adapters that a row may choose, beside the null choice; None: all.
+        adapters: columns from there on are null choices; None: every column is an adapter's.
 
     Returns:
-        indices NO_ADAPTER with weight 0 beyond a row's count; the other weights of a token sum to 1.
+        indices NO_ADAPTER with weight 0 beyond a row's count; the other weights of a token sum to 1, that of a null
+        choice, NO_ADAPTER too, among them.
     """
 
     def along_rows(z: jax.Array) -> jax.Array:
         return z.reshape(z.shape[0], *(1,) * (logits.ndim - 1))
 
+    adapters = logits.shape[-1] if adapters is None else adapters
     if allowed is not None:
+        allowed = jnp.pad(allowed, ((0, 0), (0, logits.shape[-1] - allowed.shape[-1])), constant_values=True)
         logits = jnp.where(allowed.reshape(len(allowed), *(1,) * (logits.ndim - 2), -1), logits, -jnp.inf)
     values, indices = top_k(logits, rule.k)
     places = jnp.arange(rule.k, dtype=jnp.int32).reshape(*(1,) * (logits.ndim - 1), -1)
@@ -77,4 +84,4 @@ def topk_gating(
     values = jnp.where(taken, values - values[..., :1], 0.0) / along_rows(rule.temperatures)
     weights = jnp.where(taken, jnp.exp(values), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.where(taken, indices, NO_ADAPTER), weights / jnp.where(total > 0, total, 1.0)
+    return jnp.where(taken & (indices < adapters), indices, NO_ADAPTER), weights / jnp.where(total > 0, total, 1.0)

@@ -13,22 +13,24 @@ import triton.language as tl
 
 @triton.jit
 def top_k_softmax(
-    logit_ptr, count_ptr, temperature_ptr, rows, M: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, factor=1.0,
+    logit_ptr, count_ptr, temperature_ptr, rows, M: tl.constexpr, A: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, factor=1.0,
 ):  # fmt: skip
-    """The C largest of each row's A logits (ties to the lowest index) and their softmax.
+    """The C largest of each row's G logits (ties to the lowest index) and their softmax.
 
-    logit_ptr: float32 [M, A], rows ROW elements apart. count_ptr: int32 [M], how many adapters a row takes, at most C.
-    temperature_ptr: float32 [M]. rows: int32 [BM]. AP, CP: A and C, rounded up to powers of two.
+    logit_ptr: float32 [M, G], rows ROW elements apart; of the columns the first A are adapters', the others null.
+    count_ptr: int32 [M], how many adapters a row takes, at most C.
+    temperature_ptr: float32 [M]. rows: int32 [BM]. GP, CP: G and C, rounded up to powers of two.
     factor: what the logits are times before they are compared, [BM, 1] or a number.
 
-    Returns (adapters int32, weights float32), each [BM, CP]; from a row's count on, -1 and 0.
+    Returns (adapters int32, weights float32), each [BM, CP]; from a row's count on, -1 and 0. A null choice is -1 with
+    its weight.
     """
-    columns = tl.arange(0, AP)
-    inside = (rows < M)[:, None] & (columns < A)[None, :]
+    columns = tl.arange(0, GP)
+    inside = (rows < M)[:, None] & (columns < G)[None, :]
     place = rows[:, None] * ROW + columns[None, :]
     logits = tl.load(logit_ptr + place, mask=inside, other=0.0, cache_modifier=".cg") * factor
-    logits = tl.where((columns < A)[None, :], logits, float("-inf"))
+    logits = tl.where((columns < G)[None, :], logits, float("-inf"))
     count = tl.load(count_ptr + rows, mask=rows < M, other=0)
     temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)
     which = tl.arange(0, CP)
@@ -37,10 +39,10 @@ def top_k_softmax(
     best = tl.max(logits, axis=1)
     for c in tl.static_range(C):
         value = tl.max(logits, axis=1)
-        adapter = tl.min(tl.where(logits == value[:, None], columns[None, :], AP), axis=1)
+        adapter = tl.min(tl.where(logits == value[:, None], columns[None, :], GP), axis=1)
         logits = tl.where(columns[None, :] == adapter[:, None], float("-inf"), logits)
         here = (which == c)[None, :] & (count > c)[:, None]
-        adapters = tl.where(here, adapter[:, None], adapters)
+        adapters = tl.where(here & (adapter < A)[:, None], adapter[:, None], adapters)
         values = tl.where(here, ((value - best) / temperature)[:, None], values)
     weights = tl.exp(values)
     total = tl.sum(weights, axis=1)

@@ -35,4 +35,4 @@ weights = {k: v.astype(np.float16) for k, v in load_file(f"{source}/weights.safe
 save_file(weights, f"{dest}/weights.safetensors")
 PY
 meteora evaluate --base "$work/base" --bank "$work/bank" --gates "$out/gates" --tasks "$tasks" \
-    --out "$out/evaluation" --limit "${EACH:-100}" --batch-size 50
+    --out "$out/evaluation" --limit "${EACH:-100}"

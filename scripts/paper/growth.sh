@@ -10,6 +10,6 @@ train=(meteora train gates --base "$BASE" --tasks "$TASKS")
 [ -f "$OUT/gates-small/gates.json" ] || "${train[@]}" --bank "$OUT/bank-small" --out "$OUT/gates-small"
 [ -f "$OUT/gates-grown/gates.json" ] || "${train[@]}" --bank "$OUT/bank" --out "$OUT/gates-grown" --extend "$OUT/gates-small"
 judge=(meteora evaluate --base "$BASE" --bank "$OUT/bank" --gates "$OUT/gates-grown" --tasks "$TASKS" --max-prompt 2048)
-"${judge[@]}" --systems gates-top1,gates-top2 --limit "${LIMIT:-100}" --batch-size 128 --out "$OUT/evaluation/grown"
-"${judge[@]}" --systems gates-top2-t1 --composite "${COMPOSITE:-3,5,10}" --batch-size 50 \
+"${judge[@]}" --systems gates-top1,gates-top2 --limit "${LIMIT:-100}" --out "$OUT/evaluation/grown"
+"${judge[@]}" --systems gates-top2-t1 --composite "${COMPOSITE:-3,5,10}" \
     --out "$OUT/evaluation/grown-composite"

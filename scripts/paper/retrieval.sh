@@ -9,4 +9,4 @@ seen=(retrieval-selection retrieval-mixture retrieval-fusion gates-top2 gates-wi
 systems=$(IFS=, && echo "${seen[*]},${seen[*]/%/-unseen}")
 meteora evaluate --base "$BASE" --bank "$OUT/bank" --gates "$OUT/gates" --index "$OUT/index" --tasks "$TASKS" \
     --systems "$systems" \
-    --limit "${LIMIT:-40}" --max-prompt 2048 --batch-size 128 --out "$OUT/evaluation/retrieval"
+    --limit "${LIMIT:-40}" --max-prompt 2048 --out "$OUT/evaluation/retrieval"

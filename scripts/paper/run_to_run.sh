@@ -8,8 +8,8 @@ for seed in ${SEEDS:-0 1}; do
     [ -f "$gates/gates.json" ] || meteora train gates --base "$BASE" --bank "$OUT/bank" --tasks "$TASKS" --out "$gates" \
         --seed "$seed"
     judge=(meteora evaluate --base "$BASE" --bank "$OUT/bank" --gates "$gates" --tasks "$TASKS" --max-prompt 2048)
-    "${judge[@]}" --systems oracle,gates-top1,gates-top2 --limit "${LIMIT:-100}" --batch-size 128 \
+    "${judge[@]}" --systems oracle,gates-top1,gates-top2 --limit "${LIMIT:-100}" \
         --out "$OUT/evaluation/single-seed-$seed"
     "${judge[@]}" --systems gates-top1-t1,gates-top2-t1 --composite "${COMPOSITE:-3,5,10}" \
-        --batch-size 50 --out "$OUT/evaluation/composite-seed-$seed"
+        --out "$OUT/evaluation/composite-seed-$seed"
 done

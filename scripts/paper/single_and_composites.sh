@@ -21,6 +21,6 @@ for rank in 8 "$large"; do
 done
 judge=(meteora evaluate --base "$BASE" --bank "$OUT/bank" --gates "$OUT/gates" --tasks "$TASKS" --max-prompt 2048)
 "${judge[@]}" --systems "base,oracle,gates-top1,gates-top2$banks" --limit "${LIMIT:-100}" \
-    --batch-size 128 --out "$OUT/evaluation/single"
+    --out "$OUT/evaluation/single"
 "${judge[@]}" --systems "base,gates-top1-t1,gates-top2-t1$banks" --composite "${COMPOSITE:-3,5,10}" \
-    --batch-size 50 --out "$OUT/evaluation/composite"
+    --out "$OUT/evaluation/composite"

@@ -1,6 +1,6 @@
 """Task data: prompts with their right answers, in three splits that never share an input.
 
-A folder of tasks is `TASKS/<task>/{train,test,holdout}.jsonl`; a line is `{"prompt": ..., "response": ...}`.
+A folder of tasks is `TASKS/<task>/{train,test,holdout}.jsonl`, a line an example (`meteora_jax.examples`).
 Each family of tasks has a module here that writes such folders (`bigbench`, `hub`); everything that trains or
 scores reads them with `load_split`. Holdout is scored once, for a release, and never trained on or tuned on.
 """
@@ -9,13 +9,15 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from meteora_jax.config import InputError, read_lines
+from meteora_jax.examples import Example as Example
+from meteora_jax.examples import parse_example, record_of
 from meteora_jax.io.files import whole_file
-from meteora_jax.text import check_text
 
 SPLITS = ("train", "test", "holdout")
 
@@ -54,14 +56,6 @@ METEORA_TASKS = (
 SUBSTITUTES = (
     "hyperbaton", "logical_fallacy_detection", "navigate", "sports_understanding", "temporal_sequences", "timedial",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Example:
-    """One problem of a task: what the model reads, and the answer that it should write."""
-
-    prompt: str
-    response: str
 
 
 @dataclass(frozen=True)
@@ -131,41 +125,52 @@ def write_task(
     return TaskCounts(task, **sizes, pinned=len(pinned), listed=len(listed))
 
 
-def write_splits(task_dir: Path, splits: Mapping[str, Iterable[Example]]) -> None:
-    """Write `task_dir/<split>.jsonl` for each split; a file is complete or it is not there."""
+def write_splits(
+    task_dir: Path, splits: Mapping[str, Iterable[Example]], record: Callable[[Any], dict[str, Any]] = record_of
+) -> None:
+    """Write `task_dir/<split>.jsonl` for each split, a `record` a line; a file is complete or it is not there."""
     task_dir.mkdir(parents=True, exist_ok=True)
     for split, examples in splits.items():
-        lines = (json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+        lines = (json.dumps(record(example), ensure_ascii=False) + "\n" for example in examples)
         with whole_file(task_dir / f"{split}.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(lines)
 
 
 def load_split(tasks_dir: Path, task: str, split: str) -> list[Example]:
-    """Examples of `<tasks_dir>/<task>/<split>.jsonl`, in file order; a bad line raises `InputError`."""
+    """Examples of `<tasks_dir>/<task>/<split>.jsonl`, in file order; bad lines raise `InputError`, all together."""
     path = tasks_dir / task / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: expected the {split} split of {task}, found no file")
-    return [parse_example(line, where) for where, line in read_lines(path)]
+    examples, problems = [], []
+    for where, line in read_lines(path):
+        try:
+            examples.append(parse_example(line, where))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return examples
 
 
-def parse_example(line: bytes, where: str) -> Example:
-    """The example of one line `{"prompt": ..., "response": ...}`; `where` begins the message of a refusal."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or beyond Python's own limits
-        found = _shortened(line.decode(errors="replace"))
-        raise InputError(f"{where}: expected a JSON object, found {found} ({error})") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: expected a JSON object, found {_shortened(record)}")
-    for key in ("prompt", "response"):
-        if key not in record:
-            raise InputError(f"{where}: {key}: expected a string, found only the keys {sorted(record)}")
-        if not isinstance(record[key], str):
-            raise InputError(f"{where}: {key}: expected a string, found {_shortened(record[key])}")
-        check_text(record[key], f"{where}: {key}")
-    return Example(record["prompt"], record["response"])
+def load_splits(tasks_dir: Path, tasks: Sequence[str], split: str) -> dict[str, list[Example]]:
+    """Every task's examples of a split; what is wrong with any of them is said together.
+
+    Raises:
+        InputError: a task is named twice, or a file is missing, empty or malformed.
+    """
+    problems = [f"{tasks_dir / task}: expected a task once, found it twice" for task in _repeated(tasks)]
+    loaded = {}
+    for task in dict.fromkeys(tasks):
+        try:
+            loaded[task] = load_split(tasks_dir, task, split)
+            if not loaded[task]:
+                problems.append(f"{tasks_dir / task / f'{split}.jsonl'}: expected {split} examples, found none")
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return loaded
 
 
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]

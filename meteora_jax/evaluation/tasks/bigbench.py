@@ -26,9 +26,9 @@ from meteora_jax.evaluation.tasks import (
     Example,
     TaskCounts,
     load_split,
-    parse_example,
     write_task,
 )
+from meteora_jax.examples import parse_example
 from meteora_jax.text import check_text
 
 NOT_BIGBENCH = (

@@ -1,0 +1,284 @@
+"""Continuous batching: requests come and go while others decode.
+
+The host plans a dispatch, hands it to the device and does not wait: while the device works, the tokens of the dispatch
+before are read, and what they end is taken out. Everything that decides who is served is `Scheduler`, which knows of no
+device; everything the device does is `run_steps`, which knows of no request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.engine.batch import Dispatch, dispatch_of, prompt_sizes, row_sizes
+from meteora_jax.engine.prefix_cache import PrefixCache
+from meteora_jax.engine.request import Progress, Request, check_prompts
+from meteora_jax.engine.scheduler import Limits, Scheduler
+from meteora_jax.engine.step import EngineState, StepResult, new_state, run_steps
+from meteora_jax.routing import NO_ADAPTER
+from meteora_jax.sharding import Params, fetch, place_whole, use_mesh
+from meteora_jax.text import TextStream
+from pallas_kernels.paged_attention import EMPTY, QUERY_BLOCK
+
+Decode = Callable[[Sequence[int]], str]
+IN_FLIGHT = 2  # dispatches: one that the device works on, one behind it
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSize:
+    """How much an engine holds at once.
+
+    rows: sequences. tokens: of prompts and decoding rows in one step. blocks, block_size: of the paged cache; all
+    sequences share blocks * block_size positions.
+    """
+
+    rows: int
+    tokens: int
+    blocks: int
+    block_size: int = 16
+
+    def __post_init__(self):
+        if self.tokens < self.rows + QUERY_BLOCK:
+            expected = f"at least {self.rows + QUERY_BLOCK} (rows and {QUERY_BLOCK} of a prompt)"
+            raise InputError(f"Engine: tokens: expected {expected}, found {self.tokens}")
+
+
+@dataclasses.dataclass
+class Counters:
+    """What an engine has done since it was made."""
+
+    dispatches: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+
+class Handle:
+    """A request that was submitted: its tokens as they come, and its end."""
+
+    def __init__(self, engine: EngineCore, progress: Progress, decode: Decode | None):
+        self._engine, self.progress = engine, progress
+        self._stops = TextStream(decode, progress.request.stop) if progress.request.stop and decode else None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.progress.finish_reason is not None
+
+    def tokens(self) -> Iterator[list[int]]:
+        """The response's new tokens, piece by piece, until its end."""
+        seen = 0
+        while True:
+            done = self.done
+            if len(self.progress.tokens) > seen:
+                piece = self.progress.tokens[seen:]
+                seen += len(piece)
+                yield piece
+            elif done:
+                return
+            else:
+                self._engine.advance(self)
+
+    def wait(self) -> Progress:
+        """The finished request."""
+        while not self.done:
+            self._engine.advance(self)
+        return self.progress
+
+    def cancel(self) -> None:
+        """Ends the request; what it has said stays."""
+        self._engine.cancel(self)
+
+    def _take(self, tokens: list[int]) -> bool:
+        """Adds tokens, as far as no stop string ends the response in them; whether one did."""
+        if self._stops is None:
+            self.progress.tokens += tokens
+            return False
+        self._stops.push(tokens)
+        self.progress.tokens = list(self._stops.tokens)
+        return self._stops.stopped
+
+
+class EngineCore:
+    """Serves requests by one model. Who waits for a result moves it on; so may a thread by `step`."""
+
+    def __init__(
+        self, graph: nnx.GraphDef, weights: Params, config: LlamaConfig, size: EngineSize, *, mesh: Mesh | None = None,
+        decode: Decode | None = None, prefix_cache: bool = True,
+    ):  # fmt: skip
+        """decode: token ids -> text, which stop strings need."""
+        self.graph, self.weights, self.config, self.size, self.mesh = graph, weights, config, size, mesh
+        self.counters = Counters()
+        grows = config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic"
+        # there a prompt's keys depend on its length
+        cache = PrefixCache(size.blocks, size.block_size, prefix_cache and not grows)
+        self.scheduler = Scheduler(Limits(size.rows, size.tokens), cache)
+        self._decode = decode
+        self.row_sizes, self.prompt_sizes = row_sizes(size.rows), prompt_sizes(size.tokens)
+        most = size.blocks
+        self.table_sizes = (*(8 << 2 * i for i in range(12) if 8 << 2 * i < most), most)
+        self._end = place_whole(jnp.asarray(config.eos_token_ids or (-1,), jnp.int32), mesh)
+        self._handles: dict[int, Handle] = {}
+        self._numbers = 0
+        self._in_flight: deque[tuple[Dispatch, StepResult]] = deque()
+        self._lock = threading.RLock()  # of everything above
+        self._news = threading.Condition()
+        self._failure: BaseException | None = None
+        with use_mesh(mesh):
+            self._state: EngineState = new_state(graph, weights, size.blocks, size.block_size, size.rows)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is not done."""
+        return self.scheduler.busy or bool(self._in_flight)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the device raised an error; nothing is served any more."""
+        return self._failure is not None
+
+    def submit(self, request: Request) -> Handle:
+        """Queues a request.
+
+        Raises:
+            InputError: no prompt, tokens the model does not have, more positions than its context or the cache has.
+        """
+        check_prompts([request.prompt], self.config, request.max_new_tokens)
+        most, capacity = len(request.prompt) + request.max_new_tokens, self.scheduler.capacity()
+        if most > capacity:
+            raise InputError(f"prompt: expected at most {capacity} tokens with its response (the cache), found {most}")
+        with self._lock:
+            progress = Progress(request, self._numbers, list(request.prompt))
+            handle = self._handles[self._numbers] = Handle(self, progress, self._decode)
+            self._numbers += 1
+            self.scheduler.add(progress)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a request wherever it stands; its blocks are others' from now on."""
+        with self._lock:
+            if not handle.done:
+                self._finish(handle, "cancelled")
+        self._tell()
+
+    def advance(self, handle: Handle) -> None:
+        """One round for the sake of a request: by this thread, or awaited if another is at it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not handle.done:
+                    self.step()
+            finally:
+                self._lock.release()
+        else:
+            with self._news:
+                self._news.wait(0.05)
+
+    def step(self) -> bool:
+        """One round: plans and dispatches if there is something to do, reads the oldest results if enough are under way
+        or nothing else is left. False: there was nothing at all.
+
+        Raises:
+            RuntimeError: what the device raised, here and from every request that was under way.
+        """
+        with self._lock:
+            if self._failure is not None:
+                raise RuntimeError("the engine has failed") from self._failure
+            try:
+                plan = self.scheduler.plan(in_flight=bool(self._in_flight))
+                if plan is not None:
+                    self._dispatch(plan)
+                if self._in_flight and (plan is None or len(self._in_flight) >= IN_FLIGHT):
+                    self._read()
+                elif plan is None:
+                    return False
+            except BaseException as e:
+                self._failure = e
+                raise
+        self._tell()
+        return True
+
+    def drain(self) -> None:
+        """Serves until no request is left."""
+        while self.busy:
+            self.step()
+
+    def _tell(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    def _dispatch(self, plan: Any) -> None:
+        work = dispatch_of(plan, self.row_sizes, self.prompt_sizes, self.table_sizes, self.config.vocab_size)
+        asked = [p.request.logprobs for p in work.owners if p.request.logprobs is not None]
+        traced = any(p.request.trace for p in work.owners)
+        given = place_whole((work.rows, work.prompt, work.router, np.int32(work.steps)), self.mesh)
+        rows, prompt, router, steps = given
+        with use_mesh(self.mesh):
+            self._state, result = run_steps(
+                self.graph, self.weights, self._state, rows, prompt, router, self._end, steps,
+                most=self.scheduler.limits.steps, logprobs=max(asked) if asked else None, trace=traced,
+            )  # fmt: skip
+        for leaf in jax.tree.leaves(result):
+            if self.mesh is None:
+                leaf.copy_to_host_async()
+        self._in_flight.append((work, result))
+        self.counters.dispatches += 1
+        self.counters.steps += work.steps
+        self.counters.prompt_tokens += sum(c.stop - c.start for c, _ in work.chunks)
+
+    def _read(self) -> None:
+        """Waits for the oldest dispatch and gives everyone what is theirs."""
+        work, result = self._in_flight.popleft()
+        tokens = fetch(result.tokens)
+        logprob = None if result.logprob is None else fetch(result.logprob)
+        likely = None if result.likely is None else tuple(map(fetch, result.likely))
+        trace = None if result.trace is None else tuple(map(fetch, result.trace))
+        for chunk, first in work.chunks:
+            if trace is not None and chunk.progress.request.trace:
+                stop = first + chunk.stop - chunk.start
+                self._traced(chunk.progress, *(np.moveaxis(z[0, :, first:stop], 1, 0) for z in trace))
+        read = len(work.owners) - len(work.chunks)  # rows that read a token of their own
+        for b, p in enumerate(work.owners):
+            handle = self._handles.get(p.number)
+            if handle is None:
+                continue
+            drawn = [int(t) for t in tokens[: work.steps, b] if t != EMPTY]
+            if trace is not None and p.request.trace and b < read:
+                self._traced(p, *(z[: len(drawn), :, b] for z in trace))
+            if not drawn:
+                continue
+            end = next((i for i, t in enumerate(drawn) if t in self.config.eos_token_ids), None)
+            kept = drawn if end is None else drawn[:end]
+            before = len(p.tokens)
+            stopped = handle._take(kept)
+            if logprob is not None and p.request.logprobs is not None:
+                for i in range(len(p.tokens) - before):
+                    best = [] if likely is None else list(zip(*(z[i, b].tolist() for z in likely), strict=True))
+                    p.logprobs.append((float(logprob[i, b]), best[: p.request.logprobs]))
+            self.counters.new_tokens += len(drawn)
+            self.scheduler.learned(p)
+            if stopped:
+                self._finish(handle, "stop")
+            elif end is not None:
+                self._finish(handle, "end")
+            elif len(p.tokens) >= p.request.max_new_tokens:
+                self._finish(handle, "length")
+
+    @staticmethod
+    def _traced(progress: Progress, indices: np.ndarray, weights: np.ndarray) -> None:
+        """Adds the routing [T, L, P, C] of tokens; a choice that waits for its invocation is no adapter yet."""
+        progress.routing.append((np.where(weights == 0, NO_ADAPTER, indices), weights))
+
+    def _finish(self, handle: Handle, reason: Any) -> None:
+        self.scheduler.release(handle.progress)
+        handle.progress.finish_reason = reason
+        del self._handles[handle.progress.number]

@@ -1,0 +1,180 @@
+"""Who is served next: first come, first served, by whole steps under a budget of tokens. Knows of no device.
+
+A request waits, then has a row and blocks, reads its prompt in chunks, and decodes. Every step serves all rows that
+decode, and gives what is left of its budget to prompts in the order of their arrival. When blocks run out, the request
+that came last gives its own back and waits again, in front; its response so far is read again like a prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+from meteora_jax.engine.prefix_cache import PrefixCache
+from meteora_jax.engine.request import Progress
+from pallas_kernels.paged_attention import QUERY_BLOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a step may hold: rows (sequences at once), tokens (decoded ones and those of prompts together, at least
+    QUERY_BLOCK more than rows), and how many decoding steps are given to the device at a time while nothing arrives."""
+
+    rows: int
+    tokens: int
+    steps: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Part of a prompt that a step reads: todo[start:stop]; `last`: a token is drawn behind it."""
+
+    progress: Progress
+    start: int
+    stop: int
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One dispatch: chunks of prompts beside one decoding step, or `steps` decoding steps."""
+
+    decoding: tuple[Progress, ...]
+    chunks: tuple[Chunk, ...]
+    steps: int
+
+
+class Scheduler:
+    """The requests that wait and those that run."""
+
+    def __init__(self, limits: Limits, cache: PrefixCache):
+        self.limits, self.cache = limits, cache
+        self.waiting: deque[Progress] = deque()
+        self.running: list[Progress] = []  # in the order in which they got their rows
+        self._rows = list(range(limits.rows - 1, -1, -1))
+        self.preemptions = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is left."""
+        return bool(self.waiting or self.running)
+
+    def capacity(self) -> int:
+        """Positions that one request can have."""
+        return self.cache.pool.count * self.cache.block_size
+
+    def add(self, progress: Progress) -> None:
+        """A request at the end of the queue."""
+        self.waiting.append(progress)
+
+    def release(self, progress: Progress) -> None:
+        """Takes a request out, wherever it stands; what it has read stays findable."""
+        if progress in self.running:
+            self.running.remove(progress)
+            self._give_back(progress)
+        elif progress in self.waiting:
+            self.waiting.remove(progress)
+
+    def plan(self, in_flight: bool) -> Plan | None:
+        """The next dispatch; None: there is nothing to do, or its results must be awaited first.
+
+        in_flight: whether results are outstanding. A request is preempted only when all its tokens are known.
+        """
+        self._admit()
+        chunks, decoding = [], [p for p in self.running if not p.prefilling and p.left > 0]
+        if any(p.prefilling for p in self.running):
+            steps = 1
+        elif not decoding:
+            return None
+        else:  # somebody waits for a row or for blocks: look again as soon as one may be given back
+            some = min if self.waiting else max
+            steps = max(1, min(self.limits.steps, some(p.left for p in decoding)))
+        if not self._grow(decoding, steps):
+            steps = 1
+            if not self._grow(decoding, steps):
+                if in_flight:
+                    return None
+                while not self._grow(decoding, steps):
+                    victim = self.running[-1]
+                    self._preempt(victim)
+                    decoding = [p for p in decoding if p is not victim]
+        budget = self.limits.tokens - len(decoding)
+        for p in self.running:
+            if not p.prefilling or budget < QUERY_BLOCK:
+                continue
+            stop = min(len(p.todo), p.read + budget // QUERY_BLOCK * QUERY_BLOCK)
+            chunks.append(Chunk(p, p.read, stop, stop == len(p.todo)))
+            budget -= -(-(stop - p.read) // QUERY_BLOCK) * QUERY_BLOCK
+        if not chunks and not decoding:
+            return None
+        for p in decoding:
+            p.promised += min(steps, p.left)
+        for chunk in chunks:
+            chunk.progress.read = chunk.stop
+            chunk.progress.promised += chunk.last
+            self._publish(chunk.progress, chunk.stop)
+        return Plan(tuple(decoding), tuple(chunks), steps)
+
+    def learned(self, progress: Progress) -> None:
+        """Makes blocks findable that are full of tokens which the host knows by now."""
+        if not self.cache.enabled or progress.row is None:
+            return
+        known = len(progress.request.prompt) + len(progress.tokens)
+        if (known - 1) // self.cache.block_size > len(progress.keys):
+            whole = [*progress.request.prompt, *progress.tokens]
+            progress.keys = self.cache.keys(whole[: known - 1], self._identity(progress), progress.keys)
+        self._publish(progress, min(known - 1, progress.slots))
+
+    def _publish(self, progress: Progress, read: int) -> None:
+        full = read // self.cache.block_size
+        self.cache.publish(progress.keys[:full], progress.blocks[:full])
+
+    @staticmethod
+    def _identity(progress: Progress) -> bytes:
+        router = progress.request.router
+        return b"" if router is None else router.identity
+
+    def _admit(self) -> None:
+        """Gives rows and the blocks of their whole prompts to those who wait, as long as there are any."""
+        size, pool = self.cache.block_size, self.cache.pool
+        while self.waiting and self._rows:
+            p = self.waiting[0]
+            p.keys = self.cache.keys(p.todo, self._identity(p))
+            shared = [] if p.request.trace else self.cache.match(p.keys, len(p.todo))
+            need = -(-min(len(p.todo) + 1, p.most_slots) // size) - len(shared)
+            # one block a running sequence is left to it, so that who is let in is not thrown out at once
+            if need > pool.available - len(self.running) and (self.running or need > pool.available):
+                pool.release(shared)
+                return
+            self.waiting.popleft()
+            p.blocks = shared + pool.take(need)
+            p.read = p.skipped = len(shared) * size
+            p.row = self._rows.pop()
+            self.running.append(p)
+
+    def _grow(self, decoding: list[Progress], steps: int) -> bool:
+        """Blocks for so many more positions of each; False, and nothing taken, where there are too few."""
+        size, pool = self.cache.block_size, self.cache.pool
+        wanted = [max(0, -(-(p.slots + min(steps, p.left)) // size) - len(p.blocks)) for p in decoding]
+        if sum(wanted) > pool.available:
+            return False
+        for p, n in zip(decoding, wanted, strict=True):
+            p.blocks += pool.take(n)
+        return True
+
+    def _preempt(self, progress: Progress) -> None:
+        """Back to the front of the queue; prompt and response so far are read again."""
+        self.running.remove(progress)
+        self._give_back(progress)
+        progress.todo = [*progress.request.prompt, *progress.tokens]
+        progress.read, progress.promised = 0, len(progress.tokens)
+        progress.routing = []  # recorded again
+        progress.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(progress)
+
+    def _give_back(self, progress: Progress) -> None:
+        self.cache.pool.release(progress.blocks)
+        assert progress.row is not None
+        self._rows.append(progress.row)
+        progress.blocks, progress.row = [], None

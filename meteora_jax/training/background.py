@@ -1,0 +1,187 @@
+"""Text of none of the adapters' tasks, by which gates learn to choose none: from files, and by the base itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from meteora_jax.config import InputError, read_lines
+from meteora_jax.engine import Request, Sampling
+from meteora_jax.examples import Example, parse_example
+from meteora_jax.generation import Engines
+from meteora_jax.io.base import load_base
+from meteora_jax.io.files import whole_file
+from meteora_jax.io.model_state import assemble
+from meteora_jax.prompts import is_messages, read_prompt, render_chat
+from meteora_jax.text import check_text, load_tokenizer
+
+NULL = "(no adapter)"  # the name of what is no adapter's task, where tasks are named
+SELF = "self"  # the source that is the base itself
+COUNT = 256  # examples that the base writes
+TOKENS = 64  # of each of its prompts and responses, at most
+ROWS = 64  # written at a time
+ROUNDS = 4  # as many batches as the examples need, times this, before the base is said to write none
+HERE = "\ue000 what the user says \ue000"  # stands in a rendered chat where the user's words belong
+
+
+def load_background(
+    sources: Sequence[str | os.PathLike[str]],
+    base: str | os.PathLike[str],
+    *,
+    dtype: str,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    kept: Path | None = None,
+    count: int = COUNT,
+) -> list[Example]:
+    """The examples of all sources, files or `SELF`, in their order.
+
+    Args:
+        kept: a file that gets what the base wrote; where it is there already, it stands for the base.
+
+    Raises:
+        InputError: files with bad lines or none, a base without a chat template for `SELF`.
+    """
+    tokenizer, found = load_tokenizer(base), []
+    for source in sources:
+        if str(source) != SELF:
+            found += read_background(source, tokenizer)
+        elif kept is not None and kept.is_file():
+            found += read_background(kept, tokenizer)
+        else:
+            own = write_background(base, count, dtype=dtype, seed=seed, mesh=mesh)
+            if kept is not None and jax.process_index() == 0:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                said = ({"prompt": example.prompt, "response": example.response} for example in own)
+                lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in said)
+                with whole_file(kept) as partial, partial.open("w", encoding="utf-8") as file:
+                    file.writelines(lines)
+            found += own
+    return found
+
+
+def read_background(path: str | os.PathLike[str], tokenizer: Any) -> list[Example]:
+    """The examples of a file: JSON lines by the ending .jsonl, any other is plain text, a line an example.
+
+    A JSON line has a "prompt", as it is, and a "response" if there is one; or "messages", which the base's chat
+    template makes a prompt, the last an assistant's for a response. Half of a plain line stands for the prompt.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        examples = [_of_json(line, where, tokenizer) for where, line in read_lines(path)]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            said = getattr(e, "strerror", None) or "not UTF-8"
+            raise InputError(
+                f"{path}: expected a file of background text, or {SELF!r}: cannot be read ({said})"
+            ) from None
+        examples = [_halves(line.strip()) for line in lines if line.strip()]
+    if not examples:
+        raise InputError(f"{path}: expected background text, found none")
+    return examples
+
+
+def _of_json(line: bytes, where: str, tokenizer: Any) -> Example:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not record.keys() & {"prompt", "messages"}:
+        found = line.decode(errors="replace")[:60]
+        raise InputError(f'{where}: expected {{"prompt": ...}} or {{"messages": [...]}}, found {found!r}')
+    if "messages" not in record:
+        return parse_example(json.dumps({"response": "", **record}).encode(), where)
+    messages: Any = read_prompt(record["messages"], f"{where}: messages")
+    if not is_messages(messages):
+        raise InputError(f"{where}: messages: expected a list of messages, found {record['messages']!r:.60}")
+    response = ""
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        response = last["content"]
+    if not messages:
+        raise InputError(f"{where}: messages: expected some before the assistant's, found none")
+    return Example(_chat(tokenizer, messages, where), response)
+
+
+def _chat(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> str:
+    """The messages as the text of a prompt: without the first token where the tokenizer adds it by itself."""
+    text = render_chat(tokenizer, messages, where, add_generation_prompt=True)
+    adds = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds else text
+
+
+def _halves(text: str) -> Example:
+    middle = text.find(" ", len(text) // 2)
+    middle = middle if middle > 0 else len(text)
+    check_text(text, "background")
+    return Example(text[:middle], text[middle:])
+
+
+def write_background(
+    base: str | os.PathLike[str], count: int, *, dtype: str, seed: int = 0, mesh: Mesh | None = None
+) -> list[Example]:
+    """Prompts and responses that the base writes by itself at temperature 1 (Magpie, arXiv 2406.08464).
+
+    Its chat template up to where the user's words belong is all that it is given: what it goes on with is a prompt, and
+    what it then answers the response. Prompts without an end within TOKENS are left out.
+
+    Raises:
+        InputError: the base has no chat template, or writes no prompts that end.
+    """
+    tokenizer, kind = load_tokenizer(base), jnp.dtype(dtype)
+    config, weights = load_base(base, kind)
+    graph, state = assemble(config, weights, None, None, kind, mesh)
+    engines = Engines(graph, state, config, mesh, None)
+    rendered = render_chat(tokenizer, [{"role": "user", "content": HERE}], f"{base}: background {SELF!r}")
+    before, here, _ = rendered.partition(HERE)
+    if not here:
+        raise InputError(
+            f"{base}: background {SELF!r}: expected a chat template that keeps the user's words, found none"
+        )
+
+    def go_on(prompts: list[str], number: int) -> tuple[list[str], list[bool]]:
+        """What the base writes behind each text, and whether it ended by itself."""
+        ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        how = [Sampling(1.0, seed=1000 * seed + number, index=i) for i in range(len(ids))]
+        asked = [Request(tuple(row), TOKENS, sampling=one) for row, one in zip(ids, how, strict=True)]
+        engine = engines.holding(asked)
+        handles = [engine.submit(request) for request in asked]
+        engine.drain()
+        rows = [handle.progress.tokens for handle in handles]
+        texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        return texts, [len(row) < TOKENS for row in rows]
+
+    found: list[Example] = []
+    for number in range(0, 2 * ROUNDS * -(-count // ROWS), 2):
+        if len(found) >= count:
+            break
+        said, ended = go_on([before] * ROWS, number)
+        asked = [text for text, whole in zip(said, ended, strict=True) if whole and text]
+        if not asked:
+            continue
+        chats = [[{"role": "user", "content": text}] for text in asked]
+        whole = [render_chat(tokenizer, chat, str(base), add_generation_prompt=True) for chat in chats]
+        padded = whole + whole[-1:] * (ROWS - len(whole))  # one program
+        answers, _ = go_on(padded, number + 1)
+        prompts = (_chat(tokenizer, chat, str(base)) for chat in chats)
+        found += [Example(prompt, answer) for prompt, answer in zip(prompts, answers, strict=False)]
+    if not found:
+        raise InputError(
+            f"{base}: background {SELF!r}: expected prompts of at most {TOKENS} tokens, found none that end"
+        )
+    return found[:count]
+
+
+def with_background(lengths: Mapping[str, object], share: float) -> dict[str, float]:
+    """{name: how often its sequences are drawn}: background so large a share, all others alike."""
+    others = [name for name in lengths if name != NULL]
+    return {**dict.fromkeys(others, (1 - share) / len(others)), NULL: share}

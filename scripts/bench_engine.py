@@ -1,0 +1,191 @@
+"""What the engine takes: a decoding step by rows, prompts, and requests that come all at once; bare and with adapters.
+
+    python scripts/bench_engine.py --shape tiny --rows 1 4 --prompt 32 --new 8 --requests 6    # any machine
+    python scripts/bench_engine.py --shape llama-3-8b --json engine.json                       # the table of the docs
+
+Weights are random and nothing ends a response early. A step's time is that of the whole engine, host included, while
+all rows decode; results are read while the device works on the next dispatch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from bench_models import random_model
+from bench_programs import prepared, run_as
+from bench_settings import llama
+from bench_timing import console
+from rich.table import Table
+
+import meteora_jax as mj
+from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.engine import EngineCore, EngineSize, Request, bind_row
+from meteora_jax.execution import ExecutionConfig, default_dtype, platform
+from meteora_jax.gate_config import FormName
+from meteora_jax.training.recipes import RECIPES
+
+Kind = Literal["bare", "gates", "adapter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchEngine:
+    """Times the engine on the bare base and on the same base with adapters, in one run."""
+
+    shape: Literal["tiny", "smollm2-135m", "llama-3-8b"]
+    """Shape of the base; its weights are random."""
+    rows: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
+    """Sequences that decode at once."""
+    gates: tuple[FormName, ...] = ("token-router", "meteora")
+    """What routes, top-2."""
+    kinds: tuple[Kind, ...] = ("bare", "gates", "adapter")
+    """bare: no adapter acts; gates; adapter: one of its own for each request."""
+    prompt: int = 512
+    """Tokens of a prompt."""
+    new: int = 128
+    """Tokens of a response."""
+    adapters: int = 28
+    """Adapters in the bank, of rank 8."""
+    budget: int = 16384
+    """Tokens of prompts in a step."""
+    requests: int = 256
+    """Of the last measurement: prompts of 64 to 1,024 tokens and responses of 16 to 256, all at once, at most 128 rows;
+    0 leaves it out."""
+    layers: int | None = None
+    """Layers of the model, all of the shape's unless given."""
+    json: Path | None = None
+    """Write the records here: a list with one object a measurement."""
+
+
+class Bench:
+    """One model, and requests of its kinds."""
+
+    def __init__(self, settings: BenchEngine, config: LlamaConfig, form: FormName):
+        dtype = jnp.dtype(default_dtype())
+        self.settings, self.config, self.form = settings, config, form
+        model, self.names = random_model(config, settings.adapters, 8, dtype, RECIPES[form].form)
+        execution = ExecutionConfig.here(dtype)
+        packed = platform() == "gpu" and dtype.itemsize == 2
+        ready = prepared(model, execution) if packed else run_as(model, execution)
+        self.weights, self.graph = ready(), ready.graph
+        model.free()
+
+    def engine(self, rows: int, positions: int) -> EngineCore:
+        """With room for so many positions in all."""
+        blocks = -(-positions // 16) + rows
+        size = EngineSize(rows, self.settings.budget + rows, blocks)
+        return EngineCore(self.graph, self.weights, self.config, size, prefix_cache=False)
+
+    def request(self, kind: Kind, number: int, prompt: int, new: int) -> Request:
+        tokens = np.random.default_rng(number).integers(0, self.config.vocab_size, prompt).tolist()
+        router: Any = {"bare": None, "gates": mj.Gates(2), "adapter": mj.Fixed(self.names[number % len(self.names)])}
+        chosen = router[kind]
+        bound = None if chosen is None else chosen.bind([chosen, None], self.names)
+        return Request(tuple(tokens), new, bind_row(bound))
+
+
+def time_rows(bench: Bench, kind: Kind, rows: int) -> dict[str, float]:
+    """Milliseconds of a step with so many rows, and of the prompts; the second of two rounds, the first compiles."""
+    new, prompt = bench.settings.new, bench.settings.prompt
+    engine = bench.engine(rows, rows * (prompt + new))
+    found: dict[str, float] = {}
+    for _ in range(2):
+        handles = [engine.submit(bench.request(kind, i, prompt, new)) for i in range(rows)]
+        start = time.perf_counter()
+        while not all(h.progress.tokens for h in handles):
+            engine.step()
+        middle = time.perf_counter()
+        before = min(len(h.progress.tokens) for h in handles)
+        engine.drain()
+        end = time.perf_counter()
+        found = {"prompts_ms": 1e3 * (middle - start), "step_ms": 1e3 * (end - middle) / (new - before)}
+    return found
+
+
+def time_requests(bench: Bench, kind: Kind, count: int) -> dict[str, float]:
+    """New tokens a second of requests of all lengths that come at once."""
+    draw = np.random.default_rng(0)
+    lengths = list(zip(draw.integers(64, 1025, count).tolist(), draw.integers(16, 257, count).tolist(), strict=True))
+    if bench.settings.shape == "tiny":
+        lengths = [(p // 16 + 1, n // 16 + 1) for p, n in lengths]
+    rows = min(128, count)
+    engine = bench.engine(rows, rows * (max(p for p, _ in lengths) + 257))
+    asked = [bench.request(kind, i, p, n) for i, (p, n) in enumerate(lengths)]
+    spent = 0.0
+    for _ in range(2):
+        for request in asked:
+            engine.submit(request)
+        start = time.perf_counter()
+        engine.drain()
+        spent = time.perf_counter() - start
+    new = sum(n for _, n in lengths)
+    return {"seconds": spent, "new_tokens": float(new), "tokens_per_s": new / spent}
+
+
+def main(settings: BenchEngine) -> None:
+    """Measures, prints and writes the records; each is written at once."""
+    config = llama(settings.shape)
+    if settings.layers is not None:
+        config = dataclasses.replace(config, num_layers=settings.layers)
+    console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    records: list[dict[str, Any]] = []
+
+    def keep(record: dict[str, Any]) -> None:
+        records.append(record)
+        if settings.json:
+            settings.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        console.print(f"[dim]{record}", markup=True, highlight=False)
+
+    for i, form in enumerate(settings.gates):
+        bench = Bench(settings, config, form)
+        kinds = [k for k in settings.kinds if k == "gates" or i == 0]
+        for rows in settings.rows:
+            for kind in kinds:
+                attempt(keep, dict(what="rows", kind=kind, form=form, rows=rows), time_rows, bench, kind, rows)
+        for kind in kinds if settings.requests else ():
+            count = settings.requests
+            attempt(keep, dict(what="requests", kind=kind, form=form, count=count), time_requests, bench, kind, count)
+        del bench
+    show(records)
+
+
+def attempt(keep: Any, case: dict[str, Any], measure: Any, *given: Any) -> None:
+    """A measurement that fails says so and leaves the others their time on the device."""
+    try:
+        keep({**case, **measure(*given)})
+    except Exception as e:
+        keep({**case, "error": f"{type(e).__name__}: {e}"[:300]})
+
+
+def show(records: Sequence[dict[str, Any]]) -> None:
+    """The table: a line a measurement, ratios to the bare base of the same rows."""
+    bare = {(r["what"], r.get("rows")): r for r in records if r["kind"] == "bare" and "error" not in r}
+    table = Table("what", "rows", "kind", "form", "step ms", "x bare", "prompts ms", "x bare", "tokens/s")
+    for r in records:
+        first = bare.get((r["what"], r.get("rows")), {})
+
+        def ratio(key: str, r: dict[str, Any] = r, first: dict[str, Any] = first) -> str:
+            return f"{r[key] / first[key]:.3f}" if key in r and key in first else ""
+
+        cells = [f"{r[k]:.2f}" if k in r else "" for k in ("step_ms", "prompts_ms", "tokens_per_s")]
+        table.add_row(
+            r["what"], str(r.get("rows", r.get("count"))), r["kind"], r["form"], r.get("error", cells[0]),
+            ratio("step_ms"), cells[1], ratio("prompts_ms"), cells[2],
+        )  # fmt: skip
+    console.print(table)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(BenchEngine, description=__doc__))
+    except InputError as e:
+        sys.exit(f"error: {e}")

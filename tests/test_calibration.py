@@ -1,0 +1,124 @@
+"""The similarity below which a request is no adapter's: found by leaving inputs out, kept with the index, obeyed."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from index_profiles import PROFILES, Letters
+from test_cli import run
+from test_retrieval import PROFILES as BANK_PROFILES
+from test_retrieval import PROMPTS
+
+import meteora_jax as mj
+from meteora_jax.config import InputError
+from meteora_jax.retriever import calibration
+from meteora_jax.routing import NO_ADAPTER
+
+POOL = {
+    name: [text.format(word) for word in ("sea", "old house", "grey cat", "winter", "quick fox")]
+    for name, text in {"ask": "Why is the {} so?", "tell": "Zzyzx {} zzyzx", "sum": "00 11 {} 22 33"}.items()
+}
+
+
+def test_the_threshold_is_the_low_quantile_of_inputs_left_out():
+    """By NumPy: every input against the means of the others."""
+    index = mj.Index.build(POOL, "cosine", Letters())
+    vectors = {name: Letters().encode(texts, "").astype(np.float64) for name, texts in POOL.items()}
+    best = []
+    for left in range(5):
+        means = [np.delete(rows, left, axis=0).mean(axis=0) for rows in vectors.values()]
+        means = [m / np.linalg.norm(m) for m in means]
+        best += [max(rows[left] @ m / np.linalg.norm(rows[left]) for m in means) for rows in vectors.values()]
+    assert index.threshold == pytest.approx(min(best), abs=1e-6)  # 1 % of fifteen is the least
+    pool = list(index._profiles.values())
+    found = calibration.left_out(pool, lambda: mj.Index("cosine", Letters())._scoring, index._profile)
+    np.testing.assert_allclose(found, best, atol=1e-6)
+
+
+def test_more_inputs_than_fits_allow_are_spread(monkeypatch):
+    monkeypatch.setattr(calibration, "FITTED", 30)  # two fits of fifteen
+    index = mj.Index.build(POOL, "cosine", Letters())
+    pool = list(index._profiles.values())
+    assert len(calibration.left_out(pool, lambda: mj.Index("cosine", Letters())._scoring, index._profile)) == 6
+
+
+@pytest.mark.parametrize("scoring", ["lexical", "bm25", "hybrid"])
+def test_every_scoring_has_one_of_its_own_and_an_index_keeps_it(tmp_path, scoring, monkeypatch):
+    if scoring == "hybrid":
+        monkeypatch.setattr(Letters, "save", lambda self, folder: folder.mkdir())
+        monkeypatch.setattr("meteora_jax.retriever.encoder.TextEncoder.load", lambda folder: Letters())
+    index = mj.Index.build(POOL, scoring, Letters() if scoring == "hybrid" else None)
+    index.save(tmp_path / "index")
+    monkeypatch.setattr("meteora_jax.retriever.index.calibrate", None)  # not again
+    kept = mj.Index.load(tmp_path / "index")
+    assert kept.threshold == pytest.approx(index.threshold)
+    assert kept.scores(["Why is the winter so?"]).max() > kept.threshold
+    assert kept.scores(["qqq 77 ÄÖ"]).max() < kept.threshold
+
+
+def test_it_follows_the_pool():
+    index = mj.Index.build(POOL)
+    before = index.threshold
+    index.remove(["tell"])
+    index.add({"tell": POOL["tell"][:3]})
+    assert index.threshold not in (None, before)
+    index.add({"described": ["Counts the apples of a shop"]})
+    assert index.threshold is None  # nothing is left of it to compare its input with
+    index.remove(["described"])
+    assert index.threshold is not None
+
+
+def test_an_index_of_before_says_that_it_has_none(tmp_path, caplog):
+    mj.Index.build(POOL).save(tmp_path / "index")
+    raw = json.loads((tmp_path / "index/index.json").read_text())
+    (tmp_path / "index/index.json").write_text(json.dumps({k: v for k, v in raw.items() if k != "threshold"}))
+    with caplog.at_level(logging.WARNING):
+        index = mj.Index.load(tmp_path / "index")
+    assert index.threshold is None
+    assert "no threshold" in caplog.text
+    found = (("ask", -100.0),)
+    assert mj.Retrieval(index).router(found).adapters == (("ask", 1.0),)
+    (tmp_path / "index/index.json").write_text(json.dumps({**raw, "threshold": "much"}))
+    with pytest.raises(InputError, match="malformed"):
+        mj.Index.load(tmp_path / "index")
+
+
+def test_a_request_that_is_nobody_s_goes_to_the_base_alone(world):
+    model, index = world["model"], mj.Index.build(BANK_PROFILES)
+    similarity = float(index.scores(PROMPTS[:1]).max())
+    routers = [
+        mj.Retrieval(index, k=2, min_similarity=similarity + 0.01),
+        mj.Retrieval(index, k=2, min_similarity=similarity - 0.01),
+        mj.Retrieval(index, k=2, min_similarity=None), mj.GatesWithin(index, 2, min_similarity=similarity + 0.01),
+        mj.GatesWithin(index, 2, min_similarity=similarity - 0.01), None,
+    ]  # fmt: skip
+    done = model.generate(PROMPTS[:1] * len(routers), routers, max_new_tokens=4)
+    acts = [bool((c.routing.indices != NO_ADAPTER).any()) for c in done]
+    assert acts == [False, True, True, False, True, False]
+    assert done[0].token_ids == done[3].token_ids == done[5].token_ids
+    assert done[0].routing.retrieved == done[1].routing.retrieved  # what was found is told all the same
+    assert index.threshold is not None
+    calibrated = mj.Retrieval(index).router((("apple", index.threshold - 1e-3),))
+    assert calibrated.adapters == ()
+    assert mj.Retrieval(index).router((("apple", index.threshold),)).adapters == (("apple", 1.0),)
+
+
+@pytest.mark.parametrize("router", [mj.Retrieval, mj.GatesWithin])
+def test_what_is_no_similarity_is_refused(router):
+    for wrong in ("most", float("nan"), True):
+        with pytest.raises(InputError, match="min_similarity: expected"):
+            router(mj.Index.build(PROFILES), min_similarity=wrong)
+
+
+def test_the_command_line_writes_and_shows_it(tmp_path, capsys):
+    (tmp_path / "profiles.json").write_text(json.dumps(POOL))
+    status, _, _ = run(capsys, "index", "build", tmp_path / "index", "--profiles", tmp_path / "profiles.json")
+    assert status == 0
+    built = json.loads((tmp_path / "index/index.json").read_text())["threshold"]
+    assert run(capsys, "index", "remove", tmp_path / "index", "sum")[0] == 0
+    removed = json.loads((tmp_path / "index/index.json").read_text())["threshold"]
+    assert built != removed
+    status, out, _ = run(capsys, "inspect", tmp_path / "index")
+    assert status == 0
+    assert f"{removed:.4f}".rstrip("0") in out

@@ -1,0 +1,185 @@
+"""The scheduler and its blocks without a device: a clock of rounds, and requests that end when they like."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+import pytest
+from extent import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meteora_jax.engine.blocks import BlockPool
+from meteora_jax.engine.prefix_cache import PrefixCache
+from meteora_jax.engine.request import Progress, Request
+from meteora_jax.engine.scheduler import Limits, Plan, Scheduler
+from pallas_kernels.paged_attention import QUERY_BLOCK
+
+
+@dataclasses.dataclass
+class Clock:
+    """Plans, and carries them out two rounds later, as a device that is never waited for."""
+
+    scheduler: Scheduler
+    lengths: dict[int, int]  # how many tokens each response has before its end token
+    in_flight: deque[tuple[Plan, list[tuple[Progress, int]]]] = dataclasses.field(default_factory=deque)
+    drawn: dict[int, int] = dataclasses.field(default_factory=dict)  # what the device has drawn for each
+    done: list[int] = dataclasses.field(default_factory=list)
+    rounds: int = 0
+
+    def round(self) -> None:
+        self.rounds += 1
+        plan = self.scheduler.plan(bool(self.in_flight))
+        if plan is not None:
+            self.check(plan)
+            draws = [(p, plan.steps) for p in plan.decoding] + [(c.progress, 1) for c in plan.chunks if c.last]
+            self.in_flight.append((plan, draws))
+        if self.in_flight and (plan is None or len(self.in_flight) > 1):
+            for p, most in self.in_flight.popleft()[1]:
+                self.carry_out(p, most)
+
+    def check(self, plan: Plan) -> None:
+        limits, size = self.scheduler.limits, self.scheduler.cache.block_size
+        rows = [p.row for p in plan.decoding] + [c.progress.row for c in plan.chunks]
+        assert None not in rows
+        assert len(set(rows)) == len(rows) <= limits.rows
+        padded = sum(-(-(c.stop - c.start) // QUERY_BLOCK) * QUERY_BLOCK for c in plan.chunks)
+        assert len(plan.decoding) + padded <= limits.tokens
+        assert plan.steps == 1 or not plan.chunks
+        for p in self.scheduler.running:
+            assert len(p.blocks) * size >= p.slots
+            assert len(set(p.blocks)) == len(p.blocks)
+        self.scheduler.cache.pool.check()
+
+    def carry_out(self, p: Progress, most: int) -> None:
+        for _ in range(most):
+            if p.finish_reason is not None:
+                return
+            if len(p.tokens) == self.lengths[p.number]:
+                self.end(p, "end")
+            else:
+                p.tokens.append(1)
+                self.scheduler.learned(p)
+                if len(p.tokens) == p.request.max_new_tokens:
+                    self.end(p, "length")
+
+    def end(self, p: Progress, reason) -> None:
+        self.scheduler.release(p)
+        p.finish_reason = reason
+        self.done.append(p.number)
+
+
+def new(number: int, prompt: int, most: int, shared: int = 0) -> Progress:
+    tokens = (7,) * shared + (number + 10,) * (prompt - shared)
+    return Progress(Request(tokens, most), number, list(tokens))
+
+
+asked = st.tuples(st.integers(1, 70), st.integers(1, 40), st.integers(0, 45), st.integers(0, 30), st.integers(0, 70))
+
+
+@settings(max_examples=examples(60, 1000), deadline=None)
+@given(
+    st.lists(asked, min_size=1, max_size=25), st.integers(1, 6), st.integers(0, 60), st.sampled_from([1, 4, 16]),
+    st.integers(0, 20), st.sampled_from([1, 3, 8]),
+)  # fmt: skip
+def test_every_request_ends_and_every_block_comes_back(asked, rows, tokens, block_size, spare, steps):
+    """(prompt, most, tokens before its end, arrival, tokens shared with others) each; few blocks preempt."""
+    blocks = max(-(-(prompt + most) // block_size) for prompt, most, *_ in asked) + spare
+    scheduler = Scheduler(Limits(rows, rows + QUERY_BLOCK + tokens, steps), PrefixCache(blocks, block_size))
+    clock = Clock(scheduler, {i: length for i, (_, _, length, _, _) in enumerate(asked)})
+    coming = sorted((arrival, i) for i, (_, _, _, arrival, _) in enumerate(asked))
+    oldest_preempted = 0
+    while coming or scheduler.busy or clock.in_flight:
+        while coming and coming[0][0] <= clock.rounds:
+            _, i = coming.pop(0)
+            prompt, most, _, _, shared = asked[i]
+            scheduler.add(new(i, prompt, most, min(shared, prompt)))
+        first = scheduler.running[0] if scheduler.running else None
+        before = 0 if first is None else first.preemptions
+        clock.round()
+        oldest_preempted += first is not None and first.preemptions > before
+        assert clock.rounds < 20_000
+    assert sorted(clock.done) == list(range(len(asked)))
+    assert oldest_preempted == 0  # so somebody always comes nearer to its end
+    assert scheduler.cache.pool.available == blocks
+    scheduler.cache.pool.check()
+
+
+def test_first_come_first_served():
+    scheduler = Scheduler(Limits(2, 2 + 2 * QUERY_BLOCK, 4), PrefixCache(64, 8))
+    for i in range(6):
+        scheduler.add(new(i, 100, 1))
+    clock = Clock(scheduler, dict.fromkeys(range(6), 5))
+    while scheduler.busy or clock.in_flight:
+        clock.round()
+    assert clock.done == list(range(6))
+
+
+def test_a_prompt_that_comes_late_does_not_stop_those_that_decode():
+    scheduler = Scheduler(Limits(4, 4 + 2 * QUERY_BLOCK), PrefixCache(64, 8))
+    early = new(0, 10, 50)
+    scheduler.add(early)
+    clock = Clock(scheduler, {0: 100, 1: 100})
+    for _ in range(3):
+        clock.round()
+    scheduler.add(new(1, 160, 4))
+    before = early.promised
+    for _ in range(5):  # five chunks of 32
+        plan = scheduler.plan(True)
+        assert plan is not None
+        assert [c.progress.number for c in plan.chunks] == [1]
+        assert [p.number for p in plan.decoding] == [0]
+    assert early.promised == before + 5
+
+
+def test_what_two_requests_share_is_read_once():
+    cache = PrefixCache(32, 8)
+    scheduler = Scheduler(Limits(4, 100), cache)
+    scheduler.add(new(0, 40, 4, shared=35))
+    clock = Clock(scheduler, dict.fromkeys(range(3), 100))
+    clock.round()
+    late = new(1, 40, 4, shared=35)
+    scheduler.add(late)
+    clock.round()
+    assert late.skipped == 32
+    while scheduler.busy or clock.in_flight:
+        clock.round()
+    other = dataclasses.replace(new(2, 40, 4, shared=35))
+    other.request = dataclasses.replace(other.request, trace=True)  # a trace needs every token
+    scheduler.add(other)
+    clock.round()
+    assert other.skipped == 0
+
+
+def test_a_prefix_is_of_what_acted_on_it():
+    cache = PrefixCache(8, 4)
+    keys = cache.keys(range(9), b"")
+    cache.publish(keys, cache.pool.take(2))
+    assert cache.match(cache.keys(range(9), b"gates"), 9) == []
+    assert len(cache.match(cache.keys(range(9), b""), 9)) == 2
+    assert cache.keys(range(9), b"", keys[:1]) == keys
+    assert len(cache.match(keys, 8)) == 1  # the last token is read: its logits are wanted
+
+
+def test_the_least_recently_used_goes_first():
+    cache = PrefixCache(4, 4)
+    for first in (0, 100):
+        blocks = cache.pool.take(2)
+        cache.publish(cache.keys(range(first, first + 8), b""), blocks)
+        cache.pool.release(blocks)
+    assert cache.pool.idle == 4
+    cache.pool.release(cache.match(cache.keys(range(8), b""), 9))  # used again
+    cache.pool.release(cache.pool.take(2))
+    assert len(cache.match(cache.keys(range(8), b""), 9)) == 2
+    assert cache.match(cache.keys(range(100, 108), b""), 9) == []
+
+
+def test_a_block_is_released_once():
+    pool = BlockPool(3)
+    blocks = pool.take(2)
+    pool.release(blocks)
+    with pytest.raises(ValueError, match="expected one that is held"):
+        pool.release(blocks)
+    with pytest.raises(ValueError, match="expected at most 3, found 4"):
+        pool.take(4)
