@@ -82,7 +82,7 @@ class Engine:
             max_tokens = 1024 if platform() == "cpu" else 8192
         if blocks is None:
             most = -(-8 * model.config.max_position_embeddings // block_size)
-            blocks = max(LEAST_BLOCKS, min(most, fitting_blocks(model.config, block_size, model.weights)))
+            blocks = max(LEAST_BLOCKS, min(most, fitting_blocks(model.config, block_size, model.weights, model.mesh)))
         size = EngineSize(max_rows, max_tokens, blocks, block_size)
         self.model = model
         self.core = EngineCore(

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 
-# What cuDNN's attention may be used for on a GPU: "prompt"s read into an empty cache, "packed" training sequences.
-Fused = Literal["prompt", "packed"]
+# What cuDNN's attention may be used for on a GPU: "packed" training sequences.
+Fused = Literal["packed"]
 Platform = Literal["cpu", "gpu", "tpu"]
 
 
@@ -76,7 +76,7 @@ class ExecutionConfig:
         return cls(
             "gpu",
             step=StepLimits() if triton and alone else None,
-            fused_attention=("prompt", "packed") if jnp.dtype(dtype).itemsize == 2 else (),
+            fused_attention=("packed",) if jnp.dtype(dtype).itemsize == 2 else (),
             triton=triton,
         )
 

@@ -28,11 +28,6 @@ class TokenRouterForm:
         if type(self.depth) is not int or self.depth not in range(HOPS, 257):
             raise ValueError(f"depth: expected {HOPS} to 256, found {self.depth!r}")
 
-    @property
-    def cache_layers(self) -> int:
-        """Layers of its own cache: keys and values of its layers, what the shifts read, and each hop's look-up."""
-        return self.depth + 2 * HOPS
-
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig:

@@ -16,7 +16,7 @@ from meteora_jax.config import LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Handle, Progress, Request
 from meteora_jax.execution import platform
 from meteora_jax.routing import NO_ADAPTER
-from meteora_jax.sharding import Params
+from meteora_jax.sharding import Params, tensor_shards
 from meteora_jax.text import TextStream
 
 ROWS = 256  # sequences at once
@@ -43,9 +43,9 @@ class Engines:
         found = self._engine
         if found is not None and not found.failed and found.size.blocks >= blocks:
             return found
-        if found is not None and not found.busy:
+        if found is not None and (found.failed or not found.scheduler.busy):
             self._engine = found = None  # its memory goes before the next one's comes
-        most = max(fitting_blocks(self._config, size.block_size, self._model[1]), wanted[0])
+        most = max(fitting_blocks(self._config, size.block_size, self._model[1], self._mesh), wanted[0])
         size = dataclasses.replace(size, blocks=min(blocks, most))
         engine = EngineCore(*self._model, self._config, size, mesh=self._mesh, decode=self._decode)
         if found is None:
@@ -53,15 +53,21 @@ class Engines:
         return engine
 
 
-def fitting_blocks(config: LlamaConfig, block_size: int, weights: Params) -> int:
-    """How many blocks of the model's cache fit into what its devices have left; any number where that is not known."""
+def fitting_blocks(config: LlamaConfig, block_size: int, weights: Params, mesh: Mesh | None) -> int:
+    """How many blocks of the model's cache fit into what its devices have left, alike on all hosts; any number where
+    that is not known."""
     leaf = jax.tree.leaves(weights)[0]
     stats = [device.memory_stats() for device in leaf.sharding.addressable_devices]
     free = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
-    if not free:
-        return 1 << 30
-    block = config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim * leaf.dtype.itemsize
-    return int(MEMORY * min(free) / block)
+    shards = tensor_shards(mesh)
+    heads = config.num_kv_heads // shards if config.num_kv_heads % shards == 0 else config.num_kv_heads
+    block = config.num_layers * block_size * 2 * heads * config.head_dim * leaf.dtype.itemsize
+    count = int(MEMORY * min(free) / block) if free else 1 << 30
+    if mesh is not None and jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        count = int(np.min(multihost_utils.process_allgather(np.asarray(min(count, 1 << 30), np.int32))))
+    return count
 
 
 @dataclasses.dataclass(frozen=True)

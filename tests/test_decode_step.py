@@ -226,7 +226,7 @@ def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
     assert of("cpu", "float32") == ExecutionConfig()
     assert of("tpu", "bfloat16") == ExecutionConfig("tpu")
     gpu = of("gpu", "bfloat16")
-    assert gpu == ExecutionConfig("gpu", StepLimits(512, 4, 4096), ("prompt", "packed"), triton=True)
+    assert gpu == ExecutionConfig("gpu", StepLimits(512, 4, 4096), ("packed",), triton=True)
     assert of("gpu", "float32") == dataclasses.replace(gpu, fused_attention=())
     assert of("gpu", "bfloat16", triton=False) == dataclasses.replace(gpu, step=None, triton=False)
     many = jax.sharding.AbstractMesh((2,), ("data",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -252,6 +253,23 @@ def test_fused_requests_and_others_in_one_batch(world):
     alone = [model.generate([prompt], router, max_new_tokens=8)[0].token_ids for router in routers]
     assert [h.progress.tokens for h in handles] == alone
     assert alone[0] != alone[1]
+
+
+def test_a_model_whose_engine_failed_makes_another(world, monkeypatch):
+    model = dataclasses.replace(world["model"])
+    before = model.generate([[5, 6]], None, max_new_tokens=3)
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("meteora_jax.engine.engine.run_steps", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate([[5, 6]], None, max_new_tokens=3)
+    assert model.generate([[5, 6]], None, max_new_tokens=3) == before
+    kept = model._engines.holding([])
+    assert not kept.failed
+    assert kept is model._engines.holding([])  # and keeps it
 
 
 def test_few_programs_serve_every_length(world):

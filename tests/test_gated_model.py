@@ -333,7 +333,7 @@ def test_packed_attention_by_cudnn_has_the_gradients_of_xla():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fused", [(), ("prompt", "packed")])
+@pytest.mark.parametrize("fused", [(), ("packed",)])
 def test_packed_training_on_a_gpu(fused):
     compare_packed(fused)
 

@@ -55,6 +55,11 @@ def bound(model, top_k=2):
     return model.bind([mj.Gates(top_k)] * 4, 4)
 
 
+def all_logits(routings):
+    """The gates' logits of a layer, [B, T, P, A]."""
+    return jnp.concatenate([r.logits for r in routings], axis=2)
+
+
 def test_loss_equals_its_definition(world):
     """LM term: mean negative log-probability of the predicted tokens. Gate term: the same of the gates' logits.
 
@@ -81,8 +86,7 @@ def test_loss_equals_its_definition(world):
     @jax.jit
     def observed(weights, batch, router):
         llama = nnx.merge(model.graph, weights)
-        together = lambda rs: jnp.concatenate([r.logits for r in rs], 2)  # noqa: E731
-        return llama(batch.tokens, batch.positions, router, observe=together).observed
+        return llama(batch.tokens, batch.positions, router, observe=all_logits).observed
 
     g = np.asarray(observed(model.weights, batch, bound(model)), np.float64)  # [L, B, T, P, A]
     for row in range(4):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.engine.request import BoundRow, Progress
@@ -135,8 +133,3 @@ def dispatch_of(
         at += padded
     prompt = PromptTokens(tokens, positions, runs, last, drawn, left)
     return Dispatch(rows, prompt, router, 1, owners, tuple(chunks))
-
-
-def to_device(tree: Any) -> Any:
-    """Host arrays as device arrays, without a wait."""
-    return jax.tree.map(jnp.asarray, tree)

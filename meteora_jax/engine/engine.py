@@ -11,7 +11,6 @@ import dataclasses
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,8 @@ from jax.sharding import Mesh
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine.batch import Dispatch, dispatch_of, prompt_sizes, row_sizes
 from meteora_jax.engine.prefix_cache import PrefixCache
-from meteora_jax.engine.request import Progress, Request, check_prompts
-from meteora_jax.engine.scheduler import Limits, Scheduler
+from meteora_jax.engine.request import FinishReason, Progress, Request, check_prompts
+from meteora_jax.engine.scheduler import Limits, Plan, Scheduler
 from meteora_jax.engine.step import EngineState, StepResult, new_state, run_steps
 from meteora_jax.routing import NO_ADAPTER
 from meteora_jax.sharding import Params, fetch, place_whole, use_mesh
@@ -216,7 +215,7 @@ class EngineCore:
         with self._news:
             self._news.notify_all()
 
-    def _dispatch(self, plan: Any) -> None:
+    def _dispatch(self, plan: Plan) -> None:
         work = dispatch_of(plan, self.row_sizes, self.prompt_sizes, self.table_sizes, self.config.vocab_size)
         asked = [p.request.logprobs for p in work.owners if p.request.logprobs is not None]
         traced = any(p.request.trace for p in work.owners)
@@ -278,7 +277,7 @@ class EngineCore:
         """Adds the routing [T, L, P, C] of tokens; a choice that waits for its invocation is no adapter yet."""
         progress.routing.append((np.where(weights == 0, NO_ADAPTER, indices), weights))
 
-    def _finish(self, handle: Handle, reason: Any) -> None:
+    def _finish(self, handle: Handle, reason: FinishReason) -> None:
         self.scheduler.release(handle.progress)
         handle.progress.finish_reason = reason
         del self._handles[handle.progress.number]

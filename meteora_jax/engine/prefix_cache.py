@@ -23,7 +23,6 @@ class PrefixCache:
         self.pool = BlockPool(blocks, self._known, self._forget)
         self._blocks: dict[bytes, int] = {}  # key -> block
         self._keys: dict[int, bytes] = {}  # block -> key
-        self.asked = self.found = 0  # tokens
 
     def keys(self, tokens: Sequence[int], identity: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
         """The keys of the full blocks of a sequence, the first of which are `known` already."""
@@ -46,7 +45,6 @@ class PrefixCache:
                 break
             self.pool.share(block)
             blocks.append(block)
-        self.asked, self.found = self.asked + tokens, self.found + len(blocks) * self.block_size
         return blocks
 
     def publish(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
@@ -54,15 +52,6 @@ class PrefixCache:
         for key, block in zip(keys, blocks, strict=False):
             if key not in self._blocks and block not in self._keys:
                 self._blocks[key], self._keys[block] = block, key
-
-    def clear(self) -> None:
-        """Forgets every content, as when the weights that made it are others now."""
-        held = [b for b, n in enumerate(self.pool.holders) if n == 0 and b in self._keys]
-        self._blocks.clear()
-        self._keys.clear()
-        for block in held:  # idle ones become free
-            self.pool.share(block)
-            self.pool.release([block])
 
     def _known(self, block: int) -> bool:
         return block in self._keys

@@ -18,7 +18,7 @@ from meteora_jax.evaluation.problems import Problem
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.prompts import Prompt
 from meteora_jax.retriever.index import Index
-from meteora_jax.routing import BoundRouter, RoutingTrace
+from meteora_jax.routing import RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.retrieval import COMPOSITIONS, Compose, GatesWithin, Retrieval
@@ -72,7 +72,6 @@ class Model(Protocol):
     def tokenizer(self) -> Any: ...
 
     def encode(self, prompt: Prompt) -> list[int]: ...
-    def bind(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None = None) -> BoundRouter | None: ...
     def request(self, token_ids: Sequence[int], router: Any, max_new_tokens: int) -> Request: ...
     def completions(
         self, prompts: Sequence[Prompt], router: Any, *, max_new_tokens: Sequence[int], stop: Sequence[Sequence[str]]

@@ -21,15 +21,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, fused: Fus
     """Grouped-query attention: q [B, T, N, H], k and v [B, S, K, H], mask bool [B, 1, T, S] -> [B, T, N*H].
 
     Scores and softmax are float32. `fused`: by cuDNN, which never writes the scores; see
-    `ExecutionConfig.fused_attention`. A prompt's mask is causal, its padding behind it, and is not read. What stands at
-    padding means nothing.
+    `ExecutionConfig.fused_attention`. What stands at padding means nothing.
     jax.nn.dot_product_attention is not used elsewhere: it refuses float16 on a CPU.
     """
     if fused is not None:
         cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         rows, heads = ("batch", None, "heads", None), ("heads", k.shape[2])
-        given = [(q, rows), (k, rows), (v, rows)] + ([] if fused == "prompt" else [(mask, ("batch", None, None, None))])
-        y = by_device(lambda q, k, v, mask=None: cudnn(q, k, v, mask=mask), given, rows, heads)
+        given = [(q, rows), (k, rows), (v, rows), (mask, ("batch", None, None, None))]
+        y = by_device(lambda q, k, v, mask: cudnn(q, k, v, mask=mask), given, rows, heads)
         return y.reshape(*y.shape[:2], -1)
     batch, length, heads, width = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
