@@ -217,10 +217,10 @@ def plan_generation(
     router = BoundGates(TopK(whole(rows), whole(rows, dtype=jnp.float32), top_k), adapters)
     read = min(rows * width, BUDGET) // QUERY_BLOCK * QUERY_BLOCK
     prompt = PromptTokens(whole(read), whole(read), whole(read // QUERY_BLOCK), whole(rows), whole(rows), whole(rows))
-    how: dict[str, Any] = dict(most=8, logprobs=None, trace=True)
-    call = step_rows, prompt, router, whole(1), whole()
+    how: dict[str, Any] = dict(logprobs=None, trace=True)
+    call = step_rows, prompt, router, whole(1)
     with use_mesh(mesh):
-        first = _compiled(run_steps.lower(graph, weights, state, *call, **how))
+        first = _compiled(run_steps.lower(graph, weights, state, *call, steps=1, **how))
     # forward alone, and no gate's gradient: a third of attention's count, and of 4 or 6 a weight 2 remain
     per_token = flops_per_token(config, None, chosen=0, gates=None, train_adapters=False) / 2
     gated = flops_per_token(config, bank, chosen=top_k, gates=None, train_adapters=False) / 2 - per_token
@@ -235,9 +235,9 @@ def plan_generation(
     plan = _figures("prefill", first, held, mesh, rows=rows, width=width, flops=reading, mfu=mfu)
     if isinstance(first, OutOfMemory):
         return (plan,)
-    call = step_rows, None, router, whole(1), whole()
+    call = step_rows, None, router, whole(1)
     with use_mesh(mesh):
-        loop = _compiled(run_steps.lower(graph, weights, state, *call, **how))
+        loop = _compiled(run_steps.lower(graph, weights, state, *call, steps=8, **how))
     held = _held((weights, state, call))
     return plan, _figures("decoding", loop, held, mesh, rows=rows, width=width + new_tokens, flops=writing, mfu=None)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from bench_models import random_model
-from bench_programs import prepared, run_as
+from bench_programs import kernels_of, prepared, run_as
 from bench_settings import llama
 from bench_timing import console
 from rich.table import Table
@@ -60,6 +60,8 @@ class BenchEngine:
     requests: int = 256
     """Of the last measurement: prompts of 64 to 1,024 tokens and responses of 16 to 256, all at once, at most 128 rows;
     0 leaves it out."""
+    profile: bool = False
+    """Print the kernels of a decoding step and of the prompts as well."""
     layers: int | None = None
     """Layers of the model, all of the shape's unless given."""
     json: Path | None = None
@@ -111,6 +113,31 @@ def time_rows(bench: Bench, kind: Kind, rows: int) -> dict[str, float]:
     return found
 
 
+def profile_rows(bench: Bench, kind: Kind, rows: int) -> None:
+    """Prints the kernels of the prompts and of a decoding step, as `time_rows` has just compiled them."""
+    new, prompt = 17, bench.settings.prompt
+    engine = bench.engine(rows, rows * (prompt + bench.settings.new))
+    handles = [engine.submit(bench.request(kind, i, prompt, new)) for i in range(rows)]
+
+    def prompts() -> Any:
+        while not all(h.progress.tokens for h in handles):
+            engine.step()
+        return engine._state
+
+    def steps() -> Any:
+        engine.drain()
+        return engine._state
+
+    for name, call in (("prompts", prompts), ("step", steps)):
+        done = engine.counters.steps
+        kernels = kernels_of(call)
+        count = max(1, engine.counters.steps - done)
+        total = sum(us for _, _, us in kernels) / count
+        console.print(f"{name}, {kind}, {rows} rows: {count} steps of {total / 1e3:.3f} ms in kernels")
+        for kernel, launches, us in kernels[:16]:
+            console.print(f"  {us / count:9.1f} us {launches / count:7.1f} x {kernel[:100]}", highlight=False)
+
+
 def time_requests(bench: Bench, kind: Kind, count: int) -> dict[str, float]:
     """New tokens a second of requests of all lengths that come at once."""
     draw = np.random.default_rng(0)
@@ -151,6 +178,8 @@ def main(settings: BenchEngine) -> None:
         for rows in settings.rows:
             for kind in kinds:
                 attempt(keep, dict(what="rows", kind=kind, form=form, rows=rows), time_rows, bench, kind, rows)
+                if settings.profile:
+                    profile_rows(bench, kind, rows)
         for kind in kinds if settings.requests else ():
             count = settings.requests
             attempt(keep, dict(what="requests", kind=kind, form=form, count=count), time_requests, bench, kind, count)

@@ -109,8 +109,8 @@ def _reading(model: LazyArrays, router: Any, tokens: jax.Array, steps: int) -> t
     """An empty state, and the compiled step that reads the prompts into it."""
     slots = tokens.shape[1] + 2 * steps
     empty = _empty(model, tokens.shape[0], slots)
-    rest = _step_rows(tokens.shape[0], slots, False), _prompt(tokens, 2 * steps), router, NO_END, jnp.int32(1)
-    call = run_steps.lower(model.graph, model.shapes, empty.shapes, *rest, most=1, logprobs=None, trace=False).compile()
+    rest = _step_rows(tokens.shape[0], slots, False), _prompt(tokens, 2 * steps), router, NO_END
+    call = run_steps.lower(model.graph, model.shapes, empty.shapes, *rest, steps=1, logprobs=None, trace=False).compile()
     return empty, lambda weights, state: call(weights, state, *rest)
 
 
@@ -136,8 +136,8 @@ def generating(model: LazyArrays, router: Any, tokens: jax.Array, start: LazyArr
     if start is None:
         empty, read = _reading(model, router, tokens, steps)
         return Timed(lambda s: read(model(), s)[0], empty.copy, compared=functools.partial(keys, position=length - 1))
-    rest = _step_rows(batch, slots, True), None, router, NO_END, jnp.int32(steps)
-    how: dict[str, Any] = dict(most=steps, logprobs=None, trace=False)
+    rest = _step_rows(batch, slots, True), None, router, NO_END
+    how: dict[str, Any] = dict(steps=steps, logprobs=None, trace=False)
     call = run_steps.lower(model.graph, model.shapes, start.shapes, *rest, **how).compile()
     # the first step's token is the same under every setting
     compared = functools.partial(keys, position=length)

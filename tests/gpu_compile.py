@@ -119,8 +119,8 @@ def decoding(device: Any, router: Any, rows: int, form: TokenRouterForm | None) 
     """The optimised program of decoding steps."""
     graph, weights, bank = llama_3_8b(form)
     bound = router.bind([router] * rows, bank.names) if router is not None else None
-    rest = step_rows(rows), None, bound, array((1,), jnp.int32), array((), jnp.int32)
-    how: dict[str, Any] = dict(most=8, logprobs=None, trace=True)
+    rest = step_rows(rows), None, bound, array((1,), jnp.int32)
+    how: dict[str, Any] = dict(steps=8, logprobs=None, trace=True)
     return compiled(
         device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, rows), *rest, donate=(1,), **how
     )
@@ -132,8 +132,8 @@ def prompt(device: Any, router: Any, length: int) -> str:
     bound = router.bind([router], bank.names) if router is not None else None
     tokens, one = array((length,), jnp.int32), array((1,), jnp.int32)
     read = PromptTokens(tokens, tokens, array((length // QUERY_BLOCK,), jnp.int32), one, one, one)
-    rest = step_rows(1), read, bound, one, array((), jnp.int32)
-    how: dict[str, Any] = dict(most=8, logprobs=None, trace=False)
+    rest = step_rows(1), read, bound, one
+    how: dict[str, Any] = dict(steps=1, logprobs=None, trace=False)
     return compiled(device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, 1), *rest, **how)
 
 

@@ -31,9 +31,9 @@ def round_up(count: int, sizes: Sequence[int]) -> int:
 
 
 def prompt_sizes(most: int) -> tuple[int, ...]:
-    """The numbers of prompt tokens that programs have: four runs, and twice as many each time, up to `most`."""
+    """The numbers of prompt tokens that programs have: four runs, twice as many each time, and `most`."""
     sizes, size = [], 4 * QUERY_BLOCK
-    while size < most:
+    while 4 * size <= 3 * most:
         sizes.append(size)
         size *= 2
     return (*sizes, -(-most // QUERY_BLOCK) * QUERY_BLOCK)

@@ -121,9 +121,9 @@ class EngineCore:
         grows = config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic"
         # there a prompt's keys depend on its length
         cache = PrefixCache(size.blocks, size.block_size, prefix_cache and not grows)
-        self.scheduler = Scheduler(Limits(size.rows, size.tokens), cache)
-        self._decode = decode
         self.row_sizes, self.prompt_sizes = row_sizes(size.rows), prompt_sizes(size.tokens)
+        self.scheduler = Scheduler(Limits(size.rows, size.tokens, prompt_sizes=self.prompt_sizes), cache)
+        self._decode = decode
         most = size.blocks
         self.table_sizes = (*(8 << 2 * i for i in range(12) if 8 << 2 * i < most), most)
         self._end = place_whole(jnp.asarray(config.eos_token_ids or (-1,), jnp.int32), mesh)
@@ -219,12 +219,11 @@ class EngineCore:
         work = dispatch_of(plan, self.row_sizes, self.prompt_sizes, self.table_sizes, self.config.vocab_size)
         asked = [p.request.logprobs for p in work.owners if p.request.logprobs is not None]
         traced = any(p.request.trace for p in work.owners)
-        given = place_whole((work.rows, work.prompt, work.router, np.int32(work.steps)), self.mesh)
-        rows, prompt, router, steps = given
+        rows, prompt, router = place_whole((work.rows, work.prompt, work.router), self.mesh)
         with use_mesh(self.mesh):
             self._state, result = run_steps(
-                self.graph, self.weights, self._state, rows, prompt, router, self._end, steps,
-                most=self.scheduler.limits.steps, logprobs=max(asked) if asked else None, trace=traced,
+                self.graph, self.weights, self._state, rows, prompt, router, self._end, steps=work.steps,
+                logprobs=max(asked) if asked else None, trace=traced,
             )  # fmt: skip
         for leaf in jax.tree.leaves(result):
             if self.mesh is None:
@@ -237,7 +236,7 @@ class EngineCore:
     def _read(self) -> None:
         """Waits for the oldest dispatch and gives everyone what is theirs."""
         work, result = self._in_flight.popleft()
-        tokens = fetch(result.tokens)
+        tokens: list[list[int]] = fetch(result.tokens).T.tolist()
         logprob = None if result.logprob is None else fetch(result.logprob)
         likely = None if result.likely is None else tuple(map(fetch, result.likely))
         trace = None if result.trace is None else tuple(map(fetch, result.trace))
@@ -250,7 +249,7 @@ class EngineCore:
             handle = self._handles.get(p.number)
             if handle is None:
                 continue
-            drawn = [int(t) for t in tokens[: work.steps, b] if t != EMPTY]
+            drawn = [t for t in tokens[b] if t != EMPTY]
             if trace is not None and p.request.trace and b < read:
                 self._traced(p, *(z[: len(drawn), :, b] for z in trace))
             if not drawn:

@@ -15,14 +15,26 @@ from meteora_jax.engine.request import Progress
 from pallas_kernels.paged_attention import QUERY_BLOCK
 
 
+SPARE = 256  # tokens that take about as long as reading all weights once
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What a step may hold: rows (sequences at once), tokens (decoded ones and those of prompts together, at least
-    QUERY_BLOCK more than rows), and how many decoding steps are given to the device at a time while nothing arrives."""
+    QUERY_BLOCK more than rows), how many decoding steps are given to the device at a time while nothing arrives, and
+    the numbers of prompt tokens that programs have (none: any)."""
 
     rows: int
     tokens: int
     steps: int = 8
+    prompt_sizes: tuple[int, ...] = ()
+
+    def prompt_tokens(self, wanted: int) -> int:
+        """How many of `wanted` prompt tokens a step reads: the program's padding costs no more than a step that reads
+        the rest."""
+        larger = next((n for n in self.prompt_sizes if n >= wanted), wanted)
+        smaller = max((n for n in self.prompt_sizes if n < wanted), default=wanted)
+        return wanted if larger - wanted <= max(SPARE, larger // 8) else smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +98,8 @@ class Scheduler:
             steps = 1
         elif not decoding:
             return None
-        else:  # somebody waits for a row or for blocks: look again as soon as one may be given back
-            some = min if self.waiting else max
-            steps = max(1, min(self.limits.steps, some(p.left for p in decoding)))
+        else:  # who waits for a row or for blocks waits for the end of these: those let in together share a step
+            steps = self.limits.steps if max(p.left for p in decoding) > self.limits.steps // 2 else 1
         if not self._grow(decoding, steps):
             steps = 1
             if not self._grow(decoding, steps):
@@ -98,7 +109,8 @@ class Scheduler:
                     victim = self.running[-1]
                     self._preempt(victim)
                     decoding = [p for p in decoding if p is not victim]
-        budget = self.limits.tokens - len(decoding)
+        left = (-(-(len(p.todo) - p.read) // QUERY_BLOCK) * QUERY_BLOCK for p in self.running if p.prefilling)
+        budget = self.limits.prompt_tokens(min(self.limits.tokens - len(decoding), sum(left)))
         for p in self.running:
             if not p.prefilling or budget < QUERY_BLOCK:
                 continue

@@ -140,7 +140,7 @@ def _step(
     return state, StepResult(jnp.where(draws, new, EMPTY), logprob, likely, routing)
 
 
-@jit(static_argnames=("graph", "most", "logprobs", "trace"), donate_argnames=("state",))
+@jit(static_argnames=("graph", "steps", "logprobs", "trace"), donate_argnames=("state",))
 def run_steps(
     graph: nnx.GraphDef,
     weights: Params,
@@ -149,40 +149,27 @@ def run_steps(
     prompt: PromptTokens | None,
     router: BoundRouter | None,
     end: jax.Array,
-    steps: jax.Array,
     *,
-    most: int,
+    steps: int,
     logprobs: int | None,
     trace: bool,
 ) -> tuple[EngineState, StepResult]:
-    """`steps` int32 [] decoding steps, at most `most`; or, with `prompt`, one step that reads it too.
+    """`steps` decoding steps; or, with `prompt`, one step that reads it too.
+
+    The number is the program's: a GPU's loop that asks whether to go on waits for the host at every step.
 
     Args:
         router: of the B rows, its leaves [B, ..]. end: int32 [E], the tokens that end a response. logprobs: how many of
             the likeliest tokens' are wanted. trace: whether the routing is.
     """
     model = nnx.merge(graph, weights)
-    run = functools.partial(_step, model, rows=rows, router=router, end=end, logprobs=logprobs, trace=trace)
-    if prompt is not None:
-        state, result = run(state, prompt=prompt)
+    run = functools.partial(
+        _step, model, rows=rows, prompt=prompt, router=router, end=end, logprobs=logprobs, trace=trace
+    )
+    if steps == 1:
+        state, result = run(state)
         return state, jax.tree.map(lambda z: z[None], result)
-    shapes = jax.eval_shape(lambda s: run(s, prompt=None)[1], state)
-    kept = jax.tree.map(lambda z: jnp.zeros((most, *z.shape), z.dtype), shapes)
-    kept = dataclasses.replace(kept, tokens=jnp.full_like(kept.tokens, EMPTY))
-
-    def more(carry: tuple[jax.Array, EngineState, StepResult]) -> jax.Array:
-        done, state, _ = carry
-        position = state.position.at[rows.order].get(mode="fill", fill_value=EMPTY)
-        return (done < steps) & jnp.any(rows.decodes & (position != EMPTY))
-
-    def body(carry: tuple[jax.Array, EngineState, StepResult]) -> tuple[jax.Array, EngineState, StepResult]:
-        done, state, kept = carry
-        state, result = run(state, prompt=None)
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=done, axis=0)
-        return done + 1, state, jax.tree.map(put, kept, result)
-
-    _, state, kept = jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state, kept))
-    return state, kept
+    return jax.lax.scan(lambda state, _: run(state), state, length=steps)
 
 
 @jit(static_argnames=("graph", "blocks", "block_size", "rows"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MODULE = "pallas_kernels.paged_attention.triton_kernels"
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 MOST_PARTS = 32  # of a sequence
-LONG_PART = 1024  # slots of a part where there are programs enough without parts: long sequences alone are cut
+LONG_PART = 2048  # slots of a part where there are programs enough without parts: long sequences alone are cut
 shape = jax.ShapeDtypeStruct
 
 
