@@ -110,7 +110,9 @@ def _reading(model: LazyArrays, router: Any, tokens: jax.Array, steps: int) -> t
     slots = tokens.shape[1] + 2 * steps
     empty = _empty(model, tokens.shape[0], slots)
     rest = _step_rows(tokens.shape[0], slots, False), _prompt(tokens, 2 * steps), router, NO_END
-    call = run_steps.lower(model.graph, model.shapes, empty.shapes, *rest, steps=1, logprobs=None, trace=False).compile()
+    call = run_steps.lower(
+        model.graph, model.shapes, empty.shapes, *rest, steps=1, logprobs=None, trace=False
+    ).compile()
     return empty, lambda weights, state: call(weights, state, *rest)
 
 
