@@ -17,8 +17,10 @@ gates do not know is reached by routers that name it.
 An adapter is read from its memory-mapped BANK folder, checked, padded and copied to the device by a thread of the
 pool, ahead of the request's turn; the engine writes it into its slot between two steps once it has arrived. Slots have
 one shape, so no program changes. Steps that the device was given before the write still see the old content, since it
-works in order. A file that is corrupt or another base's is refused by `load` before anything of the pool changes; where a file
-of the bank itself is found corrupt later, the requests that need it are refused, and no others.
+works in order.
+
+A file that is corrupt or another base's is refused by `load` before anything of the pool changes; where a file of the
+bank itself is found corrupt later, the requests that need it are refused, and no others.
 """
 
 from __future__ import annotations
