@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from extent import examples
+from test_token_router import FORM, arrays_of
 
 import meteora_jax as mj
 from meteora_jax.bank import AdapterBank
@@ -240,6 +241,22 @@ def test_gates_choose_among_what_is_resident(banks: dict[str, Any]):
     assert skipped == [24, 24, 0]  # what was read under another choice is not found
     with pytest.raises(InputError, match="expected at most 3 adapters"):
         model.request(prompts[0], mj.Gates(2, within=NAMES[:5]), 8)
+
+
+def test_a_token_router_chooses_among_what_was_named(world: dict[str, Any], tmp_path: Path):
+    """Its columns stay on the device, all of them; those of what lies in the slots are read."""
+    config, names = world["model"].config, world["model"].adapter_names
+    save_gates(tmp_path, GateConfig(names, 2, 1.0, FORM), arrays_of(FORM, config))
+    given = world["base"], world["bank"], tmp_path
+    whole, model = mj.load(*given, dtype="float32"), mj.load(*given, dtype="float32", adapter_slots=2)
+    chosen = []
+    for of in (whole, model):
+        engine, router = rows_of(of), mj.Gates(1, within=(names[3], names[1]))
+        handles = [engine.submit(of.request([7, 30 + i, 9, 60 + i], router, 1, trace=True)) for i in range(4)]
+        traces = [of.completion(h.wait(), "", ()).routing for h in handles]  # one token: no decoding step is compiled
+        chosen.append([np.asarray(t.adapter_names)[t.indices[:4]].tolist() for t in traces if t is not None])
+    assert chosen[0] == chosen[1]
+    assert set(np.unique(chosen[1])) == {names[1], names[3]}  # each of them somewhere
 
 
 def test_bad_files_are_refused_before_anything_changes(banks: dict[str, Any], tmp_path: Path):
