@@ -313,6 +313,24 @@ def test_a_corrupt_adapter_of_the_bank_refuses_its_own_requests(banks: dict[str,
     engine.submit(model.request([5, 6], mj.Fixed({NAMES[8]: 1.0, NAMES[1]: 0.0}), 4)).wait()
 
 
+def test_an_engine_that_fails_keeps_no_slots(banks: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    model = fresh(banks)
+    engine, other = rows_of(model), rows_of(model)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no device")
+
+    handles = [engine.submit(model.request([5], mj.Fixed({n: 1.0, NAMES[0]: 0.1}), 9)) for n in NAMES[1:7]]
+    monkeypatch.setattr(engine, "_dispatch", broken)
+    with pytest.raises(RuntimeError, match="no device"):
+        engine.step()
+    handles[0].cancel()
+    assert model.pool.table.pins == [0, 0, 0]
+    other.submit(model.request([5], mj.Fixed({NAMES[5]: 1.0, NAMES[6]: 0.5}), 2)).wait()
+    model.pool.unload(NAMES[1])  # nobody uses it any more
+    assert model.pool.versions.find([NAMES[1]]) == []
+
+
 def test_a_peft_folder_is_loaded_while_others_are_served(banks: dict[str, Any], world: dict[str, Any]):
     """From another thread; what it says is what the same adapter of a BANK folder says."""
     model = fresh(banks)

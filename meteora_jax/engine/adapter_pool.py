@@ -220,13 +220,19 @@ class AdapterPool:
         with self.lock:
             self.versions.use(wanted.versions)
 
-    def reserve(self, owner: Hashable, wanted: WantedAdapters, drain: bool) -> State:
+    def reserve(self, owner: Hashable, wanted: WantedAdapters, drain: bool, fetch: bool = True) -> State:
         """Slots for a request's adapters, and their copies on the way: whether it may run, waits for copies, or for
-        slots. Raises InputError: one of them cannot be read."""
+        slots. drain: see `SlotTable.take`. fetch: whether anything is copied for it yet.
+
+        Raises:
+            InputError: one of them cannot be read.
+        """
         for n in wanted.versions:
             if (failure := self._failed.get(n)) is not None:
                 raise failure
         if not self.table.holds(owner):
+            if not fetch and any(n not in self._there for n in wanted.versions):
+                return "waiting"
             placed = self.table.take(owner, wanted.versions, drain)
             if placed is None:
                 return "waiting"
@@ -244,14 +250,14 @@ class AdapterPool:
 
     def place(self, wanted: WantedAdapters) -> BoundRow:
         """A request's router over the slots as they are now."""
-        numbers = self._choosable() if wanted.every else wanted.versions
+        numbers = self._acting(wanted)
         where = np.asarray([self.table.slot(n) for n in numbers], np.int32)
         columns = self._router_columns() if self._router else None
         return wanted.row.moved(where, self.table.count, columns)
 
     def identity(self, wanted: WantedAdapters) -> bytes:
         """What is the same for two requests that treat the same tokens alike, whichever slots they have."""
-        numbers = sorted(self._choosable()) if wanted.every else wanted.versions
+        numbers = self._acting(wanted)
         return hashlib.blake2b(repr(numbers).encode() + wanted.row.identity, digest_size=16).digest()
 
     # what an engine asks, under `lock`
@@ -308,9 +314,11 @@ class AdapterPool:
         assert self.gates is not None
         return self.versions.find(self.gates.names)
 
-    def _choosable(self) -> list[int]:
-        """Those of `_known` that lie in slots, whose weights are there."""
-        return [v.number for v in self._known() if v.number in self._there]
+    def _acting(self, wanted: WantedAdapters) -> tuple[int, ...]:
+        """What a request may choose: its own, or beside them all of `_known` whose weights are in their slots."""
+        if not wanted.every:
+            return wanted.versions
+        return tuple(sorted({*wanted.versions, *(v.number for v in self._known() if v.number in self._there)}))
 
     def _some(self, count: int) -> list[AdapterVersion]:
         """So many adapters that gates know, which stay in their slots while the request runs."""

@@ -221,6 +221,8 @@ class EngineCore:
                     self.pool.wait()
             except BaseException as e:
                 self._failure = e
+                for handle in self._handles.values():
+                    self.scheduler.release(handle.progress)  # others share the pool
                 raise
         self._tell()
         return True
