@@ -29,6 +29,8 @@ from meteora_jax.io.bank import load_bank, save_bank
 from meteora_jax.io.gates import save_gates
 from meteora_jax.io.stored_bank import StoredBank
 from meteora_jax.model.llama import pack, with_execution
+from meteora_jax.routing import adapter_share
+from meteora_jax.routing.retrieval import Composed
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 
 NAMES = tuple(f"adapter{i}" for i in range(12))
@@ -105,7 +107,7 @@ def check(engine: EngineCore, pool: AdapterPool) -> None:
     engine.scheduler.cache.pool.check()
     for p in engine.scheduler.running:
         wanted = p.request.adapters
-        assert wanted is None or all(pool.table.slot(n) is not None for n in wanted.versions)
+        assert wanted is None or all(pool.table.slots(n) is not None for n in wanted.versions)
 
 
 class Schedule:
@@ -212,7 +214,7 @@ def test_a_request_keeps_its_version_and_the_prefix_cache_knows_it(banks: dict[s
     assert (again.tokens, again.skipped) == (right["-2"], 32)
     with pytest.raises(InputError, match="one that was unloaded since"):
         engine.submit(made)
-    assert [model.pool.table.slot(0), model.pool.load(banks["first"], name)] == [None, 3]  # version 1 is gone
+    assert [model.pool.table.slots(0), model.pool.load(banks["first"], name)] == [None, 3]  # version 1 is gone
     assert (submit().wait().tokens, submit().wait().tokens) == (right[""], right[""])
     model.pool.unload(name)
     with pytest.raises(InputError, match=f"adapter: expected one of .*adapter2.* found '{name}'"):
@@ -262,6 +264,36 @@ def test_a_token_router_chooses_among_what_was_named(world: dict[str, Any], tmp_
         chosen.append([np.asarray(t.adapter_names)[t.indices[:4]].tolist() for t in traces if t is not None])
     assert chosen[0] == chosen[1]
     assert set(np.unique(chosen[1])) == {names[1], names[3]}  # each of them somewhere
+
+
+def test_a_large_adapter_takes_several_slots_and_a_small_one_does_not_pay(world: dict[str, Any]):
+    """Ranks 4, 2, 8, 4 in slots of rank 2: two, one, four and two of them."""
+    whole = mj.load(world["base"], world["bank"], dtype="float32")
+    model = mj.load(world["base"], world["bank"], dtype="float32", adapter_slots=5, adapter_rank=2)
+    pool, engine, right = model.pool, rows_of(model), rows_of(whole)
+    assert pool is not None
+    assert [v.slots for v in pool.versions.find(pool.names())] == [2, 1, 4, 2]
+    assert model.weights["layers"]["qkv"]["lora_a"].shape[2:4] == (5, 2)
+    for weights in ({"cedar": 0.8, "birch": 0.4}, {"apple": 0.8, "daisy": 0.5}):
+        prompts, router = [[7, 8 + i, 40, 9 * i + 3] for i in range(6)], mj.Fixed(weights)
+        found, wanted = (  # one token each: no decoding step is compiled
+            [h.wait() for h in [e.submit(m.request(p, router, 1, trace=True)) for p in prompts]]
+            for e, m in ((engine, model), (right, whole))
+        )
+        assert [p.tokens for p in found] == [p.tokens for p in wanted]
+        assert len({tuple(p.tokens) for p in found}) > 2
+        pool.table.check()
+        traces = [m.completion(p[0], "", ()).routing for m, p in ((model, found), (whole, wanted))]
+        shares = [dict(zip(t.adapter_names, adapter_share(t)[0], strict=True)) for t in traces if t is not None]
+        assert shares[0] == pytest.approx({n: shares[1][n] for n in weights})
+    for router, expected in (
+        (Composed((("cedar", 1.0),), True), "one slot each to be fused"),
+        (mj.Fixed({"cedar": 1.0, "daisy": 0.5}), "found 2 of 6 slots"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            model.request([7], router, 2)
+    with pytest.raises(InputError, match="at most 1 slots of rank 4 beside gates, found cedar"):
+        mj.load(world["base"], world["bank"], world["gates"], adapter_slots=3, adapter_rank=4)
 
 
 def test_bad_files_are_refused_before_anything_changes(banks: dict[str, Any], tmp_path: Path):
@@ -435,7 +467,8 @@ def test_slots_hold_what_a_load_puts_there(world: dict[str, Any], tmp_path: Path
     for slot, number in enumerate(order):
         version = pool.versions[number]
         columns = {path: z[..., number] for path, z in pool._columns.items()}
-        written.write(written.stage(version.bank.adapter(version.place), columns), slot)
+        (staged,) = written.stage(version.bank.adapter(version.place), columns)
+        written.write(staged, slot)
     found, expected = ({p: x[...] for p, x in nnx.to_flat_state(s)} for s in (state, right))
     assert found.keys() == expected.keys()
     for path, array in expected.items():
