@@ -3,73 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from adapter_banks import NAMES, SIZE, joined, random_bank, rows_of
 from extent import examples
-from flax import nnx
-from test_token_router import FORM, arrays_of
 
-import converters
 import meteora_jax as mj
-from meteora_jax.bank import AdapterBank
-from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
-from meteora_jax.engine import EngineCore, EngineSize, Handle
+from meteora_jax.config import PROJECTIONS, InputError
+from meteora_jax.engine import EngineCore, Handle
 from meteora_jax.engine.adapter_pool import AdapterPool
-from meteora_jax.engine.slot_weights import SlotWeights, write_slot
+from meteora_jax.engine.slot_weights import write_slot
 from meteora_jax.engine.step import run_steps
-from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.bank import load_bank, save_bank
+from meteora_jax.io.bank import save_bank
 from meteora_jax.io.gates import save_gates
-from meteora_jax.io.stored_bank import StoredBank
-from meteora_jax.model.llama import pack, with_execution
-from meteora_jax.routing import adapter_share
-from meteora_jax.routing.retrieval import Composed
-from pallas_kernels.decode_step.triton_gpu import StepLimits
-
-NAMES = tuple(f"adapter{i}" for i in range(12))
-SIZE = EngineSize(rows=4, tokens=64, blocks=32, block_size=8)  # one size of prompts: few programs
-RANK = 4
-
-
-def random_bank(config: LlamaConfig, names: tuple[str, ...], seed: int, rank: int = RANK) -> AdapterBank:
-    """Adapters of ranks 1 to `rank`, zero-padded, loud enough for each to be heard in the greedy tokens."""
-    rng = np.random.default_rng(seed)
-    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    own = [int(r) for r in rng.integers(1, rank + 1, len(names))]
-    own[0] = rank
-    a, b, scale = {}, {}, {}
-    for p, (i, o) in shapes.items():
-        a[p] = rng.standard_normal((config.num_layers, len(names), rank, i), np.float32) / i**0.5
-        b[p] = rng.standard_normal((config.num_layers, len(names), rank, o), np.float32)
-        for n, r in enumerate(own):
-            a[p][:, n, r:], b[p][:, n, r:] = 0, 0
-        scale[p] = np.full((config.num_layers, len(names)), 0.7, np.float32)
-    infos = tuple(AdapterInfo(n, r, PROJECTIONS, n, "", {}) for n, r in zip(names, own, strict=True))
-    return AdapterBank(a, b, scale, BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes))
-
-
-def joined(one: AdapterBank, other: AdapterBank) -> AdapterBank:
-    """Both banks' adapters, the second's names marked."""
-    infos = tuple(dataclasses.replace(a, name=f"{a.name}-2") for a in other.config.adapters)
-
-    def both(part: str) -> dict[str, np.ndarray]:
-        return {p: np.concatenate([getattr(one, part)[p], getattr(other, part)[p]], 1) for p in one.a}
-
-    config = dataclasses.replace(one.config, adapters=(*one.config.adapters, *infos))
-    return AdapterBank(both("a"), both("b"), both("scale"), config)
-
-
-def rows_of(model: mj.Meteora, size: EngineSize = SIZE) -> EngineCore:
-    made = EngineCore(model.graph, model.weights, model.config, size, decode=model.decode, pool=model.pool)
-    made.row_sizes, made.table_sizes = made.row_sizes[-1:], made.table_sizes[-1:]  # few programs are compiled
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -250,52 +201,6 @@ def test_gates_choose_among_what_is_resident(banks: dict[str, Any]):
         model.request(prompts[0], mj.Gates(2, within=NAMES[:5]), 8)
 
 
-def test_a_token_router_chooses_among_what_was_named(world: dict[str, Any], tmp_path: Path):
-    """Its columns stay on the device, all of them; those of what lies in the slots are read."""
-    config, names = world["model"].config, world["model"].adapter_names
-    save_gates(tmp_path, GateConfig(names, 2, 1.0, FORM), arrays_of(FORM, config))
-    given = world["base"], world["bank"], tmp_path
-    whole, model = mj.load(*given, dtype="float32"), mj.load(*given, dtype="float32", adapter_slots=2)
-    chosen = []
-    for of in (whole, model):
-        engine, router = rows_of(of), mj.Gates(1, within=(names[3], names[1]))
-        handles = [engine.submit(of.request([7, 30 + i, 9, 60 + i], router, 1, trace=True)) for i in range(4)]
-        traces = [of.completion(h.wait(), "", ()).routing for h in handles]  # one token: no decoding step is compiled
-        chosen.append([np.asarray(t.adapter_names)[t.indices[:4]].tolist() for t in traces if t is not None])
-    assert chosen[0] == chosen[1]
-    assert set(np.unique(chosen[1])) == {names[1], names[3]}  # each of them somewhere
-
-
-def test_a_large_adapter_takes_several_slots_and_a_small_one_does_not_pay(world: dict[str, Any]):
-    """Ranks 4, 2, 8, 4 in slots of rank 2: two, one, four and two of them."""
-    whole = mj.load(world["base"], world["bank"], dtype="float32")
-    model = mj.load(world["base"], world["bank"], dtype="float32", adapter_slots=5, adapter_rank=2)
-    pool, engine, right = model.pool, rows_of(model), rows_of(whole)
-    assert pool is not None
-    assert [v.slots for v in pool.versions.find(pool.names())] == [2, 1, 4, 2]
-    assert model.weights["layers"]["qkv"]["lora_a"].shape[2:4] == (5, 2)
-    for weights in ({"cedar": 0.8, "birch": 0.4}, {"apple": 0.8, "daisy": 0.5}):
-        prompts, router = [[7, 8 + i, 40, 9 * i + 3] for i in range(6)], mj.Fixed(weights)
-        found, wanted = (  # one token each: no decoding step is compiled
-            [h.wait() for h in [e.submit(m.request(p, router, 1, trace=True)) for p in prompts]]
-            for e, m in ((engine, model), (right, whole))
-        )
-        assert [p.tokens for p in found] == [p.tokens for p in wanted]
-        assert len({tuple(p.tokens) for p in found}) > 2
-        pool.table.check()
-        traces = [m.completion(p[0], "", ()).routing for m, p in ((model, found), (whole, wanted))]
-        shares = [dict(zip(t.adapter_names, adapter_share(t)[0], strict=True)) for t in traces if t is not None]
-        assert shares[0] == pytest.approx({n: shares[1][n] for n in weights})
-    for router, expected in (
-        (Composed((("cedar", 1.0),), True), "one slot each to be fused"),
-        (mj.Fixed({"cedar": 1.0, "daisy": 0.5}), "found 2 of 6 slots"),
-    ):
-        with pytest.raises(InputError, match=expected):
-            model.request([7], router, 2)
-    with pytest.raises(InputError, match="at most 1 slots of rank 4 beside gates, found cedar"):
-        mj.load(world["base"], world["bank"], world["gates"], adapter_slots=3, adapter_rank=4)
-
-
 def test_bad_files_are_refused_before_anything_changes(banks: dict[str, Any], tmp_path: Path):
     model = banks["slots"]
     pool, config = model.pool, model.config
@@ -387,52 +292,6 @@ def test_a_peft_folder_is_loaded_while_others_are_served(banks: dict[str, Any], 
     assert not scratch.exists()
 
 
-def test_a_bank_of_a_thousand_is_not_read_into_memory(banks: dict[str, Any], tmp_path: Path):
-    config = banks["all"].config
-    names = tuple(f"a{i}" for i in range(1000))
-    bank = random_bank(config, names, 1, rank=2)
-    save_bank(tmp_path / "bank", bank)
-    right = {p: bank.a[p][:, 777].copy() for p in bank.a}
-    del bank
-    size = (tmp_path / "bank" / "weights.safetensors").stat().st_size
-    before = own_bytes()
-    stored = StoredBank(tmp_path / "bank", config, np.float32)
-    one = stored.adapter(777)
-    assert own_bytes() - before < size / 10
-    for p, a in right.items():
-        rank = one.a[p].shape[2]
-        np.testing.assert_array_equal(one.a[p][:, 0], a[:, :rank])
-        assert not a[:, rank:].any()
-    model = mj.load(banks["base"], tmp_path / "bank", dtype="float32", adapter_slots=3)
-    assert len(model.adapter_names) == 1000
-    assert model.pool.resident() == names[:3]
-
-
-def own_bytes() -> int:
-    """This process's memory but for mapped files, whose pages the system takes back when it likes."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{os.getpid()}/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def test_a_stored_adapter_is_what_the_whole_bank_has(banks: dict[str, Any], world: dict[str, Any]):
-    """Of mixed ranks and targets, as an import writes them."""
-    config = banks["all"].config
-    for folder in (world["bank"], banks["first"]):
-        whole, stored = load_bank(folder, config, np.float32), StoredBank(folder, config, np.float32)
-        for i in range(len(whole.names)):
-            one = stored.adapter(i)
-            for group in ("qkv", "o", "gate_up", "down"):
-                mine, all_of_them = one.group(group), whole.group(group)
-                assert all_of_them is not None
-                assert mine is not None
-                rank = mine["lora_a"].shape[3]
-                np.testing.assert_array_equal(mine["lora_a"][:, :, 0], all_of_them["lora_a"][:, :, i, :rank])
-                np.testing.assert_array_equal(mine["lora_b"][:, 0], all_of_them["lora_b"][:, i, :rank])
-                np.testing.assert_array_equal(mine["lora_scale"][..., 0], all_of_them["lora_scale"][..., i])
-                assert not all_of_them["lora_a"][:, :, i, rank:].any()
-
-
 def test_what_slots_cannot_do_is_refused(banks: dict[str, Any]):
     model = banks["slots"]
     for call, expected in (
@@ -448,34 +307,3 @@ def test_what_slots_cannot_do_is_refused(banks: dict[str, Any]):
     ):
         with pytest.raises(InputError, match=expected):
             call()
-
-
-@pytest.mark.parametrize("dense_width", [None, 512, 8], ids=["plain", "packed", "packed, wide"])
-def test_slots_hold_what_a_load_puts_there(world: dict[str, Any], tmp_path: Path, dense_width: int | None):
-    """Every adapter written into another slot than its own: bit for bit the bank in that order, gates' columns too."""
-    order = [2, 0, 3, 1]
-    names = tuple(np.asarray(world["model"].adapter_names)[order])
-    converters.take_adapters(world["bank"], tmp_path / "bank", names)
-    given: dict[str, Any] = dict(gates=world["gates"], dtype="bfloat16")
-    model = mj.load(world["base"], world["bank"], adapter_slots=4, **given)
-    wanted = mj.load(world["base"], tmp_path / "bank", **given)
-    (graph, state), (_, right) = (
-        (m.graph, m.weights) if dense_width is None else packed_as(m, dense_width) for m in (model, wanted)
-    )
-    pool = model.pool
-    written = SlotWeights(graph, state, model.config, None, router=False)
-    for slot, number in enumerate(order):
-        version = pool.versions[number]
-        columns = {path: z[..., number] for path, z in pool._columns.items()}
-        (staged,) = written.stage(version.bank.adapter(version.place), columns)
-        written.write(staged, slot)
-    found, expected = ({p: x[...] for p, x in nnx.to_flat_state(s)} for s in (state, right))
-    assert found.keys() == expected.keys()
-    for path, array in expected.items():
-        np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(array), err_msg=str(path))
-
-
-def packed_as(model: mj.Meteora, dense_width: int) -> tuple[Any, Any]:
-    """As on a GPU in 16 bit."""
-    execution = ExecutionConfig(step=StepLimits(), dense_width=dense_width)
-    return pack(with_execution(model.graph, model.weights, execution), model.weights)
