@@ -52,8 +52,9 @@ class Engines:
             self._engine = found = None  # its memory goes before the next one's comes
         most = max(fitting_blocks(self._config, size.block_size, self._model[1], self._mesh), wanted[0])
         size = dataclasses.replace(size, blocks=min(blocks, most))
-        options = dict(mesh=self._mesh, decode=self._decode, pool=self._pool)
-        engine = EngineCore(*self._model, self._config, size, **options)
+        engine = EngineCore(
+            *self._model, self._config, size, mesh=self._mesh, decode=self._decode, pool=self._pool
+        )  # fmt: skip
         if found is None:
             self._engine = engine
         return engine

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -13,7 +15,7 @@ from jax.sharding import Mesh
 from meteora_jax import compilation_cache
 from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
-from meteora_jax.config import GROUPS, InputError
+from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool, Import
 from meteora_jax.execution import default_dtype, packs
 from meteora_jax.io.bank import load_bank
@@ -24,6 +26,7 @@ from meteora_jax.io.stored_bank import StoredBank, empty_slots, slots_for
 from meteora_jax.model.llama import pack
 from meteora_jax.text import load_tokenizer
 
+SLOTS = 64  # where the memory is not known
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,7 +36,7 @@ def load(
     gates: str | os.PathLike[str] | None = None,
     mesh: Any = None,
     dtype: str | None = None,
-    adapter_slots: int | None = None,
+    adapter_slots: int | Literal["auto"] | None = None,
     adapter_rank: int | None = None,
 ) -> Meteora:
     """Loads BASE, and on top of it BANK and GATES, made by `meteora import` and `meteora train gates`.
@@ -45,7 +48,8 @@ def load(
         dtype: of base, adapters and activations; by default float32 on a CPU, bfloat16 on an accelerator; the model's
             `dtype` says which. Gates stay float32.
         adapter_slots: the bank stays on disk, and so many of its adapters are on the device at a time, those that
-            requests ask for; the model's `pool` loads and unloads others meanwhile. None: all are on the device.
+            requests ask for; the model's `pool` loads and unloads others meanwhile. "auto": what half of the memory
+            beside the base holds, and 64 where that is not known, at most one an adapter. None: all are on the device.
         adapter_rank: of a slot, at every projection; an adapter of a larger rank takes several slots, so that one of
             rank 8 does not pay for one of rank 64 (gates and fusion need one slot each). None: as the bank's need.
 
@@ -61,7 +65,8 @@ def load(
             given.refuse("mesh", "one of sharding.make_mesh, or None", mesh)
         if dtype is not None:
             given.choice("dtype", dtype, DTYPES)
-        given.whole("adapter_slots", adapter_slots, none=True)
+        if adapter_slots != "auto":
+            given.whole("adapter_slots", adapter_slots, none=True)
         given.whole("adapter_rank", adapter_rank, none=True)
     if gates is not None and bank is None:
         raise InputError(f"{gates}: gates: expected a bank beside them, found none")
@@ -84,12 +89,20 @@ def load(
 
 
 def _load_slots(
-    base: Path, bank: Path, gates: Any, mesh: Mesh | None, kind: np.dtype, count: int, rank: int | None
+    base: Path,
+    bank: Path,
+    gates: Any,
+    mesh: Mesh | None,
+    kind: np.dtype,
+    asked: int | Literal["auto"],
+    rank: int | None,
 ) -> Meteora:
-    """A model whose bank stays on disk, but for `count` slots."""
+    """A model whose bank stays on disk, but for the slots."""
     config, weights = load_base(base, kind)
     origin = read_origin(base)
     stored = StoredBank(bank, config, kind, origin)
+    one = empty_slots(stored.config, 1, rank)
+    count = fitting_slots(config, stored.config, one, kind, free_bytes(mesh)) if asked == "auto" else asked
     slots = empty_slots(stored.config, count, rank)
     described, columns = load_gates(gates, config, stored.config.names) if gates is not None else (None, None)
     if described is not None and stored.config.vocab_adapter_names:
@@ -119,6 +132,25 @@ def _load_slots(
         stored, slots, graph, state, config, described, paged, mesh, kind, origin, importer_of(base)
     )  # fmt: skip
     return Meteora(config, stored.config, described, load_tokenizer(base), graph, state, mesh, base, pool)
+
+
+def free_bytes(mesh: Mesh | None) -> int | None:
+    """What the devices that share a model's weights have left; None where that is not known."""
+    devices = jax.devices()[:1] if mesh is None else list(mesh.local_devices)
+    stats = [device.memory_stats() for device in devices]
+    free = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
+    return min(free) * (1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]) if free else None
+
+
+def fitting_slots(config: LlamaConfig, bank: BankConfig, slot: BankConfig, kind: np.dtype, free: int | None) -> int:
+    """How many slots, each like the only one of `slot`, half of the memory beside the base holds: at least one, at most
+    what the bank's adapters take. free: bytes; None: not known."""
+    most = sum(slots_for(info.rank, slot) for info in bank.adapters)
+    if free is None:
+        return min(SLOTS, most)
+    base = sum(map(math.prod, config.weight_shapes().values()))
+    each = sum(math.prod(shape) for name, shape in slot.weight_shapes().items() if name.endswith((".a", ".b", ".rows")))
+    return min(most, max(1, int((free / kind.itemsize - base) / 2 / each)))
 
 
 def importer_of(base: Path) -> Import:

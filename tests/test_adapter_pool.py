@@ -134,7 +134,7 @@ def test_a_random_schedule_gives_what_all_resident_adapters_give(banks: dict[str
 def test_no_program_is_compiled_for_another_adapter(banks: dict[str, Any]):
     model = banks["slots"]
     engine = rows_of(model)
-    known = None
+    known = sizes = None
     for name in model.pool.names()[:6]:
         engine.submit(model.request([5, 6, 7], mj.Fixed({name: 1.0, model.pool.names()[6]: 0.5}), 3)).wait()
         sizes = run_steps._cache_size(), write_slot._cache_size()

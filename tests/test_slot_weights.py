@@ -18,6 +18,8 @@ from meteora_jax.engine.slot_weights import SlotWeights
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.gates import save_gates
+from meteora_jax.io.stored_bank import empty_slots
+from meteora_jax.loading import fitting_slots
 from meteora_jax.model.llama import pack, with_execution
 from meteora_jax.routing import adapter_share
 from meteora_jax.routing.retrieval import Composed
@@ -93,6 +95,25 @@ def test_slots_hold_what_a_load_puts_there(world: dict[str, Any], tmp_path: Path
     assert found.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(array), err_msg=str(path))
+
+
+def test_automatic_slots_go_by_the_memory_beside_the_base(world: dict[str, Any]):
+    config, bank = world["model"].config, world["model"].bank
+    assert bank is not None
+    slot, kind = empty_slots(bank, 1, rank=2), np.dtype("float32")
+    model = mj.load(world["base"], world["bank"], dtype="float32", adapter_slots=1, adapter_rank=8)
+    state = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(model.weights)}
+    base = sum(x[...].nbytes for name, x in state.items() if "lora" not in name)
+    each = sum(x[...].nbytes for name, x in state.items() if name.endswith(("lora_a", "lora_b"))) // 4  # rank 8
+    assert [fitting_slots(config, bank, slot, kind, base + 2 * n * each + each) for n in (0, 1, 3, 7, 500)] == [
+        1,
+        1,
+        3,
+        7,
+        9,
+    ]
+    assert fitting_slots(config, bank, slot, kind, None) == 9
+    assert fitting_slots(config, bank, slot, kind, 0) == 1
 
 
 def packed_as(model: mj.Meteora, dense_width: int) -> tuple[Any, Any]:

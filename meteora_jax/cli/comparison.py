@@ -44,8 +44,8 @@ class Comparison(Devices):
     """BANK folder."""
     gates: Path | None = None
     """GATES folder."""
-    adapter_slots: int | None = None
-    """So many of the bank's adapters are on the device at a time, the others on disk; all unless given."""
+    adapter_slots: int | Literal["auto"] | None = None
+    """So many of the bank's adapters are on the device, the others on disk (auto: by the memory); else all."""
     index: Path | None = None
     """INDEX folder, for the systems that retrieve."""
     systems: str = "base,oracle,gates-top1,gates-top2"

@@ -25,8 +25,8 @@ class Generate:
     """BANK folder."""
     gates: Path | None = None
     """GATES folder."""
-    adapter_slots: int | None = None
-    """So many of the bank's adapters are on the device at a time, the others on disk; all unless given."""
+    adapter_slots: int | Literal["auto"] | None = None
+    """So many of the bank's adapters are on the device, the others on disk (auto: by the memory); else all."""
     index: Path | None = None
     """INDEX folder: the prompt's text finds its adapters."""
     router: str | None = None

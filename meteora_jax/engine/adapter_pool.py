@@ -311,9 +311,10 @@ class AdapterPool:
 
     def numbers(self) -> np.ndarray:
         """int32 [slots]: which version lies in each slot, -1: none, or one that begins in another."""
-        held = enumerate(self.table.adapters)
-        first = [-1 if n is None or (self.table.slots(n) or ())[0] != s else n for s, n in held]
-        return np.asarray(first, np.int32)
+        found = np.full((self.table.count,), -1, np.int32)
+        for n in {n for n in self.table.adapters if n is not None}:
+            found[list(self.table.slots(n) or ())[:1]] = n
+        return found
 
     # inside
 
@@ -370,7 +371,7 @@ class AdapterPool:
         return np.asarray([at.get(name, 0) for name in names] + null, np.int32)
 
     def _fill(self) -> None:
-        """The first adapters into the slots, one by one."""
+        """The first adapters into the slots, some at a time: what is on its way takes memory, too."""
         left = self.table.count
         for version in self.versions.find(self.versions.names()[: self.table.count]):
             left -= version.slots
@@ -378,10 +379,13 @@ class AdapterPool:
                 break
             self._start(self.table.take("fill", [version.number]) or [])
             self.table.release("fill")
+            while len(self._coming) >= READERS:
+                self.wait()
+                self.advance()
+        while self.advance():
             self.wait()
-            self.advance()
-            if (failure := self._failed.pop(version.number, None)) is not None:
-                raise failure
+        for failure in self._failed.values():
+            raise failure
         self.counters = PoolCounters()
 
 

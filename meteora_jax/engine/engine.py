@@ -12,6 +12,7 @@ import dataclasses
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ class EngineCore:
         self._lock = threading.RLock()  # of everything above
         self._news = threading.Condition()
         self._failure: BaseException | None = None
-        with use_mesh(mesh):
+        with self._exclusive(), use_mesh(mesh):
             self._state: EngineState = new_state(graph, weights, size.blocks, size.block_size, size.rows)
 
     @property
@@ -206,7 +207,7 @@ class EngineCore:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed") from self._failure
             try:
-                with contextlib.nullcontext() if self.pool is None else self.pool.lock:
+                with self._exclusive():
                     if self.pool is not None:
                         self.pool.advance()
                     plan = self.scheduler.plan(in_flight=bool(self._in_flight))
@@ -226,6 +227,10 @@ class EngineCore:
                 raise
         self._tell()
         return True
+
+    def _exclusive(self) -> contextlib.AbstractContextManager[Any]:
+        """While it lasts no other thread changes what lies in the slots."""
+        return contextlib.nullcontext() if self.pool is None else self.pool.lock
 
     def _refuse(self) -> bool:
         """Ends the requests whose adapters cannot be read; whether there were any."""
