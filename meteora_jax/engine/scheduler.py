@@ -3,18 +3,26 @@
 A request waits, then has a row and blocks, reads its prompt in chunks, and decodes. Every step serves all rows that
 decode, and gives what is left of its budget to prompts in the order of their arrival. When blocks run out, the request
 that came last gives its own back and waits again, in front; its response so far is read again like a prompt.
+
+With an adapter pool a request is ready once its adapters lie in slots. One that is not is passed by those behind it
+that are; what it needs is kept for it in the order of the queue (`slots`). It keeps its slots until its end, also while
+it waits a second time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
+from collections.abc import Iterable
+from typing import Literal, Protocol
 
+from meteora_jax.config import InputError
 from meteora_jax.engine.prefix_cache import PrefixCache
-from meteora_jax.engine.request import Progress
+from meteora_jax.engine.request import BoundRow, Progress, WantedAdapters
 from pallas_kernels.paged_attention import QUERY_BLOCK
 
-
+PASSING = 4  # times the rows: how far back in the queue somebody is looked for whose adapters are there
 SPARE = 256  # tokens that take about as long as reading all weights once
 
 
@@ -35,6 +43,33 @@ class Limits:
         larger = next((n for n in self.prompt_sizes if n >= wanted), wanted)
         smaller = max((n for n in self.prompt_sizes if n < wanted), default=wanted)
         return wanted if larger - wanted <= max(SPARE, larger // 8) else smaller
+
+
+class Adapters(Protocol):
+    """What a scheduler asks of an `AdapterPool`."""
+
+    @property
+    def changes(self) -> int:
+        """How often what lies in the slots has changed."""
+        ...
+
+    def reserve(
+        self, owner: Progress, wanted: WantedAdapters, drain: bool, fetch: bool
+    ) -> Literal["ready", "loading", "waiting"]:
+        """Whether a request may run. Raises InputError: it never can."""
+        ...
+
+    def dismiss(self, owner: Progress, wanted: WantedAdapters) -> None:
+        """It needs nothing any more."""
+        ...
+
+    def place(self, wanted: WantedAdapters) -> BoundRow:
+        """Its router over the slots."""
+        ...
+
+    def identity(self, wanted: WantedAdapters) -> bytes:
+        """What acts on its tokens."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +94,9 @@ class Plan:
 class Scheduler:
     """The requests that wait and those that run."""
 
-    def __init__(self, limits: Limits, cache: PrefixCache):
-        self.limits, self.cache = limits, cache
+    def __init__(self, limits: Limits, cache: PrefixCache, adapters: Adapters | None = None):
+        self.limits, self.cache, self.adapters = limits, cache, adapters
+        self.copying = False  # whether somebody waits for a copy
         self.waiting: deque[Progress] = deque()
         self.running: list[Progress] = []  # in the order in which they got their rows
         self._rows = list(range(limits.rows - 1, -1, -1))
@@ -86,6 +122,10 @@ class Scheduler:
             self._give_back(progress)
         elif progress in self.waiting:
             self.waiting.remove(progress)
+        else:
+            return
+        if self.adapters is not None and progress.request.adapters is not None:
+            self.adapters.dismiss(progress, progress.request.adapters)
 
     def plan(self, in_flight: bool) -> Plan | None:
         """The next dispatch; None: there is nothing to do, or its results must be awaited first.
@@ -99,7 +139,8 @@ class Scheduler:
         elif not decoding:
             return None
         else:  # who waits for a row or for blocks waits for the end of these: those let in together share a step
-            steps = self.limits.steps if max(p.left for p in decoding) > self.limits.steps // 2 else 1
+            few = self.copying or max(p.left for p in decoding) <= self.limits.steps // 2
+            steps = 1 if few else self.limits.steps
         if not self._grow(decoding, steps):
             steps = 1
             if not self._grow(decoding, steps):
@@ -129,36 +170,71 @@ class Scheduler:
 
     def learned(self, progress: Progress) -> None:
         """Makes blocks findable that are full of tokens which the host knows by now."""
-        if not self.cache.enabled or progress.row is None:
+        if not self.cache.enabled or progress.row is None or self._changed(progress):
             return
         known = len(progress.request.prompt) + len(progress.tokens)
         if (known - 1) // self.cache.block_size > len(progress.keys):
             whole = [*progress.request.prompt, *progress.tokens]
-            progress.keys = self.cache.keys(whole[: known - 1], self._identity(progress), progress.keys)
+            progress.keys = self.cache.keys(whole[: known - 1], progress.identity, progress.keys)
         self._publish(progress, min(known - 1, progress.slots))
 
     def _publish(self, progress: Progress, read: int) -> None:
+        if self._changed(progress):
+            return
         full = read // self.cache.block_size
         self.cache.publish(progress.keys[:full], progress.blocks[:full])
 
-    @staticmethod
-    def _identity(progress: Progress) -> bytes:
-        router = progress.request.router
-        return b"" if router is None else router.identity
+    def _changed(self, progress: Progress) -> bool:
+        """Whether what may be chosen for a request is not what it was when its keys were made."""
+        wanted = progress.request.adapters
+        return wanted is not None and wanted.every and self.adapters is not None and (
+            progress.changes != self.adapters.changes
+        )  # fmt: skip
+
+    def _place(self, progress: Progress) -> None:
+        """Binds a request to what it found, and says how its blocks are found again."""
+        wanted, router = progress.request.adapters, progress.request.router
+        if wanted is None or self.adapters is None:
+            progress.identity = b"" if router is None else router.identity
+            return
+        progress.identity = self.adapters.identity(wanted)
+        progress.placed, progress.changes = self.adapters.place(wanted), self.adapters.changes
+
+    def _ready(self) -> Iterable[Progress]:
+        """Those who wait and have their adapters, in the order of the queue; copies for others are begun."""
+        if self.adapters is None:
+            return list(itertools.islice(self.waiting, len(self._rows)))
+        ready, drain, self.copying = [], True, False
+        for i, p in enumerate(tuple(itertools.islice(self.waiting, PASSING * self.limits.rows))):
+            if i >= self.limits.rows and len(ready) >= len(self._rows):
+                break
+            wanted = p.request.adapters
+            try:
+                state = "ready" if wanted is None else self.adapters.reserve(p, wanted, drain, i < self.limits.rows)
+            except InputError as e:
+                p.failure = e
+                continue
+            drain &= state != "waiting"
+            self.copying |= state == "loading" and bool(self._rows)
+            if state == "ready":
+                ready.append(p)
+        return ready
 
     def _admit(self) -> None:
         """Gives rows and the blocks of their whole prompts to those who wait, as long as there are any."""
         size, pool = self.cache.block_size, self.cache.pool
-        while self.waiting and self._rows:
-            p = self.waiting[0]
-            p.keys = self.cache.keys(p.todo, self._identity(p))
+        for p in self._ready():
+            if not self._rows:
+                return
+            self._place(p)
+            p.keys = self.cache.keys(p.todo, p.identity)
             shared = [] if p.request.trace else self.cache.match(p.keys, len(p.todo))
             need = -(-min(len(p.todo) + 1, p.most_slots) // size) - len(shared)
             # one block a running sequence is left to it, so that who is let in is not thrown out at once
             if need > pool.available - len(self.running) and (self.running or need > pool.available):
                 pool.release(shared)
                 return
-            self.waiting.popleft()
+            self.waiting.remove(p)
             p.blocks = shared + pool.take(need)
             p.read = p.skipped = len(shared) * size
             p.row = self._rows.pop()

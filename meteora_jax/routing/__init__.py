@@ -51,6 +51,14 @@ class Routing:
         """Itself, whatever the gates say."""
         return self
 
+    def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> Routing:
+        """Its adapters 0 to k - 1 as the slots that `where` says; see `Movable`."""
+        nowhere = np.full((1, where.shape[1]), NO_ADAPTER, np.int32)  # of NO_ADAPTER, -1
+        indices = np.concatenate([where, nowhere])[np.asarray(self.indices)]
+        weights = np.where(indices == NO_ADAPTER, np.float32(0), np.asarray(self.weights)[..., None])
+        flat = (z.reshape(*z.shape[:-2], -1) for z in (indices, weights))
+        return Routing(*flat, fused=self.fused)
+
     @property
     def per_request(self) -> bool:
         """Whether one choice serves all tokens and projections of a request (its weights may still differ by token)."""
@@ -99,6 +107,22 @@ class BoundRouter(Protocol):
 
 
 @runtime_checkable
+class Movable(Protocol):
+    """A bound router whose adapters can be put into slots."""
+
+    def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> BoundRouter:
+        """The same, its leaves the host's, for a bank of `count` slots.
+
+        Args:
+            where: int32 [k, n], the slots of the adapters that it was bound to, each of which acts in all of its own,
+                NO_ADAPTER behind them; where it was bound to choose among all, of all that it may choose.
+            columns: int32, of each slot (and of the null choice, behind them) its column in logits that have more (a
+                token router's); None: logits have a column a slot.
+        """
+        ...
+
+
+@runtime_checkable
 class Router(Protocol):
     """What a caller passes as `router=`. A new kind of router needs these two methods and nothing else."""
 
@@ -106,6 +130,21 @@ class Router(Protocol):
 
     def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
         """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER."""
+        ...
+
+
+@runtime_checkable
+class NamedAdapters(Protocol):
+    """A router that says beforehand what it may choose, as a pool of adapters must know."""
+
+    needs_gates: bool
+
+    def named(self) -> tuple[str, ...] | int:
+        """The adapters; or of how many, whichever they are, it makes its choice."""
+        ...
+
+    def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
+        """As `Router`."""
         ...
 
 

@@ -44,6 +44,11 @@ class Invoked:
     def gating(self) -> None:
         """Gates have no part in it."""
 
+    def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> Invoked:
+        """See `Movable`."""
+        starts = np.repeat(np.asarray(self.starts), where.shape[1], axis=-1)
+        return Invoked(self.routing.moved(where, count, columns), starts)
+
     def known(self, positions: jax.Array | None) -> Routing:
         """indices [B, 1, 1, C], weights [B, T, 1, C]: 0 on the tokens before a choice's start. Where weights may not
         vary, at embedding and head, no adapter with an invocation acts."""
