@@ -31,6 +31,21 @@ def make_core(fleet: Fleet, size: EngineSize = SIZE) -> EngineCore:
 
 
 @dataclasses.dataclass
+class Alone:
+    """What the model says by itself, through an engine whose programs are the server's."""
+
+    model: mj.Meteora
+    core: EngineCore
+
+    def __call__(self, prompt: Any, router: Any, most: int = 12, **options: Any) -> mj.Completion:
+        model = self.model
+        (own,), (found,) = model.look_up([router], 1, lambda: [model.request_texts(prompt)])
+        asked = model.request(model.encode(prompt), own, most, **options)
+        done = self.core.submit(asked).wait()
+        return model.completion(done, model.decode(done.tokens), found)
+
+
+@dataclasses.dataclass
 class Served:
     """A server that runs, and where."""
 

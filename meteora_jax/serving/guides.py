@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 MOST_GRAMMAR = 100_000  # characters of a schema or an expression
+# Free whitespace between JSON's parts lets small models write nothing else until their limit.
+ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammars:
@@ -59,11 +61,11 @@ class Grammars:
 
         try:
             if kind == "json_object":
-                grammar = LLMatcher.grammar_from_json_schema({"type": "object"})
+                grammar = LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=ONE_LINE)
             elif kind == "json_schema":
                 schema = (response_format.get("json_schema") or {}).get("schema", {"type": "object"})
                 _limit(json.dumps(schema))
-                grammar = LLMatcher.grammar_from_json_schema(schema)
+                grammar = LLMatcher.grammar_from_json_schema(schema, overrides=ONE_LINE)
             elif kind == "regex":
                 expression = response_format.get("regex")
                 if not isinstance(expression, str):
@@ -76,7 +78,7 @@ class Grammars:
         except (ValueError, TypeError, RecursionError) as e:
             failed, said = True, [str(e)]
         if failed:
-            problem = "; ".join(said)[:500]
+            problem = " ".join("; ".join(said).split())[:500]
             raise ApiError(400, f"response_format: cannot be followed: {problem}", param="response_format")
         return grammar
 
