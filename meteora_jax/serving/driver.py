@@ -53,9 +53,9 @@ class Stream:
         Raises:
             ApiError: the request failed.
         """
+        if self.error is not None:
+            raise self.error
         if not self._pieces:
-            if self.error is not None:
-                raise self.error
             return None
         first, *rest = self._pieces
         self._pieces = []
@@ -264,9 +264,10 @@ class Driver:
         """Ends everything that was under way, and begins again with a new engine, once."""
         LOG.error("the engine's step failed", exc_info=error)
         self.failures.append(error)
+        self.dead = self.restarts > 0
         self._tell([(stream, EngineFailed()) for stream in self._watched])
         self._watched.clear()
-        if self.restarts == 0:
+        if not self.dead:
             self.restarts = 1
             try:
                 self.core = None  # pyright: ignore[reportAttributeAccessIssue]  its memory goes first
