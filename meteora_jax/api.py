@@ -20,6 +20,7 @@ from meteora_jax.arguments import Arguments
 from meteora_jax.completion import Completion, Delta
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import Progress, Request, Sampling, bind_row
+from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
 from meteora_jax.execution import jit, packs
 from meteora_jax.gate_config import GateConfig
@@ -44,7 +45,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Meteora:
     """A base with its bank and gates, ready to run. `mj.load` makes it; `add_adapter` and `remove_adapter` give others.
 
-    gates: they know the first of the bank's adapters; any that were added do without. folder: the BASE folder.
+    gates: they know the first of the bank's adapters; any that were added do without. folder: the BASE folder. pool:
+    of a bank that stays on disk but for some slots, whose adapters come and go by its `load` and `unload`.
     """
 
     config: LlamaConfig
@@ -55,6 +57,7 @@ class Meteora:
     weights: Params
     mesh: Mesh | None = None
     folder: Path | None = None
+    pool: AdapterPool | None = None
 
     def __repr__(self) -> str:
         named, count = self.adapter_names[:4], len(self.adapter_names)
@@ -71,6 +74,8 @@ class Meteora:
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """The bank's adapters in its order; empty without a bank."""
+        if self.pool is not None:
+            return self.pool.names()
         return self.bank.names if self.bank else ()
 
     @property
@@ -80,16 +85,22 @@ class Meteora:
 
     @functools.cached_property
     def _engines(self) -> Engines:
-        return Engines(self.graph, self.weights, self.config, self.mesh, self.decode_tokens)
+        return Engines(self.graph, self.weights, self.config, self.mesh, self.decode_tokens, self.pool)
 
     @functools.cached_property
     def _adapted(self) -> np.ndarray | None:
-        return adapted_places(self.weights)
+        return adapted_places(self.weights) if self.pool is None else None
 
     def bind(
         self, router: RouterArgument, batch: int, prompts: Sequence[Sequence[int]] | None = None
     ) -> BoundRouter | None:
-        """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""
+        """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids.
+
+        Raises:
+            InputError: what `routing.bind` refuses; a model whose adapters lie in slots.
+        """
+        if self.pool is not None:
+            raise InputError("adapter_slots: expected all adapters on the device for whole sequences, found slots")
         return bind_known(router, self.bank, self.gates, batch, prompts)
 
     def look_up(
@@ -117,6 +128,7 @@ class Meteora:
         Raises:
             InputError: a name that is taken or none, and what `meteora import adapters` refuses.
         """
+        self._check_no_pool("add_adapter", "load")
         with Arguments("add_adapter") as given:
             given.path("path", path)
             given.texts("name", [name])
@@ -149,6 +161,7 @@ class Meteora:
         Raises:
             InputError: no adapter has the name, or it is the last one.
         """
+        self._check_no_pool("remove_adapter", "unload")
         if self.bank is None or name not in self.adapter_names:
             found = ", ".join(self.adapter_names) or "none"
             raise InputError(f"remove_adapter: name: expected an adapter's ({found}), found {name!r:.200}")
@@ -158,6 +171,10 @@ class Meteora:
         gates = None if self.gates is None else self.gates.without(name)
         columns = [i for i in range(self.gates.columns) if self.gates.names[i : i + 1] != (name,)] if self.gates else []
         return self._changed(self.bank.take(keep, rank_in(self.weights)), keep, None, gates, columns, release)
+
+    def _check_no_pool(self, what: str, instead: str) -> None:
+        if self.pool is not None:
+            raise InputError(f"{what}: expected a model with all adapters on the device, found slots (pool.{instead})")
 
     def _changed(self, bank, keep, added, gates, columns, release) -> Meteora:
         packed = packs(self.dtype, self.mesh) or is_packed(self.graph, self.weights)
@@ -314,7 +331,10 @@ class Meteora:
         check_prompts(ids, self.config, mosts)
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
         per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
-        self.bind(router, len(ids), ids)  # refuses all that is wrong at once
+        if self.pool is None:
+            self.bind(router, len(ids), ids)  # refuses all that is wrong at once
+        elif len(per_prompt) != len(ids):
+            raise InputError(f"router: expected a list of {len(ids)} (one a prompt), found {len(per_prompt)}")
         requests = [
             self.request(row, own, most, dataclasses.replace(sampling, index=i), texts, trace=routing)
             for i, (row, own, most, texts) in enumerate(zip(ids, per_prompt, mosts, stops, strict=True))
@@ -327,6 +347,9 @@ class Meteora:
     ) -> Request:  # fmt: skip
         """What the engine is asked for one prompt; a router that reads text has been replaced by what it found."""
         prompt = tuple(token_ids)
+        if self.pool is not None:
+            wanted = self.pool.want(spelled_out(router, self.gates), prompt)
+            return Request(prompt, max_new_tokens, None, sampling, tuple(stop), logprobs, trace, wanted)
         both: Any = [router, None]
         bound = self.bind(both, 2, [prompt, prompt])
         return Request(prompt, max_new_tokens, bind_row(bound), sampling, tuple(stop), logprobs, trace)
@@ -352,8 +375,11 @@ class Meteora:
         routing, trace = routing_of(progress), None
         if routing is not None:
             shown = tuple(self.tokenizer.decode([t]) for t in prompt + tokens)
-            found = *routing, retrieved, self._adapted
-            trace = RoutingTrace(self.adapter_names, PROJECTIONS, shown, len(prompt), *found)
+            names, (indices, weights) = self.adapter_names, routing
+            if self.pool is not None:
+                names, indices = self.pool.versions.named_choices(indices)
+            found = indices, weights, retrieved, self._adapted
+            trace = RoutingTrace(names, PROJECTIONS, shown, len(prompt), *found)
         own = tuple((value, tuple(best)) for value, best in progress.logprobs)
         return Completion(text, tokens, progress.finish_reason, len(prompt), trace, own)
 

@@ -87,7 +87,7 @@ class Engine:
         self.model = model
         self.core = EngineCore(
             model.graph, model.weights, model.config, size, mesh=model.mesh, decode=model.decode_tokens,
-            prefix_cache=prefix_cache,
+            prefix_cache=prefix_cache, pool=model.pool,
         )  # fmt: skip
 
     def submit(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from meteora_jax.completion import Delta
 from meteora_jax.config import LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Handle, Progress, Request
+from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.execution import platform
 from meteora_jax.routing import NO_ADAPTER
 from meteora_jax.sharding import Params, tensor_shards
@@ -27,8 +28,12 @@ MEMORY = 0.9  # share of what a device has left that blocks may take
 class Engines:
     """The engine that a model's calls share. It is replaced by one with more blocks when a call needs them."""
 
-    def __init__(self, graph: nnx.GraphDef, weights: Params, config: LlamaConfig, mesh: Mesh | None, decode: Any):
+    def __init__(
+        self, graph: nnx.GraphDef, weights: Params, config: LlamaConfig, mesh: Mesh | None, decode: Any,
+        pool: AdapterPool | None = None,
+    ):  # fmt: skip
         self._model, self._config, self._mesh, self._decode = (graph, weights), config, mesh, decode
+        self._pool = pool
         self._engine: EngineCore | None = None
 
     def holding(self, requests: Sequence[Request]) -> EngineCore:
@@ -47,7 +52,8 @@ class Engines:
             self._engine = found = None  # its memory goes before the next one's comes
         most = max(fitting_blocks(self._config, size.block_size, self._model[1], self._mesh), wanted[0])
         size = dataclasses.replace(size, blocks=min(blocks, most))
-        engine = EngineCore(*self._model, self._config, size, mesh=self._mesh, decode=self._decode)
+        options = dict(mesh=self._mesh, decode=self._decode, pool=self._pool)
+        engine = EngineCore(*self._model, self._config, size, **options)
         if found is None:
             self._engine = engine
         return engine
@@ -92,6 +98,8 @@ def pieces(
         while left:
             engine.advance(handles[left[0]])
             ended = [i for i in left if handles[i].done]
+            for i in ended:
+                handles[i].check()
             for i in left if stream else ended:
                 fresh = handles[i].progress.tokens[seen[i] :]
                 seen[i] += len(fresh)

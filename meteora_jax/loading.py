@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from meteora_jax import compilation_cache
 from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import GROUPS, InputError
+from meteora_jax.engine.adapter_pool import AdapterPool, Import
 from meteora_jax.execution import default_dtype, packs
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
-from meteora_jax.io.gates import load_gates
+from meteora_jax.io.gates import gate_weights, load_gates
 from meteora_jax.io.model_state import assemble
+from meteora_jax.io.stored_bank import StoredBank, empty_slots
 from meteora_jax.model.llama import pack
 from meteora_jax.text import load_tokenizer
 
@@ -30,6 +33,8 @@ def load(
     gates: str | os.PathLike[str] | None = None,
     mesh: Any = None,
     dtype: str | None = None,
+    adapter_slots: int | None = None,
+    adapter_rank: int | None = None,
 ) -> Meteora:
     """Loads BASE, and on top of it BANK and GATES, made by `meteora import` and `meteora train gates`.
 
@@ -39,6 +44,10 @@ def load(
         mesh: of `sharding.make_mesh`: weights are split over its devices, and batches too; None is one device.
         dtype: of base, adapters and activations; by default float32 on a CPU, bfloat16 on an accelerator; the model's
             `dtype` says which. Gates stay float32.
+        adapter_slots: the bank stays on disk, and so many of its adapters are on the device at a time, those that
+            requests ask for; the model's `pool` loads and unloads others meanwhile. None: all are on the device.
+        adapter_rank: of the slots, where adapters are to come whose rank is beyond the bank's, or that change other
+            projections; None: as the bank's adapters need.
 
     Raises:
         InputError: a folder is missing, damaged, or made for another base or bank.
@@ -52,9 +61,17 @@ def load(
             given.refuse("mesh", "one of sharding.make_mesh, or None", mesh)
         if dtype is not None:
             given.choice("dtype", dtype, DTYPES)
+        given.whole("adapter_slots", adapter_slots, none=True)
+        given.whole("adapter_rank", adapter_rank, none=True)
     if gates is not None and bank is None:
         raise InputError(f"{gates}: gates: expected a bank beside them, found none")
+    if bank is None and adapter_slots is not None:
+        raise InputError(f"adapter_slots: expected a bank beside them, found none for {adapter_slots}")
+    if adapter_slots is None and adapter_rank is not None:
+        raise InputError(f"adapter_rank: expected adapter_slots beside it, found none for {adapter_rank}")
     kind = jnp.dtype(default_dtype(dtype))
+    if bank is not None and adapter_slots is not None:
+        return _load_slots(Path(base), Path(bank), gates, mesh, kind, adapter_slots, adapter_rank)
     config, weights = load_base(base, kind)
     loaded = load_bank(bank, config, kind, read_origin(base)) if bank is not None else None
     gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
@@ -64,3 +81,46 @@ def load(
         graph, state = pack(graph, state, release=GROUPS)
     held = config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh, Path(base)
     return Meteora(*held)
+
+
+def _load_slots(
+    base: Path, bank: Path, gates: Any, mesh: Mesh | None, kind: np.dtype, count: int, rank: int | None
+) -> Meteora:
+    """A model whose bank stays on disk, but for `count` slots."""
+    config, weights = load_base(base, kind)
+    origin = read_origin(base)
+    stored = StoredBank(bank, config, kind, origin)
+    slots = empty_slots(stored.config, count, rank)
+    described, columns = load_gates(gates, config, stored.config.names) if gates is not None else (None, None)
+    if described is not None and stored.config.vocab_adapter_names:
+        found = ", ".join(stored.config.vocab_adapter_names)
+        raise InputError(
+            f"{bank}: expected no adapter of the embedding or the head beside gates and slots, found {found}"
+        )
+    form = described.form if described else None
+    held, known = columns, len(stored.config.names)
+    if columns is not None and described is not None and form is None:
+        null = int(described.null)  # its column stays, behind the slots'
+        held = {p: np.zeros((*g.shape[:-1], count + null), np.float32) for p, g in columns.items()}
+        for p, g in columns.items() if null else ():
+            held[p][..., -1] = g[..., -1]
+        known = count
+    graph, state = assemble(config, weights, None, held, kind, mesh, form, slots, known)
+    if packs(kind, mesh):
+        graph, state = pack(graph, state, release=GROUPS)
+    paged = gate_weights(columns) if columns is not None and form is None else None
+    pool = AdapterPool(
+        stored, slots, graph, state, config, described, paged, mesh, kind, origin, importer_of(base)
+    )  # fmt: skip
+    return Meteora(config, stored.config, described, load_tokenizer(base), graph, state, mesh, base, pool)
+
+
+def importer_of(base: Path) -> Import:
+    """What an adapter pool makes BANK folders of PEFT folders by, for models of this BASE folder."""
+
+    def importer(folder: Path, dest: Path, name: str, any_base: bool) -> None:
+        import converters
+
+        converters.import_adapters(dest, base, {name: folder}, any_base=any_base)
+
+    return importer

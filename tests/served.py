@@ -25,7 +25,7 @@ PROFILES = {
 def make_core(fleet: Fleet, size: EngineSize = SIZE) -> EngineCore:
     """An engine of few programs."""
     model = fleet.model
-    core = EngineCore(model.graph, model.weights, model.config, size, decode=model.decode_tokens)
+    core = EngineCore(model.graph, model.weights, model.config, size, decode=model.decode_tokens, pool=model.pool)
     core.row_sizes, core.table_sizes, core.prompt_sizes = core.row_sizes[-1:], core.table_sizes[-1:], (80,)
     return core
 

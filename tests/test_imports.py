@@ -62,6 +62,7 @@ PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDE
     ),
     "meteora_jax": ("pallas_kernels",),
     "meteora_jax.api": ("converters", "pallas_kernels"),  # an adapter's own files, for a loaded model
+    "meteora_jax.loading": ("converters", "pallas_kernels"),
     "meteora_jax.cli": ("converters", "pallas_kernels"),
 }
 THIRD_PARTY = {

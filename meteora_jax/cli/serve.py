@@ -60,6 +60,11 @@ class Serve:
     """Seconds that requests may go on after SIGTERM."""
     warm_up: Annotated[tuple[int, ...], tyro.conf.arg(metavar="[N ...]")] = (1,)
     """Numbers of requests at once whose programs are compiled before the server listens; none: compiled when needed."""
+    adapter_slots: int | None = None
+    """The bank stays on disk, and so many of its adapters are on the device at a time; others come as requests name
+    them. Without, all are on the device, and an update makes another engine."""
+    adapter_rank: int | None = None
+    """Of the slots, where adapters are to come whose rank is beyond the bank's."""
     allow_adapter_updates: bool = False
     """Serve /v1/load_lora_adapter and /v1/unload_lora_adapter."""
     adapter_root: Path | None = None
@@ -78,7 +83,10 @@ def load_fleet(command: Serve) -> Any:
     from meteora_jax.serving.run import base_name
 
     with status.status("loading"):
-        model = load(command.base, command.bank, command.gates, dtype=command.dtype)
+        model = load(
+            command.base, command.bank, command.gates, dtype=command.dtype, adapter_slots=command.adapter_slots,
+            adapter_rank=command.adapter_rank,
+        )  # fmt: skip
         index = None if command.index is None else Index.load(command.index)
         if index is not None:
             index.query(["warm up"], 1)  # what it has to learn, it learns now

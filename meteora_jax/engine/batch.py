@@ -120,7 +120,7 @@ def dispatch_of(
     sampling = SamplingRows.of([p.request.sampling for p in owners], vocabulary)
     if sampling is not None:  # rows that are none repeat the last
         sampling = jax.tree.map(lambda z: np.pad(z, (0, count - len(owners)), mode="edge"), sampling)
-    router = join_routers([p.request.router for p in owners], count)
+    router = join_routers([p.router for p in owners], count)
     rows = StepRows(order, decodes, tables, prompts, sampling, allowed_tokens(owners, count, vocabulary))
     if not plan.chunks:
         return Dispatch(rows, None, router, plan.steps, owners, ())

@@ -7,6 +7,7 @@ device; everything the device does is `run_steps`, which knows of no request.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import deque
@@ -19,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.batch import Dispatch, dispatch_of, prompt_sizes, row_sizes
 from meteora_jax.engine.prefix_cache import PrefixCache
 from meteora_jax.engine.request import FinishReason, Progress, Request, check_prompts
@@ -84,6 +86,7 @@ class Handle:
                 seen += len(piece)
                 yield piece
             elif done:
+                self.check()
                 return
             else:
                 self._engine.advance(self)
@@ -92,7 +95,13 @@ class Handle:
         """The finished request."""
         while not self.done:
             self._engine.advance(self)
+        self.check()
         return self.progress
+
+    def check(self) -> None:
+        """Raises InputError: the request's adapters could not be read."""
+        if self.progress.failure is not None:
+            raise self.progress.failure
 
     def cancel(self) -> None:
         """Ends the request; what it has said stays."""
@@ -113,15 +122,16 @@ class EngineCore:
 
     def __init__(
         self, graph: nnx.GraphDef, weights: Params, config: LlamaConfig, size: EngineSize, *, mesh: Mesh | None = None,
-        decode: Decode | None = None, prefix_cache: bool = True,
+        decode: Decode | None = None, prefix_cache: bool = True, pool: AdapterPool | None = None,
     ):  # fmt: skip
-        """decode: token ids -> text, which stop strings need."""
+        """decode: token ids -> text, which stop strings need. pool: of the adapters, where the model has slots."""
+        self.pool = pool
         self.graph, self.weights, self.config, self.size, self.mesh = graph, weights, config, size, mesh
         self.counters = Counters()
         grows = config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic"
         # there a prompt's keys depend on its length
         cache = PrefixCache(size.blocks, size.block_size, prefix_cache and not grows)
-        self.scheduler = Scheduler(Limits(size.rows, size.tokens), cache)
+        self.scheduler = Scheduler(Limits(size.rows, size.tokens), cache, pool)
         self._decode = decode
         self.row_sizes, self.prompt_sizes = row_sizes(size.rows), prompt_sizes(size.tokens)
         most = size.blocks
@@ -129,7 +139,7 @@ class EngineCore:
         self._end = place_whole(jnp.asarray(config.eos_token_ids or (-1,), jnp.int32), mesh)
         self._handles: dict[int, Handle] = {}
         self._numbers = 0
-        self._in_flight: deque[tuple[Dispatch, StepResult]] = deque()
+        self._in_flight: deque[tuple[Dispatch, StepResult, np.ndarray | None]] = deque()  # and what lay in the slots
         self._lock = threading.RLock()  # of everything above
         self._news = threading.Condition()
         self._failure: BaseException | None = None
@@ -150,7 +160,8 @@ class EngineCore:
         """Queues a request.
 
         Raises:
-            InputError: no prompt, tokens the model does not have, more positions than its context or the cache has.
+            InputError: no prompt, tokens the model does not have, more positions than its context or the cache has; an
+                adapter that was unloaded since the request was made.
         """
         check_prompts([request.prompt], self.config, request.max_new_tokens)
         most, capacity = len(request.prompt) + request.max_new_tokens, self.scheduler.capacity()
@@ -158,6 +169,8 @@ class EngineCore:
             raise InputError(f"prompt: expected at most {capacity} tokens with its response (the cache), found {most}")
         with self._lock:
             progress = Progress(request, self._numbers, list(request.prompt))
+            if request.adapters is not None and self.pool is not None:
+                self.pool.enlist(request.adapters)
             handle = self._handles[self._numbers] = Handle(self, progress, self._decode)
             self._numbers += 1
             self.scheduler.add(progress)
@@ -193,18 +206,31 @@ class EngineCore:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed") from self._failure
             try:
-                plan = self.scheduler.plan(in_flight=bool(self._in_flight))
-                if plan is not None:
-                    self._dispatch(plan)
+                with contextlib.nullcontext() if self.pool is None else self.pool.lock:
+                    if self.pool is not None:
+                        self.pool.advance()
+                    plan = self.scheduler.plan(in_flight=bool(self._in_flight))
+                    if plan is not None:
+                        self._dispatch(plan)
+                refused = self._refuse()
                 if self._in_flight and (plan is None or len(self._in_flight) >= IN_FLIGHT):
                     self._read()
-                elif plan is None:
-                    return False
+                elif plan is None and not refused:
+                    if self.pool is None or not self.scheduler.busy:
+                        return False
+                    self.pool.wait()
             except BaseException as e:
                 self._failure = e
                 raise
         self._tell()
         return True
+
+    def _refuse(self) -> bool:
+        """Ends the requests whose adapters cannot be read; whether there were any."""
+        refused = [p for p in self.scheduler.waiting if p.failure is not None]
+        for p in refused:
+            self._finish(self._handles[p.number], "cancelled")
+        return bool(refused)
 
     def drain(self) -> None:
         """Serves until no request is left."""
@@ -216,6 +242,12 @@ class EngineCore:
             self._news.notify_all()
 
     def _dispatch(self, plan: Plan) -> None:
+        slots = None
+        if self.pool is not None:
+            slots = self.pool.numbers()
+            for p in (*plan.decoding, *(c.progress for c in plan.chunks)):
+                if (wanted := p.request.adapters) is not None and wanted.every and p.changes != self.pool.changes:
+                    p.placed = self.pool.place(wanted)
         work = dispatch_of(plan, self.row_sizes, self.prompt_sizes, self.table_sizes, self.config.vocab_size)
         asked = [p.request.logprobs for p in work.owners if p.request.logprobs is not None]
         traced = any(p.request.trace for p in work.owners)
@@ -229,18 +261,20 @@ class EngineCore:
         for leaf in jax.tree.leaves(result):
             if self.mesh is None:
                 leaf.copy_to_host_async()
-        self._in_flight.append((work, result))
+        self._in_flight.append((work, result, slots))
         self.counters.dispatches += 1
         self.counters.steps += work.steps
         self.counters.prompt_tokens += sum(c.stop - c.start for c, _ in work.chunks)
 
     def _read(self) -> None:
         """Waits for the oldest dispatch and gives everyone what is theirs."""
-        work, result = self._in_flight.popleft()
+        work, result, slots = self._in_flight.popleft()
         tokens = fetch(result.tokens)
         logprob = None if result.logprob is None else fetch(result.logprob)
         likely = None if result.likely is None else tuple(map(fetch, result.likely))
         trace = None if result.trace is None else tuple(map(fetch, result.trace))
+        if trace is not None and slots is not None:  # a slot's number says nothing later
+            trace = np.where(trace[0] == NO_ADAPTER, NO_ADAPTER, slots[trace[0]]), trace[1]
         for chunk, first in work.chunks:
             if trace is not None and chunk.progress.request.trace:
                 stop = first + chunk.stop - chunk.start

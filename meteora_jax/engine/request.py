@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
+import jax
 import numpy as np
 
 from meteora_jax.arguments import MOST, Arguments
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.routing import Movable
 
 FinishReason = Literal["end", "stop", "length", "cancelled"]
 
@@ -52,6 +54,29 @@ class BoundRow:
     kind: Any
     identity: bytes
 
+    def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> BoundRow:
+        """The same over slots; see `routing.Movable`."""
+        bound = jax.tree.unflatten(self.structure, self.leaves)
+        if not isinstance(bound, Movable):
+            raise NotImplementedError(f"{type(bound).__name__} over slots")
+        leaves, structure = jax.tree.flatten(bound.moved(where, count, columns))
+        arrays = tuple(map(np.asarray, leaves))
+        kind = structure, tuple((z.shape[1:], z.dtype.str) for z in arrays)
+        return BoundRow(arrays, structure, kind, self.identity)
+
+
+@dataclasses.dataclass(frozen=True)
+class WantedAdapters:
+    """What a request asks of a pool (`adapter_pool`).
+
+    versions: the numbers of those that must lie in slots while it runs. row: its router, bound to them as adapters 0 to
+    k - 1. every: it chooses among all that gates know and that lie in slots, these and others.
+    """
+
+    versions: tuple[int, ...]
+    row: BoundRow
+    every: bool
+
 
 class Guide(Protocol):
     """Says which tokens may come next in one response, as a grammar does."""
@@ -66,9 +91,10 @@ class Guide(Protocol):
 class Request:
     """One prompt and how it is to be answered.
 
-    router: None is the base alone. stop: texts that end the response. logprobs: so many of the likeliest tokens' log
-    probabilities at every token beside its own; None: nobody's. trace: whether the routing is recorded. guide: of this
-    one response; such a request decodes one token in a dispatch, once the host has seen the one before.
+    router: None is the base alone. adapters: of a pool, in the router's place. stop: texts that end the response.
+    logprobs: so many of the likeliest tokens' log probabilities at every token beside its own; None: nobody's. trace:
+    whether the routing is recorded. guide: of this one response; such a request decodes one token in a dispatch, once
+    the host has seen the one before.
     """
 
     prompt: tuple[int, ...]
@@ -78,6 +104,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     trace: bool = False
+    adapters: WantedAdapters | None = None
     guide: Guide | None = dataclasses.field(default=None, compare=False)
 
 
@@ -104,6 +131,15 @@ class Progress:
     finish_reason: FinishReason | None = None
     logprobs: list[Any] = dataclasses.field(default_factory=list)
     routing: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    placed: BoundRow | None = None  # the router over a pool's slots, as they were after so many of its changes
+    changes: int = 0
+    identity: bytes = b""
+    failure: InputError | None = None  # why it could not be served
+
+    @property
+    def router(self) -> BoundRow | None:
+        """What chooses its adapters."""
+        return self.request.router if self.request.adapters is None else self.placed
 
     @property
     def prefilling(self) -> bool:

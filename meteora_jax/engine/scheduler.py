@@ -3,16 +3,26 @@
 A request waits, then has a row and blocks, reads its prompt in chunks, and decodes. Every step serves all rows that
 decode, and gives what is left of its budget to prompts in the order of their arrival. When blocks run out, the request
 that came last gives its own back and waits again, in front; its response so far is read again like a prompt.
+
+With an adapter pool a request is ready once its adapters lie in slots. One that is not is passed by those behind it
+that are; what it needs is kept for it in the order of the queue (`slots`). It keeps its slots until its end, also while
+it waits a second time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
+from collections.abc import Iterable
+from typing import Literal, Protocol
 
+from meteora_jax.config import InputError
 from meteora_jax.engine.prefix_cache import PrefixCache
-from meteora_jax.engine.request import Progress
+from meteora_jax.engine.request import BoundRow, Progress, WantedAdapters
 from pallas_kernels.paged_attention import QUERY_BLOCK
+
+SOON = 2  # decoding steps at a time while somebody waits for a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +33,31 @@ class Limits:
     rows: int
     tokens: int
     steps: int = 8
+
+
+class Adapters(Protocol):
+    """What a scheduler asks of an `AdapterPool`."""
+
+    @property
+    def changes(self) -> int:
+        """How often what lies in the slots has changed."""
+        ...
+
+    def reserve(self, owner: Progress, wanted: WantedAdapters, drain: bool) -> Literal["ready", "loading", "waiting"]:
+        """Whether a request may run. Raises InputError: it never can."""
+        ...
+
+    def dismiss(self, owner: Progress, wanted: WantedAdapters) -> None:
+        """It needs nothing any more."""
+        ...
+
+    def place(self, wanted: WantedAdapters) -> BoundRow:
+        """Its router over the slots."""
+        ...
+
+    def identity(self, wanted: WantedAdapters) -> bytes:
+        """What acts on its tokens."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +82,9 @@ class Plan:
 class Scheduler:
     """The requests that wait and those that run."""
 
-    def __init__(self, limits: Limits, cache: PrefixCache):
-        self.limits, self.cache = limits, cache
+    def __init__(self, limits: Limits, cache: PrefixCache, adapters: Adapters | None = None):
+        self.limits, self.cache, self.adapters = limits, cache, adapters
+        self.copying = False  # whether somebody waits for a copy
         self.waiting: deque[Progress] = deque()
         self.running: list[Progress] = []  # in the order in which they got their rows
         self._rows = list(range(limits.rows - 1, -1, -1))
@@ -74,6 +110,8 @@ class Scheduler:
             self._give_back(progress)
         elif progress in self.waiting:
             self.waiting.remove(progress)
+        if self.adapters is not None and progress.request.adapters is not None:
+            self.adapters.dismiss(progress, progress.request.adapters)
 
     def plan(self, in_flight: bool) -> Plan | None:
         """The next dispatch; None: there is nothing to do, or its results must be awaited first.
@@ -88,7 +126,8 @@ class Scheduler:
             return None
         else:  # somebody waits for a row or for blocks: look again as soon as one may be given back
             some = min if self.waiting else max
-            steps = max(1, min(self.limits.steps, some(p.left for p in decoding)))
+            most = SOON if self.copying else self.limits.steps
+            steps = max(1, min(most, some(p.left for p in decoding)))
         if not self._grow(decoding, steps):
             steps = 1
             if not self._grow(decoding, steps):
@@ -117,36 +156,69 @@ class Scheduler:
 
     def learned(self, progress: Progress) -> None:
         """Makes blocks findable that are full of tokens which the host knows by now."""
-        if not self.cache.enabled or progress.row is None:
+        if not self.cache.enabled or progress.row is None or self._changed(progress):
             return
         known = len(progress.request.prompt) + len(progress.tokens)
         if (known - 1) // self.cache.block_size > len(progress.keys):
             whole = [*progress.request.prompt, *progress.tokens]
-            progress.keys = self.cache.keys(whole[: known - 1], self._identity(progress), progress.keys)
+            progress.keys = self.cache.keys(whole[: known - 1], progress.identity, progress.keys)
         self._publish(progress, min(known - 1, progress.slots))
 
     def _publish(self, progress: Progress, read: int) -> None:
+        if self._changed(progress):
+            return
         full = read // self.cache.block_size
         self.cache.publish(progress.keys[:full], progress.blocks[:full])
 
-    @staticmethod
-    def _identity(progress: Progress) -> bytes:
-        router = progress.request.router
-        return b"" if router is None else router.identity
+    def _changed(self, progress: Progress) -> bool:
+        """Whether what may be chosen for a request is not what it was when its keys were made."""
+        wanted = progress.request.adapters
+        return wanted is not None and wanted.every and self.adapters is not None and (
+            progress.changes != self.adapters.changes
+        )  # fmt: skip
+
+    def _place(self, progress: Progress) -> None:
+        """Binds a request to what it found, and says how its blocks are found again."""
+        wanted, router = progress.request.adapters, progress.request.router
+        if wanted is None or self.adapters is None:
+            progress.identity = b"" if router is None else router.identity
+            return
+        progress.identity = self.adapters.identity(wanted)
+        progress.placed, progress.changes = self.adapters.place(wanted), self.adapters.changes
+
+    def _ready(self) -> Iterable[Progress]:
+        """Those who wait and have their adapters, in the order of the queue; copies for others are begun."""
+        if self.adapters is None:
+            return list(itertools.islice(self.waiting, len(self._rows)))
+        ready, drain, self.copying = [], True, False
+        for p in itertools.islice(list(self.waiting), self.limits.rows):
+            wanted = p.request.adapters
+            try:
+                state = "ready" if wanted is None else self.adapters.reserve(p, wanted, drain)
+            except InputError as e:
+                p.failure = e
+                continue
+            drain &= state != "waiting"
+            self.copying |= state == "loading" and bool(self._rows)
+            if state == "ready":
+                ready.append(p)
+        return ready
 
     def _admit(self) -> None:
         """Gives rows and the blocks of their whole prompts to those who wait, as long as there are any."""
         size, pool = self.cache.block_size, self.cache.pool
-        while self.waiting and self._rows:
-            p = self.waiting[0]
-            p.keys = self.cache.keys(p.todo, self._identity(p))
+        for p in self._ready():
+            if not self._rows:
+                return
+            self._place(p)
+            p.keys = self.cache.keys(p.todo, p.identity)
             shared = [] if p.request.trace else self.cache.match(p.keys, len(p.todo))
             need = -(-min(len(p.todo) + 1, p.most_slots) // size) - len(shared)
             # one block a running sequence is left to it, so that who is let in is not thrown out at once
             if need > pool.available - len(self.running) and (self.running or need > pool.available):
                 pool.release(shared)
                 return
-            self.waiting.popleft()
+            self.waiting.remove(p)
             p.blocks = shared + pool.take(need)
             p.read = p.skipped = len(shared) * size
             p.row = self._rows.pop()

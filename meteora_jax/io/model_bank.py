@@ -22,8 +22,8 @@ from meteora_jax.model.vocab_adapters import vocab_tensors
 from meteora_jax.sharding import Params, sharding, tensor_shards
 
 # Of a model's arrays those with an axis of adapters, or of the gates' columns: which one.
-_ADAPTERS = {"lora_a": -3, "lora_b": -3, "lora_scale": -1, "lora_dora": -2, "lora_bias": -2, "rows": -3, "ids": -2}
-_COLUMNS = {"gate": -1, "task": -1, "previous": -1}
+ADAPTER_AXES = {"lora_a": -3, "lora_b": -3, "lora_scale": -1, "lora_dora": -2, "lora_bias": -2, "rows": -3, "ids": -2}
+COLUMN_AXES = {"gate": -1, "task": -1, "previous": -1}
 
 
 def rank_in(weights: Params) -> Callable[[int, str], int]:
@@ -88,16 +88,16 @@ def change_adapters(
     new_graph, state = nnx.split(abstract)
     held = {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(weights)}
     unpacked = _unpack(model, held, release)
-    one = {} if added is None else _tensors(added, config, mesh)
+    one = {} if added is None else adapter_tensors(added, config, mesh)
     # a token id that is none: VocabAdapters' padding
     fills = {"ids": config.vocab_size}
     leaves = []
     for path, leaf in nnx.to_flat_state(state):
         place = tuple(map(str, path))
         old, name = held.get(place), place[-1]
-        if name in _ADAPTERS or name in _COLUMNS:
-            staying = keep if name in _ADAPTERS else columns
-            axis = (_ADAPTERS | _COLUMNS)[name]
+        if name in ADAPTER_AXES or name in COLUMN_AXES:
+            staying = keep if name in ADAPTER_AXES else columns
+            axis = (ADAPTER_AXES | COLUMN_AXES)[name]
             new = _rebuilt(leaf, axis, staying, old, one.get(place), fills.get(name, 0), mesh)
             if release and old is not None:
                 old.delete()
@@ -124,7 +124,7 @@ def _unpack(model: Llama, held: dict[tuple[str, ...], jax.Array], release: bool)
     return tuple(found)
 
 
-def _tensors(bank: AdapterBank, config: LlamaConfig, mesh: Mesh | None) -> dict[tuple[str, ...], np.ndarray]:
+def adapter_tensors(bank: AdapterBank, config: LlamaConfig, mesh: Mesh | None) -> dict[tuple[str, ...], np.ndarray]:
     """A bank's arrays by their paths in the module tree, columns as they lie on the mesh."""
     orders = column_orders(config, tensor_shards(mesh))
     found: dict[tuple[str, ...], np.ndarray] = {}

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from meteora_jax.bank import AdapterBank
-from meteora_jax.config import ENDS, GROUPS, LlamaConfig
+from meteora_jax.config import ENDS, GROUPS, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.io.gates import count_columns, gate_weights
@@ -71,20 +71,25 @@ def assemble(
     dtype: DTypeLike,
     mesh: Mesh | None = None,
     form: TokenRouterForm | None = None,
+    slots: BankConfig | None = None,
+    known: int | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """A model's graph definition and state with every leaf filled: nothing is initialised and then replaced.
 
     With a mesh every leaf goes straight to the devices that hold a part of it; of a base that `load_base` left on disk
-    a host reads only those parts. form: of the gates, if there are any.
+    a host reads only those parts. form: of the gates, if there are any. slots: a bank of empty slots in the place of
+    `bank`. known: how many adapters the gates have a column of; None: all of the bank's.
     """
-    bank_config = bank.config if bank is not None else None
+    bank_config = bank.config if bank is not None else slots
     execution = ExecutionConfig.here(dtype, mesh)
 
     def fresh() -> Llama:
         if gates is None or bank_config is None:
             return Llama(config, bank_config, dtype=dtype, rngs=nnx.Rngs(0), execution=execution)
-        null = count_columns(gates) > len(bank_config.names)
-        return gated_llama(config, bank_config, form, dtype, nnx.Rngs(0), execution, null)
+        adapters = len(bank_config.names) if known is None else known
+        return gated_llama(
+            config, bank_config, form, dtype, nnx.Rngs(0), execution, count_columns(gates) > adapters, adapters
+        )
 
     abstract = nnx.eval_shape(fresh)
     lay_out(abstract, tensor_shards(mesh))
@@ -102,11 +107,20 @@ def assemble(
             if path in filled:
                 filled[path] = _in_shards(filled[path], order, tensor_shards(mesh))
     leaves = nnx.to_flat_state(state)
-    loaded = [
-        (path, leaf.replace(_placed(path, leaf, filled.pop(tuple(map(str, path))), mesh))) for path, leaf in leaves
-    ]
+    loaded = []
+    for path, leaf in leaves:
+        place = tuple(map(str, path))
+        empty = slots is not None and place not in filled
+        value = _empty(leaf, place, config, mesh) if empty else _placed(path, leaf, filled.pop(place), mesh)
+        loaded.append((path, leaf.replace(value)))
     assert not filled, f"weights without a place in the model: {sorted(filled)}"
     return graph, nnx.from_flat_state(loaded)
+
+
+def _empty(leaf: Any, path: tuple[str, ...], config: LlamaConfig, mesh: Mesh | None) -> jax.Array:
+    """A leaf of empty slots, made on its devices."""
+    where = None if mesh is None else sharding(mesh, leaf.get_metadata("axes"), leaf.shape)
+    return jnp.full(leaf.shape, config.vocab_size if path[-1] == "ids" else 0, leaf.dtype, device=where)
 
 
 def _placed(path: Any, leaf: Any, value: Any, mesh: Mesh | None) -> jax.Array:

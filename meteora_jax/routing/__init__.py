@@ -51,6 +51,12 @@ class Routing:
         """Itself, whatever the gates say."""
         return self
 
+    def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> Routing:
+        """Its adapters 0 to k - 1 as the slots that `where` int32 [k] says; see `Movable`."""
+        indices = np.asarray(self.indices)
+        there = np.append(where, np.int32(NO_ADAPTER)).astype(np.int32)  # the last for NO_ADAPTER, -1
+        return dataclasses.replace(self, indices=there[indices])
+
     @property
     def per_request(self) -> bool:
         """Whether one choice serves all tokens and projections of a request (its weights may still differ by token)."""
@@ -99,6 +105,21 @@ class BoundRouter(Protocol):
 
 
 @runtime_checkable
+class Movable(Protocol):
+    """A bound router whose adapters can be put into slots."""
+
+    def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> BoundRouter:
+        """The same, its leaves the host's, for a bank of `count` slots.
+
+        Args:
+            where: int32 [k], the slots of the adapters that it was bound to; where it was bound to choose among all of
+                them, of all that it may choose. columns: int32, of each slot (and of the null choice, behind them)
+                its column in logits that have more (a token router's); None: logits have a column a slot.
+        """
+        ...
+
+
+@runtime_checkable
 class Router(Protocol):
     """What a caller passes as `router=`. A new kind of router needs these two methods and nothing else."""
 
@@ -106,6 +127,21 @@ class Router(Protocol):
 
     def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
         """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER."""
+        ...
+
+
+@runtime_checkable
+class NamedAdapters(Protocol):
+    """A router that says beforehand what it may choose, as a pool of adapters must know."""
+
+    needs_gates: bool
+
+    def named(self) -> tuple[str, ...] | int:
+        """The adapters; or of how many, whichever they are, it makes its choice."""
+        ...
+
+    def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
+        """As `Router`."""
         ...
 
 

@@ -44,6 +44,10 @@ class Invoked:
     def gating(self) -> None:
         """Gates have no part in it."""
 
+    def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> Invoked:
+        """See `Movable`."""
+        return dataclasses.replace(self, routing=self.routing.moved(where, count, columns))
+
     def known(self, positions: jax.Array | None) -> Routing:
         """indices [B, 1, 1, C], weights [B, T, 1, C]: 0 on the tokens before a choice's start. Where weights may not
         vary, at embedding and head, no adapter with an invocation acts."""

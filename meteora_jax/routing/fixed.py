@@ -40,6 +40,10 @@ class Fixed:
             return {self.adapters: 1.0}
         return {name: float(weight) for name, weight in self.adapters.items()}
 
+    def named(self) -> tuple[str, ...]:
+        """Those that act."""
+        return tuple(self.weights())
+
     def bind(self, routers: Sequence[Fixed | None], names: tuple[str, ...]) -> Routing:
         rows = [r.weights() if r is not None else {} for r in routers]
         if unknown := sorted({name for row in rows for name in row} - set(names)):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -75,6 +76,10 @@ class Gates:
         if self.within is not None and len(set(self.within)) < self.top_k:
             raise InputError(f"Gates: within: expected at least {self.top_k} adapters (top_k), found {self.within}")
 
+    def named(self) -> tuple[str, ...] | int:
+        """Those that may be chosen; its top_k of any where it names none."""
+        return self.top_k if self.within is None else tuple(dict.fromkeys(self.within))
+
     def bind(self, routers: Sequence[Gates | None], names: tuple[str, ...]) -> BoundGates:
         counts = [r.top_k if r is not None else 0 for r in routers]
         if max(counts) > len(names):
@@ -96,12 +101,23 @@ class BoundGates:
     """Gates for a batch.
 
     rule: each prompt its own C (0: not routed by gates) and temperature. adapters: A; logits of more columns have a
-    null choice. allowed: bool [B, A], the adapters that each prompt may choose; None: all.
+    null choice. allowed: bool [B, A], the adapters that each prompt may choose; None: all. columns: int32 [B, ..], of
+    each adapter (and of the null choice, behind them) its column in logits that have more; None: they are alike.
     """
 
     rule: TopK
     adapters: int = dataclasses.field(metadata={"static": True})
     allowed: Any = None
+    columns: Any = None
+
+    def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> BoundGates:
+        """See `Movable`; a slot that is not in `where` is never chosen."""
+        rows = len(self.rule.counts)
+        allowed = np.zeros((rows, count), bool)
+        allowed[:, where] = True if self.allowed is None else np.asarray(self.allowed)
+        if columns is not None:
+            columns = np.broadcast_to(columns, (rows, len(columns)))
+        return dataclasses.replace(self, adapters=count, allowed=allowed, columns=columns)
 
     @property
     def gating(self) -> TopK | None:
@@ -114,4 +130,6 @@ class BoundGates:
     def route(self, x: jax.Array, gates: GateLogits) -> Routing:
         """x [B, T, I] -> Routing [B, T, P, C], with its logits."""
         logits = gates.logits(x)
+        if self.columns is not None:
+            logits = jnp.take_along_axis(logits, self.columns[:, None, None], axis=-1)
         return Routing(*topk_gating(logits, self.rule, self.allowed, self.adapters), logits)

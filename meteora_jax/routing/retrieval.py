@@ -143,6 +143,10 @@ class Composed:
     fused: bool
     needs_gates: bool = False
 
+    def named(self) -> tuple[str, ...]:
+        """Those that act."""
+        return tuple(dict.fromkeys(name for name, _ in self.adapters))
+
     def bind(self, routers: Sequence[Composed | None], names: tuple[str, ...]) -> Routing:
         rows = [r.adapters if r is not None else () for r in routers]
         if unknown := sorted({name for row in rows for name, _ in row} - set(names)):

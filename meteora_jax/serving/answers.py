@@ -13,13 +13,12 @@ import numpy as np
 from meteora_jax.api import Meteora
 from meteora_jax.routing import RoutingTrace
 from meteora_jax.routing.retrieval import Found
-from meteora_jax.serving.driver import Piece, Stream
+from meteora_jax.serving.driver import Piece, Stream, TokenShares
 from meteora_jax.serving.errors import ApiError
 from meteora_jax.serving.guides import GrammarGuide
 from meteora_jax.serving.metrics import Metrics
 from meteora_jax.text import REPLACEMENT, TextStream
 
-SHOWN = 4  # of a token's adapters
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}
 Likely = tuple[float, Sequence[tuple[int, float]]]  # a token's log probability, and the likeliest tokens' with theirs
 
@@ -150,7 +149,7 @@ class Answer:
         self.logprobs += piece.logprobs
         self.routing = []
         if piece.shares is not None:
-            self.routing = [self._led(t, row) for t, row in zip(piece.tokens, piece.shares, strict=True)]
+            self.routing = [self._led(*one) for one in zip(piece.tokens, piece.shares, strict=True)]
         text = self.text.push(piece.tokens) if piece.tokens else ""
         if piece.finish_reason is None:
             return text
@@ -163,15 +162,12 @@ class Answer:
         self.finish_reason = FINISH[piece.finish_reason]
         return text + self.text.finish()
 
-    def _led(self, token: int, shares: np.ndarray) -> dict[str, Any]:
+    def _led(self, token: int, shares: TokenShares) -> dict[str, Any]:
         """`replies.TokenRouting` of one token."""
-        order = [i for i in np.argsort(-shares, kind="stable")[:SHOWN] if shares[i] > 0]
-        best = float(shares[order[0]]) if order else 0.0
-        names = self.model.adapter_names
-        leader = names[order[0]] if best > 0 and best >= 1 - float(shares.sum()) else None
+        leader = shares.largest[0][0] if shares.largest and shares.largest[0][1] >= shares.base else None
         self.led[leader] += 1
         self._metrics.led.labels(leader or "").inc()
-        weights = [[names[i], round(float(shares[i]), 4)] for i in order]
+        weights = [[name, round(share, 4)] for name, share in shares.largest]
         return {"text": self.model.tokenizer.decode([token]), "adapter": leader, "weights": weights}
 
     def meteora(self, tokens: list[dict[str, Any]] | None, full: bool) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def _adapters(app: FastAPI, server: Server) -> None:
     @app.post("/v1/load_lora_adapter", response_model=None)
     async def load_lora_adapter(body: LoadAdapterRequest) -> Response:
         """Adds an adapter, or loads one of its name anew."""
-        return json_response(await adapters.add(server, body.lora_name, body.lora_path))
+        return json_response(await adapters.add(server, body))
 
     @app.post("/v1/unload_lora_adapter", response_model=None)
     async def unload_lora_adapter(body: UnloadAdapterRequest) -> Response:

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,16 +24,26 @@ from meteora_jax.serving.errors import ApiError, EngineFailed
 LOG = logging.getLogger(__name__)
 
 
+SHOWN = 4  # of a token's adapters
+# Numbers of adapters in a trace -> the names among them, and for each number its place in these.
+Named = Callable[[np.ndarray], tuple[Sequence[str], np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenShares:
+    """Who drew a token: the largest shares of adapters in the pass that did, and the base's own."""
+
+    largest: tuple[tuple[str, float], ...]
+    base: float
+
+
 @dataclasses.dataclass
 class Piece:
-    """What a response got since the last piece.
-
-    shares: float32 [tokens, A], of each new token every adapter's share in the pass that drew it; None: not traced.
-    """
+    """What a response got since the last piece. shares: of each new token; None: not traced."""
 
     tokens: list[int]
     logprobs: list[Any]
-    shares: np.ndarray | None
+    shares: list[TokenShares] | None
     finish_reason: FinishReason | None
 
 
@@ -63,7 +73,7 @@ class Stream:
             first.tokens += piece.tokens
             first.logprobs += piece.logprobs
             if first.shares is not None and piece.shares is not None:
-                first.shares = np.concatenate([first.shares, piece.shares])
+                first.shares += piece.shares
             first.finish_reason = piece.finish_reason
         return first
 
@@ -84,15 +94,18 @@ class Stream:
 class Watch:
     """A stream's handle, and how much of it was handed over. The thread's alone."""
 
-    def __init__(self, stream: Stream, handle: Handle, adapters: int):
-        self.stream, self.handle, self._adapters = stream, handle, adapters
+    def __init__(self, stream: Stream, handle: Handle, named: Named):
+        self.stream, self.handle, self._named = stream, handle, named
         self._tokens = self._logprobs = 0
         self._rows, self._pieces = 0, 0  # of the routing: positions and arrays that were read
-        self._shares: list[np.ndarray] = []
+        self._shares: list[TokenShares] = []
 
-    def news(self) -> Piece | None:
+    def news(self) -> Piece | ApiError | None:
         """What came since the last call; None: nothing."""
         progress = self.handle.progress
+        if progress.failure is not None:
+            LOG.error("a request's adapters cannot be read: %s", progress.failure)
+            return ApiError(500, "the request's adapter cannot be read", code="adapter_failed")
         tokens = progress.tokens[self._tokens :]
         if not tokens and progress.finish_reason is None:
             return None
@@ -102,32 +115,41 @@ class Watch:
         self._tokens += len(tokens)
         return Piece(list(tokens), list(logprobs), shares, progress.finish_reason)
 
-    def _new_shares(self, progress: Progress, count: int) -> np.ndarray:
-        """[count, A] of the positions that drew the next tokens: each is the one before the token's own."""
+    def _new_shares(self, progress: Progress, count: int) -> list[TokenShares]:
+        """Of the positions that drew the next tokens: each is the one before the token's own."""
         if len(progress.routing) < self._pieces:  # preempted: recorded from the beginning again
             self._rows = self._pieces = 0
         wanted = len(progress.request.prompt) - 1 + self._tokens
         for indices, weights in progress.routing[self._pieces :]:
-            skipped = max(0, min(len(indices), wanted + sum(map(len, self._shares)) - self._rows))
+            skipped = max(0, min(len(indices), wanted + len(self._shares) - self._rows))
             if skipped < len(indices):
-                self._shares.append(weight_share(indices[skipped:], weights[skipped:], self._adapters))
+                names, numbers = self._named(indices[skipped:])
+                self._shares += token_shares(names, weight_share(numbers, weights[skipped:], len(names)))
             self._rows += len(indices)
             self._pieces += 1
-        held = np.concatenate(self._shares) if self._shares else np.zeros((0, self._adapters), np.float32)
-        self._shares = [held[count:]] if len(held) > count else []
-        missing = count - len(held)  # the base alone is not traced
-        return np.pad(held[:count], ((0, max(0, missing)), (0, 0)))
+        found, self._shares = self._shares[:count], self._shares[count:]
+        return found + [TokenShares((), 1.0)] * (count - len(found))  # the base alone is not traced
+
+
+def token_shares(names: Sequence[str], shares: np.ndarray) -> list[TokenShares]:
+    """`TokenShares` of rows [T, A]."""
+    found = []
+    for row in shares:
+        order = [int(i) for i in np.argsort(-row, kind="stable")[:SHOWN] if row[i] > 0]
+        largest = tuple((names[i], float(row[i])) for i in order)
+        found.append(TokenShares(largest, max(0.0, 1.0 - float(row.sum())) if order else 1.0))
+    return found
 
 
 class Driver:
     """Owns the engine: only its thread touches it.
 
-    make: a new engine; called in the thread, at the start and once more after a failure. adapters: how many the bank
-    has. gone: called in the loop when the engine failed a second time, and nothing can be served any more.
+    make: a new engine; called in the thread, at the start and once more after a failure. named: who an engine's traces
+    speak of. gone: called in the loop when the engine failed a second time, and nothing can be served any more.
     """
 
-    def __init__(self, make: Callable[[], EngineCore], adapters: int, gone: Callable[[], None]):
-        self._make, self.adapters, self._gone = make, adapters, gone
+    def __init__(self, make: Callable[[], EngineCore], named: Named, gone: Callable[[], None]):
+        self._make, self._named, self._gone = make, named, gone
         self.core: EngineCore = make()  # None between two engines
         self.size = self.core.size
         self.restarts = 0
@@ -170,7 +192,7 @@ class Driver:
         self._commands.put(("call", (work, future)))
         return await future
 
-    def replace(self, make: Callable[[], EngineCore], adapters: int) -> None:
+    def replace(self, make: Callable[[], EngineCore], named: Named) -> None:
         """Another engine in the place of this one, in the thread, while no request is under way."""
         assert not self._watched
         before = self._make
@@ -180,7 +202,7 @@ class Driver:
         except Exception:
             self.core = before()
             raise
-        self._make, self.adapters = make, adapters
+        self._make, self._named = make, named
 
     async def stop(self) -> None:
         """Ends the thread; what is under way is cancelled."""
@@ -231,7 +253,7 @@ class Driver:
             self._tell([(stream, ApiError(400, str(e)))])
             return
         stream.progress = handle.progress
-        self._watched[stream] = Watch(stream, handle, self.adapters)
+        self._watched[stream] = Watch(stream, handle, self._named)
 
     def _call(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
         try:
@@ -255,7 +277,7 @@ class Driver:
         for stream, watch in list(self._watched.items()):
             if (piece := watch.news()) is not None:
                 news.append((stream, piece))
-                if piece.finish_reason is not None:
+                if isinstance(piece, ApiError) or piece.finish_reason is not None:
                     self.skipped += watch.handle.progress.skipped
                     del self._watched[stream]
         self._tell(news)

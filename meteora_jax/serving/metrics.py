@@ -87,6 +87,9 @@ class EngineState:
             ("meteora_adapters", "Adapters in memory", len(fleet.model.adapter_names)),
             ("meteora_rows", "Requests that decode at once", core.size.rows),
         )
+        if (slots := fleet.model.pool) is not None:
+            resident = ("meteora_adapters_resident", "Adapters in slots of the device", len(slots.resident()))
+            gauges = (*gauges, resident)
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value=value)
         counts = (

@@ -14,6 +14,7 @@ from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.named import gate_options
 from meteora_jax.routing.retrieval import GatesWithin, Retrieval
+from meteora_jax.serving.driver import Named
 from meteora_jax.serving.errors import ApiError, unknown_model
 
 DEFAULT_K = 3  # adapters that "retrieve" finds; "retrieve:5" finds five
@@ -34,6 +35,21 @@ class Fleet:
             raise InputError(f"--index: expected profiles of the bank's adapters alone, found {found}")
 
 
+def named(fleet: Fleet) -> Named:
+    """Who a trace of the fleet's engine speaks of: places in the bank, or with slots numbers of versions."""
+    if fleet.model.pool is not None:
+        return fleet.model.pool.versions.named_choices
+    known = fleet.model.adapter_names
+    return lambda numbers: (known, numbers)
+
+
+def _absent(fleet: Fleet) -> tuple[str, ...]:
+    """Adapters that the index knows and that are not loaded any more."""
+    assert fleet.index is not None
+    known = set(fleet.model.adapter_names)
+    return tuple(name for name in fleet.index.names if name not in known)
+
+
 def _gates(fleet: Fleet, k: int) -> RouterArgument:
     assert fleet.model.gates is not None
     return Gates(*gate_options(fleet.model.gates, None, None))
@@ -41,14 +57,14 @@ def _gates(fleet: Fleet, k: int) -> RouterArgument:
 
 def _retrieval(fleet: Fleet, k: int) -> RouterArgument:
     assert fleet.index is not None
-    return Retrieval(fleet.index, k)
+    return Retrieval(fleet.index, k, exclude=_absent(fleet))
 
 
 def _gates_within(fleet: Fleet, k: int) -> RouterArgument:
     assert fleet.index is not None
     assert fleet.model.gates is not None
     top_k, temperature = gate_options(fleet.model.gates, None, None)
-    return GatesWithin(fleet.index, k, top_k, temperature)
+    return GatesWithin(fleet.index, k, top_k, temperature, exclude=_absent(fleet))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,12 +197,14 @@ class DetokenizeRequest(BaseModel):
 
 
 class LoadAdapterRequest(BaseModel):
-    """`POST /v1/load_lora_adapter`. lora_path: a PEFT folder below --adapter-root."""
+    """`POST /v1/load_lora_adapter`. lora_path: a PEFT folder below --adapter-root. profiles: inputs that the adapter is
+    for, by which the index finds it."""
 
     model_config = ConfigDict(extra="forbid")
 
     lora_name: Annotated[str, Field(min_length=1, max_length=256)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    profiles: Annotated[list[str], Field(min_length=1, max_length=20)] | None = None
 
 
 class UnloadAdapterRequest(BaseModel):

@@ -22,7 +22,7 @@ from meteora_jax.serving.driver import Driver, Stream
 from meteora_jax.serving.errors import ApiError, dump
 from meteora_jax.serving.guides import Grammars
 from meteora_jax.serving.metrics import Metrics
-from meteora_jax.serving.models import Fleet
+from meteora_jax.serving.models import Fleet, named
 from meteora_jax.serving.schemas import Asked
 from meteora_jax.serving.settings import Settings
 
@@ -47,7 +47,7 @@ class Server:
         self.metrics = Metrics()
         config = fleet.model.config
         self.grammars = Grammars(fleet.model.tokenizer, config.vocab_size, config.eos_token_ids)
-        self.driver = Driver(lambda: make(self.fleet), len(fleet.model.adapter_names), self._engine_gone)
+        self.driver = Driver(lambda: make(self.fleet), named(fleet), self._engine_gone)
         self.metrics.watch(self)
         self.on_gone: Callable[[], None] = _nothing  # told when nothing can be served any more
         self.abort: Callable[[Scope], None] = _ignore  # drops a client's connection, told by whoever listens

@@ -1,0 +1,362 @@
+"""Many adapters on disk, some of them in device slots: what a model of `mj.load(..., adapter_slots=N)` has as `pool`.
+
+    model = mj.load(base, bank=bank, adapter_slots=64)
+    model.pool.names()                          # every adapter that a request may name, wherever it lies
+    model.pool.load(folder, "poems")            # -> 1, its version; again under the same name -> 2
+    model.pool.unload("poems")
+    model.generate([...], router=mj.Fixed("poems"))
+
+All of it may be called from any thread while engines run. A request names adapters by its router, as ever: `Fixed`,
+`Retrieval` and `GatesWithin` are given the newest version of each name when the request is made, and keep that version
+to their end, whatever is loaded or unloaded meanwhile. It waits in the engine's queue until its adapters lie in slots,
+all at once or none of them (see `slots`); who is behind it and has its own there goes on. `Gates` without names choose
+for every token among the adapters that lie in slots when the step is given to the device, at least as many as their
+top_k. A gate's column belongs to a name: a newer version is chosen by the column of the older one, and a name that
+gates do not know is reached by routers that name it.
+
+An adapter is read from its memory-mapped BANK folder, checked, padded and copied to the device by a thread of the
+pool, ahead of the request's turn; the engine writes it into its slot between two steps once it has arrived. Slots have
+one shape, so no program changes. Steps that the device was given before the write still see the old content, since it
+works in order.
+
+A file that is corrupt or another base's is refused by `load` before anything of the pool changes; where a file of the
+bank itself is found corrupt later, the requests that need it are refused, and no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from numpy.typing import DTypeLike
+
+from meteora_jax.config import BankConfig, InputError, LlamaConfig
+from meteora_jax.engine.adapter_versions import AdapterVersion, AdapterVersions
+from meteora_jax.engine.batch import bind_row
+from meteora_jax.engine.request import BoundRow, WantedAdapters
+from meteora_jax.engine.slot_weights import SlotWeights, Staged
+from meteora_jax.engine.slots import SlotTable
+from meteora_jax.gate_config import GateConfig
+from meteora_jax.io.provenance import BaseOrigin
+from meteora_jax.io.stored_bank import StoredBank, misfits_slots
+from meteora_jax.routing import NamedAdapters, bind
+from meteora_jax.routing.alora import watch
+from meteora_jax.sharding import Params
+
+# of a PEFT folder, the BANK folder that is made of it, the adapter's name, and whether any base will do
+Import = Callable[[Path, Path, str, bool], None]
+State = Literal["ready", "loading", "waiting"]
+READERS = 2  # threads that read adapters
+
+
+@dataclasses.dataclass
+class PoolCounters:
+    """What a pool has done: adapters copied into slots, requests that found theirs there or did not, and how long
+    engines had nothing to do but wait for copies, in seconds."""
+
+    copies: int = 0
+    hits: int = 0
+    misses: int = 0
+    stalled: float = 0.0
+
+
+class AdapterPool:
+    """The adapters of a model with slots; see above."""
+
+    def __init__(
+        self, stored: StoredBank, slots: BankConfig, graph: nnx.GraphDef, weights: Params, config: LlamaConfig,
+        gates: GateConfig | None = None, columns: Mapping[tuple[str, ...], np.ndarray] | None = None,
+        mesh: Mesh | None = None, dtype: DTypeLike = np.float32, origin: BaseOrigin | None = None,
+        importer: Import | None = None,
+    ):  # fmt: skip
+        """Fills the slots with the bank's first adapters.
+
+        Args:
+            stored: the bank. slots: their description (`empty_slots`). graph, weights: a model with them, which is
+                changed in place from now on. gates: of the model, which know all of the bank's adapters.
+            columns: of the gates, [L, I, P, A] by their place in the module tree; none of a token router, whose columns
+                have no slots.
+            importer: of PEFT folders; None: only BANK folders can be loaded.
+        """
+        self.slots, self.config, self.gates, self.dtype, self.origin = slots, config, gates, dtype, origin
+        self.lock = threading.RLock()  # of all below, and of the weights: whoever gives them to a program holds it
+        self.counters = PoolCounters()
+        self.table = SlotTable(len(slots.adapters))
+        self.changes = 0  # of what lies in the slots
+        self._columns = columns or {}
+        self._router = gates is not None and gates.form is not None
+        self._weights = SlotWeights(graph, weights, config, mesh, self._router)
+        self._importer, self._lockstep = importer, jax.process_count() > 1
+        self.versions = AdapterVersions()
+        self._there: set[int] = set()  # whose weights are in their slot
+        self._coming: dict[int, tuple[int, Future[Staged]]] = {}  # slot, and what is on its way
+        self._failed: dict[int, InputError] = {}
+        self._readers = ThreadPoolExecutor(READERS, "adapters")
+        for place in range(len(stored.config.adapters)):
+            self.versions.add(stored.config.names[place], stored, place)
+        self._fill()
+
+    def names(self) -> tuple[str, ...]:
+        """The adapters that a request may name, in the order in which they came."""
+        with self.lock:
+            return self.versions.names()
+
+    def version(self, name: str) -> int:
+        """The newest version of an adapter. Raises InputError: no adapter has the name."""
+        with self.lock:
+            return self.versions.newest([name])[0].version
+
+    def resident(self) -> tuple[str, ...]:
+        """The names whose newest version lies in a slot now."""
+        with self.lock:
+            return tuple(v.name for v in self.versions.find(self.versions.names()) if v.number in self._there)
+
+    def load(
+        self, path: str | os.PathLike[str], name: str, *, adapter: str | None = None, any_base: bool = False
+    ) -> int:
+        """Makes an adapter known under a name, or a new version of that name; it gets a slot when a request needs it.
+
+        Args:
+            path: a PEFT folder, or a BANK folder. adapter: which one of a BANK folder; None: the one called `name`, or
+                its only one. any_base: as in `Meteora.add_adapter`.
+
+        Returns:
+            the version, from 1.
+
+        Raises:
+            InputError: what `meteora import adapters` refuses, an adapter that the slots have no room for, values that
+                are no finite numbers. The pool is then as it was.
+        """
+        path, scratch = Path(path), None
+        if not isinstance(name, str) or not name:
+            raise InputError(f"name: expected an adapter's name, found {name!r:.200}")
+        try:
+            if not (path / "bank.json").exists():
+                if self._importer is None:
+                    raise InputError(f"{path}: expected a BANK folder, found none")
+                scratch = Path(tempfile.mkdtemp(prefix="meteora-adapter-"))
+                self._importer(path, scratch / "bank", name, any_base)
+                path, adapter = scratch / "bank", name
+            bank = StoredBank(path, self.config, self.dtype, self.origin)
+            place = _place(bank, adapter, name)
+            read = bank.adapter(place)
+            if problems := misfits_slots(read.config, self.slots, str(path)):
+                raise InputError(problems)
+        except BaseException:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        with self.lock:
+            if self.versions.find([name]):
+                self._drop(self.versions.retire(name))
+            return self.versions.add(name, bank, place, scratch).version
+
+    def unload(self, name: str) -> None:
+        """Takes a name away. What lies in a slot goes once no request uses it any more.
+
+        Raises:
+            InputError: no adapter has the name.
+        """
+        with self.lock:
+            self.versions.newest([name])
+            self._drop(self.versions.retire(name))
+
+    def want(self, router: Any, prompt: Sequence[int]) -> WantedAdapters | None:
+        """What a request with this router asks of the pool; None: nothing, the base answers.
+
+        Args:
+            router: one whose text was looked up and whose words were spelled out.
+
+        Raises:
+            InputError: an unknown adapter, more of them than slots, a router that says of no token what it may choose.
+        """
+        if router is None:
+            return None
+        if not isinstance(router, NamedAdapters):
+            wanted = "Fixed, Retrieval, Gates or GatesWithin with adapter_slots"
+            raise InputError(f"router: expected {wanted}, found {router!r:.200}")
+        if router.needs_gates and self.gates is None:
+            raise InputError(f"router: {router!r} expected trained gates, found a model loaded without them")
+        with self.lock:
+            named = router.named()
+            every = isinstance(named, int)
+            versions = self._some(named) if isinstance(named, int) else self.versions.newest(list(dict.fromkeys(named)))
+        if not versions:
+            return None
+        if len(versions) > self.table.count:
+            raise InputError(f"router: expected at most {self.table.count} adapters (the slots), found {len(versions)}")
+        names = tuple(v.name for v in versions)
+        known = self.gates.names if router.needs_gates and self.gates is not None else names
+        if lacking := [n for n in names if n not in known]:
+            raise InputError(f"Gates: within: expected adapters that gates know, found {', '.join(lacking)}")
+        view = dataclasses.replace(self.slots, adapters=tuple(v.info for v in versions))
+        both: list[Any] = [router, None]
+        bound = watch(bind(both, names, 2, names if router.needs_gates else None), view, [prompt, prompt])
+        row = bind_row(bound)
+        assert row is not None
+        return WantedAdapters(tuple(v.number for v in versions), row, every)
+
+    # what a scheduler asks, under `lock`
+
+    def enlist(self, wanted: WantedAdapters) -> None:
+        """A request that will need these versions.
+
+        Raises:
+            InputError: one is gone since the request was made.
+        """
+        with self.lock:
+            self.versions.use(wanted.versions)
+
+    def reserve(self, owner: Hashable, wanted: WantedAdapters, drain: bool) -> State:
+        """Slots for a request's adapters, and their copies on the way: whether it may run, waits for copies, or for
+        slots. Raises InputError: one of them cannot be read."""
+        for n in wanted.versions:
+            if (failure := self._failed.get(n)) is not None:
+                raise failure
+        if not self.table.holds(owner):
+            placed = self.table.take(owner, wanted.versions, drain)
+            if placed is None:
+                return "waiting"
+            self._start(placed)
+            missing = any(n not in self._there for n in wanted.versions)
+            self.counters.misses += missing
+            self.counters.hits += not missing
+        return "ready" if all(n in self._there for n in wanted.versions) else "loading"
+
+    def dismiss(self, owner: Hashable, wanted: WantedAdapters) -> None:
+        """A request that needs nothing any more."""
+        with self.lock:
+            self.table.release(owner)
+            self._drop(self.versions.leave(wanted.versions))
+
+    def place(self, wanted: WantedAdapters) -> BoundRow:
+        """A request's router over the slots as they are now."""
+        numbers = self._choosable() if wanted.every else wanted.versions
+        where = np.asarray([self.table.slot(n) for n in numbers], np.int32)
+        columns = self._router_columns() if self._router else None
+        return wanted.row.moved(where, self.table.count, columns)
+
+    def identity(self, wanted: WantedAdapters) -> bytes:
+        """What is the same for two requests that treat the same tokens alike, whichever slots they have."""
+        numbers = sorted(self._choosable()) if wanted.every else wanted.versions
+        return hashlib.blake2b(repr(numbers).encode() + wanted.row.identity, digest_size=16).digest()
+
+    # what an engine asks, under `lock`
+
+    def advance(self) -> bool:
+        """Writes what has arrived into its slots; whether anything is on its way still."""
+        for n, (slot, coming) in list(self._coming.items()):
+            if not self._lockstep and not coming.done():
+                continue
+            try:
+                staged = coming.result()
+                if not self._lockstep and not all(z.is_ready() for z in jax.tree.leaves(staged)):
+                    continue
+            except InputError as e:
+                if n in self.versions:
+                    self._failed[n] = e
+                del self._coming[n]
+                continue
+            del self._coming[n]
+            if self.table.slot(n) == slot:
+                self._weights.write(staged, slot)
+                self._there.add(n)
+                self.changes += 1
+                self.counters.copies += 1
+        return bool(self._coming)
+
+    def wait(self) -> None:
+        """Until the next adapter has arrived, if one is on its way; not under `lock`."""
+        with self.lock:
+            coming = next((future for _, future in self._coming.values()), None)
+        start = time.perf_counter()
+        if coming is None:  # somebody else holds the slots
+            time.sleep(1e-3)
+        elif coming.exception() is None:
+            jax.block_until_ready(coming.result())
+        self.counters.stalled += time.perf_counter() - start
+
+    def numbers(self) -> np.ndarray:
+        """int32 [slots]: which version lies in each slot, -1: none."""
+        return np.asarray([-1 if n is None else n for n in self.table.adapters], np.int32)
+
+    # inside
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        """Nobody can ask for these any more."""
+        for n in numbers:
+            self.table.forget(n)
+            self._there.discard(n)
+            self._failed.pop(n, None)
+            self.changes += 1
+
+    def _known(self) -> list[AdapterVersion]:
+        """The newest versions that gates have a column for."""
+        assert self.gates is not None
+        return self.versions.find(self.gates.names)
+
+    def _choosable(self) -> list[int]:
+        """Those of `_known` that lie in slots, whose weights are there."""
+        return [v.number for v in self._known() if v.number in self._there]
+
+    def _some(self, count: int) -> list[AdapterVersion]:
+        """So many adapters that gates know, which stay in their slots while the request runs."""
+        known = sorted(self._known(), key=lambda v: v.number not in self._there)
+        if len(known) < count:
+            raise InputError(f"Gates: top_k: expected at most {len(known)} (adapters that gates know), found {count}")
+        return known[:count]
+
+    def _start(self, placed: Sequence[tuple[int, int]]) -> None:
+        for n, slot in placed:
+            for gone in [m for m in self._there if self.table.slot(m) is None]:
+                self._there.discard(gone)
+                self.changes += 1
+            self._coming[n] = slot, self._readers.submit(self._stage, self.versions[n])
+
+    def _stage(self, version: AdapterVersion) -> Staged:
+        read = version.bank.adapter(version.place)
+        columns = {}
+        if self.gates is not None and version.name in self.gates.names:
+            at = self.gates.names.index(version.name)
+            columns = {path: z[..., at] for path, z in self._columns.items()}
+        return self._weights.stage(read, columns)
+
+    def _router_columns(self) -> np.ndarray:
+        """The token router's columns of what lies in the slots, and of its null choice; 0 where it has none."""
+        assert self.gates is not None
+        at = {name: i for i, name in enumerate(self.gates.names)}
+        names = ["" if n is None else self.versions[n].name for n in self.table.adapters]
+        null = [len(self.gates.names)] if self.gates.null else []
+        return np.asarray([at.get(name, 0) for name in names] + null, np.int32)
+
+    def _fill(self) -> None:
+        """The first adapters into the slots, one by one."""
+        for version in self.versions.find(self.versions.names()[: self.table.count]):
+            self._start(self.table.take("fill", [version.number]) or [])
+            self.table.release("fill")
+            self.wait()
+            self.advance()
+            if (failure := self._failed.pop(version.number, None)) is not None:
+                raise failure
+        self.counters = PoolCounters()
+
+
+def _place(bank: StoredBank, adapter: str | None, name: str) -> int:
+    names = bank.config.names
+    wanted = adapter or (name if name in names or len(names) != 1 else names[0])
+    if wanted not in names:
+        raise InputError(f"{bank.folder}: expected an adapter's name ({', '.join(names[:8])}), found {wanted!r}")
+    return names.index(wanted)

@@ -1,0 +1,160 @@
+"""The slot table without a device: a clock of rounds, and requests that hold their adapters for some of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from extent import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meteora_jax.engine.slots import SlotTable
+
+
+@dataclasses.dataclass(eq=False)
+class Asked:
+    """Adapters that are held for so many rounds from the one on in which they are had."""
+
+    adapters: tuple[int, ...]
+    rounds: int
+    arrival: int = 0
+    began: int | None = None
+
+
+class Clock:
+    """Serves a queue as a scheduler does: in order, passing those who wait."""
+
+    def __init__(self, slots: int):
+        self.table, self.now = SlotTable(slots), 0
+        self.queue: list[Asked] = []
+        self.running: list[Asked] = []
+
+    def round(self) -> None:
+        for asked in [r for r in self.running if r.began is not None and r.began + r.rounds <= self.now]:
+            self.running.remove(asked)
+            self.table.release(asked)
+        drain = True
+        for asked in list(self.queue):
+            before = {a for r in self.running for a in r.adapters}
+            placed = self.table.take(asked, asked.adapters, drain)
+            self.table.check()
+            assert all(self.table.slot(a) is not None for a in before)  # what is used stays
+            if placed is None:
+                drain = False
+                continue
+            asked.began = self.now
+            self.queue.remove(asked)
+            self.running.append(asked)
+            assert all(self.table.slot(a) is not None for a in asked.adapters)
+        self.now += 1
+
+
+some = st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True)
+requests = st.tuples(some, st.integers(1, 9), st.integers(0, 20))
+
+
+@settings(max_examples=examples(200, 5000), deadline=None)
+@given(st.lists(requests, min_size=1, max_size=25), st.integers(4, 7), st.lists(st.integers(0, 24), max_size=4))
+def test_everybody_is_served_and_nobody_waits_longer_than_those_before_take(drawn, slots, cancelled):
+    asked = [Asked(tuple(adapters), rounds, arrival) for adapters, rounds, arrival in drawn]
+    asked.sort(key=lambda a: a.arrival)
+    clock, coming = Clock(slots), list(asked)
+    ahead: dict[int, int] = {}
+    gone = {i for i in cancelled if i < len(asked) and i % 2}
+    while coming or clock.queue or clock.running:
+        while coming and coming[0].arrival <= clock.now:
+            ahead[id(coming[0])] = len(clock.queue)
+            clock.queue.append(coming.pop(0))
+        clock.round()
+        for i in gone:  # whoever waits may stop waiting
+            if asked[i] in clock.queue and clock.now > asked[i].arrival + 2:
+                clock.queue.remove(asked[i])
+                clock.table.release(asked[i])
+        assert clock.now < 10_000
+    longest = max(a.rounds for a in asked)
+    for i, a in enumerate(asked):
+        assert a.began is not None or i in gone
+        if a.began is not None:
+            assert a.began - a.arrival <= longest * (1 + ahead[id(a)])
+    assert clock.table.pins == [0] * slots
+    clock.table.check()
+
+
+def test_a_steady_stream_starves_nobody():
+    """Somebody always uses each of two adapters; who wants two others gets both slots within one request's time."""
+    clock = Clock(2)
+    late = Asked((8, 9), 3, 10)
+    for now in range(60):
+        clock.queue.append(Asked((now % 2,), 5, now))
+        if now == late.arrival:
+            clock.queue.append(late)
+        clock.round()
+    assert late.began is not None
+    assert late.began - late.arrival <= 5
+
+
+def test_who_has_its_adapter_passes_who_waits():
+    table = SlotTable(3)
+    assert table.take("a", [1, 2]) == [(1, 0), (2, 1)]
+    assert table.take("b", [5, 6]) is None  # one slot is free, and one of the others is kept
+    assert table.take("c", [2], drain=False) == []
+    assert table.take("d", [1], drain=False) is None  # the kept one: nobody begins to use what is in it
+    assert table.take("d", [7], drain=False) is None  # nor takes the free one
+    table.release("a")
+    assert table.take("d", [1], drain=False) is None
+    assert sorted(table.take("b", [5, 6]) or []) == [(5, 2), (6, 0)]
+    assert table.slot(1) is None
+    table.check()
+
+
+def test_two_who_wait_for_each_others_adapters_both_get_them():
+    table = SlotTable(2)
+    table.take("a", [1])
+    table.take("b", [2])
+    assert table.take("c", [1, 3]) is None
+    assert table.take("d", [2, 4], drain=False) is None
+    table.release("b")
+    assert table.take("c", [1, 3]) == [(3, 1)]
+    assert table.take("d", [2, 4]) is None
+    for owner in ("a", "c"):
+        table.release(owner)
+    assert sorted(a for a, _ in table.take("d", [2, 4]) or []) == [2, 4]
+
+
+def test_the_least_recently_used_goes_first_and_pinned_ones_stay():
+    table = SlotTable(3)
+    for a in (1, 2, 3):
+        table.take(a, [a])
+        table.release(a)
+    table.take("again", [1])
+    table.release("again")
+    table.take("pin", [2])
+    assert table.take("x", [4]) == [(4, 2)]  # 3 was used last before 1
+    assert table.take("y", [5]) == [(5, 0)]
+    assert table.take("z", [6]) is None
+    assert table.evictions == 2
+
+
+def test_a_cancelled_request_keeps_no_slots():
+    table = SlotTable(1)
+    table.take("a", [1])
+    assert table.take("b", [2]) is None
+    assert table.take("c", [1], drain=False) is None
+    table.release("b")
+    assert table.take("c", [1], drain=False) == []
+
+
+def test_what_is_held_is_not_forgotten_and_too_many_are_refused():
+    table = SlotTable(2)
+    table.take("a", [1])
+    with pytest.raises(ValueError, match="expected one that nobody holds"):
+        table.forget(1)
+    with pytest.raises(ValueError, match="expected at most 2"):
+        table.take("b", [1, 2, 3])
+    table.release("a")
+    table.take("b", [2])
+    table.forget(1)
+    table.release("b")
+    assert table.take("c", [3]) == [(3, 0)]  # empty slots first
+    table.check()
