@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -22,6 +24,7 @@ from meteora_jax.serving import replies
 from meteora_jax.serving.answers import token_bytes
 from meteora_jax.serving.models import Fleet
 
+ROOT = Path(__file__).parents[1]
 JSON = {"content-type": "application/json"}
 ASK = [{"role": "user", "content": "How many apples?"}]
 LIKELY = dict(logprobs=True, top_logprobs=3)
@@ -295,6 +298,32 @@ def test_an_expression_is_followed_and_others_beside_it_are_not_bound(client, al
         beside = pool.submit(client.chat.completions.create, **how, max_tokens=30)
         assert re.fullmatch(r"[0-9]{3}-[a-f]{2}", bound.result().choices[0].message.content)
         assert beside.result().choices[0].message.content == alone(ASK, None, 30).text
+
+
+def test_the_readmes_lines_work(served):
+    """Its curl commands, with this server's address and an adapter's name of this model."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^curl .*", text.partition("\n## Serve\n")[2].partition("\n## ")[0], re.MULTILINE)
+    assert len(lines) == 3
+    lines = [line.replace("http://127.0.0.1:8000", served.url).replace("winowhy", "apple") for line in lines]
+    models, stream, text = (
+        subprocess.run(["bash", "-c", line], check=True, capture_output=True, text=True, timeout=60).stdout
+        for line in lines
+    )
+    assert [m["id"] for m in json.loads(models)["data"]][:2] == ["tiny", "apple"]
+    events = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
+    assert stream.strip().endswith("data: [DONE]")
+    assert any(token["adapter"] for e in events for token in e["choices"][0].get("meteora", {}).get("tokens", []))
+    assert json.loads(text)["choices"][0]["text"]
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(served):
+    dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text(encoding="utf-8"))
+    asked = {t["expr"] for panel in dashboard["panels"] for t in panel["targets"]}
+    names = {name for expr in asked for name in re.findall(r"(?:vllm:|meteora_)\w+", expr)}
+    there = set(re.findall(r"^((?:vllm:|meteora_)\w+)", httpx.get(f"{served.url}/metrics").text, re.MULTILINE))
+    assert len(names) > 12
+    assert names - there == {"meteora_adapters_resident"}  # with slots only
 
 
 def test_nothing_is_left_behind(served):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Callable
@@ -87,7 +88,8 @@ def _with(model: Meteora, folder: Path, name: str) -> Meteora:
     """A model with an adapter under a name, in the place of one that has it."""
     if name not in model.adapter_names:
         return model.add_adapter(folder, name)
-    fresh = name + "\u2060"  # a bank may not become empty: the new one comes before the old one goes
+    # a bank may not become empty: the new one comes before the old one goes
+    fresh = next(f"{name}.{i}" for i in itertools.count(2) if f"{name}.{i}" not in model.adapter_names)
     model = model.add_adapter(folder, fresh).remove_adapter(name)
     assert model.bank is not None
     infos = (dataclasses.replace(info, name=name) if info.name == fresh else info for info in model.bank.adapters)
