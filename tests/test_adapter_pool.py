@@ -12,18 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 from extent import examples
+from flax import nnx
+from test_token_router import FORM, arrays_of
 
+import converters
 import meteora_jax as mj
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Handle
 from meteora_jax.engine.adapter_pool import AdapterPool
-from meteora_jax.engine.slot_weights import write_slot
+from meteora_jax.engine.slot_weights import SlotWeights, write_slot
 from meteora_jax.engine.step import run_steps
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.bank import load_bank, save_bank
 from meteora_jax.io.gates import save_gates
 from meteora_jax.io.stored_bank import StoredBank
+from meteora_jax.model.llama import pack, with_execution
+from pallas_kernels.decode_step.triton_gpu import StepLimits
 
 NAMES = tuple(f"adapter{i}" for i in range(12))
 SIZE = EngineSize(rows=4, tokens=64, blocks=32, block_size=8)  # one size of prompts: few programs
@@ -242,6 +248,22 @@ def test_gates_choose_among_what_is_resident(banks: dict[str, Any]):
         model.request(prompts[0], mj.Gates(2, within=NAMES[:5]), 8)
 
 
+def test_a_token_router_chooses_among_what_was_named(world: dict[str, Any], tmp_path: Path):
+    """Its columns stay on the device, all of them; those of what lies in the slots are read."""
+    config, names = world["model"].config, world["model"].adapter_names
+    save_gates(tmp_path, GateConfig(names, 2, 1.0, FORM), arrays_of(FORM, config))
+    given = world["base"], world["bank"], tmp_path
+    whole, model = mj.load(*given, dtype="float32"), mj.load(*given, dtype="float32", adapter_slots=2)
+    chosen = []
+    for of in (whole, model):
+        engine, router = rows_of(of), mj.Gates(1, within=(names[3], names[1]))
+        handles = [engine.submit(of.request([7, 30 + i, 9, 60 + i], router, 1, trace=True)) for i in range(4)]
+        traces = [of.completion(h.wait(), "", ()).routing for h in handles]  # one token: no decoding step is compiled
+        chosen.append([np.asarray(t.adapter_names)[t.indices[:4]].tolist() for t in traces if t is not None])
+    assert chosen[0] == chosen[1]
+    assert set(np.unique(chosen[1])) == {names[1], names[3]}  # each of them somewhere
+
+
 def test_bad_files_are_refused_before_anything_changes(banks: dict[str, Any], tmp_path: Path):
     model = banks["slots"]
     pool, config = model.pool, model.config
@@ -376,3 +398,33 @@ def test_what_slots_cannot_do_is_refused(banks: dict[str, Any]):
     ):
         with pytest.raises(InputError, match=expected):
             call()
+
+
+@pytest.mark.parametrize("dense_width", [None, 512, 8], ids=["plain", "packed", "packed, wide"])
+def test_slots_hold_what_a_load_puts_there(world: dict[str, Any], tmp_path: Path, dense_width: int | None):
+    """Every adapter written into another slot than its own: bit for bit the bank in that order, gates' columns too."""
+    order = [2, 0, 3, 1]
+    names = tuple(np.asarray(world["model"].adapter_names)[order])
+    converters.take_adapters(world["bank"], tmp_path / "bank", names)
+    given: dict[str, Any] = dict(gates=world["gates"], dtype="bfloat16")
+    model = mj.load(world["base"], world["bank"], adapter_slots=4, **given)
+    wanted = mj.load(world["base"], tmp_path / "bank", **given)
+    (graph, state), (_, right) = (
+        (m.graph, m.weights) if dense_width is None else packed_as(m, dense_width) for m in (model, wanted)
+    )
+    pool = model.pool
+    written = SlotWeights(graph, state, model.config, None, router=False)
+    for slot, number in enumerate(order):
+        version = pool.versions[number]
+        columns = {path: z[..., number] for path, z in pool._columns.items()}
+        written.write(written.stage(version.bank.adapter(version.place), columns), slot)
+    found, expected = ({p: x[...] for p, x in nnx.to_flat_state(s)} for s in (state, right))
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(array), err_msg=str(path))
+
+
+def packed_as(model: mj.Meteora, dense_width: int) -> tuple[Any, Any]:
+    """As on a GPU in 16 bit."""
+    execution = ExecutionConfig(step=StepLimits(), dense_width=dense_width)
+    return pack(with_execution(model.graph, model.weights, execution), model.weights)

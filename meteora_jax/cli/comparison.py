@@ -44,6 +44,8 @@ class Comparison(Devices):
     """BANK folder."""
     gates: Path | None = None
     """GATES folder."""
+    adapter_slots: int | None = None
+    """So many of the bank's adapters are on the device at a time, the others on disk; all unless given."""
     index: Path | None = None
     """INDEX folder, for the systems that retrieve."""
     systems: str = "base,oracle,gates-top1,gates-top2"
@@ -94,7 +96,7 @@ def load_systems(command: Comparison, mesh: Mesh | None, dtype: str) -> Loaded:
     Raises:
         InputError: a folder was refused, or a system cannot be made of what is given.
     """
-    model = load(command.base, command.bank, command.gates, mesh, dtype)
+    model = load(command.base, command.bank, command.gates, mesh, dtype, command.adapter_slots)
     names, folders = read_systems(command.systems, model.adapter_names)
     arrays = base_arrays(model.graph, model.weights) if folders else {}
     others: dict[str, Model] = {}
@@ -151,7 +153,8 @@ def other_bank(
     if len(bank.names) != 1:
         raise InputError(f"{folder}: expected a bank of one adapter, found {', '.join(bank.names)}")
     graph, state = assemble(model.config, arrays, bank, None, dtype, model.mesh)
-    return dataclasses.replace(model, bank=bank.config, gates=None, graph=graph, weights=state), str(mark)
+    own = dict(bank=bank.config, gates=None, graph=graph, weights=state, pool=None)
+    return dataclasses.replace(model, **own), str(mark)
 
 
 def fingerprint(folder: Path | None, file: str = WEIGHTS) -> str | None:

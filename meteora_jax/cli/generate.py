@@ -25,6 +25,8 @@ class Generate:
     """BANK folder."""
     gates: Path | None = None
     """GATES folder."""
+    adapter_slots: int | None = None
+    """So many of the bank's adapters are on the device at a time, the others on disk; all unless given."""
     index: Path | None = None
     """INDEX folder: the prompt's text finds its adapters."""
     router: str | None = None
@@ -106,7 +108,9 @@ def generate(command: Generate) -> None:
     if empty := [i for i, p in enumerate(prompts) if not p]:
         raise InputError([f"prompt {i}: expected a text, found an empty one" for i in empty])
     with status.status("loading"):
-        model = load(command.base, command.bank, command.gates, dtype=command.dtype)
+        model = load(
+            command.base, command.bank, command.gates, dtype=command.dtype, adapter_slots=command.adapter_slots
+        )
     status.print(f"loaded {command.base} as {model.dtype}", highlight=False, markup=False, soft_wrap=True)
     router = parse_router(command, model)
     if router is None and command.router is None and command.bank is not None:

@@ -59,7 +59,7 @@ from meteora_jax.sharding import Params
 # of a PEFT folder, the BANK folder that is made of it, the adapter's name, and whether any base will do
 Import = Callable[[Path, Path, str, bool], None]
 State = Literal["ready", "loading", "waiting"]
-READERS = 2  # threads that read adapters
+READERS = 4  # threads that read adapters
 
 
 @dataclasses.dataclass

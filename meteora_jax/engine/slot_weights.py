@@ -80,9 +80,12 @@ class SlotWeights:
                 continue
             shape, axis = list(leaf.shape), self._axes[path]
             shape[axis] = 1
-            whole = np.full(shape, self._config.vocab_size if path[-1] == "ids" else 0, leaf.dtype)
-            if (part := own.get(path)) is not None:
-                whole[tuple(map(slice, part.shape))] = part
+            whole = own.get(path)
+            if whole is None or whole.shape != tuple(shape) or whole.dtype != leaf.dtype:
+                padded = np.full(shape, self._config.vocab_size if path[-1] == "ids" else 0, leaf.dtype)
+                if whole is not None:
+                    padded[tuple(map(slice, whole.shape))] = whole
+                whole = padded
             staged[path] = self._put(whole, path)
         return staged
 
