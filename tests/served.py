@@ -39,7 +39,8 @@ class Alone:
 
     def __call__(self, prompt: Any, router: Any, most: int = 12, **options: Any) -> mj.Completion:
         model = self.model
-        (own,), (found,) = model.look_up([router], 1, lambda: [model.request_texts(prompt)])
+        looked_up: Any = model.look_up([router], 1, lambda: [model.request_texts(prompt)])
+        (own,), (found,) = looked_up
         asked = model.request(model.encode(prompt), own, most, **options)
         done = self.core.submit(asked).wait()
         return model.completion(done, model.decode(done.tokens), found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ FINISH = {"end": "stop", "stop": "stop", "length": "length"}
 Likely = tuple[float, Sequence[tuple[int, float]]]  # a token's log probability, and the likeliest tokens' with theirs
 
 
-async def pieces(streams: Sequence[Stream], news: asyncio.Event, deadline: float) -> AsyncIterator[tuple[int, Piece]]:
+async def pieces(
+    streams: Sequence[Stream], news: asyncio.Event, deadline: float
+) -> AsyncGenerator[tuple[int, Piece], None]:
     """(which stream, what came of it) until all are done; whoever stops reading cancels what is left.
 
     Raises:

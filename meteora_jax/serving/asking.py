@@ -75,7 +75,8 @@ def _work(
     fleet: Fleet, grammars: Grammars, positions: int, body: Asked, prompts: list[list[int]], said: list[Said],
     most: int | None, top: int | None,
 ) -> Work:  # fmt: skip
-    model, router = fleet.model, mixture(fleet, body.model, body.router)
+    model = fleet.model
+    router: Any = mixture(fleet, body.model, body.router)
     longest = min(positions, model.config.max_position_embeddings)
     for ids in prompts:
         check_prompts([ids], model.config, 0)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from starlette.responses import Response
@@ -44,10 +44,10 @@ class Completing:
                 try:
                     first = await anext(coming)
                 except BaseException:
-                    await coming.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+                    await coming.aclose()
                     raise
                 return EventStream(self.server, self._events(work, first, coming))
-            async with contextlib.aclosing(coming) as all_pieces:  # pyright: ignore[reportArgumentType]
+            async with contextlib.aclosing(coming) as all_pieces:
                 traced: list[list[Any]] = [[] for _ in self.answers]
                 async for i, piece in all_pieces:
                     self.answers[i].take(piece)
@@ -78,7 +78,7 @@ class Completing:
         return {"meteora": answer.meteora(tokens, self.body.routing == "full")}
 
     async def _events(
-        self, work: Work, first: tuple[int, Piece], coming: AsyncIterator[tuple[int, Piece]]
+        self, work: Work, first: tuple[int, Piece], coming: AsyncGenerator[tuple[int, Piece], None]
     ) -> AsyncIterator[bytes]:
         with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
         head = {**self.head, "object": self.part} | ({"usage": None} if with_usage else {})
@@ -109,14 +109,14 @@ class Completing:
 
 
 async def _chain(
-    first: tuple[int, Piece], coming: AsyncIterator[tuple[int, Piece]]
-) -> AsyncIterator[tuple[int, Piece]]:
+    first: tuple[int, Piece], coming: AsyncGenerator[tuple[int, Piece], None]
+) -> AsyncGenerator[tuple[int, Piece], None]:
     try:
         yield first
         async for one in coming:
             yield one
     finally:
-        await coming.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+        await coming.aclose()
 
 
 class Chat(Completing):
@@ -164,7 +164,8 @@ class Chat(Completing):
         answer = self.answers[i]
         base = {"index": i, "finish_reason": None, "logprobs": None}
         chunks = [{**base, "delta": {"role": "assistant", "content": "", "refusal": None}}] if first else []
-        reason, delta = answer.finish_reason, {"content": text}
+        reason: str | None = answer.finish_reason
+        delta: dict[str, Any] = {"content": text}
         if self.notation is not None:  # a call is known as one at its end: nothing is sent before
             delta = {}
             if reason is not None:

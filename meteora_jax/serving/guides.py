@@ -59,6 +59,7 @@ class Grammars:
             return None
         from llguidance import LLMatcher
 
+        grammar = ""
         try:
             if kind == "json_object":
                 grammar = LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=ONE_LINE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,7 +27,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        labelled = dict(registry=self.registry)
+        labelled: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
             "meteora_requests", "Requests by what became of them", ["route", "model", "status"], **labelled
         )

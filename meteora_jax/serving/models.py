@@ -57,14 +57,16 @@ def _gates(fleet: Fleet, k: int) -> RouterArgument:
 
 def _retrieval(fleet: Fleet, k: int) -> RouterArgument:
     assert fleet.index is not None
-    return Retrieval(fleet.index, k, exclude=_absent(fleet))
+    router: Any = Retrieval(fleet.index, k, exclude=_absent(fleet))
+    return router
 
 
 def _gates_within(fleet: Fleet, k: int) -> RouterArgument:
     assert fleet.index is not None
     assert fleet.model.gates is not None
     top_k, temperature = gate_options(fleet.model.gates, None, None)
-    return GatesWithin(fleet.index, k, top_k, temperature, exclude=_absent(fleet))
+    router: Any = GatesWithin(fleet.index, k, top_k, temperature, exclude=_absent(fleet))
+    return router
 
 
 @dataclasses.dataclass(frozen=True)
