@@ -20,7 +20,7 @@ from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
 from meteora_jax.io.gates import gate_weights, load_gates
 from meteora_jax.io.model_state import assemble
-from meteora_jax.io.stored_bank import StoredBank, empty_slots
+from meteora_jax.io.stored_bank import StoredBank, empty_slots, slots_for
 from meteora_jax.model.llama import pack
 from meteora_jax.text import load_tokenizer
 
@@ -46,8 +46,8 @@ def load(
             `dtype` says which. Gates stay float32.
         adapter_slots: the bank stays on disk, and so many of its adapters are on the device at a time, those that
             requests ask for; the model's `pool` loads and unloads others meanwhile. None: all are on the device.
-        adapter_rank: of the slots, where adapters are to come whose rank is beyond the bank's, or that change other
-            projections; None: as the bank's adapters need.
+        adapter_rank: of a slot, at every projection; an adapter of a larger rank takes several slots, so that one of
+            rank 8 does not pay for one of rank 64 (gates and fusion need one slot each). None: as the bank's need.
 
     Raises:
         InputError: a folder is missing, damaged, or made for another base or bank.
@@ -97,6 +97,12 @@ def _load_slots(
         raise InputError(
             f"{bank}: expected no adapter of the embedding or the head beside gates and slots, found {found}"
         )
+    large = [a.name for a in stored.config.adapters if slots_for(a.rank, slots) > (count if described is None else 1)]
+    if large:
+        room = (
+            f"adapters of at most {1 if described else count} slots of rank {rank}{' beside gates' * bool(described)}"
+        )
+        raise InputError(f"adapter_rank: expected {room}, found {', '.join(large[:8])}")
     form = described.form if described else None
     held, known = columns, len(stored.config.names)
     if columns is not None and described is not None and form is None:

@@ -3,71 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from adapter_banks import NAMES, SIZE, joined, random_bank, rows_of
 from extent import examples
-from flax import nnx
-from test_token_router import FORM, arrays_of
 
-import converters
 import meteora_jax as mj
-from meteora_jax.bank import AdapterBank
-from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
-from meteora_jax.engine import EngineCore, EngineSize, Handle
+from meteora_jax.config import PROJECTIONS, InputError
+from meteora_jax.engine import EngineCore, Handle
 from meteora_jax.engine.adapter_pool import AdapterPool
-from meteora_jax.engine.slot_weights import SlotWeights, write_slot
+from meteora_jax.engine.slot_weights import write_slot
 from meteora_jax.engine.step import run_steps
-from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.bank import load_bank, save_bank
+from meteora_jax.io.bank import save_bank
 from meteora_jax.io.gates import save_gates
-from meteora_jax.io.stored_bank import StoredBank
-from meteora_jax.model.llama import pack, with_execution
-from pallas_kernels.decode_step.triton_gpu import StepLimits
-
-NAMES = tuple(f"adapter{i}" for i in range(12))
-SIZE = EngineSize(rows=4, tokens=64, blocks=32, block_size=8)  # one size of prompts: few programs
-RANK = 4
-
-
-def random_bank(config: LlamaConfig, names: tuple[str, ...], seed: int, rank: int = RANK) -> AdapterBank:
-    """Adapters of ranks 1 to `rank`, zero-padded, loud enough for each to be heard in the greedy tokens."""
-    rng = np.random.default_rng(seed)
-    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    own = [int(r) for r in rng.integers(1, rank + 1, len(names))]
-    own[0] = rank
-    a, b, scale = {}, {}, {}
-    for p, (i, o) in shapes.items():
-        a[p] = rng.standard_normal((config.num_layers, len(names), rank, i), np.float32) / i**0.5
-        b[p] = rng.standard_normal((config.num_layers, len(names), rank, o), np.float32)
-        for n, r in enumerate(own):
-            a[p][:, n, r:], b[p][:, n, r:] = 0, 0
-        scale[p] = np.full((config.num_layers, len(names)), 0.7, np.float32)
-    infos = tuple(AdapterInfo(n, r, PROJECTIONS, n, "", {}) for n, r in zip(names, own, strict=True))
-    return AdapterBank(a, b, scale, BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes))
-
-
-def joined(one: AdapterBank, other: AdapterBank) -> AdapterBank:
-    """Both banks' adapters, the second's names marked."""
-    infos = tuple(dataclasses.replace(a, name=f"{a.name}-2") for a in other.config.adapters)
-
-    def both(part: str) -> dict[str, np.ndarray]:
-        return {p: np.concatenate([getattr(one, part)[p], getattr(other, part)[p]], 1) for p in one.a}
-
-    config = dataclasses.replace(one.config, adapters=(*one.config.adapters, *infos))
-    return AdapterBank(both("a"), both("b"), both("scale"), config)
-
-
-def rows_of(model: mj.Meteora, size: EngineSize = SIZE) -> EngineCore:
-    made = EngineCore(model.graph, model.weights, model.config, size, decode=model.decode, pool=model.pool)
-    made.row_sizes, made.table_sizes = made.row_sizes[-1:], made.table_sizes[-1:]  # few programs are compiled
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +58,7 @@ def check(engine: EngineCore, pool: AdapterPool) -> None:
     engine.scheduler.cache.pool.check()
     for p in engine.scheduler.running:
         wanted = p.request.adapters
-        assert wanted is None or all(pool.table.slot(n) is not None for n in wanted.versions)
+        assert wanted is None or all(pool.table.slots(n) is not None for n in wanted.versions)
 
 
 class Schedule:
@@ -212,7 +165,7 @@ def test_a_request_keeps_its_version_and_the_prefix_cache_knows_it(banks: dict[s
     assert (again.tokens, again.skipped) == (right["-2"], 32)
     with pytest.raises(InputError, match="one that was unloaded since"):
         engine.submit(made)
-    assert [model.pool.table.slot(0), model.pool.load(banks["first"], name)] == [None, 3]  # version 1 is gone
+    assert [model.pool.table.slots(0), model.pool.load(banks["first"], name)] == [None, 3]  # version 1 is gone
     assert (submit().wait().tokens, submit().wait().tokens) == (right[""], right[""])
     model.pool.unload(name)
     with pytest.raises(InputError, match=f"adapter: expected one of .*adapter2.* found '{name}'"):
@@ -246,22 +199,6 @@ def test_gates_choose_among_what_is_resident(banks: dict[str, Any]):
     assert skipped == [24, 24, 0]  # what was read under another choice is not found
     with pytest.raises(InputError, match="expected at most 3 adapters"):
         model.request(prompts[0], mj.Gates(2, within=NAMES[:5]), 8)
-
-
-def test_a_token_router_chooses_among_what_was_named(world: dict[str, Any], tmp_path: Path):
-    """Its columns stay on the device, all of them; those of what lies in the slots are read."""
-    config, names = world["model"].config, world["model"].adapter_names
-    save_gates(tmp_path, GateConfig(names, 2, 1.0, FORM), arrays_of(FORM, config))
-    given = world["base"], world["bank"], tmp_path
-    whole, model = mj.load(*given, dtype="float32"), mj.load(*given, dtype="float32", adapter_slots=2)
-    chosen = []
-    for of in (whole, model):
-        engine, router = rows_of(of), mj.Gates(1, within=(names[3], names[1]))
-        handles = [engine.submit(of.request([7, 30 + i, 9, 60 + i], router, 1, trace=True)) for i in range(4)]
-        traces = [of.completion(h.wait(), "", ()).routing for h in handles]  # one token: no decoding step is compiled
-        chosen.append([np.asarray(t.adapter_names)[t.indices[:4]].tolist() for t in traces if t is not None])
-    assert chosen[0] == chosen[1]
-    assert set(np.unique(chosen[1])) == {names[1], names[3]}  # each of them somewhere
 
 
 def test_bad_files_are_refused_before_anything_changes(banks: dict[str, Any], tmp_path: Path):
@@ -313,6 +250,24 @@ def test_a_corrupt_adapter_of_the_bank_refuses_its_own_requests(banks: dict[str,
     engine.submit(model.request([5, 6], mj.Fixed({NAMES[8]: 1.0, NAMES[1]: 0.0}), 4)).wait()
 
 
+def test_an_engine_that_fails_keeps_no_slots(banks: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    model = fresh(banks)
+    engine, other = rows_of(model), rows_of(model)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no device")
+
+    handles = [engine.submit(model.request([5], mj.Fixed({n: 1.0, NAMES[0]: 0.1}), 9)) for n in NAMES[1:7]]
+    monkeypatch.setattr(engine, "_dispatch", broken)
+    with pytest.raises(RuntimeError, match="no device"):
+        engine.step()
+    handles[0].cancel()
+    assert model.pool.table.pins == [0, 0, 0]
+    other.submit(model.request([5], mj.Fixed({NAMES[5]: 1.0, NAMES[6]: 0.5}), 2)).wait()
+    model.pool.unload(NAMES[1])  # nobody uses it any more
+    assert model.pool.versions.find([NAMES[1]]) == []
+
+
 def test_a_peft_folder_is_loaded_while_others_are_served(banks: dict[str, Any], world: dict[str, Any]):
     """From another thread; what it says is what the same adapter of a BANK folder says."""
     model = fresh(banks)
@@ -337,52 +292,6 @@ def test_a_peft_folder_is_loaded_while_others_are_served(banks: dict[str, Any], 
     assert not scratch.exists()
 
 
-def test_a_bank_of_a_thousand_is_not_read_into_memory(banks: dict[str, Any], tmp_path: Path):
-    config = banks["all"].config
-    names = tuple(f"a{i}" for i in range(1000))
-    bank = random_bank(config, names, 1, rank=2)
-    save_bank(tmp_path / "bank", bank)
-    right = {p: bank.a[p][:, 777].copy() for p in bank.a}
-    del bank
-    size = (tmp_path / "bank" / "weights.safetensors").stat().st_size
-    before = own_bytes()
-    stored = StoredBank(tmp_path / "bank", config, np.float32)
-    one = stored.adapter(777)
-    assert own_bytes() - before < size / 10
-    for p, a in right.items():
-        rank = one.a[p].shape[2]
-        np.testing.assert_array_equal(one.a[p][:, 0], a[:, :rank])
-        assert not a[:, rank:].any()
-    model = mj.load(banks["base"], tmp_path / "bank", dtype="float32", adapter_slots=3)
-    assert len(model.adapter_names) == 1000
-    assert model.pool.resident() == names[:3]
-
-
-def own_bytes() -> int:
-    """This process's memory but for mapped files, whose pages the system takes back when it likes."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{os.getpid()}/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def test_a_stored_adapter_is_what_the_whole_bank_has(banks: dict[str, Any], world: dict[str, Any]):
-    """Of mixed ranks and targets, as an import writes them."""
-    config = banks["all"].config
-    for folder in (world["bank"], banks["first"]):
-        whole, stored = load_bank(folder, config, np.float32), StoredBank(folder, config, np.float32)
-        for i in range(len(whole.names)):
-            one = stored.adapter(i)
-            for group in ("qkv", "o", "gate_up", "down"):
-                mine, all_of_them = one.group(group), whole.group(group)
-                assert all_of_them is not None
-                assert mine is not None
-                rank = mine["lora_a"].shape[3]
-                np.testing.assert_array_equal(mine["lora_a"][:, :, 0], all_of_them["lora_a"][:, :, i, :rank])
-                np.testing.assert_array_equal(mine["lora_b"][:, 0], all_of_them["lora_b"][:, i, :rank])
-                np.testing.assert_array_equal(mine["lora_scale"][..., 0], all_of_them["lora_scale"][..., i])
-                assert not all_of_them["lora_a"][:, :, i, rank:].any()
-
-
 def test_what_slots_cannot_do_is_refused(banks: dict[str, Any]):
     model = banks["slots"]
     for call, expected in (
@@ -398,33 +307,3 @@ def test_what_slots_cannot_do_is_refused(banks: dict[str, Any]):
     ):
         with pytest.raises(InputError, match=expected):
             call()
-
-
-@pytest.mark.parametrize("dense_width", [None, 512, 8], ids=["plain", "packed", "packed, wide"])
-def test_slots_hold_what_a_load_puts_there(world: dict[str, Any], tmp_path: Path, dense_width: int | None):
-    """Every adapter written into another slot than its own: bit for bit the bank in that order, gates' columns too."""
-    order = [2, 0, 3, 1]
-    names = tuple(np.asarray(world["model"].adapter_names)[order])
-    converters.take_adapters(world["bank"], tmp_path / "bank", names)
-    given: dict[str, Any] = dict(gates=world["gates"], dtype="bfloat16")
-    model = mj.load(world["base"], world["bank"], adapter_slots=4, **given)
-    wanted = mj.load(world["base"], tmp_path / "bank", **given)
-    (graph, state), (_, right) = (
-        (m.graph, m.weights) if dense_width is None else packed_as(m, dense_width) for m in (model, wanted)
-    )
-    pool = model.pool
-    written = SlotWeights(graph, state, model.config, None, router=False)
-    for slot, number in enumerate(order):
-        version = pool.versions[number]
-        columns = {path: z[..., number] for path, z in pool._columns.items()}
-        written.write(written.stage(version.bank.adapter(version.place), columns), slot)
-    found, expected = ({p: x[...] for p, x in nnx.to_flat_state(s)} for s in (state, right))
-    assert found.keys() == expected.keys()
-    for path, array in expected.items():
-        np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(array), err_msg=str(path))
-
-
-def packed_as(model: mj.Meteora, dense_width: int) -> tuple[Any, Any]:
-    """As on a GPU in 16 bit."""
-    execution = ExecutionConfig(step=StepLimits(), dense_width=dense_width)
-    return pack(with_execution(model.graph, model.weights, execution), model.weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 from extent import examples
@@ -25,8 +26,8 @@ class Asked:
 class Clock:
     """Serves a queue as a scheduler does: in order, passing those who wait."""
 
-    def __init__(self, slots: int):
-        self.table, self.now = SlotTable(slots), 0
+    def __init__(self, slots: int, size: Callable[[int], int] | None = None):
+        self.table, self.now = SlotTable(slots, size), 0
         self.queue: list[Asked] = []
         self.running: list[Asked] = []
 
@@ -39,15 +40,19 @@ class Clock:
             before = {a for r in self.running for a in r.adapters}
             placed = self.table.take(asked, asked.adapters, drain)
             self.table.check()
-            assert all(self.table.slot(a) is not None for a in before)  # what is used stays
+            assert all(self.table.slots(a) is not None for a in before)  # what is used stays
             if placed is None:
                 drain = False
                 continue
             asked.began = self.now
             self.queue.remove(asked)
             self.running.append(asked)
-            assert all(self.table.slot(a) is not None for a in asked.adapters)
+            assert all(self.table.slots(a) is not None for a in asked.adapters)
         self.now += 1
+
+
+def two_of_some(adapter: int) -> int:
+    return 2 if adapter % 4 == 0 else 1
 
 
 some = st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True)
@@ -55,11 +60,11 @@ requests = st.tuples(some, st.integers(1, 9), st.integers(0, 20))
 
 
 @settings(max_examples=examples(200, 5000), deadline=None)
-@given(st.lists(requests, min_size=1, max_size=25), st.integers(4, 7), st.lists(st.integers(0, 24), max_size=4))
+@given(st.lists(requests, min_size=1, max_size=25), st.integers(7, 9), st.lists(st.integers(0, 24), max_size=4))
 def test_everybody_is_served_and_nobody_waits_longer_than_those_before_take(drawn, slots, cancelled):
     asked = [Asked(tuple(adapters), rounds, arrival) for adapters, rounds, arrival in drawn]
     asked.sort(key=lambda a: a.arrival)
-    clock, coming = Clock(slots), list(asked)
+    clock, coming = Clock(slots, two_of_some), list(asked)
     ahead: dict[int, int] = {}
     gone = {i for i in cancelled if i < len(asked) and i % 2}
     while coming or clock.queue or clock.running:
@@ -96,15 +101,15 @@ def test_a_steady_stream_starves_nobody():
 
 def test_who_has_its_adapter_passes_who_waits():
     table = SlotTable(3)
-    assert table.take("a", [1, 2]) == [(1, 0), (2, 1)]
+    assert table.take("a", [1, 2]) == [(1, (0,)), (2, (1,))]
     assert table.take("b", [5, 6]) is None  # one slot is free, and one of the others is kept
     assert table.take("c", [2], drain=False) == []
     assert table.take("d", [1], drain=False) is None  # the kept one: nobody begins to use what is in it
     assert table.take("d", [7], drain=False) is None  # nor takes the free one
     table.release("a")
     assert table.take("d", [1], drain=False) is None
-    assert sorted(table.take("b", [5, 6]) or []) == [(5, 2), (6, 0)]
-    assert table.slot(1) is None
+    assert sorted(table.take("b", [5, 6]) or []) == [(5, (2,)), (6, (0,))]
+    assert table.slots(1) is None
     table.check()
 
 
@@ -115,7 +120,7 @@ def test_two_who_wait_for_each_others_adapters_both_get_them():
     assert table.take("c", [1, 3]) is None
     assert table.take("d", [2, 4], drain=False) is None
     table.release("b")
-    assert table.take("c", [1, 3]) == [(3, 1)]
+    assert table.take("c", [1, 3]) == [(3, (1,))]
     assert table.take("d", [2, 4]) is None
     for owner in ("a", "c"):
         table.release(owner)
@@ -130,8 +135,8 @@ def test_the_least_recently_used_goes_first_and_pinned_ones_stay():
     table.take("again", [1])
     table.release("again")
     table.take("pin", [2])
-    assert table.take("x", [4]) == [(4, 2)]  # 3 was used last before 1
-    assert table.take("y", [5]) == [(5, 0)]
+    assert table.take("x", [4]) == [(4, (2,))]  # 3 was used last before 1
+    assert table.take("y", [5]) == [(5, (0,))]
     assert table.take("z", [6]) is None
     assert table.evictions == 2
 
@@ -156,5 +161,28 @@ def test_what_is_held_is_not_forgotten_and_too_many_are_refused():
     table.take("b", [2])
     table.forget(1)
     table.release("b")
-    assert table.take("c", [3]) == [(3, 0)]  # empty slots first
+    assert table.take("c", [3]) == [(3, (0,))]  # empty slots first
     table.check()
+
+
+def test_a_large_adapter_has_all_its_slots_and_gives_them_back_together():
+    sizes = {1: 2, 2: 1, 3: 3, 4: 1}
+    table = SlotTable(4, sizes.__getitem__)
+    assert table.take("a", [1]) == [(1, (0, 1))]
+    assert table.take("b", [2]) == [(2, (2,))]
+    assert table.take("c", [3]) is None  # one is free; the two of 1 are kept
+    assert table.take("d", [2], drain=False) == []
+    assert table.take("e", [1], drain=False) is None
+    assert table.take("e", [4], drain=False) is None
+    table.release("a")
+    placed = table.take("c", [3])
+    assert placed is not None
+    assert len(set(placed[0][1])) == 3
+    table.check()
+    table.release("c")
+    assert len(table.take("e", [4]) or []) == 1  # in one of its slots: the others are empty, too
+    assert table.slots(3) is None
+    assert table.adapters.count(None) == 2
+    table.check()
+    with pytest.raises(ValueError, match=r"expected at most 4 .the slots., found 5"):
+        table.take("f", [1, 3])

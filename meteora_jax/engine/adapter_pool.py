@@ -51,8 +51,8 @@ from meteora_jax.engine.slot_weights import SlotWeights, Staged
 from meteora_jax.engine.slots import SlotTable
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.provenance import BaseOrigin
-from meteora_jax.io.stored_bank import StoredBank, misfits_slots
-from meteora_jax.routing import NamedAdapters, bind
+from meteora_jax.io.stored_bank import StoredBank, misfits_slots, slots_for
+from meteora_jax.routing import NO_ADAPTER, NamedAdapters, bind
 from meteora_jax.routing.alora import watch
 from meteora_jax.sharding import Params
 
@@ -94,19 +94,22 @@ class AdapterPool:
         self.slots, self.config, self.gates, self.dtype, self.origin = slots, config, gates, dtype, origin
         self.lock = threading.RLock()  # of all below, and of the weights: whoever gives them to a program holds it
         self.counters = PoolCounters()
-        self.table = SlotTable(len(slots.adapters))
+        self.table = SlotTable(len(slots.adapters), self._slots_of)
         self.changes = 0  # of what lies in the slots
+        # gates have a column a slot, and choose one
+        self.most_slots = self.table.count if gates is None else 1
         self._columns = columns or {}
         self._router = gates is not None and gates.form is not None
         self._weights = SlotWeights(graph, weights, config, mesh, self._router)
         self._importer, self._lockstep = importer, jax.process_count() > 1
         self.versions = AdapterVersions()
         self._there: set[int] = set()  # whose weights are in their slot
-        self._coming: dict[int, tuple[int, Future[Staged]]] = {}  # slot, and what is on its way
+        self._coming: dict[int, tuple[tuple[int, ...], Future[list[Staged]]]] = {}  # its slots, what is on its way
         self._failed: dict[int, InputError] = {}
         self._readers = ThreadPoolExecutor(READERS, "adapters")
         for place in range(len(stored.config.adapters)):
-            self.versions.add(stored.config.names[place], stored, place)
+            info = stored.config.adapters[place]
+            self.versions.add(info.name, stored, place, slots=slots_for(info.rank, slots))
         self._fill()
 
     def names(self) -> tuple[str, ...]:
@@ -153,7 +156,9 @@ class AdapterPool:
             bank = StoredBank(path, self.config, self.dtype, self.origin)
             place = _place(bank, adapter, name)
             read = bank.adapter(place)
-            if problems := misfits_slots(read.config, self.slots, str(path)):
+            count = slots_for(read.config.adapters[0].rank, self.slots)
+            problems = misfits_slots(read.config, self.slots, str(path), self.most_slots)
+            if problems:
                 raise InputError(problems)
         except BaseException:
             if scratch is not None:
@@ -162,7 +167,7 @@ class AdapterPool:
         with self.lock:
             if self.versions.find([name]):
                 self._drop(self.versions.retire(name))
-            return self.versions.add(name, bank, place, scratch).version
+            return self.versions.add(name, bank, place, scratch, count).version
 
     def unload(self, name: str) -> None:
         """Takes a name away. What lies in a slot goes once no request uses it any more.
@@ -196,8 +201,9 @@ class AdapterPool:
             versions = self._some(named) if isinstance(named, int) else self.versions.newest(list(dict.fromkeys(named)))
         if not versions:
             return None
-        if len(versions) > self.table.count:
-            raise InputError(f"router: expected at most {self.table.count} adapters (the slots), found {len(versions)}")
+        if (count := sum(v.slots for v in versions)) > self.table.count:
+            found = f"{len(versions)} of {count} slots"
+            raise InputError(f"router: expected at most {self.table.count} adapters (the slots), found {found}")
         names = tuple(v.name for v in versions)
         known = self.gates.names if router.needs_gates and self.gates is not None else names
         if lacking := [n for n in names if n not in known]:
@@ -207,6 +213,10 @@ class AdapterPool:
         bound = watch(bind(both, names, 2, names if router.needs_gates else None), view, [prompt, prompt])
         row = bind_row(bound)
         assert row is not None
+        known_routing = None if bound is None else bound.known(None)
+        if known_routing is not None and known_routing.fused is not None and any(v.slots > 1 for v in versions):
+            large = ", ".join(v.name for v in versions if v.slots > 1)
+            raise InputError(f"router: expected adapters of one slot each to be fused, found {large} (adapter_rank)")
         return WantedAdapters(tuple(v.number for v in versions), row, every)
 
     # what a scheduler asks, under `lock`
@@ -220,13 +230,19 @@ class AdapterPool:
         with self.lock:
             self.versions.use(wanted.versions)
 
-    def reserve(self, owner: Hashable, wanted: WantedAdapters, drain: bool) -> State:
+    def reserve(self, owner: Hashable, wanted: WantedAdapters, drain: bool, fetch: bool = True) -> State:
         """Slots for a request's adapters, and their copies on the way: whether it may run, waits for copies, or for
-        slots. Raises InputError: one of them cannot be read."""
+        slots. drain: see `SlotTable.take`. fetch: whether anything is copied for it yet.
+
+        Raises:
+            InputError: one of them cannot be read.
+        """
         for n in wanted.versions:
             if (failure := self._failed.get(n)) is not None:
                 raise failure
         if not self.table.holds(owner):
+            if not fetch and any(n not in self._there for n in wanted.versions):
+                return "waiting"
             placed = self.table.take(owner, wanted.versions, drain)
             if placed is None:
                 return "waiting"
@@ -244,21 +260,24 @@ class AdapterPool:
 
     def place(self, wanted: WantedAdapters) -> BoundRow:
         """A request's router over the slots as they are now."""
-        numbers = self._choosable() if wanted.every else wanted.versions
-        where = np.asarray([self.table.slot(n) for n in numbers], np.int32)
+        slots = [self.table.slots(n) or () for n in self._acting(wanted)]
+        width = 1 << (max(map(len, slots)) - 1).bit_length()  # few widths: each is a program
+        where = np.full((len(slots), width), NO_ADAPTER, np.int32)
+        for row, own in zip(where, slots, strict=True):
+            row[: len(own)] = own
         columns = self._router_columns() if self._router else None
         return wanted.row.moved(where, self.table.count, columns)
 
     def identity(self, wanted: WantedAdapters) -> bytes:
         """What is the same for two requests that treat the same tokens alike, whichever slots they have."""
-        numbers = sorted(self._choosable()) if wanted.every else wanted.versions
+        numbers = self._acting(wanted)
         return hashlib.blake2b(repr(numbers).encode() + wanted.row.identity, digest_size=16).digest()
 
     # what an engine asks, under `lock`
 
     def advance(self) -> bool:
         """Writes what has arrived into its slots; whether anything is on its way still."""
-        for n, (slot, coming) in list(self._coming.items()):
+        for n, (slots, coming) in list(self._coming.items()):
             if not self._lockstep and not coming.done():
                 continue
             try:
@@ -271,8 +290,9 @@ class AdapterPool:
                 del self._coming[n]
                 continue
             del self._coming[n]
-            if self.table.slot(n) == slot:
-                self._weights.write(staged, slot)
+            if self.table.slots(n) == slots:
+                for part, slot in zip(staged, slots, strict=True):
+                    self._weights.write(part, slot)
                 self._there.add(n)
                 self.changes += 1
                 self.counters.copies += 1
@@ -290,8 +310,10 @@ class AdapterPool:
         self.counters.stalled += time.perf_counter() - start
 
     def numbers(self) -> np.ndarray:
-        """int32 [slots]: which version lies in each slot, -1: none."""
-        return np.asarray([-1 if n is None else n for n in self.table.adapters], np.int32)
+        """int32 [slots]: which version lies in each slot, -1: none, or one that begins in another."""
+        held = enumerate(self.table.adapters)
+        first = [-1 if n is None or (self.table.slots(n) or ())[0] != s else n for s, n in held]
+        return np.asarray(first, np.int32)
 
     # inside
 
@@ -308,9 +330,11 @@ class AdapterPool:
         assert self.gates is not None
         return self.versions.find(self.gates.names)
 
-    def _choosable(self) -> list[int]:
-        """Those of `_known` that lie in slots, whose weights are there."""
-        return [v.number for v in self._known() if v.number in self._there]
+    def _acting(self, wanted: WantedAdapters) -> tuple[int, ...]:
+        """What a request may choose: its own, or beside them all of `_known` whose weights are in their slots."""
+        if not wanted.every:
+            return wanted.versions
+        return tuple(sorted({*wanted.versions, *(v.number for v in self._known() if v.number in self._there)}))
 
     def _some(self, count: int) -> list[AdapterVersion]:
         """So many adapters that gates know, which stay in their slots while the request runs."""
@@ -319,20 +343,23 @@ class AdapterPool:
             raise InputError(f"Gates: top_k: expected at most {len(known)} (adapters that gates know), found {count}")
         return known[:count]
 
-    def _start(self, placed: Sequence[tuple[int, int]]) -> None:
-        for n, slot in placed:
-            for gone in [m for m in self._there if self.table.slot(m) is None]:
-                self._there.discard(gone)
-                self.changes += 1
-            self._coming[n] = slot, self._readers.submit(self._stage, self.versions[n])
+    def _slots_of(self, number: int) -> int:
+        return self.versions[number].slots
 
-    def _stage(self, version: AdapterVersion) -> Staged:
+    def _start(self, placed: Sequence[tuple[int, tuple[int, ...]]]) -> None:
+        for gone in [m for m in self._there if self.table.slots(m) is None]:
+            self._there.discard(gone)
+            self.changes += 1
+        for n, slots in placed:
+            self._coming[n] = slots, self._readers.submit(self._stage, self.versions[n])
+
+    def _stage(self, version: AdapterVersion) -> list[Staged]:
         read = version.bank.adapter(version.place)
         columns = {}
         if self.gates is not None and version.name in self.gates.names:
             at = self.gates.names.index(version.name)
             columns = {path: z[..., at] for path, z in self._columns.items()}
-        return self._weights.stage(read, columns)
+        return self._weights.stage(read, columns, version.slots)
 
     def _router_columns(self) -> np.ndarray:
         """The token router's columns of what lies in the slots, and of its null choice; 0 where it has none."""
@@ -344,7 +371,11 @@ class AdapterPool:
 
     def _fill(self) -> None:
         """The first adapters into the slots, one by one."""
+        left = self.table.count
         for version in self.versions.find(self.versions.names()[: self.table.count]):
+            left -= version.slots
+            if left < 0:
+                break
             self._start(self.table.take("fill", [version.number]) or [])
             self.table.release("fill")
             self.wait()

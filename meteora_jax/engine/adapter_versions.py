@@ -17,7 +17,7 @@ from meteora_jax.routing import NO_ADAPTER
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterVersion:
     """One version of an adapter: number is never used twice, version counts from 1 under each name; scratch: a folder
-    that goes with it."""
+    that goes with it. slots: that it takes."""
 
     number: int
     name: str
@@ -26,6 +26,7 @@ class AdapterVersion:
     bank: StoredBank
     place: int
     scratch: Path | None = None
+    slots: int = 1
 
 
 class AdapterVersions:
@@ -60,11 +61,13 @@ class AdapterVersions:
             raise InputError([f"router: adapter: expected one of {some or 'none'}, found {n!r:.200}" for n in unknown])
         return [self._names[name] for name in names]
 
-    def add(self, name: str, bank: StoredBank, place: int, scratch: Path | None = None) -> AdapterVersion:
+    def add(
+        self, name: str, bank: StoredBank, place: int, scratch: Path | None = None, slots: int = 1
+    ) -> AdapterVersion:
         """A new version of a name; the older one must be retired first."""
         self._last[name] = self._last.get(name, 0) + 1
         number = len(self._called)
-        new = AdapterVersion(number, name, self._last[name], bank.config.adapters[place], bank, place, scratch)
+        new = AdapterVersion(number, name, self._last[name], bank.config.adapters[place], bank, place, scratch, slots)
         self._called.append(name)
         self._names[name] = self._held[number] = new
         self._users[number] = 0

@@ -221,6 +221,8 @@ class EngineCore:
                     self.pool.wait()
             except BaseException as e:
                 self._failure = e
+                for handle in self._handles.values():
+                    self.scheduler.release(handle.progress)  # others share the pool
                 raise
         self._tell()
         return True
@@ -274,7 +276,8 @@ class EngineCore:
         likely = None if result.likely is None else tuple(map(fetch, result.likely))
         trace = None if result.trace is None else tuple(map(fetch, result.trace))
         if trace is not None and slots is not None:  # a slot's number says nothing later
-            trace = np.where(trace[0] == NO_ADAPTER, NO_ADAPTER, slots[trace[0]]), trace[1]
+            indices = np.where(trace[0] == NO_ADAPTER, NO_ADAPTER, slots[trace[0]])
+            trace = indices, np.where((indices == NO_ADAPTER) & (trace[0] != NO_ADAPTER), 0, trace[1])
         for chunk, first in work.chunks:
             if trace is not None and chunk.progress.request.trace:
                 stop = first + chunk.stop - chunk.start

@@ -22,6 +22,7 @@ from meteora_jax.engine.prefix_cache import PrefixCache
 from meteora_jax.engine.request import BoundRow, Progress, WantedAdapters
 from pallas_kernels.paged_attention import QUERY_BLOCK
 
+PASSING = 4  # times the rows: how far back in the queue somebody is looked for whose adapters are there
 SOON = 2  # decoding steps at a time while somebody waits for a copy
 
 
@@ -43,7 +44,9 @@ class Adapters(Protocol):
         """How often what lies in the slots has changed."""
         ...
 
-    def reserve(self, owner: Progress, wanted: WantedAdapters, drain: bool) -> Literal["ready", "loading", "waiting"]:
+    def reserve(
+        self, owner: Progress, wanted: WantedAdapters, drain: bool, fetch: bool
+    ) -> Literal["ready", "loading", "waiting"]:
         """Whether a request may run. Raises InputError: it never can."""
         ...
 
@@ -110,6 +113,8 @@ class Scheduler:
             self._give_back(progress)
         elif progress in self.waiting:
             self.waiting.remove(progress)
+        else:
+            return
         if self.adapters is not None and progress.request.adapters is not None:
             self.adapters.dismiss(progress, progress.request.adapters)
 
@@ -191,10 +196,12 @@ class Scheduler:
         if self.adapters is None:
             return list(itertools.islice(self.waiting, len(self._rows)))
         ready, drain, self.copying = [], True, False
-        for p in itertools.islice(list(self.waiting), self.limits.rows):
+        for i, p in enumerate(tuple(itertools.islice(self.waiting, PASSING * self.limits.rows))):
+            if i >= self.limits.rows and len(ready) >= len(self._rows):
+                break
             wanted = p.request.adapters
             try:
-                state = "ready" if wanted is None else self.adapters.reserve(p, wanted, drain)
+                state = "ready" if wanted is None else self.adapters.reserve(p, wanted, drain, i < self.limits.rows)
             except InputError as e:
                 p.failure = e
                 continue

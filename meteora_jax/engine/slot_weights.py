@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ from meteora_jax.sharding import Params, place, sharding
 from pallas_kernels.routed_lora import packing
 
 Path = tuple[str, ...]
-Staged = Mapping[Path, Any]  # one adapter's arrays by the place of the leaf that they go into, 1 on the axis of slots
+# what goes into a slot, by the place of the leaf that it goes into, 1 on the axis of slots
+Staged = Mapping[Path, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,17 @@ class SlotWeights:
                 self._leaves[path] = leaf
         self._gated = not router and model.has_gates
 
-    def stage(self, adapter: AdapterBank, columns: Mapping[Path, np.ndarray]) -> Staged:
+    def stage(self, adapter: AdapterBank, columns: Mapping[Path, np.ndarray], slots: int = 1) -> list[Staged]:
         """An adapter on its way to the devices: padded to the slots' shape, and handed over without waiting.
 
         Args:
-            adapter: alone. columns: of its gates, [L, I, P] by the place of `gate`; none: gates do not know it.
+            adapter: alone. columns: of its gates, [L, I, P] by the place of `gate`; none: gates do not know it. slots:
+                into so many its ranks are divided; what has no rank goes into the first.
         """
         own = adapter_tensors(adapter, self._config, self._mesh)
+        return [self._stage(own, columns, part) for part in range(slots)]
+
+    def _stage(self, own: Mapping[Path, np.ndarray], columns: Mapping[Path, np.ndarray], part: int) -> Staged:
         staged: dict[Path, Any] = {}
         for path, leaf in self._leaves.items():
             if path in self._packings:
@@ -80,7 +85,7 @@ class SlotWeights:
                 continue
             shape, axis = list(leaf.shape), self._axes[path]
             shape[axis] = 1
-            whole = own.get(path)
+            whole = _ranks(path, own.get(path), leaf.shape, part)
             if whole is None or whole.shape != tuple(shape) or whole.dtype != leaf.dtype:
                 padded = np.full(shape, self._config.vocab_size if path[-1] == "ids" else 0, leaf.dtype)
                 if whole is not None:
@@ -110,6 +115,17 @@ class SlotWeights:
             return jax.device_put(value)
         leaf = self._leaves[path]
         return place(value, sharding(self._mesh, leaf.get_metadata("axes"), value.shape))
+
+
+def _ranks(path: Path, whole: np.ndarray | None, shape: Sequence[int], part: int) -> np.ndarray | None:
+    """The ranks that go into slot number `part` of an adapter's; None: nothing does."""
+    if whole is None or path[-1] == "lora_scale":
+        return whole
+    if path[-1] not in ("lora_a", "lora_b"):
+        return None if part else whole
+    axis = whole.ndim - (1 if path == ("embed_adapters", "lora_a") else 2)
+    rank = shape[axis]
+    return whole[(slice(None),) * axis + (slice(part * rank, (part + 1) * rank),)]
 
 
 @jit(static_argnames=("layout",), donate_argnames=("held",))

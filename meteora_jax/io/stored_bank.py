@@ -92,14 +92,14 @@ def empty_slots(bank: BankConfig, count: int, rank: int | None = None) -> BankCo
     """The description of `count` slots, each of which holds any adapter of `bank`.
 
     Args:
-        rank: every projection's, for adapters that come later; None: as the bank's adapters need.
+        rank: of a slot, at every projection; None: as the bank's adapters need.
     """
     assert bank.adapters, "a bank has adapters"
     targets = tuple(dict.fromkeys(t for info in bank.adapters for t in info.targets))
     any_of_them = bank.adapters[0].__class__("", max(bank.ranks.values(), default=0), targets, "", "", {})
-    ranks = bank.ranks if rank is None else {p: max(rank, bank.ranks.get(p, 0)) for p in bank.base_shapes}
+    ranks = bank.ranks if rank is None else dict.fromkeys(bank.base_shapes, rank)
     vocab = {
-        end: VocabAdapterConfig(held.rank, (tuple(range(held.most)),) * count)
+        end: VocabAdapterConfig(held.rank if rank is None else min(held.rank, rank), (tuple(range(held.most)),) * count)
         for end, held in bank.vocab_adapters.items()
     }
     return BankConfig(
@@ -108,14 +108,19 @@ def empty_slots(bank: BankConfig, count: int, rank: int | None = None) -> BankCo
     )  # fmt: skip
 
 
-def misfits_slots(adapter: BankConfig, slots: BankConfig, source: str) -> list[str]:
-    """Why an adapter, described alone, has no room in such a slot, a line a reason; empty where it has."""
-    problems = []
+def slots_for(rank: int, slots: BankConfig) -> int:
+    """How many slots an adapter of that rank takes: one where projections' slots have different ranks."""
+    ranks = {*slots.ranks.values(), *(held.rank for held in slots.vocab_adapters.values() if held.rank)}
+    return -(-rank // min(ranks)) if len(ranks) == 1 else 1
+
+
+def misfits_slots(adapter: BankConfig, slots: BankConfig, source: str, most: int) -> list[str]:
+    """Why an adapter, described alone, has no room in such slots, at most so many of them; a line a reason."""
+    problems, most = [], min(most, slots_for(adapter.adapters[0].rank, slots))
     for p, rank in adapter.ranks.items():
-        if p in adapter.adapters[0].targets and rank > slots.ranks.get(p, 0):
+        if p in adapter.adapters[0].targets and rank > (room := most * slots.ranks.get(p, 0)):
             problems.append(
-                f"{source}: {p}: expected a rank of at most {slots.ranks.get(p, 0)} (the slots'; adapter_rank makes "
-                f"room), found {rank}"
+                f"{source}: {p}: expected a rank of at most {room} (the slots'; adapter_rank), found {rank}"
             )
     config = adapter.adapters[0].peft_config
     for switch, places in (("use_dora", slots.dora), ("lora_bias", slots.lora_bias)):
@@ -125,7 +130,7 @@ def misfits_slots(adapter: BankConfig, slots: BankConfig, source: str) -> list[s
                             f"found one at {', '.join(lacking)}")  # fmt: skip
     for end, held in adapter.vocab_adapters.items():
         room = slots.vocab_adapters.get(end, VocabAdapterConfig(0, ()))
-        if held.rank > room.rank or held.most > room.most:
+        if held.rank > most * room.rank or held.most > room.most:
             problems.append(
                 f"{source}: {end}: expected at most rank {room.rank} and {room.most} rows (the slots'), found rank "
                 f"{held.rank} and {held.most} rows"

@@ -52,10 +52,12 @@ class Routing:
         return self
 
     def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> Routing:
-        """Its adapters 0 to k - 1 as the slots that `where` int32 [k] says; see `Movable`."""
-        indices = np.asarray(self.indices)
-        there = np.append(where, np.int32(NO_ADAPTER)).astype(np.int32)  # the last for NO_ADAPTER, -1
-        return dataclasses.replace(self, indices=there[indices])
+        """Its adapters 0 to k - 1 as the slots that `where` says; see `Movable`."""
+        nowhere = np.full((1, where.shape[1]), NO_ADAPTER, np.int32)  # of NO_ADAPTER, -1
+        indices = np.concatenate([where, nowhere])[np.asarray(self.indices)]
+        weights = np.where(indices == NO_ADAPTER, np.float32(0), np.asarray(self.weights)[..., None])
+        flat = (z.reshape(*z.shape[:-2], -1) for z in (indices, weights))
+        return Routing(*flat, fused=self.fused)
 
     @property
     def per_request(self) -> bool:
@@ -112,9 +114,10 @@ class Movable(Protocol):
         """The same, its leaves the host's, for a bank of `count` slots.
 
         Args:
-            where: int32 [k], the slots of the adapters that it was bound to; where it was bound to choose among all of
-                them, of all that it may choose. columns: int32, of each slot (and of the null choice, behind them)
-                its column in logits that have more (a token router's); None: logits have a column a slot.
+            where: int32 [k, n], the slots of the adapters that it was bound to, each of which acts in all of its own,
+                NO_ADAPTER behind them; where it was bound to choose among all, of all that it may choose.
+            columns: int32, of each slot (and of the null choice, behind them) its column in logits that have more (a
+                token router's); None: logits have a column a slot.
         """
         ...
 

@@ -46,7 +46,8 @@ class Invoked:
 
     def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> Invoked:
         """See `Movable`."""
-        return dataclasses.replace(self, routing=self.routing.moved(where, count, columns))
+        starts = np.repeat(np.asarray(self.starts), where.shape[1], axis=-1)
+        return Invoked(self.routing.moved(where, count, columns), starts)
 
     def known(self, positions: jax.Array | None) -> Routing:
         """indices [B, 1, 1, C], weights [B, T, 1, C]: 0 on the tokens before a choice's start. Where weights may not

@@ -111,10 +111,10 @@ class BoundGates:
     columns: Any = None
 
     def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> BoundGates:
-        """See `Movable`; a slot that is not in `where` is never chosen."""
+        """See `Movable`; a slot that is not in `where` [k, 1] is never chosen."""
         rows = len(self.rule.counts)
         allowed = np.zeros((rows, count), bool)
-        allowed[:, where] = True if self.allowed is None else np.asarray(self.allowed)
+        allowed[:, where[:, 0]] = True if self.allowed is None else np.asarray(self.allowed)
         if columns is not None:
             columns = np.broadcast_to(columns, (rows, len(columns)))
         return dataclasses.replace(self, adapters=count, allowed=allowed, columns=columns)
