@@ -15,21 +15,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from meteora_jax.config import InputError
-from meteora_jax.execution import jit
+from meteora_jax.likelihood import score
 from meteora_jax.loading import load
 from meteora_jax.padding import bucket, pad_prompts
 from meteora_jax.prompts import render_chat
-from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.named import read_router
-from meteora_jax.sharding import Params
 from meteora_jax.text import check_text
-from pallas_kernels.paged_attention import EMPTY
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -39,43 +34,9 @@ except ModuleNotFoundError as e:
     raise InputError(f"lm-evaluation-harness: needs {e.name}, found none: pip install 'meteora-jax[harness]'") from None
 
 LOG = logging.getLogger(__name__)
-_CHUNK = 8  # positions whose logits exist at once; `bucket` gives multiples of it
 
 # (its text, context ids, continuation ids), as the harness hands a request to `_loglikelihood_tokens`
 Request = tuple[Any, list[int], list[int]]
-
-
-@jit(static_argnames=("graph",))
-def _score(
-    graph: nnx.GraphDef,
-    weights: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    at: jax.Array,
-    targets: jax.Array,
-    router: BoundRouter | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities float32 [B, W] of the `targets` [B, W] after the positions `at` [B, W], and whether each is
-    the likeliest token. tokens int32 [B, T], padded on the right; lengths [B]."""
-    model = nnx.merge(graph, weights)
-    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    hidden = model(tokens, jnp.where(columns < lengths[:, None], columns, EMPTY), router).hidden
-    hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
-
-    def part(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h, target = chunk
-        logits = model.logits(h, router)
-        chosen = jnp.take_along_axis(logits, target[:, :, None], axis=2)[:, :, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=2), jnp.argmax(logits, axis=2) == target
-
-    def split(x: jax.Array) -> jax.Array:  # [B, W, ..] -> [W / chunk, B, chunk, ..]
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, _CHUNK, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
-
-    logprobs, greedy = jax.lax.map(part, (split(hidden), split(targets)))
-    return join(logprobs), join(greedy)
 
 
 @register_model("meteora")
@@ -188,13 +149,10 @@ class MeteoraLM(TemplateLM):
             for b, (row, (_, _, target)) in enumerate(zip(rows, part, strict=True)):
                 at[b, : len(target)] = np.arange(len(row) - len(target), len(row))
                 targets[b, : len(target)] = target
-            logprobs, greedy = map(
-                np.asarray,
-                _score(
-                    self.model.graph, self.model.weights, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(at),
-                    jnp.asarray(targets), self.model.bind(self.router, len(rows), rows),
-                ),
-            )  # fmt: skip
+            bound = self.model.bind(self.router, len(rows), rows)
+            given = (jnp.asarray(x) for x in (tokens, lengths, at, targets))
+            logprobs, best, _ = map(np.asarray, score(self.model.graph, self.model.weights, *given, bound))
+            greedy = best[:, :, 0] == targets
             sizes = [len(target) for _, _, target in part]
             return [
                 (float(p[:n].sum(dtype=np.float64)), bool(g[:n].all()))

@@ -11,7 +11,7 @@ import numpy as np
 from meteora_jax.config import InputError
 from meteora_jax.text import check_text
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+Message = dict[str, Any]  # {"role": ..., "content": ...}, both texts, and what else a chat template reads
 Prompt = str | Sequence[Message]
 Read = str | list[Message] | list[int]  # a prompt after its check
 

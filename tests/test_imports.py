@@ -45,7 +45,7 @@ ORDER = [
         "io",
     ),
     *("engine", "completion", "generation", "evaluation", "training", "viz", "planning"),
-    *("api", "loading", "batching", "warming", "", "harness", "cli"),
+    *("api", "likelihood", "loading", "batching", "warming", "", "serving", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDER decides
@@ -73,12 +73,13 @@ THIRD_PARTY = {
         *("transformers", "tokenizers", "jinja2", "tyro", "rich", "gguf"),
         *("matplotlib", "sacrebleu", "rouge_score", "datasets", "lm_eval", "grain", "tensorboardX"),
         *("scipy", "sklearn", "bm25s"),
+        *("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance"),  # serving
     },
 }
 INSIDE_FUNCTIONS = {  # optional, or slow to import: only where used
     *("gguf", "matplotlib", "sacrebleu", "rouge_score", "datasets", "transformers", "tokenizers"),
     *("grain", "tensorboardX", "orbax"),
-    *("scipy", "sklearn", "bm25s"),
+    *("scipy", "sklearn", "bm25s", "llguidance"),
 }
 
 

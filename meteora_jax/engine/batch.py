@@ -76,6 +76,18 @@ def join_routers(rows: Sequence[BoundRow | None], count: int) -> BoundRouter | N
     return Mixed(np.asarray(which, np.int32), tuple(bound))
 
 
+def allowed_tokens(owners: Sequence[Progress], count: int, vocabulary: int) -> np.ndarray | None:
+    """`StepRows.allowed` of `count` rows, the first of which are these; None where none has a guide. Of a prompt whose
+    end is not read in this step nothing is drawn, and its mask means nothing."""
+    if all(p.request.guide is None for p in owners):
+        return None
+    allowed = np.full((count, -(-vocabulary // 32)), 0xFFFFFFFF, np.uint32)
+    for b, p in enumerate(owners):
+        if p.request.guide is not None:
+            allowed[b] = p.request.guide.allow(p.tokens)
+    return allowed
+
+
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
     """The arguments of `run_steps` behind the state, and whose rows they are.
@@ -109,7 +121,7 @@ def dispatch_of(
     if sampling is not None:  # rows that are none repeat the last
         sampling = jax.tree.map(lambda z: np.pad(z, (0, count - len(owners)), mode="edge"), sampling)
     router = join_routers([p.router for p in owners], count)
-    rows = StepRows(order, decodes, tables, prompts, sampling)
+    rows = StepRows(order, decodes, tables, prompts, sampling, allowed_tokens(owners, count, vocabulary))
     if not plan.chunks:
         return Dispatch(rows, None, router, plan.steps, owners, ())
     width = sum(-(-(c.stop - c.start) // QUERY_BLOCK) for c in plan.chunks) * QUERY_BLOCK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -78,13 +78,23 @@ class WantedAdapters:
     every: bool
 
 
+class Guide(Protocol):
+    """Says which tokens may come next in one response, as a grammar does."""
+
+    def allow(self, tokens: Sequence[int]) -> np.ndarray:
+        """uint32 [ceil(V / 32)], bit t % 32 of word t // 32 set where token t may follow the response so far, `tokens`;
+        each call has those of the one before and none or more behind them. Must not raise: that fails the engine."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt and how it is to be answered.
 
     router: None is the base alone. adapters: of a pool, in the router's place. stop: texts that end the response.
     logprobs: so many of the likeliest tokens' log probabilities at every token beside its own; None: nobody's. trace:
-    whether the routing is recorded.
+    whether the routing is recorded. guide: of this one response; such a request decodes one token in a dispatch, once
+    the host has seen the one before.
     """
 
     prompt: tuple[int, ...]
@@ -95,6 +105,7 @@ class Request:
     logprobs: int | None = None
     trace: bool = False
     adapters: WantedAdapters | None = None
+    guide: Guide | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -139,6 +150,11 @@ class Progress:
     def left(self) -> int:
         """How many more tokens the device may be asked for."""
         return self.request.max_new_tokens - self.promised
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a guide has to see a token, promised but not known yet, before it allows the next."""
+        return self.request.guide is not None and self.promised > len(self.tokens)
 
     @property
     def slots(self) -> int:

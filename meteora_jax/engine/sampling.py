@@ -42,6 +42,12 @@ class SamplingRows:
         return cls(temperature, seed, index, top_k, top_p)
 
 
+def only(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Logits float32 [B, V], -inf where the bit of a token in allowed uint32 [B, ceil(V / 32)] is 0."""
+    bits = allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :] & jnp.uint32(1)
+    return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] != 0, logits, -jnp.inf)
+
+
 def sample(logits: jax.Array, drawn: jax.Array, how: SamplingRows | None) -> jax.Array:
     """Next tokens int32 [B] from logits float32 [B, V]; drawn int32 [B]: tokens that each row has drawn before.
 

@@ -133,8 +133,8 @@ class Scheduler:
         in_flight: whether results are outstanding. A request is preempted only when all its tokens are known.
         """
         self._admit()
-        chunks, decoding = [], [p for p in self.running if not p.prefilling and p.left > 0]
-        if any(p.prefilling for p in self.running):
+        chunks, decoding = [], [p for p in self.running if not p.prefilling and p.left > 0 and not p.awaited]
+        if any(p.prefilling for p in self.running) or any(p.request.guide is not None for p in self.running):
             steps = 1
         elif not decoding:
             return None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meteora_jax.config import GROUPS
-from meteora_jax.engine.sampling import SamplingRows, sample
+from meteora_jax.engine.sampling import SamplingRows, only, sample
 from meteora_jax.execution import jit
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.sharding import Params
@@ -37,7 +37,8 @@ class StepRows:
     """The B rows of a dispatch, gathered from the R of the state.
 
     order int32 [B]: which ones; R for none. decodes bool [B]. tables int32 [B, W], prompts int32 [B]: of `StepTokens`.
-    sampling: None where all are greedy.
+    sampling: None where all are greedy. allowed uint32 [B, ceil(V / 32)]: of `Guide`, all ones in rows without one;
+    None where no row has one.
     """
 
     order: Any
@@ -45,6 +46,7 @@ class StepRows:
     tables: Any
     prompts: Any
     sampling: SamplingRows | None
+    allowed: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +120,7 @@ def _step(
         drawn, left = jnp.where(ends, prompt.drawn, drawn), jnp.where(ends, prompt.left, left)
         draws |= ends
     logits = model.logits(hidden, router)
-    new = sample(logits, drawn, rows.sampling)
+    new = sample(logits if rows.allowed is None else only(logits, rows.allowed), drawn, rows.sampling)
     left = left - 1
     over = jnp.any(new[:, None] == end[None, :], axis=1) | (left <= 0)
     at = jnp.where(draws, rows.order, len(state.token))  # a row that draws nothing keeps what it has

@@ -1,0 +1,134 @@
+"""What a client may ask for by name: the base, its adapters, and the routers that are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from meteora_jax.api import Meteora
+from meteora_jax.config import InputError
+from meteora_jax.retriever.index import Index
+from meteora_jax.routing import RouterArgument
+from meteora_jax.routing.fixed import Fixed
+from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.named import gate_options
+from meteora_jax.routing.retrieval import GatesWithin, Retrieval
+from meteora_jax.serving.driver import Named
+from meteora_jax.serving.errors import ApiError, unknown_model
+
+DEFAULT_K = 3  # adapters that "retrieve" finds; "retrieve:5" finds five
+
+
+@dataclasses.dataclass(frozen=True)
+class Fleet:
+    """What is served: a model, and the index of its adapters if one is loaded. base: the name of the bare base."""
+
+    model: Meteora
+    index: Index | None
+    base: str
+
+    def __post_init__(self):
+        strangers = set(self.index.names) - set(self.model.adapter_names) if self.index else set()
+        if strangers:
+            found = ", ".join(sorted(strangers)[:5])
+            raise InputError(f"--index: expected profiles of the bank's adapters alone, found {found}")
+
+
+def named(fleet: Fleet) -> Named:
+    """Who a trace of the fleet's engine speaks of: places in the bank, or with slots numbers of versions."""
+    if fleet.model.pool is not None:
+        return fleet.model.pool.versions.named_choices
+    known = fleet.model.adapter_names
+    return lambda numbers: (known, numbers)
+
+
+def _absent(fleet: Fleet) -> tuple[str, ...]:
+    """Adapters that the index knows and that are not loaded any more."""
+    assert fleet.index is not None
+    known = set(fleet.model.adapter_names)
+    return tuple(name for name in fleet.index.names if name not in known)
+
+
+def _gates(fleet: Fleet, k: int) -> RouterArgument:
+    assert fleet.model.gates is not None
+    return Gates(*gate_options(fleet.model.gates, None, None))
+
+
+def _retrieval(fleet: Fleet, k: int) -> RouterArgument:
+    assert fleet.index is not None
+    router: Any = Retrieval(fleet.index, k, exclude=_absent(fleet))
+    return router
+
+
+def _gates_within(fleet: Fleet, k: int) -> RouterArgument:
+    assert fleet.index is not None
+    assert fleet.model.gates is not None
+    top_k, temperature = gate_options(fleet.model.gates, None, None)
+    router: Any = GatesWithin(fleet.index, k, top_k, temperature, exclude=_absent(fleet))
+    return router
+
+
+@dataclasses.dataclass(frozen=True)
+class Virtual:
+    """A router as a model: how it is made of a fleet, what it needs, and whether ":K" may follow its name."""
+
+    make: Callable[[Fleet, int], RouterArgument]
+    needs: tuple[str, ...]
+    counts: bool = False
+
+    def loaded(self, fleet: Fleet) -> bool:
+        """Whether the fleet has what it needs."""
+        return all(getattr(fleet.model if need == "gates" else fleet, need) is not None for need in self.needs)
+
+
+VIRTUAL: Mapping[str, Virtual] = {
+    "gates": Virtual(_gates, ("gates",)),
+    "retrieve": Virtual(_retrieval, ("index",), counts=True),
+    "gates-within": Virtual(_gates_within, ("gates", "index"), counts=True),
+}
+
+
+def names(fleet: Fleet) -> list[tuple[str, str | None]]:
+    """(name, its base; None of the base itself) of everything that can be asked for; an adapter hides a router of the
+    same name."""
+    virtual = [name for name, router in VIRTUAL.items() if router.loaded(fleet)]
+    return [(fleet.base, None), *((name, fleet.base) for name in dict.fromkeys([*fleet.model.adapter_names, *virtual]))]
+
+
+def resolve(fleet: Fleet, name: str) -> RouterArgument:
+    """The router of a model's name.
+
+    Raises:
+        ApiError: nothing of this name is loaded.
+    """
+    if name in fleet.model.adapter_names:
+        return Fixed(name)
+    if name == fleet.base:
+        return None
+    word, colon, count = name.partition(":")
+    router = VIRTUAL.get(word)
+    if router is None or not router.loaded(fleet) or (colon and not router.counts):
+        raise unknown_model(name)
+    k = DEFAULT_K
+    if colon:
+        if not count.isdecimal() or not count.isascii() or not 1 <= int(count[:9]) <= len(fleet.model.adapter_names):
+            raise unknown_model(name)
+        k = int(count)
+    elif fleet.index is not None:
+        k = max(1, min(DEFAULT_K, len(fleet.index.names)))
+    return router.make(fleet, k)
+
+
+def mixture(fleet: Fleet, name: str, weights: Mapping[str, Any] | None) -> RouterArgument:
+    """The router of a request: its model's, or beside the base's name a mixture {adapter: weight}."""
+    if weights is None:
+        return resolve(fleet, name)
+    if name != fleet.base:
+        resolve(fleet, name)
+        raise ApiError(400, f"router: expected the model {fleet.base!r} beside it, found {name!r:.200}", param="router")
+    if strangers := [n for n in weights if n not in fleet.model.adapter_names]:
+        raise ApiError(
+            404, f"router: no adapter is called {strangers[0]!r:.200}", code="model_not_found", param="router"
+        )
+    return Fixed(dict(weights))
