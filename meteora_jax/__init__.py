@@ -10,8 +10,10 @@ from meteora_jax.engine import Sampling
 from meteora_jax.loading import load
 from meteora_jax.retriever.index import Index
 from meteora_jax.routing import Router, RouterArgument, Routing, RoutingTrace
+from meteora_jax.routing.by_score import Arrow, Lag, Phatgoose, Spectr
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.logo import Logo
 from meteora_jax.routing.retrieval import GatesWithin, Retrieval
 from meteora_jax.warming import warm_up
 
@@ -21,6 +23,7 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Arrow",
     "Completion",
     "Delta",
     "Engine",
@@ -29,14 +32,18 @@ __all__ = [
     "GatesWithin",
     "Index",
     "InputError",
+    "Lag",
+    "Logo",
     "Meteora",
     "Pending",
+    "Phatgoose",
     "Retrieval",
     "Router",
     "RouterArgument",
     "Routing",
     "RoutingTrace",
     "Sampling",
+    "Spectr",
     "__version__",
     "load",
     "warm_up",

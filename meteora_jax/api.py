@@ -28,6 +28,7 @@ from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_bank import change_adapters, is_packed, rank_in
 from meteora_jax.padding import pad_batch
+from meteora_jax.probing import probed
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
 from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
@@ -90,7 +91,13 @@ class Meteora:
         self, router: RouterArgument, batch: int, prompts: Sequence[Sequence[int]] | None = None
     ) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""
+        if prompts is not None:
+            router = self._probed(router, prompts)
         return bind_known(router, self.bank, self.gates, batch, prompts)
+
+    def _probed(self, router: RouterArgument, prompts: Sequence[Sequence[int]]) -> RouterArgument:
+        """Routers that choose by one pass of the prompt, replaced by what they chose."""
+        return probed(router, prompts, self.adapter_names, self.graph, self.weights, self.mesh)
 
     def look_up(
         self, router: RouterArgument, batch: int, texts: Callable[[], Sequence[Said]]
@@ -237,8 +244,9 @@ class Meteora:
 
         Args:
             prompts: texts, lists of messages {"role", "content"}, or lists of token ids, mixed as you like.
-            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, "gates" (as they were trained), "base" or None (bare
-                base), a list of these (one a prompt); by default "gates if loaded", else the base.
+            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, `Arrow`, `Spectr`, `Lag`, `Logo`, `Phatgoose`, "gates"
+                (as they were trained), "base" or None (bare base), a list of these (one a prompt); by default "gates if
+                loaded", else the base.
             max_new_tokens: at most so many tokens a response.
             temperature: 0 takes the likeliest token; else what logits are divided by before one is drawn.
             top_k, top_p: draws from so many of the likeliest tokens, or from the fewest with this probability, only.
@@ -313,6 +321,7 @@ class Meteora:
         stops = list(stop) if own_stops else [stop] * len(ids)
         check_prompts(ids, self.config, mosts)
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
+        router = self._probed(router, ids)
         per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         self.bind(router, len(ids), ids)  # refuses all that is wrong at once
         requests = [

@@ -22,10 +22,12 @@ from meteora_jax.cli.bank import (
     BankList,
     BankRemove,
     BankRename,
+    BankSubtract,
     bank_add,
     bank_list,
     bank_remove,
     bank_rename,
+    bank_subtract,
 )
 from meteora_jax.cli.compose import Compose, compose
 from meteora_jax.cli.demo import Demo, demo
@@ -165,6 +167,7 @@ ACTIONS = {
     BankAdd: bank_add,
     BankRemove: bank_remove,
     BankRename: bank_rename,
+    BankSubtract: bank_subtract,
     BankList: bank_list,
     Inspect: inspect,
     IndexBuild: index_build,

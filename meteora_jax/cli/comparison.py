@@ -47,11 +47,12 @@ class Comparison(Devices):
     index: Path | None = None
     """INDEX folder, for the systems that retrieve."""
     systems: str = "base,oracle,gates-top1,gates-top2"
-    """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topN, with --index
+    """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topN, of the bank
+    alone arrow-topN, spectr-topN, lag-topN, logo-kN, phatgoose-topN and uniform (all adapters alike), with --index
     retrieval-selection, -mixture, -fusion and gates-within-topN, an adapter's name, or NAME=FOLDER: a BANK of one
     adapter or a PEFT folder. Suffixes, in this order: -k5 retrieves five adapters (else 3), -t15 sets the gates'
-    temperature (else as trained; 15, 20, 30 on composite-3, 5, 10), -unseen hides the adapters of a problem's own
-    tasks, as if these were new: gates-within-top2-k5-t15-unseen."""
+    temperature (else as trained; 15, 20, 30 on composite-3, 5, 10; of scores 1), -unseen hides the adapters of a
+    problem's own tasks, as if these were new: gates-within-top2-k5-t15-unseen."""
     only: str | None = None
     """Separated by commas: tasks, "all" for one an adapter of the bank, and .json files of LoraRetriever's queries (a
     list of inputs, targets, task, metric). All unless given."""

@@ -14,7 +14,7 @@ from meteora_jax.model.lora_linear import LoRALinear
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.gates import KnownLogits
+from meteora_jax.routing.gates import GATES, KnownLogits
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Chooser, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
@@ -44,6 +44,8 @@ def refusal(
             return str(e)
     if router is None:
         return None
+    if not router.asks <= GATES:
+        return "a router that asks for more than gates"
     if any(linear.lora_b is None for linear in linears):
         return "a group without adapters"
     given = router.known(None)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.config import BankConfig, InputError
-from meteora_jax.routing import BoundRouter, GateLogits, Routing
+from meteora_jax.routing import NOTHING, BoundRouter, GateLogits, Routing, Score
 
 NEVER = np.iinfo(np.int32).max
 
@@ -43,6 +43,15 @@ class Invoked:
     @property
     def gating(self) -> None:
         """Gates have no part in it."""
+
+    @property
+    def asks(self) -> frozenset[Score]:
+        """Nothing."""
+        return NOTHING
+
+    def after_gates(self, x: jax.Array, gates: GateLogits) -> Invoked:
+        """Itself."""
+        return self
 
     def known(self, positions: jax.Array | None) -> Routing:
         """indices [B, 1, 1, C], weights [B, T, 1, C]: 0 on the tokens before a choice's start. Where weights may not
@@ -74,7 +83,8 @@ def watch(
     if routing is None:
         raise InputError(
             f"router: expected one that names the adapters of a request (Fixed, Retrieval): {', '.join(bank.invoked)} "
-            "act from their invocation on, which gates were not trained with; found one that chooses for every token"
+            "act from their invocation on, of which a choice by token knows nothing; found one "
+            "that chooses for every token"
         )
     chosen = np.asarray(routing.indices)[:, 0, 0]
     found = [[bank.adapters[i].invocation if i >= 0 else () for i in row] for row in chosen]
