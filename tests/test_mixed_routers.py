@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 from hooked import arrow, routed_logits, scores_of, softmax_of_best, spectr
+from worlds import NAMES
 
 import meteora_jax as mj
+from meteora_jax.cli import main
+from meteora_jax.config import InputError
 from meteora_jax.engine import EngineCore, EngineSize
+from meteora_jax.evaluation.problems import Problem
+from meteora_jax.evaluation.systems import Given, check_routes, make_system
+from meteora_jax.routing.named import named_router, read_router
 
 PROMPTS = [np.random.default_rng(i).integers(3, 300, 9 + 4 * i).tolist() for i in range(6)]
 NEW = 5
@@ -63,3 +69,45 @@ def test_a_mixed_batch_is_one_by_one(world, served):
         assert tokens == likeliest[: len(tokens)].tolist()
         assert not ended[: len(tokens)].any()
         assert len(tokens) == NEW or alone[-1].argmax() in model.config.eos_token_ids
+
+
+def test_a_name_makes_a_router(world):
+    names = world["model"].adapter_names
+    assert named_router("arrow", names) == mj.Arrow(4)
+    assert named_router("arrow", names[:3]) == mj.Arrow(3)
+    assert named_router("lag", names, 2, 0.5, names[:2]) == mj.Lag(top_k=2, temperature=0.5, within=names[:2])
+    assert named_router("logo", names, 2) == mj.Logo(2)
+    assert named_router("uniform", names) == mj.Fixed(dict.fromkeys(names, 0.25))
+    assert read_router("spectr", None, names, 1) == mj.Spectr(1)
+    assert read_router("arrow", None, ("arrow", "b")) == mj.Fixed("arrow"), "an adapter hides a router of its name"
+    for arguments, words in (
+        (("best", names), "expected one of arrow"), (("arrow", ()), "expected a bank"),
+        (("logo", names, 1, 0.5), "no temperature"), (("uniform", names, 2), "expected all"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            named_router(*arguments)
+
+
+def test_generate_takes_its_name(world, capsys):
+    options = ["--base", str(world["base"]), "--bank", str(world["bank"]), "--max-new-tokens", "3"]
+    main(["generate", "hello there", *options, "--router", "arrow", "--gate-top-k", "2"])
+    text = capsys.readouterr().out
+    (expected,) = world["model"].generate(["hello there"], mj.Arrow(2), max_new_tokens=3)
+    assert text == f"{expected.text}\n"
+
+
+def test_systems_have_these_names(world):
+    given = Given(world["model"])
+    problem = Problem("apple/test/0", "apple", "hello", "so")
+    for name, router in {
+        "arrow-top2": mj.Arrow(2), "spectr-top1-t0.5": mj.Spectr(1, 0.5), "lag-top2": mj.Lag(top_k=2),
+        "logo-k2": mj.Logo(2), "phatgoose-top2": mj.Phatgoose(2), "uniform": mj.Fixed(dict.fromkeys(NAMES, 0.25)),
+        "arrow-top2-unseen": mj.Arrow(2, within=NAMES[1:]), "logo-k3-unseen": mj.Logo(3, within=NAMES[1:]),
+        "uniform-unseen": mj.Fixed(dict.fromkeys(NAMES[1:], 1 / 3)),
+    }.items():  # fmt: skip
+        assert make_system(name, given).route(problem) == router
+    for name in ("arrow-top2-k3", "logo-top2", "uniform-top2", "arrow-top0"):
+        with pytest.raises(InputError, match="--systems: .*found"):
+            make_system(name, given)
+    with pytest.raises(InputError, match="arrow-top5: expected at most 4"):
+        check_routes([make_system("arrow-top5", given)], [problem])

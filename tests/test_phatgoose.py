@@ -155,8 +155,8 @@ def test_a_command_trains_one_and_the_bank_keeps_it(world, gated, tmp_path):
     (task / "train.jsonl").write_text("\n".join(lines) + "\n")
     main([
         "train", "adapter", "--base", str(world["base"]), "--tasks", str(tmp_path / "tasks"), "--task", "apple",
-        "--name", "birch", "--own-gate", str(gated["bank"]), "--out", str(tmp_path / "out"), "--steps", "3", "--batch-size", "2",
-        "--learning-rate", "5e-3", "--dtype", "float32",
+        "--name", "birch", "--own-gate", str(gated["bank"]), "--out", str(tmp_path / "out"), "--steps", "3",
+        "--batch-size", "2", "--learning-rate", "5e-3", "--dtype", "float32",
     ])  # fmt: skip
     before, after = (load_file(folder / "weights.safetensors") for folder in (gated["bank"], tmp_path / "out"))
     for key, was in before.items():

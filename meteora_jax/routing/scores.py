@@ -102,7 +102,7 @@ class GroupScores:
         found = []
         for p, (start, stop) in enumerate(columns(self.splits)):
             own = b[..., start:stop].reshape(*b.shape[:2], -1)
-            output = _product("btar,aro->btao", h[:, :, p] * self.scale[p][:, None], own)
+            output = _product("btar,aro->btao", h[:, :, p] * self.scale[p][None, None, :, None], own)
             log = jax.nn.log_softmax(output)
             found.append(1 / -jnp.sum(jnp.exp(log) * log, axis=-1))
         return jnp.stack(found, axis=2)
