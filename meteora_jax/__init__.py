@@ -15,6 +15,7 @@ from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.logo import Logo
 from meteora_jax.routing.retrieval import GatesWithin, Retrieval
+from meteora_jax.routing.task_retrieval import TaskRetrieval
 from meteora_jax.warming import warm_up
 
 try:
@@ -44,6 +45,7 @@ __all__ = [
     "RoutingTrace",
     "Sampling",
     "Spectr",
+    "TaskRetrieval",
     "__version__",
     "load",
     "warm_up",

@@ -92,11 +92,11 @@ class Meteora:
     ) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids."""
         if prompts is not None:
-            router = self._probed(router, prompts)
+            router = self.after_pass(router, prompts)
         return bind_known(router, self.bank, self.gates, batch, prompts)
 
-    def _probed(self, router: RouterArgument, prompts: Sequence[Sequence[int]]) -> RouterArgument:
-        """Routers that choose by one pass of the prompt, replaced by what they chose."""
+    def after_pass(self, router: RouterArgument, prompts: Sequence[Sequence[int]]) -> RouterArgument:
+        """Routers that choose by one pass of a prompt (token ids), replaced by what they chose."""
         return probed(router, prompts, self.adapter_names, self.graph, self.weights, self.mesh)
 
     def look_up(
@@ -321,7 +321,7 @@ class Meteora:
         stops = list(stop) if own_stops else [stop] * len(ids)
         check_prompts(ids, self.config, mosts)
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
-        router = self._probed(router, ids)
+        router = self.after_pass(router, ids)
         per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         self.bind(router, len(ids), ids)  # refuses all that is wrong at once
         requests = [

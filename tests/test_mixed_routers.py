@@ -107,7 +107,7 @@ def test_systems_have_these_names(world):
     }.items():  # fmt: skip
         assert make_system(name, given).route(problem) == router
     for name in ("arrow-top2-k3", "logo-top2", "uniform-top2", "arrow-top0"):
-        with pytest.raises(InputError, match="--systems: .*found"):
+        with pytest.raises(InputError, match=r"--systems: .*found"):
             make_system(name, given)
     with pytest.raises(InputError, match="arrow-top5: expected at most 4"):
         check_routes([make_system("arrow-top5", given)], [problem])

@@ -69,6 +69,7 @@ from meteora_jax.cli.index import (
     index_query,
     index_remove,
 )
+from meteora_jax.cli.index_rank import IndexRank, index_rank
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
@@ -175,6 +176,7 @@ ACTIONS = {
     IndexRemove: index_remove,
     IndexQuery: index_query,
     IndexEvaluate: index_evaluate,
+    IndexRank: index_rank,
     Prepare: prepare,
     TasksCheck: tasks_check,
     TasksSplit: tasks_split,

@@ -18,11 +18,13 @@ from meteora_jax.evaluation.problems import Problem
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.prompts import Prompt
 from meteora_jax.retriever.index import Index
+from meteora_jax.retriever.ranking import Ranking
 from meteora_jax.routing import OneRouter, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Choosing, Gates
 from meteora_jax.routing.named import BY_TOKEN, named_router
 from meteora_jax.routing.retrieval import COMPOSITIONS, Compose, GatesWithin, Retrieval
+from meteora_jax.routing.task_retrieval import TaskRetrieval
 
 Route = Callable[[Problem], OneRouter]  # a problem -> the router of its answer
 
@@ -101,7 +103,8 @@ class System:
 
 @dataclass(frozen=True)
 class Given:
-    """What systems are made of: the model, other models over the same base by name, and an index of the adapters.
+    """What systems are made of: the model, other models over the same base by name, and an index of the adapters, or of
+    tasks with the adapters ranked for each.
 
     Each of `others` holds one adapter, which its system uses for every problem.
     """
@@ -109,6 +112,7 @@ class Given:
     model: Model
     others: Mapping[str, Model] = field(default_factory=dict)
     index: Index | None = None
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,18 @@ def _named(name: re.Match[str], given: Given) -> Route:
     return route
 
 
+def _task_retrieval(name: re.Match[str], given: Given) -> Route:
+    if given.index is None or given.ranking is None:
+        raise InputError(f"--systems: {name[0]}: expected --index with the ranking of `meteora index rank`, found none")
+    index, ranking, k = given.index, given.ranking, int(name["found"] or RETRIEVED)
+    hidden = _hidden(name, given.model.adapter_names)
+
+    def route(problem: Problem) -> TaskRetrieval:
+        return TaskRetrieval(index, ranking, k, exclude=hidden(problem))
+
+    return route
+
+
 def _index(name: re.Match[str], given: Given) -> tuple[Index, int]:
     """The index, and how many adapters it is to find."""
     if given.index is None:
@@ -257,6 +273,7 @@ FAMILIES = [
     Family(f"{_WORDS}-topN", f"(?P<word>{_WORDS})-{_TOP}", _named, ("-tN", UNSEEN)),
     Family("logo-kN", r"(?P<word>logo)-k(?P<top>[1-9]\d*)", _named, (UNSEEN,)),
     Family("uniform", "(?P<word>uniform)", _named, (UNSEEN,)),
+    Family("task-retrieval", "task-retrieval", _task_retrieval, ("-kN", UNSEEN)),
     Family(f"retrieval-{_COMPOSE}", f"retrieval-(?P<compose>{_COMPOSE})", _retrieval, ("-kN", UNSEEN)),
 ]
 

@@ -145,7 +145,17 @@ def refuse(router: Any) -> NoReturn:
 
 @runtime_checkable
 class RequestRouter(Protocol):
-    """What a request's text is looked up for (`Retrieval`, `GatesWithin`); it makes a `Router` of what was found."""
+    """What a request's text is looked up for (`Retrieval`, `GatesWithin`, `TaskRetrieval`); it makes a `Router` of what
+    was found: of `index`'s names, `hidden` ones excluded, the `k` best, by what `read` says of a conversation."""
+
+    @property
+    def index(self) -> Any: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def read(self) -> Any: ...
+    @property
+    def hidden(self) -> tuple[str, ...]: ...
 
     def router(self, found: Any) -> Router:
         """The router of a request for which `found` was retrieved."""
