@@ -1,6 +1,6 @@
 """Request-level routing by retrieval (LoraRetriever, arXiv 2402.09997): the request's text finds its adapters.
 
-`Retrieval`, `GatesWithin` and `TaskRetrieval` say how; `look_up` asks the index once the texts of a batch are known, and
+`Retrieval`, `GatesWithin` and `TaskRetrieval` say how; `look_up` asks the index once a batch's texts are known, and
 puts for every prompt a router in their place that needs no text any more: `Composed`, or `Gates` within what was found.
 Routers are looked up anew for every prompt, so that each turn of a conversation gets its own.
 """
