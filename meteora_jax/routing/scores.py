@@ -62,15 +62,21 @@ class GroupScores:
     own_gates: Any = None
 
     @classmethod
-    def of(cls, group: AdaptedGroup, x: jax.Array, gates: GateLogits, shrink: jax.Array | None) -> GroupScores:
-        """Of a group whose input is x; shrink: x through every A, where a score is made of it."""
+    def of(
+        cls, group: AdaptedGroup, x: jax.Array, gates: GateLogits, shrink: jax.Array | None, layer: int | None = None
+    ) -> GroupScores:
+        """Of a group whose input is x; shrink: x through every A, where a score is made of it. layer: of a group whose
+        layers are stacked."""
         if group.lora_scale is None:
             return cls(gates, jnp.zeros((len(group.splits), group.adapters), bool), x)
-        scale = group.lora_scale[...]
+
+        def own(z: Any) -> Any:
+            return z if z is None else z[...] if layer is None else z[...][layer]
+
+        scale = own(group.lora_scale)
         return cls(
-            gates, scale != 0, x, shrink, group.lora_arrow[...], group.lora_spectr[...], group.lora_b[...], scale,
-            tuple(o // group.shards for o in group.splits), group.shards,
-            None if group.own_gate is None else group.own_gate[...],
+            gates, scale != 0, x, shrink, own(group.lora_arrow), own(group.lora_spectr), own(group.lora_b), scale,
+            tuple(o // group.shards for o in group.splits), group.shards, own(group.own_gate),
         )  # fmt: skip
 
     def logits(self, x: jax.Array) -> jax.Array:
