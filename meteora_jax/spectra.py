@@ -37,4 +37,4 @@ def _layer(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _triangle(z: np.ndarray) -> np.ndarray:
     """R of QR of z [A, N, R], [A, R, R] also where there are fewer rows than columns."""
     missing = max(z.shape[2] - z.shape[1], 0)
-    return np.linalg.qr(np.pad(z, ((0, 0), (0, missing), (0, 0))), mode="r")
+    return np.asarray(np.linalg.qr(np.pad(z, ((0, 0), (0, missing), (0, 0))), mode="r"))

@@ -159,12 +159,13 @@ def composite_file(command: Evaluate, model: Model, what: str) -> tuple[str, Pat
     if what.startswith("composite_") and written.is_file():
         return what, written
     word, equals, named = what.partition("=")
-    wording: Wording = next((w for w in WORDINGS if equals and w == word), "numbered")
+    default: Wording = "numbered"
+    wording = next((w for w in WORDINGS if equals and w == word), default)
     tasks = tasks_of(named if equals else what)
     if len(tasks) < 2 or (equals and word != wording):
         sizes = ", ".join(map(str, COMPOSITES))
         raise InputError(
-            f"--composite: expected {sizes}, tasks joined by +, what meteora compose wrote below TASKS, or .jsonl "
+            f"--composite: expected {sizes}, tasks joined by +, one of them behind WORDING=, what meteora compose wrote below TASKS, or .jsonl "
             f"files, found {what!r}"
         )
     mark = template_mark(command.tasks, tasks, model.tokenizer)

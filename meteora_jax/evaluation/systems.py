@@ -19,14 +19,14 @@ from meteora_jax.gate_config import GateConfig
 from meteora_jax.prompts import Prompt
 from meteora_jax.retriever.index import Index
 from meteora_jax.retriever.ranking import Ranking
-from meteora_jax.routing import OneRouter, RoutingTrace
+from meteora_jax.routing import AnyRouter, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Choosing, Gates
 from meteora_jax.routing.named import BY_TOKEN, named_router
 from meteora_jax.routing.retrieval import COMPOSITIONS, Compose, GatesWithin, Retrieval
 from meteora_jax.routing.task_retrieval import TaskRetrieval
 
-Route = Callable[[Problem], OneRouter]  # a problem -> the router of its answer
+Route = Callable[[Problem], AnyRouter | None]  # a problem -> the router of its answer
 
 # Temperature of the gates on MeteoRA's composite-n problems, by n.
 COMPOSITE_TEMPERATURES = {3: 15.0, 5: 20.0, 10: 30.0}
@@ -224,7 +224,7 @@ def _named(name: re.Match[str], given: Given) -> Route:
     names = given.model.adapter_names
     hidden = _hidden(name, names)
 
-    def route(problem: Problem) -> OneRouter:
+    def route(problem: Problem) -> AnyRouter | None:
         gone = hidden(problem)
         within = [n for n in names if n not in gone] if gone else None
         return named_router(word, names, int(top) if top else None, float(temperature) if temperature else None, within)

@@ -130,7 +130,10 @@ class BoundRouter(Protocol):
 class Router(Protocol):
     """What a caller passes as `router=`. A new kind of router needs these two methods and nothing else."""
 
-    needs_gates: bool
+    @property
+    def needs_gates(self) -> bool:
+        """Whether a model without trained gates is refused."""
+        ...
 
     def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
         """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER."""
@@ -178,7 +181,8 @@ class PassRouter(Protocol):
 
 
 # What callers pass as `router=`: a router, one of `routing.named.WORDS`, None (the bare base), or a list, one a prompt.
-OneRouter = Router | RequestRouter | PassRouter | str | None
+AnyRouter = Router | RequestRouter | PassRouter
+OneRouter = AnyRouter | str | None
 RouterArgument = OneRouter | Sequence[OneRouter]
 
 

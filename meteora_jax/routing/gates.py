@@ -155,8 +155,8 @@ class BoundGates:
     def after_gates(self, x: jax.Array, gates: GateLogits) -> Routing:
         """The token router's choice, without a projection's axis."""
         routing, lead = self.route(x, gates), x.shape[:2]
-        spread = (jnp.broadcast_to(z, (*lead, *z.shape[2:])) for z in (routing.indices, routing.weights))
-        return Routing(*spread, routing.logits)
+        indices, weights = (jnp.broadcast_to(z, (*lead, *z.shape[2:])) for z in (routing.indices, routing.weights))
+        return Routing(indices, weights, routing.logits)
 
     def known(self, positions: jax.Array | None) -> None:
         """Nothing: every token is chosen for."""

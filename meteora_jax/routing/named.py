@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meteora_jax.config import InputError
@@ -14,7 +14,12 @@ from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.logo import Logo
 
 # Routers of a bank alone that have a name: those that choose `top_k` adapters a token by a softmax at a temperature,
-BY_TOKEN: Mapping[str, Callable[..., Router]] = {"arrow": Arrow, "spectr": Spectr, "lag": Lag, "phatgoose": Phatgoose}
+BY_TOKEN: Mapping[str, type[Arrow] | type[Spectr] | type[Lag] | type[Phatgoose]] = {
+    "arrow": Arrow,
+    "spectr": Spectr,
+    "lag": Lag,
+    "phatgoose": Phatgoose,
+}
 BY_REQUEST = ("logo", "uniform")  # and those with one choice a request: k adapters, or all alike
 NAMED = (*BY_TOKEN, *BY_REQUEST)
 

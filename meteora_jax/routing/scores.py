@@ -85,7 +85,9 @@ class GroupScores:
 
     def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
         """float32 [B, T or 1, P, A], -inf where an adapter has no part."""
-        x, h = (z if z is None or tokens is None else _of_token(z, tokens) for z in (self.x, self.shrink))
+        x, h = self.x, self.shrink
+        if tokens is not None:
+            x, h = _of_token(x, tokens), None if h is None else _of_token(h, tokens)
         part, own = self.part, score in ("phatgoose", "own-gate")
         if own and self.own_gates is not None:
             part &= jnp.any(self.own_gates != 0, axis=-1) | (score == "own-gate")
