@@ -165,7 +165,7 @@ def composite_file(command: Evaluate, model: Model, what: str) -> tuple[str, Pat
     if len(tasks) < 2 or (equals and word != wording):
         sizes = ", ".join(map(str, COMPOSITES))
         raise InputError(
-            f"--composite: expected {sizes}, tasks joined by +, one of them behind WORDING=, what meteora compose wrote below TASKS, or .jsonl "
+            f"--composite: expected {sizes}, tasks joined by +, what meteora compose wrote below TASKS, or .jsonl "
             f"files, found {what!r}"
         )
     mark = template_mark(command.tasks, tasks, model.tokenizer)
