@@ -99,7 +99,8 @@ def import_adapters(
 def bank_writer(folder: Path, bank: BankConfig, dtype: np.dtype) -> TensorWriter:
     """The weight file of a BANK folder; what is computed rather than copied stays float32."""
     shapes = bank.weight_shapes()
-    specs = {p: (np.dtype(np.float32) if p.endswith((".scale", ".dora")) else dtype, shapes[p]) for p in shapes}
+    float32 = (".scale", ".dora", ".own_gate")
+    specs = {p: (np.dtype(np.float32) if p.endswith(float32) else dtype, shapes[p]) for p in shapes}
     return TensorWriter(folder / "weights.safetensors", specs)
 
 

@@ -10,9 +10,12 @@ from meteora_jax.engine import Sampling
 from meteora_jax.loading import load
 from meteora_jax.retriever.index import Index
 from meteora_jax.routing import Router, RouterArgument, Routing, RoutingTrace
+from meteora_jax.routing.by_score import Arrow, Lag, Phatgoose, Spectr
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.logo import Logo
 from meteora_jax.routing.retrieval import GatesWithin, Retrieval
+from meteora_jax.routing.task_retrieval import TaskRetrieval
 from meteora_jax.warming import warm_up
 
 try:
@@ -21,6 +24,7 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Arrow",
     "Completion",
     "Delta",
     "Engine",
@@ -29,14 +33,19 @@ __all__ = [
     "GatesWithin",
     "Index",
     "InputError",
+    "Lag",
+    "Logo",
     "Meteora",
     "Pending",
+    "Phatgoose",
     "Retrieval",
     "Router",
     "RouterArgument",
     "Routing",
     "RoutingTrace",
     "Sampling",
+    "Spectr",
+    "TaskRetrieval",
     "__version__",
     "load",
     "warm_up",

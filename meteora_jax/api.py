@@ -29,6 +29,7 @@ from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_bank import change_adapters, is_packed, rank_in
 from meteora_jax.padding import pad_batch
+from meteora_jax.probing import probed
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
 from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
@@ -95,13 +96,18 @@ class Meteora:
         self, router: RouterArgument, batch: int, prompts: Sequence[Sequence[int]] | None = None
     ) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids.
-
-        Raises:
-            InputError: what `routing.bind` refuses; a model whose adapters lie in slots.
-        """
+        Raises InputError: what `routing.bind` refuses; a model whose adapters lie in slots."""
         if self.pool is not None:
             raise InputError("adapter_slots: expected all adapters on the device for whole sequences, found slots")
+        if prompts is not None:
+            router = self.after_pass(router, prompts)
         return bind_known(router, self.bank, self.gates, batch, prompts)
+
+    def after_pass(self, router: RouterArgument, prompts: Sequence[Sequence[int]]) -> RouterArgument:
+        """Routers that choose by one pass of a prompt (token ids), replaced by what they chose."""
+        if self.pool is not None:
+            return router
+        return probed(router, prompts, self.adapter_names, self.graph, self.weights, self.mesh)
 
     def look_up(
         self, router: RouterArgument, batch: int, texts: Callable[[], Sequence[Said]]
@@ -254,8 +260,9 @@ class Meteora:
 
         Args:
             prompts: texts, lists of messages {"role", "content"}, or lists of token ids, mixed as you like.
-            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, "gates" (as they were trained), "base" or None (bare
-                base), a list of these (one a prompt); by default "gates if loaded", else the base.
+            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, `Arrow`, `Spectr`, `Lag`, `Logo`, `Phatgoose`, "gates"
+                (as they were trained), "base" or None (bare base), a list of these (one a prompt); by default "gates if
+                loaded", else the base.
             max_new_tokens: at most so many tokens a response.
             temperature: 0 takes the likeliest token; else what logits are divided by before one is drawn.
             top_k, top_p: draws from so many of the likeliest tokens, or from the fewest with this probability, only.
@@ -325,11 +332,11 @@ class Meteora:
                 problems += e.problems
         if problems:
             raise InputError(problems)
-        each = isinstance(max_new_tokens, list | tuple)
-        mosts = [int(n) for n in (max_new_tokens if each else [max_new_tokens] * len(ids))]
+        mosts = list(max_new_tokens) if isinstance(max_new_tokens, list | tuple) else [max_new_tokens] * len(ids)
         stops = list(stop) if own_stops else [stop] * len(ids)
         check_prompts(ids, self.config, mosts)
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
+        router = self.after_pass(router, ids)
         per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         if self.pool is None:
             self.bind(router, len(ids), ids)  # refuses all that is wrong at once
@@ -378,8 +385,7 @@ class Meteora:
             names, (indices, weights) = self.adapter_names, routing
             if self.pool is not None:
                 names, indices = self.pool.versions.named_choices(indices)
-            found = indices, weights, retrieved, self._adapted
-            trace = RoutingTrace(names, PROJECTIONS, shown, len(prompt), *found)
+            trace = RoutingTrace(names, PROJECTIONS, shown, len(prompt), indices, weights, retrieved, self._adapted)
         own = tuple((value, tuple(best)) for value, best in progress.logprobs)
         return Completion(text, tokens, progress.finish_reason, len(prompt), trace, own)
 

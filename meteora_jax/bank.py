@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from meteora_jax.config import GROUPS, BankConfig
+from meteora_jax.config import GROUPS, AdapterInfo, BankConfig, InputError
+from meteora_jax.spectra import spectra
 
 
 class BaseParam(nnx.Param):
@@ -18,6 +20,10 @@ class BaseParam(nnx.Param):
 
 class AdapterParam(nnx.Param):
     """A weight of the adapters."""
+
+
+class OwnGateParam(nnx.Param):
+    """Of each adapter its own gate, trained on the adapter's data alone."""
 
 
 class AdapterConstant(nnx.Param):
@@ -32,7 +38,8 @@ class AdapterBank:
     a: {projection: [L, A, R, I]}, b: {projection: [L, A, R, O]}, scale: {projection: float32 [L, A]}.
     `a` keeps PEFT's row order: the shrink then reads it along I whether it is dense over the adapters or
     gathers the chosen ones. Where an adapter has them, dora {projection: float32 [L, A, O]} is what its magnitudes make
-    of each output column less 1, and bias {projection: [L, A, O]} belongs to its `b`. The arrays are the host's; a
+    of each output column less 1, bias {projection: [L, A, O]} belongs to its `b`, and own_gate {projection: float32
+    [L, A, I]} tells the adapter's input from others' (PHATGOOSE). The arrays are the host's; a
     model's are put on its devices.
     """
 
@@ -43,6 +50,7 @@ class AdapterBank:
     dora: dict[str, Any] = dataclasses.field(default_factory=dict)
     bias: dict[str, Any] = dataclasses.field(default_factory=dict)
     vocab_adapters: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # see model.vocab_adapters
+    own_gate: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,8 +59,9 @@ class AdapterBank:
     def group(self, group: str) -> dict[str, np.ndarray] | None:
         """A group's tensors as `LoRALinear` holds them; None if no adapter touches the group.
 
-        lora_a [L, P, A, R, I], lora_b [L, A, R, O of the group], lora_scale float32 [L, P, A]; lora_dora and lora_bias
-        float32 [L, A, O of the group] where an adapter has them. DoRA's columns are folded into lora_b.
+        lora_a [L, P, A, R, I], lora_b [L, A, R, O of the group], lora_scale float32 [L, P, A]; lora_arrow [L, P, A, R]
+        and lora_spectr [L, P, A, R, R] float32, see `spectra`; lora_dora and lora_bias float32 [L, A, O of the group]
+        and own_gate float32 [L, P, A, I] where an adapter has them. DoRA's columns are folded into lora_b.
         """
         projections = GROUPS[group]
         rank = max((self.config.ranks.get(p, 0) for p in projections), default=0)
@@ -73,6 +82,10 @@ class AdapterBank:
             b.append(np.pad(self._scaled_b(p), pad))
             scale.append(np.asarray(self.scale[p], np.float32))
         tensors = {"lora_a": np.stack(a, 1), "lora_b": np.concatenate(b, -1), "lora_scale": np.stack(scale, 1)}
+        starts = np.cumsum([self.config.base_shapes[p][1] for p in projections])[:-1]
+        by_projection = zip(a, np.split(tensors["lora_b"], starts, axis=-1), scale, strict=True)
+        arrow, spectr = zip(*(spectra(*parts) for parts in by_projection), strict=True)
+        tensors |= {"lora_arrow": np.stack(arrow, 1), "lora_spectr": np.stack(spectr, 1)}
         for key, held in (("lora_dora", self.dora), ("lora_bias", self.bias)):
             if any(p in held for p in projections):
                 columns = [
@@ -82,13 +95,52 @@ class AdapterBank:
                     for p in projections
                 ]
                 tensors[key] = np.concatenate(columns, -1)
+        if any(p in self.own_gate for p in projections):
+            width = self.config.base_shapes[projections[0]][0]
+            none = np.zeros((n, count, width), np.float32)
+            tensors["own_gate"] = np.stack([np.asarray(self.own_gate.get(p, none), np.float32) for p in projections], 1)
         return tensors
+
+    def less(self, general: Sequence[str], source: str) -> AdapterBank:
+        """The other adapters with the mean A and the mean B of these subtracted from their own (GenKnowSub, Bagherifard
+        et al., ACL 2025 short 54, as peft does it): what all tasks share no longer tells them apart.
+
+        source: the bank's folder, for messages.
+
+        Raises:
+            InputError: unknown adapters, none that stays, or adapters that differ in more than their weights.
+        """
+        infos, wanted = self.config.adapters, set(general)
+        problems = [f"{source}: expected one of {', '.join(self.names)}, found {n!r}" for n in wanted - {*self.names}]
+        if not wanted or wanted >= set(self.names):
+            problems.append(f"{source}: expected general adapters and others, found {', '.join(general) or 'none'}")
+        if self.dora or self.bias or self.vocab_adapters or self.config.invoked:
+            problems.append(f"{source}: expected LoRA matrices alone, found DoRA, biases, vocabulary or invocations")
+        if any(
+            (a.rank, a.targets, bool(a.peft_config.get("rank_pattern"))) != (*_shape(infos[0]), False) for a in infos
+        ):
+            problems.append(f"{source}: expected adapters of one rank with the same projections, found others")
+        if problems:
+            raise InputError(problems)
+        mine = [i for i, info in enumerate(infos) if info.name not in wanted]
+        others = [i for i, info in enumerate(infos) if info.name in wanted]
+
+        def subtracted(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {p: z[:, mine] - np.mean(z[:, others], axis=1, keepdims=True) for p, z in parts.items()}
+
+        config = dataclasses.replace(self.config, adapters=tuple(infos[i] for i in mine))
+        scale = {p: z[:, mine] for p, z in self.scale.items()}
+        return AdapterBank(subtracted(self.a), subtracted(self.b), scale, config)
 
     def _scaled_b(self, p: str) -> np.ndarray:
         b = self.b[p]
         if p not in self.dora:
             return b
         return (b.astype(np.float32) * (1 + self.dora[p][:, :, None, :])).astype(b.dtype)
+
+
+def _shape(info: AdapterInfo) -> tuple[int, tuple[str, ...]]:
+    return info.rank, info.targets
 
 
 def group_rank(bank: BankConfig | None, group: str) -> int:

@@ -139,6 +139,7 @@ class AdapterInfo:
     peft_config: dict[str, Any]  # adapter_config.json as found: what an export needs; {} where there was none
     dtype: str | None = None  # of its own tensors (F32, F16, BF16); None: the bank's, which may be wider
     invocation: tuple[int, ...] = ()  # token ids from whose last occurrence in a prompt on it acts; empty: everywhere
+    own_gate: bool = False  # whether it has a gate of its own at each of its projections, see `routing.by_score`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +183,12 @@ class BankConfig:
     def invoked(self) -> tuple[str, ...]:
         """The adapters that act from an invocation on."""
         return tuple(a.name for a in self.adapters if a.invocation)
+
+    @property
+    def own_gates(self) -> tuple[str, ...]:
+        """The projections at which some adapter has a gate of its own."""
+        gated = {target for a in self.adapters if a.own_gate for target in a.targets}
+        return tuple(p for p in self.ranks if p in gated)
 
     @property
     def hidden_size(self) -> int:
@@ -257,7 +264,8 @@ class BankConfig:
         """{path: shape} of `BANK/weights.safetensors`.
 
         `p.a` [L, A, R, I], `p.b` [L, A, R, O], `p.scale` [L, A]; where an adapter has them `p.bias` [L, A, O],
-        `p.magnitude` [L, A, O] (DoRA's own) and `p.dora` [L, A, O]: magnitude / norm of the adapted column - 1.
+        `p.magnitude` [L, A, O] (DoRA's own) and `p.dora` [L, A, O]: magnitude / norm of the adapted column - 1; and
+        `p.own_gate` [L, A, I], zeros of adapters without one.
         At the embedding and the head `embed.a` [A, R, V], `embed.b` [A, R, D], `head.a` [A, R, D], `head.b` [A, R, V],
         `scale` [A], and `rows` [A, n, D].
         """
@@ -268,6 +276,7 @@ class BankConfig:
             shapes |= {f"{p}.a": (n, a, r, i), f"{p}.b": (n, a, r, o), f"{p}.scale": (n, a)}
             shapes |= {f"{p}.{part}": (n, a, o) for part in ("magnitude", "dora") if p in self.dora}
             shapes |= {f"{p}.bias": (n, a, o)} if p in self.lora_bias else {}
+            shapes |= {f"{p}.own_gate": (n, a, i)} if p in self.own_gates else {}
         for end, held in self.vocab_adapters.items():
             assert self.vocab_shape is not None, "checked by from_json"
             i, o = self.vocab_shape if end == "embed" else self.vocab_shape[::-1]
@@ -279,6 +288,9 @@ class BankConfig:
 
     def to_json(self) -> dict[str, Any]:
         own = {"ends" if key == "vocab_adapters" else key: value for key, value in dataclasses.asdict(self).items()}
+        for adapter in own["adapters"]:
+            if not adapter["own_gate"]:
+                del adapter["own_gate"]
         return {"format": "meteora-bank-1", **own}
 
     @classmethod

@@ -10,11 +10,11 @@ from meteora_jax.evaluation.composite import (
     COMPOSITES,
     default_path,
     draw_composites,
-    format_prompt,
     generate_composites,
 )
 from meteora_jax.evaluation.metrics import read_composite
 from meteora_jax.evaluation.tasks import METEORA_TASKS, Example, load_split, write_splits
+from meteora_jax.evaluation.wordings import format_prompt
 
 TASKS = ("birds", "cars")
 

@@ -181,7 +181,9 @@ def test_what_is_refused(world: dict[str, Any], tmp_path: Path):
     assert_refused(lambda: export_gates(base, two, gates, dest), dest, "invocation: expected none", "found waits")
     gated = mj.load(base, two, gates, dtype="float32")
     for router in ("gates if loaded", [mj.Fixed("waits"), mj.Gates(1)]):
-        with pytest.raises(InputError, match="waits act from their invocation on, which gates were not trained with"):
+        with pytest.raises(
+            InputError, match="waits act from their invocation on, of which a choice by token knows nothing"
+        ):
             gated.logits([PROMPTS["once"], PROMPTS["twice"]], router)
     assert gated.logits([PROMPTS["once"]], mj.Fixed("waits")).shape == (1, 7, 320)
     with pytest.raises(InputError, match="prompts: expected the tokens in which waits are invoked, found none"):

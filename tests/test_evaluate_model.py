@@ -374,3 +374,19 @@ def test_refusals_come_before_anything_is_written(folders, tmp_path, capsys, opt
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_routers_of_a_bank_alone_answer_in_other_wordings(folders):
+    out = folders["root"] / "others"
+    options = "--base", str(folders["base"]), "--max-new-tokens", "6", "--wording", "lettered"
+    main(["compose", str(folders["root"] / "tasks"), "3", *FEW, *options])
+    row = "composite_3_lettered_1_shot_count_5"
+    systems = "base,arrow-top2,spectr-top1,lag-top1,logo-k2,uniform"
+    main(arguments(folders, out, "--composite", row, "--limit", "2", systems=systems))
+    records = records_of(out)
+    assert {system for system, _ in records} == {*systems.split(",")}
+    assert len(records) == 2 * 6
+    for (system, _), record in records.items():
+        if system == "uniform":
+            assert set(record["routing"]) == set(NAMES)
+    assert "arrow-top2" in (out / "table.md").read_text()

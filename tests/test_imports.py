@@ -34,6 +34,7 @@ ORDER = [
     ),
     *(
         "sharding",
+        "spectra",
         "bank",
         "retriever",
         "model.paged_cache",
@@ -44,7 +45,7 @@ ORDER = [
         "model",
         "io",
     ),
-    *("engine", "completion", "generation", "evaluation", "training", "viz", "planning"),
+    *("engine", "completion", "generation", "probing", "evaluation", "training", "viz", "planning"),
     *("api", "likelihood", "loading", "batching", "warming", "", "serving", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")

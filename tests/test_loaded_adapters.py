@@ -192,7 +192,7 @@ def test_released_arrays_are_gone_and_others_are_not(tmp_path: Path, fleet: dict
     model = load(fleet, tmp_path / "bank", "plain", "narrow")
     more = model.add_adapter(fleet["peft"]["rslora"], "rslora", release=True)
     deleted = {str(path[-1]) for path, leaf in nnx.to_flat_state(model.weights) if leaf[...].is_deleted()}
-    assert deleted == {"lora_a", "lora_b", "lora_scale"}
+    assert deleted == {"lora_a", "lora_b", "lora_scale", "lora_arrow", "lora_spectr"}
     assert_same(more, load(fleet, tmp_path / "fresh", "plain", "narrow", "rslora"))
 
 

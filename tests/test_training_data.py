@@ -11,8 +11,8 @@ from worlds import NAMES
 
 import meteora_jax as mj
 from meteora_jax.config import InputError
-from meteora_jax.evaluation.composite import format_prompt
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.evaluation.wordings import format_prompt
 from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, plan
 from meteora_jax.training.unused import TRIED, shared_prefix, unused
 

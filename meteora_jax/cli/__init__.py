@@ -22,10 +22,12 @@ from meteora_jax.cli.bank import (
     BankList,
     BankRemove,
     BankRename,
+    BankSubtract,
     bank_add,
     bank_list,
     bank_remove,
     bank_rename,
+    bank_subtract,
 )
 from meteora_jax.cli.compose import Compose, compose
 from meteora_jax.cli.demo import Demo, demo
@@ -67,6 +69,7 @@ from meteora_jax.cli.index import (
     index_query,
     index_remove,
 )
+from meteora_jax.cli.index_rank import IndexRank, index_rank
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
@@ -167,6 +170,7 @@ ACTIONS = {
     BankAdd: bank_add,
     BankRemove: bank_remove,
     BankRename: bank_rename,
+    BankSubtract: bank_subtract,
     BankList: bank_list,
     Inspect: inspect,
     IndexBuild: index_build,
@@ -174,6 +178,7 @@ ACTIONS = {
     IndexRemove: index_remove,
     IndexQuery: index_query,
     IndexEvaluate: index_evaluate,
+    IndexRank: index_rank,
     Prepare: prepare,
     TasksCheck: tasks_check,
     TasksSplit: tasks_split,

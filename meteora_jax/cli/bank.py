@@ -1,4 +1,4 @@
-"""`meteora bank add | remove | rename | list`."""
+"""`meteora bank add | remove | rename | subtract | list`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from meteora_jax.cli.importing import parse_adapters, say
 from meteora_jax.cli.report import console, progress_bar, write_json
-from meteora_jax.config import BankConfig, read_json
+from meteora_jax.config import BankConfig, InputError, read_json
 from meteora_jax.gate_config import GateConfig
 
 
@@ -63,6 +63,25 @@ class BankRename:
 
 
 @dataclass(frozen=True)
+class BankSubtract:
+    """Make a bank of a bank's other adapters, less the mean of its general ones (GenKnowSub).
+
+    Routers that read adapters' matrices (arrow, spectr, lag, logo) then tell them apart by what they do not share.
+    """
+
+    bank: tyro.conf.Positional[Path]
+    """BANK folder of plain LoRAs of one rank; it stays as it is."""
+    dest: tyro.conf.Positional[Path]
+    """BANK folder to make."""
+    general: tyro.conf.Positional[tuple[str, ...]]
+    """Adapters of general knowledge, such as of Wikipedia's text; DEST has none of them."""
+    base: Path
+    """BASE folder of the bank."""
+    json: Path | None = None
+    """Write the report here too."""
+
+
+@dataclass(frozen=True)
 class BankList:
     """List the adapters of a bank in its order."""
 
@@ -74,12 +93,13 @@ class BankList:
 
 @dataclass(frozen=True)
 class BankCommand:
-    """Change a bank without the PEFT folders that it was made of: add, remove, rename and list adapters."""
+    """Change a bank without the PEFT folders that it was made of: add, remove, rename, subtract and list adapters."""
 
     what: (
         Annotated[BankAdd, tyro.conf.subcommand("add")]
         | Annotated[BankRemove, tyro.conf.subcommand("remove")]
         | Annotated[BankRename, tyro.conf.subcommand("rename")]
+        | Annotated[BankSubtract, tyro.conf.subcommand("subtract")]
         | Annotated[BankList, tyro.conf.subcommand("list")]
     )
 
@@ -136,6 +156,23 @@ def bank_rename(command: BankRename) -> None:
         converters.check_rename(bank.names, *change, str(command.bank))
     lines = _change_gates(command.gates, bank, dict([change]))
     _report(command, bank if done else converters.rename_adapter(command.bank, *change), lines)
+
+
+def bank_subtract(command: BankSubtract) -> None:
+    """Runs `meteora bank subtract`."""
+    from meteora_jax.io import hf_config
+    from meteora_jax.io.bank import load_bank, save_bank
+    from meteora_jax.io.base import read_origin
+
+    if command.dest.exists():
+        raise InputError(f"{command.dest}: expected no such folder, found one")
+    path = command.base / "config.json"
+    bank = load_bank(command.bank, hf_config.from_hf(read_json(path), str(path)), "float32", read_origin(command.base))
+    new = bank.less(command.general, str(command.bank))
+    save_bank(command.dest, new)
+    line = f"{command.dest}: {' '.join(new.names)}, less the mean of {' '.join(command.general)}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    write_json(command.json, {"bank": str(command.dest), **new.config.to_json()})
 
 
 def _gate_names(gates: Path | None) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.loading import load
 from meteora_jax.model.llama import base_arrays
 from meteora_jax.retriever.index import Index
+from meteora_jax.retriever.ranking import read_ranking
 
 _NAMED = 5  # problems that a message about many names
 
@@ -49,11 +50,12 @@ class Comparison(Devices):
     index: Path | None = None
     """INDEX folder, for the systems that retrieve."""
     systems: str = "base,oracle,gates-top1,gates-top2"
-    """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topN, with --index
-    retrieval-selection, -mixture, -fusion and gates-within-topN, an adapter's name, or NAME=FOLDER: a BANK of one
-    adapter or a PEFT folder. Suffixes, in this order: -k5 retrieves five adapters (else 3), -t15 sets the gates'
-    temperature (else as trained; 15, 20, 30 on composite-3, 5, 10), -unseen hides the adapters of a problem's own
-    tasks, as if these were new: gates-within-top2-k5-t15-unseen."""
+    """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topN, of the bank
+    alone arrow-topN, spectr-topN, lag-topN, logo-kN, phatgoose-topN and uniform (all adapters alike), with --index
+    retrieval-selection, -mixture, -fusion, gates-within-topN and (an index of tasks) task-retrieval, an adapter's name,
+    or NAME=FOLDER: a BANK of one adapter or a PEFT folder. Suffixes, in this order: -k5 retrieves five adapters (else
+    3), -t15 sets the gates' temperature (else as trained; 15, 20, 30 on composite-3, 5, 10; of scores 1), -unseen hides
+    the adapters of a problem's own tasks, as if these were new: gates-within-top2-k5-t15-unseen."""
     only: str | None = None
     """Separated by commas: tasks, "all" for one an adapter of the bank, and .json files of LoraRetriever's queries (a
     list of inputs, targets, task, metric). All unless given."""
@@ -104,7 +106,7 @@ def load_systems(command: Comparison, mesh: Mesh | None, dtype: str) -> Loaded:
     for name, folder in folders.items():
         others[name], banks[name] = other_bank(model, arrays, name, folder, command.base)
     index = Index.load(command.index) if command.index else None
-    given = Given(model, others, index)
+    given = Given(model, others, index, read_ranking(command.index) if command.index else None)
     return Loaded(model, [make_system(name, given) for name in names], banks, index)
 
 

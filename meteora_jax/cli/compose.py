@@ -23,6 +23,7 @@ from meteora_jax.evaluation.composite import (
     tasks_of,
 )
 from meteora_jax.evaluation.problems import longest_response
+from meteora_jax.evaluation.wordings import Wording
 from meteora_jax.io import hf_config
 from meteora_jax.text import load_tokenizer
 
@@ -50,6 +51,8 @@ class Compose:
     prompts of tasks that are conversations."""
     max_new_tokens: int = 64
     """Longest answer to a question, as evaluate's: a response to n questions has room for n times as many tokens."""
+    wording: Wording = "numbered"
+    """numbered: MeteoRA's layout; others that ask the same: lettered answers, or reversed ones, last question first."""
     out: Path | None = None
     """A .jsonl file to write instead, of one composite."""
     json: Path | None = None
@@ -77,7 +80,7 @@ def compose(command: Compose) -> None:
             path = generate_composites(
                 command.tasks, tasks, seed=command.seed, count=command.count, shots=command.shots, dest=command.out,
                 max_tokens=limit, count_tokens=None if limit is None else count,
-                tokenizer=tokenizer,
+                tokenizer=tokenizer, wording=command.wording,
             )  # fmt: skip
             prompts = [problem.prompt for problem in read_composites(path)]
         longest = None if count is None else max(map(count, prompts))

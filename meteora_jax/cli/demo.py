@@ -160,9 +160,9 @@ def answer_together(
     Returns:
         the routing of prompt and response; the problems with their answers and whether each is right.
     """
-    from meteora_jax.evaluation.composite import format_prompt
     from meteora_jax.evaluation.metrics import accuracy, read_composite
     from meteora_jax.evaluation.tasks import Example
+    from meteora_jax.evaluation.wordings import format_prompt
 
     prompt = format_prompt([Example(p["prompt"], p["response"]) for p in problems])
     (said,) = model.generate([prompt], max_new_tokens=max_new_tokens * len(problems))

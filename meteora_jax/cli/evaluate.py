@@ -36,6 +36,7 @@ from meteora_jax.evaluation.conversations import CONVERSATIONS, UNNUMBERED, load
 from meteora_jax.evaluation.problems import Problem, load_composites, longest_response
 from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, skipped
+from meteora_jax.evaluation.wordings import WORDINGS, Wording
 from meteora_jax.routing import RoutingTrace, adapter_share, null_share
 
 
@@ -53,7 +54,8 @@ class Evaluate(Comparison):
     """Composite problems, separated by commas: 3, 5, 10 for MeteoRA's or tasks joined by +, drawn into TASKS if they
     are not there; a folder of TASKS that `meteora compose` wrote; or .jsonl files. A response has at most n times
     --max-new-tokens. conversations: turns of other tasks each, of the bank's (conversations=a+b+c: of these);
-    unnumbered: two tasks in one sentence, of the same tasks."""
+    unnumbered: two tasks in one sentence, of the same tasks. lettered=3 and reversed=3 (or of tasks joined by +): the
+    same layout with other answer lines."""
     metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """TASK=METRIC, another than task.json's, MeteoRA's of that task or what fits its responses (exact if they are
     short, else rougeL): exact, contains, choice (the label that the answer says first), number (the last one), bleu,
@@ -156,19 +158,23 @@ def composite_file(command: Evaluate, model: Model, what: str) -> tuple[str, Pat
     written = command.tasks / what / "test.jsonl"
     if what.startswith("composite_") and written.is_file():
         return what, written
-    tasks = tasks_of(what)
-    if len(tasks) < 2:
+    word, equals, named = what.partition("=")
+    default: Wording = "numbered"
+    wording = next((w for w in WORDINGS if equals and w == word), default)
+    tasks = tasks_of(named if equals else what)
+    if len(tasks) < 2 or (equals and word != wording):
         sizes = ", ".join(map(str, COMPOSITES))
         raise InputError(
             f"--composite: expected {sizes}, tasks joined by +, what meteora compose wrote below TASKS, or .jsonl "
             f"files, found {what!r}"
         )
-    path = default_path(command.tasks, tasks, template=template_mark(command.tasks, tasks, model.tokenizer))
+    mark = template_mark(command.tasks, tasks, model.tokenizer)
+    path = default_path(command.tasks, tasks, template=mark, wording=wording)
     if not path.is_file():
         limit = longest_prompt(model.config, longest_response(command.tasks, tasks, command.max_new_tokens))
         generate_composites(
             command.tasks, tasks, max_tokens=limit, count_tokens=counting(model) if limit else None,
-            tokenizer=model.tokenizer,
+            tokenizer=model.tokenizer, wording=wording,
         )  # fmt: skip
     found = read_composites(path)[0].tasks
     if found != tasks:

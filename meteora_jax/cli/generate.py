@@ -31,8 +31,9 @@ class Generate:
     """INDEX folder: the prompt's text finds its adapters."""
     router: str | None = None
     """"gates", "retrieval", "gates-within" (what was retrieved), "none", an adapter's name, or a mixture
-    NAME=WEIGHT,NAME=WEIGHT; by default what is given: gates within retrieval, retrieval, gates, else none: a bank alone
-    does nothing."""
+    NAME=WEIGHT,NAME=WEIGHT; of a bank alone "arrow", "spectr", "lag", "logo" (which read the adapters' matrices),
+    "phatgoose" (their own gates) and "uniform" (all of them alike); by default what is given: gates within retrieval,
+    retrieval, gates, else none: a bank alone does nothing."""
     retrieve: int = 3
     """Adapters that the index finds for a prompt."""
     compose: Literal["selection", "mixture", "fusion"] = "mixture"
@@ -40,9 +41,9 @@ class Generate:
     weights: Literal["uniform", "similarity"] = "uniform"
     """Of the retrieved adapters."""
     gate_top_k: int | None = None
-    """Adapters a token; by default as the gates were trained."""
+    """Adapters a token, by default as the gates were trained; of logo adapters a prompt."""
     gate_temperature: float | None = None
-    """Of the softmax over the chosen gates; by default as the gates were trained."""
+    """Of the softmax over the chosen gates or scores; by default as the gates were trained, and 1 of scores."""
     max_new_tokens: int = 64
     """At most this many tokens a response."""
     temperature: float = 0.0

@@ -1,4 +1,4 @@
-"""`meteora index build | query | add | remove | evaluate`."""
+"""`meteora index build | query | add | remove | evaluate`; `rank` has a file of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.table import Table
 
+from meteora_jax.cli.index_rank import IndexRank
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
 
@@ -129,6 +130,7 @@ class IndexCommand:
         | Annotated[IndexQuery, tyro.conf.subcommand("query")]
         | Annotated[IndexAdd, tyro.conf.subcommand("add")]
         | Annotated[IndexRemove, tyro.conf.subcommand("remove")]
+        | Annotated[IndexRank, tyro.conf.subcommand("rank")]
         | Annotated[IndexEvaluate, tyro.conf.subcommand("evaluate")]
     )
 

@@ -11,7 +11,6 @@ each problem draws its own from train. A question is its task's own prompt, what
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from meteora_jax.config import InputError, LlamaConfig, read_lines
 from meteora_jax.evaluation.tasks import load_split, write_splits
 from meteora_jax.evaluation.tasks.bigbench import COMPOSITE_10
+from meteora_jax.evaluation.wordings import WORDINGS, Wording, check_wording, format_prompt
 from meteora_jax.examples import Example, as_text, parse_example, record_of
 from meteora_jax.text import check_text
 
@@ -49,6 +49,7 @@ class Composite(Example):
 
     tasks: tuple[str, ...]
     answers: tuple[str, ...]
+    wording: Wording = "numbered"
 
 
 def generate_composites(
@@ -62,6 +63,7 @@ def generate_composites(
     count_tokens: Callable[[str], int] | None = None,
     tokenizer: Any = None,
     dest: Path | None = None,
+    wording: Wording = "numbered",
 ) -> Path:
     """Write `count` composite problems of `tasks` as JSON lines {"prompt", "response", "tasks", "answers"}.
 
@@ -70,12 +72,12 @@ def generate_composites(
     is left alone. What is drawn: see `draw_composites`.
     """
     mark = "" if dest else template_mark(tasks_dir, tasks, tokenizer)
-    dest = dest or default_path(tasks_dir, tasks, seed=seed, count=count, shots=shots, template=mark)
+    dest = dest or default_path(tasks_dir, tasks, seed=seed, count=count, shots=shots, template=mark, wording=wording)
     if dest.suffix != ".jsonl":
         raise InputError(f"{dest}: expected a name that ends in .jsonl")
     problems = draw_composites(
         tasks_dir, tasks, seed=seed, count=count, shots=shots, max_tokens=max_tokens, count_tokens=count_tokens,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer, wording=wording,
     )  # fmt: skip
     if not dest.exists():
         write_splits(dest.parent, {dest.stem: problems}, _record)
@@ -89,7 +91,8 @@ def generate_composites(
 
 
 def _record(problem: Composite) -> dict[str, object]:
-    return {**record_of(problem), "tasks": problem.tasks, "answers": problem.answers}
+    wording = {} if problem.wording == "numbered" else {"wording": problem.wording}
+    return {**record_of(problem), "tasks": problem.tasks, "answers": problem.answers, **wording}
 
 
 def tasks_of(name: str) -> tuple[str, ...]:
@@ -113,6 +116,7 @@ def default_path(
     count: int = COUNT,
     shots: int = SHOTS,
     template: str = "",
+    wording: Wording = "numbered",
 ) -> Path:
     """`tasks_dir/composite_<n>/test.jsonl`; what is not the usual shots, seed or count is in the folder's name, and a
     digest of the tasks where they are not MeteoRA's: their problems must not pass for those. So is the `template_mark`
@@ -120,6 +124,7 @@ def default_path(
     n = len(tasks)
     own = hashlib.sha256("+".join(tasks).encode()).hexdigest()[:8]
     unusual = [f"of_{own}"] if COMPOSITES.get(n) != tuple(tasks) else []
+    unusual += [wording] if wording != "numbered" else []
     unusual += [template] if template else []
     unusual += [f"{shots}_shot"] if shots != SHOTS else []
     unusual += [f"seed_{seed}"] if seed != SEED else []
@@ -181,7 +186,10 @@ def _read_composite(line: bytes, where: str) -> Composite:
             check_text(text, f"{where}: {key}: {i}")
     if len(tasks) != len(answers):
         raise InputError(f"{where}: answers: expected one a task ({len(tasks)}), found {len(answers)}")
-    return Composite(example.prompt, example.response, tuple(tasks), tuple(answers))
+    wording = record.get("wording", "numbered")
+    if wording not in WORDINGS:
+        raise InputError(f"{where}: wording: expected one of {', '.join(WORDINGS)}, found {str(wording)[:60]}")
+    return Composite(example.prompt, example.response, tuple(tasks), tuple(answers), wording)
 
 
 def draw_composites(
@@ -194,6 +202,7 @@ def draw_composites(
     max_tokens: int | None = None,
     count_tokens: Callable[[str], int] | None = None,
     tokenizer: Any = None,
+    wording: Wording = "numbered",
 ) -> list[Composite]:
     """`count` problems: sub-questions from test, `shots` worked examples each from train (0 is zero-shot).
 
@@ -204,6 +213,7 @@ def draw_composites(
     that cannot give so many problems.
     """
     _check(tasks, seed=seed, count=count, shots=shots, max_tokens=max_tokens, count_tokens=count_tokens)
+    check_wording(wording, len(tasks), shots)
     length, limit = count_tokens or len, math.inf if max_tokens is None else max_tokens
     # Two generators: what the worked examples draw leaves the questions as they are.
     question_random, shot_random = (np.random.RandomState([seed, stream]) for stream in (0, 1))
@@ -218,9 +228,9 @@ def draw_composites(
             continue
         for _ in range(_REDRAWN_SHOTS if shots else 1):
             drawn = _draw_shots(worked, shots, shot_random)
-            prompt = format_prompt(questions, drawn)
+            prompt = format_prompt(questions, drawn, wording)
             if length(prompt) <= limit:
-                problems[questions] = _composite(tasks, questions, prompt)
+                problems[questions] = _composite(tasks, questions, prompt, wording)
                 break
         else:
             _set_aside(decks, questions, length)
@@ -230,60 +240,9 @@ def draw_composites(
     raise InputError(f"{tasks_dir}: expected tests for {count} different problems{size}, found {len(problems)}")
 
 
-def _composite(tasks: Sequence[str], questions: Sequence[Example], prompt: str) -> Composite:
+def _composite(tasks: Sequence[str], questions: Sequence[Example], prompt: str, wording: Wording) -> Composite:
     answers = tuple(question.response for question in questions)
-    return Composite(prompt, ANSWER_SEPARATOR.join(answers), tuple(tasks), answers)
-
-
-# The text of a prompt
-
-
-def format_prompt(questions: Sequence[Example], shots: Sequence[Sequence[Example]] = ()) -> str:
-    """The prompt of a problem after its worked examples `shots`, each one example a task.
-
-    Zero-shot, which the release does not have, nothing shows which answer line is whose: a number in brackets stands
-    after each question, where all that is to be looked up under that number has been read.
-    """
-    return "".join(piece for piece, _ in prompt_pieces(questions, shots))
-
-
-def prompt_pieces(
-    questions: Sequence[Example], shots: Sequence[Sequence[Example]] = ()
-) -> list[tuple[str, int | None]]:
-    """A prompt cut into what belongs to each sub-question, number and line ends included: (text, which sub-question,
-    from 0; None for what belongs to none)."""
-    if not shots:
-        return [(f"{_ended(question.prompt)}({i + 1})\n\n", i) for i, question in enumerate(questions)]
-    pieces: list[tuple[str, int | None]] = []
-    for number, shot in enumerate(shots, start=1):
-        prompts = [_dedented(_ended(example.prompt)) for example in shot]
-        pieces.append((f"{chr(10) if number > 1 else ''}\nExample {number}:\n\n", None))
-        pieces += [(f"{prompt}\n", i) for i, prompt in enumerate(prompts)]
-        pieces += [(line, i) for i, line in enumerate(answer_pieces(shot))]
-    pieces.append(("\n\nFollowing the example above, generate answers to the questions below:\n\n", None))
-    last = len(questions) - 1
-    asked = [_ended(question.prompt) + ("\n" if i == last else "\n\n") for i, question in enumerate(questions)]
-    return [*pieces, *((text, i) for i, text in enumerate(asked))]
-
-
-def answer_pieces(questions: Sequence[Example]) -> list[str]:
-    """The lines "i. answer" that answer a problem, a line each: a line that began with another number would read
-    as the next answer."""
-    return [f"{i}. {_on_one_line(question.response)}\n" for i, question in enumerate(questions, start=1)]
-
-
-def _dedented(prompt: str) -> str:
-    """A prompt of MeteoRA's format without the whitespace that begins its lines; in others it may mean something."""
-    return re.sub(r"\n[ \t]+", "\n", prompt) if re.fullmatch(r"\[INST\] .* \[/INST\]\n", prompt, re.DOTALL) else prompt
-
-
-def _ended(prompt: str) -> str:
-    """A prompt with the line end that the layout counts on; MeteoRA's prompts and most chat templates have one."""
-    return prompt if prompt.endswith("\n") else prompt + "\n"
-
-
-def _on_one_line(text: str) -> str:
-    return re.sub(r"\s*\n\s*", " ", text.strip())
+    return Composite(prompt, ANSWER_SEPARATOR.join(answers), tuple(tasks), answers, wording)
 
 
 # Drawing

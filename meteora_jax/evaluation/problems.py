@@ -9,10 +9,11 @@ from pathlib import Path
 
 from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.composite import read_composites
-from meteora_jax.evaluation.metrics import Metric, meteora_metric, read_composite
+from meteora_jax.evaluation.metrics import Metric, meteora_metric
 from meteora_jax.evaluation.named_metrics import metric_for
 from meteora_jax.evaluation.tasks import load_splits
 from meteora_jax.evaluation.tasks.settings import read_settings
+from meteora_jax.evaluation.wordings import Wording, read_answers, stops
 from meteora_jax.examples import Example
 from meteora_jax.prompts import Message, last_text
 from meteora_jax.text import check_text
@@ -29,7 +30,8 @@ class Problem:
     where it is a conversation; `prompt` is what the user says in it then. `metrics` score the answers, one a part;
     MeteoRA's own if there are none. `max_new_tokens` is the task's own longest response, if it has one.
     A turn of a conversation `asks` of one task, while `task` is the row of all turns; `turn` counts from 1. A composite
-    that is not `numbered` asks in one sentence: each answer is looked for in all that was said.
+    that is not `numbered` asks in one sentence: each answer is looked for in all that was said; one that is may have
+    another `wording` than MeteoRA's.
     """
 
     id: str
@@ -46,6 +48,7 @@ class Problem:
     asks: str = ""
     turn: int = 0
     numbered: bool = True
+    wording: Wording = "numbered"
 
     @property
     def asked(self) -> str | list[Message]:
@@ -79,11 +82,11 @@ class Problem:
     @property
     def stop(self) -> tuple[str, ...]:
         """Strings that end a response: an answer n + 1 that nobody asked for."""
-        return (f"\n{self.parts + 1}.",) if self.tasks and self.numbered else ()
+        return stops(self.parts, self.wording) if self.tasks and self.numbered else ()
 
     def answers_in(self, text: str) -> list[str]:
         """What was said to each part of a composite problem."""
-        return read_composite(text, self.parts) if self.numbered else [text] * self.parts
+        return read_answers(text, self.parts, self.wording) if self.numbered else [text] * self.parts
 
 
 def load_problems(
@@ -147,7 +150,7 @@ def load_composites(
     own = [
         Problem(
             f"{row}/{path.stem}/{i}", row, c.prompt, c.response, c.tasks, c.answers, metrics=tuple(metrics),
-            max_new_tokens=tokens,
+            max_new_tokens=tokens, wording=c.wording,
         )
         for i, c in enumerate(composites)
     ]  # fmt: skip

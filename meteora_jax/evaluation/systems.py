@@ -18,12 +18,15 @@ from meteora_jax.evaluation.problems import Problem
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.prompts import Prompt
 from meteora_jax.retriever.index import Index
-from meteora_jax.routing import RoutingTrace
+from meteora_jax.retriever.ranking import Ranking
+from meteora_jax.routing import AnyRouter, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
-from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.gates import Choosing, Gates
+from meteora_jax.routing.named import BY_TOKEN, named_router
 from meteora_jax.routing.retrieval import COMPOSITIONS, Compose, GatesWithin, Retrieval
+from meteora_jax.routing.task_retrieval import TaskRetrieval
 
-Route = Callable[[Problem], Fixed | Gates | Retrieval | GatesWithin | None]  # a problem -> the router of its answer
+Route = Callable[[Problem], AnyRouter | None]  # a problem -> the router of its answer
 
 # Temperature of the gates on MeteoRA's composite-n problems, by n.
 COMPOSITE_TEMPERATURES = {3: 15.0, 5: 20.0, 10: 30.0}
@@ -100,7 +103,8 @@ class System:
 
 @dataclass(frozen=True)
 class Given:
-    """What systems are made of: the model, other models over the same base by name, and an index of the adapters.
+    """What systems are made of: the model, other models over the same base by name, and an index of the adapters, or of
+    tasks with the adapters ranked for each.
 
     Each of `others` holds one adapter, which its system uses for every problem.
     """
@@ -108,6 +112,7 @@ class Given:
     model: Model
     others: Mapping[str, Model] = field(default_factory=dict)
     index: Index | None = None
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,33 @@ def _retrieval(name: re.Match[str], given: Given) -> Route:
     return route
 
 
+def _named(name: re.Match[str], given: Given) -> Route:
+    """A router of `routing.named`: of each prompt alone, by the adapters' matrices or own gates."""
+    options = name.groupdict()
+    word, top, temperature = options["word"], options.get("top"), options.get("temperature")
+    names = given.model.adapter_names
+    hidden = _hidden(name, names)
+
+    def route(problem: Problem) -> AnyRouter | None:
+        gone = hidden(problem)
+        within = [n for n in names if n not in gone] if gone else None
+        return named_router(word, names, int(top) if top else None, float(temperature) if temperature else None, within)
+
+    return route
+
+
+def _task_retrieval(name: re.Match[str], given: Given) -> Route:
+    if given.index is None or given.ranking is None:
+        raise InputError(f"--systems: {name[0]}: expected --index with the ranking of `meteora index rank`, found none")
+    index, ranking, k = given.index, given.ranking, int(name["found"] or RETRIEVED)
+    hidden = _hidden(name, given.model.adapter_names)
+
+    def route(problem: Problem) -> TaskRetrieval:
+        return TaskRetrieval(index, ranking, k, exclude=hidden(problem))
+
+    return route
+
+
 def _index(name: re.Match[str], given: Given) -> tuple[Index, int]:
     """The index, and how many adapters it is to find."""
     if given.index is None:
@@ -230,6 +262,7 @@ def _hidden(name: re.Match[str], names: Sequence[str]) -> Callable[[Problem], tu
     return hidden
 
 
+_WORDS = "|".join(BY_TOKEN)
 _TOP, _COMPOSE = r"top(?P<top>[1-9]\d*)", "|".join(COMPOSITIONS)
 
 FAMILIES = [
@@ -237,6 +270,10 @@ FAMILIES = [
     Family("oracle", "oracle", _oracle, composites=False),
     Family("gates-topN", f"gates-{_TOP}", _gates, ("-tN", UNSEEN)),
     Family("gates-within-topN", f"gates-within-{_TOP}", _gates_within, ("-kN", "-tN", UNSEEN)),
+    Family(f"{_WORDS}-topN", f"(?P<word>{_WORDS})-{_TOP}", _named, ("-tN", UNSEEN)),
+    Family("logo-kN", r"(?P<word>logo)-k(?P<top>[1-9]\d*)", _named, (UNSEEN,)),
+    Family("uniform", "(?P<word>uniform)", _named, (UNSEEN,)),
+    Family("task-retrieval", "task-retrieval", _task_retrieval, ("-kN", UNSEEN)),
     Family(f"retrieval-{_COMPOSE}", f"retrieval-(?P<compose>{_COMPOSE})", _retrieval, ("-kN", UNSEEN)),
 ]
 
@@ -296,7 +333,7 @@ def check_routes(systems: Sequence[System], problems: Sequence[Problem]) -> None
                 if router.k > left:
                     wrong.append(f"--systems: {system.name}: expected to retrieve at most {left}, found {router.k}")
                     break
-            if isinstance(router, Gates | GatesWithin) and router.top_k > len(system.model.adapter_names):
+            if isinstance(router, Choosing | GatesWithin) and router.top_k > len(system.model.adapter_names):
                 most = len(system.model.adapter_names)
                 wrong.append(f"--systems: {system.name}: expected at most {most} (the bank's adapters) for top-k")
                 break

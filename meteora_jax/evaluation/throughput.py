@@ -32,7 +32,8 @@ def choose_prompts(problems: Sequence[Problem], batch: int) -> list[Problem]:
 
 
 def time_generation(system: System, problems: Sequence[Problem], new_tokens: int) -> dict[str, float]:
-    """Seconds of one batch: `retrieval` of its adapters; `prefill`, until every request has its first token; `decoding`
+    """Seconds of one batch: `retrieval` of its adapters, or the pass that chooses
+    them; `prefill`, until every request has its first token; `decoding`
     of the rest of its `new_tokens`."""
     model: Any = system.model
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=()))
@@ -42,6 +43,7 @@ def time_generation(system: System, problems: Sequence[Problem], new_tokens: int
     router, _ = look_up(
         routers, len(problems), lambda: [user_texts(p.messages) if p.messages else p.prompt for p in problems]
     )
+    router = model.after_pass(router, ids)
     found = time.perf_counter()
     requests = [model.request(row, own, new_tokens) for row, own in zip(ids, router, strict=True)]
     engine = Engines(model.graph, model.weights, model.config, model.mesh, None).holding(requests)

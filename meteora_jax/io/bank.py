@@ -37,7 +37,7 @@ def load_bank(
 
     a, b, scale = part("a", config.ranks, dtype), part("b", config.ranks, dtype), part("scale", config.ranks)
     dora, bias = part("dora", config.dora), part("bias", config.lora_bias)
-    return AdapterBank(a, b, scale, config, dora, bias, vocab)
+    return AdapterBank(a, b, scale, config, dora, bias, vocab, part("own_gate", config.own_gates))
 
 
 def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
@@ -46,8 +46,8 @@ def save_bank(folder: str | os.PathLike[str], bank: AdapterBank) -> None:
     Each adapter's `sha256` becomes that of its own tensors here: they are from no file.
     """
     assert not bank.vocab_adapters, "a bank from training has adapters in the layers alone"
-    parts = {"a": bank.a, "b": bank.b, "scale": bank.scale}
-    tensors = {f"{p}.{k}": np.ascontiguousarray(v[p], np.float32) for k, v in parts.items() for p in bank.config.ranks}
+    parts = {"a": bank.a, "b": bank.b, "scale": bank.scale, "own_gate": bank.own_gate}
+    tensors = {f"{p}.{k}": np.ascontiguousarray(v[p], np.float32) for k, v in parts.items() for p in v}
     infos = []
     for i, info in enumerate(bank.config.adapters):
         digest = hashlib.sha256()

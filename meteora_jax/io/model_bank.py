@@ -22,7 +22,10 @@ from meteora_jax.model.vocab_adapters import vocab_tensors
 from meteora_jax.sharding import Params, sharding, tensor_shards
 
 # Of a model's arrays those with an axis of adapters, or of the gates' columns: which one.
-ADAPTER_AXES = {"lora_a": -3, "lora_b": -3, "lora_scale": -1, "lora_dora": -2, "lora_bias": -2, "rows": -3, "ids": -2}
+ADAPTER_AXES = {
+    "lora_a": -3, "lora_b": -3, "lora_scale": -1, "lora_arrow": -2, "lora_spectr": -3, "lora_dora": -2,
+    "lora_bias": -2, "own_gate": -2, "rows": -3, "ids": -2,
+}  # fmt: skip
 COLUMN_AXES = {"gate": -1, "task": -1, "previous": -1}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,11 +15,13 @@ from meteora_jax.model.lora_linear import LoRALinear
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.gates import KnownLogits
+from meteora_jax.routing.gates import GATES, KnownLogits
+from meteora_jax.routing.scores import SHRUNK, GroupScores
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Chooser, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
 from pallas_kernels.paged_attention import StepTokens
+from pallas_kernels.routed_lora.reference import shrink
 
 EPILOGUES: dict[str, Epilogue] = {"qkv": "qkv", "o": "residual", "gate_up": "silu", "down": "residual"}
 FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
@@ -49,7 +52,7 @@ def refusal(
     given = router.known(None)
     fuses = given is not None and given.fused is not None
     if given is None and router.gating is None:
-        fuses = _chosen_shapes(router, linears[0], rows).fused is not None
+        fuses = _chosen_shapes(router, layers, rows).fused is not None
     for linear in linears:
         if fuses and _is_wide(linear, execution):
             return "fusion in a wide bank"
@@ -64,11 +67,18 @@ def _is_wide(linear: LoRALinear | PackedLinear, execution: ExecutionConfig) -> b
     return linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
 
 
-def chooser(router: BoundRouter) -> Chooser:
+def chooser(router: BoundRouter, layers: Any) -> Chooser:
     """What asks a router for a group's routing that takes more than the plain top-k of all its logits."""
+    groups = {first: getattr(layers, group) for group, first in FIRST.items()}
 
-    def choose(x: jax.Array, logits: jax.Array) -> Choice:
-        routing = router.route(x[:, None], KnownLogits(logits[:, None]))
+    def choose(layer: int, first: int, x: jax.Array, logits: jax.Array, shrinks: jax.Array | None) -> Choice:
+        x, gates = x[:, None], KnownLogits(logits[:, None])
+        if not router.asks <= GATES:
+            linear = groups[first]
+            if router.asks & SHRUNK and shrinks is None:  # of a wide bank
+                shrinks = shrink(x, linear.lora_a[...][layer])[:, 0]
+            gates = GroupScores.of(linear, x, gates, None if shrinks is None else shrinks[:, None], layer)
+        routing = router.route(x, gates)
         shape = *logits.shape[:2], routing.indices.shape[-1]
         indices, weights = (jnp.broadcast_to(z[:, 0], shape) for z in (routing.indices, routing.weights))
         return Choice(shape[-1], None, None, indices, weights, routing.fused)
@@ -76,11 +86,14 @@ def chooser(router: BoundRouter) -> Chooser:
     return choose
 
 
-def _chosen_shapes(router: BoundRouter, linear: LoRALinear | PackedLinear, rows: int) -> Any:
-    """A `Choice` of shapes: what `chooser` gives of one projection."""
+def _chosen_shapes(router: BoundRouter, layers: Any, rows: int) -> Any:
+    """A `Choice` of shapes: what `chooser` gives of one group."""
+    linear: LoRALinear | PackedLinear = layers.qkv
     assert linear.lora_a is not None
-    shapes = (rows, linear.lora_a.shape[-1]), (rows, 1, linear.gate_columns)
-    return jax.eval_shape(chooser(router), *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    _, p, adapters, rank, width = linear.lora_a.shape
+    shapes = (rows, width), (rows, p, linear.gate_columns), (rows, p, adapters, rank)
+    choose = functools.partial(chooser(router, layers), 0, FIRST["qkv"])
+    return jax.eval_shape(choose, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
 
 
 def group_weights(
@@ -132,7 +145,7 @@ def run_layers(
         top_k = router.gating.k
         choice = Choice(top_k, router.gating.counts, router.gating.temperatures)
     elif router is not None:
-        choice, top_k = chooser(router), _chosen_shapes(router, layers.qkv, rows).top_k
+        choice, top_k = chooser(router, layers), _chosen_shapes(router, layers, rows).top_k
     shape = (depth, rows, sum(map(len, GROUPS.values())), top_k) if top_k else (1,)
     traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam, group_rank
+from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam, OwnGateParam, group_rank
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.numerics import contract
-from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.gates import GateParam, KnownLogits, ProjectionGates
+from meteora_jax.routing import BoundRouter, GateLogits, Routing
+from meteora_jax.routing.gates import GATES, GateParam, KnownLogits, ProjectionGates
+from meteora_jax.routing.scores import SHRUNK, GroupScores
 from meteora_jax.sharding import constrain, splits_inner
 from pallas_kernels.routed_lora import LoraBank, routed_lora
-from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
+from pallas_kernels.routed_lora.api import choose_for_wide_bank
+from pallas_kernels.routed_lora.reference import KEPT, einsum_float32, shrink
 from pallas_kernels.routed_lora.xla import FEW_ROWS
 
 
@@ -55,7 +57,8 @@ class LoRALinear(nnx.Module):
 
     kernel [I, O] holds the projections' columns side by side, so one matmul serves the group;
     lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, G], None without gates here;
-    lora_dora, lora_bias float32 [A, O], None where no adapter has any.
+    lora_arrow [P, A, R], lora_spectr [P, A, R, R], float32: what routers read of adapters, see `meteora_jax.spectra`;
+    lora_dora, lora_bias float32 [A, O], own_gate float32 [P, A, I], None where no adapter has any.
     O's columns lie in `shards` parts of equal width, each with its share of every projection: `sharding.shard_order`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
@@ -79,15 +82,26 @@ class LoRALinear(nnx.Module):
         # a projection without a bias in a group that has one does not occur in the family
         biased = config.projection_bias(GROUPS[group][0])
         self.bias = BaseParam(jnp.zeros((total,), dtype), axes=(o,)) if biased else None
-        a = b = scale = None
+        a = b = scale = arrow = spectr = None
+        self.adapters = adapters
         if rank:
             a = init(rngs.params(), (count, adapters, rank, width), dtype)
             a = AdapterParam(a, axes=(None, None, None, i))
             b = AdapterParam(jnp.zeros((adapters, rank, total), dtype), axes=(None, None, o))
-            scale = AdapterConstant(jnp.zeros((count, adapters), jnp.float32), axes=(None, None))
+
+            def constant(*shape) -> AdapterConstant:
+                return AdapterConstant(
+                    jnp.zeros((count, adapters, *shape), jnp.float32), axes=(None,) * (2 + len(shape))
+                )
+
+            scale, arrow, spectr = constant(), constant(rank), constant(rank, rank)
         self.lora_a, self.lora_b, self.lora_scale = a, b, scale
+        self.lora_arrow, self.lora_spectr = arrow, spectr
         self.lora_dora = columns() if bank and any(p in bank.dora for p in GROUPS[group]) else None
         self.lora_bias = columns() if bank and any(p in bank.lora_bias for p in GROUPS[group]) else None
+        own = jnp.zeros((count, adapters, width), jnp.float32)
+        gated = bank is not None and any(p in bank.own_gates for p in GROUPS[group])
+        self.own_gate = OwnGateParam(own, axes=(None, None, i)) if gated else None
         self.gate_columns = gate_columns
         gate = jnp.zeros((width, count, gate_columns), jnp.float32) if gate_columns else None
         self.gate = None if gate is None else GateParam(gate, axes=(i, None, None))
@@ -95,6 +109,10 @@ class LoRALinear(nnx.Module):
     def base_kernel(self) -> jax.Array:
         """The base's kernel."""
         return self.kernel[...]
+
+    def shrink(self, x: jax.Array) -> jax.Array | None:
+        """x [B, T, I] through every A, float32 [B, T, P, A, R]; None where no adapter has a part."""
+        return None if self.lora_a is None else shrink(x, self.lora_a[...])
 
     def __call__(
         self,
@@ -120,9 +138,13 @@ class LoRALinear(nnx.Module):
         routing = None
         if router is not None:
             # without gates here the router is a routing, which asks for no logits
-            gates = KnownLogits(None) if self.gate is None else ProjectionGates(self.gate[...])
+            gates: GateLogits = KnownLogits(None) if self.gate is None else ProjectionGates(self.gate[...])
+            shrunk = None
+            if not router.asks <= GATES:
+                shrunk = self.shrink(x) if router.asks & SHRUNK else None
+                gates = GroupScores.of(self, x, gates, shrunk)
             routing = router.route(x, gates)
-            y = self._adapted(x, plain, y, routing, summed, execution)
+            y = self._adapted(x, plain, y, routing, summed, execution, shrunk)
         y = y.astype(x.dtype)
         if keep:
             # without the barrier XLA multiplies a second time, to write one of the results where it is kept
@@ -130,19 +152,24 @@ class LoRALinear(nnx.Module):
         return self._split(y), routing
 
     def _adapted(
-        self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing, summed: bool, execution: ExecutionConfig
-    ) -> jax.Array:
+        self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing, summed: bool, execution: ExecutionConfig,
+        shrunk: jax.Array | None,
+    ) -> jax.Array:  # fmt: skip
         """y [B, T, O], the base's output, + what the routed adapters add; plain is y without the base's bias.
 
-        summed: y is a sum over devices, which a shrink by every adapter joins."""
+        summed: y is a sum over devices, which a shrink by every adapter joins. shrunk: what was shrunk for the router.
+        """
         if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
             return y
         a, scale, splits = self.lora_a[...], self.lora_scale[...], tuple(o // self.shards for o in self.splits)
-        dense = summed and a.shape[1] * a.shape[2] <= execution.dense_width and routing.fused is None
+        wide = a.shape[1] * a.shape[2] > execution.dense_width
+        how = "reference" if summed and not wide and routing.fused is None else None
+        if shrunk is not None and wide:  # the chosen alone are shrunk again
+            shrunk, how = None, choose_for_wide_bank(x.shape[0] * x.shape[1])
 
         def part(plain: jax.Array, y: jax.Array, b: jax.Array, dora: Any, bias: Any) -> jax.Array:
             y = routed_lora(
-                x, LoraBank(a, b, scale, splits), routing, y, implementation="reference" if dense else None,
+                x, LoraBank(a, b, scale, splits), routing, y, shrink=shrunk, implementation=how,
                 platform=execution.platform,
             )  # fmt: skip
             if dora is not None:

@@ -12,11 +12,12 @@ from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model.lora_linear import LoRALinear
 from meteora_jax.numerics import contract
-from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.routing.gates import KnownLogits
+from meteora_jax.routing import BoundRouter, GateLogits, Routing
+from meteora_jax.routing.gates import GATES, KnownLogits
+from meteora_jax.routing.scores import SHRUNK, GroupScores
 from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
-from pallas_kernels.routed_lora.reference import einsum_float32
+from pallas_kernels.routed_lora.reference import einsum_float32, shrink
 from pallas_kernels.routed_lora.triton_gpu import MAX_TOKENS, topk_gated_lora
 from pallas_kernels.routed_lora.xla import FEW_ROWS
 
@@ -52,6 +53,9 @@ class PackedLinear(nnx.Module):
         self.lora_a: AdapterParam = linear.lora_a
         self.lora_b: AdapterParam = linear.lora_b
         self.lora_scale: AdapterConstant = linear.lora_scale
+        self.lora_arrow, self.lora_spectr = linear.lora_arrow, linear.lora_spectr
+        self.own_gate = linear.own_gate
+        self.adapters, self.shards = adapters, 1
 
     def base_kernel(self) -> jax.Array:
         """The base's [L, I, O], copied."""
@@ -71,7 +75,7 @@ class PackedLinear(nnx.Module):
         layer: jax.Array | int = 0,
         keep: bool = False,
     ) -> tuple[list[jax.Array], Routing | None]:
-        """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted, without logits.
+        """x [B, T, I] -> each projection's [B, T, O_p], and the routing that acted.
 
         layer: which one of the packed weight. keep: not for inference.
         """
@@ -86,7 +90,7 @@ class PackedLinear(nnx.Module):
             """Rows of the layer, in one slice of the stack: of a slice of a slice XLA makes a copy, 15 GB a prompt."""
             return jax.lax.dynamic_slice(kernel, (layer, start, 0), (1, count, width), allow_negative_indices=False)[0]
 
-        given = None if router is None else router.known(None)
+        given = None if router is None or router.asks else router.known(None)
         requests = given is not None and (given.fused is not None or self._few_choices(given))
         if router is None or requests:
             y = self._with_bias(contract("bti,oi->bto", x, rows(0, total), 1))
@@ -108,14 +112,19 @@ class PackedLinear(nnx.Module):
             y, *chosen = topk_gated_lora(*flat, self.gate_columns)
             routing = Routing(*(z.reshape(batch, tokens, *z.shape[1:]) for z in chosen))
             return self._split(y.reshape(batch, tokens, total)), routing
-        routing = router.route(x, KnownLogits(product[..., : self.gate_columns]))
-        routing = Routing(routing.indices, routing.weights, fused=routing.fused)
+        shrunk = None
+        if not self.wide:
+            shrunk = product[..., first : first + adapters * rank].reshape(batch, tokens, projections, adapters, rank)
+        gates: GateLogits = KnownLogits(product[..., : self.gate_columns])
+        if not router.asks <= GATES:
+            all_shrunk = shrink(x, bank.a) if self.wide and router.asks & SHRUNK else shrunk
+            gates = GroupScores.of(self, x, gates, all_shrunk)
+        routing = router.route(x, gates)
         if self.wide or routing.fused is not None:
             implementation = choose_for_wide_bank(batch * tokens) if self.wide else None
             y = routed_lora(x, bank, routing, y, implementation=implementation, platform=execution.platform)
         else:
-            shrink = product[..., first : first + adapters * rank].reshape(batch, tokens, projections, adapters, rank)
-            y = routed_lora(x, bank, routing, y, shrink=shrink, platform=execution.platform)
+            y = routed_lora(x, bank, routing, y, shrink=shrunk, platform=execution.platform)
         return self._split(y), routing
 
     def _few_choices(self, routing: Routing) -> bool:

@@ -15,6 +15,7 @@ from meteora_jax.model.llama import Llama, LlamaOutput, Observer
 from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.numerics import matmul_precision
 from meteora_jax.routing import BoundRouter
+from meteora_jax.routing.gates import GATES, KnownLogits
 from meteora_jax.routing.token_router import Hop, RouterCache, Sight, TokenRouter, choose
 from pallas_kernels.paged_attention import StepTokens
 
@@ -69,7 +70,7 @@ class RoutedLlama(Llama):
         run = super().__call__
         how: dict[str, Any] = dict(step=step, segments=segments, observe=observe, remat=remat)
         held = None if cache is None else cache.model
-        if router is None or router.known(positions) is not None:
+        if router is None or "gates" not in router.asks:
             out = run(tokens, positions, router, cache=held, **how)
             return out if cache is None else dataclasses.replace(out, cache=RoutedCache(out.cache, cache.router))
         self._vocab_routing(router)  # refuses a choice by token where adapters change the embedding or the head
@@ -80,8 +81,12 @@ class RoutedLlama(Llama):
                 sight = Sight(positions, step=step, slots=step.slots(cache.block_size), execution=self.execution)
             x = self.embed[...][tokens]
             hops, own = self.token_router(x, sight, None if cache is None else cache.router)
-            routing = choose(router, x, hops[-1].logits)
-        out = run(tokens, positions, routing, cache=held, **how)
+            logits, left = hops[-1].logits, router
+            if router.asks == GATES:
+                left = choose(router, x, logits)
+            else:  # others wait for the projections
+                left = router.after_gates(x, KnownLogits(logits[:, :, None]))
+        out = run(tokens, positions, left, cache=held, **how)
         return out if own is None else dataclasses.replace(out, cache=RoutedCache(out.cache, own))
 
     def hops(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[Hop, Hop]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ import numpy as np
 from meteora_jax.config import InputError
 from pallas_kernels.routed_lora.reference import dense_weights
 from pallas_kernels.topk_gating import NO_ADAPTER, TopK
+
+# What a router may ask of a projection group: the logits of gates (or of a token router), or a score of `scores.py`.
+Score = Literal["gates", "arrow", "spectr", "inverse-entropy", "phatgoose", "own-gate"]
+NOTHING: frozenset[Score] = frozenset()
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +47,16 @@ class Routing:
     def gating(self) -> None:
         """Nothing is left to choose."""
 
+    @property
+    def asks(self) -> frozenset[Score]:
+        """Nothing."""
+        return NOTHING
+
     def known(self, positions: jax.Array | None) -> Routing:
+        """Itself."""
+        return self
+
+    def after_gates(self, x: jax.Array, gates: GateLogits) -> Routing:
         """Itself."""
         return self
 
@@ -85,6 +98,11 @@ class GateLogits(Protocol):
         """float32 [B, T, P, A] of x [B, T, I], a null choice behind the adapters."""
         ...
 
+    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
+        """Another score than the gates', float32 [B, T, P, A], -inf where an adapter has no part; with tokens int32 [B]
+        of that token of each row alone, [B, 1, P, A]. Only scores that the router `asks` for are there."""
+        ...
+
 
 @runtime_checkable
 class BoundRouter(Protocol):
@@ -96,9 +114,19 @@ class BoundRouter(Protocol):
         for every other."""
         ...
 
+    @property
+    def asks(self) -> frozenset[Score]:
+        """The scores that `route` asks a projection group for; none where the routing is known."""
+        ...
+
     def known(self, positions: jax.Array | None) -> Routing | None:
         """The routing of tokens int32 [B, T] at these positions of their sequences, [B, 1 or T, 1, C], where it depends
         on nothing else; None where gates decide. positions None: of no token in particular, [B, 1, 1, C]."""
+        ...
+
+    def after_gates(self, x: jax.Array, gates: GateLogits) -> BoundRouter:
+        """What is left for the projections once a token router has spoken: who asks for gates has the routing [B, T, 1,
+        C] that its logits of embeddings x [B, T, D] make; every other is itself."""
         ...
 
     def route(self, x: jax.Array, gates: GateLogits) -> Routing:
@@ -126,7 +154,10 @@ class Movable(Protocol):
 class Router(Protocol):
     """What a caller passes as `router=`. A new kind of router needs these two methods and nothing else."""
 
-    needs_gates: bool
+    @property
+    def needs_gates(self) -> bool:
+        """Whether a model without trained gates is refused."""
+        ...
 
     def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
         """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER."""
@@ -156,15 +187,42 @@ def refuse(router: Any) -> NoReturn:
 
 @runtime_checkable
 class RequestRouter(Protocol):
-    """What a request's text is looked up for (`Retrieval`, `GatesWithin`); it makes a `Router` of what was found."""
+    """What a request's text is looked up for (`Retrieval`, `GatesWithin`, `TaskRetrieval`); it makes a `Router` of what
+    was found: of `index`'s names, `hidden` ones excluded, the `k` best, by what `read` says of a conversation."""
+
+    @property
+    def index(self) -> Any: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def read(self) -> Any: ...
+    @property
+    def hidden(self) -> tuple[str, ...]: ...
 
     def router(self, found: Any) -> Router:
         """The router of a request for which `found` was retrieved."""
         ...
 
 
+@runtime_checkable
+class PassRouter(Protocol):
+    """What chooses by one pass of the prompt through the base (`Logo`), in which no adapter acts."""
+
+    @property
+    def probes(self) -> Score:
+        """The score that the pass takes of every adapter."""
+        ...
+
+    def after_pass(self, scores: np.ndarray, names: tuple[str, ...]) -> Router:
+        """The router of a request: scores float32 [L, P, A] at its prompt's last token, projections in the order of
+        PROJECTIONS, -inf where an adapter has no part."""
+        ...
+
+
 # What callers pass as `router=`: a router, one of `routing.named.WORDS`, None (the bare base), or a list, one a prompt.
-RouterArgument = Router | RequestRouter | str | None | Sequence[Router | RequestRouter | str | None]
+AnyRouter = Router | RequestRouter | PassRouter
+OneRouter = AnyRouter | str | None
+RouterArgument = OneRouter | Sequence[OneRouter]
 
 
 def bind(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.config import BankConfig, InputError
-from meteora_jax.routing import BoundRouter, GateLogits, Routing
+from meteora_jax.routing import NOTHING, BoundRouter, GateLogits, Routing, Score
 
 NEVER = np.iinfo(np.int32).max
 
@@ -49,6 +49,15 @@ class Invoked:
         starts = np.repeat(np.asarray(self.starts), where.shape[1], axis=-1)
         return Invoked(self.routing.moved(where, count, columns), starts)
 
+    @property
+    def asks(self) -> frozenset[Score]:
+        """Nothing."""
+        return NOTHING
+
+    def after_gates(self, x: jax.Array, gates: GateLogits) -> Invoked:
+        """Itself."""
+        return self
+
     def known(self, positions: jax.Array | None) -> Routing:
         """indices [B, 1, 1, C], weights [B, T, 1, C]: 0 on the tokens before a choice's start. Where weights may not
         vary, at embedding and head, no adapter with an invocation acts."""
@@ -79,7 +88,8 @@ def watch(
     if routing is None:
         raise InputError(
             f"router: expected one that names the adapters of a request (Fixed, Retrieval): {', '.join(bank.invoked)} "
-            "act from their invocation on, which gates were not trained with; found one that chooses for every token"
+            "act from their invocation on, of which a choice by token knows nothing; found one "
+            "that chooses for every token"
         )
     chosen = np.asarray(routing.indices)[:, 0, 0]
     found = [[bank.adapters[i].invocation if i >= 0 else () for i in row] for row in chosen]

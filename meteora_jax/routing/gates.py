@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
-from meteora_jax.routing import GateLogits, Routing
+from meteora_jax.routing import GateLogits, Routing, Score
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
 from pallas_kernels.topk_gating import TopK, topk_gating
+
+GATES: frozenset[Score] = frozenset({"gates"})
 
 
 class GateParam(nnx.Param):
@@ -34,6 +36,10 @@ class ProjectionGates:
         """x @ Wg, float32 [B, T, P, A], of the group's input x [B, T, I]."""
         return checkpoint_name(einsum_float32(x.dtype, "bti,ipa->btpa", x, self.weight.astype(x.dtype)), KEPT)
 
+    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
+        """None but the logits."""
+        raise NotImplementedError(f"gates have no score {score!r}")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +52,58 @@ class KnownLogits:
         """These, whatever x is."""
         return self.values
 
+    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
+        """None but the logits."""
+        raise NotImplementedError(f"known logits have no score {score!r}")
+
 
 def check_choice(given: Arguments, top_k: Any, temperature: Any) -> None:
     """How many adapters gates may choose, and how sharply."""
     given.whole("top_k", top_k)
     given.number("temperature", temperature, "a positive number", lambda t: t > 0)
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """A router that chooses its `top_k` by a softmax, of the adapters `within`; None: of all."""
+
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def within(self) -> tuple[str, ...] | None: ...
+
+
+def check_choosing(given: Arguments, router: Choosing) -> None:
+    """What a caller has chosen by."""
+    check_choice(given, router.top_k, router.temperature)
+    if router.within is None:
+        return
+    given.texts("within", router.within)
+    if isinstance(router.top_k, int) and not isinstance(router.within, str) and len(set(router.within)) < router.top_k:
+        given.refuse("within", f"at least {router.top_k} adapters (top_k)", router.within)
+
+
+def bound_choice(routers: Sequence[Choosing | None], names: tuple[str, ...]) -> tuple[TopK, Any]:
+    """The rule of a batch whose rows are routed by these, None by none of them; and bool [B, A], the adapters that each
+    row may choose, None where all may choose all.
+
+    Raises:
+        InputError: more adapters than there are, or unknown ones.
+    """
+    kind = next(type(r).__name__ for r in routers if r is not None)
+    counts = [r.top_k if r is not None else 0 for r in routers]
+    if max(counts) > len(names):
+        raise InputError(f"{kind}: top_k: expected at most {len(names)} (the bank's adapters), found {max(counts)}")
+    temperatures = [r.temperature if r is not None else 1.0 for r in routers]
+    named = [r.within if r is not None and r.within is not None else names for r in routers]
+    if unknown := sorted({n for row in named for n in row} - set(names)):
+        raise InputError([f"{kind}: within: expected one of {', '.join(names)}, found {n!r}" for n in unknown])
+    allowed = None
+    if any(row is not names for row in named):
+        allowed = jnp.asarray([[n in row for n in names] for row in map(set, named)])
+    return TopK(jnp.asarray(counts, jnp.int32), jnp.asarray(temperatures, jnp.float32), max(counts)), allowed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,28 +123,14 @@ class Gates:
 
     def __post_init__(self):
         with Arguments("Gates") as given:
-            check_choice(given, self.top_k, self.temperature)
-            if self.within is not None:
-                given.texts("within", self.within)
-        if self.within is not None and len(set(self.within)) < self.top_k:
-            raise InputError(f"Gates: within: expected at least {self.top_k} adapters (top_k), found {self.within}")
+            check_choosing(given, self)
 
     def named(self) -> tuple[str, ...] | int:
         """Those that may be chosen; its top_k of any where it names none."""
         return self.top_k if self.within is None else tuple(dict.fromkeys(self.within))
 
     def bind(self, routers: Sequence[Gates | None], names: tuple[str, ...]) -> BoundGates:
-        counts = [r.top_k if r is not None else 0 for r in routers]
-        if max(counts) > len(names):
-            raise InputError(f"Gates: top_k: expected at most {len(names)} (the bank's adapters), found {max(counts)}")
-        temperatures = [r.temperature if r is not None else 1.0 for r in routers]
-        named = [r.within if r is not None and r.within is not None else names for r in routers]
-        if unknown := sorted({n for row in named for n in row} - set(names)):
-            raise InputError([f"Gates: within: expected one of {', '.join(names)}, found {n!r}" for n in unknown])
-        allowed = None
-        if any(row is not names for row in named):
-            allowed = jnp.asarray([[n in row for n in names] for row in map(set, named)])
-        rule = TopK(jnp.asarray(counts, jnp.int32), jnp.asarray(temperatures, jnp.float32), max(counts))
+        rule, allowed = bound_choice(routers, names)
         return BoundGates(rule, len(names), allowed)
 
 
@@ -123,6 +162,17 @@ class BoundGates:
     def gating(self) -> TopK | None:
         """Its rule, where every adapter may be chosen."""
         return self.rule if self.allowed is None else None
+
+    @property
+    def asks(self) -> frozenset[Score]:
+        """The gates' logits."""
+        return GATES
+
+    def after_gates(self, x: jax.Array, gates: GateLogits) -> Routing:
+        """The token router's choice, without a projection's axis."""
+        routing, lead = self.route(x, gates), x.shape[:2]
+        indices, weights = (jnp.broadcast_to(z, (*lead, *z.shape[2:])) for z in (routing.indices, routing.weights))
+        return Routing(indices, weights, routing.logits)
 
     def known(self, positions: jax.Array | None) -> None:
         """Nothing: every token is chosen for."""

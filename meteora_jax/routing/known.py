@@ -12,7 +12,7 @@ from meteora_jax.config import BankConfig, InputError
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.routing import BoundRouter, RouterArgument, bind
 from meteora_jax.routing.alora import watch
-from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.gates import GATES, Gates
 from meteora_jax.routing.named import spelled_out
 from meteora_jax.routing.retrieval import Found
 
@@ -34,7 +34,8 @@ def bind_known(
     """
     router, names = spelled_out(router, gates), bank.names if bank else ()
     if gates is None or bank is None or len(gates.names) == len(names):
-        return watch(bind(router, names, batch, gates.names if gates else None), bank, prompts)
+        bound = bind(router, names, batch, gates.names if gates else None)
+        return watch(_having_scores(bound, bank), bank, prompts)
     known = gates.names
     rows: list[Any] = list(router) if isinstance(router, list | tuple) else [router] * batch
     if gates.null:  # kernels take the column behind the bank's last adapter for the null choice: these must not choose
@@ -44,7 +45,7 @@ def bind_known(
             else r
             for r in rows
         ]
-    bound = bind(rows, names, batch, known)
+    bound = _having_scores(bind(rows, names, batch, known), bank)
     by_gates = [isinstance(r, Gates) for r in rows]
     alone = all(own or r is None for own, r in zip(by_gates, rows, strict=True))
     if any(by_gates) and not alone and bank.vocab_adapter_names:
@@ -54,6 +55,24 @@ def bind_known(
         )
     # what waits for its invocation is none of theirs
     return bound if alone and not set(bank.invoked) & set(known) else watch(bound, bank, prompts)
+
+
+def _having_scores(bound: BoundRouter | None, bank: BankConfig | None) -> BoundRouter | None:
+    """`bound`, of whose scores the bank has what they are made of."""
+    if bound is None or bank is None or bound.asks <= GATES:
+        return bound
+    if "phatgoose" in bound.asks and not bank.own_gates:
+        raise InputError(
+            "router: expected adapters with gates of their own beside Phatgoose (meteora train adapter "
+            "--own-gate), found none"
+        )
+    if bank.vocab_adapter_names:
+        raise InputError(
+            f"router: expected one that names the adapters of a request (Fixed, Retrieval, Logo): "
+            f"{', '.join(bank.vocab_adapter_names)} change the embedding or the head, where adapters have no score; "
+            "found one that chooses for every token"
+        )
+    return bound
 
 
 def within_known(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meteora_jax.routing import NO_ADAPTER, BoundRouter, GateLogits, Routing
+from meteora_jax.routing import NO_ADAPTER, NOTHING, BoundRouter, GateLogits, Routing, Score
 
 
 @jax.tree_util.register_dataclass
@@ -27,11 +27,20 @@ class Mixed:
     def gating(self) -> None:
         """Rows choose by different rules."""
 
+    @property
+    def asks(self) -> frozenset[Score]:
+        """What any of them asks for."""
+        return NOTHING.union(*(router.asks for router in self.routers))
+
     def known(self, positions: jax.Array | None) -> Routing | None:
         """Of all kinds, if each knows its own."""
         found = [router.known(positions) for router in self.routers]
         routings = [routing for routing in found if routing is not None]
         return self._joint(routings) if len(routings) == len(found) else None
+
+    def after_gates(self, x: jax.Array, gates: GateLogits) -> Mixed:
+        """Each after the token router."""
+        return Mixed(self.which, tuple(r.after_gates(x, gates) for r in self.routers))
 
     def route(self, x: jax.Array, gates: GateLogits) -> Routing:
         """Each row by its own kind of router."""

@@ -1,8 +1,8 @@
 """Request-level routing by retrieval (LoraRetriever, arXiv 2402.09997): the request's text finds its adapters.
 
-`Retrieval` and `GatesWithin` say how; `look_up` asks the index once the texts of a batch are known, and puts for every
-prompt a router in their place that needs no text any more: `Composed`, or `Gates` within what was found. Routers are
-looked up anew for every prompt, so that each turn of a conversation gets its own.
+`Retrieval`, `GatesWithin` and `TaskRetrieval` say how; `look_up` asks the index once a batch's texts are known, and
+puts for every prompt a router in their place that needs no text any more: `Composed`, or `Gates` within what was found.
+Routers are looked up anew for every prompt, so that each turn of a conversation gets its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
 from meteora_jax.retriever.index import Index, top
-from meteora_jax.routing import Routing
+from meteora_jax.routing import RequestRouter, Routing
 from meteora_jax.routing.fixed import request_routing
 from meteora_jax.routing.gates import Gates, check_choice
 
@@ -92,6 +92,11 @@ class Retrieval:
             given.choice("compose", self.compose, COMPOSITIONS)
             given.choice("weights", self.weights, ("uniform", "similarity"))
 
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """What the index must not find."""
+        return self.exclude
+
     def router(self, found: Found) -> Composed:
         """The router of a request for which `found` was retrieved."""
         if is_nobodys(self.index, found, self.min_similarity):
@@ -128,6 +133,11 @@ class GatesWithin:
         if self.k < self.top_k:
             raise InputError(f"GatesWithin: k: expected at least {self.top_k} (top_k), found {self.k}")
 
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """What the index must not find."""
+        return self.exclude
+
     def router(self, found: Found) -> Gates | Composed:
         """The router of a request for which `found` was retrieved."""
         if is_nobodys(self.index, found, self.min_similarity):
@@ -158,7 +168,7 @@ NOBODY = Composed((), False)
 
 
 def look_up(router: Any, batch: int, texts: Callable[[], Sequence[Said]]) -> tuple[Any, list[Found]]:
-    """Replaces every `Retrieval` and `GatesWithin` of a caller's `router=` by what their indices found.
+    """Replaces every `RequestRouter` of a caller's `router=` by what their indices found.
 
     Args:
         router: one router, a list of one a prompt, or None; others pass through untouched.
@@ -169,7 +179,7 @@ def look_up(router: Any, batch: int, texts: Callable[[], Sequence[Said]]) -> tup
         the routers, and for every prompt what was retrieved (nothing where nothing was asked for).
     """
     per_prompt = list(router) if isinstance(router, list | tuple) else [router] * batch
-    asking = [b for b, r in enumerate(per_prompt) if isinstance(r, Retrieval | GatesWithin)]
+    asking = [b for b, r in enumerate(per_prompt) if isinstance(r, RequestRouter)]
     found: list[Found] = [()] * batch
     if not asking or len(per_prompt) != batch:
         return router, found  # another length is refused when the routers are bound
@@ -179,7 +189,7 @@ def look_up(router: Any, batch: int, texts: Callable[[], Sequence[Said]]) -> tup
         groups.setdefault((id(per_prompt[b].index), per_prompt[b].k), []).append(b)
     for rows in groups.values():
         first = per_prompt[rows[0]]
-        exclude = [per_prompt[b].exclude for b in rows]
+        exclude = [per_prompt[b].hidden for b in rows]
         scores = _scores(first.index, [read_texts(requests[b], per_prompt[b].read) for b in rows])
         result = top(scores, first.index.names, first.k, exclude if any(exclude) else None)
         for b, names, similarities in zip(rows, *result, strict=True):

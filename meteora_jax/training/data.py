@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meteora_jax.config import InputError
-from meteora_jax.evaluation.composite import answer_pieces, prompt_pieces
+from meteora_jax.evaluation.wordings import answer_pieces, prompt_pieces
 from meteora_jax.examples import Example, as_text, prompt_ids
 from meteora_jax.sharding import local_rows
 from pallas_kernels.paged_attention import EMPTY

@@ -23,9 +23,7 @@ from meteora_jax.examples import Example, end_token
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.io.model_state import assemble, column_orders
 from meteora_jax.io.tensors import StoredArray
-from meteora_jax.routing import BoundRouter
-from meteora_jax.routing.fixed import Fixed
-from meteora_jax.routing.gates import Gates
+from meteora_jax.routing import BoundRouter, Router
 from meteora_jax.sharding import Params, fetch, place_rows, rows_multiple, tensor_shards, use_mesh
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.charts import write_accuracy_map, write_curves
@@ -77,7 +75,7 @@ class Trainee:
     weights: Mapping[tuple[str, ...], StoredArray]
     bank: AdapterBank
     trained: type[nnx.Variable] | tuple[type[nnx.Variable], ...]
-    router: Gates | Fixed | None
+    router: Router | None
     flops: FlopCount
     gates: Mapping[str, np.ndarray] | None = None
     form: TokenRouterForm | None = None

@@ -87,9 +87,10 @@ class Choice:
     fused: jax.Array | None = None
 
 
-# What makes a choice by rules that the kernels do not have, of a group's input [M, I] and its gates' logits float32
-# [M, P, G]: a routing given for each projection.
-Chooser = Callable[[jax.Array, jax.Array], Choice]
+# What makes a choice by rules that the kernels do not have, of a layer, the first projection of one of its groups, the
+# group's input [M, I], its gates' logits float32 [M, P, G] and, where A's are packed, its shrinks float32 [M, P, A,
+# R]: a routing given for each projection.
+Chooser = Callable[[int, int, jax.Array, jax.Array, jax.Array | None], Choice]
 
 
 @jax.tree_util.register_dataclass

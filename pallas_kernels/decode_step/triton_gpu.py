@@ -266,12 +266,16 @@ def _product(
     if choice is None or isinstance(choice, Choice):
         return product, choice, state
     p = len(group.splits)
-    logits = product[:rows, group.columns :].reshape(rows, p, group.packed)[..., : group.gates]
-    x = x[:rows]
+    behind, x = product[:rows, group.columns :].reshape(rows, p, group.packed), x[:rows]
     if squares is not None:
         factor = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / x.shape[1] + (group.eps or 0.0))
-        x, logits = (x.astype(jnp.float32) * factor).astype(x.dtype), logits * factor[..., None]
-    choice = choice(x, logits)
+        x, behind = (x.astype(jnp.float32) * factor).astype(x.dtype), behind * factor[..., None]
+    shrinks = None
+    if group.a is None and group.b is not None:
+        adapters, rank, _ = group.b.shape[1:]
+        shrinks = behind[..., group.first_shrink : group.first_shrink + adapters * rank]
+        shrinks = shrinks.reshape(rows, p, adapters, rank)
+    choice = choice(layer, group.first_projection, x, behind[..., : group.gates], shrinks)
     own = layer, slice(None), slice(group.first_projection, group.first_projection + p)
     indices, weights = state.indices.at[own].set(choice.indices), state.weights.at[own].set(choice.weights)
     return product, choice, dataclasses.replace(state, indices=indices, weights=weights)

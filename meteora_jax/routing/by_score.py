@@ -1,0 +1,157 @@
+"""Token-level routing by what adapters themselves say of a projection's input: by their matrices, or by a gate that
+each was given without knowing the others.
+
+At every projection the best adapters of a token act, weighted by the softmax of their scores (`scores.py` has these);
+an adapter without a part at the projection is not among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from meteora_jax.arguments import Arguments
+from meteora_jax.config import InputError
+from meteora_jax.routing import NO_ADAPTER, GateLogits, Routing, Score
+from meteora_jax.routing.gates import bound_choice, check_choosing
+from pallas_kernels.topk_gating import TopK, topk_gating
+
+LEAST = -3e38  # of what must not be chosen: finite, for a softmax over it alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrow:
+    """Scores |v_i . x| by the first right singular vector v_i of s_i B_i A_i (Arrow, Ostapenko et al., arXiv
+    2405.11157; 4 adapters and temperature 1 are theirs, 3 and 1 peft's).
+
+    within: only these adapters may be chosen; None: all.
+    """
+
+    top_k: int = 4
+    temperature: float = 1.0
+    within: tuple[str, ...] | None = None
+    needs_gates = False
+
+    def __post_init__(self):
+        with Arguments("Arrow") as given:
+            check_choosing(given, self)
+
+    def bind(self, routers: Sequence[Arrow | None], names: tuple[str, ...]) -> BoundScores:
+        return BoundScores("arrow", *bound_choice(routers, names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectr:
+    """Scores ||s_i B_i A_i x||, by the whole spectrum of an adapter (SpectR, Fleshman and Van Durme, arXiv 2504.03454).
+
+    within: only these adapters may be chosen; None: all.
+    """
+
+    top_k: int = 4
+    temperature: float = 1.0
+    within: tuple[str, ...] | None = None
+    needs_gates = False
+
+    def __post_init__(self):
+        with Arguments("Spectr") as given:
+            check_choosing(given, self)
+
+    def bind(self, routers: Sequence[Spectr | None], names: tuple[str, ...]) -> BoundScores:
+        return BoundScores("spectr", *bound_choice(routers, names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lag:
+    """The k best by Arrow's score, ranked anew by SpectR's (LAG, Fleshman and Van Durme, arXiv 2507.05346;
+    20 candidates, of which one acts, are theirs).
+
+    k: candidates, all adapters where there are fewer. within: only these adapters may be chosen; None: all.
+    """
+
+    k: int = 20
+    top_k: int = 1
+    temperature: float = 1.0
+    within: tuple[str, ...] | None = None
+    needs_gates = False
+
+    def __post_init__(self):
+        with Arguments("Lag") as given:
+            check_choosing(given, self)
+            given.whole("k", self.k)
+        if self.k < self.top_k:
+            raise InputError(f"Lag: k: expected at least {self.top_k} (top_k), found {self.k}")
+
+    def bind(self, routers: Sequence[Lag | None], names: tuple[str, ...]) -> BoundScores:
+        candidates = jnp.asarray([r.k if r is not None else 0 for r in routers], jnp.int32)
+        return BoundScores("spectr", *bound_choice(routers, names), candidates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phatgoose:
+    """Scores v_i . u / sqrt(I) of an adapter's own gate v_i, trained on the adapter's own data alone (`meteora train
+    adapter --own-gate`), and the projection's input u, both standardised (PHATGOOSE, Muqeeth et al., arXiv 2402.05859,
+    2 adapters are theirs). An adapter without a gate of its own is never chosen.
+
+    within: only these adapters may be chosen; None: all.
+    """
+
+    top_k: int = 2
+    temperature: float = 1.0
+    within: tuple[str, ...] | None = None
+    needs_gates = False
+
+    def __post_init__(self):
+        with Arguments("Phatgoose") as given:
+            check_choosing(given, self)
+
+    def bind(self, routers: Sequence[Phatgoose | None], names: tuple[str, ...]) -> BoundScores:
+        return BoundScores("phatgoose", *bound_choice(routers, names))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BoundScores:
+    """One score for a batch.
+
+    rule: each prompt its own C (0: not routed by it) and temperature. allowed: bool [B, A], the adapters that each
+    prompt may choose; None: all. candidates: int32 [B], how many of them Arrow's score lets through; None: all.
+    """
+
+    score: Score = dataclasses.field(metadata={"static": True})
+    rule: TopK
+    allowed: Any = None
+    candidates: Any = None
+
+    @property
+    def gating(self) -> None:
+        """No gates' logits."""
+
+    @property
+    def asks(self) -> frozenset[Score]:
+        """Its score, and Arrow's where that finds the candidates."""
+        return frozenset({self.score} if self.candidates is None else {self.score, "arrow"})
+
+    def known(self, positions: jax.Array | None) -> None:
+        """Nothing: every token is chosen for."""
+
+    def after_gates(self, x: jax.Array, gates: GateLogits) -> BoundScores:
+        """Itself."""
+        return self
+
+    def route(self, x: jax.Array, gates: GateLogits) -> Routing:
+        """x [B, T, I] -> Routing [B, T, P, C]."""
+        scores = gates.score(self.score)
+        may = scores > -jnp.inf
+        if self.allowed is not None:
+            may &= self.allowed[:, None, None]
+        if self.candidates is not None:
+            first = jnp.where(may, gates.score("arrow"), -jnp.inf)
+            place = jnp.argsort(jnp.argsort(-first, axis=-1), axis=-1)
+            may &= place < self.candidates[:, None, None, None]
+        indices, weights = topk_gating(jnp.where(may, scores, LEAST), self.rule)
+        chosen = jnp.take_along_axis(may, jnp.maximum(indices, 0), axis=-1) & (indices != NO_ADAPTER)
+        return Routing(jnp.where(chosen, indices, NO_ADAPTER), jnp.where(chosen, weights, 0.0))

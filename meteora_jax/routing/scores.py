@@ -1,0 +1,142 @@
+"""What a projection group knows of its adapters beside gates: scores that need no training, or an adapter's own.
+
+    arrow            |v_i . x|, v_i the first right singular vector of dW_i       Arrow, arXiv 2405.11157
+    spectr           ||dW_i x||                                                 SpectR, arXiv 2504.03454
+    inverse-entropy  1 / H(softmax(dW_i x))                                     LoGo, arXiv 2511.07129
+    phatgoose        v_i . u / sqrt(I), v_i and u = x standardised              PHATGOOSE, arXiv 2402.05859
+
+    own-gate         v_i . u                                                    as it is trained
+
+The first three are made of the shrink A_i x, which the adapters' update takes too: see `spectra`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from meteora_jax.routing import GateLogits, Score
+from pallas_kernels.routed_lora.reference import columns
+
+SHRUNK: frozenset[Score] = frozenset({"arrow", "spectr", "inverse-entropy"})  # made of the shrink
+LEAST_DEVIATION = 1e-6  # of what is standardised
+
+
+@runtime_checkable
+class AdaptedGroup(Protocol):
+    """A projection group with its adapters, as a `LoRALinear` holds them; None where no adapter has a part."""
+
+    splits: tuple[int, ...]
+    shards: int
+    adapters: int
+    lora_b: Any
+    lora_scale: Any
+    lora_arrow: Any
+    lora_spectr: Any
+    own_gate: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupScores:
+    """Of one input x [B, T, I] of a group.
+
+    gates: whoever knows its gates' logits. part: bool [P, A], whether an adapter has a part at a projection. shrink
+    float32 [B, T, P, A, R]; arrow [P, A, R], spectr [P, A, R, R]: see `spectra`; b [A, R, O], scale float32 [P, A], and
+    splits, the projections' widths in each of `shards` equal parts of O. own_gates float32 [P, A, I], zeros of
+    adapters that have none.
+    """
+
+    gates: GateLogits
+    part: Any
+    x: Any
+    shrink: Any = None
+    arrow: Any = None
+    spectr: Any = None
+    b: Any = None
+    scale: Any = None
+    splits: tuple[int, ...] = ()
+    shards: int = 1
+    own_gates: Any = None
+
+    @classmethod
+    def of(
+        cls, group: AdaptedGroup, x: jax.Array, gates: GateLogits, shrink: jax.Array | None, layer: int | None = None
+    ) -> GroupScores:
+        """Of a group whose input is x; shrink: x through every A, where a score is made of it. layer: of a group whose
+        layers are stacked."""
+        if group.lora_scale is None:
+            return cls(gates, jnp.zeros((len(group.splits), group.adapters), bool), x)
+
+        def own(z: Any) -> Any:
+            return z if z is None else z[...] if layer is None else z[...][layer]
+
+        scale = own(group.lora_scale)
+        return cls(
+            gates, scale != 0, x, shrink, own(group.lora_arrow), own(group.lora_spectr), own(group.lora_b), scale,
+            tuple(o // group.shards for o in group.splits), group.shards, own(group.own_gate),
+        )  # fmt: skip
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The gates'."""
+        return self.gates.logits(x)
+
+    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
+        """float32 [B, T or 1, P, A], -inf where an adapter has no part."""
+        x, h = self.x, self.shrink
+        if tokens is not None:
+            x, h = _of_token(x, tokens), None if h is None else _of_token(h, tokens)
+        part, own = self.part, score in ("phatgoose", "own-gate")
+        if own and self.own_gates is not None:
+            part &= jnp.any(self.own_gates != 0, axis=-1) | (score == "own-gate")
+            found = (_phatgoose if score == "phatgoose" else _logits)(x, self.own_gates)
+        elif own or h is None:  # a group that no adapter touches, or without gates of their own
+            return jnp.full((*x.shape[:2], *self.part.shape), -jnp.inf, jnp.float32)
+        elif score == "arrow":
+            found = jnp.abs(_product("btpar,par->btpa", h, self.arrow))
+        elif score == "spectr":
+            found = jnp.linalg.norm(_product("btpar,pasr->btpas", h, self.spectr), axis=-1)
+        elif score == "inverse-entropy":
+            found = self._inverse_entropy(h)
+        else:
+            raise NotImplementedError(f"no score {score!r}")
+        return jnp.where(part[None, None], found, -jnp.inf)
+
+    def _inverse_entropy(self, h: jax.Array) -> jax.Array:
+        """[B, T, P, A]; every adapter's whole output is made, so that it is for few tokens."""
+        b = self.b.astype(jnp.float32).reshape(*self.b.shape[:2], self.shards, -1)
+        found = []
+        for p, (start, stop) in enumerate(columns(self.splits)):
+            own = b[..., start:stop].reshape(*b.shape[:2], -1)
+            output = _product("btar,aro->btao", h[:, :, p] * self.scale[p][None, None, :, None], own)
+            log = jax.nn.log_softmax(output)
+            found.append(1 / -jnp.sum(jnp.exp(log) * log, axis=-1))
+        return jnp.stack(found, axis=2)
+
+
+def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _of_token(z: jax.Array, tokens: jax.Array) -> jax.Array:
+    """z [B, T, ..] at one token of each row, [B, 1, ..]."""
+    return jnp.take_along_axis(z, tokens.reshape(-1, *(1,) * (z.ndim - 1)), axis=1)
+
+
+def _logits(x: jax.Array, own_gates: jax.Array) -> jax.Array:
+    """v . u, as an own gate is trained: x [B, T, I], gates [P, A, I] -> [B, T, P, A]."""
+    return _product("bti,pai->btpa", x.astype(jnp.float32), own_gates.astype(jnp.float32))
+
+
+def _phatgoose(x: jax.Array, own_gates: jax.Array) -> jax.Array:
+    """The same of both standardised, over sqrt(I)."""
+    return _logits(_standard(x.astype(jnp.float32)), _standard(own_gates)) / x.shape[-1] ** 0.5
+
+
+def _standard(z: jax.Array) -> jax.Array:
+    """z with the mean 0 and the deviation 1 along its last axis."""
+    centred = z - jnp.mean(z, axis=-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.mean(centred * centred, axis=-1, keepdims=True))
+    return centred / jnp.maximum(deviation, LEAST_DEVIATION)

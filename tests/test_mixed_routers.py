@@ -1,0 +1,113 @@
+"""Rows of all kinds of router in one batch of the engine: each has what it has alone, which transformers computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hooked import arrow, routed_logits, scores_of, softmax_of_best, spectr
+from worlds import NAMES
+
+import meteora_jax as mj
+from meteora_jax.cli import main
+from meteora_jax.config import InputError
+from meteora_jax.engine import EngineCore, EngineSize
+from meteora_jax.evaluation.problems import Problem
+from meteora_jax.evaluation.systems import Given, check_routes, make_system
+from meteora_jax.routing.named import named_router, read_router
+
+PROMPTS = [np.random.default_rng(i).integers(3, 300, 9 + 4 * i).tolist() for i in range(6)]
+NEW = 5
+
+
+def by(score, top_k, temperature=1.0):
+    def rule(x, adapters):
+        return softmax_of_best(scores_of(x, adapters, score), top_k, temperature)
+
+    return rule
+
+
+def lag(k, top_k):
+    def rule(x, adapters):
+        first, scores = (scores_of(x, adapters, score) for score in (arrow, spectr))
+        return softmax_of_best(torch.where(softmax_of_best(first, k) > 0, scores, -torch.inf), top_k)
+
+    return rule
+
+
+def cedar(x, adapters):
+    return torch.tensor([[0.0, 0.0, 1.0, 0.0]], dtype=x.dtype).expand(len(x), -1)
+
+
+ROUTERS = {  # one a prompt, and what it is in float64
+    mj.Arrow(2): by(arrow, 2), mj.Arrow(1, 0.3): by(arrow, 1), mj.Spectr(2, 0.7): by(spectr, 2, 0.7),
+    mj.Lag(2, 1): lag(2, 1), mj.Fixed("cedar"): cedar, mj.Lag(3, 2): lag(3, 2),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served(world):
+    """The tokens of each prompt, all in one engine at once."""
+    model = world["model"]
+    engine = EngineCore(model.graph, model.weights, model.config, EngineSize(8, 160, 64, 8))
+    routers = zip(PROMPTS, ROUTERS, strict=True)
+    handles = [engine.submit(model.request(prompt, router, NEW)) for prompt, router in routers]
+    engine.drain()
+    assert engine.counters.dispatches <= NEW + 1, "all are read and decoded together"
+    return [handle.progress.tokens for handle in handles]
+
+
+def test_a_mixed_batch_is_one_by_one(world, served):
+    model = world["model"]
+    rows = [prompt + tokens for prompt, tokens in zip(PROMPTS, served, strict=True)]
+    together = np.asarray(model.logits(rows, list(ROUTERS)))
+    for row, ours, rule, prompt, tokens in zip(rows, together, ROUTERS.values(), PROMPTS, served, strict=True):
+        (alone,) = routed_logits(world["hf_folder"], world["peft"], rule, [row])
+        np.testing.assert_allclose(ours[: len(row)], alone, atol=3e-4)
+        likeliest = alone[len(prompt) - 1 : -1].argmax(axis=1)
+        ended = np.isin(likeliest, model.config.eos_token_ids)
+        assert tokens == likeliest[: len(tokens)].tolist()
+        assert not ended[: len(tokens)].any()
+        assert len(tokens) == NEW or alone[-1].argmax() in model.config.eos_token_ids
+
+
+def test_a_name_makes_a_router(world):
+    names = world["model"].adapter_names
+    assert named_router("arrow", names) == mj.Arrow(4)
+    assert named_router("arrow", names[:3]) == mj.Arrow(3)
+    assert named_router("lag", names, 2, 0.5, names[:2]) == mj.Lag(top_k=2, temperature=0.5, within=names[:2])
+    assert named_router("logo", names, 2) == mj.Logo(2)
+    assert named_router("uniform", names) == mj.Fixed(dict.fromkeys(names, 0.25))
+    assert read_router("spectr", None, names, 1) == mj.Spectr(1)
+    assert read_router("arrow", None, ("arrow", "b")) == mj.Fixed("arrow"), "an adapter hides a router of its name"
+    for arguments, words in (
+        (("best", names), "expected one of arrow"), (("arrow", ()), "expected a bank"),
+        (("logo", names, 1, 0.5), "no temperature"), (("uniform", names, 2), "expected all"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            named_router(*arguments)
+
+
+def test_generate_takes_its_name(world, capsys):
+    options = ["--base", str(world["base"]), "--bank", str(world["bank"]), "--max-new-tokens", "3"]
+    main(["generate", "hello there", *options, "--router", "arrow", "--gate-top-k", "2"])
+    text = capsys.readouterr().out
+    (expected,) = world["model"].generate(["hello there"], mj.Arrow(2), max_new_tokens=3)
+    assert text == f"{expected.text}\n"
+
+
+def test_systems_have_these_names(world):
+    given = Given(world["model"])
+    problem = Problem("apple/test/0", "apple", "hello", "so")
+    for name, router in {
+        "arrow-top2": mj.Arrow(2), "spectr-top1-t0.5": mj.Spectr(1, 0.5), "lag-top2": mj.Lag(top_k=2),
+        "logo-k2": mj.Logo(2), "phatgoose-top2": mj.Phatgoose(2), "uniform": mj.Fixed(dict.fromkeys(NAMES, 0.25)),
+        "arrow-top2-unseen": mj.Arrow(2, within=NAMES[1:]), "logo-k3-unseen": mj.Logo(3, within=NAMES[1:]),
+        "uniform-unseen": mj.Fixed(dict.fromkeys(NAMES[1:], 1 / 3)),
+    }.items():  # fmt: skip
+        assert make_system(name, given).route(problem) == router
+    for name in ("arrow-top2-k3", "logo-top2", "uniform-top2", "arrow-top0"):
+        with pytest.raises(InputError, match=r"--systems: .*found"):
+            make_system(name, given)
+    with pytest.raises(InputError, match="arrow-top5: expected at most 4"):
+        check_routes([make_system("arrow-top5", given)], [problem])

@@ -1,0 +1,109 @@
+"""Retrieval of tasks: adapters ranked by their loss on a task's examples, as transformers has it, and composed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hooked import routed_logits
+from worlds import NAMES
+
+import meteora_jax as mj
+from meteora_jax.cli import main
+from meteora_jax.config import InputError
+from meteora_jax.evaluation.problems import Problem
+from meteora_jax.evaluation.systems import Given, make_system
+from meteora_jax.retriever.ranking import read_ranking
+from meteora_jax.routing.retrieval import NOBODY
+
+TASKS = {  # none has the name of an adapter
+    "sums": [("How many are 3 and 4?", "7"), ("How many are 2 and 9?", "11"), ("How many are 1 and 1?", "2")],
+    "moods": [("What a film! Good or bad?", "good"), ("I fell asleep. Good or bad?", "bad"), ("Fine. Good?", "yes")],
+}
+
+
+@pytest.fixture(scope="module")
+def ranked(world, tmp_path_factory):
+    """An index of two tasks, ranked by the command."""
+    root = tmp_path_factory.mktemp("tasks")
+    for task, examples in TASKS.items():
+        (root / "tasks" / task).mkdir(parents=True)
+        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in examples]
+        (root / "tasks" / task / "train.jsonl").write_text("\n".join(lines))
+    main(["index", "build", str(root / "index"), "--tasks", str(root / "tasks")])
+    main([
+        "index", "rank", str(root / "index"), "--base", str(world["base"]), "--bank", str(world["bank"]), "--tasks",
+        str(root / "tasks"), "--limit", "2",
+    ])  # fmt: skip
+    return root / "index"
+
+
+def test_losses_are_transformers_own(world, ranked):
+    losses = json.loads((ranked / "ranking.json").read_text())["losses"]
+    assert losses.keys() == TASKS.keys()
+    model = world["model"]
+    rows = []
+    for prompt, response in TASKS["moods"][:2]:
+        first = model.encode(prompt)
+        rows.append((first + list(model.tokenizer(response, add_special_tokens=False)["input_ids"]), len(first)))
+    for i, name in enumerate(NAMES):
+        weights = torch.eye(4, dtype=torch.float64)[i]
+        logits = routed_logits(
+            world["hf_folder"], world["peft"], lambda x, _, w=weights: w.expand(len(x), 4), [row for row, _ in rows]
+        )
+        each = [
+            torch.nn.functional.cross_entropy(
+                torch.from_numpy(z[first - 1 : -1]), torch.tensor(row[first:]), reduction="none"
+            )
+            for z, (row, first) in zip(logits, rows, strict=True)
+        ]
+        assert losses["moods"][name] == pytest.approx(torch.cat(each).mean().item(), abs=1e-4)
+    assert read_ranking(ranked)["moods"] == tuple(sorted(NAMES, key=losses["moods"].get))
+
+
+def test_tasks_bring_their_best_adapters(ranked):
+    index = mj.Index.load(ranked)
+    ranking = {"sums": ("cedar", "apple", "birch"), "moods": ("cedar", "birch", "apple")}
+    found = (("moods", 0.9), ("sums", 0.5))
+    shares = np.exp(np.array([0.9, 0.5]) / 0.2)
+    router = mj.TaskRetrieval(index, ranking, 2, min_similarity=None)
+    assert dict(router.router(found).adapters) == pytest.approx({"cedar": 1.0}), "one adapter of both adds up"
+    router = mj.TaskRetrieval(index, ranking, 2, exclude=("cedar",), min_similarity=None)
+    expected = dict(zip(("birch", "apple"), shares / shares.sum(), strict=True))
+    assert dict(router.router(found).adapters) == pytest.approx(expected)
+    assert mj.TaskRetrieval(index, ranking, min_similarity=2.0).router(found) is NOBODY
+
+
+def test_a_model_answers_by_it(world, ranked):
+    router = mj.TaskRetrieval.load(ranked, k=1)
+    asked = ["How many are 5 and 6?"]
+    _, (found,) = world["model"].look_up(router, 1, lambda: asked)
+    assert found[0][0] == "sums"
+    best = router.ranking["sums"][0]
+    (ours,) = world["model"].generate(asked, router, max_new_tokens=3, routing=False)
+    (theirs,) = world["model"].generate(asked, mj.Fixed(best), max_new_tokens=3, routing=False)
+    assert ours.token_ids == theirs.token_ids
+
+
+def test_it_is_a_system(world, ranked):
+    ranking = read_ranking(ranked)
+    given = Given(world["model"], index=mj.Index.load(ranked), ranking=ranking)
+    route = make_system("task-retrieval-k2-unseen", given).route
+    router = route(Problem("apple/test/0", "apple", "hello", "so"))
+    assert (router.k, router.exclude, router.ranking) == (2, ("apple",), ranking)
+    with pytest.raises(InputError, match="meteora index rank"):
+        make_system("task-retrieval", Given(world["model"], index=given.index))
+
+
+def test_what_is_wrong_is_refused(ranked, tmp_path):
+    index = mj.Index.load(ranked)
+    with pytest.raises(InputError, match="every task, found none of moods"):
+        mj.TaskRetrieval(index, {"sums": ("apple",)})
+    index.save(tmp_path / "index")
+    with pytest.raises(InputError, match=r"ranking\.json of `meteora index rank`"):
+        mj.TaskRetrieval.load(tmp_path / "index")
+    (tmp_path / "index" / "ranking.json").write_text('{"losses": {"sums": {}}}')
+    with pytest.raises(InputError, match=r"ranking\.json: expected losses"):
+        read_ranking(tmp_path / "index")
