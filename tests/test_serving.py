@@ -57,6 +57,9 @@ def alone(model):
     return Alone(model, make_core(Fleet(model, None, "tiny")))
 
 
+BANK_ALONE = ["arrow", "spectr", "lag", "logo", "uniform"]  # no adapter of this bank has a gate of its own
+
+
 def test_a_chat_answers_as_the_model_does(client, alone):
     want = alone(ASK, None)
     got = client.chat.completions.create(model="tiny", messages=ASK, temperature=0, max_completion_tokens=12)
@@ -98,6 +101,13 @@ def test_what_was_retrieved_acts_and_is_named(client, index, alone, name):
     found = got.choices[0].meteora["retrieved"]
     assert [one["adapter"] for one in found] == [name for name, _ in want.routing.retrieved]
     assert np.allclose([one["similarity"] for one in found], [like for _, like in want.routing.retrieved])
+
+
+def test_routers_of_the_bank_alone_are_models(client, alone):
+    for name, router in (("arrow", mj.Arrow(3)), ("logo", mj.Logo())):
+        got = client.chat.completions.create(model=name, messages=ASK, temperature=0, max_tokens=12)
+        want = alone(ASK, router)
+        assert got.choices[0].message.content == want.text
 
 
 def test_a_mixture_by_weights(client, alone):
@@ -197,7 +207,7 @@ def test_parts_of_text_are_a_text(client):
 
 def test_models_are_listed_and_unknown_ones_are_not_found(client):
     names = [m.id for m in client.models.list()]
-    assert names == ["tiny", "apple", "birch", "cedar", "daisy", "gates", "retrieve", "gates-within"]
+    assert names == ["tiny", "apple", "birch", "cedar", "daisy", "gates", "retrieve", "gates-within", *BANK_ALONE]
     assert client.models.retrieve("retrieve:2").id == "retrieve:2"
     for name in ("elder", "gates:2", "retrieve:0", "retrieve:99", "retrieve:x", "other", "Tiny"):
         with pytest.raises(openai.NotFoundError) as refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from meteora_jax.retriever.index import Index
 from meteora_jax.routing import RouterArgument
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
-from meteora_jax.routing.named import gate_options
+from meteora_jax.routing.named import NAMED, gate_options, named_router
 from meteora_jax.routing.retrieval import GatesWithin, Retrieval
 from meteora_jax.serving.driver import Named
 from meteora_jax.serving.errors import ApiError, unknown_model
@@ -69,23 +70,46 @@ def _gates_within(fleet: Fleet, k: int) -> RouterArgument:
     return router
 
 
+def _has_gates(fleet: Fleet) -> bool:
+    return fleet.model.gates is not None
+
+
+def _has_index(fleet: Fleet) -> bool:
+    return fleet.index is not None
+
+
+def _has_both(fleet: Fleet) -> bool:
+    return _has_gates(fleet) and _has_index(fleet)
+
+
+def _has_bank(word: str, fleet: Fleet) -> bool:
+    """Whether a router of `NAMED` can choose: among all of a bank, none of which lies on disk alone."""
+    bank = fleet.model.bank
+    if bank is None or fleet.model.pool is not None:
+        return False
+    return bool(bank.own_gates) if word == "phatgoose" else bool(bank.adapters)
+
+
+def _of_bank(word: str, fleet: Fleet, k: int) -> RouterArgument:
+    router: Any = named_router(word, fleet.model.adapter_names)
+    return router
+
+
 @dataclasses.dataclass(frozen=True)
 class Virtual:
-    """A router as a model: how it is made of a fleet, what it needs, and whether ":K" may follow its name."""
+    """A router as a model: how it is made of a fleet, whether a fleet has what it needs, and whether ":K" may follow
+    its name."""
 
     make: Callable[[Fleet, int], RouterArgument]
-    needs: tuple[str, ...]
+    loaded: Callable[[Fleet], bool]
     counts: bool = False
-
-    def loaded(self, fleet: Fleet) -> bool:
-        """Whether the fleet has what it needs."""
-        return all(getattr(fleet.model if need == "gates" else fleet, need) is not None for need in self.needs)
 
 
 VIRTUAL: Mapping[str, Virtual] = {
-    "gates": Virtual(_gates, ("gates",)),
-    "retrieve": Virtual(_retrieval, ("index",), counts=True),
-    "gates-within": Virtual(_gates_within, ("gates", "index"), counts=True),
+    "gates": Virtual(_gates, _has_gates),
+    "retrieve": Virtual(_retrieval, _has_index, counts=True),
+    "gates-within": Virtual(_gates_within, _has_both, counts=True),
+    **{word: Virtual(functools.partial(_of_bank, word), functools.partial(_has_bank, word)) for word in NAMED},
 }
 
 
