@@ -201,6 +201,48 @@ def test_gates_choose_among_what_is_resident(banks: dict[str, Any]):
         model.request(prompts[0], mj.Gates(2, within=NAMES[:5]), 8)
 
 
+def test_what_gates_may_choose_follows_the_slots(banks: dict[str, Any]):
+    """Its own two stay; the third slot's adapter changes, is replaced by name, and is one that gates do not know."""
+    pool = fresh(banks).pool
+    assert pool is not None
+
+    def allowed() -> set[str]:
+        (mask,) = (z for z in pool.place(wanted).leaves if z.dtype == bool)
+        numbers = [n for n, may in zip(pool.table.adapters, mask[0], strict=True) if may and n is not None]
+        return {f"{pool.versions[n].name} {pool.versions[n].version}" for n in numbers}
+
+    def bring(name: str) -> None:
+        other = pool.want(mj.Fixed(name), [5])
+        assert other is not None
+        pool.enlist(other)
+        pool.reserve(name, other, True)
+        while pool.advance():
+            pool.wait()
+        assert pool.reserve(name, other, True) == "ready"
+        pool.dismiss(name, other)
+
+    wanted = pool.want(mj.Gates(2), [5])
+    assert wanted is not None
+    pool.enlist(wanted)
+    assert pool.reserve("gates", wanted, True) == "ready"
+    own = {"adapter0 1", "adapter1 1"}
+    found, identities = [allowed()], [pool.identity(wanted)]
+    for name in ("adapter7", "adapter8"):
+        bring(name)
+        found.append(allowed())
+        identities.append(pool.identity(wanted))
+    assert found == [own | {f"{name} 1"} for name in ("adapter2", "adapter7", "adapter8")]
+    assert len(set(identities)) == 3
+    pool.load(banks["second"], "adapter8")
+    pool.load(banks["second"], "adapter0")  # the request keeps what it began with
+    assert allowed() == own
+    pool.load(banks["second"], "unknown", adapter="adapter3")
+    bring("unknown")
+    assert allowed() == own
+    pool.dismiss("gates", wanted)
+    assert pool.table.pins == [0, 0, 0]
+
+
 def test_bad_files_are_refused_before_anything_changes(banks: dict[str, Any], tmp_path: Path):
     model = banks["slots"]
     pool, config = model.pool, model.config

@@ -95,9 +95,8 @@ class AdapterPool:
         self.lock = threading.RLock()  # of all below, and of the weights: whoever gives them to a program holds it
         self.counters = PoolCounters()
         self.table = SlotTable(len(slots.adapters), self._slots_of)
-        self.changes = 0  # of what lies in the slots
-        # gates have a column a slot, and choose one
-        self.most_slots = self.table.count if gates is None else 1
+        self.changes = 0  # of what lies in the slots, or of what a name stands for
+        self.most_slots = self.table.count if gates is None else 1  # of an adapter: gates have a column a slot
         self._columns = columns or {}
         self._router = gates is not None and gates.form is not None
         self._weights = SlotWeights(graph, weights, config, mesh, self._router)
@@ -106,9 +105,9 @@ class AdapterPool:
         self._there: set[int] = set()  # whose weights are in their slot
         self._coming: dict[int, tuple[tuple[int, ...], Future[list[Staged]]]] = {}  # its slots, what is on its way
         self._failed: dict[int, InputError] = {}
+        self._choosable: tuple[int, set[int]] = -1, set()  # by gates, after so many changes
         self._readers = ThreadPoolExecutor(READERS, "adapters")
-        for place in range(len(stored.config.adapters)):
-            info = stored.config.adapters[place]
+        for place, info in enumerate(stored.config.adapters):
             self.versions.add(info.name, stored, place, slots=slots_for(info.rank, slots))
         self._fill()
 
@@ -157,8 +156,7 @@ class AdapterPool:
             place = _place(bank, adapter, name)
             read = bank.adapter(place)
             count = slots_for(read.config.adapters[0].rank, self.slots)
-            problems = misfits_slots(read.config, self.slots, str(path), self.most_slots)
-            if problems:
+            if problems := misfits_slots(read.config, self.slots, str(path), self.most_slots):
                 raise InputError(problems)
         except BaseException:
             if scratch is not None:
@@ -167,6 +165,7 @@ class AdapterPool:
         with self.lock:
             if self.versions.find([name]):
                 self._drop(self.versions.retire(name))
+            self.changes += 1
             return self.versions.add(name, bank, place, scratch, count).version
 
     def unload(self, name: str) -> None:
@@ -178,6 +177,7 @@ class AdapterPool:
         with self.lock:
             self.versions.newest([name])
             self._drop(self.versions.retire(name))
+            self.changes += 1
 
     def want(self, router: Any, prompt: Sequence[int]) -> WantedAdapters | None:
         """What a request with this router asks of the pool; None: nothing, the base answers.
@@ -335,7 +335,9 @@ class AdapterPool:
         """What a request may choose: its own, or beside them all of `_known` whose weights are in their slots."""
         if not wanted.every:
             return wanted.versions
-        return tuple(sorted({*wanted.versions, *(v.number for v in self._known() if v.number in self._there)}))
+        if self._choosable[0] != self.changes:
+            self._choosable = self.changes, {v.number for v in self._known() if v.number in self._there}
+        return tuple(sorted({*wanted.versions, *self._choosable[1]}))
 
     def _some(self, count: int) -> list[AdapterVersion]:
         """So many adapters that gates know, which stay in their slots while the request runs."""

@@ -253,8 +253,8 @@ class EngineCore:
         if self.pool is not None:
             slots = self.pool.numbers()
             for p in (*plan.decoding, *(c.progress for c in plan.chunks)):
-                if (wanted := p.request.adapters) is not None and wanted.every and p.changes != self.pool.changes:
-                    p.placed = self.pool.place(wanted)
+                if (wanted := p.request.adapters) is not None and wanted.every and p.placed_at != self.pool.changes:
+                    p.placed, p.placed_at = self.pool.place(wanted), self.pool.changes
         work = dispatch_of(plan, self.row_sizes, self.prompt_sizes, self.table_sizes, self.config.vocab_size)
         asked = [p.request.logprobs for p in work.owners if p.request.logprobs is not None]
         traced = any(p.request.trace for p in work.owners)

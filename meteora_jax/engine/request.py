@@ -131,8 +131,9 @@ class Progress:
     finish_reason: FinishReason | None = None
     logprobs: list[Any] = dataclasses.field(default_factory=list)
     routing: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
-    placed: BoundRow | None = None  # the router over a pool's slots, as they were after so many of its changes
-    changes: int = 0
+    placed: BoundRow | None = None  # the router over a pool's slots, as they were after `placed_at` of its changes
+    placed_at: int = 0
+    changes: int = 0  # of the pool when this was let in
     identity: bytes = b""
     failure: InputError | None = None  # why it could not be served
 

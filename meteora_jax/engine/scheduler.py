@@ -198,7 +198,8 @@ class Scheduler:
             progress.identity = b"" if router is None else router.identity
             return
         progress.identity = self.adapters.identity(wanted)
-        progress.placed, progress.changes = self.adapters.place(wanted), self.adapters.changes
+        progress.placed = self.adapters.place(wanted)
+        progress.placed_at = progress.changes = self.adapters.changes
 
     def _ready(self) -> Iterable[Progress]:
         """Those who wait and have their adapters, in the order of the queue; copies for others are begun."""
