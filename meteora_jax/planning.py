@@ -1,4 +1,4 @@
-"""What training or generation would need on TPUs that are not there: the programs compiled for their topology."""
+"""What training would need on TPUs that are not there: the program compiled for their topology. See `engine_plan`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
-from meteora_jax.engine.step import PromptTokens, StepRows, new_state, run_steps
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.io import hf_config
@@ -32,14 +31,11 @@ from meteora_jax.training.recipes import RECIPES
 from meteora_jax.training.settings import GateTraining
 from meteora_jax.training.step import TrainState, make_step, optimizer
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
-from pallas_kernels.paged_attention import QUERY_BLOCK
 from pallas_kernels.topk_gating import TopK
 
 GIB = 1 << 30
 # Memory of one device by the beginning of its `device_kind` (Google's data sheets; a TPU7x chip is two devices).
 MEMORY = {"TPU7x": 96, "TPU v6 lite": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32}
-BLOCK_SIZE = 16  # of the engine's cache
-BUDGET = 8192  # prompt tokens that a step of the engine reads
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, tie_word_embeddings=False)
@@ -173,73 +169,12 @@ def plan_training(
         graph, state, tx, gate_loss(objective), dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
     )  # fmt: skip
     with use_mesh(mesh):
-        compiled = _compiled(step.lower(frozen, state, batch, router))
+        program = compile_program(step.lower(frozen, state, batch, router))
     gates = recipe.form or "meteora"
     per_token = flops_per_token(config, bank, chosen=top_k, gates=gates, train_adapters=False, lm=objective.lm_loss)
     flops = rows * width * (per_token + objective.lm_loss * flops_per_pair(config) * (width + 1) / 2)
-    held = _held((frozen, state, batch, router))
-    return _figures("training", compiled, held, mesh, rows=rows, width=width, flops=flops, mfu=mfu)
-
-
-def plan_generation(
-    config: LlamaConfig,
-    adapters: int,
-    rank: int,
-    mesh: Mesh,
-    *,
-    rows: int,
-    width: int,
-    mfu: float,
-    new_tokens: int = 64,
-    top_k: int = 2,
-    form: TokenRouterForm | None = None,
-) -> tuple[Plan, ...]:
-    """Compiles what evaluation runs, in bfloat16 with routing traces: a step of the engine that reads `rows` prompts of
-    `width` tokens, as many as go into its budget; and, if that fits, the loop that decodes `new_tokens` more."""
-    if rows % rows_multiple(mesh):
-        raise InputError(f"rows: expected a multiple of data x fsdp = {rows_multiple(mesh)}, found {rows}")
-    abstract, bank = abstract_model(config, adapters, rank, form, ExecutionConfig.here(jnp.bfloat16, mesh))
-    lay_out(abstract, tensor_shards(mesh))
-    graph, weights = nnx.split(abstract)
-    weights = spread(weights, mesh)
-
-    def whole(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
-
-    table = -(-(width + new_tokens) // BLOCK_SIZE)
-    with use_mesh(mesh):
-        empty: Any = new_state.lower(graph, weights, rows * table, BLOCK_SIZE, rows).compile()
-    state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.eval_shape(lambda w: new_state(graph, w, rows * table, BLOCK_SIZE, rows), weights), empty.output_shardings,
-    )  # fmt: skip
-    step_rows = StepRows(whole(rows), whole(rows, dtype=bool), whole(rows, table), whole(rows), None)
-    router = BoundGates(TopK(whole(rows), whole(rows, dtype=jnp.float32), top_k), adapters)
-    read = min(rows * width, BUDGET) // QUERY_BLOCK * QUERY_BLOCK
-    prompt = PromptTokens(whole(read), whole(read), whole(read // QUERY_BLOCK), whole(rows), whole(rows), whole(rows))
-    how: dict[str, Any] = dict(logprobs=None, trace=True)
-    call = step_rows, prompt, router, whole(1)
-    with use_mesh(mesh):
-        first = _compiled(run_steps.lower(graph, weights, state, *call, steps=1, **how))
-    # forward alone, and no gate's gradient: a third of attention's count, and of 4 or 6 a weight 2 remain
-    per_token = flops_per_token(config, None, chosen=0, gates=None, train_adapters=False) / 2
-    gated = flops_per_token(config, bank, chosen=top_k, gates=None, train_adapters=False) / 2 - per_token
-    gates = flops_per_token(config, bank, chosen=0, gates=form or "meteora", train_adapters=False) / 3
-    gates -= flops_per_token(config, bank, chosen=0, gates=None, train_adapters=False) / 3
-    layers = per_token - 2.0 * config.hidden_size * config.vocab_size + gated + gates
-    pair = flops_per_pair(config) / 3
-    head = 2.0 * config.hidden_size * config.vocab_size
-    reading = read * (layers + pair * (width + 1) / 2) + rows * head
-    writing = rows * (layers + head + pair * (width + new_tokens))
-    held = _held((weights, state, call))
-    plan = _figures("prefill", first, held, mesh, rows=rows, width=width, flops=reading, mfu=mfu)
-    if isinstance(first, OutOfMemory):
-        return (plan,)
-    call = step_rows, None, router, whole(1)
-    with use_mesh(mesh):
-        loop = _compiled(run_steps.lower(graph, weights, state, *call, steps=8, **how))
-    held = _held((weights, state, call))
-    return plan, _figures("decoding", loop, held, mesh, rows=rows, width=width + new_tokens, flops=writing, mfu=None)
+    size = bytes_held((frozen, state, batch, router))
+    return program_figures("training", program, size, mesh, rows=rows, width=width, flops=flops, mfu=mfu)
 
 
 def abstract_model(
@@ -284,7 +219,7 @@ class OutOfMemory:
         return cls(max(needed, available + 1), available)  # both are rounded
 
 
-def _compiled(lowered: Any) -> Any:
+def compile_program(lowered: Any) -> Any:
     """The compiled program, or how far it is from a device's memory."""
     try:
         return lowered.compile()
@@ -298,20 +233,25 @@ def _compiled(lowered: Any) -> Any:
         raise
 
 
-def _held(arguments: Any) -> int:
+def bytes_held(arguments: Any) -> int:
     """Bytes of abstract arguments on one device."""
     leaves = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.ShapeDtypeStruct)]
     shapes = [x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape for x in leaves]
     return sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(shapes, leaves, strict=True))
 
 
-def _figures(
+def memory_of(device_kind: str) -> int | None:
+    """Bytes of a device's memory; None where it is not known."""
+    return next((n * GIB for name, n in MEMORY.items() if device_kind.startswith(name)), None)
+
+
+def program_figures(
     what: str, compiled: Any, held: int, mesh: Mesh, *, rows: int, width: int, flops: float, mfu: float | None
 ) -> Plan:
     """What the compiler says of a program that takes `held` bytes a device, and `flops` on all together."""
     kind = mesh.devices.flat[0].device_kind
     peak = peak_flops(kind)
-    size = next((n for name, n in MEMORY.items() if kind.startswith(name)), None)
+    there = memory_of(kind)
     flops /= mesh.size
     if isinstance(compiled, OutOfMemory):
         weights, temporary, available = held, max(compiled.needed - held, 0), compiled.available
@@ -319,7 +259,7 @@ def _figures(
     else:
         memory = compiled.memory_analysis()
         weights, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        available, seen = size * GIB if size else None, collectives(compiled)
+        available, seen = there, collectives(compiled)
     seconds = flops / (peak * mfu) if peak and mfu else None
     return Plan(
         what=what, devices=mesh.size, device_kind=kind, mesh=dict(mesh.shape), rows=rows, width=width, weights=weights,

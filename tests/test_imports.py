@@ -45,7 +45,7 @@ ORDER = [
         "model",
         "io",
     ),
-    *("engine", "completion", "generation", "probing", "evaluation", "training", "viz", "planning"),
+    *("engine", "completion", "generation", "probing", "evaluation", "training", "viz", "planning", "engine_plan"),
     *("api", "likelihood", "loading", "batching", "warming", "", "serving", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")

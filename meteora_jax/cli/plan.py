@@ -1,4 +1,4 @@
-"""`meteora plan train | evaluate`."""
+"""`meteora plan train | evaluate | serve`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from meteora_jax.gate_config import FormName
 from meteora_jax.io import hf_config
 
 if TYPE_CHECKING:
-    from meteora_jax import planning
+    from meteora_jax import engine_plan, planning
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Compile gate training or evaluation for TPUs that are not there: memory, FLOPs, collectives, time. Needs
-    meteora-jax[tpu]."""
+    """Compile gate training, evaluation or a server's engine for TPUs that are not there: memory, FLOPs, collectives,
+    time. Needs meteora-jax[tpu]."""
 
-    what: tyro.conf.Positional[Literal["train", "evaluate"]]
-    """What to plan: a training step, or prefill and decoding."""
+    what: tyro.conf.Positional[Literal["train", "evaluate", "serve"]]
+    """What to plan: a training step; prefill and decoding; or how many requests a server holds, and their tokens/s."""
     base: str
     """BASE folder, or llama2-7b, llama2-13b, llama3-8b, llama3-70b."""
     topology: str
@@ -36,11 +36,11 @@ class Plan:
     top_k: int = 2
     """Adapters a token."""
     rows: int | None = None
-    """Rows of the batch; one for each device of data x fsdp unless given."""
+    """Rows of the batch; one for each device of data x fsdp unless given, and for serve 32."""
     width: int = 2048
-    """Tokens of a row; evaluate: of a prompt."""
+    """Tokens of a row; evaluate and serve: of a prompt."""
     new_tokens: int = 64
-    """Longest response, for evaluate."""
+    """Longest response, for evaluate and serve."""
     data: int = -1
     """Mesh axis that splits batches; -1 takes the devices that the others leave."""
     fsdp: int = 1
@@ -60,9 +60,10 @@ class Plan:
 
 
 def plan(command: Plan) -> None:
-    """Runs `meteora plan train | evaluate`."""
+    """Runs `meteora plan train | evaluate | serve`."""
+    from meteora_jax.engine_plan import plan_generation, plan_serving
     from meteora_jax.model.lora_linear import column_shards
-    from meteora_jax.planning import plan_generation, plan_training, shape_of, topology_devices
+    from meteora_jax.planning import plan_training, shape_of, topology_devices
     from meteora_jax.sharding import make_mesh, rows_multiple
     from meteora_jax.training.recipes import RECIPES
 
@@ -79,6 +80,13 @@ def plan(command: Plan) -> None:
     recipe = RECIPES[command.recipe]
     shape: dict[str, Any] = dict(width=command.width, mfu=command.mfu, top_k=command.top_k)
     of = config, command.adapters, command.rank, mesh
+    if command.what == "serve":
+        rows = command.rows or 32 * rows_multiple(mesh)
+        served = plan_serving(*of, rows=rows, new_tokens=command.new_tokens, form=recipe.form, **shape)
+        _show_serving(served, command.mfu)
+        own = {"requests": served.requests, "fits": served.fits}
+        write_json(command.json, {**dataclasses.asdict(served), **own})
+        return
     if command.what == "train":
         rows = command.rows or rows_multiple(mesh) * command.accumulate
         plans = [
@@ -97,6 +105,26 @@ def plan(command: Plan) -> None:
         for found in plans
     ]  # fmt: skip
     write_json(command.json, figures[0] if command.what == "train" else {f["what"]: f for f in figures})
+
+
+def _show_serving(found: engine_plan.ServingPlan, mfu: float) -> None:
+    from meteora_jax.engine_plan import BLOCK_SIZE
+    from meteora_jax.planning import GIB
+
+    def show(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    axes = " x ".join(f"{k} {n}" for k, n in found.mesh.items())
+    asked = f"requests of {found.width} tokens and {found.new_tokens} new ones"
+    show(f"serving: {found.devices} devices ({found.device_kind}), {axes}; {found.rows} {asked}")
+    parts = f"weights {found.weights / GIB:.2f} GiB, temporary {found.temporary / GIB:.2f} GiB"
+    show(f"  memory a device: {parts} of {(found.memory or 0) / GIB:.4g} GiB")
+    size = f"{found.blocks} of {BLOCK_SIZE} positions and {found.block_bytes / 2**20:.3g} MiB"
+    show(f"  blocks that fit: {size}, {found.blocks * BLOCK_SIZE:,} positions: {found.requests} such requests at once")
+    if found.step and found.prompt_rate and found.rate:
+        show(f"  a decoding step of {found.rows} rows: at least {1e3 * found.step:.2f} ms, bound by {found.bound}")
+        show(f"  prompts at MFU {mfu:.0%}: {found.prompt_rate:,.0f} tokens/s; in all {found.rate:,.0f} new tokens/s")
+    show("  fits" if found.fits else f"  does not fit: {found.rows} rows; fewer rows, or grow tensor")
 
 
 def _show(found: planning.Plan, mfu: float) -> None:
