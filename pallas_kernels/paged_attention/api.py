@@ -103,6 +103,8 @@ def write_pages(
     """`pages` with each token's key and value in its slot (`StepTokens.slots`); a token without one writes nothing."""
     blocks, size, heads, width = pages.shape
     both = jnp.stack([keys, values], axis=2).reshape(-1, heads, width).astype(pages.dtype)
+    if len(slots) == 1:  # XLA makes something else of a scatter of one row, which copies all pages
+        both, slots = jnp.pad(both, ((0, 1), (0, 0), (0, 0))), jnp.pad(slots, (0, 1), constant_values=EMPTY)
     beyond = blocks * size + jnp.arange(len(slots), dtype=jnp.int32)  # dropped, and each another, as scatter is told
     at = jnp.where(slots == EMPTY, beyond, slots + first_block * size)
     flat = pages.reshape(-1, heads, width).at[at].set(both, mode="drop", unique_indices=True)
