@@ -64,7 +64,7 @@ def page(browser, served) -> Iterator[Any]:
     found, said = context.new_page(), []
     found.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     found.on("pageerror", lambda error: said.append(str(error)))
-    found.set_default_timeout(20_000)
+    found.set_default_timeout(120_000)  # programs compile within the first answers
     found.expected_complaints = said
     found.goto(served.url)
     found.locator("#status", has_text="ready").wait_for()
@@ -258,8 +258,8 @@ def test_retrieval_and_mixtures_are_asked_as_chosen(page):
     page.locator("#prompt").fill("How many?")
     page.locator("#prompt").press("Enter")
     assert "at least one adapter" in page.locator("#problem").inner_text()
-    side.get_by_label("apple").fill("0.75")
-    side.get_by_label("daisy").fill("0.5")
+    side.get_by_role("spinbutton", name="apple").fill("0.75")
+    side.get_by_role("spinbutton", name="daisy").fill("0.5")
     turn = ask(page, "How many?")
     answered(page)
     tip = page.locator("#tip")
@@ -270,7 +270,7 @@ def test_retrieval_and_mixtures_are_asked_as_chosen(page):
 
 def test_stop_ends_the_answer_and_the_request(page, served):
     before = served.server.driver.core.counters.new_tokens
-    turn = ask(page, "The quick brown fox", 300)
+    turn = ask(page, "The quick brown fox", 200)
     turn.locator(".token").nth(2).wait_for()
     page.locator("#stop").click()
     answered(page)
@@ -279,7 +279,7 @@ def test_stop_ends_the_answer_and_the_request(page, served):
     while served.server.driver.core.busy and time.monotonic() < end:
         time.sleep(0.02)
     assert not served.server.driver.core.busy
-    assert served.server.driver.core.counters.new_tokens - before < 250
+    assert served.server.driver.core.counters.new_tokens - before < 150
     assert page.locator("#prompt").evaluate("s => s === document.activeElement")
 
 
@@ -353,7 +353,9 @@ def test_every_control_has_a_name(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_is_readable_in_both_schemes(page, scheme):
     page.emulate_media(color_scheme=scheme)
-    ink, ground = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+    ink, ground = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
     light = []
     for colour in (ink, ground):
         rgb = [int(n) for n in re.findall(r"\d+", colour)[:3]]

@@ -144,6 +144,7 @@ async function load() {
   one("#legend").open &&= places.size <= 60;
   sides.forEach((side, i) => side.fill(i));
   one("#most").max = models[0].max_model_len;
+  one("#most").value = Math.min(one("#most").value, one("#most").max);
   send.disabled = running !== null;
   status.textContent = "ready";
 }
@@ -198,7 +199,7 @@ class Side {
     const there = new Set(all("input", this.mixture).map((input) => input.name));
     for (const name of this.mixture.hidden ? [] : places.keys()) {
       if (there.has(name)) continue;
-      const input = Object.assign(make("input"), { type: "number", step: "0.05", value: "0", name });
+      const input = Object.assign(document.createElement("input"), { type: "number", step: "any", value: "0", name });
       const label = make("label");
       label.append(swatch(name), make("span", "", name), input);
       this.mixture.append(label);
