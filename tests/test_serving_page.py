@@ -316,6 +316,22 @@ def test_text_is_never_markup(page):
     assert page.locator(".chip", has_text="<i>odd</i>").count() == 1
 
 
+def test_twenty_eight_adapters_look_different(page):
+    """Every pair of colour and underline once, as painted; and letters of their own, and in the list to choose from."""
+    cards = [dict(id="tiny", kind="base", most_k=None, max_model_len=64)]
+    cards += [dict(id=f"adapter {i}", kind="adapter", most_k=None, max_model_len=64) for i in range(28)]
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": cards}))
+    page.reload()
+    page.locator("#status", has_text="ready").wait_for()
+    marks = page.locator(".chip:not(.none) .swatch")
+    painted = marks.evaluate_all(
+        "all => all.map(getComputedStyle).map((s) => s.textDecorationColor + s.textDecorationStyle)"
+    )
+    assert len(set(painted)) == 28
+    assert marks.all_text_contents() == [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "AA", "AB"]
+    assert page.locator(".model").first.locator("option", has_text="AB · adapter 27").count() == 1
+
+
 def test_the_key_stays_in_the_tab(browser, world):
     import hashlib
 
