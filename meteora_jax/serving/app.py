@@ -204,6 +204,7 @@ def _card(server: Server, name: str, parent: str | None) -> dict[str, Any]:
     return {
         "id": name, "object": "model", "created": server.created, "owned_by": "meteora", "root": server.fleet.base,
         "parent": parent, "max_model_len": server.fleet.model.config.max_position_embeddings,
+        "kind": models.kind(server.fleet, name), "most_k": models.most_k(server.fleet, name),
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from meteora_jax.api import Meteora
 from meteora_jax.config import InputError
@@ -118,6 +118,17 @@ def names(fleet: Fleet) -> list[tuple[str, str | None]]:
     same name."""
     virtual = [name for name, router in VIRTUAL.items() if router.loaded(fleet)]
     return [(fleet.base, None), *((name, fleet.base) for name in dict.fromkeys([*fleet.model.adapter_names, *virtual]))]
+
+
+def kind(fleet: Fleet, name: str) -> Literal["base", "adapter", "router"]:
+    """What a name is, of those that `resolve` knows; an adapter goes before all else, as there."""
+    return "adapter" if name in fleet.model.adapter_names else "base" if name == fleet.base else "router"
+
+
+def most_k(fleet: Fleet, name: str) -> int | None:
+    """The largest K of ":K" behind a router's name; None where none may follow."""
+    counts = kind(fleet, name) == "router" and name in VIRTUAL and VIRTUAL[name].counts
+    return len(fleet.model.adapter_names) if counts else None
 
 
 def resolve(fleet: Fleet, name: str) -> RouterArgument:

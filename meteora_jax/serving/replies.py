@@ -111,7 +111,8 @@ class TextCompletion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """Something that can be asked for. root: what it runs on."""
+    """Something that can be asked for. root: what it runs on. most_k: the largest K of ":K" behind the name of a router
+    that finds adapters."""
 
     id: str
     object: Literal["model"]
@@ -120,6 +121,8 @@ class ModelCard(BaseModel):
     root: str
     parent: str | None
     max_model_len: int
+    kind: Literal["base", "adapter", "router"]
+    most_k: int | None
 
 
 class ModelList(BaseModel):
