@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from extent import parameters
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_sharding import devices
@@ -125,6 +126,7 @@ def test_logits_are_those_of_the_matrices_that_it_stands_for(folder: Path, kind:
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_weights_stay_packed_on_the_device(folder: Path, kind: str):
     model = mj.load(folder / kind, folder / "bank", folder / "gates", dtype="bfloat16")
+    assert model.dtype == "bfloat16"
     held = {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(model.weights)}
     kernels = {path: x for path, x in held.items() if path[-1] == "kernel"}
     assert {str(x.dtype) for x in kernels.values()} == {{"int8": "int8", "fp8": "float8_e4m3fn", "int4": "uint8"}[kind]}
@@ -157,7 +159,7 @@ def test_an_export_writes_the_matrices_out(written_out: Path):
             assert np.allclose(found[path], value, rtol=1e-6, atol=0), path
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", parameters(["int8", "int4"], ["int8"], "a mesh decodes with int4"))
 def test_tokens_and_gate_gradients_are_those_of_the_matrices_written_out(written_out: Path, kind: str):
     """Prompts of several routers by the engine, and the gates' gradients, which go through every product."""
     routers = [mj.Gates(2), mj.Fixed("two")]

@@ -146,6 +146,10 @@ def stored_bytes(tensor: SourceTensor) -> int:
         return values * tensor.dtype.itemsize
     import gguf
 
+    from converters.hf_quantized import BYTES
+
+    if tensor.stored in BYTES:
+        return int(values * BYTES[tensor.stored])
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.stored]]
     return values // block * block_bytes
 
