@@ -25,6 +25,7 @@ from converters.meteora_import import describe_gates, import_gates
 from converters.peft_export import export_adapter
 from converters.peft_lora import describe_adapters, import_adapters
 from converters.peft_vocab import replace_vocab
+from converters.quantize import quantize_base
 from converters.rules import Progress, TensorPlan
 from meteora_jax.config import InputError, LlamaConfig
 
@@ -43,6 +44,7 @@ __all__ = [
     "names_left",
     "open_base",
     "plan_base",
+    "quantize_base",
     "remove_adapters",
     "rename_adapter",
     "take_adapters",

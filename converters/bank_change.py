@@ -57,7 +57,7 @@ def add_adapters(
             problems += [f"{folder}: expected the base beside it (--base BASE): {why}" for folder, why in needs.items()
                          if why]  # fmt: skip
         else:
-            config, origin = read_base(Path(base))[0], read_origin(Path(base))
+            config, origin = read_base(Path(base), quantized=True)[0], read_origin(Path(base))
             problems += misfits(old, config, origin, str(Path(bank) / _DESCRIPTION))
         if problems:
             raise InputError(problems)

@@ -18,6 +18,7 @@ from converters.folders import new_folder, write_json
 from converters.hf_llama import INDEX, SINGLE, copy_tokenizer, llama_rules
 from converters.own_folders import read_base, read_origin
 from converters.peft_export import BankAdapter, list_modules, open_adapter
+from converters.quantize import open_matrix
 from converters.rules import AS_IS, Progress, Transform, copy_tensor
 from converters.tensor_files import SourceTensor, TensorReader, TensorWriter, dtype_name
 from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
@@ -52,6 +53,7 @@ def export_base(
     overwrite: bool = False,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    dequantize: bool = False,
 ) -> LlamaConfig:
     """Writes a BASE folder as a Hugging Face folder, bit for bit.
 
@@ -61,11 +63,12 @@ def export_base(
         overwrite: replace a `dest` that holds something, once the new one is complete.
         progress: called after each tensor with (key, done, total).
         shard_bytes: weights beyond this go into several files with an index.
+        dequantize: take a quantised base, whose matrices are written as what they stand for, in the type of its norms.
 
     Raises:
-        InputError: a damaged base; `dest` is then as it was.
+        InputError: a damaged base, or a quantised one unless `dequantize`; `dest` is then as it was.
     """
-    return _export(Path(base), None, dest, overwrite, progress, shard_bytes)
+    return _export(Path(base), None, dest, overwrite, progress, shard_bytes, dequantize)
 
 
 def export_merged(
@@ -76,14 +79,16 @@ def export_merged(
     overwrite: bool = False,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    dequantize: bool = False,
 ) -> LlamaConfig:
     """Writes a BASE folder with the adapter `name` of a BANK merged into its weights; arguments as `export_base`.
 
     Raises:
-        InputError: a damaged base or bank, a bank for another base, no such adapter, an adapter whose biases the
-            base has no place for, or sums that the base's type cannot hold; `dest` is then as it was.
+        InputError: a damaged base or bank, a quantised base unless `dequantize`, a bank for another base, no such
+            adapter, an adapter whose biases the base has no place for, or sums that the base's type cannot hold; `dest`
+            is then as it was.
     """
-    return _export(Path(base), open_adapter(bank, name), dest, overwrite, progress, shard_bytes)
+    return _export(Path(base), open_adapter(bank, name), dest, overwrite, progress, shard_bytes, dequantize)
 
 
 def _export(
@@ -93,8 +98,9 @@ def _export(
     overwrite: bool,
     progress: Progress | None,
     shard_bytes: int,
+    dequantize: bool,
 ) -> LlamaConfig:
-    config, reader = read_base(base)
+    config, reader = read_base(base, quantized=dequantize, unless=" (--dequantize writes what they stand for)")
     origin = read_origin(base)
     if adapter is not None:
         _check_fit(config, origin, adapter)
@@ -120,7 +126,7 @@ def _export(
             weight_map = {o.key: file for file, shard in zip(names, shards, strict=True) for o in shard}
             total = sum(o.size for o in outputs)
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        dtype = _HF_DTYPES[dtype_name(reader.dtype("embed.embedding"))]
+        dtype = _HF_DTYPES[dtype_name(_stored_dtype(config, reader, "embed.embedding"))]
         # a base with an adapter in its weights is no longer the model of that name
         name = {"_name_or_path": origin.name} if origin and origin.name and adapter is None else {}
         write_json(partial / "config.json", {**name, **hf_config.to_hf(config), "torch_dtype": dtype})
@@ -136,8 +142,8 @@ def _list_outputs(config: LlamaConfig, reader: TensorReader, adapter: BankAdapte
             continue
         projection, part = places.get(rule.path, ("", ""))
         for layer in range(config.num_layers) if rule.layered else (None,):
-            source = _open(reader, rule.path, layer)
-            stored = source.dtype
+            source = open_matrix(config, reader, rule.path, layer)
+            stored = _stored_dtype(config, reader, rule.path)
             if adapter is not None and layer is not None and (layer, projection) in adapted:
                 merge = _merged_kernel if part == "kernel" else _merged_bias
                 source = merge(source, adapter, layer, projection)
@@ -165,15 +171,9 @@ def _check_fit(config: LlamaConfig, origin: BaseOrigin | None, adapter: BankAdap
         raise InputError(problems)
 
 
-def _open(reader: TensorReader, path: str, layer: int | None) -> SourceTensor:
-    values = reader.slice(path) if layer is None else reader.slice(path, layer)
-    index = () if layer is None else (layer,)
-
-    # The mapping is opened anew for each block, so that its pages do not pile up in this process.
-    def rows(start, stop):
-        return reader.slice(path, *index)[start:stop]
-
-    return SourceTensor("weights.safetensors", path, values.dtype, values.shape, rows)
+def _stored_dtype(config: LlamaConfig, reader: TensorReader, path: str) -> np.dtype:
+    """The type that a tensor is written in: its own, or that of the norms where it is quantised."""
+    return reader.dtype("norm.scale" if path in config.quantized_tensors() else path)
 
 
 def _merged_kernel(base: SourceTensor, adapter: BankAdapter, layer: int, p: str) -> SourceTensor:

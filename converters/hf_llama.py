@@ -1,6 +1,7 @@
 """A Hugging Face folder of the LLaMA family -> BASE.
 
-`config.json`, weights as safetensors or as `torch.save` wrote them (single or sharded), the tokenizer's files.
+`config.json`, weights as safetensors or as `torch.save` wrote them (single or sharded), the tokenizer's files; of some
+quantised folders, too: see hf_quantized.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from converters.base_folder import OpenedBase, own_names
+from converters.hf_quantized import Method, rules_of, written_out
 from converters.pickle_files import read_pickle
 from converters.rules import TRANSPOSE, Rule, same_values
 from converters.tensor_files import SourceTensor, read_safetensors
@@ -47,13 +49,20 @@ def open_base(src: Path) -> OpenedBase:
         InputError: everything that is wrong with configuration, tokenizer and headers.
     """
     raw = read_json(src / "config.json")
-    config = add_end_tokens(hf_config.from_hf(raw), src / "generation_config.json")
+    method = Method.of(raw) if isinstance(raw, Mapping) else None
+    plain = {key: value for key, value in raw.items() if key != "quantization_config"} if method else raw
+    config = add_end_tokens(hf_config.from_hf(plain), src / "generation_config.json")
     files, tensors, remarks = read_weights(src)
+    if method is not None:
+        tensors = written_out(method, tensors)
+        said = "are read as what they stand for; meteora quantize would round them anew"
+        remarks = [*remarks, f"{src}: weights quantised by {method.name} {said}"]
     config, untied = untie(config, tensors)
+    rules = llama_rules(config) if method is None else rules_of(method, llama_rules(config), tensors)
     said = {"config.json _name_or_path": raw.get("_name_or_path")}
     return OpenedBase(
         config,
-        llama_rules(config),
+        rules,
         tensors,
         [*files, src / "config.json"],
         lambda folder: copy_tokenizer(src, folder),

@@ -5,15 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.tensor_files import TensorReader
-from meteora_jax.config import BankConfig, LlamaConfig, read_json
+from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.io import hf_config
 from meteora_jax.io.provenance import BaseOrigin
 
 
-def read_base(folder: Path) -> tuple[LlamaConfig, TensorReader]:
-    """A BASE folder. Raises InputError: a missing or damaged file, or tensors other than those of config.json."""
+def read_base(folder: Path, quantized: bool = False, unless: str = "") -> tuple[LlamaConfig, TensorReader]:
+    """A BASE folder.
+
+    quantized: whether it may be a quantised one, whose matrices are read by `converters.quantize.open_matrix`.
+    unless: what the refusal of one says behind what is expected.
+
+    Raises:
+        InputError: a missing or damaged file, tensors other than those of config.json, or a quantised base.
+    """
     config = hf_config.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    return config, TensorReader(folder / "weights.safetensors", config.weight_shapes())
+    if config.quantization is not None and not quantized:
+        expected = f"a base whose weights are not quantised{unless}"
+        raise InputError(
+            f"{folder / 'config.json'}: meteora.quantization: expected {expected}, found {config.quantization}"
+        )
+    return config, TensorReader(folder / "weights.safetensors", config.weight_shapes(), config.stored_types())
 
 
 def read_origin(folder: Path) -> BaseOrigin | None:

@@ -24,6 +24,7 @@ from converters.claimed_base import norms_of
 from converters.folders import Journal, new_folder, sha256, write_json
 from converters.own_folders import read_base
 from converters.peft_folder import CONFIG, PICKLED, WEIGHTS, PeftAdapter, read_adapter
+from converters.quantize import open_matrix
 from converters.rules import Progress, TensorPlan, copy_tensor
 from converters.tensor_files import TensorWriter, dtype_name
 from meteora_jax.config import (
@@ -283,15 +284,16 @@ def write_adapter(writer: TensorWriter, index: int, adapter: PeftAdapter, base: 
 
 def _write_dora(writer: TensorWriter, index: int, adapter: PeftAdapter, base: Path) -> list[str]:
     """Fills `p.dora`: magnitude / norm - 1 for each output column, the norm being that of W + scale A B."""
-    _, weights = read_base(base)
+    weights = read_base(base, quantized=True)
     problems = []
     for layer, p in adapter.modules:
         a, b = (adapter.parts[layer, p, part].read().astype(np.float32) for part in ("a", "b"))
         b *= np.float32(adapter.scale_of(layer, p))
-        kernel = weights.slice(f"layers.{p}.kernel", layer)  # [I, O]
+        kernel = open_matrix(*weights, f"layers.{p}.kernel", layer)  # [I, O]
         squares = np.zeros(kernel.shape[1], np.float64)
-        for start in range(0, len(kernel), _DORA_ROWS):
-            merged = kernel[start : start + _DORA_ROWS].astype(np.float32) + a[:, start : start + _DORA_ROWS].T @ b.T
+        for start in range(0, kernel.shape[0], _DORA_ROWS):
+            stop = min(start + _DORA_ROWS, kernel.shape[0])
+            merged = kernel.rows(start, stop).astype(np.float32) + a[:, start : start + _DORA_ROWS].T @ b.T
             squares += np.square(merged, dtype=np.float64).sum(axis=0)
         source = adapter.parts[layer, p, "magnitude"]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -311,10 +313,14 @@ def check_saved(base: Path, adapter: PeftAdapter) -> list[str]:
     """Saved embeddings and heads are accepted where they are the base's own, value by value."""
     if not adapter.saved:
         return []
-    config, weights = read_base(base)
+    config, weights = read_base(base, quantized=True)
     problems = []
     for module, saved in adapter.saved.items():
         embedding = module == ENDS["embed"] or config.tie_word_embeddings
+        if (q := config.quantization) is not None and (q.embedding if embedding else q.head):
+            kept = f"a base whose {'embedding' if embedding else 'head'} is not quantised, to compare it with"
+            problems.append(f"{saved.tensor.where}: expected {kept}, found {q}")
+            continue
         own = weights.slice("embed.embedding") if embedding else weights.slice("lm_head.kernel").T
         if not all(np.array_equal(block, own[rows]) for rows, block in saved.tensor.blocks()):
             problems.append(

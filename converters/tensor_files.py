@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -191,11 +192,15 @@ def _read_entry(path: Path, file: str, data_start: int, key: str, entry: Any) ->
 class TensorReader:
     """One of the project's own weight files, mapped tensor by tensor and slice by slice.
 
+    types: {key: type} of tensors that are not of `FLOATS`.
+
     Raises:
         InputError: damaged, or not exactly the tensors of `shapes`; all problems at once.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]):
+    def __init__(
+        self, path: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str] = MappingProxyType({})
+    ):
         self._path = path
         self._tensors = {t.key: t for t in read_safetensors(path, str(path))}
         problems = [
@@ -207,11 +212,16 @@ class TensorReader:
             found = self._tensors[key].shape if key in self._tensors else "no such tensor"
             if found != shape:
                 problems.append(f"{path}: {key}: expected shape {shape}, found {found}")
-            elif dtype_name(self._tensors[key].dtype) not in FLOATS:
-                found = dtype_name(self._tensors[key].dtype)
-                problems.append(f"{path}: {key}: expected type {', '.join(FLOATS)}, found {found}")
+            elif (kind := dtype_name(self._tensors[key].dtype)) not in (expected := types.get(key, FLOATS)):
+                names = expected if isinstance(expected, str) else ", ".join(expected)
+                problems.append(f"{path}: {key}: expected type {names}, found {kind}")
         if problems:
             raise InputError(problems)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
 
     @property
     def keys(self) -> tuple[str, ...]:

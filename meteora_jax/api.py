@@ -82,7 +82,7 @@ class Meteora:
     @property
     def dtype(self) -> str:
         """Of base, adapters and activations: float32, bfloat16 or float16."""
-        return str(self.weights["embed"].dtype)
+        return str(self.weights["norm"]["scale"].dtype)
 
     @functools.cached_property
     def _engines(self) -> Engines:

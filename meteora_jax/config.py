@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from meteora_jax.quantization import ITEM_BYTES, STORED_TYPES, Quantization, Stored
 
 
 class InputError(Exception):
@@ -87,6 +90,7 @@ class LlamaConfig:
     # What the near family does otherwise; the defaults are LLaMA's.
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     sliding_window: int | None = None  # keys a token sees, itself included; None: all
+    quantization: Quantization | None = None  # of the stored weights; None: floating point
 
     @property
     def qk_norm(self) -> bool:
@@ -111,7 +115,7 @@ class LlamaConfig:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """{path: shape} of every tensor of `BASE/weights.safetensors`; layers are stacked, L first."""
-        n, d, v = self.num_layers, self.hidden_size, self.vocab_size
+        n, d, v, packed = self.num_layers, self.hidden_size, self.vocab_size, self.quantized_tensors()
         shapes: dict[str, tuple[int, ...]] = {"embed.embedding": (v, d)}
         for p in PROJECTIONS:
             shapes[f"layers.{p}.kernel"] = (n, *self.projection_shape(p))
@@ -124,7 +128,31 @@ class LlamaConfig:
         shapes["norm.scale"] = (d,)
         if not self.tie_word_embeddings:
             shapes["lm_head.kernel"] = (d, v)
-        return shapes
+        return shapes | {path: shape for path, (shape, _) in packed.items()}
+
+    def quantized_tensors(self) -> dict[str, Stored]:
+        """{path: shape and type} of the tensors that quantised matrices are stored as; empty of a base without any."""
+        if (q := self.quantization) is None:
+            return {}
+        kernels = {p: q.parts(*self.projection_shape(p)) for p in PROJECTIONS}
+        found = {
+            f"layers.{p}.{part}": ((self.num_layers, *shape), kind)
+            for p, parts in kernels.items()
+            for part, (shape, kind) in parts.items()
+        }
+        return found | q.vocab_parts(self.vocab_size, self.hidden_size)
+
+    def stored_types(self) -> dict[str, str]:
+        """{path: type of the file's tensor, as the format calls it} of the same."""
+        return {path: STORED_TYPES[kind] for path, (_, kind) in self.quantized_tensors().items()}
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """Bytes of the base where what is not quantised has values of `itemsize` bytes."""
+        packed = self.quantized_tensors()
+        return sum(
+            math.prod(shape) * (ITEM_BYTES[packed[path][1]] if path in packed else itemsize)
+            for path, shape in self.weight_shapes().items()
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,9 +148,8 @@ def fitting_slots(config: LlamaConfig, bank: BankConfig, slot: BankConfig, kind:
     most = sum(slots_for(info.rank, slot) for info in bank.adapters)
     if free is None:
         return min(SLOTS, most)
-    base = sum(map(math.prod, config.weight_shapes().values()))
     each = sum(math.prod(shape) for name, shape in slot.weight_shapes().items() if name.endswith((".a", ".b", ".rows")))
-    return min(most, max(1, int((free / kind.itemsize - base) / 2 / each)))
+    return min(most, max(1, int((free - config.weight_bytes(kind.itemsize)) / kind.itemsize / 2 / each)))
 
 
 def importer_of(base: Path) -> Import:

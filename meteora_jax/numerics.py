@@ -11,6 +11,11 @@ import jax.numpy as jnp
 CPU_BLOCK = 192  # terms of a sum in a row, see `contract`
 
 
+def cpu_block(x: jax.Array) -> int | None:
+    """Terms of a sum over x's last axis that are added in a row; None: all, as XLA does it. See `contract`."""
+    return CPU_BLOCK if x.dtype == jnp.float32 and jax.default_backend() == "cpu" and x.shape[-1] > CPU_BLOCK else None
+
+
 def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
     """einsum(equation, x, weight) over x's last and weight's `axis` dimension; float32 is exact to its last bits.
 
@@ -19,7 +24,7 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, axis: int) -> jax.A
     therefore taken in blocks, which costs a few percent. GPUs and TPUs accumulate in blocks by themselves.
     """
     width = x.shape[-1]
-    if x.dtype != jnp.float32 or jax.default_backend() != "cpu" or width <= CPU_BLOCK:
+    if cpu_block(x) is None:
         return jnp.einsum(equation, x, weight)
     blocks = [(start, min(start + CPU_BLOCK, width)) for start in range(0, width, CPU_BLOCK)]
     parts = [jnp.einsum(equation, x[..., a:b], jax.lax.slice_in_dim(weight, a, b, axis=axis)) for a, b in blocks]

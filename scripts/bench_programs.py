@@ -164,7 +164,7 @@ def training(model: LazyArrays, router: Any, tokens: jax.Array, adapters: int, r
         return initial_state(gates, tx, None)
 
     state = LazyArrays(None, jax.eval_shape(begin, gates), lambda: begin(cut(model(), GateParam)[1]))
-    dtype = nnx.merge(model.graph, model.shapes).embed.dtype
+    dtype = nnx.merge(model.graph, model.shapes).dtype
     loss = GateLoss(Objective(beta=50.0))
     step = cast("Jit", make_step(split, state.shapes, tx, loss, dtype=dtype, remat=remat))
     update = step.lower(frozen, state.shapes, batch, router).compile()

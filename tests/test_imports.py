@@ -19,6 +19,7 @@ NO_NOUN = {"utils", "util", "common", "helpers", "helper", "misc"}  # a function
 # meteora_jax in the order in which it may import; "" is meteora_jax/__init__, the public API.
 ORDER = [
     *(
+        "quantization",
         "config",
         "io.files",
         "io.hf_config",
@@ -54,6 +55,7 @@ PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDE
     "converters": (
         *(
             "meteora_jax.config",
+            "meteora_jax.quantization",
             "meteora_jax.io.hf_config",
             "meteora_jax.io.files",
             "meteora_jax.gate_config",

@@ -73,6 +73,7 @@ from meteora_jax.cli.index_rank import IndexRank, index_rank
 from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
+from meteora_jax.cli.quantize import Quantize, quantize
 from meteora_jax.cli.serve import Serve, serve
 from meteora_jax.cli.tasks import TasksCheck, TasksCommand, TasksSplit, tasks_check, tasks_split
 from meteora_jax.cli.throughput import Throughput, throughput
@@ -141,6 +142,7 @@ def commands_for(args: Sequence[str]) -> Any:
     return Union[  # noqa: UP007 - a value here, no annotation
         Annotated[Import, sub("import")],
         Annotated[Export, sub("export")],
+        Annotated[Quantize, sub("quantize")],
         Annotated[BankCommand, sub("bank")],
         Annotated[Inspect, sub("inspect")],
         Annotated[IndexCommand, sub("index")],
@@ -167,6 +169,7 @@ ACTIONS = {
     ExportBase: export_base,
     ExportGates: export_gates,
     ExportBank: export_bank,
+    Quantize: quantize,
     BankAdd: bank_add,
     BankRemove: bank_remove,
     BankRename: bank_rename,

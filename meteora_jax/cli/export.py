@@ -47,13 +47,17 @@ class ExportMerged(Conversion):
     """The adapter to merge."""
     dest: tyro.conf.Positional[Path]
     """Folder to make."""
+    dequantize: bool = False
+    """Take a quantised base, and write its matrices as what they stand for in the type of its norms."""
 
 
 def export_merged(command: ExportMerged) -> None:
     """Runs `meteora export merged`."""
     import converters
 
-    convert = partial(converters.export_merged, command.base, command.bank, command.name, command.dest)
+    convert = partial(
+        converters.export_merged, command.base, command.bank, command.name, command.dest, dequantize=command.dequantize
+    )
     config = command.run("export merged", convert)
     command.tell(
         f"{command.dest}: {config.num_layers} layers with {command.name} merged in",
@@ -69,13 +73,16 @@ class ExportBase(Conversion):
     """BASE folder."""
     dest: tyro.conf.Positional[Path]
     """Folder to make."""
+    dequantize: bool = False
+    """Take a quantised base, and write its matrices as what they stand for in the type of its norms."""
 
 
 def export_base(command: ExportBase) -> None:
     """Runs `meteora export base`."""
     import converters
 
-    config = command.run("export base", partial(converters.export_base, command.base, command.dest))
+    convert = partial(converters.export_base, command.base, command.dest, dequantize=command.dequantize)
+    config = command.run("export base", convert)
     command.tell(
         f"{command.dest}: {config.num_layers} layers",
         {"folder": str(command.dest), "merged": None, "config": hf_config.to_hf(config)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,10 +100,12 @@ def describe(path: Path) -> dict[str, Any]:
     raw = read_json(path / "config.json") if (path / "config.json").exists() else {}
     if isinstance(raw, dict) and "meteora" in raw:
         config = hf_config.from_hf(raw, str(path / "config.json"))
-        reader = TensorReader(path / WEIGHTS, config.weight_shapes())
-        sizes = config.weight_shapes().values()
-        dtype = str(reader.dtype("embed.embedding"))
-        about = _about(config, sum(map(math.prod, sizes))) | {"dtype": dtype}
+        reader = TensorReader(path / WEIGHTS, config.weight_shapes(), config.stored_types())
+        sizes = dataclasses.replace(config, quantization=None).weight_shapes().values()
+        about = _about(config, sum(map(math.prod, sizes))) | {"dtype": str(reader.dtype("norm.scale"))}
+        if config.quantization is not None:
+            about["quantization"] = str(config.quantization)
+        about["bytes"] = f"{(path / WEIGHTS).stat().st_size:,}"
         about |= {key: raw["meteora"].get(key) for key in ("origin", "source")}
         return {"kind": "base", "about": about}
     if path.suffix.lower() == ".gguf" or raw or (path / "params.json").exists():
@@ -143,6 +146,10 @@ def stored_bytes(tensor: SourceTensor) -> int:
         return values * tensor.dtype.itemsize
     import gguf
 
+    from converters.hf_quantized import BYTES
+
+    if tensor.stored in BYTES:
+        return int(values * BYTES[tensor.stored])
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.stored]]
     return values // block * block_bytes
 

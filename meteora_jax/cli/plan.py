@@ -13,6 +13,7 @@ from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError, read_json
 from meteora_jax.gate_config import FormName
 from meteora_jax.io import hf_config
+from meteora_jax.quantization import Quantization, WeightFormat
 
 if TYPE_CHECKING:
     from meteora_jax import engine_plan, planning
@@ -29,6 +30,8 @@ class Plan:
     """BASE folder, or llama2-7b, llama2-13b, llama3-8b, llama3-70b."""
     topology: str
     """As libtpu names it: v5p:4x4x4, v5e:4x4, v4:4x4x4, v6e:4x4, tpu7x:2x2x1."""
+    weights: WeightFormat | None = None
+    """Of the projections, as `meteora quantize` would store them; by default as the base's are."""
     adapters: int = 28
     """Of the bank."""
     rank: int = 8
@@ -71,6 +74,10 @@ def plan(command: Plan) -> None:
         raise InputError(f"mfu: expected a share above 0 and at most 1, found {command.mfu}")
     file = Path(command.base) / "config.json"
     config = hf_config.from_hf(read_json(file), str(file)) if file.is_file() else shape_of(command.base)
+    if command.weights is not None:
+        if config.quantization is not None:
+            raise InputError(f"weights: expected none beside a base that is quantised, found {command.weights}")
+        config = dataclasses.replace(config, quantization=Quantization.of(command.weights))
     mesh = make_mesh(command.data, command.fsdp, command.tensor, topology_devices(command.topology))
     if uncut := [g for g in ("qkv", "gate_up") if command.tensor > 1 and column_shards(config, g, command.tensor) == 1]:
         why = f"{config.num_heads} heads, {config.num_kv_heads} kv heads and {config.intermediate_size} units"

@@ -16,21 +16,28 @@ from meteora_jax.io.tensors import WEIGHTS, StoredArray, open_tensors
 def load_base(
     folder: str | os.PathLike[str], dtype: DTypeLike
 ) -> tuple[LlamaConfig, dict[tuple[str, ...], StoredArray]]:
-    """BASE/ -> its configuration and the model's base weights by path in the module tree, still on disk."""
+    """BASE/ -> its configuration and the model's base weights by path in the module tree, still on disk.
+
+    dtype: of all that is not quantised, which stays as it is stored.
+    """
     folder = Path(folder)
     config = hf_config.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    shapes = config.weight_shapes()
-    file = open_tensors(folder / WEIGHTS, shapes)
+    shapes, types = config.weight_shapes(), {path: kind for path, (_, kind) in config.quantized_tensors().items()}
+    file = open_tensors(folder / WEIGHTS, shapes, config.stored_types())
     paths = {
         ("layers", group, part): [f"layers.{p}.{part}" for p in projections]
         for group, projections in GROUPS.items()
-        for part in ("kernel", "bias")
+        for part in ("kernel", "kernel_scale", "kernel_zero", "bias")
         if f"layers.{projections[0]}.{part}" in shapes
     }
     grouped = {key for keys in paths.values() for key in keys}
-    named = {"embed.embedding": ("embed",), "lm_head.kernel": ("lm_head",)}
+    named = {
+        f"{name}{part}": (f"{place}{part}",)
+        for name, place in (("embed.embedding", "embed"), ("lm_head.kernel", "lm_head"))
+        for part in ("", "_scale")
+    }
     paths |= {named.get(key, tuple(key.split("."))): [key] for key in shapes if key not in grouped}
-    return config, {path: StoredArray(file, keys, dtype) for path, keys in paths.items()}
+    return config, {path: StoredArray(file, keys, types.get(keys[0], dtype)) for path, keys in paths.items()}
 
 
 def read_origin(folder: str | os.PathLike[str]) -> BaseOrigin | None:

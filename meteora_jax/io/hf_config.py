@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meteora_jax.config import InputError, LlamaConfig, RopeScaling
+from meteora_jax.quantization import WEIGHT_FORMATS, Quantization
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -169,6 +170,27 @@ class _Reader:
         full = kinds[0] == "full_attention" if isinstance(kinds, list) and kinds else bool(first)
         return None if full else self.get("sliding_window", int, default=4096, low=1)
 
+    def quantization(self) -> Quantization | None:
+        """How a BASE folder stores its matrices: "quantization" of its record, which no other config.json has."""
+        meteora = self.raw.get("meteora")
+        said = meteora.get("quantization") if isinstance(meteora, Mapping) else None
+        if said is None:
+            return None
+        try:
+            found = Quantization(said["weights"], said["group_size"], said["head"], said["embedding"])
+        except (KeyError, TypeError):
+            found = None
+        if found is not None and found.weights in WEIGHT_FORMATS and all(
+            isinstance(x, bool) for x in (found.head, found.embedding)
+        ):  # fmt: skip
+            size = found.group_size
+            whole = isinstance(size, int) and not isinstance(size, bool) and size >= 2 and size % 2 == 0
+            if whole if found.weights == "int4" else size is None:
+                return found
+        known = f"weights ({', '.join(WEIGHT_FORMATS)}), group_size, head and embedding"
+        self.problems.append(f"{self.source}: meteora.quantization: expected {known}, found {said!r:.200}")
+        return None
+
     def read(self) -> LlamaConfig:
         if not isinstance(self.raw, Mapping):
             raise InputError(f"{self.source}: expected an object, found {type(self.raw).__name__}")
@@ -223,6 +245,7 @@ class _Reader:
             eos_token_ids=eos,
             model_type=model_type,
             sliding_window=None if llama else self.window(model_type),
+            quantization=self.quantization(),
         )
         if self.problems:
             raise InputError(self.problems)

@@ -76,7 +76,7 @@ def change_adapters(
         release: arrays that are replaced are deleted as soon as there is the new one; `weights` is then of no more use.
     """
     model = nnx.merge(graph, weights)
-    dtype, execution = model.embed.dtype, model.execution
+    dtype, execution = model.dtype, model.execution
 
     def fresh() -> Llama:
         if gates is None:

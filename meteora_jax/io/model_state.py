@@ -46,7 +46,8 @@ def split_bank(
     return dataclasses.replace(bank, a=a, b=b)
 
 
-COLUMNS = ("kernel", "bias", "lora_b", "lora_dora", "lora_bias")  # what of a group has its output's columns
+# what of a group has its output's columns
+COLUMNS = ("kernel", "kernel_scale", "kernel_zero", "bias", "lora_b", "lora_dora", "lora_bias")
 
 
 def column_orders(config: LlamaConfig, tensor: int) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,15 @@ from meteora_jax.io.files import whole_folder, write_json
 WEIGHTS = "weights.safetensors"
 
 
-def open_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+def open_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str] = MappingProxyType({})
+) -> Any:
     """A weight file that holds exactly the tensors `shapes` names, none of them read yet.
 
+    types: {path: type as the format calls it} of tensors that are not to be cast.
+
     Raises:
-        InputError: the file is missing or damaged, or a tensor is missing, unknown or of another shape.
+        InputError: the file is missing or damaged, or a tensor is missing, unknown or of another shape or type.
     """
     if not path.is_file():
         raise InputError(f"{path}: expected a file, found none")
@@ -36,6 +41,8 @@ def open_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     for key, shape in shapes.items():
         if found.get(key) != shape:
             problems.append(f"{path}: {key}: expected shape {shape}, found {found.get(key, 'no such tensor')}")
+        elif key in types and (kind := file.get_slice(key).get_dtype()) != types[key]:
+            problems.append(f"{path}: {key}: expected type {types[key]}, found {kind}")
     if problems:
         raise InputError(problems)
     return file
@@ -62,6 +69,8 @@ class StoredArray:
         self._pieces = [(p, i * w, w) for i in range(shards) for p, w in zip(parts, widths, strict=True)]
         self.shape = (*parts[0].get_shape()[:-1], shards * sum(widths))
         self.dtype = np.dtype(dtype)
+        # values of 8 bit floating point are stored as their bits
+        self._held = np.dtype(np.uint8) if parts[0].get_dtype() == "U8" and self.dtype.itemsize == 1 else self.dtype
 
     def in_shards(self, shards: int) -> StoredArray:
         """The same with its columns in so many parts, each with its share of every tensor."""
@@ -69,7 +78,7 @@ class StoredArray:
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
         *rest, columns = (range(size)[s] for size, s in zip(self.shape, part, strict=True))
-        out = np.empty((*map(len, rest), len(columns)), self.dtype)
+        out = np.empty((*map(len, rest), len(columns)), self._held)
         where = tuple(slice(r.start, r.stop) for r in rest)
         start = 0
         for stored, offset, width in self._pieces:
@@ -79,7 +88,7 @@ class StoredArray:
                     (*where, slice(offset + first - start, offset + last - start))
                 ]
             start += width
-        return out
+        return out.view(self.dtype)
 
     def first(self, count: int) -> np.ndarray:
         """The first `count` values in row-major order, [count]; all where there are fewer."""

@@ -33,6 +33,8 @@ def refusal(
     """Why this model or router is left to XLA; None where the kernels of `execution.step` serve both."""
     if execution.step is None:
         return "no steps by Triton"
+    if config.quantization is not None:
+        return "a quantised base"
     if config.qk_norm or config.sliding_window is not None:
         return "head norms or a sliding window"
     if rows > execution.step.rows or config.head_dim < 32 or config.head_dim & (config.head_dim - 1):

@@ -15,7 +15,7 @@ from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig, Fused
 from meteora_jax.model.attention import attend
 from meteora_jax.model.decoding import refusal, run_layers
-from meteora_jax.model.lora_linear import LoRALinear, column_shards
+from meteora_jax.model.lora_linear import LoRALinear, column_shards, quantized
 from meteora_jax.model.packed_linear import PackedKernel, packed
 from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.model.rope import rotate, rotation
@@ -132,9 +132,17 @@ class Llama(nnx.Module):
         self.execution = ExecutionConfig.here(dtype) if execution is None else execution
         self.adapters = len(bank.names) if bank else 0
         init = nnx.initializers.normal(0.02)
-        self.embed = BaseParam(
-            init(rngs.params(), (config.vocab_size, config.hidden_size), dtype), axes=("vocab", "model")
-        )
+        shape = config.vocab_size, config.hidden_size
+        ends = {} if config.quantization is None else config.quantization.vocab_parts(*shape)
+
+        def vocab_matrix(name: str, shape: tuple[int, int], *axes: str) -> tuple[BaseParam, BaseParam | None]:
+            """A matrix and, where it is quantised, the scale of each token."""
+            if name not in ends:
+                return BaseParam(init(rngs.params(), shape, dtype), axes=axes), None
+            values, scale = (jnp.zeros(*ends[key]) for key in (name, f"{name}_scale"))
+            return BaseParam(values, axes=axes), BaseParam(scale, axes=("vocab",))
+
+        self.embed, self.embed_scale = vocab_matrix("embed.embedding", shape, "vocab", "model")
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
@@ -143,15 +151,29 @@ class Llama(nnx.Module):
 
         self.layers = stack(rngs)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        tied = config.tie_word_embeddings
-        shape = (config.hidden_size, config.vocab_size)
-        self.lm_head = None if tied else BaseParam(init(rngs.params(), shape, dtype), axes=("model", "vocab"))
+        head = None, None
+        if not config.tie_word_embeddings:
+            head = vocab_matrix("lm_head.kernel", shape[::-1], "model", "vocab")
+        self.lm_head, self.lm_head_scale = head
         self.vocab_adapter_names = bank.vocab_adapter_names if bank is not None else ()
         self.gates_leave_vocab = False  # whether gates know none of these, so that a choice by token is not refused
-        ends = bank.vocab_adapters if bank is not None else {}
+        adapted = bank.vocab_adapters if bank is not None else {}
         self.embed_adapters, self.head_adapters = (
-            VocabAdapters(bank, end, dtype) if bank is not None and end in ends else None for end in ("embed", "head")
+            VocabAdapters(bank, end, dtype) if bank is not None and end in adapted else None
+            for end in ("embed", "head")
         )
+
+    @property
+    def dtype(self) -> Any:
+        """Of activations, and of all weights that are not quantised."""
+        return self.norm.scale.dtype
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """Tokens int32 [B, T] -> their rows of the embedding [B, T, D]."""
+        x = self.embed[...][tokens]
+        if self.embed_scale is None:
+            return x
+        return (x.astype(jnp.float32) * self.embed_scale[...][tokens][..., None]).astype(self.dtype)
 
     def __call__(
         self,
@@ -178,7 +200,7 @@ class Llama(nnx.Module):
             remat: recompute each layer in the backward pass instead of keeping its activations; "dots" keeps what its
                 products gave, once their updates are added: all matmuls then run once, attention twice.
         """
-        with matmul_precision(self.embed.dtype):
+        with matmul_precision(self.dtype):
             return self._run(tokens, positions, router, cache, step, segments, observe, remat)
 
     def _run(self, tokens, positions, router, cache, step, segments, observe, remat) -> LlamaOutput:
@@ -188,7 +210,7 @@ class Llama(nnx.Module):
         where = Where(*angles, mask, step, slots, self.execution, fused, remat == "dots")
         known = None if router is None else router.known(positions)
         router = router if known is None else known
-        x = self.embed[...][tokens]
+        x = self.embedded(tokens)
         acting = self._vocab_routing(router)
         if acting is not None and self.embed_adapters is not None:
             x = self.embed_adapters.embed(x, tokens, acting)
@@ -212,7 +234,7 @@ class Llama(nnx.Module):
         """An empty cache of so many blocks of so many slots, as `__call__` takes it."""
         config = self.config
         heads = config.num_kv_heads, config.head_dim
-        return PagedCache.create(config.num_layers, blocks, block_size, *heads, self.embed.dtype)
+        return PagedCache.create(config.num_layers, blocks, block_size, *heads, self.dtype)
 
     def visible(self, positions: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, Fused | None]:
         """Which tokens of whole sequences see which, bool [B, 1, T, T], and `attend`'s `fused`."""
@@ -249,16 +271,23 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array, router: BoundRouter | None) -> jax.Array:
         """Next-token logits float32 [B, V] or [B, T, V] of hidden [B, D] or [B, T, D], with the call's own router."""
         with matmul_precision(hidden.dtype):
-            if self.lm_head is None:
-                plain = contract("...d,vd->...v", hidden, self.embed[...], 1).astype(jnp.float32)
-            else:
-                plain = contract("...d,dv->...v", hidden, self.lm_head[...], 0).astype(jnp.float32)
+            plain = self._plain_logits(hidden).astype(jnp.float32)
             acting = self._vocab_routing(router)
             if acting is None or self.head_adapters is None:
                 return plain
             if hidden.ndim == 2:
                 return self.head_adapters.logits(plain[:, None], hidden[:, None], acting)[:, 0]
             return self.head_adapters.logits(plain, hidden, acting)
+
+    def _plain_logits(self, hidden: jax.Array) -> jax.Array:
+        """The base's, of hidden [.., D]."""
+        if self.lm_head is None and self.embed_scale is not None:
+            return quantized(hidden, self.embed, self.embed_scale, turned=True)
+        if self.lm_head is None:
+            return contract("...d,vd->...v", hidden, self.embed[...], 1)
+        if self.lm_head_scale is not None:
+            return quantized(hidden, self.lm_head, self.lm_head_scale)
+        return contract("...d,dv->...v", hidden, self.lm_head[...], 0)
 
 
 def lay_out(model: Llama, tensor: int) -> None:

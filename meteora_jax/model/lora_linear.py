@@ -12,11 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam, OwnGateParam, group_rank
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
-from meteora_jax.numerics import contract
+from meteora_jax.numerics import contract, cpu_block
 from meteora_jax.routing import BoundRouter, GateLogits, Routing
 from meteora_jax.routing.gates import GATES, GateParam, KnownLogits, ProjectionGates
 from meteora_jax.routing.scores import SHRUNK, GroupScores
 from meteora_jax.sharding import constrain, splits_inner
+from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
 from pallas_kernels.routed_lora import LoraBank, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32, shrink
@@ -52,6 +53,14 @@ def by_column(combine: jax.Array, columns: jax.Array, splits: tuple[int, ...]) -
     return jnp.concatenate(parts, axis=-1)
 
 
+def quantized(
+    x: jax.Array, values: BaseParam, scale: BaseParam, zero: BaseParam | None = None, turned: bool = False
+) -> jax.Array:
+    """x [.., I] through a quantised matrix, float32 [.., O]; see `pallas_kernels.quantized_matmul`."""
+    weight = QuantizedWeight(values[...], scale[...], None if zero is None else zero[...], turned)
+    return quantized_matmul(x, weight, block=cpu_block(x))
+
+
 class LoRALinear(nnx.Module):
     """One projection group: the projections that read the same input, their adapters and their gates.
 
@@ -59,6 +68,7 @@ class LoRALinear(nnx.Module):
     lora_a [P, A, R, I], lora_b [A, R, O], lora_scale float32 [P, A]; gate float32 [I, P, G], None without gates here;
     lora_arrow [P, A, R], lora_spectr [P, A, R, R], float32: what routers read of adapters, see `meteora_jax.spectra`;
     lora_dora, lora_bias float32 [A, O], own_gate float32 [P, A, I], None where no adapter has any.
+    A quantised base's kernel is what `Quantization.parts` says, with kernel_scale and in int4 kernel_zero beside it.
     O's columns lie in `shards` parts of equal width, each with its share of every projection: `sharding.shard_order`.
     Parameters name their dimensions for meteora_jax.sharding: adapters and gate split as the kernel they sit on.
     """
@@ -78,7 +88,18 @@ class LoRALinear(nnx.Module):
         def columns() -> AdapterConstant:
             return AdapterConstant(jnp.zeros((adapters, total), jnp.float32), axes=(None, o))
 
-        self.kernel = BaseParam(init(rngs.params(), (width, total), dtype), axes=(i, o))
+        parts = {} if config.quantization is None else config.quantization.parts(width, total)
+
+        def part(name: str) -> BaseParam | None:
+            """What belongs to a quantised kernel: by group of inputs and column, or by column alone."""
+            if name not in parts:
+                return None
+            value = jnp.zeros(*parts[name])
+            return BaseParam(value, axes=(i, o)[-value.ndim :])
+
+        plain = part("kernel")
+        self.kernel = BaseParam(init(rngs.params(), (width, total), dtype), axes=(i, o)) if plain is None else plain
+        self.kernel_scale, self.kernel_zero = part("kernel_scale"), part("kernel_zero")
         # a projection without a bias in a group that has one does not occur in the family
         biased = config.projection_bias(GROUPS[group][0])
         self.bias = BaseParam(jnp.zeros((total,), dtype), axes=(o,)) if biased else None
@@ -107,7 +128,7 @@ class LoRALinear(nnx.Module):
         self.gate = None if gate is None else GateParam(gate, axes=(i, None, None))
 
     def base_kernel(self) -> jax.Array:
-        """The base's kernel."""
+        """The base's kernel, as it is stored."""
         return self.kernel[...]
 
     def shrink(self, x: jax.Array) -> jax.Array | None:
@@ -130,7 +151,10 @@ class LoRALinear(nnx.Module):
         del layer
         # y, logits and shrinks of few tokens cross devices as one float32 sum: a second one would take as long again
         summed = self.sides[0] == "inner" and splits_inner(x.shape[-1]) and x.shape[0] * x.shape[1] <= FEW_ROWS
-        if summed and x.dtype != jnp.float32:
+        if self.kernel_scale is not None:
+            plain = quantized(x, self.kernel, self.kernel_scale, self.kernel_zero)
+            plain = plain if summed else plain.astype(x.dtype)
+        elif summed and x.dtype != jnp.float32:
             plain = einsum_float32(x.dtype, "bti,io->bto", x, self.kernel[...])
         else:
             plain = contract("bti,io->bto", x, self.kernel[...], 0)

@@ -144,9 +144,10 @@ def packed(linear: LoRALinear, by_token: bool, execution: ExecutionConfig) -> Lo
     """The group as inference on one device reads it; itself where there is nothing to pack.
 
     by_token: whether tokens of this model are routed one by one, by gates here or by a token router. DoRA and biases of
-    adapters are left apart, and so is a wide bank without gates.
+    adapters are left apart, and so are a wide bank without gates and a quantised kernel, whose type gates do not have.
     """
-    if linear.lora_a is None or linear.lora_dora is not None or linear.lora_bias is not None:
+    apart = linear.kernel_scale, linear.lora_dora, linear.lora_bias
+    if linear.lora_a is None or any(part is not None for part in apart):
         return linear
     wide = linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
     if linear.gate is None and (wide or not (by_token or execution.step is not None)):

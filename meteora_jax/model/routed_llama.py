@@ -74,12 +74,12 @@ class RoutedLlama(Llama):
             out = run(tokens, positions, router, cache=held, **how)
             return out if cache is None else dataclasses.replace(out, cache=RoutedCache(out.cache, cache.router))
         self._vocab_routing(router)  # refuses a choice by token where adapters change the embedding or the head
-        with matmul_precision(self.embed.dtype):
+        with matmul_precision(self.dtype):
             if step is None or cache is None:
                 sight = Sight(positions, *self.visible(positions, segments))
             else:
                 sight = Sight(positions, step=step, slots=step.slots(cache.block_size), execution=self.execution)
-            x = self.embed[...][tokens]
+            x = self.embedded(tokens)
             hops, own = self.token_router(x, sight, None if cache is None else cache.router)
             logits, left = hops[-1].logits, router
             if router.asks == GATES:
@@ -91,13 +91,13 @@ class RoutedLlama(Llama):
 
     def hops(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[Hop, Hop]:
         """Both hops of the token router in packed sequences; no layer of the model runs."""
-        with matmul_precision(self.embed.dtype):
-            x = self.embed[...][tokens]
+        with matmul_precision(self.dtype):
+            x = self.embedded(tokens)
             return self.token_router(x, Sight(positions, *self.visible(positions, segments)), None)[0]
 
     def new_cache(self, blocks: int, block_size: int) -> RoutedCache:
         """As `Llama.new_cache`."""
-        own = RouterCache.create(self.token_router.form, blocks, block_size, self.embed.dtype)
+        own = RouterCache.create(self.token_router.form, blocks, block_size, self.dtype)
         return RoutedCache(super().new_cache(blocks, block_size), own)
 
 

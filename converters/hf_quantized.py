@@ -1,0 +1,201 @@
+"""Hugging Face folders that are quantised already: their matrices as what they stand for, read by rows.
+
+    fp8                 weight float8 e4m3 [O, I] * weight_scale_inv, one a block of rows and columns
+    compressed-tensors  weight float8 e4m3 or int8 [O, I] * weight_scale, one a tensor, a row or a group of columns; or
+                        weight_packed, weights + 8 in 4 bits of int32 along I
+    gptq                scales[g] * (qweight - qzeros[g] - 1), 4 or 8 bits in int32, qweight along I, qzeros along O;
+                        g = g_idx[i]; "gptq_v2" without the 1
+
+AWQ and SmoothQuant fold scales into norms, so that adapters of the original no longer fit: they are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from converters.rules import AS_IS, Rule
+from converters.tensor_files import SourceTensor, dtype_name
+from meteora_jax.config import InputError
+
+METHODS = ("fp8", "compressed-tensors", "gptq")
+BYTES = {"FP8": 1.0, "INT8": 1.0, "INT4": 0.5}  # a weight, by `SourceTensor.stored`
+DROPPED = (".input_scale", ".weight_shape")  # activations stay as they are; a shape is known without
+PARTS = {  # what a module has beside its bias, the matrix first
+    "fp8": ("weight", "weight_scale_inv"),
+    "compressed-tensors": ("weight", "weight_scale"),
+    "packed": ("weight_packed", "weight_scale"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+}
+Rows = Callable[[int, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a `quantization_config` says. block: rows and columns that share a scale (fp8); offset: what a stored zero
+    lacks (gptq)."""
+
+    name: str
+    bits: int = 8
+    block: tuple[int, int] | None = None
+    offset: int = 0
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any], source: str = "config.json") -> Method | None:
+        """Of a Hugging Face `config.json`; None where it is not quantised. Raises InputError."""
+        said = raw.get("quantization_config")
+        if said is None:
+            return None
+        name = said.get("quant_method") if isinstance(said, Mapping) else None
+        if name not in METHODS:
+            expected = f"none, {', '.join(METHODS)}"
+            raise InputError(f"{source}: quantization_config.quant_method: expected {expected}, found {name!r:.200}")
+        if name == "compressed-tensors":
+            return cls(name)
+        if name == "fp8":
+            block = said.get("weight_block_size")
+            if block is not None and not (isinstance(block, list) and len(block) == 2 and all(map(_is_size, block))):
+                key = "quantization_config.weight_block_size"
+                raise InputError(f"{source}: {key}: expected two sizes, found {block!r:.200}")
+            return cls(name, block=None if block is None else (block[0], block[1]))
+        if said.get("bits") not in (4, 8):
+            raise InputError(f"{source}: quantization_config.bits: expected 4 or 8, found {said.get('bits')!r:.200}")
+        return cls(name, bits=said["bits"], offset=int(said.get("checkpoint_format") != "gptq_v2"))
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def written_out(method: Method, tensors: Sequence[SourceTensor]) -> list[SourceTensor]:
+    """The tensors with `weight` float32 in the place of each quantised module's parts: [O, I], of gptq [I, O].
+
+    Raises:
+        InputError: parts that are missing, or of another shape or type; all of them.
+    """
+    by_key = {t.key: t for t in tensors}
+    problems: list[str] = []
+    found: list[SourceTensor] = []
+    used: set[str] = set()
+    for tensor in tensors:
+        module, _, part = tensor.key.rpartition(".")
+        name = method.name if part != "weight_packed" else "packed"
+        # norms, embeddings and modules left in floating point have a weight alone
+        if part != PARTS[name][0] or (part == "weight" and f"{module}.{PARTS[name][1]}" not in by_key):
+            continue
+        keys = [f"{module}.{p}" for p in PARTS[name]]
+        used.update(keys)
+        try:
+            parts = [_part(by_key, key, tensor) for key in keys]
+            found.append(_module(method, name, f"{module}.weight", parts))
+        except InputError as e:
+            problems += e.problems
+    if problems:
+        raise InputError(problems)
+    return found + [t for t in tensors if t.key not in used and not t.key.endswith(DROPPED)]
+
+
+def _part(by_key: Mapping[str, SourceTensor], key: str, matrix: SourceTensor) -> SourceTensor:
+    if key not in by_key:
+        raise InputError(f"{matrix.where}: expected {key} beside it, found none")
+    return by_key[key]
+
+
+def _module(method: Method, name: str, key: str, parts: Sequence[SourceTensor]) -> SourceTensor:
+    matrix = parts[0]
+    kinds = {"fp8": ("F8_E4M3",), "compressed-tensors": ("F8_E4M3", "I8")}.get(name, ("I32",))
+    if (kind := dtype_name(matrix.dtype)) not in kinds or len(matrix.shape) != 2:
+        expected = f"a matrix of {' or '.join(kinds)}"
+        raise InputError(f"{matrix.where}: expected {expected}, found {kind} {matrix.shape}")
+    if name == "gptq":
+        shape, rows = _gptq(method, parts)
+        stored = f"INT{method.bits}"
+    elif name == "packed":
+        shape, rows, stored = _packed(*parts)
+    else:
+        shape, rows = matrix.shape, _scaled(method, *parts)
+        stored = "INT8" if kind == "I8" else "FP8"
+    return SourceTensor(matrix.file, key, np.dtype(np.float32), shape, rows, stored=stored)
+
+
+def _scales(scale: SourceTensor, shape: tuple[int, ...], block: tuple[int, int] | None) -> Rows:
+    """float32 [rows, I], or what broadcasts to it: the scales of some rows of a matrix of that shape."""
+    values = scale.read().astype(np.float32)
+    outputs, inputs = shape
+    if values.size == 1:
+        one = values.reshape(1, 1)
+        return lambda start, stop: one
+    if block is not None:
+        expected = (-(-outputs // block[0]), -(-inputs // block[1]))
+        if values.shape != expected:
+            raise InputError(f"{scale.where}: expected shape {expected}, found {values.shape}")
+        return lambda start, stop: np.repeat(values, block[1], 1)[np.arange(start, stop) // block[0], :inputs]
+    values = values[:, None] if values.ndim == 1 else values
+    if values.ndim != 2 or values.shape[0] != outputs or inputs % values.shape[1]:
+        expected = f"({outputs}, a divisor of {inputs})"
+        raise InputError(f"{scale.where}: expected shape {expected}, found {scale.shape}")
+    return lambda start, stop: np.repeat(values[start:stop], inputs // values.shape[1], 1)
+
+
+def _scaled(method: Method, matrix: SourceTensor, scale: SourceTensor) -> Rows:
+    scales = _scales(scale, matrix.shape, method.block)
+    return lambda start, stop: matrix.rows(start, stop).astype(np.float32) * scales(start, stop)
+
+
+def _packed(matrix: SourceTensor, scale: SourceTensor) -> tuple[tuple[int, int], Rows, str]:
+    """Of compressed-tensors in 4 bits; in others the shape is not the one that config.json has."""
+    outputs, words = matrix.shape
+    shape = outputs, 8 * words
+    scales = _scales(scale, shape, None)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        q = unpacked(matrix.rows(start, stop), 4, axis=1).astype(np.float32) - 8
+        return q * scales(start, stop)
+
+    return shape, rows, "INT4"
+
+
+def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int], Rows]:
+    matrix, zeros, scales, index = parts
+    per = 32 // method.bits
+    shape = inputs, outputs = matrix.shape[0] * per, matrix.shape[1]
+    groups = scales.shape[0]
+    for tensor, expected in ((zeros, (groups, outputs // per)), (scales, (groups, outputs)), (index, (inputs,))):
+        if tensor.shape != expected:
+            raise InputError(f"{tensor.where}: expected shape {expected}, found {tensor.shape}")
+    group = index.read().astype(np.int64)
+    if group.min() < 0 or group.max() >= groups:
+        raise InputError(f"{index.where}: expected groups 0 to {groups - 1}, found {group.min()} to {group.max()}")
+    zero = unpacked(zeros.read(), method.bits, axis=1).astype(np.float32) + method.offset
+    scale = scales.read().astype(np.float32)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        first, last = start // per, -(-stop // per)
+        q = unpacked(matrix.rows(first, last), method.bits, axis=0)[start - first * per : stop - first * per]
+        own = group[start:stop]
+        return (q.astype(np.float32) - zero[own]) * scale[own]
+
+    return shape, rows
+
+
+def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """int32 words along an axis of a matrix -> their parts of so many bits, lowest first, uint8."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    words = np.expand_dims(np.ascontiguousarray(words).view(np.uint32), axis + 1)
+    parts = words >> (shifts[:, None] if axis == 0 else shifts) & np.uint32(2**bits - 1)
+    shape = list(parts.shape)
+    shape[axis : axis + 2] = [shape[axis] * shape[axis + 1]]
+    return parts.astype(np.uint8).reshape(shape)
+
+
+def rules_of(method: Method, rules: Sequence[Rule], tensors: Sequence[SourceTensor]) -> list[Rule]:
+    """The table for tensors that `written_out` gave: gptq's matrices lie as this project's do."""
+    if method.name != "gptq":
+        return list(rules)
+    turned = {t.key for t in tensors if t.stored is not None}
+    return [
+        dataclasses.replace(rule, transform=AS_IS) if any(rule.match(key) for key in turned) else rule for rule in rules
+    ]

@@ -1,0 +1,69 @@
+"""x through a matrix in 8 or 4 bits: checks its input and picks an implementation.
+
+    y = x @ W        W: see `weight`
+
+Differentiable in x alone: a quantised matrix is frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.quantized_matmul import reference, xla
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+
+Implementation = Literal["reference", "xla"]
+EIGHT_BIT = ("int8", "float8_e4m3fn")
+
+
+def quantized_matmul(
+    x: Float[Array, "*L I"],
+    weight: QuantizedWeight,
+    *,
+    implementation: Implementation | None = None,
+    block: int | None = None,
+) -> Float[Array, "*L O"]:
+    """x @ W, accumulated and left in float32.
+
+    Args:
+        x: float32, bfloat16 or float16. In 4 bit the matrix is rounded to its type; 8-bit values are exact in each.
+        implementation: None: "xla", which is what every platform has.
+        block: terms of a sum that are added in a row; None: all. The reference does not ask.
+
+    Raises:
+        ValueError: shapes or types that do not fit together, all of them at once.
+    """
+    _check(x, weight)
+    if implementation == "reference":
+        return reference.quantized_matmul(x, weight)
+    return xla.quantized_matmul(x, weight, block)
+
+
+def _check(x, weight: QuantizedWeight) -> None:
+    problems = []
+
+    def expect(what: str, expected: object, found: object) -> None:
+        if expected != found:
+            problems.append(f"{what}: expected {expected}, found {found}")
+
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        problems.append(f"x's dtype: expected float32, bfloat16 or float16, found {x.dtype.name}")
+    width, total = weight.shape
+    expect("x's last axis", width, x.shape[-1])
+    expect("scale's dtype", "float32", weight.scale.dtype.name)
+    if weight.zero is None:
+        if weight.values.dtype.name not in EIGHT_BIT:
+            problems.append(f"values' dtype: expected {' or '.join(EIGHT_BIT)}, found {weight.values.dtype.name}")
+        expect("scale's shape", (total,), weight.scale.shape)
+    else:
+        expect("values' dtype", "uint8", weight.values.dtype.name)
+        expect("zero's dtype", "uint8", weight.zero.dtype.name)
+        expect("zero's shape", weight.scale.shape, weight.zero.shape)
+        expect("turned", False, weight.turned)
+        if weight.scale.ndim != 2 or weight.scale.shape[1] != total or width % weight.scale.shape[0]:
+            problems.append(f"scale's shape: expected (a divisor of {width}, {total}), found {weight.scale.shape}")
+    if problems:
+        raise ValueError("quantized_matmul: " + "; ".join(problems))

@@ -1,0 +1,30 @@
+"""The specification: the matrix in float32, and x through it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+
+
+def unpack(values: UInt8[Array, "H O"]) -> UInt8[Array, "I O"]:
+    """The q's of packed bytes, 0..15, one a byte."""
+    return jnp.stack((values & 15, values >> 4), axis=1).reshape(-1, values.shape[-1])
+
+
+def dequantize(weight: QuantizedWeight) -> Float[Array, "I O"]:
+    """The matrix, float32."""
+    if weight.zero is None:
+        values = weight.values.T if weight.turned else weight.values
+        return values.astype(jnp.float32) * weight.scale[None, :]
+    q, (groups, total) = unpack(weight.values), weight.scale.shape
+    q = q.reshape(groups, -1, total).astype(jnp.float32) - weight.zero.astype(jnp.float32)[:, None]
+    return (q * weight.scale[:, None]).reshape(-1, total)
+
+
+def quantized_matmul(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    """x [.., I] -> float32 [.., O]."""
+    precision = jax.lax.Precision.HIGHEST
+    return jnp.einsum("...i,io->...o", x.astype(jnp.float32), dequantize(weight), precision=precision)
