@@ -159,8 +159,8 @@ def composite_file(command: Evaluate, model: Model, what: str) -> tuple[str, Pat
     if what.startswith("composite_") and written.is_file():
         return what, written
     word, equals, named = what.partition("=")
-    default: Wording = "numbered"
-    wording = next((w for w in WORDINGS if equals and w == word), default)
+    wordings: dict[str, Wording] = {w: w for w in WORDINGS}
+    wording = wordings.get(word, WORDINGS[0]) if equals else WORDINGS[0]
     tasks = tasks_of(named if equals else what)
     if len(tasks) < 2 or (equals and word != wording):
         sizes = ", ".join(map(str, COMPOSITES))

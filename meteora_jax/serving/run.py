@@ -18,6 +18,7 @@ from starlette.types import Scope
 from meteora_jax.batching import Engine
 from meteora_jax.config import InputError
 from meteora_jax.engine import EngineCore, Sampling
+from meteora_jax.routing.named import NAMED
 from meteora_jax.serving.app import make_app
 from meteora_jax.serving.models import Fleet, names, resolve
 from meteora_jax.serving.server import Server
@@ -38,8 +39,9 @@ def engine_maker(
 
 
 def warm_up(server: Server, rows: Sequence[int], progress: Progress) -> float:
-    """Compiles what the first requests need: the base, an adapter and every router, greedy and sampled, by `rows`
-    requests at once. Returns the seconds it took.
+    """Compiles what the first requests need: the base, an adapter and the routers that gates and index are loaded for,
+    greedy and sampled, by `rows` requests at once. Routers of the bank alone compile when they are first asked for.
+    Returns the seconds it took.
 
     Raises:
         InputError: numbers of requests that are none.
@@ -49,6 +51,8 @@ def warm_up(server: Server, rows: Sequence[int], progress: Progress) -> float:
     began, fleet, core = time.perf_counter(), server.fleet, server.driver.core
     routers, kinds = [], set()
     for name, _ in names(fleet):
+        if name in NAMED and name not in fleet.model.adapter_names:
+            continue
         adapter = name in fleet.model.adapter_names
         if not (adapter and "adapter" in kinds):
             routers.append((name, resolve(fleet, name)))
