@@ -25,7 +25,7 @@ from converters.own_folders import read_base
 from converters.rules import Progress
 from converters.tensor_files import DTYPES, SourceTensor, TensorReader, TensorWriter
 from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig, read_json
-from meteora_jax.quantization import GROUP_SIZE, WEIGHT_FORMATS, Quantization
+from meteora_jax.quantization import GROUP_SIZE, WEIGHT_FORMATS, Quantization, WeightFormat
 
 LEAST_GROUP = 16  # inputs that share a scale; fewer would need more memory than 8 bit does
 BLOCK_VALUES = 1 << 24  # of a matrix that are in memory at a time, about
@@ -117,7 +117,8 @@ def _file_bytes(folder: Path) -> int:
 
 def _quantization(config: LlamaConfig, weights: str, head: bool, embedding: bool, base: Path) -> Quantization:
     problems = []
-    kind = next((name for name in WEIGHT_FORMATS if name == weights), None)
+    known: dict[str, WeightFormat] = {name: name for name in WEIGHT_FORMATS}
+    kind = known.get(weights)
     if kind is None:
         raise InputError(f"weights: expected {', '.join(WEIGHT_FORMATS)}, found {weights!r}")
     if head and config.tie_word_embeddings:

@@ -34,6 +34,17 @@ class Quantization:
         """As `meteora quantize` writes them."""
         return cls(weights, GROUP_SIZE if weights == "int4" else None, head, embedding)
 
+    @classmethod
+    def from_json(cls, raw: object) -> Quantization | None:
+        """What `dataclasses.asdict` made; None where it is none of these formats."""
+        if not isinstance(raw, dict) or raw.keys() != {"weights", "group_size", "head", "embedding"}:
+            return None
+        size, grouped = raw["group_size"], raw["weights"] == "int4"
+        even = isinstance(size, int) and size > 0 and size % 2 == 0
+        ends = all(isinstance(raw[end], bool) for end in ("head", "embedding"))
+        known = raw["weights"] in WEIGHT_FORMATS and ends and (even if grouped else size is None)
+        return cls(**raw) if known else None
+
     @property
     def eight_bit(self) -> str:
         """The type of values in 8 bit."""

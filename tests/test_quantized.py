@@ -265,8 +265,11 @@ def test_what_is_refused(folder: Path, tmp_path: Path):
     shutil.copytree(folder / "base", other)
     edit_json(other / "config.json", meteora={"format": "meteora-base-9"})
     assert_refused(lambda: quantize_base(other, dest, "int8"), dest, "format: expected 'meteora-base-1'", "base-9")
-    edit_json(other / "config.json", meteora={"quantization": {"weights": "int2"}})
-    assert_refused(lambda: mj.load(other), dest, "meteora.quantization: expected weights (int8, fp8, int4)", "int2")
+    known = {"weights": "int4", "group_size": 128, "head": False, "embedding": False}
+    for wrong in ({"weights": "int2"}, {"weights": ["int4"]}, {"group_size": 5}, {"group_size": None}, {"head": 1}):
+        edit_json(other / "config.json", meteora={"quantization": {**known, **wrong}})
+        expected = "meteora.quantization: expected weights (int8, fp8, int4)"
+        assert_refused(lambda: mj.load(other), dest, expected, str(next(iter(wrong.values()))))
 
 
 def test_weights_that_cannot_be_quantised(folder: Path, tmp_path: Path):

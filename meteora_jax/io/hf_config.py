@@ -174,22 +174,11 @@ class _Reader:
         """How a BASE folder stores its matrices: "quantization" of its record, which no other config.json has."""
         meteora = self.raw.get("meteora")
         said = meteora.get("quantization") if isinstance(meteora, Mapping) else None
-        if said is None:
-            return None
-        try:
-            found = Quantization(said["weights"], said["group_size"], said["head"], said["embedding"])
-        except (KeyError, TypeError):
-            found = None
-        if found is not None and found.weights in WEIGHT_FORMATS and all(
-            isinstance(x, bool) for x in (found.head, found.embedding)
-        ):  # fmt: skip
-            size = found.group_size
-            whole = isinstance(size, int) and not isinstance(size, bool) and size >= 2 and size % 2 == 0
-            if whole if found.weights == "int4" else size is None:
-                return found
-        known = f"weights ({', '.join(WEIGHT_FORMATS)}), group_size, head and embedding"
-        self.problems.append(f"{self.source}: meteora.quantization: expected {known}, found {said!r:.200}")
-        return None
+        found = None if said is None else Quantization.from_json(said)
+        if said is not None and found is None:
+            known = f"weights ({', '.join(WEIGHT_FORMATS)}), group_size, head and embedding"
+            self.problems.append(f"{self.source}: meteora.quantization: expected {known}, found {said!r:.200}")
+        return found
 
     def read(self) -> LlamaConfig:
         if not isinstance(self.raw, Mapping):

@@ -153,7 +153,7 @@ class Llama(nnx.Module):
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         head = None, None
         if not config.tie_word_embeddings:
-            head = vocab_matrix("lm_head.kernel", shape[::-1], "model", "vocab")
+            head = vocab_matrix("lm_head.kernel", (shape[1], shape[0]), "model", "vocab")
         self.lm_head, self.lm_head_scale = head
         self.vocab_adapter_names = bank.vocab_adapter_names if bank is not None else ()
         self.gates_leave_vocab = False  # whether gates know none of these, so that a choice by token is not refused
