@@ -317,8 +317,9 @@ class Meteora:
         """What the engine is asked, and what was retrieved for each prompt."""
         stop = (stop,) if isinstance(stop, str) else stop
         own_stops = isinstance(stop, Sequence) and len(stop) > 0 and not isinstance(stop[0], str)
+        many = isinstance(max_new_tokens, list | tuple)
         with Arguments() as given:
-            for most in max_new_tokens if isinstance(max_new_tokens, list | tuple) else [max_new_tokens]:
+            for most in max_new_tokens if many else [max_new_tokens]:
                 given.whole("max_new_tokens", most)
             for texts in stop if own_stops else [stop]:
                 given.texts("stop", texts)
@@ -332,7 +333,7 @@ class Meteora:
                 problems += e.problems
         if problems:
             raise InputError(problems)
-        mosts = list(max_new_tokens) if isinstance(max_new_tokens, list | tuple) else [max_new_tokens] * len(ids)
+        mosts = [int(n) for n in (max_new_tokens if many else [max_new_tokens] * len(ids))]
         stops = list(stop) if own_stops else [stop] * len(ids)
         check_prompts(ids, self.config, mosts)
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))

@@ -259,4 +259,4 @@ def test_adapters_in_slots_answer_as_all_do(tmp_path, capsys, world):
         assert run(capsys, *given, "--router", "cedar", "--json", file, *options)[0] == 0
         texts.append(json.loads(file.read_text()))
     assert texts[0] == texts[1]
-    assert "adapter_slots: expected a whole number" in refused(capsys, *given, "--adapter-slots", 0)
+    assert "adapter_slots: expected" in refused(capsys, *given, "--adapter-slots", 0)

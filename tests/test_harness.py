@@ -190,7 +190,7 @@ def test_a_bank_that_nothing_chooses_from_is_remarked_on(world, caplog):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"router": "elm"}, "router: expected gates, none or one of apple, birch, cedar, daisy, found 'elm'"),
+        ({"router": "elm"}, "uniform or one of apple, birch, cedar, daisy, found 'elm'"),
         ({"router": "gates"}, "router: expected gates beside 'gates', found none"),
         ({"router": "apple", "top_k": 1}, "expected the router gates beside them, found 'apple'"),
         ({"batch_size": "auto"}, "expected a number and nothing else"),

@@ -167,7 +167,7 @@ def compilation_cache_files(folder: Path) -> list[Path]:
 def test_positionals_are_called_by_what_stands_there(capsys: pytest.CaptureFixture[str]):
     for words, usage in (
         (["bank", "remove"], "usage: meteora bank remove [-h] BANK NAME ..."),
-        (["export", "merged"], "usage: meteora export merged [-h] BASE BANK NAME DEST"),
+        (["export", "merged"], "usage: meteora export merged [-h] [MERGED OPTIONS] BASE BANK NAME DEST"),
         (["import", "adapters"], "DEST NAME=PEFT_DIR ..."),
     ):
         with pytest.raises(SystemExit):

@@ -15,7 +15,7 @@ import numpy as np
 import openai
 import pytest
 from served import PROFILES, Alone, make_core, serving, settled
-from test_serving import ASK
+from test_serving import ASK, BANK_ALONE
 from tiny import tiny_peft
 
 import meteora_jax as mj
@@ -133,7 +133,7 @@ def test_bad_adapters_are_refused_and_say_no_folder(world, root):
         for name in ("tiny", "retrieve", "gates"):
             assert update(served, "load", lora_name=name, lora_path="elm").status_code == 400
         assert update(served, "load", lora_name="new", lora_path="elm", profiles=["x"]).status_code == 400  # no index
-        assert said_models(served) == ["tiny", "apple", "birch", "cedar", "daisy", "gates"]
+        assert said_models(served) == ["tiny", "apple", "birch", "cedar", "daisy", "gates", *BANK_ALONE]
     with serving(world["model"]) as served:
         assert update(served, "load", lora_name="elm", lora_path="elm").status_code in (404, 405)
     with pytest.raises(InputError, match="adapter-root"):

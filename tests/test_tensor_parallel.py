@@ -96,13 +96,13 @@ def crossings(compiled: Any) -> dict[str, list[int]]:
 
 
 def counts(mesh: Any) -> dict[str, dict[str, list[int]]]:
-    from meteora_jax import planning
+    from meteora_jax import engine_plan, planning
 
     seen: list[dict[str, list[int]]] = []
     plain, planning.collectives = planning.collectives, lambda c: (seen.append(crossings(c)), dict(Counter()))[1]
     config = hf_config.from_hf({"model_type": "llama", "vocab_size": 320, "num_hidden_layers": 3, **SHAPE})
     planning.plan_training(config, 4, 4, mesh, rows=4, width=32, mfu=0.5)
-    planning.plan_generation(config, 4, 4, mesh, rows=4, width=32, mfu=0.5)
+    engine_plan.plan_generation(config, 4, 4, mesh, rows=4, width=32, mfu=0.5)
     planning.collectives = plain
     return dict(zip(("training", "prefill", "decoding"), seen, strict=True))
 

@@ -121,6 +121,8 @@ def _ranks(path: Path, whole: np.ndarray | None, shape: Sequence[int], part: int
     """The ranks that go into slot number `part` of an adapter's; None: nothing does."""
     if whole is None or path[-1] == "lora_scale":
         return whole
+    if path[-1] in ("lora_arrow", "lora_spectr") and whole.shape[-1] > shape[-1]:
+        return None  # of one rank, not of its parts; no router over slots reads it
     if path[-1] not in ("lora_a", "lora_b"):
         return None if part else whole
     axis = whole.ndim - (1 if path == ("embed_adapters", "lora_a") else 2)

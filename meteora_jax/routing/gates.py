@@ -81,7 +81,8 @@ def check_choosing(given: Arguments, router: Choosing) -> None:
     if router.within is None:
         return
     given.texts("within", router.within)
-    if isinstance(router.top_k, int) and not isinstance(router.within, str) and len(set(router.within)) < router.top_k:
+    listed = isinstance(router.within, list | tuple | set | frozenset)
+    if isinstance(router.top_k, int) and listed and len(set(router.within)) < router.top_k:
         given.refuse("within", f"at least {router.top_k} adapters (top_k)", router.within)
 
 
