@@ -95,8 +95,7 @@ class Meteora:
     def bind(
         self, router: RouterArgument, batch: int, prompts: Sequence[Sequence[int]] | None = None
     ) -> BoundRouter | None:
-        """A caller's `router=` made ready for a batch; adapters with an invocation need the prompts' token ids.
-        Raises InputError: what `routing.bind` refuses; a model whose adapters lie in slots."""
+        """A caller's `router=` made ready for a batch. prompts: token ids, for adapters with an invocation."""
         if self.pool is not None:
             raise InputError("adapter_slots: expected all adapters on the device for whole sequences, found slots")
         if prompts is not None:

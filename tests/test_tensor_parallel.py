@@ -82,15 +82,16 @@ def train(folder: Path, mesh: Any, dest: Path, run: Path | None = None) -> None:
     )  # fmt: skip
 
 
-def crossings(compiled: Any) -> dict[str, list[int]]:
-    """{collective: [in the layers' forward, recomputed or backward, elsewhere]}."""
+def crossings(compiled: Any, loops: int) -> dict[str, list[int]]:
+    """{collective: [in the layers' forward, recomputed or backward, elsewhere]}; loops: scans around a layer, its own
+    included."""
     found = {name: [0, 0, 0] for name in COLLECTIVES}
     for line in compiled.as_text().splitlines():
         match = re.search(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
         if match is None:
             continue
         name = (re.search(r'op_name="([^"]*)"', line) or [""])[0]
-        layers = "closed_call" in name or "eval_jaxpr" in name  # as jax 0.10 and 0.12 call a scan's body
+        layers = len(re.findall("closed_call|eval_jaxpr", name)) >= loops  # as jax 0.10 and 0.12 call a scan's body
         found[match[1]][0 if layers and "transpose" not in name else 1 if layers else 2] += 1
     return found
 
@@ -99,7 +100,12 @@ def counts(mesh: Any) -> dict[str, dict[str, list[int]]]:
     from meteora_jax import engine_plan, planning
 
     seen: list[dict[str, list[int]]] = []
-    plain, planning.collectives = planning.collectives, lambda c: (seen.append(crossings(c)), dict(Counter()))[1]
+
+    def collect(compiled: Any) -> dict[str, int]:
+        seen.append(crossings(compiled, 2 if len(seen) == 2 else 1))  # decoding steps are a scan of their own
+        return dict(Counter())
+
+    plain, planning.collectives = planning.collectives, collect
     config = hf_config.from_hf({"model_type": "llama", "vocab_size": 320, "num_hidden_layers": 3, **SHAPE})
     planning.plan_training(config, 4, 4, mesh, rows=4, width=32, mfu=0.5)
     engine_plan.plan_generation(config, 4, 4, mesh, rows=4, width=32, mfu=0.5)
