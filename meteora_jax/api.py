@@ -27,7 +27,7 @@ from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Ended, Engines, pieces, routing_of
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
-from meteora_jax.io.model_bank import change_adapters, is_packed, rank_in
+from meteora_jax.io.model_bank import change_adapters, fill_spectra, is_packed, rank_in
 from meteora_jax.padding import pad_batch
 from meteora_jax.probing import probed
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
@@ -35,6 +35,7 @@ from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
 from meteora_jax.routing.named import spelled_out
 from meteora_jax.routing.retrieval import Found, Reading, Said, look_up, read_texts
+from meteora_jax.routing.scores import SHRUNK
 from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import Params, place_rows, use_mesh
 from pallas_kernels.paged_attention import EMPTY
@@ -92,6 +93,11 @@ class Meteora:
     def _adapted(self) -> np.ndarray | None:
         return adapted_places(self.weights) if self.pool is None else None
 
+    @functools.cached_property
+    def _spectra(self) -> Params:
+        fill_spectra(self.graph, self.weights, self.mesh)
+        return self.weights
+
     def bind(
         self, router: RouterArgument, batch: int, prompts: Sequence[Sequence[int]] | None = None
     ) -> BoundRouter | None:
@@ -100,13 +106,16 @@ class Meteora:
             raise InputError("adapter_slots: expected all adapters on the device for whole sequences, found slots")
         if prompts is not None:
             router = self.after_pass(router, prompts)
-        return bind_known(router, self.bank, self.gates, batch, prompts)
+        bound = bind_known(router, self.bank, self.gates, batch, prompts)
+        if bound is not None and bound.asks & SHRUNK:
+            _ = self._spectra
+        return bound
 
     def after_pass(self, router: RouterArgument, prompts: Sequence[Sequence[int]]) -> RouterArgument:
         """Routers that choose by one pass of a prompt (token ids), replaced by what they chose."""
         if self.pool is not None:
             return router
-        return probed(router, prompts, self.adapter_names, self.graph, self.weights, self.mesh)
+        return probed(router, prompts, self.adapter_names, self.graph, lambda: self._spectra, self.mesh)
 
     def look_up(
         self, router: RouterArgument, batch: int, texts: Callable[[], Sequence[Said]]
@@ -275,7 +284,7 @@ class Meteora:
                 UTF-8 cannot hold, unknown adapter, bad sampling values.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        found = dict(self._run(prompts, router, max_new_tokens, sampling, stop, routing))
+        found = dict(self._completed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing)))
         return [found[i] for i in sorted(found)]
 
     def completions(
@@ -290,27 +299,16 @@ class Meteora:
         Args:
             max_new_tokens, stop: the same for all, or a list, one a prompt.
         """
-        return self._run(prompts, router, max_new_tokens, GREEDY, stop, True)
+        return self._completed(*self._requests(prompts, router, max_new_tokens, GREEDY, stop, True))
 
     def stream(
-        self,
-        prompts: Sequence[Prompt | Sequence[int]],
-        router: RouterArgument = "gates if loaded",
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        routing: bool = True,
-    ) -> Iterator[Delta | list[Completion]]:
+        self, prompts: Sequence[Prompt | Sequence[int]], router: RouterArgument = "gates if loaded",
+        max_new_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+        seed: int = 0, stop: str | Sequence[str] = (), routing: bool = True,
+    ) -> Iterator[Delta | list[Completion]]:  # fmt: skip
         """As `generate`, in pieces: `Delta`s as text becomes certain, then the completions."""
         sampling = Sampling(temperature, top_k, top_p, seed)
         return self._streamed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing))
-
-    def _run(self, prompts, router, max_new_tokens, sampling, stop, routing) -> Iterator[tuple[int, Completion]]:
-        """Checks the call, and gives the completions as they end."""
-        return self._completed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing))
 
     def _requests(self, prompts, router, max_new_tokens, sampling, stop, routing) -> tuple[list[Request], list[Found]]:
         """What the engine is asked, and what was retrieved for each prompt."""

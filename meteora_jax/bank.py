@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from meteora_jax.config import GROUPS, AdapterInfo, BankConfig, InputError
-from meteora_jax.spectra import spectra
 
 
 class BaseParam(nnx.Param):
@@ -59,9 +58,9 @@ class AdapterBank:
     def group(self, group: str) -> dict[str, np.ndarray] | None:
         """A group's tensors as `LoRALinear` holds them; None if no adapter touches the group.
 
-        lora_a [L, P, A, R, I], lora_b [L, A, R, O of the group], lora_scale float32 [L, P, A]; lora_arrow [L, P, A, R]
-        and lora_spectr [L, P, A, R, R] float32, see `spectra`; lora_dora and lora_bias float32 [L, A, O of the group]
-        and own_gate float32 [L, P, A, I] where an adapter has them. DoRA's columns are folded into lora_b.
+        lora_a [L, P, A, R, I], lora_b [L, A, R, O of the group], lora_scale float32 [L, P, A]; lora_dora and lora_bias
+        float32 [L, A, O of the group] and own_gate float32 [L, P, A, I] where an adapter has them. DoRA's columns are
+        folded into lora_b.
         """
         projections = GROUPS[group]
         rank = max((self.config.ranks.get(p, 0) for p in projections), default=0)
@@ -82,10 +81,6 @@ class AdapterBank:
             b.append(np.pad(self._scaled_b(p), pad))
             scale.append(np.asarray(self.scale[p], np.float32))
         tensors = {"lora_a": np.stack(a, 1), "lora_b": np.concatenate(b, -1), "lora_scale": np.stack(scale, 1)}
-        starts = np.cumsum([self.config.base_shapes[p][1] for p in projections])[:-1]
-        by_projection = zip(a, np.split(tensors["lora_b"], starts, axis=-1), scale, strict=True)
-        arrow, spectr = zip(*(spectra(*parts) for parts in by_projection), strict=True)
-        tensors |= {"lora_arrow": np.stack(arrow, 1), "lora_spectr": np.stack(spectr, 1)}
         for key, held in (("lora_dora", self.dora), ("lora_bias", self.bias)):
             if any(p in held for p in projections):
                 columns = [

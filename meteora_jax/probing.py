@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,12 +23,13 @@ ROWS = 8  # prompts of a pass
 
 def probed(
     router: RouterArgument, prompts: Sequence[Sequence[int]], names: tuple[str, ...], graph: nnx.GraphDef,
-    weights: Params, mesh: Mesh | None,
+    weights: Callable[[], Params], mesh: Mesh | None,
 ) -> RouterArgument:  # fmt: skip
     """A caller's `router=` with what one pass chose in the place of every router that asks for it.
 
     Args:
         prompts: token ids of each row. names: the model's adapters; without any, routers stay as they are.
+        weights: with what a score is made of (`fill_spectra`); asked for where a router needs it.
     """
     wanting = asking(router, len(prompts))
     groups: dict[tuple[Score, int], list[int]] = {}
@@ -41,7 +42,7 @@ def probed(
     for (score, _), places in groups.items():
         for start in range(0, len(places), ROWS):
             some = places[start : start + ROWS]
-            scores = _scores(score, [prompts[b] for b in some], graph, weights, mesh)
+            scores = _scores(score, [prompts[b] for b in some], graph, weights(), mesh)
             for b, own_scores in zip(some, scores, strict=True):
                 own = wanting[b]
                 assert own is not None

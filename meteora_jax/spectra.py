@@ -1,4 +1,4 @@
-"""What routers that need no training read off an adapter's matrices, once, when it is put into a model.
+"""What routers that need no training read off an adapter's matrices, once, when the first of them is asked.
 
 With dW = s B A, and QR of both factors, B = Q_B R_B and A^T = Q_A R_A, the r x r matrix R_B R_A^T = U S V^T has the
 singular values of B A, whose right singular vectors are Q_A V. Neither Q is needed: the first of them is
@@ -11,6 +11,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+SPECTRA = ("lora_arrow", "lora_spectr")  # the arrays of a model that hold them, zeros until then
 
 
 def spectra(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -305,7 +305,7 @@ def whole_model(everything: bool) -> None:
     # what XLA chooses between product and epilogue; matrices averaged; prompts
     whole = stepping(model, ExecutionConfig(step=StepLimits(programs=1)))
     within, fused = mj.Gates(1, within=("birch", "cedar")), Composed((("cedar", 0.7), ("apple", 0.4)), True)
-    agree(plain, whole, [mj.Lag(3, 2), fused, within], steps=1)
+    agree(plain, whole, [mj.Lag(2, k=3), fused, within], steps=1)
     assert {"weigh_kernel", "runs_kernel"} <= set(RAN), RAN
     if everything:
         agree(plain, stepped, within)

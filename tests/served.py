@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,20 @@ def make_core(fleet: Fleet, size: EngineSize = SIZE) -> EngineCore:
     model = fleet.model
     core = EngineCore(model.graph, model.weights, model.config, size, decode=model.decode_tokens, pool=model.pool)
     core.row_sizes, core.table_sizes, core.prompt_sizes = core.row_sizes[-1:], core.table_sizes[-1:], (80,)
+    return core
+
+
+def make_slow(fleet: Fleet) -> EngineCore:
+    """An engine that is long at it, one token at a time: its answers can be stopped under way."""
+    core = make_core(fleet)
+    step = core.step
+    core.scheduler.limits = type(core.scheduler.limits)(4, 68, 1)
+
+    def slow() -> bool:
+        time.sleep(0.01)
+        return step()
+
+    core.step = slow
     return core
 
 
@@ -73,8 +88,6 @@ def serving(
 
 def settled(served: Served, seconds: float = 20.0) -> None:
     """Waits until nothing is under way, and checks that no block is held."""
-    import time
-
     core, end = served.server.driver.core, time.monotonic() + seconds
     while (core.busy or served.server.driver.live) and time.monotonic() < end:
         time.sleep(0.01)

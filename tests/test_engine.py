@@ -17,7 +17,7 @@ from worlds import NAMES
 import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.engine import EngineCore, EngineSize, Handle, Request, Sampling
-from meteora_jax.engine.step import run_steps
+from meteora_jax.engine.step import StepRows, new_state, run_steps
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import routing_of
 from meteora_jax.io.gates import save_gates
@@ -283,6 +283,18 @@ def test_few_programs_serve_every_length(world):
         used.submit(request(model, list(range(5, 5 + n)), None, 3 + n % 5, temperature=0.0))
     used.drain()
     assert run_steps._cache_size() <= before + 2
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_copies_no_cache(world, rows):
+    model, blocks = world["model"], 4096
+    state = new_state(model.graph, model.weights, blocks, 8, rows)
+    each, table = np.zeros((rows,), np.int32), np.zeros((rows, 4), np.int32)
+    of_rows = StepRows(each, np.ones((rows,), bool), table, each, None, None)
+    how = dict(steps=2, logprobs=None, trace=False)
+    lowered = run_steps.lower(model.graph, model.weights, state, of_rows, None, None, np.asarray([-1], np.int32), **how)
+    cache = state.cache.model if hasattr(state.cache, "model") else state.cache
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < cache.pages.nbytes / 2
 
 
 def test_sampling_does_not_depend_on_neighbours(world):

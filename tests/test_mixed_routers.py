@@ -41,7 +41,7 @@ def cedar(x, adapters):
 
 ROUTERS = {  # one a prompt, and what it is in float64
     mj.Arrow(2): by(arrow, 2), mj.Arrow(1, 0.3): by(arrow, 1), mj.Spectr(2, 0.7): by(spectr, 2, 0.7),
-    mj.Lag(2, 1): lag(2, 1), mj.Fixed("cedar"): cedar, mj.Lag(3, 2): lag(3, 2),
+    mj.Lag(1, k=2): lag(2, 1), mj.Fixed("cedar"): cedar, mj.Lag(2, k=3): lag(3, 2),
 }  # fmt: skip
 
 

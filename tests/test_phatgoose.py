@@ -182,6 +182,13 @@ def test_banks_that_change_keep_own_gates(gated, tmp_path):
     assert np.isfinite(np.asarray(fewer.logits(TOKENS, mj.Phatgoose(1)))).all()
 
 
+def test_an_export_says_that_the_own_gate_stays(gated, tmp_path, capsys):
+    for name in ("apple", "birch"):
+        main(["export", "adapter", str(gated["bank"]), name, str(tmp_path / name)])
+        said = "its own gate stays in the bank alone" in capsys.readouterr().out
+        assert said == (name == "apple")
+
+
 def test_a_bank_without_own_gates_is_refused(world):
     with pytest.raises(InputError, match="train adapter --own-gate"):
         world["model"].logits(TOKENS, mj.Phatgoose(1))

@@ -106,6 +106,14 @@ def test_every_request_ends_and_every_block_comes_back(asked, rows, tokens, bloc
     scheduler.cache.pool.check()
 
 
+def test_a_step_reads_less_where_its_program_would_be_padded_more():
+    """Sizes of programs and what may be padded are such that no step reads nothing."""
+    limits = Limits(8, 20_000, prompt_sizes=(64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384))
+    assert [limits.prompt_tokens(n) for n in (0, 48, 64, 272, 544, 832)] == [0, 48, 64, 272, 512, 832]
+    assert [limits.prompt_tokens(n) for n in (4300, 7168, 7184, 12_000, 16_000)] == [4096, 7168, 7184, 8192, 16_000]
+    assert Limits(8, 20_000).prompt_tokens(4300) == 4300
+
+
 def test_first_come_first_served():
     scheduler = Scheduler(Limits(2, 2 + 2 * QUERY_BLOCK, 4), PrefixCache(64, 8))
     for i in range(6):

@@ -15,36 +15,20 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
-from served import make_core, serving, settled
+from served import make_slow, serving, settled
 
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
 from meteora_jax.serving.limits import knows, read_keys
-from meteora_jax.serving.models import Fleet
 from meteora_jax.serving.server import EventStream, Server
 from meteora_jax.serving.settings import Settings
 
 LONG = dict(model="cedar", prompt="The quick brown fox", temperature=0, max_tokens=200)
 ROOT = Path(__file__).parents[1]
-
-
-def make_slow(fleet: Fleet) -> Any:
-    """An engine that is long at it, one token at a time."""
-    core = make_core(fleet)
-    step = core.step
-    core.scheduler.limits = type(core.scheduler.limits)(4, 68, 1)
-
-    def slow() -> bool:
-        time.sleep(0.01)
-        return step()
-
-    core.step = slow
-    return core
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from served import PROFILES, Served, make_core, serving
+from served import PROFILES, Served, make_slow, serving
 
 import meteora_jax as mj
 from meteora_jax.serving.app import CSP
-from meteora_jax.serving.models import Fleet, most_k
+from meteora_jax.serving.models import most_k
 from meteora_jax.serving.settings import Settings
 
 FOLDER = resources.files("meteora_jax.serving") / "page"
@@ -25,24 +25,10 @@ TYPES = {"index.html": "text/html", "page.js": "text/javascript", "style.css": "
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def make_calm(fleet: Fleet) -> Any:
-    """An engine of a token a step, whose answers can be stopped under way."""
-    core = make_core(fleet)
-    step = core.step
-    core.scheduler.limits = type(core.scheduler.limits)(4, 68, 1)
-
-    def slow() -> bool:
-        time.sleep(0.01)
-        return step()
-
-    core.step = slow
-    return core
-
-
 @pytest.fixture(scope="module")
 def served(world) -> Iterator[Served]:
     index: Any = mj.Index.build(PROFILES)
-    with serving(world["model"], Settings(grace=2, max_body=20_000), make_calm, index) as found:
+    with serving(world["model"], Settings(grace=2, max_body=20_000), make_slow, index) as found:
         yield found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from meteora_jax.cli.report import Conversion, console, write_json
+from meteora_jax.config import BankConfig, read_json
 from meteora_jax.io import hf_config
 
 
@@ -29,10 +30,14 @@ def export_adapter(command: ExportAdapter) -> None:
     import converters
 
     raw = command.run("export adapter", partial(converters.export_adapter, command.bank, command.name, command.dest))
-    command.tell(
-        f"{command.dest}: {command.name}, rank {raw['r']}, alpha {raw['lora_alpha']}",
-        {"adapter": str(command.dest), "name": command.name, "peft_config": raw},
-    )
+    lines = [f"{command.dest}: {command.name}, rank {raw['r']}, alpha {raw['lora_alpha']}"]
+    file = command.bank / "bank.json"
+    bank = BankConfig.from_json(read_json(file), str(file))
+    own_gate = bank.adapters[bank.names.index(command.name)].own_gate
+    if own_gate:
+        lines.append("its own gate stays in the bank alone: PEFT has no place for it")
+    report = {"adapter": str(command.dest), "name": command.name, "peft_config": raw, "own_gate_left": own_gate}
+    command.tell(lines, report)
 
 
 @dataclass(frozen=True)

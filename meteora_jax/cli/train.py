@@ -76,7 +76,7 @@ class TrainAdapter(_Run):
     """Tasks to train on."""
     own_gate: Path | None = None
     """BANK folder that has the adapter: instead of a new one its own gate is trained, a vector at each projection, on
-    these tasks alone (PHATGOOSE; 100 steps at a learning rate of 5e-3 are theirs). OUT is the bank with that gate."""
+    these tasks alone (PHATGOOSE). OUT is the bank with that gate."""
     settings: AdapterTraining
 
 

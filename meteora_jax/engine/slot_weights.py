@@ -17,6 +17,7 @@ from meteora_jax.execution import jit
 from meteora_jax.io.model_bank import ADAPTER_AXES, COLUMN_AXES, adapter_tensors
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.sharding import Params, place, sharding
+from meteora_jax.spectra import SPECTRA
 from pallas_kernels.routed_lora import packing
 
 Path = tuple[str, ...]
@@ -57,6 +58,8 @@ class SlotWeights:
             path = tuple(map(str, at))
             columns = {} if router else COLUMN_AXES
             axis = (ADAPTER_AXES | columns).get(path[-1])
+            if path[-1] in SPECTRA:  # no router over slots reads them
+                continue
             if axis is not None and path[0] in ("layers", "embed_adapters", "head_adapters"):
                 self._leaves[path], self._axes[path] = leaf, axis
             elif path in self._packings:
@@ -121,8 +124,6 @@ def _ranks(path: Path, whole: np.ndarray | None, shape: Sequence[int], part: int
     """The ranks that go into slot number `part` of an adapter's; None: nothing does."""
     if whole is None or path[-1] == "lora_scale":
         return whole
-    if path[-1] in ("lora_arrow", "lora_spectr") and whole.shape[-1] > shape[-1]:
-        return None  # of one rank, not of its parts; no router over slots reads it
     if path[-1] not in ("lora_a", "lora_b"):
         return None if part else whole
     axis = whole.ndim - (1 if path == ("embed_adapters", "lora_a") else 2)

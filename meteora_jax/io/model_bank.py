@@ -19,7 +19,9 @@ from meteora_jax.model.llama import Llama, lay_out, pack
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.model.vocab_adapters import vocab_tensors
-from meteora_jax.sharding import Params, sharding, tensor_shards
+from meteora_jax.sharding import Params, fetch, place, sharding, tensor_shards
+from meteora_jax.spectra import SPECTRA, spectra
+from pallas_kernels.routed_lora.reference import columns as columns_of
 
 # Of a model's arrays those with an axis of adapters, or of the gates' columns: which one.
 ADAPTER_AXES = {
@@ -138,6 +140,29 @@ def adapter_tensors(bank: AdapterBank, config: LlamaConfig, mesh: Mesh | None) -
     for end in ENDS:
         found |= {(f"{end}_adapters", name): value for name, value in vocab_tensors(bank, end).items()}
     return found
+
+
+def fill_spectra(graph: nnx.GraphDef, weights: Params, mesh: Mesh | None) -> None:
+    """Puts into a model's own arrays, in place, what routers of a bank alone read of its adapters; every host calls."""
+    layers = nnx.merge(graph, weights).layers
+    leaves = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(weights)}
+    for group in GROUPS:
+        linear = getattr(layers, group)
+        if linear.lora_a is None:
+            continue
+        a, b, scale = (fetch(leaves["layers", group, name][...]) for name in ("lora_a", "lora_b", "lora_scale"))
+        b = b.reshape(*b.shape[:3], linear.shards, -1)
+        found = []
+        for p, (start, stop) in enumerate(columns_of(tuple(o // linear.shards for o in linear.splits))):
+            own = b[..., start:stop].reshape(*b.shape[:3], -1)  # in which order columns lie changes neither
+            found.append(spectra(a[:, p], own, scale[:, p]))
+        for name, parts in zip(SPECTRA, zip(*found, strict=True), strict=True):
+            leaf, value = leaves["layers", group, name], np.stack(parts, 1)
+            leaf.set_value(
+                jnp.asarray(value)
+                if mesh is None
+                else place(value, sharding(mesh, leaf.get_metadata("axes"), value.shape))
+            )
 
 
 def _rebuilt(

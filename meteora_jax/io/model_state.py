@@ -24,6 +24,7 @@ from meteora_jax.model.lora_linear import column_shards
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.model.vocab_adapters import vocab_tensors
 from meteora_jax.sharding import Params, place, shard_order, sharding, tensor_shards
+from meteora_jax.spectra import SPECTRA
 
 
 def split_bank(
@@ -111,7 +112,7 @@ def assemble(
     loaded = []
     for path, leaf in leaves:
         place = tuple(map(str, path))
-        empty = slots is not None and place not in filled
+        empty = place not in filled and (slots is not None or place[-1] in SPECTRA)
         value = _empty(leaf, place, config, mesh) if empty else _placed(path, leaf, filled.pop(place), mesh)
         loaded.append((path, leaf.replace(value)))
     assert not filled, f"weights without a place in the model: {sorted(filled)}"

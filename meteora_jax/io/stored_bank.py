@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from meteora_jax.bank import AdapterBank
-from meteora_jax.config import BankConfig, InputError, LlamaConfig, VocabAdapterConfig, read_json
+from meteora_jax.config import AdapterInfo, BankConfig, InputError, LlamaConfig, VocabAdapterConfig, read_json
 from meteora_jax.io.provenance import BaseOrigin, misfits
 from meteora_jax.io.tensors import WEIGHTS, open_tensors
 
@@ -96,7 +96,7 @@ def empty_slots(bank: BankConfig, count: int, rank: int | None = None) -> BankCo
     """
     assert bank.adapters, "a bank has adapters"
     targets = tuple(dict.fromkeys(t for info in bank.adapters for t in info.targets))
-    any_of_them = bank.adapters[0].__class__("", max(bank.ranks.values(), default=0), targets, "", "", {})
+    any_of_them = AdapterInfo("", max(bank.ranks.values(), default=0), targets, "", "", {})
     ranks = bank.ranks if rank is None else dict.fromkeys(bank.base_shapes, rank)
     vocab = {
         end: VocabAdapterConfig(held.rank if rank is None else min(held.rank, rank), (tuple(range(held.most)),) * count)
@@ -136,6 +136,3 @@ def misfits_slots(adapter: BankConfig, slots: BankConfig, source: str, most: int
                 f"{held.rank} and {held.most} rows"
             )
     return problems
-
-
-__all__ = ["StoredBank", "empty_slots", "misfits_slots"]

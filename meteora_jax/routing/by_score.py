@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,92 +24,72 @@ LEAST = -3e38  # of what must not be chosen: finite, for a softmax over it alone
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrow:
+class ByScore:
+    """What the routers below have alike. within: only these adapters may be chosen; None: all."""
+
+    top_k: int = 4
+    temperature: float = 1.0
+    within: tuple[str, ...] | None = None
+    needs_gates: ClassVar[bool] = False
+    score: ClassVar[Score]
+
+    def __post_init__(self):
+        with Arguments(type(self).__name__) as given:
+            check_choosing(given, self)
+
+    def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundScores:
+        """As `Router`."""
+        return BoundScores(self.score, *bound_choice(routers, names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrow(ByScore):
     """Scores |v_i . x| by the first right singular vector v_i of s_i B_i A_i (Arrow, Ostapenko et al., arXiv
-    2405.11157; 4 adapters and temperature 1 are theirs, 3 and 1 peft's).
+    2405.11157)."""
 
-    within: only these adapters may be chosen; None: all.
-    """
-
-    top_k: int = 4
-    temperature: float = 1.0
-    within: tuple[str, ...] | None = None
-    needs_gates = False
-
-    def __post_init__(self):
-        with Arguments("Arrow") as given:
-            check_choosing(given, self)
-
-    def bind(self, routers: Sequence[Arrow | None], names: tuple[str, ...]) -> BoundScores:
-        return BoundScores("arrow", *bound_choice(routers, names))
+    score = "arrow"
 
 
 @dataclasses.dataclass(frozen=True)
-class Spectr:
-    """Scores ||s_i B_i A_i x||, by the whole spectrum of an adapter (SpectR, Fleshman and Van Durme, arXiv 2504.03454).
+class Spectr(ByScore):
+    """Scores ||s_i B_i A_i x||, by the whole spectrum of an adapter (SpectR, Fleshman and Van Durme, arXiv
+    2504.03454)."""
 
-    within: only these adapters may be chosen; None: all.
-    """
-
-    top_k: int = 4
-    temperature: float = 1.0
-    within: tuple[str, ...] | None = None
-    needs_gates = False
-
-    def __post_init__(self):
-        with Arguments("Spectr") as given:
-            check_choosing(given, self)
-
-    def bind(self, routers: Sequence[Spectr | None], names: tuple[str, ...]) -> BoundScores:
-        return BoundScores("spectr", *bound_choice(routers, names))
+    score = "spectr"
 
 
 @dataclasses.dataclass(frozen=True)
-class Lag:
-    """The k best by Arrow's score, ranked anew by SpectR's (LAG, Fleshman and Van Durme, arXiv 2507.05346;
-    20 candidates, of which one acts, are theirs).
+class Lag(ByScore):
+    """The k best by Arrow's score, ranked anew by SpectR's (LAG, Fleshman and Van Durme, arXiv 2507.05346).
 
-    k: candidates, all adapters where there are fewer. within: only these adapters may be chosen; None: all.
+    k: candidates, all adapters where there are fewer.
     """
 
-    k: int = 20
     top_k: int = 1
-    temperature: float = 1.0
-    within: tuple[str, ...] | None = None
-    needs_gates = False
+    k: int = dataclasses.field(default=20, kw_only=True)
+    score = "spectr"
 
     def __post_init__(self):
+        super().__post_init__()
         with Arguments("Lag") as given:
-            check_choosing(given, self)
             given.whole("k", self.k)
         if self.k < self.top_k:
             raise InputError(f"Lag: k: expected at least {self.top_k} (top_k), found {self.k}")
 
-    def bind(self, routers: Sequence[Lag | None], names: tuple[str, ...]) -> BoundScores:
+    def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundScores:
+        """As `Router`, with each row's number of candidates."""
         candidates = jnp.asarray([r.k if r is not None else 0 for r in routers], jnp.int32)
-        return BoundScores("spectr", *bound_choice(routers, names), candidates)
+        return dataclasses.replace(super().bind(routers, names), candidates=candidates)
 
 
 @dataclasses.dataclass(frozen=True)
-class Phatgoose:
+class Phatgoose(ByScore):
     """Scores v_i . u / sqrt(I) of an adapter's own gate v_i, trained on the adapter's own data alone (`meteora train
-    adapter --own-gate`), and the projection's input u, both standardised (PHATGOOSE, Muqeeth et al., arXiv 2402.05859,
-    2 adapters are theirs). An adapter without a gate of its own is never chosen.
-
-    within: only these adapters may be chosen; None: all.
-    """
+    adapter --own-gate`), and the projection's input u, both standardised (PHATGOOSE, Muqeeth et al., arXiv 2402.05859).
+    An adapter without a gate of its own is never chosen."""
 
     top_k: int = 2
-    temperature: float = 1.0
-    within: tuple[str, ...] | None = None
-    needs_gates = False
-
-    def __post_init__(self):
-        with Arguments("Phatgoose") as given:
-            check_choosing(given, self)
-
-    def bind(self, routers: Sequence[Phatgoose | None], names: tuple[str, ...]) -> BoundScores:
-        return BoundScores("phatgoose", *bound_choice(routers, names))
+    score = "phatgoose"
 
 
 @jax.tree_util.register_dataclass
