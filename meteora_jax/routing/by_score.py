@@ -30,12 +30,16 @@ class ByScore:
     top_k: int = 4
     temperature: float = 1.0
     within: tuple[str, ...] | None = None
-    needs_gates: ClassVar[bool] = False
     score: ClassVar[Score]
 
     def __post_init__(self):
         with Arguments(type(self).__name__) as given:
             check_choosing(given, self)
+
+    @property
+    def needs_gates(self) -> bool:
+        """Never."""
+        return False
 
     def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundScores:
         """As `Router`."""
