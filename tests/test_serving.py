@@ -309,10 +309,10 @@ def test_an_expression_is_followed_and_others_beside_it_are_not_bound(client, al
         assert beside.result().choices[0].message.content == alone(ASK, None, 30).text
 
 
-def test_the_readmes_lines_work(served):
+def test_the_page_s_lines_work(served):
     """Its curl commands, with this server's address and an adapter's name of this model."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^curl .*", text.partition("\n## Serve\n")[2].partition("\n## ")[0], re.MULTILINE)
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8").partition("\n## Ask\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^curl .*(?:\n    .*)*", text, re.MULTILINE)
     assert len(lines) == 3
     lines = [line.replace("http://127.0.0.1:8000", served.url).replace("winowhy", "apple") for line in lines]
     models, stream, text = (
