@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
 SECONDS=0
-environment convert eval test dev
+environment convert eval test dev docs
 
 say "ruff"
 "$PY" -m ruff check .

@@ -3,8 +3,9 @@
 A page's blocks of bash and python run one after another in one folder, as a reader would type them, whatever is not
 marked. Marks stand on the line above a block and show on no page:
 
-    <!-- not run: why -->       its `meteora` lines are parsed, its Python is compiled, files of the project that it names exist
+    <!-- not run: why -->       its `meteora` lines are parsed, its Python is compiled, files that it names exist
     <!-- small: --steps 2 -->   these words stand behind every `meteora` line, where the last of an option counts
+    <!-- slow: --steps 2 -->    the same with pytest --all, without as `not run`; other tests have the steps
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from extent import ALL
 from tiny import tiny_llama, tiny_peft
 
 import converters
@@ -50,17 +52,18 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """The blocks of bash and python; fails for a mark that says nothing, and for a language that has no meaning here."""
+    """The blocks of bash and python; fails for a mark that says nothing, and for a language that is unknown here."""
     text, found = page.read_text(encoding="utf-8"), []
     for match in BLOCK.finditer(text):
         where = f"{page.name}:{text.count(chr(10), 0, match.start()) + 1}"
         assert match["language"] in LANGUAGES, f"{where}: expected one of {sorted(LANGUAGES)}"
         kind, _, words = (match["mark"] or "").partition(": ")
-        assert kind in ("", "not run", "small"), f"{where}: unknown mark {match['mark']!r}"
-        assert bool(kind) == bool(words.strip()), f"{where}: expected a reason or options behind the mark"
+        assert kind in ("", "not run", "small", "slow"), f"{where}: unknown mark {match['mark']!r}"
+        assert kind in ("", "slow") or words.strip(), f"{where}: expected a reason or options behind the mark"
         if match["language"] in ("bash", "python"):
-            small = tuple(shlex.split(words)) if kind == "small" else ()
-            found.append(Block(where, match["language"], match["code"], words if kind == "not run" else None, small))
+            why = words if kind == "not run" else "slow" if kind == "slow" and not ALL else None
+            small = tuple(shlex.split(words)) if kind in ("small", "slow") else ()
+            found.append(Block(where, match["language"], match["code"], why, small))
     return found
 
 
@@ -122,10 +125,17 @@ def run_block(block: Block, folder: Path, names: dict[str, Any]) -> None:
             other = []
         if line:
             words = shell(f"printf '%s\\0' {line.removeprefix('meteora ')}\n").decode().split("\0")[:-1]
-            try:
-                main([*words, *block.small])
-            except SystemExit as e:
-                assert not e.code, f"{block.where}: status {e.code}: {line}"
+            status = status_of([*words, *block.small])
+            assert not status, f"{block.where}: status {status}: {line}"
+
+
+def status_of(words: list[str]) -> str | int | None:
+    """The exit status of a `meteora` command; None: it returned."""
+    try:
+        main(words)
+    except SystemExit as e:
+        return e.code
+    return None
 
 
 def write_tasks(folder: Path) -> None:

@@ -3,16 +3,9 @@ divided by the rule, whole or not at all."""
 
 import hashlib
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from test_cli import refused, run
-from tiny import edit_json
 from worlds import NAMES
 
 from meteora_jax.evaluation.tasks import SPLITS, load_split
@@ -232,24 +225,3 @@ def test_an_index_and_composites_are_made_of_conversations(tmp_path, talks, worl
     problem = json.loads(file.read_text().splitlines()[0])
     assert problem["prompt"].count("<|im_start|>assistant\n") == 2
     assert problem["prompt"].endswith("<|im_start|>assistant\n(2)\n\n")
-
-
-@pytest.mark.exhaustive("processes of commands that other tests run; here as the document has them")
-def test_the_document_s_commands_run_as_they_stand(tmp_path, world):
-    text = (Path(__file__).parents[1] / "docs" / "own-adapters.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 6
-    shutil.copytree(world["base"], tmp_path / "BASE")
-    edit_json(tmp_path / "BASE" / "config.json", max_position_embeddings=1024)
-    command = tmp_path / "bin" / "meteora"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m meteora_jax.cli "$@"\n')
-    command.chmod(0o755)
-    paths = {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        ["bash", "-c", "set -eu\n" + "\n".join(blocks)], cwd=tmp_path, env=os.environ | paths, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    for said in ("legs, number | ", "parity, choice | ", ", correct | 4 | ", "even<|im_end|>"):
-        assert said in done.stdout

@@ -35,7 +35,7 @@ class Ridge(Scoring):
     The kernel is a weighted sum of cosines: n-grams of words, of a text's first and last words and of characters, or
     vectors. Every adapter weighs the same, however many inputs it has. With n-grams each input is learnt a second time
     without the wording it shares with its adapter's others, at `bare_weight`: templates are then not all that is known.
-    Weights and penalty were chosen by cross-validation over profiles (docs/results.md).
+    Weights and penalty were chosen by cross-validation over profiles (docs/lab-notes.md).
     """
 
     def __init__(self, kernel: Mapping[str, float], bare_weight: float = BARE_WEIGHT, penalty: float = 0.3):

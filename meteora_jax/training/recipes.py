@@ -11,7 +11,7 @@ from meteora_jax.gate_config import FormName, GateConfig, TokenRouterForm
 from meteora_jax.training.settings import Data, Drawing, GateTraining, Objective, Optimization, Schedule
 
 RECIPES: dict[FormName, GateTraining] = {
-    # docs/results.md, "Twenty-eight adapters": no layer of the model runs, so steps cost little and are many
+    # docs/lab-notes.md, "Run to run": no layer of the model runs, so steps cost little and are many
     "token-router": GateTraining(
         form=TokenRouterForm(width=128, depth=4),
         data=Data(batch_size=32, max_length=8192, samples_per_task=2000, composite=0.8, composite_sizes=(2, 10)),
