@@ -54,6 +54,9 @@ def test_pages_are_short_lines_without_code_that_no_test_sees():
                 assert fenced or line[3:] in LANGUAGES, f"{where}: a block whose language is unknown"
                 fenced = not fenced
             assert fenced or not re.match(r"\s+(meteora|python|pip|\$) ", line), f"{where}: an indented command"
+            before = lines[number - 2] if number > 1 else ""
+            joined = re.match(r"(- |\d+\. )", line) and before and not re.match(r"(- |\d+\. |\s)", before)
+            assert fenced or not joined, f"{where}: a list needs an empty line above it"
             assert line.startswith("|") or len(line) <= 160, f"{where}: {len(line)} characters"
         assert not fenced, f"{page.name}: a block without an end"
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
