@@ -60,6 +60,8 @@ def blocks_of(page: Path) -> list[Block]:
         kind, _, words = (match["mark"] or "").partition(": ")
         assert kind in ("", "not run", "small", "slow"), f"{where}: unknown mark {match['mark']!r}"
         assert kind in ("", "slow") or words.strip(), f"{where}: expected a reason or options behind the mark"
+        for file in re.findall(r"tests/\w+\.py", words):
+            assert (ROOT / file).exists(), f"{where}: {file} is no file of the project"
         if match["language"] in ("bash", "python"):
             why = words if kind == "not run" else "slow" if kind == "slow" and not ALL else None
             small = tuple(shlex.split(words)) if kind in ("small", "slow") else ()
