@@ -160,12 +160,12 @@ class Driver:
         self.skipped = 0  # prompt tokens that the prefix cache had, of finished requests
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._watched: dict[Stream, Watch] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begins to serve; what comes of it is handed to this loop."""
-        self._loop = loop
+        self.loop = loop
         self._thread.start()
 
     def submit(self, request: Request, router: RouterArgument, news: asyncio.Event) -> Stream:
@@ -260,7 +260,7 @@ class Driver:
             result, error = work(), None
         except Exception as e:
             result, error = None, e
-        assert self._loop is not None
+        assert self.loop is not None
 
         def settle() -> None:
             if future.cancelled():
@@ -270,7 +270,7 @@ class Driver:
             else:
                 future.set_exception(error)
 
-        self._loop.call_soon_threadsafe(settle)
+        self.loop.call_soon_threadsafe(settle)
 
     def _hand_over(self) -> None:
         news: list[tuple[Stream, Piece | ApiError]] = []
@@ -310,8 +310,8 @@ class Driver:
             elif what == "call":
                 self._call(_refuse, about[1])
         self._tell(waiting)
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._end)
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self._end)
 
     def _end(self) -> None:
         for stream in list(self.live):  # submitted while the thread ended
@@ -320,8 +320,8 @@ class Driver:
         self._gone()
 
     def _tell(self, news: list[tuple[Stream, Any]]) -> None:
-        if news and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._deliver, news)
+        if news and self.loop is not None:
+            self.loop.call_soon_threadsafe(self._deliver, news)
 
     def _deliver(self, news: list[tuple[Stream, Any]]) -> None:
         for stream, piece in news:
