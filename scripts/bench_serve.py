@@ -68,9 +68,12 @@ class BenchServe:
     prompt: int = 512
     """Words of a prompt, a token each."""
     new: int = 128
-    """Tokens of a response."""
-    requests: int = 2
+    """Tokens of a response in the mean: they have from half of it to three halves."""
+    requests: int = 4
     """That each user sends, one after the other."""
+    queued: bool = False
+    """Each user sends all of its requests at once, so that the queue never runs dry and no row waits for its user's
+    next one: what is left of the difference is what reading requests and writing answers costs."""
     adapters: int = 28
     """Adapters in the bank, of rank 8."""
     budget: int = 8192
@@ -111,9 +114,14 @@ def random_fleet(settings: BenchServe, config: LlamaConfig) -> Fleet:
     return Fleet(loaded, None, "base")
 
 
+def longest(settings: BenchServe) -> int:
+    """Tokens of the longest response."""
+    return settings.new + settings.new // 2
+
+
 def make_engine(settings: BenchServe, fleet: Fleet, rows: int) -> EngineCore:
     """An engine of few programs: one number of rows, three of prompt tokens. Prompts are read anew every time."""
-    model, positions = fleet.model, settings.prompt + settings.new
+    model, positions = fleet.model, settings.prompt + longest(settings)
     size = EngineSize(rows, settings.budget + rows, rows * -(-positions // BLOCK) + rows, BLOCK)
     core = EngineCore(
         model.graph, model.weights, model.config, size, decode=model.decode_tokens, prefix_cache=False, pool=model.pool
@@ -145,11 +153,13 @@ def bodies(settings: BenchServe, users: int, vocabulary: int) -> list[list[dict[
     def body() -> dict[str, Any]:
         words = " ".join(f"w{i}" for i in draw.integers(0, vocabulary, settings.prompt))
         return dict(
-            model=settings.model, prompt=words, max_tokens=settings.new, temperature=0, stream=True,
+            model=settings.model, prompt=words, max_tokens=int(draw.integers(settings.new // 2, longest(settings) + 1)),
+            temperature=0, stream=True,
             stream_options={"include_usage": True}, routing=settings.routing,
         )  # fmt: skip
 
-    return [[body() for _ in range(settings.requests)] for _ in range(users)]
+    sent = [[body() for _ in range(settings.requests)] for _ in range(users)]
+    return [[one] for own in sent for one in own] if settings.queued else sent
 
 
 def play_engine(core: EngineCore, asked: Sequence[Sequence[Request]]) -> list[Answered]:
@@ -222,10 +232,12 @@ def measure(settings: BenchServe, fleet: Fleet, users: int) -> list[dict[str, An
     found, _ = model.look_up(router, 1, lambda: [""])
     own: Any = found[0] if isinstance(found, list) else found
     requests = [
-        [model.request(model.encode(b["prompt"]), own, settings.new, trace=settings.routing) for b in bs]
+        [model.request(model.encode(b["prompt"]), own, b["max_tokens"], trace=settings.routing) for b in bs]
         for bs in asked
     ]
-    case: dict[str, Any] = dict(users=users, shape=settings.shape, model=settings.model, routing=settings.routing)
+    case: dict[str, Any] = dict(
+        users=users, **{k: getattr(settings, k) for k in ("shape", "model", "routing", "queued")}
+    )
     core = make_engine(settings, fleet, users)
     warm(core, [own[0] for own in requests])
     play_engine(core, requests)
@@ -264,9 +276,10 @@ def main(settings: BenchServe) -> None:
     config = llama(settings.shape)
     if settings.layers is not None:
         config = dataclasses.replace(config, num_layers=settings.layers)
-    if settings.prompt + settings.new > config.max_position_embeddings:
-        most = config.max_position_embeddings
-        raise InputError(f"--prompt, --new: expected at most {most} together, found {settings.prompt + settings.new}")
+    if settings.new < 2:
+        raise InputError(f"--new: expected at least 2, found {settings.new}")
+    if (positions := settings.prompt + longest(settings)) > (most := config.max_position_embeddings):
+        raise InputError(f"--prompt, --new: expected at most {most} in --prompt and 1.5 times --new, found {positions}")
     logging.getLogger("meteora_jax").setLevel(logging.WARNING)
     console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {os.cpu_count()} cores")
     fleet, records = random_fleet(settings, config), list[dict[str, Any]]()

@@ -133,11 +133,13 @@ class Watch:
 
 def token_shares(names: Sequence[str], shares: np.ndarray) -> list[TokenShares]:
     """`TokenShares` of rows [T, A]."""
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :SHOWN]
     found = []
-    for row in shares:
-        order = [int(i) for i in np.argsort(-row, kind="stable")[:SHOWN] if row[i] > 0]
-        largest = tuple((names[i], float(row[i])) for i in order)
-        found.append(TokenShares(largest, max(0.0, 1.0 - float(row.sum())) if order else 1.0))
+    for places, values, total in zip(
+        order.tolist(), np.take_along_axis(shares, order, axis=1).tolist(), shares.sum(axis=1).tolist(), strict=True
+    ):
+        largest = tuple((names[i], value) for i, value in zip(places, values, strict=True) if value > 0)
+        found.append(TokenShares(largest, max(0.0, 1.0 - total) if largest else 1.0))
     return found
 
 
