@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from meteora_jax.engine import EngineCore, FinishReason, Handle, Progress, Request
+from meteora_jax.engine.adapter_versions import AdapterGone
 from meteora_jax.routing import RouterArgument, weight_share
-from meteora_jax.serving.errors import ApiError, EngineFailed
+from meteora_jax.serving.errors import AdapterChanged, ApiError, EngineFailed
 
 LOG = logging.getLogger(__name__)
 
@@ -250,6 +251,9 @@ class Driver:
     def _submit(self, stream: Stream) -> None:
         try:
             handle = self.core.submit(stream.request)
+        except AdapterGone:
+            self._tell([(stream, AdapterChanged())])
+            return
         except Exception as e:
             LOG.error("a request was refused by the engine: %s", e)
             self._tell([(stream, ApiError(400, str(e)))])
