@@ -60,6 +60,8 @@ class Serve:
     """Seconds that requests may go on after SIGTERM."""
     warm_up: Annotated[tuple[int, ...], tyro.conf.arg(metavar="[N ...]")] = (1,)
     """Numbers of requests at once whose programs are compiled before the server listens; none: compiled when needed."""
+    warm_page: bool = False
+    """Compile what the page asks first (greedy, with the routing of every token), in place of what other clients do."""
     adapter_slots: int | None = None
     """The bank stays on disk, and so many of its adapters are on the device at a time; others come as requests name
     them. Without, all are on the device, and an update makes another engine."""
@@ -114,7 +116,7 @@ def make_server(command: Serve) -> Any:
     )
     if command.warm_up:
         with progress_bar("warm-up") as progress:
-            took = run.warm_up(server, command.warm_up, progress)
+            took = run.warm_up(server, command.warm_up, progress, command.warm_page)
         status.print(f"warm after {took:.1f} s", highlight=False)
     return server
 
