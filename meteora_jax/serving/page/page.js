@@ -432,12 +432,12 @@ one("#compare").addEventListener("change", (event) => {
   if (event.target.checked) sides[1].messages = [...sides[0].messages]; // both know the same conversation
 });
 one("#theme").value = localStorage.getItem(THEME) ?? "light dark";
-function setTheme() {
-  document.documentElement.style.colorScheme = one("#theme").value;
-  localStorage.setItem(THEME, one("#theme").value);
-}
+const setTheme = () => (document.documentElement.style.colorScheme = one("#theme").value);
 setTheme();
-one("#theme").addEventListener("change", setTheme);
+one("#theme").addEventListener("change", () => {
+  localStorage.setItem(THEME, one("#theme").value);
+  setTheme();
+});
 one("#key").value = sessionStorage.getItem(KEY) ?? "";
 one("#key").addEventListener("change", (event) => {
   sessionStorage.setItem(KEY, event.target.value.trim());
