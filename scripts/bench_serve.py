@@ -262,6 +262,7 @@ def profiled(server: Server, wanted: bool) -> Any:
         yield
         return
     loop, profile = server.driver.loop, cProfile.Profile()
+    assert loop is not None
     loop.call_soon_threadsafe(profile.enable)
     try:
         yield

@@ -187,7 +187,8 @@ def test_rays_own_file_is_one_that_ray_reads_and_has_the_servers_options():
     (deployment,) = application.deployments
     assert deployment.name == deploy.Meteora.name
     assert deployment.max_ongoing_requests == command.max_rows
-    assert deployment.autoscaling_config["target_ongoing_requests"] < command.max_rows
+    scaling: Any = deployment.autoscaling_config
+    assert scaling["target_ongoing_requests"] < command.max_rows
 
 
 @pytest.mark.parametrize(

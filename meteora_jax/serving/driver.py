@@ -135,10 +135,10 @@ class Watch:
 def token_shares(names: Sequence[str], shares: np.ndarray) -> list[TokenShares]:
     """`TokenShares` of rows [T, A]."""
     order = np.argsort(-shares, axis=1, kind="stable")[:, :SHOWN]
+    largest_first: list[list[float]] = np.take_along_axis(shares, order, axis=1).tolist()
+    numbers: list[list[int]] = order.tolist()
     found = []
-    for places, values, total in zip(
-        order.tolist(), np.take_along_axis(shares, order, axis=1).tolist(), shares.sum(axis=1).tolist(), strict=True
-    ):
+    for places, values, total in zip(numbers, largest_first, shares.sum(axis=1).tolist(), strict=True):
         largest = tuple((names[i], value) for i, value in zip(places, values, strict=True) if value > 0)
         found.append(TokenShares(largest, max(0.0, 1.0 - total) if largest else 1.0))
     return found

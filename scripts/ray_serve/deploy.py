@@ -83,7 +83,8 @@ def app(args: Mapping[str, Any]) -> Application:
     """
     replicas, gpus = int(args.get("replicas", 1)), float(args.get("gpus", 0))
     command = read_command({name: value for name, value in args.items() if name not in ("replicas", "gpus")})
-    deployment = Meteora.options(
+    replica: Any = Meteora  # a deployment, which its decorators do not tell type checkers
+    deployment = replica.options(
         num_replicas=replicas, ray_actor_options={"num_gpus": gpus}, max_ongoing_requests=command.max_rows,
         max_queued_requests=command.max_waiting,
     )  # fmt: skip
