@@ -9,6 +9,7 @@ from typing import Any
 
 from meteora_jax.config import InputError
 
+WINDOW = 16  # tokens of a response that are decoded again to see what the next ones add
 REPLACEMENT = "\ufffd"  # what a tokenizer prints for bytes that are not yet a whole character
 
 
@@ -39,22 +40,38 @@ class TextStream:
         self.text = ""
         self.stopped = False
         self._released = 0
+        self._anchor, self._before, self._after = 0, "", ""
 
     def push(self, tokens: Sequence[int]) -> str:
         """Adds tokens and returns the text that became certain; ignores what follows a stop string."""
         if not self._stop:
             self.tokens.extend(tokens)
-            self.text = self._decode(self.tokens)
+            self._read()
         else:
             for token in tokens:  # one by one: the response ends with the token that completes the stop string
                 if self.stopped:
                     break
                 self.tokens.append(token)
-                self.text = self._decode(self.tokens)
+                self._read()
                 found = [at for at in (self.text.find(s) for s in self._stop) if at >= 0]
                 if found:
                     self.text, self.stopped = self.text[: min(found)], True
         return self._release(len(self.text) if self.stopped else self._certain())
+
+    def _read(self) -> None:
+        """The text of all tokens, of which only the last are decoded: from an anchor on, whose own text is known.
+
+        What decoders do at the beginning (a space that is left out) they do at the anchor too, so that its text is told
+        from the whole's by what stood there when it was set: `text` is `before` and what is behind `after`.
+        """
+        said = self._decode(self.tokens[self._anchor :])
+        self.text = self._before + said[len(self._after) :]
+        if len(self.tokens) - self._anchor < 2 * WINDOW or self.text.endswith(REPLACEMENT):
+            return
+        anchor = len(self.tokens) - WINDOW
+        after = self._decode(self.tokens[anchor:])
+        if after.strip() and not after.startswith(REPLACEMENT):
+            self._anchor, self._before, self._after = anchor, self.text, after
 
     def finish(self) -> str:
         """The rest, once no token will follow."""

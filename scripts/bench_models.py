@@ -33,13 +33,18 @@ from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing import BoundRouter
 
 
+def random_bank(config: LlamaConfig, adapters: int, rank: int) -> BankConfig:
+    """The description of a bank, whose adapters change every projection."""
+    infos = tuple(AdapterInfo(f"adapter_{i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
+    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
+    return BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
+
+
 def random_model(
     config: LlamaConfig, adapters: int, rank: int, dtype: jnp.dtype, form: TokenRouterForm | None
 ) -> tuple[LazyArrays, tuple[str, ...]]:
     """A model with a bank and gates, as training has it, and the adapters' names."""
-    infos = tuple(AdapterInfo(f"adapter_{i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
-    shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
+    bank = random_bank(config, adapters, rank)
     abstract = nnx.eval_shape(lambda: gated_llama(config, bank, form, dtype, nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     return LazyArrays(graph, state, lambda: random_arrays(state, 0)), bank.names

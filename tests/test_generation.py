@@ -288,6 +288,25 @@ def test_streamed_text_adds_up_and_is_never_taken_back(text, stops, cuts):
     assert said == want or (len(stops) == 2 and said == text[: min(at)])
 
 
+@pytest.mark.parametrize("pushed", [1, 3, 40])
+def test_a_long_response_is_decoded_from_its_last_tokens_on(pushed):
+    """By a decoder that leaves out special tokens and the first space, as SentencePiece's do; every piece is asked for
+    with few tokens, and their text is that of all."""
+    words = [" the", "", " fox", "es", ",", "", "", "\n", " 漢", "ab "]
+    asked = []
+
+    def decode(ids):
+        asked.append(len(ids))
+        return "".join(words[i] for i in ids).removeprefix(" ")
+
+    tokens = np.random.default_rng(0).integers(0, len(words), 400).tolist()
+    stream = TextStream(decode, ())
+    for start in range(0, 400, pushed):
+        stream.push(tokens[start : start + pushed])
+        assert stream.text == "".join(words[i] for i in tokens[: start + pushed]).removeprefix(" ")
+    assert max(asked) <= 32 + pushed
+
+
 @pytest.mark.parametrize("text", ["", "hi", "\x00", "\ufffd", "\U0001f642", "漢字"])
 def test_text_that_utf8_holds_is_let_through(text):
     check_text(text, "prompt 0")

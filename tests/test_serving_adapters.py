@@ -21,6 +21,7 @@ from tiny import tiny_peft
 import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.serving.adapters import inside
+from meteora_jax.serving.asking import Work
 from meteora_jax.serving.errors import ApiError
 from meteora_jax.serving.models import Fleet
 from meteora_jax.serving.settings import Settings
@@ -81,6 +82,9 @@ def test_adapters_come_and_go_in_slots_while_requests_run(world, root):
             assert "elm" in [m.id for m in served.client().models.list()]
             assert update(served, "load", lora_name="elm", lora_path="elm2").json()["version"] == 2
             assert said(served, "elm") == want[1]
+            loaded_while_read(served, root / "elm")
+            assert said(served, "elm") == want[0]
+            assert model.pool.version("elm") == 3
             poem = [{"role": "user", "content": "A poem about elms"}]
             found = said(served, "retrieve:1", poem)
             assert found == said(served, "elm", poem)
@@ -94,6 +98,21 @@ def test_adapters_come_and_go_in_slots_while_requests_run(world, root):
         assert not wrong
         assert update(served, "unload", lora_name="elm").status_code == 404
         settled(served)
+
+
+def loaded_while_read(served: Any, folder: Any) -> None:
+    """Loads elm anew as soon as a request for it was read, before the engine has it."""
+    server = served.server
+    read, pool = server.read, server.fleet.model.pool
+
+    async def read_and_load(work: Any) -> Any:
+        found = await read(work)
+        if isinstance(found, Work) and any(pool.versions[n].name == "elm" for n in found.requests[0].adapters.versions):
+            server.read = read
+            await read(lambda: pool.load(folder, "elm"))
+        return found
+
+    server.read = read_and_load
 
 
 def test_without_slots_another_engine_takes_over(world, root):

@@ -1,21 +1,18 @@
-"""Clients by the dozen: the evaluation harness, requests made from the schema, and many streams that are cut short."""
+"""Clients by the dozen: the evaluation harness, LangChain, and requests made from the schema."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import random
-import time
-from typing import Any
+from typing import Any, Literal
 
-import httpx
 import pytest
 from extent import ALL, examples
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
-from served import Alone, Served, make_core, serving, settled
+from pydantic import BaseModel, Field
+from served import Alone, make_core, serving, settled
 
 import meteora_jax as mj
 from meteora_jax.harness import MeteoraLM
@@ -70,6 +67,30 @@ def test_the_harness_talks_to_chats(served, world):
     assert got == alone(messages, mj.Fixed("apple"), 6).text
 
 
+class Fruit(BaseModel):
+    """A fruit."""
+
+    name: Literal["apple", "pear"]
+    count: int = Field(ge=1, le=9)
+
+
+def test_langchain_chats_streams_and_reads_objects(served, world):
+    from langchain_openai import ChatOpenAI
+
+    how: Any = dict(base_url=f"{served.url}/v1", api_key="none", model="apple", temperature=0, max_retries=0)
+    chat = ChatOpenAI(**how, max_completion_tokens=6)
+    alone = Alone(world["model"], make_core(Fleet(world["model"], None, "tiny")))
+    want = alone([{"role": "user", "content": "How many apples?"}], mj.Fixed("apple"), 6)
+    whole = chat.invoke("How many apples?")
+    assert whole.content == want.text
+    assert whole.usage_metadata["output_tokens"] == len(want.token_ids)
+    chunks = list(chat.stream("How many apples?"))
+    assert len(chunks) > 1
+    assert "".join(chunk.content for chunk in chunks) == want.text
+    fruit = ChatOpenAI(**how, max_completion_tokens=60).with_structured_output(Fruit, method="json_schema")
+    assert isinstance(fruit.invoke("Which fruit?"), Fruit)
+
+
 def test_no_request_of_the_schema_breaks_the_server(served):
     """Half of the bodies are turned to the model that is served, so that they get further than the check of its name;
     what would compile another program is left out of these."""
@@ -99,63 +120,3 @@ def test_no_request_of_the_schema_breaks_the_server(served):
         try_operation(result.ok())
     assert {"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/models"} <= tried
     settled(served)
-
-
-async def crowd(served: Served, answers: dict[tuple[str, str], str], seconds: float, streams: int) -> dict[str, int]:
-    """Streams that come and go for so long, a third of them cut short; every one has the beginning of its answer, and
-    all of it unless it was cut."""
-    seen = {"whole": 0, "cut": 0}
-    end = time.monotonic() + seconds
-    limits = httpx.Limits(max_connections=None)
-
-    async def one(number: int) -> None:
-        draw = random.Random(number)
-        async with httpx.AsyncClient(base_url=served.url, timeout=120, limits=limits) as client:
-            while time.monotonic() < end:
-                (name, prompt), want = draw.choice(list(answers.items()))
-                pieces = draw.choice([None, None, 0, 1, 2])
-                body = dict(model=name, prompt=prompt, temperature=0, max_tokens=40, logprobs=1, stream=True)
-                got, done = "", False
-                async with client.stream("POST", "/v1/completions", json=body) as answer:
-                    assert answer.status_code == 200
-                    async for line in answer.aiter_lines():
-                        if pieces is not None and pieces <= 0:
-                            break
-                        if line == "data: [DONE]":
-                            done = True
-                        elif line:
-                            got += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-                            pieces = None if pieces is None else pieces - 1
-                assert want.startswith(got)
-                if done:
-                    assert got == want
-                seen["whole" if done else "cut"] += 1
-
-    await asyncio.gather(*(one(i) for i in range(streams)))
-    return seen
-
-
-def play(served: Served, model: mj.Meteora, seconds: float, streams: int) -> None:
-    alone = Alone(model, make_core(Fleet(model, None, "tiny")))
-    prompts = ["The quick brown fox jumps over the lazy dog, and 24 dogs", "A gate", "How many apples, pears and plums"]
-    asked = [(name, prompt) for name in ("apple", "birch", "cedar", "daisy") for prompt in prompts]
-    answers = {(n, p): alone(p, mj.Fixed(n), 40, logprobs=1).text for n, p in asked}
-    seen = asyncio.run(crowd(served, answers, seconds, streams))
-    assert seen["whole"] > streams
-    assert seen["cut"] > streams / 4
-    settled(served)
-
-
-def test_streams_that_are_cut_short_leave_nothing_and_change_nobodys_answer(served, world):
-    play(served, world["model"], 5, 24)
-
-
-@pytest.mark.exhaustive("the same for two minutes and with 64 streams")
-def test_so_for_two_minutes(served, world):
-    import psutil
-
-    process = psutil.Process()
-    play(served, world["model"], 20, 64)
-    before = process.memory_info().rss
-    play(served, world["model"], 100, 64)
-    assert process.memory_info().rss - before < 64 << 20

@@ -119,9 +119,9 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 def test_colours_stay_apart_for_the_colour_blind():
     """Every two of a theme's colours differ by 25 of CIELAB in every vision, and by 3:1 from the page (WCAG 1.4.11)."""
     css = (FOLDER / "style.css").read_text(encoding="utf-8")
-    themes = [dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{([^}]+)\}", css)]
-    assert len(themes) == 2
-    for theme in themes:
+    pairs = re.findall(r"--(\w+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\);", css)
+    assert len(pairs) == 15
+    for theme in ({name: colours[i] for name, *colours in pairs} for i in range(2)):
         colours = [linear(theme[f"c{i}"]) for i in range(7)]
         for vision in VISIONS:
             seen = [lab(np.clip(np.array(vision) @ colour, 0, 1)) for colour in colours]
@@ -364,3 +364,19 @@ def test_text_is_readable_in_both_schemes(page, scheme):
         light.append(float(np.dot(linear("#" + bytes(rgb).hex()), (0.2126, 0.7152, 0.0722))))
     assert (max(light) + 0.05) / (min(light) + 0.05) > 7
     assert (light[0] > light[1]) == (scheme == "dark")
+
+
+def test_the_theme_is_the_systems_unless_somebody_chose(page):
+    def shade() -> int:
+        return page.evaluate("parseInt(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])")
+
+    for scheme, dark in (("light", False), ("dark", True)):
+        page.emulate_media(color_scheme=scheme)
+        assert (shade() < 128) == dark
+    page.locator("#theme").select_option("light")
+    assert shade() > 128
+    page.reload()
+    page.locator("#status", has_text="ready").wait_for()
+    assert shade() > 128
+    page.locator("#theme").select_option("system")
+    assert shade() < 128

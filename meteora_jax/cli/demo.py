@@ -125,7 +125,7 @@ def demo(command: Demo) -> None:
     names = GateConfig.from_json(read_json(command.assets / "gates" / "gates.json"), "gates.json").names
     base, bank, gates = import_all(command, {n: command.assets / "adapters" / n for n in names})
     if command.serve:
-        serve(Serve(base, bank, gates, name="smollm2", port=command.port))
+        serve(Serve(base, bank, gates, name="smollm2", port=command.port, warm_page=True))
         return
     model = load(base, bank, gates)
     problems = read_json(command.assets / "problems.json")

@@ -60,6 +60,8 @@ class Serve:
     """Seconds that requests may go on after SIGTERM."""
     warm_up: Annotated[tuple[int, ...], tyro.conf.arg(metavar="[N ...]")] = (1,)
     """Numbers of requests at once whose programs are compiled before the server listens; none: compiled when needed."""
+    warm_page: bool = False
+    """Compile what the page asks first (greedy, with the routing of every token), in place of what other clients do."""
     adapter_slots: int | None = None
     """The bank stays on disk, and so many of its adapters are on the device at a time; others come as requests name
     them. Without, all are on the device, and an update makes another engine."""
@@ -93,12 +95,11 @@ def load_fleet(command: Serve) -> Any:
     return Fleet(model, index, base_name(command.base, command.name))
 
 
-def serve(command: Serve) -> None:
-    """Runs `meteora serve`."""
+def make_server(command: Serve) -> Any:
+    """The `Server` of the command's folders and limits, warm if it is to be, which nobody has reached yet."""
     try:
         from meteora_jax.serving import run
         from meteora_jax.serving.limits import read_keys
-        from meteora_jax.serving.models import names
         from meteora_jax.serving.server import Server
         from meteora_jax.serving.settings import Settings
     except ModuleNotFoundError as e:
@@ -110,18 +111,30 @@ def serve(command: Serve) -> None:
         keys, command.max_body, command.max_waiting, command.timeout, command.read_timeout, command.write_timeout,
         command.grace, command.allow_origin, command.log_prompts, command.adapter_root, command.allow_adapter_updates,
     )  # fmt: skip
+    server = Server(
+        load_fleet(command), run.engine_maker(command.max_rows, command.max_tokens, command.blocks), settings
+    )
+    if command.warm_up:
+        with progress_bar("warm-up") as progress:
+            took = run.warm_up(server, command.warm_up, progress, command.warm_page)
+        status.print(f"warm after {took:.1f} s", highlight=False)
+    return server
+
+
+def serve(command: Serve) -> None:
+    """Runs `meteora serve`."""
+    try:
+        from meteora_jax.serving import run
+        from meteora_jax.serving.models import names
+    except ModuleNotFoundError as e:
+        raise InputError(f"serve: needs {e.name}, found none: pip install 'meteora-jax[serve]'") from None
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("meteora_jax").setLevel(logging.INFO)
     bound = run.listen(command.host, command.port)  # a port that is taken is known before anything is loaded
     try:
-        fleet = load_fleet(command)
-        server = Server(fleet, run.engine_maker(command.max_rows, command.max_tokens, command.blocks), settings)
-        if command.warm_up:
-            with progress_bar("warm-up") as progress:
-                took = run.warm_up(server, command.warm_up, progress)
-            status.print(f"warm after {took:.1f} s", highlight=False)
+        server = make_server(command)
         host, port = bound.getsockname()[:2]
-        listed = ", ".join(name for name, _ in names(fleet))
+        listed = ", ".join(name for name, _ in names(server.fleet))
         status.print(f"serving http://{host}:{port} (models: {listed})", highlight=False, markup=False, soft_wrap=True)
         served = run.run(server, bound)
     finally:

@@ -14,6 +14,10 @@ from meteora_jax.io.stored_bank import StoredBank
 from meteora_jax.routing import NO_ADAPTER
 
 
+class AdapterGone(InputError):
+    """A request names a version of an adapter that was unloaded, or loaded anew, since the request was made."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterVersion:
     """One version of an adapter: number is never used twice, version counts from 1 under each name; scratch: a folder
@@ -79,9 +83,9 @@ class AdapterVersions:
         return self._gone([old.number])
 
     def use(self, numbers: Sequence[int]) -> None:
-        """One more user of each. Raises InputError: one of them is gone."""
+        """One more user of each. Raises AdapterGone: one of them is."""
         if any(n not in self._held for n in numbers):
-            raise InputError("router: expected adapters that are loaded, found one that was unloaded since")
+            raise AdapterGone("router: expected adapters that are loaded, found one that was unloaded since")
         for n in numbers:
             self._users[n] += 1
 

@@ -134,6 +134,9 @@ class Scheduler:
         """
         self._admit()
         chunks, decoding = [], [p for p in self.running if not p.prefilling and p.left > 0 and not p.awaited]
+        # A guide has to see a token before the next is drawn: its row sits out the dispatch behind its own, and others
+        # go on. A longer dispatch of these alone would make it wait for all its steps, to spare them a host that is not
+        # in the way as long as a step takes longer than planning one: it plans while the device works.
         if any(p.prefilling for p in self.running) or any(p.request.guide is not None for p in self.running):
             steps = 1
         elif not decoding:

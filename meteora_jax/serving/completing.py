@@ -15,10 +15,12 @@ from meteora_jax.likelihood import prompt_logprobs
 from meteora_jax.serving.answers import Answer, chat_logprobs, pieces, text_logprobs
 from meteora_jax.serving.asking import LIKELY, Work, chat_work, text_work
 from meteora_jax.serving.driver import Piece, Stream
-from meteora_jax.serving.errors import ApiError, json_response
+from meteora_jax.serving.errors import AdapterChanged, ApiError, json_response
 from meteora_jax.serving.schemas import Asked, ChatRequest, CompletionRequest
 from meteora_jax.serving.server import DONE, EventStream, Server, event, reply_id, usage_of
 from meteora_jax.serving.tools import Notation, notation_of, read_calls
+
+READINGS = 3  # of a request whose adapter changes while it is read
 
 
 class Completing:
@@ -34,7 +36,20 @@ class Completing:
         self.noted = False
 
     async def respond(self) -> Response:
-        """The reply, or the beginning of its stream: refusals before the first token have their own status."""
+        """The reply, or the beginning of its stream: refusals before the first token have their own status.
+
+        A request whose adapter changes while it is read is read again: it gets the new version, or a 404.
+        """
+        for left in reversed(range(READINGS)):
+            try:
+                return await self._respond()
+            except AdapterChanged as e:
+                if not left:
+                    self._note(e.status)
+                    raise
+        raise AssertionError
+
+    async def _respond(self) -> Response:
         try:
             work, streams, news = await self._submit()
             self.answers = self.server.answers(work, streams, self.began)
@@ -55,6 +70,8 @@ class Completing:
             choices = await self._choices(work, traced)
             self._note(200)
             return json_response({**self.head, "choices": choices, "usage": usage_of(work, self.answers)})
+        except AdapterChanged:
+            raise
         except ApiError as e:
             self._note(e.status)
             raise

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from meteora_jax.engine import EngineCore, FinishReason, Handle, Progress, Request
+from meteora_jax.engine.adapter_versions import AdapterGone
 from meteora_jax.routing import RouterArgument, weight_share
-from meteora_jax.serving.errors import ApiError, EngineFailed
+from meteora_jax.serving.errors import AdapterChanged, ApiError, EngineFailed
 
 LOG = logging.getLogger(__name__)
 
@@ -133,11 +134,13 @@ class Watch:
 
 def token_shares(names: Sequence[str], shares: np.ndarray) -> list[TokenShares]:
     """`TokenShares` of rows [T, A]."""
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :SHOWN]
+    largest_first: list[list[float]] = np.take_along_axis(shares, order, axis=1).tolist()
+    numbers: list[list[int]] = order.tolist()
     found = []
-    for row in shares:
-        order = [int(i) for i in np.argsort(-row, kind="stable")[:SHOWN] if row[i] > 0]
-        largest = tuple((names[i], float(row[i])) for i in order)
-        found.append(TokenShares(largest, max(0.0, 1.0 - float(row.sum())) if order else 1.0))
+    for places, values, total in zip(numbers, largest_first, shares.sum(axis=1).tolist(), strict=True):
+        largest = tuple((names[i], value) for i, value in zip(places, values, strict=True) if value > 0)
+        found.append(TokenShares(largest, max(0.0, 1.0 - total) if largest else 1.0))
     return found
 
 
@@ -160,12 +163,12 @@ class Driver:
         self.skipped = 0  # prompt tokens that the prefix cache had, of finished requests
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._watched: dict[Stream, Watch] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begins to serve; what comes of it is handed to this loop."""
-        self._loop = loop
+        self.loop = loop
         self._thread.start()
 
     def submit(self, request: Request, router: RouterArgument, news: asyncio.Event) -> Stream:
@@ -248,6 +251,9 @@ class Driver:
     def _submit(self, stream: Stream) -> None:
         try:
             handle = self.core.submit(stream.request)
+        except AdapterGone:
+            self._tell([(stream, AdapterChanged())])
+            return
         except Exception as e:
             LOG.error("a request was refused by the engine: %s", e)
             self._tell([(stream, ApiError(400, str(e)))])
@@ -260,7 +266,7 @@ class Driver:
             result, error = work(), None
         except Exception as e:
             result, error = None, e
-        assert self._loop is not None
+        assert self.loop is not None
 
         def settle() -> None:
             if future.cancelled():
@@ -270,7 +276,7 @@ class Driver:
             else:
                 future.set_exception(error)
 
-        self._loop.call_soon_threadsafe(settle)
+        self.loop.call_soon_threadsafe(settle)
 
     def _hand_over(self) -> None:
         news: list[tuple[Stream, Piece | ApiError]] = []
@@ -310,8 +316,8 @@ class Driver:
             elif what == "call":
                 self._call(_refuse, about[1])
         self._tell(waiting)
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._end)
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self._end)
 
     def _end(self) -> None:
         for stream in list(self.live):  # submitted while the thread ended
@@ -320,8 +326,8 @@ class Driver:
         self._gone()
 
     def _tell(self, news: list[tuple[Stream, Any]]) -> None:
-        if news and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._deliver, news)
+        if news and self.loop is not None:
+            self.loop.call_soon_threadsafe(self._deliver, news)
 
     def _deliver(self, news: list[tuple[Stream, Any]]) -> None:
         for stream, piece in news:

@@ -45,6 +45,13 @@ class EngineFailed(ApiError):
         super().__init__(500, "the engine failed while it served this request", code="engine_failed")
 
 
+class AdapterChanged(ApiError):
+    """The request's adapter was loaded anew, or unloaded, between the reading of the request and its submission."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the request's adapter changed; try again", code="adapter_changed")
+
+
 def refused(error: InputError) -> ApiError:
     """The project's own refusals of an input: status 400."""
     return ApiError(400, "; ".join(error.problems))

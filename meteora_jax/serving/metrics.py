@@ -103,6 +103,9 @@ class EngineState:
         )
         for name, text, value in counts:
             yield CounterMetricFamily(name, text, value=value)
+        sizes = GaugeMetricFamily("vllm:cache_config_info", "Of the cache", labels=["block_size", "num_gpu_blocks"])
+        sizes.add_metric([str(core.size.block_size), str(core.size.blocks)], 1)
+        yield sizes
         yield self._adapters()
 
     def _adapters(self) -> Metric:

@@ -38,10 +38,11 @@ def engine_maker(
     return make
 
 
-def warm_up(server: Server, rows: Sequence[int], progress: Progress) -> float:
+def warm_up(server: Server, rows: Sequence[int], progress: Progress, page: bool = False) -> float:
     """Compiles what the first requests need: the base, an adapter and the routers that gates and index are loaded for,
     greedy and sampled, by `rows` requests at once. Routers of the bank alone compile when they are first asked for.
-    Returns the seconds it took.
+    page: in place of these, what the page asks at first: greedy, with the routing of every token. Returns the seconds
+    it took.
 
     Raises:
         InputError: numbers of requests that are none.
@@ -58,12 +59,14 @@ def warm_up(server: Server, rows: Sequence[int], progress: Progress) -> float:
             routers.append((name, resolve(fleet, name)))
             kinds.add("adapter" if adapter else name)
     ids = [0] * min(32, server.positions // 4)
-    todo = [(count, *one, t) for count in sorted(set(rows)) for one in routers for t in (0.0, 1.0)]
+    todo = [
+        (count, *one, t) for count in sorted(set(rows)) for one in routers for t in ((0.0,) if page else (0.0, 1.0))
+    ]
     for done, (count, name, router, temperature) in enumerate(todo, start=1):
         found, _ = fleet.model.look_up(router, 1, lambda: ["warm up"])
         own: Any = found[0] if isinstance(found, list) else found
         most = min(9, server.positions - len(ids))
-        asked = fleet.model.request(ids, own, most, Sampling(temperature))
+        asked = fleet.model.request(ids, own, most, Sampling(temperature), trace=page)
         for _ in range(count):
             core.submit(asked)
         core.drain()

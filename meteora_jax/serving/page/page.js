@@ -1,7 +1,7 @@
 // A chat with `/v1/chat/completions`, `"routing": true`. Text that comes from the server is set as text, never as HTML.
 
 const COLOURS = 7, LINES = 5; // classes c0..c6 and l0..l4 of style.css: 35 pairs, then they repeat; letters never do
-const KEY = "meteora-key";
+const KEY = "meteora-key", THEME = "meteora-theme";
 const MIXTURE = "\0mixture"; // no model's name has it
 
 const one = (selector, root = document) => root.querySelector(selector);
@@ -430,6 +430,13 @@ one("#clear").addEventListener("click", () => {
 one("#compare").addEventListener("change", (event) => {
   sides[1].root.hidden = !event.target.checked;
   if (event.target.checked) sides[1].messages = [...sides[0].messages]; // both know the same conversation
+});
+one("#theme").value = localStorage.getItem(THEME) ?? "light dark";
+const setTheme = () => (document.documentElement.style.colorScheme = one("#theme").value);
+setTheme();
+one("#theme").addEventListener("change", () => {
+  localStorage.setItem(THEME, one("#theme").value);
+  setTheme();
 });
 one("#key").value = sessionStorage.getItem(KEY) ?? "";
 one("#key").addEventListener("change", (event) => {

@@ -1,0 +1,167 @@
+"""Many streams at once, cut short at random, while adapters are loaded, loaded anew and unloaded: nobody's answer
+changes, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import random
+import shutil
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from served import Served, serving, settled
+from tiny import tiny_peft
+
+import meteora_jax as mj
+from meteora_jax.serving.settings import Settings
+
+PROMPTS = ("The quick brown fox jumps over the lazy dog, and 24 dogs", "A gate", "How many apples, pears and plums")
+STAY = ("apple", "birch", "cedar", "daisy")
+COMES = "elm"  # in two versions, and at times not there
+Answers = dict[tuple[str, str], set[str]]
+
+
+@pytest.fixture(scope="module")
+def served(world, tmp_path_factory):
+    """Three slots for five adapters."""
+    root = tmp_path_factory.mktemp("root")
+    for name, seed in (("one", 7), ("two", 8)):
+        shutil.copytree(tiny_peft(root, world["hf_folder"], f"{name}-made", seed=seed, r=4), root / name)
+    model = mj.load(world["base"], world["bank"], dtype="float32", adapter_slots=3)
+    settings = Settings(grace=2, max_waiting=300, adapter_root=root, adapter_updates=True)
+    with serving(model, settings) as found:
+        yield found
+
+
+async def update(client: httpx.AsyncClient, what: str, **body: Any) -> None:
+    answer = await client.post(f"/v1/{what}_lora_adapter", json={"lora_name": COMES, **body})
+    assert answer.status_code == 200, answer.text
+
+
+async def stream(client: httpx.AsyncClient, name: str, prompt: str, pieces: int | None) -> tuple[int, str, bool]:
+    """The status, what came, and whether it came to its end; pieces: after how many the client leaves."""
+    body = dict(model=name, prompt=prompt, temperature=0, max_tokens=40, stream=True)
+    got = ""
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        if answer.status_code != 200:
+            return answer.status_code, (await answer.aread()).decode(), False
+        async for line in answer.aiter_lines():
+            if pieces is not None and pieces <= 0:
+                break
+            if line == "data: [DONE]":
+                return 200, got, True
+            if line:
+                got += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                pieces = None if pieces is None else pieces - 1
+    return 200, got, False
+
+
+async def alone(served: Served) -> Answers:
+    """What each request says when nobody else is there."""
+    found: Answers = {}
+    async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
+        for name, folders in (*((name, (None,)) for name in STAY), (COMES, ("one", "two"))):
+            for folder in folders:
+                if folder is not None:
+                    await update(client, "load", lora_path=folder)
+                for prompt in PROMPTS:
+                    status, text, done = await stream(client, name, prompt, None)
+                    assert (status, done) == (200, True)
+                    found.setdefault((name, prompt), set()).add(text)
+        await update(client, "unload")
+    assert all(len(texts) == (2 if name == COMES else 1) for (name, _), texts in found.items())
+    return found
+
+
+async def crowd(served: Served, answers: Answers, seconds: float, streams: int) -> Counter[str]:
+    """Streams that come and go for so long, and on a slow machine until each has had its answer once; two fifths of
+    them are cut short."""
+    seen, end = Counter[str](), time.monotonic() + seconds
+
+    def going() -> bool:
+        return time.monotonic() < end or seen["whole"] <= streams
+
+    async def one(number: int) -> None:
+        draw = random.Random(number)
+        async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
+            while going():
+                (name, prompt), wanted = draw.choice(list(answers.items()))
+                status, got, done = await stream(client, name, prompt, draw.choice([None, None, None, 0, 1]))
+                if status == 404 and name == COMES:
+                    assert json.loads(got)["error"]["code"] == "model_not_found"
+                    seen["absent"] += 1
+                    continue
+                assert status == 200, (name, got)
+                assert got in wanted if done else any(want.startswith(got) for want in wanted)
+                seen["whole" if done else "cut"] += 1
+                seen["coming"] += done and name == COMES
+
+    async def change() -> None:
+        draw = random.Random(-1)
+        async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
+            while going():
+                for folder in ("one", "two"):
+                    await update(client, "load", lora_path=folder)
+                    seen["loads"] += 1
+                    await asyncio.sleep(draw.uniform(0, 0.5))
+                await update(client, "unload")
+                await asyncio.sleep(draw.uniform(0, 0.3))
+
+    await asyncio.gather(change(), *(one(i) for i in range(streams)))
+    return seen
+
+
+def play(served: Served, answers: Answers, seconds: float, streams: int) -> Counter[str]:
+    """A crowd, and what is left of it: no request, block, slot, version of an adapter or task."""
+    server, pool = served.server, served.server.fleet.model.pool
+    before = tasks(served)
+    seen = asyncio.run(crowd(served, answers, seconds, streams))
+    assert seen["cut"] > streams / 4
+    assert seen["loads"] >= 2
+    settled(served)
+    assert pool is not None
+    pool.table.check()
+    assert not any(pool.table.pins)
+    assert set(pool.versions._held) == {version.number for version in pool.versions.find(STAY)}
+    assert server._reserved == 0
+    end = time.monotonic() + 5
+    while tasks(served) > before and time.monotonic() < end:  # connections that are closed
+        time.sleep(0.05)
+    assert tasks(served) <= before
+    return seen
+
+
+def tasks(served: Served) -> int:
+    """Of the server's event loop."""
+    loop = served.server.driver.loop
+    assert loop is not None
+
+    async def count() -> int:
+        return len(asyncio.all_tasks()) - 1
+
+    return asyncio.run_coroutine_threadsafe(count(), loop).result(10)
+
+
+def test_streams_cut_short_among_adapters_that_come_and_go(served):
+    play(served, asyncio.run(alone(served)), 5, 24)
+
+
+@pytest.mark.exhaustive("the same for two minutes and with 64 streams; memory stays flat")
+def test_so_for_two_minutes(served):
+    answers, process = asyncio.run(alone(served)), psutil.Process()
+    play(served, answers, 20, 64)
+    gc.collect()
+    before = process.memory_info().rss
+    seen = play(served, answers, 100, 64)
+    gc.collect()
+    grown = process.memory_info().rss - before
+    print(dict(seen), f"{grown >> 20} MiB more")
+    assert seen["coming"] > 10
+    assert seen["absent"] > 10
+    assert grown < 64 << 20
