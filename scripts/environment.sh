@@ -46,10 +46,51 @@ environment() {
     done
     ((${#missing[@]})) || return 0
 
-    say "installing ${missing[*]} into $venv"
     if [[ " ${missing[*]} " == *" test "* ]] && ! "$PY" -c 'import torch' 2>/dev/null; then
-        "$PY" -m pip install --disable-pip-version-check "$TORCH"
+        pip_install "$venv" "$TORCH" "$TORCH"
     fi
-    "$PY" -m pip install --disable-pip-version-check -e ".[$(IFS=,; echo "${missing[*]}")]"
+    pip_install "$venv" "meteora-jax[$(IFS=,; echo "${missing[*]}")]" -e ".[$(IFS=,; echo "${missing[*]}")]"
     printf "$stamp %s\n" "${missing[@]}" >>"$venv/$INSTALLED"  # last: an interrupted install starts over
+}
+
+# pip_install VENV WHAT ARGUMENT...   pip install ARGUMENT...; its hundreds of lines go into VENV/install.log. Here a line
+#                                     and, on a terminal, how many packages are found, then a bar of those unpacked
+pip_install() {
+    local venv=$1 what=$2 log=$1/install.log began=$SECONDS before pip
+    shift 2
+    say "installing $what into $venv"
+    before=$(count_packages "$venv")
+    : >"$log"
+    "$PY" -m pip install --disable-pip-version-check --progress-bar off "$@" >"$log" 2>&1 &
+    pip=$!
+    trap 'kill "$pip" 2>/dev/null; exit 130' INT TERM  # a shell's background job does not see Ctrl-C
+    while kill -0 "$pip" 2>/dev/null; do
+        if [[ -t 2 ]]; then pip_progress "$log" "$(($(count_packages "$venv") - before))" "$((SECONDS - began))"; fi
+        sleep 0.5
+    done
+    if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
+    trap - INT TERM
+    if ! wait "$pip"; then
+        grep '^ERROR' "$log" | head -n 3 >&2 || tail -n 3 "$log" >&2
+        echo "error: pip could not install $what; all it said: $PWD/$log" >&2
+        return 1
+    fi
+    say "installed in $((SECONDS - began)) s"
+}
+
+count_packages() { find "$1" -maxdepth 4 -path '*/site-packages/*.dist-info' | wc -l; }
+
+# pip_progress LOG UNPACKED SECONDS
+pip_progress() {
+    local names total done bar
+    names=$(grep -m 1 '^Installing collected packages: ' "$1" || true)
+    if [[ -z $names ]]; then
+        printf '\r\033[K   %s packages found, %s s' "$(grep -c '^Collecting ' "$1" || true)" "$3" >&2
+        return
+    fi
+    names=${names//[^,]/}
+    total=$((${#names} + 1))
+    done=$(($2 > total ? total : $2))
+    printf -v bar '%*s' $((30 * done / total)) ''
+    printf '\r\033[K   [%-30s] %s of %s packages, %s s' "${bar// /#}" "$done" "$total" "$3" >&2
 }
