@@ -1,4 +1,13 @@
-"""One LLaMA-family model with many LoRA adapters inside, where nobody has to pick the adapter."""
+"""One LLaMA-family model with many LoRA adapters inside, where nobody has to pick the adapter.
+
+`load` makes a `Meteora`; its `generate`, `stream` and `logits` take `router=`: who chooses adapters. `Engine` serves
+requests that come and go. `help` of each has shapes, units, errors and an example; docs/python.md has all of them.
+
+Examples:
+    >>> import meteora_jax as mj
+    >>> model = mj.load("runs/demo/base", bank="runs/demo/bank", gates="runs/demo/gates")
+    >>> model.generate(["How many legs has a spider?"], max_new_tokens=8)[0].text
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -50,3 +59,8 @@ __all__ = [
     "load",
     "warm_up",
 ]
+
+
+def __dir__() -> list[str]:
+    """What is public; the modules below are imported by their names."""
+    return sorted(__all__)

@@ -22,14 +22,14 @@ from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import Progress, Request, Sampling, bind_row
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
-from meteora_jax.execution import jit, packs
+from meteora_jax.execution import packs
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Ended, Engines, pieces, routing_of
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_bank import change_adapters, fill_spectra, is_packed, rank_in
 from meteora_jax.padding import pad_batch
-from meteora_jax.probing import probed
+from meteora_jax.probing import probed, whole_logits
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
 from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
@@ -38,9 +38,6 @@ from meteora_jax.routing.retrieval import Found, Reading, Said, look_up, read_te
 from meteora_jax.routing.scores import SHRUNK
 from meteora_jax.routing.trace import adapted_places
 from meteora_jax.sharding import Params, place_rows, use_mesh
-from pallas_kernels.paged_attention import EMPTY
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -211,7 +208,9 @@ class Meteora:
             return prompt
         return user_texts(prompt) if is_messages(prompt) else self.decode_tokens(prompt)
 
-    def logits(self, token_ids: Any, router: RouterArgument = "gates if loaded") -> jax.Array:
+    def logits(
+        self, token_ids: Sequence[Sequence[int]] | np.ndarray | jax.Array, router: RouterArgument = "gates if loaded"
+    ) -> jax.Array:
         """Next-token logits at every position.
 
         Args:
@@ -220,6 +219,12 @@ class Meteora:
 
         Returns:
             float32 [B, T, V], T the longest row; what stands behind a shorter row's end means nothing.
+
+        Raises:
+            InputError: ids that the vocabulary has not, rows beyond the context, an unknown adapter.
+
+        Examples:
+            >>> model.logits([model.encode("Name a fruit."), [1, 2]], router=mj.Arrow(top_k=2)).shape
         """
         rows = read_token_ids(token_ids)
         check_prompts(rows, self.config, 0)
@@ -227,7 +232,7 @@ class Meteora:
         tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows), rows), self.mesh)
         with use_mesh(self.mesh):
             batch = place_rows((tokens, lengths), self.mesh)
-            logits = _logits(self.graph, self.weights, *batch, bound)
+            logits = whole_logits(self.graph, self.weights, *batch, bound)
         return logits[: len(rows), : int(lengths.max())]
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -264,24 +269,26 @@ class Meteora:
         stop: str | Sequence[str] = (),
         routing: bool = True,
     ) -> list[Completion]:
-        """Answers a batch of prompts (text, messages, or token ids); greedy at temperature 0.
+        """Answers a batch of prompts (text, messages, or token ids), one `Completion` each; greedy at temperature 0.
 
         Args:
             prompts: texts, lists of messages {"role", "content"}, or lists of token ids, mixed as you like.
-            router: `Gates`, `Fixed`, `Retrieval`, `GatesWithin`, `Arrow`, `Spectr`, `Lag`, `Logo`, `Phatgoose`, "gates"
-                (as they were trained), "base" or None (bare base), a list of these (one a prompt); by default "gates if
-                loaded", else the base.
+            router: any of `mj` (`Gates`, `Fixed`, `Retrieval`, ..), "gates" (as they were trained), "base" or None (the
+                bare base), a list of these (one a prompt); by default "gates if loaded", else the base.
             max_new_tokens: at most so many tokens a response.
             temperature: 0 takes the likeliest token; else what logits are divided by before one is drawn.
             top_k, top_p: draws from so many of the likeliest tokens, or from the fewest with this probability, only.
             seed: of the draws; a row's draws depend on it, its place in the batch and the step alone.
             stop: texts that end a response, or one text.
-            routing: whether completions say what routed each token (docs/fleet.md has what that costs); beginnings that
-                an earlier call has read are read again for it.
+            routing: whether completions say what routed each token; beginnings that were read are read again for it.
 
         Raises:
             InputError: empty prompt, prompt beyond the context, messages that the chat template refuses, text that
                 UTF-8 cannot hold, unknown adapter, bad sampling values.
+
+        Examples:
+            >>> both = model.generate(["A fruit?", "A tool?"], router=["gates", mj.Fixed("winowhy")], max_new_tokens=4)
+            >>> print(both[0].text, both[0].routing)
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
         found = dict(self._completed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing)))
@@ -306,7 +313,12 @@ class Meteora:
         max_new_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
         seed: int = 0, stop: str | Sequence[str] = (), routing: bool = True,
     ) -> Iterator[Delta | list[Completion]]:  # fmt: skip
-        """As `generate`, in pieces: `Delta`s as text becomes certain, then the completions."""
+        """As `generate`, in pieces: `Delta`s as text becomes certain, then the completions.
+
+        Examples:
+            >>> for piece in model.stream(["Name a fruit."], max_new_tokens=4):
+            ...     print(piece.text if isinstance(piece, mj.Delta) else piece[0].finish_reason)
+        """
         sampling = Sampling(temperature, top_k, top_p, seed)
         return self._streamed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing))
 
@@ -386,13 +398,3 @@ class Meteora:
             trace = RoutingTrace(names, PROJECTIONS, shown, len(prompt), indices, weights, retrieved, self._adapted)
         own = tuple((value, tuple(best)) for value, best in progress.logprobs)
         return Completion(text, tokens, progress.finish_reason, len(prompt), trace, own)
-
-
-@jit(static_argnames=("graph",))
-def _logits(
-    graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None
-) -> jax.Array:
-    model = nnx.merge(graph, weights)
-    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
-    return model.logits(model(tokens, positions, router).hidden, router)

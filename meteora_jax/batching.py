@@ -19,7 +19,7 @@ from meteora_jax.text import TextStream
 
 
 class Pending:
-    """A prompt that was submitted."""
+    """A prompt that was submitted: `Engine.submit` gives it."""
 
     def __init__(self, model: Meteora, handle: Handle, retrieved: Found):
         self._model, self.handle, self._retrieved = model, handle, retrieved
@@ -34,7 +34,7 @@ class Pending:
             yield piece
 
     def result(self) -> Completion:
-        """The whole response, once it is there."""
+        """The whole response, once it is there; who waits moves all requests on."""
         done = self.handle.wait()
         text = TextStream(self._model.decode_tokens, done.request.stop)
         text.push(done.tokens)
@@ -72,6 +72,9 @@ class Engine:
 
         Raises:
             InputError: a size that is no whole number of at least 1, fewer max_tokens than rows and 16.
+
+        Examples:
+            >>> engine = mj.Engine(model, max_tokens=64, blocks=128, max_rows=4)
         """
         with Arguments("Engine") as given:
             for name, value in (("max_rows", max_rows), ("block_size", block_size)):
@@ -103,11 +106,21 @@ class Engine:
         """Queues one prompt; the arguments are those of `Meteora.generate`.
 
         Args:
-            logprobs: log probabilities of so many of the likeliest tokens beside each token's own.
+            prompt: a text, messages {"role", "content"}, or token ids.
+            router: who chooses the adapters of this request.
+            sampling: how tokens are drawn; greedy by default.
+            max_new_tokens: of the response, at most.
+            stop: texts that end a response, or one text.
+            logprobs: log probabilities (nats) of so many of the likeliest tokens beside each token's own.
             routing: whether the routing is recorded; beginnings that are known are read again for it.
 
         Raises:
             InputError: as `Meteora.generate`; a prompt and response that the cache has no room for.
+
+        Examples:
+            >>> first = engine.submit("Name a fruit.", router=mj.Fixed("winowhy"), max_new_tokens=4)
+            >>> second = engine.submit("Name a tool.", sampling=mj.Sampling(0.8, seed=1), max_new_tokens=4)
+            >>> "".join(second.stream()), first.result().text
         """
         with Arguments("Engine") as given:
             given.whole("max_new_tokens", max_new_tokens)

@@ -14,7 +14,8 @@ class Completion:
 
     token_ids exclude the end token; `text` ends before a stop string, whose tokens token_ids still hold.
     routing covers prompt and response; None where no router acted, or with `routing=False`. logprobs: of each token its
-    own log probability and the likeliest tokens' (token id, theirs); empty unless asked for.
+    own log probability in nats and the likeliest tokens' (token id, theirs); empty unless asked for. prompt_length: in
+    tokens. finish_reason: "end" (the end token), "stop" (a stop text), "length" or "cancelled".
     """
 
     text: str

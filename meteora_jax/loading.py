@@ -34,8 +34,8 @@ def load(
     base: str | os.PathLike[str],
     bank: str | os.PathLike[str] | None = None,
     gates: str | os.PathLike[str] | None = None,
-    mesh: Any = None,
-    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     adapter_slots: int | Literal["auto"] | None = None,
     adapter_rank: int | None = None,
 ) -> Meteora:
@@ -55,6 +55,11 @@ def load(
 
     Raises:
         InputError: a folder is missing, damaged, or made for another base or bank.
+
+    Examples:
+        >>> import meteora_jax as mj
+        >>> model = mj.load("runs/demo/base", bank="runs/demo/bank", gates="runs/demo/gates", dtype="float32")
+        >>> model.adapter_names
     """
     compilation_cache.use()
     with Arguments() as given:

@@ -1,4 +1,5 @@
-"""One pass of prompts through the base, for routers that choose by what every adapter would make of it."""
+"""Passes of whole prompts: through the base, for routers that choose by what every adapter would make of it, and the
+logits of every position."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.execution import jit
 from meteora_jax.padding import bucket, pad_batch
-from meteora_jax.routing import RouterArgument, Score
+from meteora_jax.routing import BoundRouter, RouterArgument, Score
 from meteora_jax.routing.logo import Probe, asking, observe_scores
 from meteora_jax.sharding import Params, fetch, place_rows, use_mesh
 from pallas_kernels.paged_attention import EMPTY
@@ -64,6 +65,18 @@ def _scores(
 @jit(static_argnames=("graph",))
 def _pass(graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, probe: Probe) -> jax.Array:
     model = nnx.merge(graph, weights)
+    return model(tokens, _positions(tokens, lengths), probe, observe=observe_scores).observed
+
+
+@jit(static_argnames=("graph",))
+def whole_logits(
+    graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None
+) -> jax.Array:
+    """float32 [B, T, V] of tokens int32 [B, T], of which each row has so many."""
+    model = nnx.merge(graph, weights)
+    return model.logits(model(tokens, _positions(tokens, lengths), router).hidden, router)
+
+
+def _positions(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
-    return model(tokens, positions, probe, observe=observe_scores).observed
+    return jnp.where(columns < lengths[:, None], columns, EMPTY)

@@ -22,7 +22,17 @@ from rich.text import Text
 from meteora_jax.config import InputError
 from meteora_jax.io.files import whole_file
 from meteora_jax.routing import NO_ADAPTER, RoutingTrace, weight_share
-from meteora_jax.routing.page import colours_for, dominant, has_idle_places, leading, page_of, palette, visible
+from meteora_jax.routing.page import (
+    colours_for,
+    dominant,
+    has_idle_places,
+    has_one_choice,
+    leading,
+    page_of,
+    palette,
+    visible,
+)
+from meteora_jax.routing.picture import draw_text, drawable, number_runs
 
 
 def _led(trace: RoutingTrace, leaders: np.ndarray) -> dict[str, np.ndarray]:
@@ -138,7 +148,8 @@ _MANY_TOKENS = 80  # above this the axis shows positions, not token text
 
 
 def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> None:
-    """Draws the routing map: a column for each token, a row for each layer of each projection.
+    """Draws the routing map: a column for each token, a row for each layer of each projection. Where each token has one
+    choice for all of them, one row, and the text below it in its adapters' colours.
 
     Colour is the cell's strongest adapter and opacity its weight, of those that have weights there; a cell is grey
     where only others were chosen. The strip on top has the whole model's dominant adapters. Above 420 rows all
@@ -152,6 +163,13 @@ def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> 
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise InputError(f"{path}: needs matplotlib, found none: pip install 'meteora-jax[eval]'") from None
+    if has_one_choice(trace):
+        figure = Figure(dpi=150)
+        FigureCanvasAgg(figure)
+        draw_text(figure, trace, drawable(title))
+        with whole_file(path) as partial:
+            figure.savefig(partial, format="png", facecolor="white")
+        return
     num_tokens, num_layers, num_projections, _ = trace.indices.shape
     by_layer = num_layers * num_projections > _MANY_ROWS
     acting = dataclasses.replace(trace, indices=trace.acting())
@@ -173,6 +191,7 @@ def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> 
     strip.imshow(_rgba(leaders, np.ones(leaders.shape)), aspect="auto", interpolation="nearest")
     cells.imshow(picture, aspect="auto", interpolation="nearest")
     strip.set_yticks([0], ["whole model"])
+    number_runs(strip, leaders[0], width / max(num_tokens, 1), 0.0, first=-0.5)
     _label_rows(cells, bands, num_layers)
     _label_tokens(cells, trace)
     for axes in (strip, cells):
@@ -182,7 +201,7 @@ def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> 
         axes.spines[:].set_visible(False)
     _mark_response(strip, trace.prompt_length)
     _draw_legend(figure, trace, columns)
-    figure.suptitle(_drawable(title), x=0.01, ha="left", fontsize=12, parse_math=False)
+    figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=12, parse_math=False)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", facecolor="white")
 
@@ -236,7 +255,7 @@ def _label_tokens(axes: Any, trace: RoutingTrace) -> None:
     if len(trace.tokens) > _MANY_TOKENS:
         axes.set_xlabel("token")
         return
-    shown = [_drawable(token.replace("\n", "↵").replace("\t", " ")) for token in trace.tokens]
+    shown = [drawable(token.replace("\n", "↵").replace("\t", " ")) for token in trace.tokens]
     labels = [text if len(text) <= 14 else text[:13] + "…" for text in shown]
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
 
@@ -244,25 +263,17 @@ def _label_tokens(axes: Any, trace: RoutingTrace) -> None:
 def _legend_columns(trace: RoutingTrace, width: float) -> int:
     """How many entries of the longest name fit into `width` inches at 8 points."""
     idle = (_IDLE_LABEL,) if has_idle_places(trace) else ()
-    longest = max(map(len, (*trace.adapter_names, *idle)), default=1)
+    longest = max(map(len, (*trace.adapter_names, *idle)), default=1) + 3
     return max(int(width / (0.45 + 0.075 * longest)), 1)
 
 
 def _draw_legend(figure: Any, trace: RoutingTrace, columns: int) -> None:
     from matplotlib.patches import Patch
 
-    names = [_drawable(name) for name in trace.adapter_names]
+    names = [f"{i} {drawable(name)}" for i, name in enumerate(trace.adapter_names, start=1)]
     patches = [Patch(color=c, label=name) for c, name in zip(palette(len(names)), names, strict=True)]
     if has_idle_places(trace):
         patches.append(Patch(color=str(_IDLE), label=_IDLE_LABEL))
     legend = figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _drawable(text: str) -> str:
-    """`text` with characters that matplotlib's own font lacks as �; they would be boxes and warnings."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    known = get_font(findfont(FontProperties())).get_charmap()
-    return "".join(c if ord(c) in known else "\ufffd" for c in visible(text))

@@ -50,6 +50,9 @@ def warm_up(
 
     Raises:
         InputError: as `Meteora.generate`.
+
+    Examples:
+        >>> mj.warm_up(model, prompt_lengths=[16], batch_sizes=[1], max_new_tokens=4, progress=None)
     """
     with Arguments("warm_up") as given:
         for name, values in (("prompt_lengths", prompt_lengths), ("batch_sizes", batch_sizes)):

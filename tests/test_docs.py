@@ -1,6 +1,8 @@
 """README and docs: every block of code runs or says why not, the command line's page is current, the site builds
 without a warning and asks nothing of other hosts."""
 
+import doctest
+import inspect
 import json
 import re
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from documented import GENERATED, LANGUAGES, PAGES, ROOT, blocks_of, check_block, make_folders, run_block
+from extent import ALL
 
 import meteora_jax as mj
 
@@ -105,6 +108,54 @@ def test_the_command_line_s_page_is_current(monkeypatch):
 def test_every_public_name_has_its_entry():
     entries = re.findall(r"^::: meteora_jax\.(\w+)$", (DOCS / "python.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(entries) == sorted(set(mj.__all__) - {"__version__"})
+
+
+TYPES = {
+    "Completion",
+    "Delta",
+    "InputError",
+    "Pending",
+    "Router",
+    "RouterArgument",
+    "Routing",
+    "RoutingTrace",
+    "Meteora",
+}
+
+
+def test_help_of_every_public_name_has_an_example_that_runs(folders, tmp_path, monkeypatch):
+    """In the order of the reference, with the names of those before: `model`, `engine`, `index`. By default prompts and
+    routers are checked, looked up and bound; no step of `generate` is compiled, as other tests have each router."""
+
+    def checked(model, prompts, router="gates if loaded", max_new_tokens=64, **how):
+        requests, _ = model._requests(prompts, router, max_new_tokens, mj.Sampling(), how.get("stop", ()), True)
+        return [mj.Completion("", [], "end", len(request.prompt), None) for request in requests]
+
+    shutil.copytree(folders, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    meteora, engine = mj.Meteora, mj.Engine
+    first = [mj, mj.load, meteora.generate, meteora.stream, meteora.logits, engine.__init__, engine.submit]
+    first += [mj.Retrieval, mj.GatesWithin, mj.TaskRetrieval]  # by one index
+    others = [getattr(mj, n) for n in mj.__all__ if n not in TYPES | {"__version__", "Engine"}]
+    if not ALL:
+        monkeypatch.setattr(mj.Meteora, "generate", checked)
+    names = {}
+    for entry in [*first, *(e for e in others if e not in first)]:
+        text = inspect.getdoc(entry) or ""
+        where = getattr(entry, "__qualname__", "meteora_jax")
+        examples = doctest.DocTestParser().get_examples(text)
+        assert examples, f"{where}: expected an example in its docstring"
+        assert "InputError" in text or entry in (mj, meteora.stream, mj.Spectr, mj.Phatgoose, mj.Index), where
+        for example in examples:
+            exec(compile(example.source, where, "exec"), names)
+    assert names["names"][0][0] == "strategyqa"
+
+
+def test_tab_completion_and_types_show_what_is_public():
+    assert dir(mj) == sorted(mj.__all__)
+    user = (ROOT / "tests" / "typing_user.py").read_text(encoding="utf-8")
+    assert user.startswith("# pyright: strict\n")
+    assert [name for name in mj.__all__ if f"mj.{name}" not in user] == []
 
 
 def test_messages_of_the_troubleshooting_page_exist():

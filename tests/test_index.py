@@ -11,8 +11,9 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 import meteora_jax as mj
 from meteora_jax.config import InputError
-from meteora_jax.retriever.index import Index, read_profiles, read_training_file, spread, text_problems, top
+from meteora_jax.retriever.index import Index, spread, text_problems, top
 from meteora_jax.retriever.named_scorings import SCORINGS, Lexical
+from meteora_jax.retriever.profiles import read_profiles, read_training_file
 
 
 @pytest.mark.parametrize("scoring", ["cosine", "lexical", "hybrid", "bm25", "whitened"])

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html
 import io
+import itertools
 import json
 import re
 import sys
@@ -19,7 +20,7 @@ from worlds import NAMES, TARGETS
 
 from meteora_jax import viz
 from meteora_jax.config import PROJECTIONS, InputError
-from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share
+from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share, picture
 from meteora_jax.routing import page as page_module
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.trace import adapted_places
@@ -215,6 +216,29 @@ def test_png_is_drawn_in_the_palette(tmp_path: Path, num_tokens: int, layers: in
     assert 400 < pixels.shape[0] <= 2000
 
 
+def test_one_choice_a_token_is_a_row_and_the_text(tmp_path: Path):
+    """Adapters that lead are drawn; a page of it holds each choice once; any cell that differs brings the map back."""
+    trace = led_trace([0, 0, 1, 1, 0, -1], ("one", " two\n", "  three", "x" * 300, "four", "<end>"), 4)
+    other = dataclasses.replace(trace, weights=trace.weights.copy())
+    other.weights[0, 1, 2] = 0.5
+    data, whole = (json.loads(Page(page_of(t, tmp_path)).texts("script", id="trace")[0]) for t in (trace, other))
+    assert (data["shape"], data["projections"]) == ([6, 1, 1, 1], ["all"])
+    assert whole["shape"] == [6, 2, 7, 1]
+    assert page_module.ONE_CHOICE in page_of(trace, tmp_path)
+    assert page_module.ONE_CHOICE not in page_of(other, tmp_path)
+    viz.write_png(trace, tmp_path / "row.png", "a title")
+    pixels = np.rint(imread(tmp_path / "row.png")[..., :3] * 255).astype(int).reshape(-1, 3)
+    drawn = [(pixels == bytes_of(c)).all(-1).sum() for c in viz.palette(3)]
+    assert min(drawn[:2]) > 1000
+    assert drawn[2] == 0
+    pieces = list(picture._laid_out(trace, range(6)))
+    texts = ["".join(p.text for p in pieces if p.token == t) for t in range(6)]
+    assert texts == [t.replace("\n", "↵") for t in trace.tokens]
+    assert all(p.column >= 0 and p.column + len(p.text) <= picture.COLUMNS for p in pieces)
+    spans = sorted((p.line, p.column, p.column + len(p.text)) for p in pieces)
+    assert all(a[0] < b[0] or a[2] <= b[1] for a, b in itertools.pairwise(spans))  # nothing overlaps
+
+
 def test_png_takes_any_token_and_title(tmp_path: Path):
     viz.write_png(led_trace([0] * len(NASTY), NASTY, 4), tmp_path / "map.png", "$\\frac 漢")
     assert (tmp_path / "map.png").stat().st_size > 5000
@@ -252,6 +276,7 @@ def partial_trace() -> RoutingTrace:
     indices = np.concatenate([trace.indices, np.full_like(trace.indices, NO_ADAPTER)], -1)
     weights = np.concatenate([trace.weights, np.zeros_like(trace.weights)], -1)
     indices[1, ..., 1], weights[1] = 1, (0.75, 0.25)
+    weights[2, 0, 0, 0] = 0.9  # not one choice for all places
     adapted = np.zeros((2, len(PROJECTIONS), 2), bool)
     adapted[1, PROJECTIONS.index("v_proj"), 0] = True
     adapted[:, :-1, 1] = True

@@ -110,7 +110,10 @@ def unpack_assets(archive: Path, dest: Path) -> Path:
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            shutil.unpack_archive(archive, scratch, **({} if archive.suffix == ".zip" else {"filter": "data"}))
+            if archive.suffix == ".zip":
+                shutil.unpack_archive(archive, scratch)
+            else:
+                shutil.unpack_archive(archive, scratch, filter="data")
         except (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
             raise InputError(f"{archive}: expected a whole .tar.gz or .zip archive, found: {e}") from None
         found = sorted(Path(scratch).rglob("gates/gates.json"), key=lambda p: len(p.parts))

@@ -148,7 +148,7 @@ def read_sources(command: IndexBuild | IndexAdd) -> dict[str, list[str]]:
     Raises:
         InputError: an adapter named twice, a file that is refused, or no adapter at all.
     """
-    from meteora_jax.retriever.index import read_profiles, read_training_file
+    from meteora_jax.retriever.profiles import read_profiles, read_training_file
 
     found: list[tuple[str, list[str]]] = []
     if command.profiles is not None:

@@ -36,7 +36,7 @@ def train_retriever(command: TrainRetriever) -> None:
     """Runs `meteora train retriever`."""
     from meteora_jax.retriever import training
     from meteora_jax.retriever.encoder import TextEncoder
-    from meteora_jax.retriever.index import read_profiles
+    from meteora_jax.retriever.profiles import read_profiles
 
     if command.out.exists() and any(command.out.iterdir()):
         raise InputError(f"{command.out}: expected no folder or an empty one, found one that holds files")

@@ -21,6 +21,12 @@ class Sampling:
     """How the next token is chosen: greedy at temperature 0, else from the top-k / top-p of the softmax.
 
     index: which of several responses with one seed this is; each draws by itself.
+
+    Raises:
+        InputError: a temperature below 0, top_k below 1, top_p outside of (0, 1].
+
+    Examples:
+        >>> mj.Sampling(temperature=0.7, top_p=0.9, seed=1)
     """
 
     temperature: float = 0.0

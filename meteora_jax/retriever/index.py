@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,8 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from meteora_jax.config import InputError, read_json, read_lines
-from meteora_jax.examples import parse_example
+from meteora_jax.config import InputError, read_json
 from meteora_jax.io.files import whole_folder, write_json
 from meteora_jax.retriever.calibration import calibrate
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
@@ -80,6 +78,12 @@ class Index:
     loading it learns nothing. The default scoring is "hybrid" with an encoder, "lexical" without: those that retrieve
     best (docs/results.md). Beyond 12,000 inputs (bare ones included; `large`) their regression gives way to means under
     the same kernel, at a price in accuracy. `SCORINGS` lists all by name.
+
+    Examples:
+        >>> index = mj.Index.build({"winowhy": ["Who does he mean?"], "strategyqa": ["Would a pear sink?"]})
+        >>> index.add({"object_counting": ["I have two plums. How many fruits do I have?"]})
+        >>> index.save("runs/my-index")
+        >>> names, similarities = mj.Index.load("runs/my-index").query(["Would a stone sink?"], k=2)
     """
 
     def __init__(self, scoring: str | None = None, encoder: Encoder | None = None, instruction: str = ""):
@@ -229,7 +233,11 @@ class Index:
         Where there are fewer than k adapters all of them are found.
 
         Args:
+            texts: B requests. k: adapters of each.
             exclude: for each text the adapters that it must not get (out-of-distribution evaluation, permissions).
+
+        Returns:
+            names (B tuples of k) and similarities float32 [B, k], of no unit: larger is more alike.
 
         Raises:
             InputError: a text may have no adapter at all, an excluded name is unknown, texts that `scores` refuses.
@@ -357,44 +365,3 @@ def top(
     rows = zip(order, left, strict=True)
     chosen: list[tuple[str, ...]] = [tuple(str(names[i]) for i in row[:count]) for row, count in rows]
     return Retrieved(chosen, similarities)
-
-
-def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """{adapter: inputs} of a JSON file: that object itself, or LoraRetriever's release.
-
-    The release is a list of {"model_name": ..., "sample": [{"inputs": ...}, ...]}.
-    """
-    raw = read_json(path)
-    try:
-        if isinstance(raw, list):
-            raw = {entry["model_name"]: [s["inputs"] for s in entry["sample"]] for entry in raw}
-        profiles = dict(raw.items())
-    except (KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{path}: expected {{adapter: [inputs]}}, found something else ({e!r})") from None
-    if problems := [f"{path}: {p}" for name, inputs in profiles.items() for p in check_profile(name, inputs)]:
-        raise InputError(problems)
-    return profiles
-
-
-def read_training_file(path: str | os.PathLike[str]) -> list[str]:
-    """A profile from an adapter's training file, JSON lines with a "prompt" or "messages" (what the user says last):
-    up to 20, spread evenly; prompts that are blank say nothing and are left out."""
-    prompts = [_read_prompt(line, where) for where, line in read_lines(path)]
-    if not any(p.strip() for p in prompts):
-        raise InputError(f"{path}: expected prompts, found none")
-    return spread(prompts)
-
-
-def _read_prompt(line: bytes, where: str) -> str:
-    try:
-        record = json.loads(line)
-        if "messages" in record or isinstance(record["prompt"], list):
-            return parse_example(line, where).request
-        prompt = record["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        found = line.decode(errors="replace")[:60]
-        raise InputError(f'{where}: expected {{"prompt": ...}}, found {found!r}') from None
-    if not isinstance(prompt, str):
-        raise InputError(f"{where}: prompt: expected a string, found {prompt!r:.60}")
-    check_text(prompt, f"{where}: prompt")
-    return prompt

@@ -25,7 +25,11 @@ LEAST = -3e38  # of what must not be chosen: finite, for a softmax over it alone
 
 @dataclasses.dataclass(frozen=True)
 class ByScore:
-    """What the routers below have alike. within: only these adapters may be chosen; None: all."""
+    """What the routers below have alike.
+
+    top_k: adapters that act at each projection. temperature: divides their scores before the softmax. within: only
+    these adapters may be chosen; None: all.
+    """
 
     top_k: int = 4
     temperature: float = 1.0
@@ -49,7 +53,17 @@ class ByScore:
 @dataclasses.dataclass(frozen=True)
 class Arrow(ByScore):
     """Scores |v_i . x| by the first right singular vector v_i of s_i B_i A_i (Arrow, Ostapenko et al., arXiv
-    2405.11157)."""
+    2405.11157).
+
+    top_k: adapters that act on a token at each projection. temperature: divides their scores before the softmax.
+    within: only these adapters may be chosen; None: all.
+
+    Raises:
+        InputError: top_k below 1 or above the adapters', a temperature that is not positive.
+
+    Examples:
+        >>> model.generate(["Name a fruit."], mj.Arrow(top_k=2), max_new_tokens=4)
+    """
 
     score = "arrow"
 
@@ -57,7 +71,11 @@ class Arrow(ByScore):
 @dataclasses.dataclass(frozen=True)
 class Spectr(ByScore):
     """Scores ||s_i B_i A_i x||, by the whole spectrum of an adapter (SpectR, Fleshman and Van Durme, arXiv
-    2504.03454)."""
+    2504.03454). Arguments and errors: as `Arrow`.
+
+    Examples:
+        >>> model.generate(["Name a fruit."], mj.Spectr(top_k=2, temperature=0.5), max_new_tokens=4)
+    """
 
     score = "spectr"
 
@@ -66,7 +84,13 @@ class Spectr(ByScore):
 class Lag(ByScore):
     """The k best by Arrow's score, ranked anew by SpectR's (LAG, Fleshman and Van Durme, arXiv 2507.05346).
 
-    k: candidates, all adapters where there are fewer.
+    k: candidates, all adapters where there are fewer. The other arguments: as `Arrow`.
+
+    Raises:
+        InputError: as `Arrow`; k below top_k.
+
+    Examples:
+        >>> model.generate(["Name a fruit."], mj.Lag(top_k=1, k=4), max_new_tokens=4)
     """
 
     top_k: int = 1
@@ -90,7 +114,11 @@ class Lag(ByScore):
 class Phatgoose(ByScore):
     """Scores v_i . u / sqrt(I) of an adapter's own gate v_i, trained on the adapter's own data alone (`meteora train
     adapter --own-gate`), and the projection's input u, both standardised (PHATGOOSE, Muqeeth et al., arXiv 2402.05859).
-    An adapter without a gate of its own is never chosen."""
+    An adapter without a gate of its own is never chosen. Arguments and errors: as `Arrow`.
+
+    Examples:
+        >>> router = mj.Phatgoose(top_k=2)  # for banks whose adapters have gates of their own
+    """
 
     top_k: int = 2
     score = "phatgoose"

@@ -17,7 +17,16 @@ LARGEST = float(np.finfo(np.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """The same adapters for every token and projection: `Fixed("a")` or `Fixed({"a": 0.5, "b": 0.5})`."""
+    """The same adapters for every token and projection: `Fixed("a")` or `Fixed({"a": 0.5, "b": 0.5})`.
+
+    adapters: a name, or {name: weight}; weights multiply the adapters' outputs and need not sum to one.
+
+    Raises:
+        InputError: no names, weights that are not finite; by the model, names that the bank has not.
+
+    Examples:
+        >>> model.generate(["Name a fruit."], mj.Fixed({"winowhy": 0.5, "strategyqa": 0.5}), max_new_tokens=4)
+    """
 
     adapters: str | Mapping[str, float]
     needs_gates = False

@@ -115,6 +115,12 @@ class Gates:
     Gates trained with a null choice have a column for no adapter, which counts as one of the C: what it weighs of a
     token is the base's alone.
     `within`: only these adapters may be chosen (their gates, and any null choice's, enter the top-k); None: all.
+
+    Raises:
+        InputError: top_k below 1 or above the adapters', a temperature that is not positive; by a model without gates.
+
+    Examples:
+        >>> model.generate(["Name a fruit."], mj.Gates(top_k=1), max_new_tokens=4)
     """
 
     top_k: int = 2

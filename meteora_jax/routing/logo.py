@@ -27,6 +27,12 @@ class Logo:
     A score s_i is the output's norm, or one over the entropy of its softmax; weights are s_i / sum s. It is taken at
     one projection of one layer, the last unless told, of the base alone. Where there are fewer than k adapters all act.
     within: only these adapters may be chosen; None: all.
+
+    Raises:
+        InputError: k below 1, an unknown score or projection; by the model, a layer that it has not.
+
+    Examples:
+        >>> model.generate(["Name a fruit."], mj.Logo(k=3, score="inverse-entropy"), max_new_tokens=4)
     """
 
     k: int = 20

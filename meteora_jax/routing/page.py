@@ -66,6 +66,17 @@ def has_idle_places(trace: RoutingTrace) -> bool:
     return trace.adapted is not None and not trace.adapted.all()
 
 
+def has_one_choice(trace: RoutingTrace) -> bool:
+    """Whether each token has one choice for all layers and projections, of adapters that have weights in all of them.
+
+    So choose token routers, retrievals and callers.
+    """
+    same = all((z == z[:, :1, :1]).all() for z in (trace.indices, trace.weights))
+    return bool(same) and not has_idle_places(trace)
+
+
+ONE_CHOICE = "One choice a token serves all layers and projections."
+MAP = "A column for each token; colour is the strongest adapter, opacity its weight."
 IDLE = "Grey: what was chosen has no weights there and changes nothing."
 
 
@@ -84,6 +95,7 @@ def page_of(trace: RoutingTrace, title: str) -> str:
         "legend": "".join(map(_legend_html, trace.adapter_names, colours)),
         "prompt": "".join(tokens[: trace.prompt_length]),
         "response": "".join(tokens[trace.prompt_length :]),
+        "what": "A column for each token; heights are the adapters' weights." if has_one_choice(trace) else MAP,
         "idle": f" {IDLE}" if has_idle_places(trace) else "",
         "trace": _page_data(trace, colours),
     }
@@ -114,9 +126,10 @@ def _legend_html(name: str, colour: str) -> str:
 def _summary(trace: RoutingTrace) -> str:
     layers, projections, chosen = trace.indices.shape[1:]
     response = len(trace.tokens) - trace.prompt_length
+    one = f". {ONE_CHOICE}" if has_one_choice(trace) else ""
     return (
         f"{len(trace.adapter_names)} adapters, {layers} layers × {projections} projections, "
-        f"top {chosen}; {trace.prompt_length} prompt and {response} response tokens"
+        f"top {chosen}; {trace.prompt_length} prompt and {response} response tokens{one}"
     )
 
 
@@ -124,19 +137,22 @@ def _page_data(trace: RoutingTrace, colours: tuple[str, ...]) -> str:
     """The routing as JSON: indices in the smallest unsigned type (its largest value is none), weights int16."""
     index_type = np.dtype("uint8" if len(trace.adapter_names) < 256 else "<u2")
     none = np.iinfo(index_type).max
+    one = has_one_choice(trace)
+    indices, weights = (z[:, :1, :1] if one else z for z in (trace.indices, trace.weights))
     weight_step = max(float(np.abs(trace.weights).max(initial=0)), 1.0) / np.iinfo(np.int16).max
     data = {
         "adapters": [visible(name) for name in trace.adapter_names],
         "colours": colours,
-        "projections": trace.projections,
+        "projections": ("all",) if one else trace.projections,
         "promptLength": trace.prompt_length,
-        "shape": trace.indices.shape,
-        "indices": _base64(np.where(trace.indices == NO_ADAPTER, none, trace.indices).astype(index_type)),
+        "shape": indices.shape,
+        "oneChoice": one,
+        "indices": _base64(np.where(indices == NO_ADAPTER, none, indices).astype(index_type)),
         "indexBytes": index_type.itemsize,
         "none": none,
-        "weights": _base64(np.rint(trace.weights / weight_step).astype("<i2")),
+        "weights": _base64(np.rint(weights / weight_step).astype("<i2")),
         "weightStep": weight_step,
-        "adapted": _base64(trace.adapted.astype("uint8")) if trace.adapted is not None else None,
+        "adapted": _base64(trace.adapted.astype("uint8")) if trace.adapted is not None and not one else None,
     }
     # Inside <script> only "<" can end or change the element.
     return json.dumps(data, default=int, separators=(",", ":")).replace("<", "\\u003c")

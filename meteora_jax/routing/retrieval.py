@@ -76,6 +76,14 @@ class Retrieval:
     it is. last: the user's last message. all: the user's messages in one text, a line end between. weighted: each of
     them by itself; an adapter's similarity is the sum of those, the last message weighing 1 and each earlier one half
     of the next: up to twice a single look-up's, so that min_similarity is met more easily.
+
+    Raises:
+        InputError: k below 1, an unknown composition, no Index; by the model, adapters that the bank has not.
+
+    Examples:
+        >>> index = mj.Index.build({"winowhy": ["Who does he mean?"], "strategyqa": ["Would a pear sink?"]})
+        >>> by_text = mj.Retrieval(index, k=2, compose="fusion", min_similarity=None)
+        >>> model.generate(["Would a stone sink?"], by_text, max_new_tokens=4)
     """
 
     index: Index
@@ -116,6 +124,12 @@ class GatesWithin:
     """Retrieval narrows the bank to k adapters, and the gates choose among those for every token.
 
     min_similarity, read: as `Retrieval` has them.
+
+    Raises:
+        InputError: as `Retrieval` and `Gates`; k below top_k.
+
+    Examples:
+        >>> model.generate(["Would a stone sink?"], mj.GatesWithin(index, k=2, top_k=1), max_new_tokens=4)
     """
 
     index: Index
