@@ -10,6 +10,7 @@ from typing import Any
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.table import Scoring, Table, shown
 from meteora_jax.io.files import whole_file
+from meteora_jax.routing.page import palette
 
 
 def accuracies(table: Table, systems: Sequence[str], scoring: Scoring = "meteora") -> dict[str, list[float]]:
@@ -40,12 +41,19 @@ def write_bars(table: Table, systems: Sequence[str], path: Path, scoring: Scorin
         height = 0.85 / len(systems)
         for i, system in enumerate(systems):
             places = [row + i * height for row in range(len(shares))]
-            axes.barh(places, [values[i] for values in shares.values()], height=0.9 * height, label=system)
+            axes.barh(
+                places,
+                [values[i] for values in shares.values()],
+                height=0.9 * height,
+                label=system,
+                color=palette(i + 1)[i],
+            )
         axes.set_yticks([row + 0.425 - height / 2 for row in range(len(shares))], list(shares))
         axes.invert_yaxis()
         axes.set(xlim=(0, 100), xlabel="accuracy, %")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
+        axes.margins(y=0.01)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8)  # above the bars
 
     save_picture(draw, path)
 
@@ -62,11 +70,16 @@ def write_radar(table: Table, systems: Sequence[str], path: Path, scoring: Scori
         angles = [2 * math.pi * i / len(shares) for i in range(len(shares))]
         for i, system in enumerate(systems):
             values = [v[i] for v in shares.values()]
-            axes.plot([*angles, angles[0]], [*values, values[0]], label=system)
-            axes.fill(angles, values, alpha=0.08)
-        axes.set_xticks(angles, list(shares))
+            colour = palette(i + 1)[i]
+            style = ("-", "--", ":", "-.")[i % 4]  # lines are told apart without their colours, too
+            axes.plot([*angles, angles[0]], [*values, values[0]], style, label=system, color=colour)
+            axes.fill(angles, values, alpha=0.06, color=colour)
+        axes.set_xticks(angles, list(shares), fontsize=8)
+        for angle, label in zip(angles, axes.get_xticklabels(), strict=True):  # outwards, not over the circle
+            side = math.cos(angle)
+            label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
         axes.set_ylim(0, 100)
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.05, 1.1))
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.25, 1.1))
 
     save_picture(draw, path)
 
@@ -78,8 +91,9 @@ def write_against_k(panels: Mapping[str, Mapping[str, Mapping[int, float]]], pat
     def draw(figure: Any) -> None:
         figure.set_size_inches(5.5 * len(panels), 4.2)
         for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-            for label, values in lines.items():
-                axes.plot(list(values), list(values.values()), marker="o", markersize=3, label=label)
+            for i, (label, values) in enumerate(lines.items()):
+                how: dict[str, Any] = dict(marker="osD^v"[i % 5], markersize=4, color=palette(i + 1)[i])
+                axes.plot(list(values), list(values.values()), label=label, **how)
             ks = sorted({k for values in lines.values() for k in values})
             if len(ks) <= 12:
                 axes.set_xticks(ks)

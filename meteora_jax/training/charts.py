@@ -24,12 +24,15 @@ def write_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         window = max(1, len(records) // 50)
         for axis, (key, title) in zip(axes, panels, strict=True):
             values = np.asarray([r[key] for r in records], float)
-            axis.plot(steps, values, color="#4888f0", alpha=0.35, linewidth=1)
+            axis.plot(steps, values, color="#4888f0", alpha=0.35, linewidth=1, label="each step")
             means = np.convolve(values, np.ones(window) / window, mode="valid")
-            axis.plot(steps[window - 1 :], means, color="#4888f0", linewidth=1.8)
+            middle = (window - 1) // 2  # of a mean's steps
+            shown = steps[middle : middle + len(means)]
+            axis.plot(shown, means, color="#4888f0", linewidth=1.8, label=f"mean of {window}")
             axis.set_ylabel(title)
             axis.spines[["top", "right"]].set_visible(False)
         axes[-1].set_xlabel("step")
+        axes[0].legend(frameon=False, fontsize=8)
 
     _save(draw, path)
 
