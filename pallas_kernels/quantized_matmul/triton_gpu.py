@@ -1,0 +1,73 @@
+"""NVIDIA GPUs: few rows through a stack of turned matrices in 8 or 4 bits, by Triton (the extra `gpu`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.launch import launch
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+
+MODULE = "pallas_kernels.quantized_matmul.triton_kernels"
+BEHIND = 16  # rows of a block of what is behind
+shape = jax.ShapeDtypeStruct
+
+
+def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
+    """Tiles of a product: BM rows, BN columns, PARTS parts of BK inputs a step; group: of `QuantizedWeight`.
+
+    Raises:
+        NotImplementedError: no tile divides the matrix.
+    """
+    bm = min(64, max(8, 1 << (rows - 1).bit_length()))
+    bn = next((n for n in ((64, 32, 16) if rows > 16 else (16,)) if total % n == 0), 0)
+    bk = group or 128
+    parts = next((p for p in ((1,) if rows > 32 else (4, 2, 1)) if width % (p * bk) == 0), 0)
+    while not group and not parts and bk > 32:
+        bk //= 2
+        parts = int(width % bk == 0)
+    if not bn or not parts or bk & (bk - 1) or bk < 32:
+        found = f"{width} x {total}" + f" in groups of {group}" * bool(group)
+        raise NotImplementedError(f"quantised products: expected inputs in blocks of 32, columns of 16, found {found}")
+    return dict(BM=bm, BN=bn, BK=bk, PARTS=parts)
+
+
+def product(
+    layer: int | jax.Array,
+    x: jax.Array,
+    weight: QuantizedWeight,
+    behind: jax.Array | None = None,
+    rows: int | None = None,
+    tile: Mapping[str, int] | None = None,
+    *,
+    stages: int = 4,
+    warps: int = 4,
+    assembly: bool = True,
+) -> jax.Array:
+    """x [at least M, I] through a layer's matrix and the rows behind it [L, N, I], float32 [M, O + N].
+
+    Args:
+        weight: stacked over layers, turned. rows: M, all of x's unless given. tile: of `tiles` unless given. stages:
+            of a program's loads; warps: of it; assembly: whether values are converted by inline assembly.
+
+    Raises:
+        NotImplementedError: no tile divides the matrix, it is not turned, or the extra `gpu` is not installed.
+    """
+    if not weight.turned:
+        raise NotImplementedError("quantised products by Triton: expected turned values")
+    (width, total), count = weight.shape, x.shape[0] if rows is None else rows
+    size = tiles(count, width, total, weight.group) if tile is None else tile
+    number = jnp.full((1,), layer, jnp.int32)
+    n = 0 if behind is None else behind.shape[1]
+    given = (weight.scale, number if weight.zero is None else weight.zero, number if behind is None else behind)
+    (y,) = launch(
+        MODULE, "product_kernel", number, x, weight.values, *given,
+        out=(shape((count, total + n), jnp.float32),),
+        grid=(n // BEHIND + total // size["BN"], math.ceil(count / size["BM"])), warps=warps,
+        M=count, I=width, O=total, N=n, S=weight.group, BEHIND=BEHIND, STAGES=stages,
+        ASM=assembly and x.dtype == jnp.bfloat16, **size,
+    )  # fmt: skip
+    return y
