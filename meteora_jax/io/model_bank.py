@@ -125,6 +125,8 @@ def _unpack(model: Llama, held: dict[tuple[str, ...], jax.Array], release: bool)
         held["layers", group, "gate"] = linear.gates()
         if release:
             linear.kernel[...].delete()
+            if linear.values is not None:
+                linear.values[...].delete()
         found.append(group)
     return tuple(found)
 

@@ -311,7 +311,7 @@ def pack(graph: Any, weights: Any, release: Collection[str] = ()) -> tuple[Any, 
     model = nnx.merge(graph, weights)
     for group in GROUPS:
         linear = getattr(model.layers, group)
-        setattr(model.layers, group, packed(linear, model.has_gates, model.execution))
+        setattr(model.layers, group, packed(linear, model.has_gates, model.execution, model.dtype))
         if group in release and getattr(model.layers, group) is not linear:
             linear.kernel[...].delete()
     return nnx.split(model)
@@ -321,7 +321,8 @@ def base_arrays(graph: Any, weights: Any) -> dict[tuple[str, ...], jax.Array]:
     """The base's weights by path, as `load_base` has them: the model's own arrays, but for packed weights, whose rows
     are copied."""
     model = nnx.merge(graph, weights)
-    found = {tuple(map(str, path)): x[...] for path, x in nnx.to_flat_state(weights) if isinstance(x, BaseParam)}
+    base = (item for item in nnx.to_flat_state(weights) if isinstance(item[1], BaseParam) and item[0][-1] != "values")
+    found = {tuple(map(str, path)): x[...] for path, x in base}
     for group in GROUPS:
         found["layers", group, "kernel"] = getattr(model.layers, group).base_kernel()
     return found
