@@ -31,8 +31,8 @@ from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.quantized_matmul import QuantizedWeight, triton_gpu
 from pallas_kernels.quantized_matmul.weight import turn
 
-# rows, inputs, columns, groups in 4 bit: a row alone; more than a tile; few inputs; many
-SHAPES = [(1, 1024, 32, 8), (19, 256, 32, 2), (3, 96, 16, 3), (70, 128, 32, 1)]
+# rows, inputs, columns, groups in 4 bit: a row alone; more than a tile; few inputs
+SHAPES = [(1, 512, 16, 4), (19, 128, 32, 1), (3, 96, 16, 3)]
 
 
 def product(kind: str, dtype: str, rows: int, width: int, total: int, groups: int, behind: int) -> None:
@@ -79,7 +79,10 @@ def quantized_model(weights: WeightFormat, dtype: str, head: bool = False) -> mj
     return dataclasses.replace(model, config=config, graph=graph, weights=nnx.from_flat_state(leaves))
 
 
-def stepping(model: mj.Meteora, limits: StepLimits = StepLimits(rows=64, programs=1)) -> mj.Meteora:
+FEW = StepLimits(rows=64, programs=1)  # fewer programs to interpret, and no prompts
+
+
+def stepping(model: mj.Meteora, limits: StepLimits | None = FEW) -> mj.Meteora:
     """As a GPU has it: turned, gates and A's behind it, decoding by Triton."""
     graph = llama.with_execution(model.graph, model.weights, ExecutionConfig(step=limits))
     graph, weights = llama.pack(graph, model.weights)
@@ -110,7 +113,7 @@ def main() -> None:
     steps.packing.ROWS = triton_gpu.BEHIND = 64  # fewer rows of zeros, and fewer programs, to interpret
     triton_gpu.tiles = wide
     model = quantized_model("fp8", "float32")
-    steps.agree(model, stepping(model), [mj.Gates(1, 3.0), mj.Gates(2), None], steps=1)
+    steps.agree(model, stepping(model), [mj.Gates(1, 3.0), None], 2)
     assert "product_kernel" in steps.RAN, steps.RAN
     print("model")
 
