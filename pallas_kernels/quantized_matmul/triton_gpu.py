@@ -35,6 +35,16 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
     return dict(BM=bm, BN=bn, BK=bk, PARTS=parts)
 
 
+def serves(weight: QuantizedWeight) -> bool:
+    """Whether there are tiles for a matrix, however many the rows."""
+    try:
+        for rows in (1, 64):
+            tiles(rows, *weight.shape, weight.group)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def product(
     layer: int | jax.Array,
     x: jax.Array,
