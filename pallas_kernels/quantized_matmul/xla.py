@@ -38,14 +38,14 @@ def quantized_matmul_fp8(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     """
     if weight.values.dtype != jnp.float8_e4m3fn:
         raise NotImplementedError(f"xla_fp8: expected float8_e4m3fn values, found {weight.values.dtype.name}")
-    exact = x.astype(jnp.float32)
+    exact = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # cuBLASLt's product of fp8 has two axes
     largest = jnp.max(jnp.abs(exact), axis=-1, keepdims=True)
     scale = jnp.where(largest > 0, largest / FP8_MAX, 1.0)
     rounded = (exact / scale).astype(jnp.float8_e4m3fn)
-    axes = ((x.ndim - 1,), (int(weight.turned),)), ((), ())
+    axes = ((1,), (int(weight.turned),)), ((), ())
     kind = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     y = jax.lax.dot_general(rounded, weight.values, axes, preferred_element_type=kind).astype(jnp.float32)
-    return y * (scale * jnp.expand_dims(weight.scale, tuple(range(y.ndim - 1))))
+    return (y * (scale * weight.scale[None])).reshape(*x.shape[:-1], -1)
 
 
 def _product(x: jax.Array, matrix: jax.Array, turned: bool, block: int | None) -> jax.Array:
