@@ -91,21 +91,38 @@ def product_kernel(
     first = N // BEHIND
     block = tl.program_id(0)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
-    if block < first:
+    if N == 0:
+        matrix(
+            x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr, layer, block, rows, M, I, O, N, S, PARTS, BM, BN, BK, STAGES, ASM
+        )
+    elif block < first:
         behind = block * BEHIND + tl.arange(0, BEHIND)
         z = plain(x_ptr, behind_ptr + layer * N * I, rows, behind, M, I, PARTS, BM, BEHIND, 256 // PARTS, STAGES)
         store(y_ptr, z, rows, O + behind, M, O + N)
     else:
-        columns = (block - first) * BN + tl.arange(0, BN)
-        if S == 0:
-            y = eight_bit(x_ptr, w_ptr + layer * O * I, rows, columns, M, I, PARTS, BM, BN, BK, STAGES, ASM)
-            y *= tl.load(scale_ptr + layer * O + columns)[None, :, None]
-        else:
-            w_ptr += layer * O * (I // 2)
-            scale_ptr += layer * (I // S) * O
-            zero_ptr += layer * (I // S) * O
-            y = four_bit(x_ptr, w_ptr, scale_ptr, zero_ptr, rows, columns, M, I, O, S, PARTS, BM, BN, STAGES, ASM)
-        store(y_ptr, y, rows, columns, M, O + N)
+        matrix(
+            x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr, layer, block - first, rows, M, I, O, N, S, PARTS, BM, BN, BK,
+            STAGES, ASM,
+        )  # fmt: skip
+
+
+@triton.jit
+def matrix(
+    x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr, layer, block, rows, M: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
+    N: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """A block of BN columns of the quantised matrix; the rest as in `product_kernel`."""
+    columns = block * BN + tl.arange(0, BN)
+    if S == 0:
+        y = eight_bit(x_ptr, w_ptr + layer * O * I, rows, columns, M, I, PARTS, BM, BN, BK, STAGES, ASM)
+        y *= tl.load(scale_ptr + layer * O + columns)[None, :, None]
+    else:
+        w_ptr += layer * O * (I // 2)
+        scale_ptr += layer * (I // S) * O
+        zero_ptr += layer * (I // S) * O
+        y = four_bit(x_ptr, w_ptr, scale_ptr, zero_ptr, rows, columns, M, I, O, S, PARTS, BM, BN, STAGES, ASM)
+    store(y_ptr, y, rows, columns, M, O + N)
 
 
 @triton.jit
