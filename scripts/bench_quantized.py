@@ -44,8 +44,8 @@ class BenchProducts:
     behind: int = 0
     """Rows of 16 bits behind each matrix, as gates and A's are."""
     tile: tuple[str, ...] = ()
-    """Tiles to compare with the ones that are chosen: BM,BN,BK,PARTS,stages,warps, and `cvt` behind it for Triton's own
-    conversions."""
+    """Tiles to compare with the ones that are chosen: BM,BN,BK,PARTS,SPLITS,stages,warps, and `cvt` behind it for
+    Triton's own conversions."""
     xla: bool = True
     """XLA's product as well, and bfloat16's."""
     seconds: float = 0.05
@@ -72,11 +72,11 @@ def stacked(weights: WeightFormat, width: int, total: int) -> QuantizedWeight:
 def parse(tile: str) -> dict[str, Any]:
     """The arguments of `triton_gpu.product` that a `--tile` means."""
     numbers = tile.removesuffix(",cvt").split(",")
-    if len(numbers) != 6 or not all(map(str.isdecimal, numbers)):
-        raise InputError(f"--tile: expected BM,BN,BK,PARTS,stages,warps, found {tile}")
-    bm, bn, bk, parts, stages, warps = map(int, numbers)
-    size = dict(BM=bm, BN=bn, BK=bk, PARTS=parts)
-    return dict(tile=size, stages=stages, warps=warps, assembly=not tile.endswith(",cvt"))
+    if len(numbers) != 7 or not all(map(str.isdecimal, numbers)):
+        raise InputError(f"--tile: expected BM,BN,BK,PARTS,SPLITS,stages,warps, found {tile}")
+    bm, bn, bk, parts, splits, stages, warps = map(int, numbers)
+    size = dict(BM=bm, BN=bn, BK=bk, PARTS=parts, SPLITS=splits, warps=warps)
+    return dict(tile=size, stages=stages, assembly=not tile.endswith(",cvt"))
 
 
 def main(settings: BenchProducts) -> None:
@@ -122,7 +122,8 @@ def main(settings: BenchProducts) -> None:
                 if isinstance(call, Exception):
                     console.print(f"{weights} {group} {rows} {name}: {call!r:.200}", markup=False)
                     continue
-                found = call(*given)[1][:rows, :total]
+                found = call(*given)[1]
+                found = (jnp.sum(found, axis=0) if found.ndim == 3 else found)[:rows, :total]
                 if wanted is not None and name != "bf16":
                     error = float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
                     if not error < 1e-2:

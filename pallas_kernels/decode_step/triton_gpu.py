@@ -263,10 +263,12 @@ def _product(
     layer: int, rows: int, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState,
     choice: Choice | Chooser | None,
 ) -> tuple[jax.Array, Choice | None, StepState]:  # fmt: skip
-    """x W of a layer, read where it is stacked, float32 [at least M, O + P packed]; and what acts behind it: the
-    choice, as a Chooser made it of the product, and the state with that choice traced."""
+    """x W of a layer, read where it is stacked, float32 [at least M, O + P packed], a quantised base's as summands
+    below each other; what acts behind it: the choice, as a Chooser made it of the product; the state with that traced.
+    """
     if isinstance(group.w, QuantizedWeight):
         product = quantized_gpu.product(layer, x, group.w, group.behind, rows)
+        product = product.reshape(-1, product.shape[-1])  # the first M rows have what is behind
     else:
         form = "mi,oi->mo" if group.packed else "mi,io->mo"
         product = jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
@@ -286,6 +288,13 @@ def _product(
     own = layer, slice(None), slice(group.first_projection, group.first_projection + p)
     indices, weights = state.indices.at[own].set(choice.indices), state.weights.at[own].set(choice.weights)
     return product, choice, dataclasses.replace(state, indices=indices, weights=weights)
+
+
+def _summands(group: Group, rows: int) -> int:
+    """Of how many a group's product is the sum."""
+    if not isinstance(group.w, QuantizedWeight):
+        return 1
+    return quantized_gpu.tiles(rows, *group.w.shape, group.w.group)["SPLITS"]
 
 
 def _epilogue(
@@ -329,7 +338,7 @@ def _epilogue(
         aliases={len(read) + i: len(outputs) + i for i, z in enumerate(changed) if z is not unused},
         grid=(group.columns // (2 * size["BH"]), math.ceil(rows / size["BM"])),
         warps=1 if one_warp and size["BM"] == 1 else 4,
-        M=rows, ROW=product.shape[1], ADAPTERS=layout, **norm, **constants, **size,
+        M=rows, ROW=product.shape[1], SPLITS=_summands(group, rows), ADAPTERS=layout, **norm, **constants, **size,
     )  # fmt: skip
     if traces[0] is not unused:
         state = dataclasses.replace(state, indices=results[-2], weights=results[-1])

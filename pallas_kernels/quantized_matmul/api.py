@@ -47,7 +47,8 @@ def quantized_matmul(
         return xla.quantized_matmul_fp8(x, weight)
     if implementation == "triton":
         one = jax.tree.map(lambda z: z[None], weight)
-        return triton_gpu.product(0, x.reshape(-1, x.shape[-1]), one).reshape(*x.shape[:-1], -1)
+        summands = triton_gpu.product(0, x.reshape(-1, x.shape[-1]), one)
+        return jnp.sum(summands, axis=0).reshape(*x.shape[:-1], -1)
     return xla.quantized_matmul(x, weight, block)
 
 

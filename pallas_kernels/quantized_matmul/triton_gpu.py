@@ -13,26 +13,32 @@ from pallas_kernels.quantized_matmul.weight import QuantizedWeight
 
 MODULE = "pallas_kernels.quantized_matmul.triton_kernels"
 BEHIND = 16  # rows of a block of what is behind
+PROGRAMS = 128  # of an H200's 132 multiprocessors
 shape = jax.ShapeDtypeStruct
 
 
 def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
-    """Tiles of a product: BM rows, BN columns, PARTS parts of BK inputs a step; group: of `QuantizedWeight`.
+    """Tiles of a product: BM rows, BN columns, PARTS parts of BK inputs a step, SPLITS shares of the inputs, warps.
+
+    A program reads its rows of x anew: from L2, which gives little more than memory, so that many rows want many
+    columns, and the inputs are shared out where few programs are left. group: of `QuantizedWeight`.
 
     Raises:
         NotImplementedError: no tile divides the matrix.
     """
     bm = min(64, max(8, 1 << (rows - 1).bit_length()))
-    bn = next((n for n in ((64, 32, 16) if rows > 16 else (16,)) if total % n == 0), 0)
-    bk = group or 128
-    parts = next((p for p in ((1,) if rows > 32 else (4, 2, 1)) if width % (p * bk) == 0), 0)
-    while not group and not parts and bk > 32:
-        bk //= 2
-        parts = int(width % bk == 0)
-    if not bn or not parts or bk & (bk - 1) or bk < 32:
+    wanted, parts, programs = (16, 4, 0) if rows <= 2 else (64, 1, 2 * PROGRAMS) if rows <= 16 else (128, 1, PROGRAMS)
+    bn = next((n for n in (128, 64, 32, 16) if n <= wanted and total % n == 0), 0)
+    bk = group or next((k for k in (128, 64, 32) if width % k == 0), 0)
+    if not bn or bk < 32 or bk & (bk - 1) or width % bk:
         found = f"{width} x {total}" + f" in groups of {group}" * bool(group)
         raise NotImplementedError(f"quantised products: expected inputs in blocks of 32, columns of 16, found {found}")
-    return dict(BM=bm, BN=bn, BK=bk, PARTS=parts)
+    while width % (parts * bk):
+        parts //= 2
+    splits = 1
+    while total // bn * splits < programs and splits < 8 and width % (2 * splits * parts * bk) == 0:
+        splits *= 2
+    return dict(BM=bm, BN=bn, BK=bk, PARTS=parts, SPLITS=splits, warps=8 if bn == 128 else 4)
 
 
 def serves(weight: QuantizedWeight) -> bool:
@@ -54,14 +60,16 @@ def product(
     tile: Mapping[str, int] | None = None,
     *,
     stages: int = 4,
-    warps: int = 4,
     assembly: bool = True,
 ) -> jax.Array:
-    """x [at least M, I] through a layer's matrix and the rows behind it [L, N, I], float32 [M, O + N].
+    """x [at least M, I] through a layer's matrix and the rows behind it [L, N, I].
 
     Args:
         weight: stacked over layers, turned. rows: M, all of x's unless given. tile: of `tiles` unless given. stages:
-            of a program's loads; warps: of it; assembly: whether values are converted by inline assembly.
+            of a program's loads; assembly: whether values are converted by inline assembly.
+
+    Returns:
+        Summands, float32 [SPLITS, M, O + N]; what is behind is whole in the first, and in the others undefined.
 
     Raises:
         NotImplementedError: no tile divides the matrix, it is not turned, or the extra `gpu` is not installed.
@@ -69,14 +77,15 @@ def product(
     if not weight.turned:
         raise NotImplementedError("quantised products by Triton: expected turned values")
     (width, total), count = weight.shape, x.shape[0] if rows is None else rows
-    size = tiles(count, width, total, weight.group) if tile is None else tile
+    size = dict(tiles(count, width, total, weight.group) if tile is None else tile)
+    warps, splits = size.pop("warps"), size["SPLITS"]
     number = jnp.full((1,), layer, jnp.int32)
     n = 0 if behind is None else behind.shape[1]
     given = (weight.scale, number if weight.zero is None else weight.zero, number if behind is None else behind)
     (y,) = launch(
         MODULE, "product_kernel", number, x, weight.values, *given,
-        out=(shape((count, total + n), jnp.float32),),
-        grid=(n // BEHIND + total // size["BN"], math.ceil(count / size["BM"])), warps=warps,
+        out=(shape((splits, count, total + n), jnp.float32),),
+        grid=(n // BEHIND + total // size["BN"], math.ceil(count / size["BM"]), splits), warps=warps,
         M=count, I=width, O=total, N=n, S=weight.group, BEHIND=BEHIND, STAGES=stages,
         ASM=assembly and x.dtype == jnp.bfloat16, **size,
     )  # fmt: skip

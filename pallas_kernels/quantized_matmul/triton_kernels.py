@@ -77,51 +77,59 @@ def product_kernel(
     scale_ptr,  # float32 [L, O], or [L, I / S, O]
     zero_ptr,  # uint8 [L, I / S, O], if S
     behind_ptr,  # [L, N, I], in x's type, if N
-    y_ptr,  # float32 [M, O + N], written
+    y_ptr,  # float32 [SPLITS, M, O + N], written
     M: tl.constexpr, I: tl.constexpr, O: tl.constexpr, N: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEHIND: tl.constexpr, STAGES: tl.constexpr,
-    ASM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, BEHIND: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y = x [W | behind]. S: inputs of a group in 4 bit, then BK is S; 0 in 8 bit. ASM: conversions by inline assembly.
+    """The SPLITS summands of y = x [W | behind], each of its share of the inputs; what is behind is whole in the first,
+    and not written in the others.
 
+    S: inputs of a group in 4 bit, then BK is S; 0 in 8 bit. ASM: conversions by inline assembly.
     BEHIND: rows of a block of what is behind, whose blocks come first: the matrix's last blocks then end together.
-    Grid: N / BEHIND + O / BN, blocks of BM rows.
+    Grid: N / BEHIND + O / BN, blocks of BM rows, SPLITS.
     """
     layer = tl.load(layer_ptr).to(tl.int64)
     first = N // BEHIND
     block = tl.program_id(0)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    begin = split * (I // SPLITS)
     if N == 0:
         matrix(
-            x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr, layer, block, rows, M, I, O, N, S, PARTS, BM, BN, BK, STAGES, ASM
-        )
-    elif block < first:
+            x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr + split * M * O, layer, block, rows, begin, M, I, O, N, S, PARTS,
+            BM, BN, BK, SPLITS, STAGES, ASM,
+        )  # fmt: skip
+    elif block >= first:
+        matrix(
+            x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr + split * M * (O + N), layer, block - first, rows, begin, M, I, O,
+            N, S, PARTS, BM, BN, BK, SPLITS, STAGES, ASM,
+        )  # fmt: skip
+    elif split == 0:
         behind = block * BEHIND + tl.arange(0, BEHIND)
         z = plain(x_ptr, behind_ptr + layer * N * I, rows, behind, M, I, PARTS, BM, BEHIND, 256 // PARTS, STAGES)
         store(y_ptr, z, rows, O + behind, M, O + N)
-    else:
-        matrix(
-            x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr, layer, block - first, rows, M, I, O, N, S, PARTS, BM, BN, BK,
-            STAGES, ASM,
-        )  # fmt: skip
 
 
 @triton.jit
 def matrix(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr, layer, block, rows, M: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
-    N: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr, layer, block, rows, begin, M: tl.constexpr, I: tl.constexpr,
+    O: tl.constexpr, N: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """A block of BN columns of the quantised matrix; the rest as in `product_kernel`."""
+    """A block of BN columns of the quantised matrix, of I / SPLITS inputs from `begin` on; else as `product_kernel`."""
     columns = block * BN + tl.arange(0, BN)
     if S == 0:
-        y = eight_bit(x_ptr, w_ptr + layer * O * I, rows, columns, M, I, PARTS, BM, BN, BK, STAGES, ASM)
+        w_ptr += layer * O * I + begin
+        y = eight_bit(x_ptr + begin, w_ptr, rows, columns, M, I, PARTS, BM, BN, BK, SPLITS, STAGES, ASM)
         y *= tl.load(scale_ptr + layer * O + columns)[None, :, None]
     else:
-        w_ptr += layer * O * (I // 2)
-        scale_ptr += layer * (I // S) * O
-        zero_ptr += layer * (I // S) * O
-        y = four_bit(x_ptr, w_ptr, scale_ptr, zero_ptr, rows, columns, M, I, O, S, PARTS, BM, BN, STAGES, ASM)
+        w_ptr += layer * O * (I // 2) + begin // 2
+        group = layer * (I // S) * O + begin // S * O
+        y = four_bit(
+            x_ptr + begin, w_ptr, scale_ptr + group, zero_ptr + group, rows, columns, M, I, O, S, PARTS, BM, BN,
+            SPLITS, STAGES, ASM,
+        )  # fmt: skip
     store(y_ptr, y, rows, columns, M, O + N)
 
 
@@ -154,14 +162,14 @@ def plain(
 @triton.jit
 def eight_bit(
     x_ptr, w_ptr, rows, columns, M: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """As `plain`, of values in 8 bit without their scale."""
+    """As `plain`, of values in 8 bit without their scale, I / SPLITS inputs."""
     E4M3: tl.constexpr = w_ptr.dtype.element_ty == tl.float8e4nv
     ks = tl.arange(0, PARTS)[:, None] * BK + tl.arange(0, BK)[None, :]
     place = w_ptr + columns[None, :, None] * I + ks[:, None, :]
     acc = tl.zeros((PARTS, BN, BM), tl.float32)
-    for k in tl.range(0, I, PARTS * BK, num_stages=STAGES):
+    for k in tl.range(0, I // SPLITS, PARTS * BK, num_stages=STAGES):
         w = tl.load(place + k)
         x = load_x(x_ptr, rows, ks + k, M, I)
         if ASM and E4M3:
@@ -178,9 +186,10 @@ def eight_bit(
 @triton.jit
 def four_bit(
     x_ptr, w_ptr, scale_ptr, zero_ptr, rows, columns, M: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
-    S: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    S: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """As `plain`, of values in 4 bit with their scales: PARTS groups a time, each times its scale when it is summed."""
+    """As `plain`, of I / SPLITS values in 4 bit: PARTS groups a time, each times its scale when it is summed."""
     H: tl.constexpr = S // 2
     parts = tl.arange(0, PARTS)
     inputs = tl.arange(0, H)
@@ -188,7 +197,7 @@ def four_bit(
     ks = parts[:, None] * S + inputs[None, :]
     groups = parts[:, None] * O + columns[None, :]
     acc = tl.zeros((PARTS, BN, BM), tl.float32)
-    for g in tl.range(0, I // S, PARTS, num_stages=STAGES):
+    for g in tl.range(0, I // S // SPLITS, PARTS, num_stages=STAGES):
         w = tl.load(place + g * H)
         x0 = load_x(x_ptr, rows, ks + g * S, M, I)
         x1 = load_x(x_ptr, rows, ks + g * S + H, M, I)
