@@ -56,7 +56,7 @@ def product(kind: str, dtype: str, rows: int, width: int, total: int, groups: in
 
 def quantized_model(weights: WeightFormat, dtype: str, head: bool = False) -> mj.Meteora:
     """The random model of the other tests, its matrices rounded."""
-    model = small(dtype, layers=2, null=True)
+    model = small(dtype, layers=1, null=True)
     config = dataclasses.replace(model.config, quantization=Quantization.of(weights, head))
     graph, state = nnx.split(gated_llama(config, model.bank, None, jnp.dtype(dtype), nnx.Rngs(0), null=True))
     plain = {path: leaf[...] for path, leaf in nnx.to_flat_state(model.weights)}
