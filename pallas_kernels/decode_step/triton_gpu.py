@@ -290,13 +290,6 @@ def _product(
     return product, choice, dataclasses.replace(state, indices=indices, weights=weights)
 
 
-def _summands(group: Group, rows: int) -> int:
-    """Of how many a group's product is the sum."""
-    if not isinstance(group.w, QuantizedWeight):
-        return 1
-    return quantized_gpu.tiles(rows, *group.w.shape, group.w.group)["SPLITS"]
-
-
 def _epilogue(
     epilogue: Epilogue, layer: int, rows: int, x: jax.Array, product: jax.Array, group: Group, state: StepState,
     choice: Choice | None, layout: AdapterLayout | None, size: Mapping[str, int], *, squares: jax.Array | None = None,
@@ -338,7 +331,7 @@ def _epilogue(
         aliases={len(read) + i: len(outputs) + i for i, z in enumerate(changed) if z is not unused},
         grid=(group.columns // (2 * size["BH"]), math.ceil(rows / size["BM"])),
         warps=1 if one_warp and size["BM"] == 1 else 4,
-        M=rows, ROW=product.shape[1], SPLITS=_summands(group, rows), ADAPTERS=layout, **norm, **constants, **size,
+        M=rows, ROW=product.shape[1], SPLITS=quantized_gpu.summands(group.w, rows), ADAPTERS=layout, **norm, **constants, **size,
     )  # fmt: skip
     if traces[0] is not unused:
         state = dataclasses.replace(state, indices=results[-2], weights=results[-1])

@@ -41,6 +41,11 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
     return dict(BM=bm, BN=bn, BK=bk, PARTS=parts, SPLITS=splits, warps=8 if bn == 128 else 4)
 
 
+def summands(weight: QuantizedWeight | jax.Array, rows: int) -> int:
+    """Of how many a product of so many rows is the sum; 1 of a plain matrix."""
+    return tiles(rows, *weight.shape, weight.group)["SPLITS"] if isinstance(weight, QuantizedWeight) else 1
+
+
 def serves(weight: QuantizedWeight) -> bool:
     """Whether there are tiles for a matrix, however many the rows."""
     try:
