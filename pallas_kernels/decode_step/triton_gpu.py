@@ -331,7 +331,8 @@ def _epilogue(
         aliases={len(read) + i: len(outputs) + i for i, z in enumerate(changed) if z is not unused},
         grid=(group.columns // (2 * size["BH"]), math.ceil(rows / size["BM"])),
         warps=1 if one_warp and size["BM"] == 1 else 4,
-        M=rows, ROW=product.shape[1], SPLITS=quantized_gpu.summands(group.w, rows), ADAPTERS=layout, **norm, **constants, **size,
+        M=rows, ROW=product.shape[1], SPLITS=quantized_gpu.summands(group.w, rows), ADAPTERS=layout, **norm,
+        **constants, **size,
     )  # fmt: skip
     if traces[0] is not unused:
         state = dataclasses.replace(state, indices=results[-2], weights=results[-1])
