@@ -317,8 +317,8 @@ def pack(graph: Any, weights: Any, release: Collection[str] = ()) -> tuple[Any, 
         setattr(model.layers, group, packed(linear, model.has_gates, model.execution, model.dtype))
         if group in release and getattr(model.layers, group) is not linear:
             linear.kernel[...].delete()
-    quantized_head = model.lm_head is not None and model.lm_head_scale is not None and not model.head_turned
-    if quantized_head and model.execution.step is not None:
+    turns = model.lm_head_scale is not None and not model.head_turned and model.execution.step is not None
+    if model.lm_head is not None and turns:
         model.lm_head, model.head_turned = BaseParam(turn(model.lm_head[...], 0), axes=("vocab", "model")), True
     return nnx.split(model)
 

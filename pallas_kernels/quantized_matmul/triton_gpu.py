@@ -90,7 +90,7 @@ def product(
     (y,) = launch(
         MODULE, "product_kernel", number, x, weight.values, *given,
         out=(shape((splits, count, total + n), jnp.float32),),
-        grid=(n // BEHIND + total // size["BN"], math.ceil(count / size["BM"]), splits), warps=warps,
+        grid=(n // BEHIND + total // size["BN"], math.ceil(count / size["BM"]), splits), warps=warps, aliases={},
         M=count, I=width, O=total, N=n, S=weight.group, BEHIND=BEHIND, STAGES=stages,
         ASM=assembly and x.dtype == jnp.bfloat16, **size,
     )  # fmt: skip
