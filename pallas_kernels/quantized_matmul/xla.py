@@ -22,10 +22,20 @@ from pallas_kernels.routed_lora.reference import einsum_float32
 
 def quantized_matmul(x: jax.Array, weight: QuantizedWeight, block: int | None) -> jax.Array:
     """As `api.quantized_matmul`."""
+    if weight.zero is not None and weight.turned:
+        return _product(x, _turned_matrix(weight).astype(x.dtype), True, block)
     if weight.zero is not None:
         return _product(x, dequantize(weight).astype(x.dtype), False, block)
     y = _product(x, weight.values.astype(x.dtype), weight.turned, block)
     return y * jnp.expand_dims(weight.scale, tuple(range(y.ndim - 1)))
+
+
+def _turned_matrix(weight: QuantizedWeight) -> jax.Array:
+    """A turned matrix in 4 bit as [O, I], float32: written as it is read."""
+    width, total = weight.shape
+    halves = weight.values.reshape(total, -1, weight.group // 2)
+    q = jnp.concatenate((halves & 15, halves >> 4), axis=2).astype(jnp.float32)
+    return ((q - weight.zero.T.astype(jnp.float32)[..., None]) * weight.scale.T[..., None]).reshape(total, width)
 
 
 FP8_MAX = 448.0  # of e4m3
