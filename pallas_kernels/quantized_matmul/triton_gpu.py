@@ -27,7 +27,9 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
         NotImplementedError: no tile divides the matrix.
     """
     bm = min(64, max(8, 1 << (rows - 1).bit_length()))
-    wanted, parts, programs = (16, 4, 0) if rows <= 2 else (64, 1, 2 * PROGRAMS) if rows <= 16 else (128, 1, PROGRAMS)
+    wanted, parts, programs = (
+        (32, 4, 2 * PROGRAMS) if rows <= 2 else (64, 1, 2 * PROGRAMS) if rows <= 16 else (128, 1, PROGRAMS)
+    )
     bn = next((n for n in (128, 64, 32, 16) if n <= wanted and total % n == 0), 0)
     bk = group or next((k for k in (128, 64, 32) if width % k == 0), 0)
     if not bn or bk < 32 or bk & (bk - 1) or width % bk:

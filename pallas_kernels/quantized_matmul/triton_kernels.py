@@ -197,12 +197,16 @@ def four_bit(
     ks = parts[:, None] * S + inputs[None, :]
     groups = parts[:, None] * O + columns[None, :]
     acc = tl.zeros((PARTS, BN, BM), tl.float32)
+    ahead = tl.load(zero_ptr + groups)
     for g in tl.range(0, I // S // SPLITS, PARTS, num_stages=STAGES):
         w = tl.load(place + g * H)
         x0 = load_x(x_ptr, rows, ks + g * S, M, I)
         x1 = load_x(x_ptr, rows, ks + g * S + H, M, I)
         scale = tl.load(scale_ptr + g * O + groups)
-        zero = tl.load(zero_ptr + g * O + groups).to(tl.float32)
+        zero = ahead.to(tl.float32)
+        # single bytes are not copied asynchronously: the next ones are asked for before these are used
+        last = tl.minimum(g + PARTS, I // S // SPLITS - PARTS)
+        ahead = tl.load(zero_ptr + last * O + groups)
         if ASM:
             low = four(w, FROM_LOW)
             high = four(w, FROM_HIGH)
