@@ -25,6 +25,7 @@ from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.sharding import constrain
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
+from pallas_kernels.quantized_matmul.weight import turn, turn_back
 from pallas_kernels.routed_lora.reference import KEPT
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -155,6 +156,7 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             head = vocab_matrix("lm_head.kernel", (shape[1], shape[0]), "model", "vocab")
         self.lm_head, self.lm_head_scale = head
+        self.head_turned = False  # whether a quantised one lies as [V, D], see `pack`
         self.vocab_adapter_names = bank.vocab_adapter_names if bank is not None else ()
         self.gates_leave_vocab = False  # whether gates know none of these, so that a choice by token is not refused
         adapted = bank.vocab_adapters if bank is not None else {}
@@ -281,12 +283,13 @@ class Llama(nnx.Module):
 
     def _plain_logits(self, hidden: jax.Array) -> jax.Array:
         """The base's, of hidden [.., D]."""
+        few = self.execution.step if hidden.ndim == 2 else None
         if self.lm_head is None and self.embed_scale is not None:
-            return quantized(hidden, self.embed, self.embed_scale, turned=True)
+            return quantized(hidden, self.embed, self.embed_scale, turned=True, step=few)
         if self.lm_head is None:
             return contract("...d,vd->...v", hidden, self.embed[...], 1)
         if self.lm_head_scale is not None:
-            return quantized(hidden, self.lm_head, self.lm_head_scale)
+            return quantized(hidden, self.lm_head, self.lm_head_scale, turned=self.head_turned, step=few)
         return contract("...d,dv->...v", hidden, self.lm_head[...], 0)
 
 
@@ -311,9 +314,12 @@ def pack(graph: Any, weights: Any, release: Collection[str] = ()) -> tuple[Any, 
     model = nnx.merge(graph, weights)
     for group in GROUPS:
         linear = getattr(model.layers, group)
-        setattr(model.layers, group, packed(linear, model.has_gates, model.execution))
+        setattr(model.layers, group, packed(linear, model.has_gates, model.execution, model.dtype))
         if group in release and getattr(model.layers, group) is not linear:
             linear.kernel[...].delete()
+    turns = model.lm_head_scale is not None and not model.head_turned and model.execution.step is not None
+    if model.lm_head is not None and turns:
+        model.lm_head, model.head_turned = BaseParam(turn(model.lm_head[...], 0), axes=("vocab", "model")), True
     return nnx.split(model)
 
 
@@ -321,7 +327,10 @@ def base_arrays(graph: Any, weights: Any) -> dict[tuple[str, ...], jax.Array]:
     """The base's weights by path, as `load_base` has them: the model's own arrays, but for packed weights, whose rows
     are copied."""
     model = nnx.merge(graph, weights)
-    found = {tuple(map(str, path)): x[...] for path, x in nnx.to_flat_state(weights) if isinstance(x, BaseParam)}
+    base = (item for item in nnx.to_flat_state(weights) if isinstance(item[1], BaseParam) and item[0][-1] != "values")
+    found = {tuple(map(str, path)): x[...] for path, x in base}
     for group in GROUPS:
         found["layers", group, "kernel"] = getattr(model.layers, group).base_kernel()
+    if model.lm_head is not None and model.head_turned:
+        found["lm_head",] = turn_back(model.lm_head[...], 0)
     return found
