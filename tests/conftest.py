@@ -52,6 +52,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--all"):
         os.environ[EVERYTHING] = "1"
+    if jax.default_backend() == "cpu":
+        import program_cache  # here: meteora_jax is imported after the import hook
+
+        program_cache.use(config)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m leave tests out

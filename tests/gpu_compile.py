@@ -27,6 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read back what it compiled for a described device
 
 import meteora_jax as mj
 from meteora_jax import execution

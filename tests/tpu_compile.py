@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read back what it compiled for a described device
 
 from meteora_jax.routing import Routing
 from pallas_kernels.routed_lora.api import Implementation, LoraBank, routed_lora
