@@ -27,7 +27,6 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read back what it compiled for a described device
 
 import meteora_jax as mj
 from meteora_jax import execution
@@ -127,15 +126,18 @@ def decoding(device: Any, router: Any, rows: int, form: TokenRouterForm | None) 
     )
 
 
-def prompt(device: Any, router: Any, length: int) -> str:
-    """The optimised program of a step that reads a prompt."""
+def prompt(device: Any, router: Any, length: int, rows: int = 8) -> str:
+    """The optimised program of a step that reads a prompt beside rows that decode.
+
+    So many rows that XLA has no reason to pad the products: it does where length + rows is no multiple of 8.
+    """
     graph, weights, bank = llama_3_8b()
-    bound = router.bind([router], bank.names) if router is not None else None
-    tokens, one = array((length,), jnp.int32), array((1,), jnp.int32)
-    read = PromptTokens(tokens, tokens, array((length // QUERY_BLOCK,), jnp.int32), one, one, one)
-    rest = step_rows(1), read, bound, one
+    bound = router.bind([router] * rows, bank.names) if router is not None else None
+    tokens, of_rows = array((length,), jnp.int32), array((rows,), jnp.int32)
+    read = PromptTokens(tokens, tokens, array((length // QUERY_BLOCK,), jnp.int32), of_rows, of_rows, of_rows)
+    rest = step_rows(rows), read, bound, array((1,), jnp.int32)
     how: dict[str, Any] = dict(steps=1, logprobs=None, trace=False)
-    return compiled(device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, 1), *rest, **how)
+    return compiled(device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, rows), *rest, **how)
 
 
 def readers_of_kernels(text: str) -> list[str]:
@@ -173,6 +175,7 @@ def products_of_training(device: Any, remat: Any) -> dict[int, int]:
 
 
 def main() -> None:
+    jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
     triton_gpu.launch = attention_gpu.launch = stand_in
     for router, rows, form in (

@@ -1,7 +1,7 @@
 """Compiled programs that tests share: between workers, with the processes they start, and with the next run.
 
-JAX's persistent cache, in pytest's own cache folder (`pytest --cache-clear` empties it). A program's key is its HLO, the
-compiler's options and the versions of jax and XLA, so that a changed program is compiled anew.
+JAX's persistent cache, in pytest's own cache folder (`pytest --cache-clear` empties it). A program's key is its HLO,
+the compiler's options and the versions of jax and XLA, so that a changed program is compiled anew.
 """
 
 from __future__ import annotations

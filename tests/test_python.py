@@ -145,7 +145,9 @@ print(float(logits.sum()))
 def test_the_next_process_reads_what_one_compiled_and_a_torn_file_is_a_miss(tmp_path: Path, world: dict[str, Any]):
     def run() -> tuple[int, int, float]:
         told = [sys.executable, "-c", CACHED, str(world["base"])]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")
+        }
         environment["METEORA_CACHE"] = str(tmp_path)
         done = subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

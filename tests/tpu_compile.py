@@ -19,7 +19,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read back what it compiled for a described device
 
 from meteora_jax.routing import Routing
 from pallas_kernels.routed_lora.api import Implementation, LoraBank, routed_lora
@@ -39,6 +38,7 @@ MORE: list[tuple[Implementation, tuple[int, int], tuple[int, tuple[int, ...]], s
 
 
 def main(topology: str) -> None:
+    jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     mesh = Mesh(np.array([device]), ("device",))
     place = NamedSharding(mesh, PartitionSpec())
