@@ -16,6 +16,7 @@ from meteora_jax.bank import AdapterParam
 from meteora_jax.config import PROJECTIONS
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.io.bank import save_bank
+from meteora_jax.training import step as training_step
 from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.data import (
     NO_TASK,
@@ -31,7 +32,7 @@ from meteora_jax.training.data import (
 )
 from meteora_jax.training.loss import NextTokenLoss
 from meteora_jax.training.side_by_side import EMA, SideBySideLoss, clip_each, shares_of, task_routing
-from meteora_jax.training.step import gradients, initial_state, make_step, optimizer
+from meteora_jax.training.step import initial_state, make_step, optimizer
 from meteora_jax.training.validation import packed
 
 NAMES = ("apple", "birch", "cedar")
@@ -40,6 +41,7 @@ TASKS = {
     name: [Example(f"[INST] {word} number {i} [/INST]\n", f"{word[:6]} {i % 3}") for i in range(20)]
     for name, word in zip(NAMES, WORDS, strict=True)
 }
+gradients = jax.jit(training_step.gradients, static_argnums=(0, 5), static_argnames=("dtype", "remat", "accumulate"))
 SMALL = dict(steps=8, batch_size=8, learning_rate=1e-2, max_length=200, rank=4, alpha=8.0, composite=0.3, validations=4)
 
 
