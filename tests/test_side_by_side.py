@@ -211,8 +211,9 @@ def test_a_composite_counts_what_each_adapter_predicts(tmp_path, world):
     batch = jax.tree.map(jnp.asarray, collate([s]))
     losses, grads = gradients(graph, frozen, params, batch, None, SideBySideLoss(), dtype=jnp.float32, remat=False)
     llama = nnx.merge(graph, params, frozen)
-    out = llama(batch.tokens, batch.positions, task_routing(batch.tasks))
-    logits = np.asarray(llama.logits(out.hidden, None), np.float64)[0]
+    routing = task_routing(batch.tasks)
+    whole = nnx.jit(lambda llama: llama.logits(llama(batch.tokens, batch.positions, routing).hidden, None))
+    logits = np.asarray(whole(llama), np.float64)[0]
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     means = []
     for i in range(3):
