@@ -133,15 +133,18 @@ def decoding(
     )
 
 
-def prompt(device: Any, router: Any, length: int, quantization: Quantization | None = None) -> str:
-    """The optimised program of a step that reads a prompt."""
+def prompt(device: Any, router: Any, length: int, rows: int = 8, quantization: Quantization | None = None) -> str:
+    """The optimised program of a step that reads a prompt beside rows that decode.
+
+    So many rows that XLA has no reason to pad the products: it does where length + rows is no multiple of 8.
+    """
     graph, weights, bank = llama_3_8b(quantization=quantization)
-    bound = router.bind([router], bank.names) if router is not None else None
-    tokens, one = array((length,), jnp.int32), array((1,), jnp.int32)
-    read = PromptTokens(tokens, tokens, array((length // QUERY_BLOCK,), jnp.int32), one, one, one)
-    rest = step_rows(1), read, bound, one
+    bound = router.bind([router] * rows, bank.names) if router is not None else None
+    tokens, of_rows = array((length,), jnp.int32), array((rows,), jnp.int32)
+    read = PromptTokens(tokens, tokens, array((length // QUERY_BLOCK,), jnp.int32), of_rows, of_rows, of_rows)
+    rest = step_rows(rows), read, bound, array((1,), jnp.int32)
     how: dict[str, Any] = dict(steps=1, logprobs=None, trace=False)
-    return compiled(device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, 1), *rest, **how)
+    return compiled(device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, rows), *rest, **how)
 
 
 def readers_of_kernels(text: str) -> list[str]:
@@ -190,7 +193,7 @@ def quantised() -> None:
         copies = len(re.findall(r" copy\(", body))
         print(f"{weights}, {rows} rows: {launches} launches, {copies} copies")
         assert (launches, copies) == (10 * LAYERS + 1, 0), f"{weights}: expected a product a group and one for the head"
-    text = prompt(device, None, 2048, Quantization.of("fp8"))
+    text = prompt(device, None, 2048, quantization=Quantization.of("fp8"))
     products = text.count('custom_call_target="__cublas$lt$matmul$f8"')
     print(f"fp8, a prompt: {products} products of fp8 a layer")
     assert products == 4, "a prompt's products are not of fp8"
@@ -198,6 +201,7 @@ def quantised() -> None:
 
 def main() -> None:
     quantised_gpu.launch = stand_in
+    jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
     triton_gpu.launch = attention_gpu.launch = stand_in
     for router, rows, form in (
