@@ -202,6 +202,7 @@ class TensorReader:
         self, path: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str] = MappingProxyType({})
     ):
         self._path = path
+        self._name = str(path)  # numpy resolves a Path anew for each mapping, which takes as long as the mapping
         self._tensors = {t.key: t for t in read_safetensors(path, str(path))}
         problems = [
             f"{path}: {key}: expected no such tensor, found {tensor.shape}"
@@ -236,7 +237,7 @@ class TensorReader:
         assert tensor.start is not None, "a safetensors file holds its values as they are"
         offset, part = _part(key, tensor.shape, index)
         start = tensor.start + offset * tensor.dtype.itemsize
-        return np.memmap(self._path, dtype=tensor.dtype, mode="r", offset=start, shape=part)
+        return np.memmap(self._name, dtype=tensor.dtype, mode="r", offset=start, shape=part)
 
 
 def _part(key: str, shape: tuple[int, ...], index: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
@@ -262,6 +263,7 @@ class TensorWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
         self._path = path
+        self._name = str(path)  # as in `TensorReader`
         self._specs = {key: (np.dtype(dtype), shape) for key, (dtype, shape) in specs.items()}
         # "pt" is what transformers and peft expect of every file that they are to load.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -294,7 +296,7 @@ class TensorWriter:
         dtype, shape = self._specs[key]
         offset, part = _part(key, shape, index)
         start = self._starts[key] + offset * dtype.itemsize
-        return np.memmap(self._path, dtype=dtype, mode="r+", offset=start, shape=part)
+        return np.memmap(self._name, dtype=dtype, mode="r+", offset=start, shape=part)
 
     def sync(self) -> None:
         """Returns once all that was written so far is on disk."""
