@@ -11,15 +11,18 @@ By rounding alone; no data is looked at. `pallas_kernels.quantized_matmul` multi
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from converters.folders import new_folder, write_json
+from converters import rules
+from converters.folders import Journal, new_folder, write_json
 from converters.hf_llama import copy_tokenizer
 from converters.own_folders import read_base
 from converters.rules import Progress
@@ -54,7 +57,8 @@ def quantize_base(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Writes a BASE folder again with its matrices in fewer bits; norms, biases and records stay bit for bit.
+    """Writes a BASE folder again with its matrices in fewer bits; norms, biases and records stay bit for bit. Killed,
+    the same call goes on from what is on disk.
 
     Args:
         base: the BASE folder. dest: the BASE folder to make.
@@ -83,11 +87,15 @@ def quantize_base(
         for layer in (range(config.num_layers) if path.startswith("layers.") else (None,))
     ]
     problems: list[str] = []
-    sums: dict[str, np.ndarray] = {}  # of squared differences and of squared weights
-    with new_folder(dest, overwrite, [base / "config.json", reader.path]) as partial:
+    inputs = [base / "config.json", reader.path]
+    with new_folder(dest, overwrite, inputs, _identity(found, inputs)) as partial:
         copy_tokenizer(base, partial)
-        writer = TensorWriter(partial / "weights.safetensors", specs)
-        for done, (path, layer) in enumerate(jobs, start=1):
+        writer, journal = TensorWriter(partial / "weights.safetensors", specs), Journal(partial)
+        if not writer.found:
+            journal.begin(journal.conversion)
+        first, unsaved = journal.done, 0
+        sums = {p: np.asarray(held) for p, held in json.loads(journal.said or "{}").items()}  # as of `_quantize`
+        for done, (path, layer) in enumerate(jobs[first:], start=first + 1):
             index = () if layer is None else (layer,)
             values = reader.slice(path, *index)
             if path not in types:
@@ -98,6 +106,11 @@ def quantize_base(
                 sums[path] = sums.get(path, 0) + added
                 if not np.isfinite(added).all():
                     problems.append(f"{reader.path}: {path}: expected finite values, found others")
+            unsaved += values.nbytes
+            if unsaved >= rules.SAVE_BYTES and not problems:
+                writer.sync()
+                journal.note(done, json.dumps({p: held.tolist() for p, held in sums.items()}))
+                unsaved = 0
             if progress is not None:
                 progress(path if layer is None else f"{path}[{layer}]", done, len(jobs))
         if problems:
@@ -109,6 +122,12 @@ def quantize_base(
     worst = max(error, key=lambda path: error[path])
     before, after = (_file_bytes(Path(folder)) for folder in (base, dest))
     return Quantized(new, before, after, math.sqrt(wrong / whole) if whole else 0.0, (worst, error[worst]))
+
+
+def _identity(found: Quantization, inputs: Iterable[Path]) -> str:
+    """A digest of what is asked for, and of the files as they are now."""
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+    return hashlib.sha256(json.dumps([dataclasses.asdict(found), files]).encode("utf-8")).hexdigest()
 
 
 def _file_bytes(folder: Path) -> int:

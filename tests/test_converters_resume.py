@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_llama, tiny_peft
 
-from converters import import_adapters, import_base, peft_bank, rules
+from converters import import_adapters, import_base, peft_bank, quantize_base, rules
 from converters.peft_folder import PeftAdapter
 from meteora_jax.config import InputError
 
@@ -214,3 +214,35 @@ def test_a_folder_that_changes_while_others_are_imported_is_refused(tmp_path: Pa
     with pytest.raises(InputError, match="second: expected the files that were checked, found others since"):
         import_adapters(bank, base, folders, progress=change)
     assert not bank.exists()
+
+
+QUANTIZE = """
+import os, signal, sys
+from converters import quantize_base, rules
+
+rules.SAVE_BYTES = 1
+def stop(key, done, total):
+    return done == 9 and os.kill(os.getpid(), signal.SIGKILL)
+
+quantize_base(sys.argv[1], sys.argv[2], sys.argv[3], embedding=True, progress=stop)
+"""
+
+
+def test_a_killed_quantisation_goes_on(tmp_path: Path):
+    """Its report, too, is of all tensors; another format begins anew."""
+    _, hf = tiny_llama(tmp_path)
+    import_base(hf, tmp_path / "base")
+    told: list[int] = []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for killed, asked in (("int4", "int4"), ("fp8", "int8")):
+        base, dest, whole = (tmp_path / name for name in ("base", f"{asked}-killed", f"{asked}-whole"))
+        expected = quantize_base(base, whole, asked, embedding=True)
+        command = [sys.executable, "-c", QUANTIZE, str(base), str(dest), killed]
+        assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+        assert not dest.exists()
+        told.clear()
+        found = quantize_base(base, dest, asked, embedding=True, progress=lambda key, done, total: told.append(done))
+        assert told[0] == (10 if killed == asked else 1)
+        assert found == expected
+        files = {path.name: path.read_bytes() for path in dest.iterdir()}
+        assert files == {path.name: path.read_bytes() for path in whole.iterdir()}
