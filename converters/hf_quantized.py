@@ -5,8 +5,11 @@
                         weight_packed, weights + 8 in 4 bits of int32 along I
     gptq                scales[g] * (qweight - qzeros[g] - 1), 4 or 8 bits in int32, qweight along I, qzeros along O;
                         g = g_idx[i]; "gptq_v2" without the 1
+    awq ("gemm")        scales[g] * (qweight - qzeros[g]), 4 bits in int32, both along O: the eight columns of a word
+                        lie in the order 0, 2, 4, 6, 1, 3, 5, 7
 
-AWQ and SmoothQuant fold scales into norms, so that adapters of the original no longer fit: they are refused.
+AWQ folds scales into norms and the rows of earlier matrices. As a model of its own it is whole, but adapters of the
+unquantised model do not fit it: its names say AWQ (see `io.provenance`). SmoothQuant's are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from converters.rules import AS_IS, Rule
 from converters.tensor_files import SourceTensor, dtype_name
 from meteora_jax.config import InputError
 
-METHODS = ("fp8", "compressed-tensors", "gptq")
+METHODS = ("fp8", "compressed-tensors", "gptq", "awq")
 BYTES = {"FP8": 1.0, "INT8": 1.0, "INT4": 0.5}  # a weight, by `SourceTensor.stored`
 DROPPED = (".input_scale", ".weight_shape")  # activations stay as they are; a shape is known without
 PARTS = {  # what a module has beside its bias, the matrix first
@@ -29,7 +32,10 @@ PARTS = {  # what a module has beside its bias, the matrix first
     "compressed-tensors": ("weight", "weight_scale"),
     "packed": ("weight_packed", "weight_scale"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
 }
+TURNED = ("gptq", "awq")  # whose matrices lie as [I, O], as this project's do
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of each of eight columns, which four bits of a word are its
 Rows = Callable[[int, int], np.ndarray]
 
 
@@ -61,8 +67,18 @@ class Method:
                 key = "quantization_config.weight_block_size"
                 raise InputError(f"{source}: {key}: expected two sizes, found {block!r:.200}")
             return cls(name, block=None if block is None else (block[0], block[1]))
-        if said.get("bits") not in (4, 8):
-            raise InputError(f"{source}: quantization_config.bits: expected 4 or 8, found {said.get('bits')!r:.200}")
+        widths = (4,) if name == "awq" else (4, 8)
+        if said.get("bits") not in widths:
+            expected = " or ".join(map(str, widths))
+            raise InputError(
+                f"{source}: quantization_config.bits: expected {expected}, found {said.get('bits')!r:.200}"
+            )
+        if name == "awq":
+            version = said.get("version", said.get("format", "gemm"))
+            if version != "gemm":
+                key = "quantization_config.version"
+                raise InputError(f"{source}: {key}: expected 'gemm', found {version!r:.200}")
+            return cls(name, bits=4)
         return cls(name, bits=said["bits"], offset=int(said.get("checkpoint_format") != "gptq_v2"))
 
 
@@ -71,7 +87,7 @@ def _is_size(value: object) -> bool:
 
 
 def written_out(method: Method, tensors: Sequence[SourceTensor]) -> list[SourceTensor]:
-    """The tensors with `weight` float32 in the place of each quantised module's parts: [O, I], of gptq [I, O].
+    """The tensors with `weight` float32 in the place of each quantised module's parts: [O, I], of `TURNED` [I, O].
 
     Raises:
         InputError: parts that are missing, or of another shape or type; all of them.
@@ -113,6 +129,9 @@ def _module(method: Method, name: str, key: str, parts: Sequence[SourceTensor]) 
     if name == "gptq":
         shape, rows = _gptq(method, parts)
         stored = f"INT{method.bits}"
+    elif name == "awq":
+        shape, rows = _awq(*parts)
+        stored = "INT4"
     elif name == "packed":
         shape, rows, stored = _packed(*parts)
     else:
@@ -181,6 +200,28 @@ def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int
     return shape, rows
 
 
+def _awq(matrix: SourceTensor, zeros: SourceTensor, scales: SourceTensor) -> tuple[tuple[int, int], Rows]:
+    inputs, words = matrix.shape
+    groups, outputs = scales.shape[0], 8 * words
+    for tensor, expected in ((zeros, (groups, words)), (scales, (groups, outputs))):
+        if tensor.shape != expected:
+            raise InputError(f"{tensor.where}: expected shape {expected}, found {tensor.shape}")
+    if not groups or inputs % groups:
+        raise InputError(f"{scales.where}: expected a number of groups that divides {inputs} inputs, found {groups}")
+    zero, scale = _awq_columns(zeros.read()).astype(np.float32), scales.read().astype(np.float32)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        own = np.arange(start, stop) // (inputs // groups)
+        return (_awq_columns(matrix.rows(start, stop)).astype(np.float32) - zero[own]) * scale[own]
+
+    return (inputs, outputs), rows
+
+
+def _awq_columns(words: np.ndarray) -> np.ndarray:
+    """int32 [n, O / 8] -> uint8 [n, O], columns in their order."""
+    return unpacked(words, 4, axis=1).reshape(len(words), -1, 8)[..., _AWQ_PLACES].reshape(len(words), -1)
+
+
 def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     """int32 words along an axis of a matrix -> their parts of so many bits, lowest first, uint8."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
@@ -192,8 +233,8 @@ def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
 
 
 def rules_of(method: Method, rules: Sequence[Rule], tensors: Sequence[SourceTensor]) -> list[Rule]:
-    """The table for tensors that `written_out` gave: gptq's matrices lie as this project's do."""
-    if method.name != "gptq":
+    """The table for tensors that `written_out` gave."""
+    if method.name not in TURNED:
         return list(rules)
     turned = {t.key for t in tensors if t.stored is not None}
     return [
