@@ -55,7 +55,7 @@ def open_base(src: Path) -> OpenedBase:
     files, tensors, remarks = read_weights(src)
     if method is not None:
         tensors = written_out(method, tensors)
-        said = "are read as what they stand for; meteora quantize would round them anew"
+        said = "are read as what they stand for, or with --weights taken over where that format allows"
         remarks = [*remarks, f"{src}: weights quantised by {method.name} {said}"]
     config, untied = untie(config, tensors)
     rules = llama_rules(config) if method is None else rules_of(method, llama_rules(config), tensors)

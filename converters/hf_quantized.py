@@ -15,13 +15,14 @@ unquantised model do not fit it: its names say AWQ (see `io.provenance`). Smooth
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from converters.rules import AS_IS, Rule
-from converters.tensor_files import SourceTensor, dtype_name
+from converters.tensor_files import PackedMatrix, SourceTensor, dtype_name
 from meteora_jax.config import InputError
 
 METHODS = ("fp8", "compressed-tensors", "gptq", "awq")
@@ -127,17 +128,33 @@ def _module(method: Method, name: str, key: str, parts: Sequence[SourceTensor]) 
         expected = f"a matrix of {' or '.join(kinds)}"
         raise InputError(f"{matrix.where}: expected {expected}, found {kind} {matrix.shape}")
     if name == "gptq":
-        shape, rows = _gptq(method, parts)
+        shape, rows, packed = _gptq(method, parts)
         stored = f"INT{method.bits}"
     elif name == "awq":
-        shape, rows = _awq(*parts)
+        shape, rows, packed = _awq(*parts)
         stored = "INT4"
     elif name == "packed":
-        shape, rows, stored = _packed(*parts)
+        shape, rows, packed = _packed(*parts)
+        stored = "INT4"
     else:
-        shape, rows = matrix.shape, _scaled(method, *parts)
+        shape, rows, packed = matrix.shape, _scaled(method, *parts), _eight_bit(method, *parts)
         stored = "INT8" if kind == "I8" else "FP8"
-    return SourceTensor(matrix.file, key, np.dtype(np.float32), shape, rows, stored=stored)
+    return SourceTensor(matrix.file, key, np.dtype(np.float32), shape, rows, stored=stored, packed=packed)
+
+
+def _eight_bit(method: Method, matrix: SourceTensor, scale: SourceTensor) -> PackedMatrix | None:
+    """None where a scale is not a whole row's."""
+    outputs = matrix.shape[0]
+    if method.block is not None or scale.shape not in ((), (1,), (1, 1), (outputs,), (outputs, 1)):
+        return None
+    integers = dtype_name(matrix.dtype) == "I8"
+
+    def read() -> tuple[np.ndarray, np.ndarray, None]:
+        values = np.ascontiguousarray(matrix.read().T)
+        scales = np.broadcast_to(scale.read().astype(np.float32).reshape(-1), (outputs,))
+        return values if integers else values.view(np.uint8), scales, None
+
+    return PackedMatrix("int8" if integers else "fp8", 0, read)
 
 
 def _scales(scale: SourceTensor, shape: tuple[int, ...], block: tuple[int, int] | None) -> Rows:
@@ -164,7 +181,7 @@ def _scaled(method: Method, matrix: SourceTensor, scale: SourceTensor) -> Rows:
     return lambda start, stop: matrix.rows(start, stop).astype(np.float32) * scales(start, stop)
 
 
-def _packed(matrix: SourceTensor, scale: SourceTensor) -> tuple[tuple[int, int], Rows, str]:
+def _packed(matrix: SourceTensor, scale: SourceTensor) -> tuple[tuple[int, int], Rows, PackedMatrix]:
     """Of compressed-tensors in 4 bits; in others the shape is not the one that config.json has."""
     outputs, words = matrix.shape
     shape = outputs, 8 * words
@@ -174,10 +191,14 @@ def _packed(matrix: SourceTensor, scale: SourceTensor) -> tuple[tuple[int, int],
         q = unpacked(matrix.rows(start, stop), 4, axis=1).astype(np.float32) - 8
         return q * scales(start, stop)
 
-    return shape, rows, "INT4"
+    def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        own = np.ascontiguousarray(scale.read().astype(np.float32).reshape(outputs, -1).T)
+        return np.ascontiguousarray(unpacked(matrix.read(), 4, axis=1).T), own, np.full(own.shape, 8, np.uint8)
+
+    return shape, rows, PackedMatrix("int4", shape[1] // max(1, math.prod(scale.shape) // outputs), read)
 
 
-def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int], Rows]:
+def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int], Rows, PackedMatrix | None]:
     matrix, zeros, scales, index = parts
     per = 32 // method.bits
     shape = inputs, outputs = matrix.shape[0] * per, matrix.shape[1]
@@ -197,10 +218,14 @@ def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int
         own = group[start:stop]
         return (q.astype(np.float32) - zero[own]) * scale[own]
 
-    return shape, rows
+    def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return unpacked(matrix.read(), method.bits, axis=0), scale, zero.astype(np.uint8)
+
+    in_order = inputs % groups == 0 and np.array_equal(group, np.arange(inputs) // (inputs // groups))
+    return shape, rows, PackedMatrix("int4", inputs // groups, read) if method.bits == 4 and in_order else None
 
 
-def _awq(matrix: SourceTensor, zeros: SourceTensor, scales: SourceTensor) -> tuple[tuple[int, int], Rows]:
+def _awq(matrix: SourceTensor, zeros: SourceTensor, scales: SourceTensor) -> tuple[tuple[int, int], Rows, PackedMatrix]:
     inputs, words = matrix.shape
     groups, outputs = scales.shape[0], 8 * words
     for tensor, expected in ((zeros, (groups, words)), (scales, (groups, outputs))):
@@ -208,13 +233,19 @@ def _awq(matrix: SourceTensor, zeros: SourceTensor, scales: SourceTensor) -> tup
             raise InputError(f"{tensor.where}: expected shape {expected}, found {tensor.shape}")
     if not groups or inputs % groups:
         raise InputError(f"{scales.where}: expected a number of groups that divides {inputs} inputs, found {groups}")
-    zero, scale = _awq_columns(zeros.read()).astype(np.float32), scales.read().astype(np.float32)
+    size = inputs // groups
 
     def rows(start: int, stop: int) -> np.ndarray:
-        own = np.arange(start, stop) // (inputs // groups)
+        first, last = start // size, -(-stop // size)
+        own = np.arange(start, stop) // size - first
+        zero = _awq_columns(zeros.rows(first, last)).astype(np.float32)
+        scale = scales.rows(first, last).astype(np.float32)
         return (_awq_columns(matrix.rows(start, stop)).astype(np.float32) - zero[own]) * scale[own]
 
-    return (inputs, outputs), rows
+    def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return _awq_columns(matrix.read()), scales.read().astype(np.float32), _awq_columns(zeros.read())
+
+    return (inputs, outputs), rows, PackedMatrix("int4", size, read)
 
 
 def _awq_columns(words: np.ndarray) -> np.ndarray:

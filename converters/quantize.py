@@ -73,7 +73,7 @@ def quantize_base(
     """
     base = Path(base)
     config, reader = read_base(base)
-    raw, found = read_json(base / "config.json"), _quantization(config, weights, head, embedding, base)
+    raw, found = read_json(base / "config.json"), quantization_of(config, weights, head, embedding, base)
     meteora = raw.get("meteora")
     if not isinstance(meteora, dict) or meteora.get("format") != FORMAT:
         said = meteora.get("format") if isinstance(meteora, dict) else meteora
@@ -94,7 +94,7 @@ def quantize_base(
         if not writer.found:
             journal.begin(journal.conversion)
         first, unsaved = journal.done, 0
-        sums = {p: np.asarray(held) for p, held in json.loads(journal.said or "{}").items()}  # as of `_quantize`
+        sums = {p: np.asarray(held) for p, held in json.loads(journal.said or "{}").items()}  # as of `quantize_matrix`
         for done, (path, layer) in enumerate(jobs[first:], start=first + 1):
             index = () if layer is None else (layer,)
             values = reader.slice(path, *index)
@@ -102,7 +102,7 @@ def quantize_base(
                 writer.slice(path, *index)[:] = values
             else:
                 parts = {p: writer.slice(p, *index) for p in types if p == path or p.startswith(f"{path}_")}
-                added = _quantize(values, parts, path, found)
+                added = quantize_matrix(values, parts, path, found)
                 sums[path] = sums.get(path, 0) + added
                 if not np.isfinite(added).all():
                     problems.append(f"{reader.path}: {path}: expected finite values, found others")
@@ -134,7 +134,8 @@ def _file_bytes(folder: Path) -> int:
     return (folder / "weights.safetensors").stat().st_size
 
 
-def _quantization(config: LlamaConfig, weights: str, head: bool, embedding: bool, base: Path) -> Quantization:
+def quantization_of(config: LlamaConfig, weights: str, head: bool, embedding: bool, base: Path) -> Quantization:
+    """What `quantize_base` is asked for. base: as messages name it. Raises InputError: shapes have no place in it."""
     problems = []
     known: dict[str, WeightFormat] = {name: name for name in WEIGHT_FORMATS}
     kind = known.get(weights)
@@ -154,7 +155,9 @@ def _quantization(config: LlamaConfig, weights: str, head: bool, embedding: bool
     return Quantization.of(kind, head, embedding)
 
 
-def _quantize(values: np.ndarray, parts: dict[str, np.ndarray], path: str, quantization: Quantization) -> np.ndarray:
+def quantize_matrix(
+    values: np.ndarray, parts: dict[str, np.ndarray], path: str, quantization: Quantization
+) -> np.ndarray:
     """Fills the parts of one matrix [I, O], or embedding [O, I]; float64 [2], the sums of squared differences and of
     squared weights, not finite where a weight is not."""
     turned = path == "embed.embedding"
