@@ -185,17 +185,18 @@ def _packed(matrix: SourceTensor, scale: SourceTensor) -> tuple[tuple[int, int],
     """Of compressed-tensors in 4 bits; in others the shape is not the one that config.json has."""
     outputs, words = matrix.shape
     shape = outputs, 8 * words
-    scales = _scales(scale, shape, None)
+    scales, groups = _scales(scale, shape, None), max(1, math.prod(scale.shape) // outputs)
 
     def rows(start: int, stop: int) -> np.ndarray:
         q = unpacked(matrix.rows(start, stop), 4, axis=1).astype(np.float32) - 8
         return q * scales(start, stop)
 
     def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        own = np.ascontiguousarray(scale.read().astype(np.float32).reshape(outputs, -1).T)
+        own = scale.read().astype(np.float32)
+        own = np.broadcast_to(own.reshape(1 if own.size == 1 else outputs, -1), (outputs, groups)).T
         return np.ascontiguousarray(unpacked(matrix.read(), 4, axis=1).T), own, np.full(own.shape, 8, np.uint8)
 
-    return shape, rows, PackedMatrix("int4", shape[1] // max(1, math.prod(scale.shape) // outputs), read)
+    return shape, rows, PackedMatrix("int4", shape[1] // groups, read)
 
 
 def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int], Rows, PackedMatrix | None]:

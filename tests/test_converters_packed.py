@@ -46,14 +46,23 @@ def fp8_tensor(rng: np.random.Generator, o: int, i: int) -> tuple[Tensors, np.nd
     return {**tensors, "weight_scale": scale}, tensors["weight"].double().numpy() * 0.5
 
 
+def int4_tensor(rng: np.random.Generator, o: int, i: int) -> tuple[Tensors, np.ndarray]:
+    """One scale for all."""
+    values = rng.integers(-8, 8, (o, i))
+    return {"weight_packed": words(values + 8, 4), "weight_scale": torch.tensor([0.25])}, values * 0.25
+
+
 OWN = {
+    "int4-tensor": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, int4_tensor, "INT4"),
     "gptq-in-order": ({"quant_method": "gptq", "bits": 4, "desc_act": False}, gptq_in_order, "INT4"),
     "fp8-rows": ({"quant_method": "compressed-tensors", "format": "float-quantized"}, fp8_rows, "FP8"),
     "fp8-tensor": ({"quant_method": "compressed-tensors", "format": "float-quantized"}, fp8_tensor, "FP8"),
 }
 FORMATS = {
     "gptq-in-order": "int4", "awq": "int4", "packed": "int4", "int8": "int8", "fp8-rows": "fp8", "fp8-tensor": "fp8",
+    "int4-tensor": "int4",
 }  # fmt: skip
+GROUPS = {"gptq-in-order": 32, "awq": 16, "packed": 16, "int4-tensor": 32}  # inputs are 64 and 96
 
 
 @pytest.mark.parametrize("case", FORMATS)
@@ -66,7 +75,7 @@ def test_what_the_format_allows_is_taken_over(tmp_path: Path, monkeypatch: pytes
     assert remarks[-1].endswith(": 14 of 14 matrices taken over bit for bit")
     opened = read_base(tmp_path / "base", quantized=True)
     assert opened[0].quantization is not None
-    assert opened[0].quantization.group_size == {"gptq-in-order": 32, "awq": 16, "packed": 16}.get(case)
+    assert opened[0].quantization.group_size == GROUPS.get(case)
     for module, matrix in exact.items():
         layer, name = int(module.split(".")[2]), module.split(".")[-1]
         found = open_matrix(*opened, f"layers.{name}.kernel", layer).read()
