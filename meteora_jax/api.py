@@ -22,23 +22,23 @@ from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import Progress, Request, Sampling, bind_row
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
-from meteora_jax.execution import jit, packs
+from meteora_jax.execution import packs
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Ended, Engines, pieces, routing_of
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_bank import change_adapters, fill_spectra, is_packed, rank_in
-from meteora_jax.padding import pad_batch
+from meteora_jax.padding import fill_rows, pad_prompts
 from meteora_jax.probing import probed
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
 from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
-from meteora_jax.routing.named import spelled_out
+from meteora_jax.routing.named import one_a_row, spelled_out
 from meteora_jax.routing.retrieval import Found, Reading, Said, look_up, read_texts
 from meteora_jax.routing.scores import SHRUNK
 from meteora_jax.routing.trace import adapted_places
+from meteora_jax.sequences import Run, all_logits, in_parts
 from meteora_jax.sharding import Params, place_rows, use_mesh
-from pallas_kernels.paged_attention import EMPTY
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -103,7 +103,7 @@ class Meteora:
     ) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch. prompts: token ids, for adapters with an invocation."""
         if self.pool is not None:
-            raise InputError("adapter_slots: expected all adapters on the device for whole sequences, found slots")
+            raise InputError("adapter_slots: expected all adapters on the device for this, found slots")
         if prompts is not None:
             router = self.after_pass(router, prompts)
         bound = bind_known(router, self.bank, self.gates, batch, prompts)
@@ -129,20 +129,19 @@ class Meteora:
     ) -> Meteora:
         """Another model with one adapter more, behind the others; this one stays as it is.
 
-        Both share the base's arrays. Gates have no column of the new adapter and go on choosing among those that they
-        know; `Fixed` and `Retrieval` reach it (and gates that `meteora train gates --extend` made, once loaded).
+        With adapter slots it is this model that gets it (`pool.load`), and that is returned. Without, both share the
+        base's arrays. Gates have no column of the new adapter and go on choosing among those that they know; `Fixed`
+        and `Retrieval` reach it (and gates that `meteora train gates --extend` made, once loaded).
 
         Args:
             path: a PEFT folder, or a BANK folder that has an adapter of this name.
-            name: what it will be called.
-            any_base: take an adapter whose settings name another base.
+            name: what it will be called. any_base: take an adapter whose settings name another base.
             release: replaced arrays' memory is given back one by one; this model is then of no more use. Otherwise both
                 models' adapters are in memory, and of packed models (a GPU, 16 bit) both bases.
 
         Raises:
             InputError: a name that is taken or none, and what `meteora import adapters` refuses.
         """
-        self._check_no_pool("add_adapter", "load")
         with Arguments("add_adapter") as given:
             given.path("path", path)
             given.texts("name", [name])
@@ -150,6 +149,9 @@ class Meteora:
             raise InputError("add_adapter: expected a model of mj.load, found one whose BASE folder is not known")
         if name in self.adapter_names:
             raise InputError(f"add_adapter: name: expected one that no adapter has, found {name!r}")
+        if self.pool is not None:
+            self.pool.load(path, name, any_base=any_base)
+            return self
         import converters  # knows the files of others; here alone outside of the command line
 
         kind = jnp.dtype(self.dtype)
@@ -167,7 +169,8 @@ class Meteora:
         )  # fmt: skip
 
     def remove_adapter(self, name: str, *, release: bool = False) -> Meteora:
-        """Another model without one adapter; this one stays as it is. Gates lose its column, if they have one.
+        """Another model without one adapter, and gates without its column; this one stays as it is. With adapter slots
+        it is this model that loses it (`pool.unload`).
 
         Args:
             name: the adapter. release: as in `add_adapter`.
@@ -175,20 +178,18 @@ class Meteora:
         Raises:
             InputError: no adapter has the name, or it is the last one.
         """
-        self._check_no_pool("remove_adapter", "unload")
         if self.bank is None or name not in self.adapter_names:
             found = ", ".join(self.adapter_names) or "none"
             raise InputError(f"remove_adapter: name: expected an adapter's ({found}), found {name!r:.200}")
         if len(self.adapter_names) == 1:
             raise InputError(f"remove_adapter: expected an adapter that stays, found {name!r} alone (load the base)")
+        if self.pool is not None:
+            self.pool.unload(name)
+            return self
         keep = [i for i, n in enumerate(self.adapter_names) if n != name]
         gates = None if self.gates is None else self.gates.without(name)
         columns = [i for i in range(self.gates.columns) if self.gates.names[i : i + 1] != (name,)] if self.gates else []
         return self._changed(self.bank.take(keep, rank_in(self.weights)), keep, None, gates, columns, release)
-
-    def _check_no_pool(self, what: str, instead: str) -> None:
-        if self.pool is not None:
-            raise InputError(f"{what}: expected a model with all adapters on the device, found slots (pool.{instead})")
 
     def _changed(self, bank, keep, added, gates, columns, release) -> Meteora:
         packed = packs(self.dtype, self.mesh) or is_packed(self.graph, self.weights)
@@ -224,11 +225,24 @@ class Meteora:
         rows = read_token_ids(token_ids)
         check_prompts(rows, self.config, 0)
         router, _ = self.look_up(router, len(rows), lambda: [self.decode_tokens(row) for row in rows])
-        tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows), rows), self.mesh)
-        with use_mesh(self.mesh):
-            batch = place_rows((tokens, lengths), self.mesh)
-            logits = _logits(self.graph, self.weights, *batch, bound)
-        return logits[: len(rows), : int(lengths.max())]
+        tokens, lengths = pad_prompts(rows)
+
+        def run(tokens: np.ndarray, lengths: np.ndarray, bound: BoundRouter | None) -> jax.Array:
+            batch, own = fill_rows((tokens, lengths), bound, self.mesh)
+            with use_mesh(self.mesh):
+                return all_logits(self.graph, self.weights, *place_rows(batch, self.mesh), own)
+
+        return self.over_rows(router, rows, (tokens, lengths), run)[: len(rows), : int(lengths.max())]
+
+    def over_rows(
+        self, router: RouterArgument, rows: Sequence[Sequence[int]], arrays: Sequence[np.ndarray], run: Run
+    ) -> Any:
+        """`run(*arrays, bound)` of token lists and arrays [B, ...] of them; with slots joined of `in_parts`."""
+        if self.pool is None:
+            return run(*arrays, self.bind(router, len(rows), rows))
+        own = one_a_row(router, len(rows))
+        wanted = [self.pool.want(spelled_out(r, self.gates), row) for r, row in zip(own, rows, strict=True)]
+        return in_parts(self.pool, wanted, arrays, run, self._engines.step)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids as the tokenizer does by itself; a list of messages goes through the chat template."""
@@ -335,11 +349,9 @@ class Meteora:
         check_prompts(ids, self.config, mosts)
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
         router = self.after_pass(router, ids)
-        per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         if self.pool is None:
             self.bind(router, len(ids), ids)  # refuses all that is wrong at once
-        elif len(per_prompt) != len(ids):
-            raise InputError(f"router: expected a list of {len(ids)} (one a prompt), found {len(per_prompt)}")
+        per_prompt = one_a_row(router, len(ids))
         requests = [
             self.request(row, own, most, dataclasses.replace(sampling, index=i), texts, trace=routing)
             for i, (row, own, most, texts) in enumerate(zip(ids, per_prompt, mosts, stops, strict=True))
@@ -386,13 +398,3 @@ class Meteora:
             trace = RoutingTrace(names, PROJECTIONS, shown, len(prompt), indices, weights, retrieved, self._adapted)
         own = tuple((value, tuple(best)) for value, best in progress.logprobs)
         return Completion(text, tokens, progress.finish_reason, len(prompt), trace, own)
-
-
-@jit(static_argnames=("graph",))
-def _logits(
-    graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None
-) -> jax.Array:
-    model = nnx.merge(graph, weights)
-    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
-    return model.logits(model(tokens, positions, router).hidden, router)

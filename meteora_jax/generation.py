@@ -59,6 +59,11 @@ class Engines:
             self._engine = engine
         return engine
 
+    def step(self) -> bool:
+        """Moves on what is under way in the engine that calls share; False: nothing is."""
+        found = self._engine
+        return found is not None and not found.failed and found.step()
+
 
 def fitting_blocks(config: LlamaConfig, block_size: int, weights: Params, mesh: Mesh | None) -> int:
     """How many blocks of the model's cache fit into what its devices have left, alike on all hosts; any number where

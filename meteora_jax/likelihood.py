@@ -57,6 +57,20 @@ def score(
     return join(logprobs), join(indices), join(values)
 
 
+def scores(
+    model: Meteora, rows: Sequence[Sequence[int]], at: np.ndarray, targets: np.ndarray, router: RouterArgument,
+    likely: int = 1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """`score` of a model's token lists, on the host; router: one that reads no text any more."""
+
+    def run(tokens: Any, lengths: Any, at: Any, targets: Any, bound: BoundRouter | None) -> tuple[jax.Array, ...]:
+        tokens, lengths, at, targets = (jnp.asarray(x) for x in (tokens, lengths, at, targets))
+        return score(model.graph, model.weights, tokens, lengths, at, targets, bound, likely=likely)
+
+    logprobs, indices, values = model.over_rows(router, rows, (*pad_prompts(rows), at, targets), run)
+    return np.asarray(logprobs), np.asarray(indices), np.asarray(values)
+
+
 def prompt_logprobs(
     model: Meteora, token_ids: Sequence[int], router: RouterArgument, likely: int
 ) -> list[tuple[float, list[tuple[int, float]]]]:
@@ -69,12 +83,10 @@ def prompt_logprobs(
     if len(token_ids) < 2:
         return []
     row, goals = list(token_ids[:-1]), list(token_ids[1:])
-    tokens, lengths = pad_prompts([row])
     width = bucket(len(goals))
     at, targets = np.zeros((1, width), np.int32), np.zeros((1, width), np.int32)
     at[0, : len(goals)], targets[0, : len(goals)] = np.arange(len(goals)), goals
-    given: list[Any] = [jnp.asarray(x) for x in (tokens, lengths, at, targets)]
-    bound = model.bind([router], 1, [row])  # pyright: ignore[reportArgumentType]
-    logprobs, indices, values = map(np.asarray, score(model.graph, model.weights, *given, bound, likely=likely))
+    one: Any = [router]
+    logprobs, indices, values = scores(model, [row], at, targets, one, likely)
     best = [list(zip(i.tolist(), v.tolist(), strict=True)) for i, v in zip(indices[0], values[0], strict=True)]
     return list(zip(logprobs[0, : len(goals)].tolist(), best[: len(goals)], strict=True))

@@ -49,12 +49,13 @@ def load(
             `dtype` says which. Gates stay float32.
         adapter_slots: the bank stays on disk, and so many of its adapters are on the device at a time, those that
             requests ask for; the model's `pool` loads and unloads others meanwhile. "auto": what half of the memory
-            beside the base holds, and 64 where that is not known, at most one an adapter. None: all are on the device.
+            beside the base holds, and 64 where that is not known, at most one an adapter. None: all are on the device,
+            as they have to be over several hosts.
         adapter_rank: of a slot, at every projection; an adapter of a larger rank takes several slots, so that one of
             rank 8 does not pay for one of rank 64 (gates and fusion need one slot each). None: as the bank's need.
 
     Raises:
-        InputError: a folder is missing, damaged, or made for another base or bank.
+        InputError: a folder is missing, damaged, or made for another base or bank; slots over several hosts.
     """
     compilation_cache.use()
     with Arguments() as given:
@@ -72,6 +73,10 @@ def load(
         raise InputError(f"{gates}: gates: expected a bank beside them, found none")
     if bank is None and adapter_slots is not None:
         raise InputError(f"adapter_slots: expected a bank beside them, found none for {adapter_slots}")
+    if adapter_slots is not None and jax.process_count() > 1:
+        # whatever is loaded or unloaded meanwhile would have to change every host's slots at the same step
+        found = f"{jax.process_count()}: over several hosts a bank is on the devices as a whole"
+        raise InputError(f"adapter_slots: expected one process, found {found}")
     if adapter_slots is None and adapter_rank is not None:
         raise InputError(f"adapter_rank: expected adapter_slots beside it, found none for {adapter_rank}")
     kind = jnp.dtype(default_dtype(dtype))
