@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.config import InputError
-from meteora_jax.likelihood import score
 from meteora_jax.loading import load
+from meteora_jax.model.likelihood import score
 from meteora_jax.padding import bucket, pad_prompts
 from meteora_jax.prompts import render_chat
 from meteora_jax.routing.named import read_router
