@@ -54,7 +54,8 @@ class Engines:
         tokens, most = fitting(*self._model, self._config, ROWS, BLOCK_SIZE, wanted[0], self._mesh)
         size = EngineSize(ROWS, tokens, min(blocks, most), BLOCK_SIZE)
         engine = EngineCore(
-            *self._model, self._config, size, mesh=self._mesh, decode=self._decode, pool=self._pool
+            *self._model, self._config, size, mesh=self._mesh, decode=self._decode, pool=self._pool,
+            few_programs=True,
         )  # fmt: skip
         if found is None:
             self._engine = engine

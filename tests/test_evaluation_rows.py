@@ -291,7 +291,7 @@ def test_a_record_has_its_scores(tmp_path):
     records = Records(tmp_path, {})
 
     def say(asked):
-        return enumerate({"answer": "1. 3\n" if p.tasks else "4"} for p in asked)
+        return enumerate({"answer": "1. 3\n" if p.tasks else "4"} for _, p in asked)
 
     counts = []
     systems = {"a": say, "oracle": say}
