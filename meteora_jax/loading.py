@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -17,6 +16,7 @@ from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool, Import
+from meteora_jax.engine.memory import free_bytes
 from meteora_jax.execution import default_dtype, packs
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
@@ -107,7 +107,7 @@ def _load_slots(
     origin = read_origin(base)
     stored = StoredBank(bank, config, kind, origin)
     one = empty_slots(stored.config, 1, rank)
-    count = fitting_slots(config, stored.config, one, kind, free_bytes(mesh)) if asked == "auto" else asked
+    count = fitting_slots(config, stored.config, one, kind, _free_bytes(mesh)) if asked == "auto" else asked
     slots = empty_slots(stored.config, count, rank)
     described, columns = load_gates(gates, config, stored.config.names) if gates is not None else (None, None)
     if described is not None and stored.config.vocab_adapter_names:
@@ -139,12 +139,10 @@ def _load_slots(
     return Meteora(config, stored.config, described, load_tokenizer(base), graph, state, mesh, base, pool)
 
 
-def free_bytes(mesh: Mesh | None) -> int | None:
-    """What the devices that share a model's weights have left; None where that is not known."""
-    devices = jax.devices()[:1] if mesh is None else list(mesh.local_devices)
-    stats = [device.memory_stats() for device in devices]
-    free = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
-    return min(free) * (1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]) if free else None
+def _free_bytes(mesh: Mesh | None) -> int | None:
+    """What the devices that share a model's weights have left together; None where that is not known."""
+    free = free_bytes(mesh)
+    return free if free is None or mesh is None else free * mesh.shape["fsdp"] * mesh.shape["tensor"]
 
 
 def fitting_slots(config: LlamaConfig, bank: BankConfig, slot: BankConfig, kind: np.dtype, free: int | None) -> int:

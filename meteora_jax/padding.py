@@ -19,6 +19,11 @@ def bucket(length: int) -> int:
     return size
 
 
+def rows_within(tokens: int, length: int, most: int) -> int:
+    """How many rows, at most `most` and at least one, of lists so long have at most so many tokens when padded."""
+    return max(1, min(most, tokens // bucket(length)))
+
+
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Token lists -> int32 [B, T] padded on the right to a bucket, and their lengths int32 [B]."""
     lengths = np.asarray([len(p) for p in prompts], np.int32)

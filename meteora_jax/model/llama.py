@@ -12,8 +12,8 @@ from flax import nnx
 
 from meteora_jax.bank import BaseParam
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
-from meteora_jax.execution import ExecutionConfig, Fused
-from meteora_jax.model.attention import attend
+from meteora_jax.execution import ExecutionConfig
+from meteora_jax.model.attention import How, attend
 from meteora_jax.model.decoding import refusal, run_layers
 from meteora_jax.model.lora_linear import LoRALinear, column_shards, quantized
 from meteora_jax.model.packed_linear import PackedKernel, packed
@@ -49,7 +49,7 @@ class RmsNorm(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Where:
     """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2]; of whole sequences mask bool
-    [B, 1, T, T] and `attend`'s `fused`; of a step of the engine its tokens and their slots int32 [M]; execution: the
+    [B, 1, T, T] and `attend`'s `how`; of a step of the engine its tokens and their slots int32 [M]; execution: the
     model's; keep: products stay for the backward pass."""
 
     cos: Any
@@ -58,7 +58,7 @@ class Where:
     step: StepTokens | None
     slots: Any
     execution: ExecutionConfig = dataclasses.field(metadata={"static": True})
-    fused: Any = dataclasses.field(default=None, metadata={"static": True})
+    how: Any = dataclasses.field(default=None, metadata={"static": True})
     keep: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
@@ -91,7 +91,7 @@ class Layer(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
         if cache is None or where.step is None:
-            y = attend(q, k, v, where.mask, where.fused)
+            y = attend(q, k, v, where.mask, where.how)
         else:
             cache = cache.write(index, k[:, 0], v[:, 0], where.slots)
             window, execution = self.config.sliding_window, where.execution
@@ -206,10 +206,10 @@ class Llama(nnx.Module):
             return self._run(tokens, positions, router, cache, step, segments, observe, remat)
 
     def _run(self, tokens, positions, router, cache, step, segments, observe, remat) -> LlamaOutput:
-        mask, fused = self.visible(positions, segments) if step is None else (None, None)
+        mask, how = self.visible(positions, segments) if step is None else (None, None)
         slots = None if step is None else step.slots(cache.block_size)
         angles = rotation(self.config, positions, None if step is None else step.lengths())
-        where = Where(*angles, mask, step, slots, self.execution, fused, remat == "dots")
+        where = Where(*angles, mask, step, slots, self.execution, how, remat == "dots")
         known = None if router is None else router.known(positions)
         router = router if known is None else known
         x = self.embedded(tokens)
@@ -238,8 +238,8 @@ class Llama(nnx.Module):
         heads = config.num_kv_heads, config.head_dim
         return PagedCache.create(config.num_layers, blocks, block_size, *heads, self.dtype)
 
-    def visible(self, positions: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, Fused | None]:
-        """Which tokens of whole sequences see which, bool [B, 1, T, T], and `attend`'s `fused`."""
+    def visible(self, positions: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, How | None]:
+        """Which tokens of whole sequences see which, bool [B, 1, T, T], and `attend`'s `how`."""
         keys = positions[:, None, :]
         mask = (keys != EMPTY) & (keys <= positions[:, :, None])  # [B, T, T]
         if self.config.sliding_window is not None:
@@ -247,7 +247,9 @@ class Llama(nnx.Module):
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
         known = self.config.head_dim % 8 == 0 and self.config.head_dim <= 128  # to cuDNN
-        if segments is None or not known or "packed" not in self.execution.fused_attention:
+        if segments is None:
+            return mask[:, None], "parts"
+        if not known or "packed" not in self.execution.fused_attention:
             return mask[:, None], None
         mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
         return mask[:, None], "packed"
