@@ -51,6 +51,7 @@ def test_logits_while_answers_hold_the_slots(banks: dict[str, Any]):  # noqa: F8
     (found,) = logits_of(model, [[5, 6, 7, 8]], [mj.Fixed(NAMES[8])])
     np.testing.assert_allclose(found, logits_of(banks["all"], [[5, 6, 7, 8]], [mj.Fixed(NAMES[8])])[0], atol=1e-3)
     said = list(stream)[-1]
+    assert isinstance(said, list)
     assert [len(c.token_ids) for c in said] == [40, 40, 40] or all(c.finish_reason for c in said)
 
 
