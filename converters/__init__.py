@@ -22,6 +22,7 @@ from converters.base_folder import OpenedBase, describe_base, named, write_base
 from converters.hf_export import export_base, export_merged
 from converters.meteora_export import export_gates
 from converters.meteora_import import describe_gates, import_gates
+from converters.packed_base import write_packed
 from converters.peft_export import export_adapter
 from converters.peft_lora import describe_adapters, import_adapters
 from converters.peft_vocab import replace_vocab
@@ -60,6 +61,7 @@ def import_base(
     replace: str | os.PathLike[str] | None = None,
     name: str | None = None,
     on_remark: Callable[[str], None] | None = None,
+    weights: str | None = None,
 ) -> None:
     """Imports base weights into a BASE folder; killed, the same call goes on from the tensors that are on disk.
 
@@ -72,12 +74,19 @@ def import_base(
         replace: a PEFT folder whose saved embedding and head take the place of the source's.
         name: which model it is (`meta-llama/Meta-Llama-3-8B`, perhaps with `@COMMIT`), in place of what the source
             says: adapters that were trained on another are refused by `import_adapters`.
-        on_remark: called with a line about each choice that the source leaves open.
+        on_remark: called with a line about each choice that the source leaves open, and about what `weights` kept.
+        weights: int8, fp8 or int4: a quantised base (see `packed_base`); `dtype` is then of what is not quantised.
 
     Raises:
         InputError: everything that is wrong with the input; `dest` is then as it was.
     """
-    write_base(dest, named(_opened(src, replace, on_remark), name), dtype, overwrite, progress)
+    opened = named(_opened(src, replace, on_remark), name)
+    if weights is None:
+        write_base(dest, opened, dtype, overwrite, progress)
+        return
+    done = write_packed(dest, opened, weights, dtype=dtype, overwrite=overwrite, progress=progress)
+    if on_remark is not None:
+        on_remark(f"{src}: {done}")
 
 
 def _opened(

@@ -16,10 +16,11 @@ from typing import cast
 import numpy as np
 
 from converters.base_folder import common_dtype
-from converters.folders import new_folder, write_json
+from converters.folders import new_folder, sha256, write_json
 from converters.own_folders import read_bank, read_base, read_origin
+from converters.peft_bank import Adapters, check_names, read_adapters, with_digests
 from converters.peft_folder import CONFIG, what_needs_base
-from converters.peft_lora import Adapters, bank_writer, check_names, check_saved, read_adapters, write_adapter
+from converters.peft_lora import bank_writer, check_saved, write_adapter
 from converters.rules import Progress
 from converters.tensor_files import DTYPES, TensorReader, TensorWriter
 from meteora_jax.config import ENDS, BankConfig, InputError, LlamaConfig, read_json
@@ -61,18 +62,20 @@ def add_adapters(
             problems += misfits(old, config, origin, str(Path(bank) / _DESCRIPTION))
         if problems:
             raise InputError(problems)
-        new, loaded = read_adapters(config, origin, named, any_base, on_remark)
+        new, loaded = read_adapters(config, origin, named, any_base, on_remark, progress)
         if base is not None:
-            problems += [p for adapter in loaded for p in check_saved(Path(base), adapter)]
+            problems += [p for one in loaded if one.saved for p in check_saved(Path(base), one.read())]
         whole = old.join(new)
         writer = bank_writer(partial, whole, _stored_dtype(whole, reader))
         _copy(writer, whole, reader, old, range(len(old.names)))
-        for done, adapter in enumerate(loaded, start=1):
-            problems += write_adapter(writer, len(old.names) + done - 1, adapter, None if base is None else Path(base))
+        for index, one in enumerate(loaded):
+            problems += write_adapter(writer, len(old.names) + index, one.read(), None if base is None else Path(base))
             if progress is not None:
-                progress(adapter.name, done, len(loaded))
+                progress(one.name, len(loaded) + index + 1, 2 * len(loaded))
         if problems:
             raise InputError(problems)
+        digests = [sha256(one.weights) for one in loaded]
+        whole = with_digests(whole, [*(a.sha256 for a in old.adapters), *digests])
         write_json(partial / _DESCRIPTION, whole.to_json())
     return whole
 

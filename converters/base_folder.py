@@ -94,9 +94,14 @@ def fill_base(
     opened.write_tokenizer(folder)
     writer = TensorWriter(folder / "weights.safetensors", {p: (dtypes[p], shapes[p]) for p in shapes})
     fill(placements, writer, progress, journal)
+    write_description(folder, opened, placements)
+
+
+def write_description(folder: Path, opened: OpenedBase, placements: Sequence[Placement], **more: object) -> None:
+    """`config.json` of a BASE, with what it records of its source and `more`."""
     source = [{"file": path.name, "sha256": sha256(path)} for path in opened.inputs]
     origin = BaseOrigin(dict(opened.names), opened.revision, norms_sha256(placements))
-    meteora = {"format": "meteora-base-1", "source": source, "origin": dataclasses.asdict(origin)}
+    meteora = {"format": "meteora-base-1", "source": source, "origin": dataclasses.asdict(origin), **more}
     write_json(folder / "config.json", {**hf_config.to_hf(opened.config), "meteora": meteora})
 
 

@@ -33,7 +33,16 @@ class Journal:
 
     @property
     def done(self) -> int:
-        return int(self._lines()[-2]) if len(self._lines()) > 2 else 0
+        return int(self._last.partition(" ")[0] or 0)
+
+    @property
+    def said(self) -> str:
+        """What was noted beside `done`."""
+        return self._last.partition(" ")[2]
+
+    @property
+    def _last(self) -> str:
+        return self._lines()[-2] if len(self._lines()) > 2 else ""
 
     def _lines(self) -> list[str]:
         return self._path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -41,9 +50,10 @@ class Journal:
     def begin(self, conversion: str) -> None:
         self._path.write_text(f"{conversion}\n", encoding="utf-8")
 
-    def note(self, done: int) -> None:
+    def note(self, done: int, said: str = "") -> None:
+        """said: what else must be known to go on; one line."""
         with open(self._path, "a", encoding="utf-8") as f:
-            f.write(f"{done}\n")
+            f.write(f"{done} {said}\n" if said else f"{done}\n")
             f.flush()
             os.fsync(f.fileno())
 

@@ -55,18 +55,23 @@ def open_base(src: Path) -> OpenedBase:
     files, tensors, remarks = read_weights(src)
     if method is not None:
         tensors = written_out(method, tensors)
-        said = "are read as what they stand for; meteora quantize would round them anew"
+        said = "are read as what they stand for, or with --weights taken over where that format allows"
         remarks = [*remarks, f"{src}: weights quantised by {method.name} {said}"]
     config, untied = untie(config, tensors)
     rules = llama_rules(config) if method is None else rules_of(method, llama_rules(config), tensors)
     said = {"config.json _name_or_path": raw.get("_name_or_path")}
+    names, revision = own_names(src, **said)
+    if method is not None and method.name == "awq":
+        names = {where: name if "awq" in name.lower() else f"{name}-AWQ" for where, name in names.items()}
+        remarks = [*remarks, f"{src}: AWQ's norms hold scales: adapters of the unquantised model do not fit this base"]
     return OpenedBase(
         config,
         rules,
         tensors,
         [*files, src / "config.json"],
         lambda folder: copy_tokenizer(src, folder),
-        *own_names(src, **said),
+        names,
+        revision,
         remarks=[*remarks, *untied],
     )
 

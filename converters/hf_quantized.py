@@ -5,23 +5,27 @@
                         weight_packed, weights + 8 in 4 bits of int32 along I
     gptq                scales[g] * (qweight - qzeros[g] - 1), 4 or 8 bits in int32, qweight along I, qzeros along O;
                         g = g_idx[i]; "gptq_v2" without the 1
+    awq ("gemm")        scales[g] * (qweight - qzeros[g]), 4 bits in int32, both along O: the eight columns of a word
+                        lie in the order 0, 2, 4, 6, 1, 3, 5, 7
 
-AWQ and SmoothQuant fold scales into norms, so that adapters of the original no longer fit: they are refused.
+AWQ folds scales into norms and the rows of earlier matrices. As a model of its own it is whole, but adapters of the
+unquantised model do not fit it: its names say AWQ (see `io.provenance`). SmoothQuant's are refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from converters.rules import AS_IS, Rule
-from converters.tensor_files import SourceTensor, dtype_name
+from converters.tensor_files import PackedMatrix, SourceTensor, dtype_name
 from meteora_jax.config import InputError
 
-METHODS = ("fp8", "compressed-tensors", "gptq")
+METHODS = ("fp8", "compressed-tensors", "gptq", "awq")
 BYTES = {"FP8": 1.0, "INT8": 1.0, "INT4": 0.5}  # a weight, by `SourceTensor.stored`
 DROPPED = (".input_scale", ".weight_shape")  # activations stay as they are; a shape is known without
 PARTS = {  # what a module has beside its bias, the matrix first
@@ -29,7 +33,10 @@ PARTS = {  # what a module has beside its bias, the matrix first
     "compressed-tensors": ("weight", "weight_scale"),
     "packed": ("weight_packed", "weight_scale"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
 }
+TURNED = ("gptq", "awq")  # whose matrices lie as [I, O], as this project's do
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of each of eight columns, which four bits of a word are its
 Rows = Callable[[int, int], np.ndarray]
 
 
@@ -61,8 +68,18 @@ class Method:
                 key = "quantization_config.weight_block_size"
                 raise InputError(f"{source}: {key}: expected two sizes, found {block!r:.200}")
             return cls(name, block=None if block is None else (block[0], block[1]))
-        if said.get("bits") not in (4, 8):
-            raise InputError(f"{source}: quantization_config.bits: expected 4 or 8, found {said.get('bits')!r:.200}")
+        widths = (4,) if name == "awq" else (4, 8)
+        if said.get("bits") not in widths:
+            expected = " or ".join(map(str, widths))
+            raise InputError(
+                f"{source}: quantization_config.bits: expected {expected}, found {said.get('bits')!r:.200}"
+            )
+        if name == "awq":
+            version = said.get("version", said.get("format", "gemm"))
+            if version != "gemm":
+                key = "quantization_config.version"
+                raise InputError(f"{source}: {key}: expected 'gemm', found {version!r:.200}")
+            return cls(name, bits=4)
         return cls(name, bits=said["bits"], offset=int(said.get("checkpoint_format") != "gptq_v2"))
 
 
@@ -71,7 +88,7 @@ def _is_size(value: object) -> bool:
 
 
 def written_out(method: Method, tensors: Sequence[SourceTensor]) -> list[SourceTensor]:
-    """The tensors with `weight` float32 in the place of each quantised module's parts: [O, I], of gptq [I, O].
+    """The tensors with `weight` float32 in the place of each quantised module's parts: [O, I], of `TURNED` [I, O].
 
     Raises:
         InputError: parts that are missing, or of another shape or type; all of them.
@@ -111,14 +128,33 @@ def _module(method: Method, name: str, key: str, parts: Sequence[SourceTensor]) 
         expected = f"a matrix of {' or '.join(kinds)}"
         raise InputError(f"{matrix.where}: expected {expected}, found {kind} {matrix.shape}")
     if name == "gptq":
-        shape, rows = _gptq(method, parts)
+        shape, rows, packed = _gptq(method, parts)
         stored = f"INT{method.bits}"
+    elif name == "awq":
+        shape, rows, packed = _awq(*parts)
+        stored = "INT4"
     elif name == "packed":
-        shape, rows, stored = _packed(*parts)
+        shape, rows, packed = _packed(*parts)
+        stored = "INT4"
     else:
-        shape, rows = matrix.shape, _scaled(method, *parts)
+        shape, rows, packed = matrix.shape, _scaled(method, *parts), _eight_bit(method, *parts)
         stored = "INT8" if kind == "I8" else "FP8"
-    return SourceTensor(matrix.file, key, np.dtype(np.float32), shape, rows, stored=stored)
+    return SourceTensor(matrix.file, key, np.dtype(np.float32), shape, rows, stored=stored, packed=packed)
+
+
+def _eight_bit(method: Method, matrix: SourceTensor, scale: SourceTensor) -> PackedMatrix | None:
+    """None where a scale is not a whole row's."""
+    outputs = matrix.shape[0]
+    if method.block is not None or scale.shape not in ((), (1,), (1, 1), (outputs,), (outputs, 1)):
+        return None
+    integers = dtype_name(matrix.dtype) == "I8"
+
+    def read() -> tuple[np.ndarray, np.ndarray, None]:
+        values = np.ascontiguousarray(matrix.read().T)
+        scales = np.broadcast_to(scale.read().astype(np.float32).reshape(-1), (outputs,))
+        return values if integers else values.view(np.uint8), scales, None
+
+    return PackedMatrix("int8" if integers else "fp8", 0, read)
 
 
 def _scales(scale: SourceTensor, shape: tuple[int, ...], block: tuple[int, int] | None) -> Rows:
@@ -145,20 +181,25 @@ def _scaled(method: Method, matrix: SourceTensor, scale: SourceTensor) -> Rows:
     return lambda start, stop: matrix.rows(start, stop).astype(np.float32) * scales(start, stop)
 
 
-def _packed(matrix: SourceTensor, scale: SourceTensor) -> tuple[tuple[int, int], Rows, str]:
+def _packed(matrix: SourceTensor, scale: SourceTensor) -> tuple[tuple[int, int], Rows, PackedMatrix]:
     """Of compressed-tensors in 4 bits; in others the shape is not the one that config.json has."""
     outputs, words = matrix.shape
     shape = outputs, 8 * words
-    scales = _scales(scale, shape, None)
+    scales, groups = _scales(scale, shape, None), max(1, math.prod(scale.shape) // outputs)
 
     def rows(start: int, stop: int) -> np.ndarray:
         q = unpacked(matrix.rows(start, stop), 4, axis=1).astype(np.float32) - 8
         return q * scales(start, stop)
 
-    return shape, rows, "INT4"
+    def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        own = scale.read().astype(np.float32)
+        own = np.broadcast_to(own.reshape(1 if own.size == 1 else outputs, -1), (outputs, groups)).T
+        return np.ascontiguousarray(unpacked(matrix.read(), 4, axis=1).T), own, np.full(own.shape, 8, np.uint8)
+
+    return shape, rows, PackedMatrix("int4", shape[1] // groups, read)
 
 
-def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int], Rows]:
+def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int], Rows, PackedMatrix | None]:
     matrix, zeros, scales, index = parts
     per = 32 // method.bits
     shape = inputs, outputs = matrix.shape[0] * per, matrix.shape[1]
@@ -178,7 +219,39 @@ def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int
         own = group[start:stop]
         return (q.astype(np.float32) - zero[own]) * scale[own]
 
-    return shape, rows
+    def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return unpacked(matrix.read(), method.bits, axis=0), scale, zero.astype(np.uint8)
+
+    in_order = inputs % groups == 0 and np.array_equal(group, np.arange(inputs) // (inputs // groups))
+    return shape, rows, PackedMatrix("int4", inputs // groups, read) if method.bits == 4 and in_order else None
+
+
+def _awq(matrix: SourceTensor, zeros: SourceTensor, scales: SourceTensor) -> tuple[tuple[int, int], Rows, PackedMatrix]:
+    inputs, words = matrix.shape
+    groups, outputs = scales.shape[0], 8 * words
+    for tensor, expected in ((zeros, (groups, words)), (scales, (groups, outputs))):
+        if tensor.shape != expected:
+            raise InputError(f"{tensor.where}: expected shape {expected}, found {tensor.shape}")
+    if not groups or inputs % groups:
+        raise InputError(f"{scales.where}: expected a number of groups that divides {inputs} inputs, found {groups}")
+    size = inputs // groups
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        first, last = start // size, -(-stop // size)
+        own = np.arange(start, stop) // size - first
+        zero = _awq_columns(zeros.rows(first, last)).astype(np.float32)
+        scale = scales.rows(first, last).astype(np.float32)
+        return (_awq_columns(matrix.rows(start, stop)).astype(np.float32) - zero[own]) * scale[own]
+
+    def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return _awq_columns(matrix.read()), scales.read().astype(np.float32), _awq_columns(zeros.read())
+
+    return (inputs, outputs), rows, PackedMatrix("int4", size, read)
+
+
+def _awq_columns(words: np.ndarray) -> np.ndarray:
+    """int32 [n, O / 8] -> uint8 [n, O], columns in their order."""
+    return unpacked(words, 4, axis=1).reshape(len(words), -1, 8)[..., _AWQ_PLACES].reshape(len(words), -1)
 
 
 def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
@@ -192,8 +265,8 @@ def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
 
 
 def rules_of(method: Method, rules: Sequence[Rule], tensors: Sequence[SourceTensor]) -> list[Rule]:
-    """The table for tensors that `written_out` gave: gptq's matrices lie as this project's do."""
-    if method.name != "gptq":
+    """The table for tensors that `written_out` gave."""
+    if method.name not in TURNED:
         return list(rules)
     turned = {t.key for t in tensors if t.stored is not None}
     return [

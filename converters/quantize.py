@@ -11,15 +11,18 @@ By rounding alone; no data is looked at. `pallas_kernels.quantized_matmul` multi
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from converters.folders import new_folder, write_json
+from converters import rules
+from converters.folders import Journal, new_folder, write_json
 from converters.hf_llama import copy_tokenizer
 from converters.own_folders import read_base
 from converters.rules import Progress
@@ -54,7 +57,8 @@ def quantize_base(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Writes a BASE folder again with its matrices in fewer bits; norms, biases and records stay bit for bit.
+    """Writes a BASE folder again with its matrices in fewer bits; norms, biases and records stay bit for bit. Killed,
+    the same call goes on from what is on disk.
 
     Args:
         base: the BASE folder. dest: the BASE folder to make.
@@ -69,7 +73,7 @@ def quantize_base(
     """
     base = Path(base)
     config, reader = read_base(base)
-    raw, found = read_json(base / "config.json"), _quantization(config, weights, head, embedding, base)
+    raw, found = read_json(base / "config.json"), quantization_of(config, weights, head, embedding, base)
     meteora = raw.get("meteora")
     if not isinstance(meteora, dict) or meteora.get("format") != FORMAT:
         said = meteora.get("format") if isinstance(meteora, dict) else meteora
@@ -83,21 +87,30 @@ def quantize_base(
         for layer in (range(config.num_layers) if path.startswith("layers.") else (None,))
     ]
     problems: list[str] = []
-    sums: dict[str, np.ndarray] = {}  # of squared differences and of squared weights
-    with new_folder(dest, overwrite, [base / "config.json", reader.path]) as partial:
+    inputs = [base / "config.json", reader.path]
+    with new_folder(dest, overwrite, inputs, _identity(found, inputs)) as partial:
         copy_tokenizer(base, partial)
-        writer = TensorWriter(partial / "weights.safetensors", specs)
-        for done, (path, layer) in enumerate(jobs, start=1):
+        writer, journal = TensorWriter(partial / "weights.safetensors", specs), Journal(partial)
+        if not writer.found:
+            journal.begin(journal.conversion)
+        first, unsaved = journal.done, 0
+        sums = {p: np.asarray(held) for p, held in json.loads(journal.said or "{}").items()}  # as of `quantize_matrix`
+        for done, (path, layer) in enumerate(jobs[first:], start=first + 1):
             index = () if layer is None else (layer,)
             values = reader.slice(path, *index)
             if path not in types:
                 writer.slice(path, *index)[:] = values
             else:
                 parts = {p: writer.slice(p, *index) for p in types if p == path or p.startswith(f"{path}_")}
-                added = _quantize(values, parts, path, found)
+                added = quantize_matrix(values, parts, path, found)
                 sums[path] = sums.get(path, 0) + added
                 if not np.isfinite(added).all():
                     problems.append(f"{reader.path}: {path}: expected finite values, found others")
+            unsaved += values.nbytes
+            if unsaved >= rules.SAVE_BYTES and not problems:
+                writer.sync()
+                journal.note(done, json.dumps({p: held.tolist() for p, held in sums.items()}))
+                unsaved = 0
             if progress is not None:
                 progress(path if layer is None else f"{path}[{layer}]", done, len(jobs))
         if problems:
@@ -111,11 +124,18 @@ def quantize_base(
     return Quantized(new, before, after, math.sqrt(wrong / whole) if whole else 0.0, (worst, error[worst]))
 
 
+def _identity(found: Quantization, inputs: Iterable[Path]) -> str:
+    """A digest of what is asked for, and of the files as they are now."""
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+    return hashlib.sha256(json.dumps([dataclasses.asdict(found), files]).encode("utf-8")).hexdigest()
+
+
 def _file_bytes(folder: Path) -> int:
     return (folder / "weights.safetensors").stat().st_size
 
 
-def _quantization(config: LlamaConfig, weights: str, head: bool, embedding: bool, base: Path) -> Quantization:
+def quantization_of(config: LlamaConfig, weights: str, head: bool, embedding: bool, base: Path) -> Quantization:
+    """What `quantize_base` is asked for. base: as messages name it. Raises InputError: shapes have no place in it."""
     problems = []
     known: dict[str, WeightFormat] = {name: name for name in WEIGHT_FORMATS}
     kind = known.get(weights)
@@ -135,7 +155,9 @@ def _quantization(config: LlamaConfig, weights: str, head: bool, embedding: bool
     return Quantization.of(kind, head, embedding)
 
 
-def _quantize(values: np.ndarray, parts: dict[str, np.ndarray], path: str, quantization: Quantization) -> np.ndarray:
+def quantize_matrix(
+    values: np.ndarray, parts: dict[str, np.ndarray], path: str, quantization: Quantization
+) -> np.ndarray:
     """Fills the parts of one matrix [I, O], or embedding [O, I]; float64 [2], the sums of squared differences and of
     squared weights, not finite where a weight is not."""
     turned = path == "embed.embedding"

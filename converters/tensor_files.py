@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from meteora_jax.config import InputError
+from meteora_jax.quantization import WeightFormat
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -37,6 +38,20 @@ _BLOCK_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix [I, O] that a file holds as this project's quantised bases may.
+
+    kind: int8, fp8 or int4. group: inputs that share a scale; 0 in 8 bit, where an output column has its own.
+    read: -> values, scale float32 and zero: int8, or fp8's bits uint8 [I, O], scale [O] and no zero; or uint8 [I, O] of
+    0..15, scale [I / group, O] and zero uint8 [I / group, O].
+    """
+
+    kind: WeightFormat
+    group: int
+    read: Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray | None]]
+
+
+@dataclasses.dataclass(frozen=True)
 class SourceTensor:
     """One tensor of a file that is being converted; none of it is in memory before it is read."""
 
@@ -47,6 +62,7 @@ class SourceTensor:
     rows: Callable[[int, int], np.ndarray]  # (start, stop) along the first axis -> [stop - start, ...]
     start: int | None = None  # offset of its values in the file, if they lie there as they are
     stored: str | None = None  # the file's own name of the type it holds them in; None: dtype's
+    packed: PackedMatrix | None = None  # what it holds, where this project's bases may hold the same
 
     @property
     def where(self) -> str:
@@ -54,7 +70,7 @@ class SourceTensor:
         return f"{self.file}: {self.key}"
 
     def read(self) -> np.ndarray:
-        return self.rows(0, self.shape[0])
+        return self.rows(0, self.shape[0]) if self.shape else self.rows(0, 1).reshape(())
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """(rows, values) of consecutive row blocks of about 16 MiB."""
@@ -202,6 +218,7 @@ class TensorReader:
         self, path: Path, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str] = MappingProxyType({})
     ):
         self._path = path
+        self._name = str(path)  # numpy resolves a Path anew for each mapping, which takes as long as the mapping
         self._tensors = {t.key: t for t in read_safetensors(path, str(path))}
         problems = [
             f"{path}: {key}: expected no such tensor, found {tensor.shape}"
@@ -236,7 +253,7 @@ class TensorReader:
         assert tensor.start is not None, "a safetensors file holds its values as they are"
         offset, part = _part(key, tensor.shape, index)
         start = tensor.start + offset * tensor.dtype.itemsize
-        return np.memmap(self._path, dtype=tensor.dtype, mode="r", offset=start, shape=part)
+        return np.memmap(self._name, dtype=tensor.dtype, mode="r", offset=start, shape=part)
 
 
 def _part(key: str, shape: tuple[int, ...], index: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
@@ -262,6 +279,7 @@ class TensorWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
         self._path = path
+        self._name = str(path)  # as in `TensorReader`
         self._specs = {key: (np.dtype(dtype), shape) for key, (dtype, shape) in specs.items()}
         # "pt" is what transformers and peft expect of every file that they are to load.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -294,7 +312,7 @@ class TensorWriter:
         dtype, shape = self._specs[key]
         offset, part = _part(key, shape, index)
         start = self._starts[key] + offset * dtype.itemsize
-        return np.memmap(self._path, dtype=dtype, mode="r+", offset=start, shape=part)
+        return np.memmap(self._name, dtype=dtype, mode="r+", offset=start, shape=part)
 
     def sync(self) -> None:
         """Returns once all that was written so far is on disk."""

@@ -28,15 +28,16 @@ from meteora_jax.generation import Ended, Engines, pieces, routing_of
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_bank import change_adapters, fill_spectra, is_packed, rank_in
-from meteora_jax.padding import pad_batch
-from meteora_jax.probing import probed, whole_logits
+from meteora_jax.padding import fill_rows, pad_prompts
+from meteora_jax.probing import probed
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
 from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
-from meteora_jax.routing.named import spelled_out
+from meteora_jax.routing.named import one_a_row, spelled_out
 from meteora_jax.routing.retrieval import Found, Reading, Said, look_up, read_texts
 from meteora_jax.routing.scores import SHRUNK
 from meteora_jax.routing.trace import adapted_places
+from meteora_jax.sequences import Run, all_logits, in_parts
 from meteora_jax.sharding import Params, place_rows, use_mesh
 
 
@@ -59,16 +60,13 @@ class Meteora:
     pool: AdapterPool | None = None
 
     def __repr__(self) -> str:
-        named, count = self.adapter_names[:4], len(self.adapter_names)
-        more = f" and {count - len(named)} more" if count > len(named) else ""
+        names, count = self.adapter_names, len(self.adapter_names)
+        named = f": {', '.join(names[:4])}{f' and {count - 4} more' if count > 4 else ''}" if count else ""
         gates = f", {self.gates.form_name} gates of {len(self.gates.names)}" if self.gates else ""
         name = "" if self.folder is None else f"{str(self.folder)!r}, "
         where = jax.devices()[:1] if self.mesh is None else self.mesh.devices.flat
-        devices = f"{len(where)} {where[0].device_kind}" if self.mesh is not None else where[0].device_kind
-        return (
-            f"Meteora({name}{self.config.num_layers} layers, {count} adapters"
-            f"{': ' if count else ''}{', '.join(named)}{more}{gates}, {self.dtype}, {devices})"
-        )
+        on = f"{len(where)} {where[0].device_kind}" if self.mesh is not None else where[0].device_kind
+        return f"Meteora({name}{self.config.num_layers} layers, {count} adapters{named}{gates}, {self.dtype}, {on})"
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -100,7 +98,7 @@ class Meteora:
     ) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch. prompts: token ids, for adapters with an invocation."""
         if self.pool is not None:
-            raise InputError("adapter_slots: expected all adapters on the device for whole sequences, found slots")
+            raise InputError("adapter_slots: expected all adapters on the device for this, found slots")
         if prompts is not None:
             router = self.after_pass(router, prompts)
         bound = bind_known(router, self.bank, self.gates, batch, prompts)
@@ -126,20 +124,19 @@ class Meteora:
     ) -> Meteora:
         """Another model with one adapter more, behind the others; this one stays as it is.
 
-        Both share the base's arrays. Gates have no column of the new adapter and go on choosing among those that they
-        know; `Fixed` and `Retrieval` reach it (and gates that `meteora train gates --extend` made, once loaded).
+        With adapter slots it is this model that gets it (`pool.load`), and that is returned. Without, both share the
+        base's arrays. Gates have no column of the new adapter and go on choosing among those that they know; `Fixed`
+        and `Retrieval` reach it (and gates that `meteora train gates --extend` made, once loaded).
 
         Args:
             path: a PEFT folder, or a BANK folder that has an adapter of this name.
-            name: what it will be called.
-            any_base: take an adapter whose settings name another base.
+            name: what it will be called. any_base: take an adapter whose settings name another base.
             release: replaced arrays' memory is given back one by one; this model is then of no more use. Otherwise both
                 models' adapters are in memory, and of packed models (a GPU, 16 bit) both bases.
 
         Raises:
             InputError: a name that is taken or none, and what `meteora import adapters` refuses.
         """
-        self._check_no_pool("add_adapter", "load")
         with Arguments("add_adapter") as given:
             given.path("path", path)
             given.texts("name", [name])
@@ -147,6 +144,9 @@ class Meteora:
             raise InputError("add_adapter: expected a model of mj.load, found one whose BASE folder is not known")
         if name in self.adapter_names:
             raise InputError(f"add_adapter: name: expected one that no adapter has, found {name!r}")
+        if self.pool is not None:
+            self.pool.load(path, name, any_base=any_base)
+            return self
         import converters  # knows the files of others; here alone outside of the command line
 
         kind = jnp.dtype(self.dtype)
@@ -164,7 +164,8 @@ class Meteora:
         )  # fmt: skip
 
     def remove_adapter(self, name: str, *, release: bool = False) -> Meteora:
-        """Another model without one adapter; this one stays as it is. Gates lose its column, if they have one.
+        """Another model without one adapter, and gates without its column; this one stays as it is. With adapter slots
+        it is this model that loses it (`pool.unload`).
 
         Args:
             name: the adapter. release: as in `add_adapter`.
@@ -172,20 +173,18 @@ class Meteora:
         Raises:
             InputError: no adapter has the name, or it is the last one.
         """
-        self._check_no_pool("remove_adapter", "unload")
         if self.bank is None or name not in self.adapter_names:
             found = ", ".join(self.adapter_names) or "none"
             raise InputError(f"remove_adapter: name: expected an adapter's ({found}), found {name!r:.200}")
         if len(self.adapter_names) == 1:
             raise InputError(f"remove_adapter: expected an adapter that stays, found {name!r} alone (load the base)")
+        if self.pool is not None:
+            self.pool.unload(name)
+            return self
         keep = [i for i, n in enumerate(self.adapter_names) if n != name]
         gates = None if self.gates is None else self.gates.without(name)
         columns = [i for i in range(self.gates.columns) if self.gates.names[i : i + 1] != (name,)] if self.gates else []
         return self._changed(self.bank.take(keep, rank_in(self.weights)), keep, None, gates, columns, release)
-
-    def _check_no_pool(self, what: str, instead: str) -> None:
-        if self.pool is not None:
-            raise InputError(f"{what}: expected a model with all adapters on the device, found slots (pool.{instead})")
 
     def _changed(self, bank, keep, added, gates, columns, release) -> Meteora:
         packed = packs(self.dtype, self.mesh) or is_packed(self.graph, self.weights)
@@ -195,8 +194,7 @@ class Meteora:
         return dataclasses.replace(self, bank=bank, gates=gates, graph=graph, weights=weights)
 
     def request_text(self, prompt: Prompt | Sequence[int], read: Reading = "last") -> str:
-        """What a retrieval reads: the text itself, the text of token ids, or what the user said in messages, last or
-        all of it (`Retrieval`; "weighted" looks every one of `request_texts` up)."""
+        """What a retrieval reads: the text, that of token ids, or what the user said in messages, last or all."""
         return "\n".join(text for text, _ in read_texts(self.request_texts(prompt), read))
 
     def request_texts(self, prompt: Prompt | Sequence[int]) -> Said:
@@ -204,9 +202,8 @@ class Meteora:
         return self._request_texts(read_prompt(prompt, "prompt"))
 
     def _request_texts(self, prompt: Any) -> Said:
-        if isinstance(prompt, str):
-            return prompt
-        return user_texts(prompt) if is_messages(prompt) else self.decode_tokens(prompt)
+        others = user_texts if is_messages(prompt) else self.decode_tokens
+        return prompt if isinstance(prompt, str) else others(prompt)
 
     def logits(
         self, token_ids: Sequence[Sequence[int]] | np.ndarray | jax.Array, router: RouterArgument = "gates if loaded"
@@ -229,11 +226,24 @@ class Meteora:
         rows = read_token_ids(token_ids)
         check_prompts(rows, self.config, 0)
         router, _ = self.look_up(router, len(rows), lambda: [self.decode_tokens(row) for row in rows])
-        tokens, lengths, bound = pad_batch(rows, self.bind(router, len(rows), rows), self.mesh)
-        with use_mesh(self.mesh):
-            batch = place_rows((tokens, lengths), self.mesh)
-            logits = whole_logits(self.graph, self.weights, *batch, bound)
-        return logits[: len(rows), : int(lengths.max())]
+        tokens, lengths = pad_prompts(rows)
+
+        def run(tokens: np.ndarray, lengths: np.ndarray, bound: BoundRouter | None) -> jax.Array:
+            batch, own = fill_rows((tokens, lengths), bound, self.mesh)
+            with use_mesh(self.mesh):
+                return all_logits(self.graph, self.weights, *place_rows(batch, self.mesh), own)
+
+        return self.over_rows(router, rows, (tokens, lengths), run)[: len(rows), : int(lengths.max())]
+
+    def over_rows(
+        self, router: RouterArgument, rows: Sequence[Sequence[int]], arrays: Sequence[np.ndarray], run: Run
+    ) -> Any:
+        """`run(*arrays, bound)` of token lists and arrays [B, ...] of them; with slots joined of `in_parts`."""
+        if self.pool is None:
+            return run(*arrays, self.bind(router, len(rows), rows))
+        own = one_a_row(router, len(rows))
+        wanted = [self.pool.want(spelled_out(r, self.gates), row) for r, row in zip(own, rows, strict=True)]
+        return in_parts(self.pool, wanted, arrays, run, self._engines.step)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids as the tokenizer does by itself; a list of messages goes through the chat template."""
@@ -324,14 +334,8 @@ class Meteora:
 
     def _requests(self, prompts, router, max_new_tokens, sampling, stop, routing) -> tuple[list[Request], list[Found]]:
         """What the engine is asked, and what was retrieved for each prompt."""
-        stop = (stop,) if isinstance(stop, str) else stop
-        own_stops = isinstance(stop, Sequence) and len(stop) > 0 and not isinstance(stop[0], str)
-        many = isinstance(max_new_tokens, list | tuple)
         with Arguments() as given:
-            for most in max_new_tokens if many else [max_new_tokens]:
-                given.whole("max_new_tokens", most)
-            for texts in stop if own_stops else [stop]:
-                given.texts("stop", texts)
+            mosts_of, stops_of = given.ends(max_new_tokens, stop)
             if not isinstance(routing, bool):
                 given.refuse("routing", "true or false", routing)
         asked, ids, problems = read_prompts(prompts), [], []
@@ -342,19 +346,15 @@ class Meteora:
                 problems += e.problems
         if problems:
             raise InputError(problems)
-        mosts = [int(n) for n in (max_new_tokens if many else [max_new_tokens] * len(ids))]
-        stops = list(stop) if own_stops else [stop] * len(ids)
-        check_prompts(ids, self.config, mosts)
+        check_prompts(ids, self.config, mosts := mosts_of(len(ids)))
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
         router = self.after_pass(router, ids)
-        per_prompt = list(router) if isinstance(router, list | tuple) else [router] * len(ids)
         if self.pool is None:
             self.bind(router, len(ids), ids)  # refuses all that is wrong at once
-        elif len(per_prompt) != len(ids):
-            raise InputError(f"router: expected a list of {len(ids)} (one a prompt), found {len(per_prompt)}")
+        per_prompt = one_a_row(router, len(ids))
         requests = [
             self.request(row, own, most, dataclasses.replace(sampling, index=i), texts, trace=routing)
-            for i, (row, own, most, texts) in enumerate(zip(ids, per_prompt, mosts, stops, strict=True))
+            for i, (row, own, most, texts) in enumerate(zip(ids, per_prompt, mosts, stops_of(len(ids)), strict=True))
         ]
         return requests, retrieved
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from meteora_jax.config import InputError
@@ -83,3 +83,23 @@ class Arguments:
         except (TypeError, UnicodeEncodeError):
             pass
         self.refuse(name, "a path", value)
+
+    def ends(
+        self, max_new_tokens: Any, stop: Any
+    ) -> tuple[Callable[[int], list[int]], Callable[[int], list[Sequence[str]]]]:
+        """What ends responses to so many prompts: `max_new_tokens` and `stop`, one for all or a list of own ones."""
+        stop = (stop,) if isinstance(stop, str) else stop
+        own_stops = isinstance(stop, Sequence) and len(stop) > 0 and not isinstance(stop[0], str)
+        own_numbers = isinstance(max_new_tokens, list | tuple)
+        for most in max_new_tokens if own_numbers else [max_new_tokens]:
+            self.whole("max_new_tokens", most)
+        for texts in stop if own_stops else [stop]:
+            self.texts("stop", texts)
+
+        def most_of(count: int) -> list[int]:
+            return [int(n) for n in (max_new_tokens if own_numbers else [max_new_tokens] * count)]
+
+        def stops_of(count: int) -> list[Sequence[str]]:
+            return list(stop) if own_stops else [stop] * count
+
+        return most_of, stops_of

@@ -9,9 +9,9 @@ from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
 from meteora_jax.completion import Completion
 from meteora_jax.engine import EngineCore, EngineSize, Handle, Sampling
+from meteora_jax.engine.memory import fitting
 from meteora_jax.engine.request import GREEDY
-from meteora_jax.execution import platform
-from meteora_jax.generation import LEAST_BLOCKS, fitting_blocks
+from meteora_jax.generation import LEAST_BLOCKS
 from meteora_jax.prompts import Prompt, read_prompt
 from meteora_jax.routing import RouterArgument
 from meteora_jax.routing.retrieval import Found
@@ -63,15 +63,16 @@ class Engine:
         """Takes the memory of the cache at once.
 
         Args:
-            max_tokens: of prompts and responses in one step; None: 1,024 on a CPU, 8,192 on an accelerator. Fewer make
-                those who decode wait less for those who come.
+            max_tokens: of prompts and responses in one step; None: 1,024 on a CPU, 8,192 on an accelerator or fewer
+                where its memory is small. Fewer make those who decode wait less for those who come.
             blocks: of the cache, `block_size` positions each; None: what is left of the device's memory, and room for
                 8 whole contexts where that is not known.
             max_rows: requests that decode at once; more wait.
             prefix_cache: whether what several requests begin with is read once.
 
         Raises:
-            InputError: a size that is no whole number of at least 1, fewer max_tokens than rows and 16.
+            InputError: a size that is no whole number of at least 1, fewer max_tokens than rows and 16; too little
+                memory.
 
         Examples:
             >>> engine = mj.Engine(model, max_tokens=64, blocks=128, max_rows=4)
@@ -81,11 +82,12 @@ class Engine:
                 given.whole(name, value)
             given.whole("max_tokens", max_tokens, none=True)
             given.whole("blocks", blocks, none=True)
-        if max_tokens is None:
-            max_tokens = 1024 if platform() == "cpu" else 8192
-        if blocks is None:
+        if max_tokens is None or blocks is None:
+            least = LEAST_BLOCKS if blocks is None else blocks
+            how = model.graph, model.weights, model.config, max_rows, block_size, least, model.mesh
+            max_tokens, fits = fitting(*how, max_tokens)
             most = -(-8 * model.config.max_position_embeddings // block_size)
-            blocks = max(LEAST_BLOCKS, min(most, fitting_blocks(model.config, block_size, model.weights, model.mesh)))
+            blocks = max(LEAST_BLOCKS, min(most, fits)) if blocks is None else blocks
         size = EngineSize(max_rows, max_tokens, blocks, block_size)
         self.model = model
         self.core = EngineCore(

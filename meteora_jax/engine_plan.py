@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.engine.memory import USABLE, block_bytes, state_bytes
 from meteora_jax.engine.step import EngineState, PromptTokens, StepRows, new_state, run_steps
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
@@ -36,9 +37,7 @@ from pallas_kernels.topk_gating import TopK
 BLOCK_SIZE = 16  # of the engine's cache
 BUDGET = 8192  # prompt tokens that a step of the engine reads
 TRIES = 6  # compilations of both programs, to find how many blocks fit
-LARGE = 1 << 14  # blocks beside which what a layout pads is little
 STEPS = 8  # decoding steps of a program
-USABLE = 0.95  # of a device's memory: the rest is fragments and the runtime's own
 # Bytes a second of one device's memory by the beginning of its `device_kind` (Google's data sheets; see `MEMORY`).
 BANDWIDTH = {"TPU7x": 3.69e12, "TPU v6 lite": 1.64e12, "TPU v5 lite": 8.19e11, "TPU v5": 2.765e12, "TPU v4": 1.228e12}
 
@@ -80,7 +79,11 @@ class EnginePrograms:
 
     def state_bytes(self, blocks: int) -> int:
         """What the engine's state with so many blocks takes of one device, as it is laid out there."""
-        return self._empty(blocks).memory_analysis().output_size_in_bytes
+        return state_bytes(self._graph, self.weights, blocks, BLOCK_SIZE, self.rows, self.mesh)
+
+    def block_bytes(self) -> int:
+        """What one more block takes of one device."""
+        return block_bytes(self._graph, self.weights, BLOCK_SIZE, self.mesh)
 
     def state(self, blocks: int) -> EngineState:
         """The engine's state with so many blocks, where a mesh puts it."""
@@ -192,7 +195,7 @@ def plan_serving(
     programs = EnginePrograms(config, adapters, rank, mesh, rows=rows, top_k=top_k, form=form)
     table = -(-(width + new_tokens) // BLOCK_SIZE)
     read = min(rows * width, BUDGET) // QUERY_BLOCK * QUERY_BLOCK
-    block_bytes = (programs.state_bytes(LARGE) - programs.state_bytes(LARGE // 2)) // (LARGE // 2)
+    block = programs.block_bytes()
     usable = math.floor(USABLE * there)
 
     def needed(blocks: int) -> tuple[int, int]:
@@ -214,7 +217,7 @@ def plan_serving(
             "rows, or grow tensor"
         )
     # what the compiler takes beside grows with the cache where it copies it: nearer from both sides
-    most = max(rows + 1, (usable - fewest[1][0]) // block_bytes)
+    most = max(rows + 1, (usable - fewest[1][0]) // block)
     for _ in range(TRIES):
         tried = most, needed(most)
         if sum(tried[1]) <= usable:
@@ -232,7 +235,7 @@ def plan_serving(
     if peak and speed:
         seen = width + new_tokens / 2
         times = {
-            "memory": (weights + rows * seen / BLOCK_SIZE * block_bytes) / speed,
+            "memory": (weights + rows * seen / BLOCK_SIZE * block) / speed,
             "arithmetic": programs.writing(seen) / mesh.size / peak,
         }
         bound = max(times, key=lambda name: times[name])
@@ -240,6 +243,6 @@ def plan_serving(
         prompt_rate = read * mesh.size * peak * mfu / programs.reading(read, width)
         rate = rows * new_tokens / (new_tokens * step + rows * width / prompt_rate)
     return ServingPlan(
-        mesh.size, kind, dict(mesh.shape), rows, read, width, new_tokens, there, weights, temporary, block_bytes,
+        mesh.size, kind, dict(mesh.shape), rows, read, width, new_tokens, there, weights, temporary, block,
         blocks, step, bound, prompt_rate, rate,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 
+MANY_TOKENS = 512  # for which a product's operations cost more than its weights' bytes
 # What cuDNN's attention may be used for on a GPU: "packed" training sequences.
 Fused = Literal["packed"]
 Platform = Literal["cpu", "gpu", "tpu"]
@@ -57,6 +58,8 @@ class ExecutionConfig:
     fused_attention: what cuDNN attends to, where the model's heads allow it.
     triton: whether few tokens are routed and adapted by one Triton launch behind a packed weight's product.
     dense_width: A * R of a bank up to which every adapter's shrink is taken with the gates.
+    fp8_tokens: from so many tokens on inference multiplies fp8 weights with activations rounded to fp8, a scale a
+        token; None: never.
     """
 
     platform: Platform = "cpu"
@@ -64,6 +67,7 @@ class ExecutionConfig:
     fused_attention: tuple[Fused, ...] = ()
     triton: bool = False
     dense_width: int = 512
+    fp8_tokens: int | None = None
 
     @classmethod
     def of(
@@ -78,6 +82,7 @@ class ExecutionConfig:
             step=StepLimits() if triton and alone else None,
             fused_attention=("packed",) if jnp.dtype(dtype).itemsize == 2 else (),
             triton=triton,
+            fp8_tokens=MANY_TOKENS if jnp.dtype(dtype) == jnp.bfloat16 and alone else None,
         )
 
     @classmethod
@@ -85,8 +90,11 @@ class ExecutionConfig:
         """The same for the mesh's devices, or those of this process."""
         kind = platform() if mesh is None else mesh.devices.flat[0].platform
         found = cls.of(kind, dtype, mesh, has_triton() if triton is None else triton)
-        if found.fused_attention and float(jax.devices()[0].compute_capability) < 8.0:  # before Ampere
+        capability = float(jax.devices()[0].compute_capability) if found.platform == "gpu" else 0.0
+        if found.fused_attention and capability < 8.0:  # before Ampere
             found = dataclasses.replace(found, fused_attention=())
+        if found.fp8_tokens and capability < 8.9:  # before Ada
+            found = dataclasses.replace(found, fp8_tokens=None)
         return found
 
 

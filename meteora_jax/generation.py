@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -15,14 +14,14 @@ from meteora_jax.completion import Delta
 from meteora_jax.config import LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Handle, Progress, Request
 from meteora_jax.engine.adapter_pool import AdapterPool
-from meteora_jax.execution import platform
+from meteora_jax.engine.memory import fitting
 from meteora_jax.routing import NO_ADAPTER
-from meteora_jax.sharding import Params, tensor_shards
+from meteora_jax.sharding import Params
 from meteora_jax.text import TextStream
 
 ROWS = 256  # sequences at once
+BLOCK_SIZE = 16
 LEAST_BLOCKS = 128
-MEMORY = 0.9  # share of what a device has left that blocks may take
 
 
 class Engines:
@@ -37,11 +36,13 @@ class Engines:
         self._engine: EngineCore | None = None
 
     def holding(self, requests: Sequence[Request]) -> EngineCore:
-        """An engine in which the longest of these requests have room together, up to ROWS and the device's memory."""
-        tokens = 1024 if platform() == "cpu" else 8192
-        size = EngineSize(ROWS, tokens, LEAST_BLOCKS)
+        """An engine in which the longest of these requests have room together, up to ROWS and the device's memory.
+
+        Raises:
+            InputError: the longest alone does not fit.
+        """
         slots = sorted((len(r.prompt) + r.max_new_tokens for r in requests), reverse=True)[:ROWS]
-        wanted = [-(-n // size.block_size) for n in slots]
+        wanted = [-(-n // BLOCK_SIZE) for n in slots]
         blocks = LEAST_BLOCKS
         while blocks < sum(wanted):
             blocks *= 2
@@ -50,31 +51,20 @@ class Engines:
             return found
         if found is not None and (found.failed or not found.scheduler.busy):
             self._engine = found = None  # its memory goes before the next one's comes
-        most = max(fitting_blocks(self._config, size.block_size, self._model[1], self._mesh), wanted[0])
-        size = dataclasses.replace(size, blocks=min(blocks, most))
+        tokens, most = fitting(*self._model, self._config, ROWS, BLOCK_SIZE, wanted[0], self._mesh)
+        size = EngineSize(ROWS, tokens, min(blocks, most), BLOCK_SIZE)
         engine = EngineCore(
-            *self._model, self._config, size, mesh=self._mesh, decode=self._decode, pool=self._pool
+            *self._model, self._config, size, mesh=self._mesh, decode=self._decode, pool=self._pool,
+            few_programs=True,
         )  # fmt: skip
         if found is None:
             self._engine = engine
         return engine
 
-
-def fitting_blocks(config: LlamaConfig, block_size: int, weights: Params, mesh: Mesh | None) -> int:
-    """How many blocks of the model's cache fit into what its devices have left, alike on all hosts; any number where
-    that is not known."""
-    leaf = jax.tree.leaves(weights)[0]
-    stats = [device.memory_stats() for device in leaf.sharding.addressable_devices]
-    free = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
-    shards = tensor_shards(mesh)
-    heads = config.num_kv_heads // shards if config.num_kv_heads % shards == 0 else config.num_kv_heads
-    block = config.num_layers * block_size * 2 * heads * config.head_dim * leaf.dtype.itemsize
-    count = int(MEMORY * min(free) / block) if free else 1 << 30
-    if mesh is not None and jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        count = int(np.min(multihost_utils.process_allgather(np.asarray(min(count, 1 << 30), np.int32))))
-    return count
+    def step(self) -> bool:
+        """Moves on what is under way in the engine that calls share; False: nothing is."""
+        found = self._engine
+        return found is not None and not found.failed and found.step()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,15 +13,14 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.config import InputError
-from meteora_jax.likelihood import score
+from meteora_jax.likelihood import scores
 from meteora_jax.loading import load
-from meteora_jax.padding import bucket, pad_prompts
+from meteora_jax.padding import bucket
 from meteora_jax.prompts import render_chat
 from meteora_jax.routing.named import read_router
 from meteora_jax.text import check_text
@@ -52,6 +51,7 @@ class MeteoraLM(TemplateLM):
         top_k: int | None = None,
         temperature: float | None = None,
         dtype: str | None = None,
+        adapter_slots: int | Literal["auto"] | None = None,
         batch_size: int | str = 1,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -68,6 +68,7 @@ class MeteoraLM(TemplateLM):
                 given.
             top_k, temperature: of the gates, by default as they were trained.
             dtype: bfloat16 on an accelerator, float32 on a CPU unless given.
+            adapter_slots: so many of the bank's adapters are on the device, as of `load`.
             max_length: tokens a request may have; by default the base's context.
             max_gen_toks: longest response of a task that names no length.
             add_bos_token: whether texts get one; by default as the tokenizer does by itself.
@@ -87,7 +88,7 @@ class MeteoraLM(TemplateLM):
             )
         del device
         self.batch_size = int(size)
-        self.model = load(base, bank, gates, dtype=dtype)
+        self.model = load(base, bank, gates, dtype=dtype, adapter_slots=adapter_slots)
         self.tokenizer = self.model.tokenizer
         self.router = read_router(router, self.model.gates, self.model.adapter_names, top_k, temperature)
         if bank is not None and router is None and self.router is None:
@@ -143,15 +144,12 @@ class MeteoraLM(TemplateLM):
         def answer(part: Sequence[Request]) -> list[tuple[float, bool]]:
             # as much context as fits, cut on the left; the last token is only ever a target
             rows = [[*context, *target][-(self.max_length + 1) :][:-1] for _, context, target in part]
-            tokens, lengths = pad_prompts(rows)
             width = bucket(max(len(target) for _, _, target in part))
             at, targets = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.int32)
             for b, (row, (_, _, target)) in enumerate(zip(rows, part, strict=True)):
                 at[b, : len(target)] = np.arange(len(row) - len(target), len(row))
                 targets[b, : len(target)] = target
-            bound = self.model.bind(self.router, len(rows), rows)
-            given = (jnp.asarray(x) for x in (tokens, lengths, at, targets))
-            logprobs, best, _ = map(np.asarray, score(self.model.graph, self.model.weights, *given, bound))
+            logprobs, best, _ = scores(self.model, rows, at, targets, self.router)
             greedy = best[:, :, 0] == targets
             sizes = [len(target) for _, _, target in part]
             return [
@@ -160,9 +158,9 @@ class MeteoraLM(TemplateLM):
             ]
 
         found = self._batched(requests, lambda r: len(r[1]) + len(r[2]), answer)
-        for (text, _, _), scores in zip(requests, found, strict=True):
+        for (text, _, _), said in zip(requests, found, strict=True):
             if text is not None:  # a window of a rolling request has none
-                self.cache_hook.add_partial("loglikelihood", text, scores)
+                self.cache_hook.add_partial("loglikelihood", text, said)
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:

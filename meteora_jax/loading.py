@@ -17,6 +17,7 @@ from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool, Import
+from meteora_jax.engine.memory import free_bytes
 from meteora_jax.execution import default_dtype, packs
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
@@ -49,12 +50,13 @@ def load(
             `dtype` says which. Gates stay float32.
         adapter_slots: the bank stays on disk, and so many of its adapters are on the device at a time, those that
             requests ask for; the model's `pool` loads and unloads others meanwhile. "auto": what half of the memory
-            beside the base holds, and 64 where that is not known, at most one an adapter. None: all are on the device.
+            beside the base holds, and 64 where that is not known, at most one an adapter. None: all are on the device,
+            as they have to be over several hosts.
         adapter_rank: of a slot, at every projection; an adapter of a larger rank takes several slots, so that one of
             rank 8 does not pay for one of rank 64 (gates and fusion need one slot each). None: as the bank's need.
 
     Raises:
-        InputError: a folder is missing, damaged, or made for another base or bank.
+        InputError: a folder is missing, damaged, or made for another base or bank; slots over several hosts.
 
     Examples:
         >>> import meteora_jax as mj
@@ -77,6 +79,10 @@ def load(
         raise InputError(f"{gates}: gates: expected a bank beside them, found none")
     if bank is None and adapter_slots is not None:
         raise InputError(f"adapter_slots: expected a bank beside them, found none for {adapter_slots}")
+    if adapter_slots is not None and jax.process_count() > 1:
+        # whatever is loaded or unloaded meanwhile would have to change every host's slots at the same step
+        found = f"{jax.process_count()}: over several hosts a bank is on the devices as a whole"
+        raise InputError(f"adapter_slots: expected one process, found {found}")
     if adapter_slots is None and adapter_rank is not None:
         raise InputError(f"adapter_rank: expected adapter_slots beside it, found none for {adapter_rank}")
     kind = jnp.dtype(default_dtype(dtype))
@@ -107,7 +113,7 @@ def _load_slots(
     origin = read_origin(base)
     stored = StoredBank(bank, config, kind, origin)
     one = empty_slots(stored.config, 1, rank)
-    count = fitting_slots(config, stored.config, one, kind, free_bytes(mesh)) if asked == "auto" else asked
+    count = fitting_slots(config, stored.config, one, kind, _free_bytes(mesh)) if asked == "auto" else asked
     slots = empty_slots(stored.config, count, rank)
     described, columns = load_gates(gates, config, stored.config.names) if gates is not None else (None, None)
     if described is not None and stored.config.vocab_adapter_names:
@@ -139,12 +145,10 @@ def _load_slots(
     return Meteora(config, stored.config, described, load_tokenizer(base), graph, state, mesh, base, pool)
 
 
-def free_bytes(mesh: Mesh | None) -> int | None:
-    """What the devices that share a model's weights have left; None where that is not known."""
-    devices = jax.devices()[:1] if mesh is None else list(mesh.local_devices)
-    stats = [device.memory_stats() for device in devices]
-    free = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
-    return min(free) * (1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]) if free else None
+def _free_bytes(mesh: Mesh | None) -> int | None:
+    """What the devices that share a model's weights have left together; None where that is not known."""
+    free = free_bytes(mesh)
+    return free if free is None or mesh is None else free * mesh.shape["fsdp"] * mesh.shape["tensor"]
 
 
 def fitting_slots(config: LlamaConfig, bank: BankConfig, slot: BankConfig, kind: np.dtype, free: int | None) -> int:

@@ -19,6 +19,11 @@ def bucket(length: int) -> int:
     return size
 
 
+def rows_within(tokens: int, length: int, most: int) -> int:
+    """How many rows, at most `most` and at least one, of lists so long have at most so many tokens when padded."""
+    return max(1, min(most, tokens // bucket(length)))
+
+
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Token lists -> int32 [B, T] padded on the right to a bucket, and their lengths int32 [B]."""
     lengths = np.asarray([len(p) for p in prompts], np.int32)
@@ -32,9 +37,17 @@ def pad_batch(
     prompts: Sequence[Sequence[int]], router: BoundRouter | None, mesh: Mesh | None
 ) -> tuple[np.ndarray, np.ndarray, BoundRouter | None]:
     """`pad_prompts`, with empty rows (length 0) up to what the mesh divides, and the router for all rows."""
-    tokens, lengths = pad_prompts(prompts)
+    (tokens, lengths), router = fill_rows(pad_prompts(prompts), router, mesh)
+    return tokens, lengths, router
+
+
+def fill_rows(
+    batch: tuple[np.ndarray, np.ndarray], router: BoundRouter | None, mesh: Mesh | None
+) -> tuple[tuple[np.ndarray, np.ndarray], BoundRouter | None]:
+    """Of `pad_batch`, for what was padded to one length before."""
+    tokens, lengths = batch
     multiple = rows_multiple(mesh)
-    rows = -(-len(prompts) // multiple) * multiple
-    extra = rows - len(prompts)
+    rows = -(-len(lengths) // multiple) * multiple
+    extra = rows - len(lengths)
     router = router if mesh is None else place_rows(pad_rows(router, rows), mesh)
-    return np.pad(tokens, [(0, extra), (0, 0)]), np.pad(lengths, (0, extra)), router
+    return (np.pad(tokens, [(0, extra), (0, 0)]), np.pad(lengths, (0, extra))), router

@@ -13,13 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.execution import jit
-from meteora_jax.padding import bucket, pad_batch
-from meteora_jax.routing import BoundRouter, RouterArgument, Score
+from meteora_jax.padding import bucket, pad_batch, rows_within
+from meteora_jax.routing import RouterArgument, Score
 from meteora_jax.routing.logo import Probe, asking, observe_scores
 from meteora_jax.sharding import Params, fetch, place_rows, use_mesh
 from pallas_kernels.paged_attention import EMPTY
 
-ROWS = 8  # prompts of a pass
+ROWS, TOKENS = 8, 8192  # of a pass, at most: prompts, and tokens with their padding
 
 
 def probed(
@@ -41,8 +41,9 @@ def probed(
         return router
     rows: list[Any] = list(router) if isinstance(router, list | tuple) else [router] * len(prompts)
     for (score, _), places in groups.items():
-        for start in range(0, len(places), ROWS):
-            some = places[start : start + ROWS]
+        together = rows_within(TOKENS, len(prompts[places[0]]), ROWS)
+        for start in range(0, len(places), together):
+            some = places[start : start + together]
             scores = _scores(score, [prompts[b] for b in some], graph, weights(), mesh)
             for b, own_scores in zip(some, scores, strict=True):
                 own = wanting[b]
@@ -66,15 +67,6 @@ def _scores(
 def _pass(graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, probe: Probe) -> jax.Array:
     model = nnx.merge(graph, weights)
     return model(tokens, _positions(tokens, lengths), probe, observe=observe_scores).observed
-
-
-@jit(static_argnames=("graph",))
-def whole_logits(
-    graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, router: BoundRouter | None
-) -> jax.Array:
-    """float32 [B, T, V] of tokens int32 [B, T], of which each row has so many."""
-    model = nnx.merge(graph, weights)
-    return model.logits(model(tokens, _positions(tokens, lengths), router).hidden, router)
 
 
 def _positions(tokens: jax.Array, lengths: jax.Array) -> jax.Array:

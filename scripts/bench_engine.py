@@ -2,6 +2,7 @@
 
     python scripts/bench_engine.py --shape tiny --rows 1 4 --prompt 32 --new 8 --requests 6    # any machine
     python scripts/bench_engine.py --shape llama-3-8b --json engine.json                       # the table of the docs
+    python scripts/bench_engine.py --shape llama-3-8b --weights bf16 fp8 int4 # quantised as well
 
 Weights are random and nothing ends a response early. A step's time is that of the whole engine, host included, while
 all rows decode; results are read while the device works on the next dispatch.
@@ -10,6 +11,7 @@ all rows decode; results are read while the device works on the next dispatch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -32,9 +34,11 @@ from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Request, bind_row
 from meteora_jax.execution import ExecutionConfig, default_dtype, platform
 from meteora_jax.gate_config import FormName
+from meteora_jax.quantization import Quantization
 from meteora_jax.training.recipes import RECIPES
 
 Kind = Literal["bare", "gates", "adapter"]
+Weights = Literal["bf16", "int8", "fp8", "int4"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,10 @@ class BenchEngine:
     """What routes, top-2."""
     kinds: tuple[Kind, ...] = ("bare", "gates", "adapter")
     """bare: no adapter acts; gates; adapter: one of its own for each request."""
+    weights: tuple[Weights, ...] = ("bf16",)
+    """How the base is stored, one after the other. bf16: unquantised (on a CPU float32)."""
+    head: bool = False
+    """The head of a quantised base in 8 bit as well."""
     prompt: int = 512
     """Tokens of a prompt."""
     new: int = 128
@@ -71,8 +79,10 @@ class BenchEngine:
 class Bench:
     """One model, and requests of its kinds."""
 
-    def __init__(self, settings: BenchEngine, config: LlamaConfig, form: FormName):
+    def __init__(self, settings: BenchEngine, config: LlamaConfig, form: FormName, weights: Weights):
         dtype = jnp.dtype(default_dtype())
+        if weights != "bf16":
+            config = dataclasses.replace(config, quantization=Quantization.of(weights, settings.head))
         self.settings, self.config, self.form = settings, config, form
         model, self.names = random_model(config, settings.adapters, 8, dtype, RECIPES[form].form)
         execution = ExecutionConfig.here(dtype)
@@ -172,17 +182,18 @@ def main(settings: BenchEngine) -> None:
             settings.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         console.print(f"[dim]{record}", markup=True, highlight=False)
 
-    for i, form in enumerate(settings.gates):
-        bench = Bench(settings, config, form)
+    for weights, (i, form) in itertools.product(settings.weights, enumerate(settings.gates)):
+        bench = Bench(settings, config, form, weights)
+        about = dict(weights=weights, form=form)
         kinds = [k for k in settings.kinds if k == "gates" or i == 0]
         for rows in settings.rows:
             for kind in kinds:
-                attempt(keep, dict(what="rows", kind=kind, form=form, rows=rows), time_rows, bench, kind, rows)
+                attempt(keep, dict(what="rows", kind=kind, **about, rows=rows), time_rows, bench, kind, rows)
                 if settings.profile:
                     profile_rows(bench, kind, rows)
         for kind in kinds if settings.requests else ():
             count = settings.requests
-            attempt(keep, dict(what="requests", kind=kind, form=form, count=count), time_requests, bench, kind, count)
+            attempt(keep, dict(what="requests", kind=kind, **about, count=count), time_requests, bench, kind, count)
         del bench
     show(records)
 
@@ -196,19 +207,22 @@ def attempt(keep: Any, case: dict[str, Any], measure: Any, *given: Any) -> None:
 
 
 def show(records: Sequence[dict[str, Any]]) -> None:
-    """The table: a line a measurement, ratios to the bare base of the same rows."""
-    bare = {(r["what"], r.get("rows")): r for r in records if r["kind"] == "bare" and "error" not in r}
-    table = Table("what", "rows", "kind", "form", "step ms", "x bare", "prompts ms", "x bare", "tokens/s")
+    """The table: a line a measurement, ratios to the bare base of the same rows, stored alike and in bf16."""
+    bare = {(r["weights"], r["what"], r.get("rows")): r for r in records if r["kind"] == "bare" and "error" not in r}
+    table = Table(
+        "what", "rows", "weights", "kind", "form", "step ms", "x bare", "x bf16", "prompts ms", "x bare", "x bf16",
+        "tokens/s",
+    )  # fmt: skip
     for r in records:
-        first = bare.get((r["what"], r.get("rows")), {})
 
-        def ratio(key: str, r: dict[str, Any] = r, first: dict[str, Any] = first) -> str:
-            return f"{r[key] / first[key]:.3f}" if key in r and key in first else ""
+        def ratios(key: str, r: dict[str, Any] = r) -> list[str]:
+            firsts = [bare.get((w, r["what"], r.get("rows")), {}) for w in (r["weights"], "bf16")]
+            return [f"{r[key] / first[key]:.3f}" if key in r and key in first else "" for first in firsts]
 
         cells = [f"{r[k]:.2f}" if k in r else "" for k in ("step_ms", "prompts_ms", "tokens_per_s")]
         table.add_row(
-            r["what"], str(r.get("rows", r.get("count"))), r["kind"], r["form"], r.get("error", cells[0]),
-            ratio("step_ms"), cells[1], ratio("prompts_ms"), cells[2],
+            r["what"], str(r.get("rows", r.get("count"))), r["weights"], r["kind"], r["form"],
+            r.get("error", cells[0]), *ratios("step_ms"), cells[1], *ratios("prompts_ms"), cells[2],
         )  # fmt: skip
     console.print(table)
 

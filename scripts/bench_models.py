@@ -26,6 +26,7 @@ from least import Work, least_work
 from rich.table import Table
 
 import meteora_jax as mj
+from meteora_jax.bank import BaseParam
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.execution import platform
 from meteora_jax.gate_config import TokenRouterForm
@@ -47,7 +48,20 @@ def random_model(
     bank = random_bank(config, adapters, rank)
     abstract = nnx.eval_shape(lambda: gated_llama(config, bank, form, dtype, nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
-    return LazyArrays(graph, state, lambda: random_arrays(state, 0)), bank.names
+    return LazyArrays(graph, state, lambda: plausible(random_arrays(state, 0))), bank.names
+
+
+def plausible(weights: Any) -> Any:
+    """Scales and zeros of a quantised base for which its random matrices are as large as those of a plain one."""
+    flat = nnx.to_flat_state(weights)
+    kinds = {path: leaf[...].dtype.name for path, leaf in flat if isinstance(leaf, BaseParam)}
+    for path, leaf in flat:
+        values = kinds.get((*path[:-1], str(path[-1]).removesuffix("_scale")))
+        if path not in kinds or not str(path[-1]).endswith(("_scale", "_zero")):
+            continue
+        size = {"int8": 74.0, "float8_e4m3fn": 64.0, "uint8": 4.6}.get(values or "", 1.0)
+        leaf.set_value(jnp.full_like(leaf[...], 8 if str(path[-1]).endswith("_zero") else 0.02 / size))
+    return weights
 
 
 def bench_model(bench: Bench, config: LlamaConfig, dtype: jnp.dtype, rates: Work) -> Iterator[dict[str, Any]]:

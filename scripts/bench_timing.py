@@ -40,16 +40,20 @@ class Timed:
 
 
 def random_arrays(shapes: T, seed: int) -> T:
-    """Small normal values in the shapes and dtypes of a pytree, created on the device; integers are 0."""
+    """Small normal values in the shapes and dtypes of a pytree, created on the device; those of 8 bits have all bits,
+    other integers are 0."""
     leaves, tree = jax.tree.flatten(shapes)
+
+    def draw(key: jax.Array, x: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize == 1:
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, x.shape, jnp.uint8), x.dtype)
+        size = 64.0 if x.dtype.itemsize == 1 else 0.02
+        return (size * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)
 
     @jax.jit
     def fill() -> list[jax.Array]:
         keys = jax.random.split(jax.random.key(seed), len(leaves))
-        return [
-            (0.02 * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)
-            for key, x in zip(keys, leaves, strict=True)
-        ]
+        return [draw(key, x) for key, x in zip(keys, leaves, strict=True)]
 
     return jax.tree.unflatten(tree, fill())
 

@@ -24,5 +24,7 @@ say "base model"
     say "not fetched: tests/test_real_model.py will be skipped"
 
 say "pytest"
-"$PY" -m pytest -n "${WORKERS:-logical}" --maxprocesses 8 --dist loadscope --durations 15 "$@"
+unset PYTHONDONTWRITEBYTECODE  # every worker and child would compile the package and rewrite the tests again
+# files in the order that tests/conftest.py gives them: the longest first
+"$PY" -m pytest -n "${WORKERS:-logical}" --maxprocesses 8 --dist loadscope --no-loadscope-reorder --durations 15 "$@"
 say "all passed in $((SECONDS / 60)) min $((SECONDS % 60)) s"

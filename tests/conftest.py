@@ -52,11 +52,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--all"):
         os.environ[EVERYTHING] = "1"
+    if jax.default_backend() == "cpu":
+        import program_cache  # here: meteora_jax is imported after the import hook
+
+        program_cache.use(config)
+
+
+# Files that take a minute or more of one processor, the longest first: a worker that got one of them last would work on
+# it while the others have nothing left.
+LONGEST = (
+    "decode_step", "engine", "evaluate_model", "training_resume", "loaded_adapters", "retrieval", "real_model",
+    "tensor_parallel", "side_by_side", "routing", "plan", "serving", "serving_limits", "cli_train", "gated_model",
+    "token_router", "paged_attention", "sharding", "arguments", "quantized", "training_mesh", "kernels_triton",
+    "kernels_tpu", "kernels", "generation", "training", "null_choice", "adapter_pool", "harness",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m leave tests out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked exhaustive unless it was asked for, by --all, by -m or by its own name."""
+    """Long files first; leaves out what is marked exhaustive unless asked for, by --all, by -m or by its own name."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     named = any("::" in argument for argument in config.args) or "exhaustive" in config.option.markexpr
     left_out = []
     for item in items:

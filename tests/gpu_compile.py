@@ -38,6 +38,7 @@ from meteora_jax.model import llama
 from meteora_jax.model.llama import Llama
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.planning import abstract_model, shape_of
+from meteora_jax.quantization import Quantization
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.data import Batch
 from meteora_jax.training.gate_loss import GateLoss
@@ -46,6 +47,7 @@ from meteora_jax.training.step import initial_state, make_step, optimizer
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.paged_attention import QUERY_BLOCK
 from pallas_kernels.paged_attention import triton_gpu as attention_gpu
+from pallas_kernels.quantized_matmul import triton_gpu as quantised_gpu
 
 # What the compiler asks of a GPU; source: the vendor's data sheet and CUDA's device properties.
 H200 = """
@@ -72,12 +74,15 @@ def stand_in(module: str, kernel: str, *arrays: Any, out: Any, aliases: Any = No
     return tuple(results) if isinstance(out, tuple) else results[0]
 
 
-def llama_3_8b(form: TokenRouterForm | None = None, execution: ExecutionConfig = GPU) -> tuple[Any, Any, BankConfig]:
+def llama_3_8b(
+    form: TokenRouterForm | None = None, execution: ExecutionConfig = GPU, quantization: Quantization | None = None
+) -> tuple[Any, Any, BankConfig]:
     """Graph and shapes of a model of LAYERS layers, gates and A's behind its kernels' rows, and its bank."""
     config = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=LAYERS, num_heads=32, num_kv_heads=8,
         head_dim=128, rms_norm_eps=1e-5, rope_theta=500000.0, rope_scaling=None, max_position_embeddings=8192,
         tie_word_embeddings=False, attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_ids=(),
+        quantization=quantization,
     )  # fmt: skip
     infos = tuple(AdapterInfo(f"adapter_{i}", 8, PROJECTIONS, "", "", {}) for i in range(28))
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
@@ -115,9 +120,11 @@ def step_rows(rows: int) -> StepRows:
     return StepRows(counted, array((rows,), bool), array((rows, TABLE), jnp.int32), counted, None)
 
 
-def decoding(device: Any, router: Any, rows: int, form: TokenRouterForm | None) -> str:
+def decoding(
+    device: Any, router: Any, rows: int, form: TokenRouterForm | None, quantization: Quantization | None = None
+) -> str:
     """The optimised program of decoding steps."""
-    graph, weights, bank = llama_3_8b(form)
+    graph, weights, bank = llama_3_8b(form, quantization=quantization)
     bound = router.bind([router] * rows, bank.names) if router is not None else None
     rest = step_rows(rows), None, bound, array((1,), jnp.int32)
     how: dict[str, Any] = dict(steps=8, logprobs=None, trace=True)
@@ -126,15 +133,18 @@ def decoding(device: Any, router: Any, rows: int, form: TokenRouterForm | None) 
     )
 
 
-def prompt(device: Any, router: Any, length: int) -> str:
-    """The optimised program of a step that reads a prompt."""
-    graph, weights, bank = llama_3_8b()
-    bound = router.bind([router], bank.names) if router is not None else None
-    tokens, one = array((length,), jnp.int32), array((1,), jnp.int32)
-    read = PromptTokens(tokens, tokens, array((length // QUERY_BLOCK,), jnp.int32), one, one, one)
-    rest = step_rows(1), read, bound, one
+def prompt(device: Any, router: Any, length: int, rows: int = 8, quantization: Quantization | None = None) -> str:
+    """The optimised program of a step that reads a prompt beside rows that decode.
+
+    So many rows that XLA has no reason to pad the products: it does where length + rows is no multiple of 8.
+    """
+    graph, weights, bank = llama_3_8b(quantization=quantization)
+    bound = router.bind([router] * rows, bank.names) if router is not None else None
+    tokens, of_rows = array((length,), jnp.int32), array((rows,), jnp.int32)
+    read = PromptTokens(tokens, tokens, array((length // QUERY_BLOCK,), jnp.int32), of_rows, of_rows, of_rows)
+    rest = step_rows(rows), read, bound, array((1,), jnp.int32)
     how: dict[str, Any] = dict(steps=1, logprobs=None, trace=False)
-    return compiled(device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, 1), *rest, **how)
+    return compiled(device, run_steps.__wrapped__, graph, weights, state_of(graph, weights, rows), *rest, **how)
 
 
 def readers_of_kernels(text: str) -> list[str]:
@@ -171,7 +181,27 @@ def products_of_training(device: Any, remat: Any) -> dict[int, int]:
     return {columns: found.count(str(columns)) for columns in (6144, 28672)}
 
 
+def quantised() -> None:
+    """Decoding steps launch a product more a group, and one for the head, and copy nothing; prompts multiply in fp8."""
+    versioned = H200 + "runtime_version { major: 13 minor: 0 patch: 0 }"  # without one XLA knows no products of fp8
+    (device,) = topologies.get_topology_desc(platform="cuda", target_config=versioned, topology="1x1x1").devices
+    for weights, router, rows in (("fp8", None, 1), ("int4", mj.Gates(2), 8)):
+        how = Quantization.of(weights, head=True)
+        text = decoding(device, router, rows, None, how)
+        (body,) = [part for part in re.split(r"\n(?=%|ENTRY)", text) if "triton_kernel_call" in part]
+        launches = len(re.findall('custom_call_target="triton_kernel_call"', body))
+        copies = len(re.findall(r" copy\(", body))
+        print(f"{weights}, {rows} rows: {launches} launches, {copies} copies")
+        assert (launches, copies) == (10 * LAYERS + 1, 0), f"{weights}: expected a product a group and one for the head"
+    text = prompt(device, None, 2048, quantization=Quantization.of("fp8"))
+    products = text.count('custom_call_target="__cublas$lt$matmul$f8"')
+    print(f"fp8, a prompt: {products} products of fp8 a layer")
+    assert products == 4, "a prompt's products are not of fp8"
+
+
 def main() -> None:
+    quantised_gpu.launch = stand_in
+    jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
     triton_gpu.launch = attention_gpu.launch = stand_in
     for router, rows, form in (
@@ -207,6 +237,7 @@ def main() -> None:
         counted = products_of_training(device, remat)
         print(f"training, remat {remat}: {counted} products of so many columns a layer, forward and backward")
         assert set(counted.values()) == {products}, f"remat {remat}: a product runs more than it must"
+    quantised()
 
 
 if __name__ == "__main__":

@@ -21,19 +21,28 @@ POOL = {
 }
 
 
-def test_the_threshold_is_the_low_quantile_of_inputs_left_out():
+APART = {"low": ["aab", "abb", "aaab", "abbb", "ab"], "high": ["xxy", "xyy", "xz", "xyz", "xyzz"]}
+
+
+@pytest.mark.parametrize("given", [POOL, APART])
+def test_the_threshold_lies_between_inputs_left_out_and_what_they_are_to_others(given):
     """By NumPy: every input against the means of the others."""
-    index = mj.Index.build(POOL, "cosine", Letters())
-    vectors = {name: Letters().encode(texts, "").astype(np.float64) for name, texts in POOL.items()}
-    best = []
+    index = mj.Index.build(given, "cosine", Letters())
+    vectors = {name: Letters().encode(texts, "").astype(np.float64) for name, texts in given.items()}
+    best, others = [], []
     for left in range(5):
         means = [np.delete(rows, left, axis=0).mean(axis=0) for rows in vectors.values()]
         means = [m / np.linalg.norm(m) for m in means]
-        best += [max(rows[left] @ m / np.linalg.norm(rows[left]) for m in means) for rows in vectors.values()]
-    assert index.threshold == pytest.approx(min(best), abs=1e-6)  # 1 % of fifteen is the least
+        for own, rows in enumerate(vectors.values()):
+            scores = [rows[left] @ m / np.linalg.norm(rows[left]) for m in means]
+            best.append(max(scores))
+            others.append(max(scores[:own] + scores[own + 1 :]))
+    assert (max(others) < min(best)) == (given is APART)  # 1 % of so few is the least, and the most
+    expected = (min(best) + max(others)) / 2 if given is APART else min(best)
+    assert index.threshold == pytest.approx(expected, abs=1e-6)
     pool = list(index._profiles.values())
     found = calibration.left_out(pool, lambda: mj.Index("cosine", Letters())._scoring, index._profile)
-    np.testing.assert_allclose(found, best, atol=1e-6)
+    np.testing.assert_allclose(found, np.stack([best, others], 1), atol=1e-6)
 
 
 def test_more_inputs_than_fits_allow_are_spread(monkeypatch):

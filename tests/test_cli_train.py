@@ -71,7 +71,7 @@ def shown(capsys, *command):
 
 def test_train_gates_has_few_options_and_shows_its_recipe_s_values(tmp_path, capsys):
     options, text = shown(capsys, "train", "gates")
-    assert len(options) <= 26, sorted(options)
+    assert len(options) <= 25, sorted(options)
     assert "Updates. (default: 5000)" in text
     assert "Updates. (default: 15000)" in shown(capsys, "train", "gates", "--recipe", "meteora")[1]
     assert "Updates. (default: 15000)" in shown(capsys, "train", "gates", "--recipe=meteora")[1]
@@ -81,6 +81,7 @@ def test_train_gates_has_few_options_and_shows_its_recipe_s_values(tmp_path, cap
         "--start-weight",
         "--segment-weight",
         "--composite-cut",
+        "--composite-sizes",
         "--response-weight",
     }
     line = refused(capsys, "train", "gates", "--extend", tmp_path / "none")

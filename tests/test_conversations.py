@@ -135,10 +135,10 @@ def test_turns_are_scored_by_their_own_task_s_metric(tasks, tmp_path):
     assert {p.asks: p.max_new_tokens for p in turns} == {"apple": None, "birch": None, "cedar": 5, "daisy": None}
     assert {p.max_new_tokens for p in pairs} == {16}
 
-    def answer(problems):
+    def answer(asked):
         """Right in apple and cedar; daisy says the right number alone; of two tasks only the first."""
         said = []
-        for p in problems:
+        for _, p in asked:
             if p.tasks:
                 said.append(f"{p.answers[0]}, I think.")
             else:

@@ -107,7 +107,7 @@ def test_bank_description(tmp_path: Path, hf: Path, base: Path, plain: Path):
     bank = import_adapters(
         tmp_path / "bank", base, [("b", other), ("a", plain)], progress=lambda *step: seen.append(step)
     )
-    assert seen == [("b", 1, 2), ("a", 2, 2)]
+    assert seen == [("b checked", 1, 4), ("a checked", 2, 4), ("b", 3, 4), ("a", 4, 4)]
     assert bank.names == ("b", "a")
     assert [a.rank for a in bank.adapters] == [7, 4]
     assert bank.adapters[0].targets == ("v_proj", "up_proj")

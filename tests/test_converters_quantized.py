@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama
+from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama, tiny_peft
 
-from converters import import_base, plan_base
+from converters import import_adapters, import_base, plan_base
 from meteora_jax.cli.inspect import describe
 
 SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
@@ -69,11 +69,29 @@ def gptq(bits: int, offset: int) -> Callable[[np.random.Generator, int, int], tu
     return write
 
 
+def awq_words(parts: np.ndarray) -> torch.Tensor:
+    """[n, O] into int32 [n, O / 8], as AutoAWQ's `WQLinear_GEMM` packs them: column 8 w + order[i] at the bits 4 i."""
+    packed = np.zeros((len(parts), parts.shape[1] // 8), np.int64)
+    for word in range(packed.shape[1]):
+        for i, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            packed[:, word] |= parts[:, 8 * word + column].astype(np.int64) << 4 * i
+    return torch.from_numpy(packed.astype(np.uint32).view(np.int32))
+
+
+def awq(rng: np.random.Generator, o: int, i: int) -> tuple[Tensors, np.ndarray]:
+    """Groups of 16 inputs."""
+    q, zero = rng.integers(0, 16, (i, o)), rng.integers(0, 16, (i // 16, o))
+    scale = rng.uniform(1e-3, 1e-2, (i // 16, o)).astype(np.float16)
+    tensors = {"qweight": awq_words(q), "qzeros": awq_words(zero), "scales": torch.from_numpy(scale)}
+    return tensors, (np.repeat(scale.astype(np.float64), 16, 0) * (q - np.repeat(zero, 16, 0))).T
+
+
 CASES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "fp8": ({"quant_method": "fp8", "weight_block_size": [40, 32]}, fp8, "FP8"),
     "int8": ({"quant_method": "compressed-tensors", "format": "int-quantized"}, int8, "INT8"),
     "packed": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, packed, "INT4"),
     "gptq-4": ({"quant_method": "gptq", "bits": 4, "desc_act": True}, gptq(4, 1), "INT4"),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}, awq, "INT4"),
     "gptq-8": ({"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}, gptq(8, 0), "INT8"),
 }
 
@@ -102,7 +120,8 @@ def test_matrices_are_read_as_what_they_stand_for(tmp_path: Path, case: str):
     for module, matrix in exact.items():
         layer, name = int(module.split(".")[2]), module.split(".")[-1]
         assert np.allclose(found[f"layers.{name}.kernel"][layer], matrix.T, rtol=1e-6, atol=0), module
-    assert "are read as what they stand for" in remarks[-1]
+    assert "are read as what they stand for" in remarks[0]
+    assert ("adapters of the unquantised model do not fit" in remarks[-1]) == (case == "awq")
     said = describe(hf)["about"]
     weights = sum(matrix.size for matrix in exact.values())
     size = weights // 2 if CASES[case][2] == "INT4" else weights
@@ -122,8 +141,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     refused(f"{first}.qweight: expected {first}.g_idx beside it, found none")
     edit_json(hf / "config.json", quantization_config={"quant_method": "gptq", "bits": 3})
     refused("quantization_config.bits: expected 4 or 8, found 3")
-    edit_json(hf / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
-    refused("quantization_config.quant_method: expected none, fp8, compressed-tensors, gptq, found 'awq'")
+    edit_json(hf / "config.json", quantization_config={"quant_method": "hqq", "bits": 4})
+    refused("quantization_config.quant_method: expected none, fp8, compressed-tensors, gptq, awq, found 'hqq'")
+    edit_json(hf / "config.json", quantization_config={"quant_method": "awq", "bits": 4, "version": "gemv"})
+    refused("quantization_config.version: expected 'gemm', found 'gemv'")
+    edit_json(hf / "config.json", quantization_config={"quant_method": "awq", "bits": 8})
+    refused("quantization_config.bits: expected 4, found 8")
     edit_json(hf / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128]})
     refused("weight_block_size: expected two sizes, found [128]")
 
@@ -133,3 +156,25 @@ def test_scales_of_another_shape_are_refused(tmp_path: Path):
     key = f"{MODULES[4]}.weight_scale_inv"
     edit_safetensors(hf / "model.safetensors", lambda t: t.update({key: t[key][:1]}))
     assert_refused(lambda: plan_base(hf), tmp_path / "none", f"{key}: expected shape (3, 2), found (1, 2)")
+
+
+def test_awq_is_a_model_of_its_own_for_adapters(tmp_path: Path):
+    """Its norms hold scales: who names the unquantised model is refused, who names the AWQ one is taken."""
+    hf, _ = quantized_folder(tmp_path, "awq")
+    folder = tiny_peft(tmp_path, tiny_llama(tmp_path / "plain", **SHAPE)[1], "one")
+    named = hf.rename(tmp_path / "Tiny-1M-Chat")
+    import_base(named, tmp_path / "base")
+    for name, taken in (("someone/Tiny-1M-Chat-AWQ", True), ("someone/Tiny-1M-Chat", False)):
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=name)
+        if taken:
+            import_adapters(tmp_path / "bank", tmp_path / "base", {"one": folder})
+        else:
+            dest, said = tmp_path / "none", f"expected Tiny-1M-Chat-AWQ (this base), found {name}"
+            assert_refused(lambda to=dest: import_adapters(to, tmp_path / "base", {"one": folder}), dest, said)
+
+
+def test_awq_parts_of_another_shape_are_refused(tmp_path: Path):
+    hf, _ = quantized_folder(tmp_path, "awq")
+    key = f"{MODULES[4]}.qzeros"
+    edit_safetensors(hf / "model.safetensors", lambda t: t.update({key: t[key][:, :1]}))
+    assert_refused(lambda: plan_base(hf), tmp_path / "none", f"{key}: expected shape (4, 12), found (4, 1)")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from flax import nnx
+from test_sharding import devices
 from tiny import edit_json
 from worlds import NAMES
 
@@ -218,7 +218,7 @@ def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_pat
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = devices(4)
     command = arguments(folders, tmp_path / "run", *COMPOSITE)
     kept = (whole / "records.jsonl").read_text().splitlines(keepends=True)[:2]
     alone = tmp_path / "run" / "records.jsonl"

@@ -1,5 +1,6 @@
 """Rows, systems and tables without a model: composites, LoraRetriever's queries, what is not defined."""
 
+import collections
 import json
 import math
 import re
@@ -290,13 +291,18 @@ def test_a_record_has_its_scores(tmp_path):
     problems = [single(3), composite(0), single(1), composite(1), single(2)]
     records = Records(tmp_path, {})
 
+    calls = []
+
     def say(asked):
-        return enumerate({"answer": "1. 3\n" if p.tasks else "4"} for p in asked)
+        calls.append(len(asked))
+        return enumerate({"answer": "1. 3\n" if p.tasks else "4"} for _, p in asked)
 
     counts = []
     systems = {"a": say, "oracle": say}
     run(problems, systems, records, lambda *seen: counts.append(seen), {("oracle", "pair")})
-    assert counts[-1] == (8, 8, "oracle")
+    assert counts[-1][:2] == (8, 8)
+    assert collections.Counter(system for *_, system in counts) == {"a": 5, "oracle": 3}
+    assert calls == [8], "systems with one answer are asked together"
     lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert len(lines) == 8
     pair = next(r for r in lines if r["id"] == "pair/test/1")

@@ -44,12 +44,16 @@ def prepared(model: mj.Meteora, width: int = 512) -> mj.Meteora:
 
 def run(model: mj.Meteora, router: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits, and every token's indices and weights, of the longest of ROWS."""
+    logits, indices, weights = map(np.asarray, observed(model.graph, model.weights, model.bind(router, 1)))
+    return logits, indices, weights
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def observed(graph: Any, weights: Any, router: Any) -> tuple[Any, Any, Any]:
     tokens = jnp.asarray([ROWS[2]])
-    module = nnx.merge(model.graph, model.weights)
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    out = module(tokens, positions, model.bind(router, 1), observe=observe_routing)
-    indices, weights = out.observed
-    return np.asarray(module.logits(out.hidden, None)), np.asarray(indices), np.asarray(weights)
+    module = nnx.merge(graph, weights)
+    out = module(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], router, observe=observe_routing)
+    return module.logits(out.hidden, None), *out.observed
 
 
 @pytest.mark.parametrize("width", [512, 1], ids=["gates and shrinks", "gates alone"])
@@ -152,11 +156,17 @@ def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null
     infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)
-    graph, state = nnx.split(gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0), null=null))
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    draw = lambda key, x: (0.1 * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)  # noqa: E731
-    weights = jax.tree.unflatten(tree, [draw(k, x) for k, x in zip(keys, leaves, strict=True)])
+    made = nnx.eval_shape(lambda: gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0), null=null))
+    graph, shapes = nnx.split(made)
+    leaves, tree = jax.tree.flatten(shapes)
+
+    @jax.jit  # one program instead of one a shape
+    def draw(key: jax.Array) -> list[jax.Array]:
+        keys = jax.random.split(key, len(leaves))
+        drawn = (0.1 * jax.random.normal(k, x.shape, jnp.float32) for k, x in zip(keys, leaves, strict=True))
+        return [x.astype(leaf.dtype) for x, leaf in zip(drawn, leaves, strict=True)]
+
+    weights = jax.tree.unflatten(tree, draw(jax.random.key(1)))
     return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0, form, null), None, graph, weights)
 
 

@@ -16,6 +16,7 @@ from tiny import CHAT_TEMPLATE, CORPUS
 
 from meteora_jax.config import InputError
 from meteora_jax.harness import MeteoraLM, main
+from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness, datasets and torch; nothing of ours warns here
@@ -75,6 +76,18 @@ def test_generated_texts_are_those_of_transformers(models, router):
     found, want = (m.generate_until(requests("generate_until", asked), disable_tqdm=True) for m in (ours, theirs))
     assert found == want
     assert any(found)
+
+
+def test_an_adapter_in_a_slot_gives_the_figures_of_one_that_is_there(models, world):
+    ours, _ = models["apple"]
+    folders = {k: str(world[k]) for k in ("base", "bank", "gates")}
+    slots = MeteoraLM(**folders, router="daisy", batch_size=3, adapter_slots=2)
+    slots.router = ours.router  # not among the first two
+    assert slots.model.pool.resident() == ("apple", "birch")
+    slots.model.logits([[5]], [Fixed({"cedar": 1.0, "daisy": 1.0})])
+    found, want = (m.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True) for m in (slots, ours))
+    np.testing.assert_allclose([p for p, _ in found], [p for p, _ in want], rtol=1e-6, atol=1e-4)
+    assert "apple" in slots.model.pool.resident()
 
 
 def test_gates_choose_for_the_harness_as_for_generate(world):

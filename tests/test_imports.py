@@ -46,7 +46,8 @@ ORDER = [
         "model",
         "io",
     ),
-    *("engine", "completion", "generation", "probing", "evaluation", "training", "viz", "planning", "engine_plan"),
+    *("engine", "sequences", "completion", "generation", "probing", "evaluation", "training", "viz", "planning"),
+    "engine_plan",
     *("api", "likelihood", "loading", "batching", "warming", "", "serving", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")

@@ -40,6 +40,9 @@ def run(arguments: Any, dy: jax.Array, splits: tuple[int, ...], names: tuple[str
     return results
 
 
+once = jax.jit(apply, static_argnames=("splits", "implementation"), compiler_options=QUICK)
+
+
 @settings(max_examples=examples(12, 40), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases(), name=st.sampled_from(XLA))
 def test_forward_and_gradients_of_random_shapes(case: Case, name: str):
@@ -68,7 +71,8 @@ def test_sorted_gradients_are_deterministic_and_exact():
     own = jnp.arange(2)[None, :, None]
     scaled = jnp.where(indices < 0, 0, weights * case.scale[own, jnp.maximum(indices, 0)])
     arguments = (case.x[:, None], case.a, case.b, indices, scaled, case.dy[:, None])
-    first, again = (grouped_gradients(*map(jnp.asarray, arguments), case.splits) for _ in range(2))
+    of = jax.jit(grouped_gradients, static_argnums=6)
+    first, again = (of(*map(jnp.asarray, arguments), case.splits) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
     assert_close({"x": first[0][:, 0], "a": first[1], "b": first[2]}, case)
@@ -94,8 +98,8 @@ def test_a_routing_broadcasts_over_tokens_requests_and_projections(name: str, ro
     weights = rng.standard_normal((*routed, 2)).astype(np.float32)
     x, base = jnp.asarray(case.x.reshape(2, 3, 8)), jnp.asarray(case.base.reshape(2, 3, 11))
     rest = tuple(map(jnp.asarray, (case.a, case.b)))
-    y = apply(x, *rest, jnp.asarray(indices), jnp.asarray(weights), jnp.asarray(case.scale), base, (5, 6),
-                    implementation=name)  # fmt: skip
+    y = once(x, *rest, jnp.asarray(indices), jnp.asarray(weights), jnp.asarray(case.scale), base, (5, 6),
+             implementation=name)  # fmt: skip
     full = (2, 3, 2, 2)
     wide = dict(indices=np.broadcast_to(indices, full).reshape(6, 2, 2))
     wide |= dict(weights=np.broadcast_to(weights, full).reshape(6, 2, 2))
@@ -111,7 +115,7 @@ def test_weights_may_differ_by_token_where_the_choice_does_not(name: str | None)
     weights = rng.standard_normal((2, 3, 1, 2)).astype(np.float32)
     x, base = jnp.asarray(case.x.reshape(2, 3, 8)), jnp.asarray(case.base.reshape(2, 3, 11))
     a, b, scale = map(jnp.asarray, (case.a, case.b, case.scale))
-    y = apply(x, a, b, jnp.asarray(indices), jnp.asarray(weights), scale, base, (5, 6), name)
+    y = once(x, a, b, jnp.asarray(indices), jnp.asarray(weights), scale, base, (5, 6), name)
     full = (2, 3, 2, 2)
     spread = {k: np.broadcast_to(v, full).reshape(6, 2, 2) for k, v in (("indices", indices), ("weights", weights))}
     assert_close({"y": np.asarray(y).reshape(6, 11)}, dataclasses.replace(case, **spread))
@@ -137,7 +141,7 @@ def test_an_adapter_that_nobody_chose_may_hold_anything_but_is_not_read():
     a[:, 2] = np.nan
     for name in ("gathered", "grouped"):
         arguments = map(jnp.asarray, (case.x, a, *case.arguments[2:]))
-        y = apply(*arguments, case.splits, implementation=name)
+        y = once(*arguments, case.splits, implementation=name)
         assert_close({"y": y}, case)
 
 

@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 import torch
 from hooked import arrow, routed_logits, scores_of, softmax_of_best, spectr
+from test_logo import norm, weights_of
+from test_phatgoose import own_gated, rule_of
 from worlds import NAMES
 
 import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
 from meteora_jax.engine import EngineCore, EngineSize
+from meteora_jax.engine.step import run_steps
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import Given, check_routes, make_system
 from meteora_jax.routing.named import named_router, read_router
 
-PROMPTS = [np.random.default_rng(i).integers(3, 300, 9 + 4 * i).tolist() for i in range(6)]
+PROMPTS = [np.random.default_rng(i).integers(3, 300, 9 + 4 * i).tolist() for i in range(8)]
 NEW = 5
 
 
@@ -46,22 +49,36 @@ ROUTERS = {  # one a prompt, and what it is in float64
 
 
 @pytest.fixture(scope="module")
-def served(world):
+def routed(world, tmp_path_factory):
+    """The model of a bank with own gates; the routers, one a prompt, and their rules."""
+    gated = own_gated(world, tmp_path_factory.mktemp("own") / "bank")
+    model, rules = gated["model"], dict(ROUTERS)
+    rules[mj.Phatgoose(2)] = rule_of(gated["tensors"], 2)
+    (chosen,) = model.after_pass([mj.Logo(2)], [PROMPTS[len(rules)]])  # of the prompt alone, without its response
+    mixture = weights_of(world, "model.layers.2.self_attn.q_proj", norm, 2, PROMPTS[len(rules)])
+    rules[chosen] = lambda x, _: torch.from_numpy(mixture).expand(len(x), 4)
+    return model, rules
+
+
+@pytest.fixture(scope="module")
+def served(routed):
     """The tokens of each prompt, all in one engine at once."""
-    model = world["model"]
-    engine = EngineCore(model.graph, model.weights, model.config, EngineSize(8, 160, 64, 8))
-    routers = zip(PROMPTS, ROUTERS, strict=True)
+    model, rules = routed
+    engine = EngineCore(model.graph, model.weights, model.config, EngineSize(8, 264, 64, 8), few_programs=True)
+    routers = zip(PROMPTS, rules, strict=True)
     handles = [engine.submit(model.request(prompt, router, NEW)) for prompt, router in routers]
+    before = run_steps._cache_size()
     engine.drain()
+    assert run_steps._cache_size() - before <= 3, "no program for every set of kinds that is left"
     assert engine.counters.dispatches <= NEW + 1, "all are read and decoded together"
     return [handle.progress.tokens for handle in handles]
 
 
-def test_a_mixed_batch_is_one_by_one(world, served):
-    model = world["model"]
+def test_a_mixed_batch_is_one_by_one(world, routed, served):
+    model, rules = routed
     rows = [prompt + tokens for prompt, tokens in zip(PROMPTS, served, strict=True)]
-    together = np.asarray(model.logits(rows, list(ROUTERS)))
-    for row, ours, rule, prompt, tokens in zip(rows, together, ROUTERS.values(), PROMPTS, served, strict=True):
+    together = np.asarray(model.logits(rows, list(rules)))
+    for row, ours, rule, prompt, tokens in zip(rows, together, rules.values(), PROMPTS, served, strict=True):
         (alone,) = routed_logits(world["hf_folder"], world["peft"], rule, [row])
         np.testing.assert_allclose(ours[: len(row)], alone, atol=3e-4)
         likeliest = alone[len(prompt) - 1 : -1].argmax(axis=1)

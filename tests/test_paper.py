@@ -1,4 +1,4 @@
-"""scripts/paper: every command of every table is one that meteora takes. None is run here."""
+"""scripts/paper and scripts/demo: every command of every script is one that meteora takes. None is run here."""
 
 import json
 import os
@@ -10,10 +10,13 @@ import pytest
 from meteora_jax.cli import parse
 from meteora_jax.cli.comparison import read_systems
 from meteora_jax.cli.evaluate import Evaluate
-from meteora_jax.cli.train import TrainAdapter, TrainGates
+from meteora_jax.cli.export import ExportAdapter
+from meteora_jax.cli.train import TrainAdapter, TrainBank, TrainGates
 from meteora_jax.evaluation.systems import of_a_family
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "scripts" / "paper").glob("*.sh"))
+ROOT = Path(__file__).parents[1] / "scripts"
+SCRIPTS = sorted((ROOT / "paper").glob("*.sh"))
+DEMO = sorted((ROOT / "demo").glob("*.sh"))
 ECHO = """#!/usr/bin/env python3
 import json, os, sys
 print(json.dumps(sys.argv[1:]), file=open(os.environ["SAID"], "a"))
@@ -56,3 +59,36 @@ def test_commands_are_ones_that_meteora_takes(tmp_path, script):
             ("lora-f-r48", 48, "natural"), ("lora-f-r8", 8, "natural"),
         ]  # fmt: skip
         assert all(c.systems.count("=") == 4 for c in commands if isinstance(c, Evaluate))
+
+
+PYTHON = """#!/usr/bin/env python3
+import json, os, sys
+if sys.argv[1:3] == ["-m", "meteora_jax.cli"]:
+    print(json.dumps(sys.argv[3:]), file=open(os.environ["SAID"], "a"))
+else:  # what rounds the gates
+    assert sys.argv[1] == "-", sys.argv
+    compile(sys.stdin.read(), "script", "exec")
+"""
+
+
+@pytest.mark.parametrize("script", DEMO, ids=[s.stem for s in DEMO])
+def test_the_demo_s_commands_are_ones_that_meteora_takes(tmp_path, script):
+    """With all the variables that shorten it, each of which gives an option its value."""
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "base.gguf").touch()
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "work" / "gates-run").mkdir(parents=True)
+    (tmp_path / "work" / "gates-run" / "log.jsonl").touch()
+    paths = {"GGUF": "base.gguf", "TASKS": "tasks", "OUT": "out", "WORK": "work", "SAID": "said", "PYTHON": "python"}
+    given = {name: str(tmp_path / path) for name, path in paths.items()} | {"STEPS": "7", "ROWS": "2", "EACH": "3"}
+    done = subprocess.run([script], env=os.environ | given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = [parse(json.loads(line)) for line in (tmp_path / "said").read_text().splitlines()]
+    (training,) = (c for c in commands if isinstance(c, TrainBank | TrainGates))
+    assert training.settings.optimization.steps == 7
+    if script.stem == "train_gates":
+        assert [c.limit for c in commands if isinstance(c, Evaluate)] == [3]
+    else:
+        assert training.settings.drawing.rows == 2
+        assert len(training.task) == len([c for c in commands if isinstance(c, ExportAdapter)]) == 8

@@ -30,10 +30,8 @@ from meteora_jax.training.own_gate import OwnGate, _alone
 TOKENS = np.random.default_rng(3).integers(3, 300, (2, 11)).tolist()
 
 
-@pytest.fixture(scope="module")
-def gated(world, tmp_path_factory):
-    """The world's bank with random gates of three adapters' own; birch has none."""
-    folder = tmp_path_factory.mktemp("own") / "bank"
+def own_gated(world: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The world's bank with random gates of three adapters' own, in a new folder; birch has none."""
     shutil.copytree(world["bank"], folder)
     description = json.loads((folder / "bank.json").read_text())
     tensors, rng = load_file(folder / "weights.safetensors"), np.random.default_rng(7)
@@ -48,6 +46,11 @@ def gated(world, tmp_path_factory):
     save_file(tensors, folder / "weights.safetensors")
     (folder / "bank.json").write_text(json.dumps(description))
     return {"bank": folder, "tensors": tensors, "model": mj.load(world["base"], folder, dtype="float32")}
+
+
+@pytest.fixture(scope="module")
+def gated(world, tmp_path_factory):
+    return own_gated(world, tmp_path_factory.mktemp("own") / "bank")
 
 
 def standard(z: torch.Tensor) -> torch.Tensor:
@@ -92,8 +95,8 @@ def test_a_model_packed_for_inference_reads_the_same(gated):
     (tokens, expected), bound = (TOKENS, model.logits(TOKENS, routers)), model.bind(routers, 2)
     positions = jnp.broadcast_to(jnp.arange(11, dtype=jnp.int32), (2, 11))
     module = nnx.merge(*packed)
-    found = module.logits(module(jnp.asarray(tokens, jnp.int32), positions, bound).hidden, bound)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    whole = nnx.jit(lambda m: m.logits(m(jnp.asarray(tokens, jnp.int32), positions, bound).hidden, bound))
+    np.testing.assert_allclose(whole(module), expected, atol=1e-4)
 
 
 def test_gates_train_as_torch_differentiates(world):

@@ -13,6 +13,7 @@ import jax
 import pytest
 from extent import parameters
 
+from meteora_jax import cli
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
 from meteora_jax.engine_plan import plan_generation, plan_serving
@@ -141,6 +142,17 @@ def test_libtpu_is_quiet_where_there_is_no_tpu():
     program = "from meteora_jax.cli.devices import quiet_libtpu; quiet_libtpu(); import jax; jax.devices()"
     quiet = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert (quiet.returncode, quiet.stderr) == (0, "")
+
+
+def test_a_plan_s_programs_are_not_kept_on_disk(monkeypatch):
+    """XLA cannot read them back: the same plan again would warn of every one."""
+    used: list[bool] = []
+    monkeypatch.setattr(cli.compilation_cache, "use", lambda: used.append(True))
+    monkeypatch.setattr(cli, "ACTIONS", dict.fromkeys(cli.ACTIONS, lambda command: None))
+    main(["plan", "train", "--base", "llama3-8b", "--topology", "v5e:2x2"])
+    assert not used
+    main(["bank", "list", "bank"])
+    assert used
 
 
 def test_a_plan_refuses_what_it_cannot_compile(capsys):

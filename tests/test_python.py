@@ -114,8 +114,13 @@ def test_where_programs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert compilation_cache.folder().parent == Path.home() / ".cache" / "meteora_jax"
     monkeypatch.setenv("METEORA_CACHE", "/proc/nobody/may")
-    compilation_cache.use()
-    assert jax.config.jax_compilation_cache_dir is None
+    of_tests = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        compilation_cache.use()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", of_tests)
 
 
 CACHED = """
@@ -140,7 +145,10 @@ print(float(logits.sum()))
 def test_the_next_process_reads_what_one_compiled_and_a_torn_file_is_a_miss(tmp_path: Path, world: dict[str, Any]):
     def run() -> tuple[int, int, float]:
         told = [sys.executable, "-c", CACHED, str(world["base"])]
-        environment = {**os.environ, "METEORA_CACHE": str(tmp_path)}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")
+        }
+        environment["METEORA_CACHE"] = str(tmp_path)
         done = subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         (hits, torn), (total,) = (line.split() for line in done.stdout.splitlines()[-2:])

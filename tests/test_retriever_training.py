@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_encoder import sentence_folder
+from test_sharding import devices
 
 from converters.hf_encoder import import_encoder
 from meteora_jax.cli.train_retriever import cut_line
@@ -157,7 +157,7 @@ def test_four_devices_compute_what_one_does(tmp_path, encoder):
     arguments = json.dumps(PROFILES), json.dumps(dataclasses.asdict(settings))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "start"), str(tmp_path / "four"), *arguments],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, capture_output=True, text=True,
+        env=devices(4), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     vectors, losses = json.loads(done.stdout.splitlines()[-1])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meteora_jax.engine.blocks import BlockPool
+from meteora_jax.engine.job import Job, thinned
 from meteora_jax.engine.prefix_cache import PrefixCache
 from meteora_jax.engine.request import Progress, Request
 from meteora_jax.engine.scheduler import Limits, Plan, Scheduler
@@ -191,3 +192,17 @@ def test_a_block_is_released_once():
         pool.release(blocks)
     with pytest.raises(ValueError, match="expected at most 3, found 4"):
         pool.take(4)
+
+
+def test_a_job_uses_few_of_the_sizes():
+    sizes = (1, 8, 32, 64, 128, 256)
+    assert thinned(sizes, 480, 16) == (8, 256)
+    assert thinned(sizes, 40, 16) == (1, 64, 128, 256)  # those above hold what comes meanwhile
+    assert thinned(sizes, 1, 16) == sizes
+    assert thinned((64, 128, 256, 512, 1024, 2048), 500, 4) == (128, 512, 1024, 2048)
+    job = Job(any_table=True)
+    for length in (20, 300):
+        job.add(Request((5,) * length, 12))
+    assert job.prompts((64, 128, 256, 512)) == (128, 512)
+    assert (job.tables((8, 32, 128), 8), job.tables((8, 32, 128), 64)) == ((128,), (8, 32, 128))
+    assert Job(any_table=False).tables((8, 32, 128), 8) == (8, 32, 128)

@@ -20,6 +20,7 @@ from tiny import tiny_peft
 
 import meteora_jax as mj
 from meteora_jax.config import InputError
+from meteora_jax.likelihood import prompt_logprobs
 from meteora_jax.serving.adapters import inside
 from meteora_jax.serving.asking import Work
 from meteora_jax.serving.errors import ApiError
@@ -74,6 +75,13 @@ def test_adapters_come_and_go_in_slots_while_requests_run(world, root):
         asking = threading.Thread(target=keep_asking)
         asking.start()
         try:
+            scored = served.client().completions.create(
+                model="cedar", prompt="The quick", max_tokens=0, echo=True, logprobs=1
+            )
+            alone = prompt_logprobs(world["model"], world["model"].encode("The quick"), mj.Fixed("cedar"), 1)
+            found = scored.choices[0].logprobs.token_logprobs
+            assert found[0] is None
+            assert found[1:] == pytest.approx([value for value, _ in alone], abs=1e-3)
             answer = update(served, "load", lora_name="elm", lora_path="elm", profiles=["Write a poem about elms"])
             assert answer.json() == {
                 "status": "loaded", "lora_name": "elm", "version": 1, "reachable_by": ["name", "retrieve"],

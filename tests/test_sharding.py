@@ -18,8 +18,9 @@ NEW_TOKENS = 12
 
 
 def devices(count: int) -> dict[str, str]:
-    """The environment of a process with `count` CPU devices."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    """The environment of a process with `count` CPU devices, which compiles as this one does."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def routers(mj):

@@ -16,11 +16,23 @@ from meteora_jax.bank import AdapterParam
 from meteora_jax.config import PROJECTIONS
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.io.bank import save_bank
+from meteora_jax.training import step as training_step
 from meteora_jax.training.adapter import fresh_bank
-from meteora_jax.training.data import NO_TASK, Batches, Layout, Mixture, Tokenized, collate, compose, encode, plan
+from meteora_jax.training.data import (
+    NO_TASK,
+    Batches,
+    Layout,
+    Mixture,
+    Tokenized,
+    collate,
+    compose,
+    encode,
+    plan,
+    rounded,
+)
 from meteora_jax.training.loss import NextTokenLoss
 from meteora_jax.training.side_by_side import EMA, SideBySideLoss, clip_each, shares_of, task_routing
-from meteora_jax.training.step import gradients, initial_state, make_step, optimizer
+from meteora_jax.training.step import initial_state, make_step, optimizer
 from meteora_jax.training.validation import packed
 
 NAMES = ("apple", "birch", "cedar")
@@ -29,6 +41,7 @@ TASKS = {
     name: [Example(f"[INST] {word} number {i} [/INST]\n", f"{word[:6]} {i % 3}") for i in range(20)]
     for name, word in zip(NAMES, WORDS, strict=True)
 }
+gradients = jax.jit(training_step.gradients, static_argnums=(0, 5), static_argnames=("dtype", "remat", "accumulate"))
 SMALL = dict(steps=8, batch_size=8, learning_rate=1e-2, max_length=200, rank=4, alpha=8.0, composite=0.3, validations=4)
 
 
@@ -73,6 +86,14 @@ def alone(s):
     return Tokenized(s.tokens, s.loss, np.where(s.tasks == NO_TASK, NO_TASK, 0).astype(np.int32))
 
 
+def rows_alone(every, i):
+    """The i-th task's sequences, one a row, in as many rows and columns as any task needs: one program for all."""
+    most, width = max(map(len, every)), rounded(max(len(s.tokens) for group in every for s in group))
+    empty = Tokenized(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int32))
+    rows = [*map(alone, every[i]), *[empty] * (most - len(every[i]))]
+    return jax.tree.map(jnp.asarray, collate(rows, width))
+
+
 def own(tree, i):
     """The i-th adapter's part of every leaf, lora_a [L, P, A, R, I] and lora_b [L, A, R, O]."""
     return [np.asarray(x)[..., i : i + 1, :, :] for x in jax.tree.leaves(tree)]
@@ -93,8 +114,8 @@ def test_gradients_side_by_side_are_those_alone(tmp_path, world, prompt_loss, ac
     total = 0.0
     for i in range(3):
         model, graph1, params1, frozen1 = parts(tmp_path, world, of_one(bank, i))
-        batch = jax.tree.map(jnp.asarray, collate([alone(s) for s in every[i]]))
-        router = model.bind(mj.Fixed(NAMES[i]), len(every[i]))
+        batch = rows_alone(every, i)
+        router = model.bind(mj.Fixed(NAMES[i]), len(batch.tokens))
         expected, expected_grads = gradients(
             graph1, frozen1, params1, batch, router, NextTokenLoss(), dtype=jnp.float32, remat=False
         )
@@ -137,9 +158,9 @@ def test_updates_side_by_side_are_those_alone(tmp_path, world):
         before = jax.tree.map(np.asarray, params1)
         state1 = initial_state(params1, tx(False), None)
         step1 = make_step(graph1, state1, tx(False), NextTokenLoss(), **how)
-        batch = jax.tree.map(jnp.asarray, collate([alone(s) for s in every[i]]))
+        batch = rows_alone(every, i)
         for _ in range(3):
-            state1, _ = step1(frozen1, state1, batch, model.bind(mj.Fixed(NAMES[i]), len(every[i])))
+            state1, _ = step1(frozen1, state1, batch, model.bind(mj.Fixed(NAMES[i]), len(batch.tokens)))
         for found, right, old in zip(own(state.params, i), *map(jax.tree.leaves, (state1.params, before)), strict=True):
             assert np.abs(right - old).max() > 5e-3
             # where a gradient is all rounding, Adam makes a step of it all the same
@@ -190,8 +211,9 @@ def test_a_composite_counts_what_each_adapter_predicts(tmp_path, world):
     batch = jax.tree.map(jnp.asarray, collate([s]))
     losses, grads = gradients(graph, frozen, params, batch, None, SideBySideLoss(), dtype=jnp.float32, remat=False)
     llama = nnx.merge(graph, params, frozen)
-    out = llama(batch.tokens, batch.positions, task_routing(batch.tasks))
-    logits = np.asarray(llama.logits(out.hidden, None), np.float64)[0]
+    routing = task_routing(batch.tasks)
+    whole = nnx.jit(lambda llama: llama.logits(llama(batch.tokens, batch.positions, routing).hidden, None))
+    logits = np.asarray(whole(llama), np.float64)[0]
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     means = []
     for i in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from adapter_banks import NAMES, random_bank
 
 import meteora_jax as mj
+from meteora_jax.engine.adapter_versions import AdapterVersions
 from meteora_jax.io.bank import load_bank, save_bank
 from meteora_jax.io.stored_bank import StoredBank
 
@@ -60,3 +62,15 @@ def test_a_stored_adapter_is_what_the_whole_bank_has(world: dict[str, Any], tmp_
                 np.testing.assert_array_equal(mine["lora_b"][:, 0], all_of_them["lora_b"][:, i, :rank])
                 np.testing.assert_array_equal(mine["lora_scale"][..., 0], all_of_them["lora_scale"][..., i])
                 assert not all_of_them["lora_a"][:, :, i, rank:].any()
+
+
+def test_a_scratch_folder_goes_with_who_knew_it(world: dict[str, Any], tmp_path: Path):
+    versions, scratch = AdapterVersions(), tmp_path / "scratch"
+    scratch.mkdir()
+    stored = StoredBank(world["bank"], world["model"].config, np.float32)
+    versions.add("poems", stored, 0, scratch)
+    gc.collect()
+    assert scratch.exists()
+    del versions
+    gc.collect()
+    assert not scratch.exists()

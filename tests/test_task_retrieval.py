@@ -13,8 +13,11 @@ from worlds import NAMES
 import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
+from meteora_jax.evaluation import ranking
 from meteora_jax.evaluation.problems import Problem
+from meteora_jax.evaluation.ranking import rank_adapters
 from meteora_jax.evaluation.systems import Given, make_system
+from meteora_jax.examples import Example
 from meteora_jax.retriever.ranking import read_ranking
 from meteora_jax.routing.retrieval import NOBODY
 
@@ -61,6 +64,15 @@ def test_losses_are_transformers_own(world, ranked):
         ]
         assert losses["moods"][name] == pytest.approx(torch.cat(each).mean().item(), abs=1e-4)
     assert read_ranking(ranked)["moods"] == tuple(sorted(NAMES, key=losses["moods"].get))
+
+
+def test_losses_of_small_batches_are_the_same(world, monkeypatch):
+    examples = {"moods": [Example(prompt * n, response * n) for n, (prompt, response) in enumerate(TASKS["moods"], 1)]}
+    together = rank_adapters(world["model"], examples)["moods"]
+    monkeypatch.setattr(ranking, "TOKENS", 1)  # a row at a time
+    alone = rank_adapters(world["model"], examples)["moods"]
+    assert together == pytest.approx(alone, abs=1e-6)
+    assert len({*alone.values()}) == len(NAMES)
 
 
 def test_tasks_bring_their_best_adapters(ranked):

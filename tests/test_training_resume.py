@@ -72,14 +72,13 @@ def main(
 
 @pytest.fixture(scope="module")
 def place(world, tmp_path_factory) -> tuple[Path, list[str], dict[str, str]]:
-    """A folder, the first arguments of `main`, and an environment whose processes share what they compile."""
+    """A folder, the first arguments of `main`, and an environment."""
     folder = tmp_path_factory.mktemp("runs")
     for name in NAMES:
         (folder / "tasks" / name).mkdir(parents=True)
         lines = [json.dumps({"prompt": f"[INST] {name} {i} [/INST]\n", "response": f"{i}"}) for i in range(20)]
         (folder / "tasks" / name / "train.jsonl").write_text("\n".join(lines) + "\n")
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return folder, [str(world["base"]), str(world["bank"]), str(folder / "tasks")], devices(1) | cache
+    return folder, [str(world["base"]), str(world["bank"]), str(folder / "tasks")], devices(1)
 
 
 def training(place, name: str, run: str, kill_at: int = 0, delay: float = 0.0, mesh="", env=None):

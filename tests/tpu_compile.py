@@ -38,6 +38,7 @@ MORE: list[tuple[Implementation, tuple[int, int], tuple[int, tuple[int, ...]], s
 
 
 def main(topology: str) -> None:
+    jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     mesh = Mesh(np.array([device]), ("device",))
     place = NamedSharding(mesh, PartitionSpec())

@@ -12,6 +12,7 @@ starts it where the extra `gpu` is installed.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -28,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pallas_kernels.decode_step import operands, triton_gpu
 from pallas_kernels.paged_attention import QUERY_BLOCK, StepTokens, paged_attention
+from pallas_kernels.quantized_matmul import QuantizedWeight
+from pallas_kernels.quantized_matmul import triton_gpu as quantised_gpu
 from pallas_kernels.routed_lora import LoraBank
 from pallas_kernels.routed_lora.triton_gpu import topk_gated_lora
 from pallas_kernels.topk_gating import TopK
@@ -86,6 +89,7 @@ def main() -> None:
         lower(run, product, bank, rule, array((rows, sum(splits)), jnp.bfloat16))
     attentions()
     decode_steps()
+    quantised_products()
 
 
 def decode_steps() -> None:
@@ -133,6 +137,22 @@ def decode_steps() -> None:
             residual, squares = array((rows, 4096), jnp.bfloat16), array((rows, 128), jnp.float32)
             own = (angle, angle), array((rows,), jnp.int32), residual, half(4096)
             lower(step, x, squares, group, state, choice, *own)
+
+
+def quantised_products() -> None:
+    """Of a Llama-3-8B's matrices and head, by the tiles that are chosen."""
+    array = jax.ShapeDtypeStruct
+    for kind, rows, (width, total, behind) in itertools.product(
+        ("int8", "float8_e4m3fn", "uint8"), (1, 16, 32, 64), ((4096, 6144, 768), (14336, 4096, 0))
+    ):
+        print(f"quantised product {rows} {width}->{total} {kind}, {behind} rows behind")
+        packed = kind == "uint8"
+        scale = array((2, width // 128, total) if packed else (2, total), jnp.float32)
+        zero = array(scale.shape, jnp.uint8) if packed else None
+        weight = QuantizedWeight(array((2, total, width // (1 + packed)), kind), scale, zero, turned=True)
+        rest = array((2, behind, width), jnp.bfloat16) if behind else None
+        run = functools.partial(quantised_gpu.product, 1, rows=rows)
+        lower(run, array((max(8, rows), width), jnp.bfloat16), weight, rest)
 
 
 def attentions() -> None:

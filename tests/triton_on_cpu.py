@@ -40,6 +40,8 @@ def to_torch(array: Any) -> torch.Tensor:
     array = np.array(array)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
     return torch.from_numpy(array)
 
 
@@ -81,6 +83,18 @@ def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
 
 
 interpreter.InterpreterBuilder.create_dot = dot
+
+# It also takes integers that become bfloat16 for the bits of one.
+interpreted_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def cast(self: Any, source: Any, kind: Any) -> Any:
+    if kind.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
+        source = interpreter.TensorHandle(source.data.astype(np.float32), tl.float32)
+    return interpreted_cast(self, source, kind)
+
+
+interpreter.InterpreterBuilder.cast_impl = cast
 
 
 @st.composite

@@ -258,7 +258,8 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"meteora {__version__}")
             return
         command = parse(args)
-        compilation_cache.use()
+        if not isinstance(command, Plan):  # XLA cannot read back what it compiled for TPUs that are not there
+            compilation_cache.use()
         quiet_libtpu()
         check_texts(command)
         ACTIONS[type(command)](command)

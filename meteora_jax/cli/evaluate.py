@@ -72,13 +72,25 @@ def response_routing(trace: RoutingTrace) -> dict[str, float]:
     return {name: round(share, 4) for name, share in named if share >= 5e-5}
 
 
-def answering(system: System, command: Evaluate) -> runner.Answer:
-    """A system as the runner calls it."""
+def answering(systems: Sequence[System], command: Evaluate) -> dict[str, runner.Answer]:
+    """Each system as the runner calls it. Systems of one model share an engine's batches and its compiled programs,
+    unless adapters change the embedding or the head: a batch with a choice by token leaves those out."""
+    groups: dict[Any, list[System]] = {}
+    for s in systems:
+        alone = s.model.bank is not None and s.model.bank.vocab_adapter_names
+        groups.setdefault((id(s.model), s.name if alone else ""), []).append(s)
+    return {s.name: answer for own in groups.values() for answer in [_answer(own, command)] for s in own}
 
-    def answer(problems: Sequence[Problem]) -> Iterator[tuple[int, dict[str, Any]]]:
-        completions = system.model.completions(
+
+def _answer(systems: Sequence[System], command: Evaluate) -> runner.Answer:
+    """Systems of one model, asked together."""
+    routes, model = {s.name: s.route for s in systems}, systems[0].model
+
+    def answer(asked: Sequence[tuple[str, Problem]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        problems = [p for _, p in asked]
+        completions = model.completions(
             [p.asked for p in problems],
-            [system.route(p) for p in problems],
+            [routes[system](p) for system, p in asked],
             max_new_tokens=[p.new_tokens(command.max_new_tokens) for p in problems],
             stop=[p.stop for p in problems],
         )
@@ -215,7 +227,7 @@ def evaluate(command: Evaluate) -> None:
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None
     leave = skipped(systems, problems)
-    answers = {s.name: answering(s, command) for s in systems}
+    answers = answering(systems, command)
     with progress_bar("evaluate", shown=first) as progress:
         runner.run(problems, answers, records, progress, leave, as_the_first_says)
     if records:

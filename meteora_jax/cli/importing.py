@@ -14,6 +14,7 @@ from meteora_jax.cli.report import Conversion, status
 from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.tasks import METEORA_TASKS
 from meteora_jax.io import hf_config
+from meteora_jax.quantization import WeightFormat
 
 if TYPE_CHECKING:
     from converters.rules import TensorPlan
@@ -31,6 +32,9 @@ class ImportBase(Conversion):
     """BASE folder to make."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Stored type; by default the source's own (float32 for quantised ones)."""
+    weights: WeightFormat | None = None
+    """A quantised base at once: matrices that the source holds in this very format are taken over bit for bit, others
+    are rounded anew, and it is said which."""
     replace: Path | None = None
     """PEFT folder whose saved embedding and head take the place of the source's: the base that this adapter needs."""
     name: str | None = None
@@ -45,6 +49,8 @@ def import_base(command: ImportBase) -> None:
     import converters
 
     remarks: list[str] = []
+    if command.dry_run and command.weights is not None:
+        raise InputError(f"--dry-run: expected no --weights beside it, found {command.weights}")
     if command.dry_run:
         config, rows = converters.plan_base(command.src, command.dtype, command.replace, remarks.append)
         say(remarks)
@@ -52,7 +58,7 @@ def import_base(command: ImportBase) -> None:
         return
     convert = partial(
         converters.import_base, command.src, command.dest, command.dtype, replace=command.replace, name=command.name,
-        on_remark=remarks.append,
+        on_remark=remarks.append, weights=command.weights,
     )  # fmt: skip
     command.run("import base", convert)
     say(remarks)

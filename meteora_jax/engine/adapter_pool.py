@@ -100,7 +100,7 @@ class AdapterPool:
         self._columns = columns or {}
         self._router = gates is not None and gates.form is not None
         self._weights = SlotWeights(graph, weights, config, mesh, self._router)
-        self._importer, self._lockstep = importer, jax.process_count() > 1
+        self._importer = importer
         self.versions = AdapterVersions()
         self._there: set[int] = set()  # whose weights are in their slot
         self._coming: dict[int, tuple[tuple[int, ...], Future[list[Staged]]]] = {}  # its slots, what is on its way
@@ -278,11 +278,11 @@ class AdapterPool:
     def advance(self) -> bool:
         """Writes what has arrived into its slots; whether anything is on its way still."""
         for n, (slots, coming) in list(self._coming.items()):
-            if not self._lockstep and not coming.done():
+            if not coming.done():
                 continue
             try:
                 staged = coming.result()
-                if not self._lockstep and not all(z.is_ready() for z in jax.tree.leaves(staged)):
+                if not all(z.is_ready() for z in jax.tree.leaves(staged)):
                     continue
             except InputError as e:
                 if n in self.versions:

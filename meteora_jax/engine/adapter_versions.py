@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -75,6 +76,8 @@ class AdapterVersions:
         self._called.append(name)
         self._names[name] = self._held[number] = new
         self._users[number] = 0
+        if scratch is not None:  # also where the process ends, or nobody has the pool any more
+            weakref.finalize(new, shutil.rmtree, scratch, ignore_errors=True)
         return new
 
     def retire(self, name: str) -> list[int]:

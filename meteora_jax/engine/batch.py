@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -52,9 +52,11 @@ def bind_row(bound: BoundRouter | None) -> BoundRow | None:
     return BoundRow(arrays, structure, kind, digest.digest())
 
 
-def join_routers(rows: Sequence[BoundRow | None], count: int) -> BoundRouter | None:
-    """One router for `count` rows, the first of which have these; None where none has any."""
-    kinds = sorted({row.kind: row for row in rows if row is not None}.values(), key=lambda row: repr(row.kind))
+def join_routers(rows: Sequence[BoundRow | None], count: int, beside: Iterable[BoundRow] = ()) -> BoundRouter | None:
+    """One router for `count` rows, the first of which have these; None where none has any. beside: rows whose kinds are
+    there whether a row has them or not: the kinds that there are belong to a program."""
+    present = {row.kind: row for row in (*beside, *rows) if row is not None}
+    kinds = sorted(present.values(), key=lambda row: repr(row.kind))
     if not kinds:
         return None
     bound = []
@@ -105,9 +107,11 @@ class Dispatch:
 
 
 def dispatch_of(
-    plan: Plan, row_sizes: Sequence[int], prompt_sizes: Sequence[int], table_sizes: Sequence[int], vocabulary: int
-) -> Dispatch:
-    """The arrays of a plan, padded to the next of the sizes; tables have as many columns as the longest needs."""
+    plan: Plan, row_sizes: Sequence[int], prompt_sizes: Sequence[int], table_sizes: Sequence[int], vocabulary: int,
+    beside: Iterable[BoundRow] = (),
+) -> Dispatch:  # fmt: skip
+    """The arrays of a plan, padded to the next of the sizes; tables have as many columns as the longest needs. beside:
+    of `join_routers`."""
     owners = (*plan.decoding, *(chunk.progress for chunk in plan.chunks))
     count = round_up(len(owners), row_sizes)
     tables = np.zeros((count, round_up(max(len(p.blocks) for p in owners), table_sizes)), np.int32)
@@ -120,7 +124,7 @@ def dispatch_of(
     sampling = SamplingRows.of([p.request.sampling for p in owners], vocabulary)
     if sampling is not None:  # rows that are none repeat the last
         sampling = jax.tree.map(lambda z: np.pad(z, (0, count - len(owners)), mode="edge"), sampling)
-    router = join_routers([p.router for p in owners], count)
+    router = join_routers([p.router for p in owners], count, beside)
     rows = StepRows(order, decodes, tables, prompts, sampling, allowed_tokens(owners, count, vocabulary))
     if not plan.chunks:
         return Dispatch(rows, None, router, plan.steps, owners, ())

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.batch import Dispatch, dispatch_of, prompt_sizes, row_sizes
+from meteora_jax.engine.job import Job
 from meteora_jax.engine.prefix_cache import PrefixCache
 from meteora_jax.engine.request import FinishReason, Progress, Request, check_prompts
 from meteora_jax.engine.scheduler import Limits, Plan, Scheduler
@@ -124,8 +125,10 @@ class EngineCore:
     def __init__(
         self, graph: nnx.GraphDef, weights: Params, config: LlamaConfig, size: EngineSize, *, mesh: Mesh | None = None,
         decode: Decode | None = None, prefix_cache: bool = True, pool: AdapterPool | None = None,
+        few_programs: bool = False,
     ):  # fmt: skip
-        """decode: token ids -> text, which stop strings need. pool: of the adapters, where the model has slots."""
+        """decode: token ids -> text, which stop strings need. pool: of the adapters, where the model has slots.
+        few_programs: for callers who wait for all that they submit: see `job`."""
         self.pool = pool
         self.graph, self.weights, self.config, self.size, self.mesh = graph, weights, config, size, mesh
         self.counters = Counters()
@@ -138,6 +141,7 @@ class EngineCore:
         most = size.blocks
         self.table_sizes = (*(8 << 2 * i for i in range(12) if 8 << 2 * i < most), most)
         self._end = place_whole(jnp.asarray(config.eos_token_ids or (-1,), jnp.int32), mesh)
+        self._job = Job(nnx.merge(graph, weights).execution.step is not None) if few_programs else None
         self._handles: dict[int, Handle] = {}
         self._numbers = 0
         self._in_flight: deque[tuple[Dispatch, StepResult, np.ndarray | None]] = deque()  # and what lay in the slots
@@ -170,6 +174,12 @@ class EngineCore:
             raise InputError(f"prompt: expected at most {capacity} tokens with its response (the cache), found {most}")
         with self._lock:
             progress = Progress(request, self._numbers, list(request.prompt))
+            if self._job is not None:
+                if not self.busy:
+                    self._job.clear()
+                self._job.add(request)
+                sizes = self._job.prompts(self.prompt_sizes)
+                self.scheduler.limits = dataclasses.replace(self.scheduler.limits, prompt_sizes=sizes)
             if request.adapters is not None and self.pool is not None:
                 self.pool.enlist(request.adapters)
             handle = self._handles[self._numbers] = Handle(self, progress, self._decode)
@@ -255,7 +265,11 @@ class EngineCore:
             for p in (*plan.decoding, *(c.progress for c in plan.chunks)):
                 if (wanted := p.request.adapters) is not None and wanted.every and p.placed_at != self.pool.changes:
                     p.placed, p.placed_at = self.pool.place(wanted), self.pool.changes
-        work = dispatch_of(plan, self.row_sizes, self.prompt_sizes, self.table_sizes, self.config.vocab_size)
+        sizes, kinds = (self.row_sizes, self.prompt_sizes, self.table_sizes), ()
+        if (job := self._job) is not None:
+            tables = job.tables(self.table_sizes, self.size.block_size)
+            sizes, kinds = (job.rows(self.row_sizes), job.prompts(self.prompt_sizes), tables), job.kinds.values()
+        work = dispatch_of(plan, *sizes, self.config.vocab_size, kinds)
         asked = [p.request.logprobs for p in work.owners if p.request.logprobs is not None]
         traced = any(p.request.trace for p in work.owners)
         rows, prompt, router = place_whole((work.rows, work.prompt, work.router), self.mesh)

@@ -27,8 +27,8 @@ Staged = Mapping[Path, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where a packed kernel [L, O + P N, I] has its gates and A's: O, P, and how many columns the gates have; rank 0
-    where there are no A's behind them."""
+    """Where a packed kernel [L, O + P N, I] has its gates and A's: O, or 0 of a quantised base, P, and how many columns
+    the gates have; rank 0 where there are no A's behind them."""
 
     outputs: int
     projections: int
@@ -47,10 +47,10 @@ class SlotWeights:
         self._packings: dict[Path, Packing] = {}
         for group in GROUPS:
             linear = getattr(model.layers, group)
-            if isinstance(linear, PackedLinear):
+            if isinstance(linear, PackedLinear) and linear.lora_a is not None:
                 rank = 0 if linear.wide else linear.lora_a.shape[-2]
                 self._packings["layers", group, "kernel"] = Packing(
-                    sum(linear.splits), len(linear.splits), linear.gate_columns, rank
+                    linear.base_rows, len(linear.splits), linear.gate_columns, rank
                 )
         self._leaves: dict[Path, Any] = {}
         self._axes: dict[Path, int] = {}

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from meteora_jax.evaluation.systems import Model
 from meteora_jax.examples import Example
-from meteora_jax.execution import jit
-from meteora_jax.padding import bucket, pad_batch
-from meteora_jax.routing import BoundRouter
+from meteora_jax.model.likelihood import score
+from meteora_jax.padding import bucket, pad_batch, rows_within
 from meteora_jax.routing.fixed import Fixed
-from meteora_jax.sharding import Params, fetch, place_rows, use_mesh
-from pallas_kernels.paged_attention import EMPTY
+from meteora_jax.sharding import fetch, place_rows, use_mesh
 
-ROWS = 4  # sequences at once: each has its logits
+ROWS, TOKENS = 8, 8192  # of a batch, at most: sequences, and tokens with their padding
 
 
 def rank_adapters(
@@ -48,30 +43,25 @@ def _tokens(model: Model, example: Example) -> tuple[list[int], int]:
 def _loss(model: Model, rows: Sequence[tuple[list[int], int]], router: Fixed) -> float:
     """Over all response tokens."""
     total, count = 0.0, 0
-    ordered = sorted(rows, key=lambda row: bucket(len(row[0])))
-    for start in range(0, len(ordered), ROWS):
-        some = ordered[start : start + ROWS]
-        some = some + some[-1:] * (ROWS - len(some))  # one shape
-        bound = router.bind([router] * ROWS, model.adapter_names)
-        tokens, lengths, bound = pad_batch([row for row, _ in some], bound, model.mesh)
-        starts = np.pad(np.asarray([first for _, first in some], np.int32), (0, len(lengths) - ROWS))
-        with use_mesh(model.mesh):
-            given = place_rows((tokens, lengths, starts), model.mesh)
-            found = fetch(_losses(model.graph, model.weights, *given, bound))
-        total += float(np.sum(found[: len(ordered[start : start + ROWS])]))
-        count += sum(len(row) - first for row, first in ordered[start : start + ROWS])
+    ordered = sorted(rows, key=lambda row: bucket(len(row[0])), reverse=True)  # a batch is as long as its first
+    while ordered:
+        together = rows_within(TOKENS, len(ordered[0][0]), ROWS)
+        some, ordered = ordered[:together], ordered[together:]
+        total += float(np.sum(_losses(model, some + some[-1:] * (together - len(some)), router)[: len(some)]))
+        count += sum(len(row) - first for row, first in some)
     return total / max(count, 1)
 
 
-@jit(static_argnames=("graph",))
-def _losses(
-    graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, starts: jax.Array, router: BoundRouter
-) -> jax.Array:
-    """float32 [B], each row's summed loss of its response."""
-    model = nnx.merge(graph, weights)
-    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
-    logits = model.logits(model(tokens, positions, router).hidden, router)[:, :-1]
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[..., 0]
-    judged = (columns[:, 1:] >= starts[:, None]) & (columns[:, 1:] < lengths[:, None])
-    return -jnp.sum(jnp.where(judged, logp, 0.0), axis=1)
+def _losses(model: Model, rows: Sequence[tuple[list[int], int]], router: Fixed) -> np.ndarray:
+    """Each row's summed loss of its response, [B]."""
+    bound = router.bind([router] * len(rows), model.adapter_names)
+    tokens, lengths, bound = pad_batch([row for row, _ in rows], bound, model.mesh)
+    judged = [np.arange(first, len(row), dtype=np.int32) for row, first in rows]
+    width = bucket(max(map(len, judged)))
+    at, targets = np.zeros((len(tokens), width), np.int32), np.zeros((len(tokens), width), np.int32)
+    for b, places in enumerate(judged):
+        at[b, : len(places)], targets[b, : len(places)] = places - 1, tokens[b, places]
+    with use_mesh(model.mesh):
+        given = place_rows((tokens, lengths, at, targets), model.mesh)
+        logprobs = fetch(score(model.graph, model.weights, *given, bound)[0])
+    return np.asarray([-np.sum(own[: len(places)]) for own, places in zip(logprobs, judged, strict=False)])

@@ -21,8 +21,8 @@ RUN, RECORDS = "run.json", "records.jsonl"
 
 KEPT = 16  # answers that are written at a time: so many can be lost with the process
 
-# problems -> (place, at least {"answer": text}) of each as it ends; what else is there is recorded too
-Answer = Callable[[Sequence[Problem]], Iterable[tuple[int, dict[str, Any]]]]
+# (system, problem) pairs -> (place, at least {"answer": text}) of each as it ends; what else is there is recorded too
+Answer = Callable[[Sequence[tuple[str, Problem]]], Iterable[tuple[int, dict[str, Any]]]]
 
 
 class Records:
@@ -102,8 +102,9 @@ def run(
 ) -> None:
     """Answers every problem by every system, except those that `records` already has.
 
-    A system is asked all that is left at once; answers are recorded as they end, KEPT at a time. Over several hosts
-    each calls this with the same problems and systems; the first host has the records, the others None.
+    A system is asked all that is left at once, and so are systems that have one `Answer`; answers are recorded as they
+    end, KEPT at a time. Over several hosts each calls this with the same problems and systems; the first host has the
+    records, the others None.
 
     Args:
         progress: called with (done, all, system). skipped: (system, row) not to be asked.
@@ -123,14 +124,15 @@ def run(
     every = [(system, p) for system, own in asked.items() for p in own]
     wanted = agree([(system, p.id) not in done for system, p in every])
     count = len(every) - sum(wanted)
-    for system in systems:
-        left = [p for (s, p), want in zip(every, wanted, strict=True) if want and s == system]
-        left.sort(key=lambda p: (len(p.prompt), p.id), reverse=True)  # the longest first: none is waited for at the end
+    for answer in dict.fromkeys(systems.values()):
+        left = [pair for pair, want in zip(every, wanted, strict=True) if want and systems[pair[0]] is answer]
+        left.sort(key=lambda pair: (len(pair[1].prompt), pair[1].id), reverse=True)  # the longest is waited for first
         ended: list[dict[str, Any]] = []
-        for place, said in systems[system](left) if left else ():
+        for place, said in answer(left) if left else ():
             count += 1
+            system, problem = left[place]
             if records:
-                ended.append(_record(system, left[place], said))
+                ended.append(_record(system, problem, said))
                 if len(ended) == KEPT:
                     records.add(ended)
                     ended = []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
-from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.config import BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import Request
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.gate_config import GateConfig
@@ -60,6 +60,8 @@ class Model(Protocol):
 
     @property
     def adapter_names(self) -> tuple[str, ...]: ...
+    @property
+    def bank(self) -> BankConfig | None: ...
     @property
     def config(self) -> LlamaConfig: ...
     @property

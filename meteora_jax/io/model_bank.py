@@ -21,6 +21,7 @@ from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.model.vocab_adapters import vocab_tensors
 from meteora_jax.sharding import Params, fetch, place, sharding, tensor_shards
 from meteora_jax.spectra import SPECTRA, spectra
+from pallas_kernels.quantized_matmul.weight import turn_back
 from pallas_kernels.routed_lora.reference import columns as columns_of
 
 # Of a model's arrays those with an axis of adapters, or of the gates' columns: which one.
@@ -125,7 +126,11 @@ def _unpack(model: Llama, held: dict[tuple[str, ...], jax.Array], release: bool)
         held["layers", group, "gate"] = linear.gates()
         if release:
             linear.kernel[...].delete()
+            if linear.values is not None:
+                linear.values[...].delete()
         found.append(group)
+    if model.lm_head is not None and model.head_turned:
+        held["lm_head",] = turn_back(model.lm_head[...], 0)
     return tuple(found)
 
 

@@ -4,7 +4,8 @@ A name is compared without its organisation or folder, case, separators, and wha
 `unsloth/Meta-Llama-3-8B-bnb-4bit`, `meta-llama/Llama-3-8B` and `Llama-3-8B.Q4_K_M.gguf` are one model. Only names with
 a size in them (8B, 135M) are known to be of different models where they differ: a folder `llama3` may hold any, and
 `unsloth/zephyr-sft-bnb-4bit` is `HuggingFaceH4/mistral-7b-sft-beta`. Where the weights that an adapter names lie on
-this machine their norms decide what names cannot.
+this machine their norms decide what names cannot. AWQ makes another model of it: norms hold scales that adapters of the
+unquantised one do not know, so `-AWQ` is part of a name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ GIVEN = "name"  # among `BaseOrigin.names`: what the user said, which counts alo
 
 _STORAGE = re.compile(  # at a name's end: quantisations, types and formats
     r"[-_. ]+(?:[it]?q[1-8](?:_[0-9a-z]+)*|ud|bf16|fp?(?:8|16|32)|b?float(?:16|32)|mxfp4|nf4|int[48]|[3468]-?bit"
-    r"|bnb|awq|gptq|hqq|gguf|ggml|exl[23]|mlx|hf|unsloth|dynamic|imatrix|imat|quantized|marlin|w\d+a\d+|nvfp4"
+    r"|bnb|gptq|hqq|gguf|ggml|exl[23]|mlx|hf|unsloth|dynamic|imatrix|imat|quantized|marlin|w\d+a\d+|nvfp4"
     r"|[0-9]{5}-of-[0-9]{5})$"
 )
 _SIZE = re.compile(r"(?<![0-9a-z])(?:[0-9]+x)?[0-9]+(?:[._][0-9]+)?[mbt](?![0-9a-z])", re.IGNORECASE)

@@ -21,6 +21,7 @@ from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Chooser, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
 from pallas_kernels.paged_attention import StepTokens
+from pallas_kernels.quantized_matmul import triton_gpu as quantized_gpu
 from pallas_kernels.routed_lora.reference import shrink
 
 EPILOGUES: dict[str, Epilogue] = {"qkv": "qkv", "o": "residual", "gate_up": "silu", "down": "residual"}
@@ -33,8 +34,6 @@ def refusal(
     """Why this model or router is left to XLA; None where the kernels of `execution.step` serve both."""
     if execution.step is None:
         return "no steps by Triton"
-    if config.quantization is not None:
-        return "a quantised base"
     if config.qk_norm or config.sliding_window is not None:
         return "head norms or a sliding window"
     if rows > execution.step.rows or config.head_dim < 32 or config.head_dim & (config.head_dim - 1):
@@ -43,8 +42,13 @@ def refusal(
     for linear, epilogue in zip(linears, EPILOGUES.values(), strict=True):
         if linear.bias is not None:
             return "biases"
+        weight = linear.weight() if isinstance(linear, PackedLinear) else None
+        if linear.kernel_scale is not None and weight is None:
+            return "a quantised base that is not turned"
         try:
             triton_gpu.tiles(rows, sum(linear.splits), epilogue, config.head_dim, None)
+            if weight is not None:
+                quantized_gpu.tiles(rows, *weight.shape, weight.group)
         except NotImplementedError as e:
             return str(e)
     if router is None:
@@ -109,9 +113,13 @@ def group_weights(
         a = linear.lora_a[...] if _is_wide(linear, execution) else None
         b, scale = linear.lora_b[...], linear.lora_scale[...]
         gates = linear.gate_columns
+    weight, behind = linear.weight() if isinstance(linear, PackedLinear) else None, None
+    if weight is not None and adapt and linear.packed_rows:
+        behind = linear.kernel[...]
     return Group(
-        linear.kernel[...], a, b, scale, splits=linear.splits, eps=None if norm is None else norm.eps,
-        packed=linear.packed_rows // len(linear.splits), gates=gates, first_projection=first_projection,
+        linear.kernel[...] if weight is None else weight, a, b, scale, splits=linear.splits,
+        eps=None if norm is None else norm.eps, packed=linear.packed_rows // len(linear.splits), gates=gates,
+        first_projection=first_projection, behind=behind,
     )  # fmt: skip
 
 

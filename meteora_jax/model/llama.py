@@ -12,8 +12,8 @@ from flax import nnx
 
 from meteora_jax.bank import BaseParam
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
-from meteora_jax.execution import ExecutionConfig, Fused
-from meteora_jax.model.attention import attend
+from meteora_jax.execution import ExecutionConfig
+from meteora_jax.model.attention import How, attend
 from meteora_jax.model.decoding import refusal, run_layers
 from meteora_jax.model.lora_linear import LoRALinear, column_shards, quantized
 from meteora_jax.model.packed_linear import PackedKernel, packed
@@ -25,6 +25,7 @@ from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.sharding import constrain
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
+from pallas_kernels.quantized_matmul.weight import turn, turn_back
 from pallas_kernels.routed_lora.reference import KEPT
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -48,7 +49,7 @@ class RmsNorm(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Where:
     """What every layer shares about the tokens of a call: rotary angles [B, T, 1, H/2]; of whole sequences mask bool
-    [B, 1, T, T] and `attend`'s `fused`; of a step of the engine its tokens and their slots int32 [M]; execution: the
+    [B, 1, T, T] and `attend`'s `how`; of a step of the engine its tokens and their slots int32 [M]; execution: the
     model's; keep: products stay for the backward pass."""
 
     cos: Any
@@ -57,7 +58,7 @@ class Where:
     step: StepTokens | None
     slots: Any
     execution: ExecutionConfig = dataclasses.field(metadata={"static": True})
-    fused: Any = dataclasses.field(default=None, metadata={"static": True})
+    how: Any = dataclasses.field(default=None, metadata={"static": True})
     keep: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
@@ -90,7 +91,7 @@ class Layer(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
         if cache is None or where.step is None:
-            y = attend(q, k, v, where.mask, where.fused)
+            y = attend(q, k, v, where.mask, where.how)
         else:
             cache = cache.write(index, k[:, 0], v[:, 0], where.slots)
             window, execution = self.config.sliding_window, where.execution
@@ -155,6 +156,7 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             head = vocab_matrix("lm_head.kernel", (shape[1], shape[0]), "model", "vocab")
         self.lm_head, self.lm_head_scale = head
+        self.head_turned = False  # whether a quantised one lies as [V, D], see `pack`
         self.vocab_adapter_names = bank.vocab_adapter_names if bank is not None else ()
         self.gates_leave_vocab = False  # whether gates know none of these, so that a choice by token is not refused
         adapted = bank.vocab_adapters if bank is not None else {}
@@ -204,10 +206,10 @@ class Llama(nnx.Module):
             return self._run(tokens, positions, router, cache, step, segments, observe, remat)
 
     def _run(self, tokens, positions, router, cache, step, segments, observe, remat) -> LlamaOutput:
-        mask, fused = self.visible(positions, segments) if step is None else (None, None)
+        mask, how = self.visible(positions, segments) if step is None else (None, None)
         slots = None if step is None else step.slots(cache.block_size)
         angles = rotation(self.config, positions, None if step is None else step.lengths())
-        where = Where(*angles, mask, step, slots, self.execution, fused, remat == "dots")
+        where = Where(*angles, mask, step, slots, self.execution, how, remat == "dots")
         known = None if router is None else router.known(positions)
         router = router if known is None else known
         x = self.embedded(tokens)
@@ -236,8 +238,8 @@ class Llama(nnx.Module):
         heads = config.num_kv_heads, config.head_dim
         return PagedCache.create(config.num_layers, blocks, block_size, *heads, self.dtype)
 
-    def visible(self, positions: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, Fused | None]:
-        """Which tokens of whole sequences see which, bool [B, 1, T, T], and `attend`'s `fused`."""
+    def visible(self, positions: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, How | None]:
+        """Which tokens of whole sequences see which, bool [B, 1, T, T], and `attend`'s `how`."""
         keys = positions[:, None, :]
         mask = (keys != EMPTY) & (keys <= positions[:, :, None])  # [B, T, T]
         if self.config.sliding_window is not None:
@@ -245,7 +247,9 @@ class Llama(nnx.Module):
         if segments is not None:
             mask &= segments[:, None, :] == segments[:, :, None]
         known = self.config.head_dim % 8 == 0 and self.config.head_dim <= 128  # to cuDNN
-        if segments is None or not known or "packed" not in self.execution.fused_attention:
+        if segments is None:
+            return mask[:, None], "parts"
+        if not known or "packed" not in self.execution.fused_attention:
             return mask[:, None], None
         mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
         return mask[:, None], "packed"
@@ -281,12 +285,13 @@ class Llama(nnx.Module):
 
     def _plain_logits(self, hidden: jax.Array) -> jax.Array:
         """The base's, of hidden [.., D]."""
+        few = self.execution.step if hidden.ndim == 2 else None
         if self.lm_head is None and self.embed_scale is not None:
-            return quantized(hidden, self.embed, self.embed_scale, turned=True)
+            return quantized(hidden, self.embed, self.embed_scale, turned=True, step=few)
         if self.lm_head is None:
             return contract("...d,vd->...v", hidden, self.embed[...], 1)
         if self.lm_head_scale is not None:
-            return quantized(hidden, self.lm_head, self.lm_head_scale)
+            return quantized(hidden, self.lm_head, self.lm_head_scale, turned=self.head_turned, step=few)
         return contract("...d,dv->...v", hidden, self.lm_head[...], 0)
 
 
@@ -311,9 +316,12 @@ def pack(graph: Any, weights: Any, release: Collection[str] = ()) -> tuple[Any, 
     model = nnx.merge(graph, weights)
     for group in GROUPS:
         linear = getattr(model.layers, group)
-        setattr(model.layers, group, packed(linear, model.has_gates, model.execution))
+        setattr(model.layers, group, packed(linear, model.has_gates, model.execution, model.dtype))
         if group in release and getattr(model.layers, group) is not linear:
             linear.kernel[...].delete()
+    turns = model.lm_head_scale is not None and not model.head_turned and model.execution.step is not None
+    if model.lm_head is not None and turns:
+        model.lm_head, model.head_turned = BaseParam(turn(model.lm_head[...], 0), axes=("vocab", "model")), True
     return nnx.split(model)
 
 
@@ -321,7 +329,10 @@ def base_arrays(graph: Any, weights: Any) -> dict[tuple[str, ...], jax.Array]:
     """The base's weights by path, as `load_base` has them: the model's own arrays, but for packed weights, whose rows
     are copied."""
     model = nnx.merge(graph, weights)
-    found = {tuple(map(str, path)): x[...] for path, x in nnx.to_flat_state(weights) if isinstance(x, BaseParam)}
+    base = (item for item in nnx.to_flat_state(weights) if isinstance(item[1], BaseParam) and item[0][-1] != "values")
+    found = {tuple(map(str, path)): x[...] for path, x in base}
     for group in GROUPS:
         found["layers", group, "kernel"] = getattr(model.layers, group).base_kernel()
+    if model.lm_head is not None and model.head_turned:
+        found["lm_head",] = turn_back(model.lm_head[...], 0)
     return found

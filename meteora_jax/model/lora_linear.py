@@ -17,7 +17,8 @@ from meteora_jax.routing import BoundRouter, GateLogits, Routing
 from meteora_jax.routing.gates import GATES, GateParam, KnownLogits, ProjectionGates
 from meteora_jax.routing.scores import SHRUNK, GroupScores
 from meteora_jax.sharding import constrain, splits_inner
-from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
+from pallas_kernels.decode_step.triton_gpu import StepLimits
+from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul, triton_gpu
 from pallas_kernels.routed_lora import LoraBank, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32, shrink
@@ -54,11 +55,17 @@ def by_column(combine: jax.Array, columns: jax.Array, splits: tuple[int, ...]) -
 
 
 def quantized(
-    x: jax.Array, values: BaseParam, scale: BaseParam, zero: BaseParam | None = None, turned: bool = False
-) -> jax.Array:
-    """x [.., I] through a quantised matrix, float32 [.., O]; see `pallas_kernels.quantized_matmul`."""
+    x: jax.Array, values: BaseParam, scale: BaseParam, zero: BaseParam | None = None, turned: bool = False,
+    step: StepLimits | None = None,
+) -> jax.Array:  # fmt: skip
+    """x [.., I] through a quantised matrix, float32 [.., O]; see `pallas_kernels.quantized_matmul`.
+
+    step: a matrix that is turned is multiplied by Triton with few rows as these limits have them; None: by XLA.
+    """
     weight = QuantizedWeight(values[...], scale[...], None if zero is None else zero[...], turned)
-    return quantized_matmul(x, weight, block=cpu_block(x))
+    few = step is not None and turned and x.size // x.shape[-1] <= step.rows
+    how = "triton" if few and triton_gpu.serves(weight) else None
+    return quantized_matmul(x, weight, implementation=how, block=cpu_block(x))
 
 
 class LoRALinear(nnx.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,12 @@ from flax import nnx
 from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model.lora_linear import LoRALinear
-from meteora_jax.numerics import contract
+from meteora_jax.numerics import contract, cpu_block
 from meteora_jax.routing import BoundRouter, GateLogits, Routing
 from meteora_jax.routing.gates import GATES, KnownLogits
 from meteora_jax.routing.scores import SHRUNK, GroupScores
+from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
+from pallas_kernels.quantized_matmul.weight import turn, turn_back
 from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
 from pallas_kernels.routed_lora.reference import einsum_float32, shrink
@@ -33,38 +37,67 @@ class PackedLinear(nnx.Module):
     its A's (`packing`); `gate_columns` of them are gates. One product serves a decoding step; a prompt reads the first
     O rows, or the P N behind them, where they lie. `wide`: of a bank with too many adapters times ranks there are the
     gates alone, and A's are read where they are chosen. The rest as in `LoRALinear`.
+    A quantised base's `values` [L, O, I] (int4: [L, O, I / 2]) lie turned, see `quantized_matmul.weight`; kernel then
+    has the rows behind them alone: the first `base_rows`, O or 0, are the base's.
     """
 
-    def __init__(self, linear: LoRALinear, dense_width: int):
-        """linear: with layers stacked, adapters, and no DoRA or biases of adapters."""
-        assert linear.lora_a is not None
-        assert linear.lora_b is not None
-        assert linear.lora_scale is not None
-        a = linear.lora_a[...]
-        layers, projections, adapters, rank, width = a.shape
-        self.wide = adapters * rank > dense_width
+    def __init__(self, linear: LoRALinear, dense_width: int, dtype: Any):
+        """linear: with layers stacked, and no DoRA or biases of adapters; with adapters unless it is quantised.
+
+        dtype: of the activations.
+        """
         self.splits, self.sides = linear.splits, linear.sides
-        gate = jnp.zeros((layers, width, projections, adapters), a.dtype) if linear.gate is None else linear.gate[...]
-        self.gate_columns = gate.shape[-1]
-        rows = jax.jit(jax.vmap(packing.pack_gates_and_a))(gate, a[..., :0, :] if self.wide else a)
-        self.packed_rows = rows.shape[1] * rows.shape[2]
-        self.kernel = PackedKernel(stack_rows(linear.kernel[...], rows), axes=linear.sides[::-1])
         self.bias: BaseParam | None = linear.bias
-        self.lora_a: AdapterParam = linear.lora_a
-        self.lora_b: AdapterParam = linear.lora_b
-        self.lora_scale: AdapterConstant = linear.lora_scale
+        self.lora_a: AdapterParam | None = linear.lora_a
+        self.lora_b: AdapterParam | None = linear.lora_b
+        self.lora_scale: AdapterConstant | None = linear.lora_scale
         self.lora_arrow, self.lora_spectr = linear.lora_arrow, linear.lora_spectr
         self.own_gate = linear.own_gate
-        self.adapters, self.shards = adapters, 1
+        self.shards = 1
+        rows = self._rows_behind(linear, dense_width, dtype)
+        self.packed_rows = rows.shape[1] * rows.shape[2]
+        self.kernel_scale, self.kernel_zero = linear.kernel_scale, linear.kernel_zero
+        values = None
+        if self.kernel_scale is None:
+            kernel, self.base_rows = stack_rows(linear.kernel[...], rows), sum(self.splits)
+        else:
+            kernel, self.base_rows = rows.reshape(rows.shape[0], -1, rows.shape[3]), 0
+            zero = None if self.kernel_zero is None else self.kernel_zero[...]
+            group = QuantizedWeight(linear.kernel[...], self.kernel_scale[...], zero).group
+            values = PackedKernel(turn_layers(linear.kernel[...], group), axes=linear.sides[::-1])
+        self.kernel, self.values = PackedKernel(kernel, axes=linear.sides[::-1]), values
+
+    def _rows_behind(self, linear: LoRALinear, dense_width: int, dtype: Any) -> jax.Array:
+        """Gates and A's of each projection [L, P, N, I]; sets what is known of them."""
+        if linear.lora_a is None:
+            self.wide, self.gate_columns, self.adapters = False, 0, 0
+            layers, width = linear.kernel.shape[0], linear.kernel.shape[1]
+            width *= 1 if linear.kernel_zero is None else 2
+            return jnp.zeros((layers, len(self.splits), 0, width), dtype)
+        a = linear.lora_a[...]
+        layers, projections, adapters, rank, width = a.shape
+        self.adapters, self.wide = adapters, adapters * rank > dense_width
+        gate = jnp.zeros((layers, width, projections, adapters), a.dtype) if linear.gate is None else linear.gate[...]
+        self.gate_columns = gate.shape[-1]
+        return jax.jit(jax.vmap(packing.pack_gates_and_a))(gate, a[..., :0, :] if self.wide else a)
+
+    def weight(self) -> QuantizedWeight | None:
+        """A quantised base's, stacked, or one layer's scale and zero where layers are scanned; None of any other."""
+        if self.values is None or self.kernel_scale is None:
+            return None
+        zero = None if self.kernel_zero is None else self.kernel_zero[...]
+        return QuantizedWeight(self.values[...], self.kernel_scale[...], zero, turned=True)
 
     def base_kernel(self) -> jax.Array:
-        """The base's [L, I, O], copied."""
-        return jnp.swapaxes(self.kernel[...][:, : sum(self.splits)], 1, 2)
+        """The base's [L, I, O], copied; as it is stored where it is quantised."""
+        if (weight := self.weight()) is not None:
+            return turn_layers(weight.values, weight.group, back=True)
+        return jnp.swapaxes(self.kernel[...][:, : self.base_rows], 1, 2)
 
     def gates(self) -> jax.Array:
         """The gates' rows as `LoRALinear.gate` has them, float32 [L, I, P, G], as precise as they are kept."""
         kernel, projections = self.kernel[...], len(self.splits)
-        behind = kernel[:, sum(self.splits) :].reshape(len(kernel), projections, -1, kernel.shape[-1])
+        behind = kernel[:, self.base_rows :].reshape(len(kernel), projections, -1, kernel.shape[-1])
         return behind[:, :, : self.gate_columns].transpose(0, 3, 1, 2).astype(jnp.float32)
 
     def __call__(
@@ -80,31 +113,35 @@ class PackedLinear(nnx.Module):
         layer: which one of the packed weight. keep: not for inference.
         """
         assert not keep, "a packed weight has no backward pass"
-        kernel, total, projections = self.kernel[...], sum(self.splits), len(self.splits)
-        batch, tokens, width = x.shape
+        total, projections = sum(self.splits), len(self.splits)
+        batch, tokens, _ = x.shape
+        if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
+            y = self._with_bias(self._base(x, layer, execution))
+            if router is None:
+                return self._split(y), None
+            nothing: GateLogits = KnownLogits(None)
+            return self._split(y), router.route(
+                x, nothing if router.asks <= GATES else GroupScores.of(self, x, nothing, None)
+            )
         bank = LoraBank(self.lora_a[...], self.lora_b[...], self.lora_scale[...], self.splits)
         adapters, rank, _ = bank.b.shape
         first = packing.first_a_row(self.gate_columns)
 
-        def rows(start: int, count: int) -> jax.Array:
-            """Rows of the layer, in one slice of the stack: of a slice of a slice XLA makes a copy, 15 GB a prompt."""
-            return jax.lax.dynamic_slice(kernel, (layer, start, 0), (1, count, width), allow_negative_indices=False)[0]
-
         given = None if router is None or router.asks else router.known(None)
         requests = given is not None and (given.fused is not None or self._few_choices(given))
         if router is None or requests:
-            y = self._with_bias(contract("bti,oi->bto", x, rows(0, total), 1))
+            y = self._with_bias(self._base(x, layer, execution))
             if given is not None:
                 y = routed_lora(x, bank, given, y, platform=execution.platform)
             return self._split(y.astype(x.dtype)), given
 
         few = batch * tokens <= FEW_ROWS
-        if few:
-            y = contract("bti,oi->bto", x, rows(0, total + self.packed_rows), 1)
+        if few and self.values is None:
+            y = contract("bti,oi->bto", x, self._rows(layer, 0, total + self.packed_rows), 1)
             y, product = y[..., :total], y[..., total:]
         else:
-            y = contract("bti,oi->bto", x, rows(0, total), 1)
-            product = einsum_float32(x.dtype, "bti,ni->btn", x, rows(total, self.packed_rows))
+            y = self._base(x, layer, execution)
+            product = einsum_float32(x.dtype, "bti,ni->btn", x, self._rows(layer, self.base_rows, self.packed_rows))
         y = self._with_bias(y)
         product = product.astype(jnp.float32).reshape(batch, tokens, projections, -1)
         if router.gating is not None and execution.triton and not self.wide and batch * tokens <= MAX_TOKENS:
@@ -127,8 +164,23 @@ class PackedLinear(nnx.Module):
             y = routed_lora(x, bank, routing, y, shrink=shrunk, platform=execution.platform)
         return self._split(y), routing
 
+    def _rows(self, layer: jax.Array | int, start: int, count: int) -> jax.Array:
+        """Rows of the layer, in one slice of the stack: of a slice of a slice XLA makes a copy, 15 GB a prompt."""
+        return layer_of(self.kernel[...], layer, start, count)
+
+    def _base(self, x: jax.Array, layer: jax.Array | int, execution: ExecutionConfig) -> jax.Array:
+        """x [B, T, I] through the base, without bias [B, T, O]."""
+        weight = self.weight()
+        if weight is None:
+            return contract("bti,oi->bto", x, self._rows(layer, 0, self.base_rows), 1)
+        weight = dataclasses.replace(weight, values=layer_of(weight.values, layer, 0, weight.values.shape[1]))
+        many = execution.fp8_tokens is not None and x.shape[0] * x.shape[1] >= execution.fp8_tokens
+        how = "xla_fp8" if many and weight.values.dtype == jnp.float8_e4m3fn else None
+        return quantized_matmul(x, weight, implementation=how, block=cpu_block(x)).astype(x.dtype)
+
     def _few_choices(self, routing: Routing) -> bool:
         """Whether requests name fewer adapters than there are: only theirs are read then."""
+        assert self.lora_scale is not None
         requests, choices = routing.indices.shape[0], routing.indices.shape[-1]
         return routing.per_request and requests * choices < self.lora_scale.shape[-1]
 
@@ -140,19 +192,45 @@ class PackedLinear(nnx.Module):
         return list(jnp.split(y, starts, axis=-1))
 
 
-def packed(linear: LoRALinear, by_token: bool, execution: ExecutionConfig) -> LoRALinear | PackedLinear:
+def packed(linear: LoRALinear, by_token: bool, execution: ExecutionConfig, dtype: Any) -> LoRALinear | PackedLinear:
     """The group as inference on one device reads it; itself where there is nothing to pack.
 
-    by_token: whether tokens of this model are routed one by one, by gates here or by a token router. DoRA and biases of
-    adapters are left apart, and so are a wide bank without gates and a quantised kernel, whose type gates do not have.
+    by_token: whether tokens of this model are routed one by one, by gates here or by a token router. dtype: of the
+    activations. DoRA and biases of adapters are left apart, and so is a wide bank without gates. A quantised kernel is
+    turned where Triton decodes.
     """
-    apart = linear.kernel_scale, linear.lora_dora, linear.lora_bias
-    if linear.lora_a is None or any(part is not None for part in apart):
+    if linear.lora_dora is not None or linear.lora_bias is not None:
         return linear
+    if linear.kernel_scale is not None and execution.step is None:
+        return linear
+    if linear.lora_a is None:
+        turns = linear.kernel_scale is not None and linear.gate is None
+        return PackedLinear(linear, execution.dense_width, dtype) if turns else linear
     wide = linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
     if linear.gate is None and (wide or not (by_token or execution.step is not None)):
         return linear
-    return PackedLinear(linear, execution.dense_width)
+    return PackedLinear(linear, execution.dense_width, dtype)
+
+
+def layer_of(stack: jax.Array, layer: jax.Array | int, start: int, count: int) -> jax.Array:
+    """`count` rows of a layer of [L, O, I] from `start` on."""
+    sizes = 1, count, stack.shape[2]
+    return jax.lax.dynamic_slice(stack, (layer, start, 0), sizes, allow_negative_indices=False)[0]
+
+
+def turn_layers(values: jax.Array, group: int, back: bool = False) -> jax.Array:
+    """A stack of quantised values, turned as `quantized_matmul.weight` says, or turned back; a layer at a time."""
+    layers, rows, columns = values.shape
+    out = jnp.zeros((layers, columns, rows), values.dtype)
+    for layer in range(values.shape[0]):
+        out = _put_changed(out, values, layer, group=group, back=back)
+    return out
+
+
+@functools.partial(jax.jit, donate_argnames="out", static_argnames=("group", "back"))
+def _put_changed(out: jax.Array, values: jax.Array, layer: jax.Array | int, group: int, back: bool) -> jax.Array:
+    changed = (turn_back if back else turn)(jax.lax.dynamic_index_in_dim(values, layer, keepdims=False), group)
+    return jax.lax.dynamic_update_index_in_dim(out, changed, layer, 0)
 
 
 def stack_rows(kernel: jax.Array, behind: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 from meteora_jax.config import InputError
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.routing import PassRouter, Router, refuse
+from meteora_jax.routing import PassRouter, Router, RouterArgument, refuse
 from meteora_jax.routing.by_score import Arrow, Lag, Phatgoose, Spectr
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
@@ -130,3 +130,11 @@ def spelled_out(router: Any, gates: GateConfig | None) -> Any:
 def gate_options(gates: GateConfig, top_k: int | None, temperature: float | None) -> tuple[int, float]:
     """Top-k and temperature, as the gates were trained where a caller says nothing."""
     return gates.top_k if top_k is None else top_k, gates.temperature if temperature is None else temperature
+
+
+def one_a_row(router: RouterArgument, count: int) -> list[Any]:
+    """A caller's `router=` as a list of one a row. Raises InputError: it is a list of another length."""
+    rows: list[Any] = list(router) if isinstance(router, list | tuple) else [router] * count
+    if len(rows) != count:
+        raise InputError(f"router: expected a list of {count} (one a prompt), found {len(rows)}")
+    return rows

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meteora_jax.execution import ExecutionConfig, Fused
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import HEAD, HOPS, SEGMENTS, SHIFTS, TokenRouterForm
-from meteora_jax.model.attention import attend, unit_rms
+from meteora_jax.model.attention import How, attend, unit_rms
 from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.model.rope import angles, frequencies, rotate
 from meteora_jax.routing import BoundRouter, Routing
@@ -66,11 +66,11 @@ class RouterCache:
 @dataclasses.dataclass(frozen=True)
 class Sight:
     """Which tokens a call's tokens see. Of whole sequences: positions int32 [B, T], and as `attend` takes them mask
-    bool [B, 1, T, T] and fused. Of a step of the engine (B tokens, T = 1): its tokens, and their slots int32 [B]."""
+    bool [B, 1, T, T] and how. Of a step of the engine (B tokens, T = 1): its tokens, and their slots int32 [B]."""
 
     positions: Any
     mask: Any = None
-    fused: Fused | None = dataclasses.field(default=None, metadata={"static": True})
+    how: How | None = dataclasses.field(default=None, metadata={"static": True})
     step: StepTokens | None = None
     slots: Any = None
     execution: ExecutionConfig = dataclasses.field(default=ExecutionConfig(), metadata={"static": True})
@@ -80,7 +80,7 @@ class Sight:
     ) -> tuple[jax.Array, PagedCache | None]:
         """Attention of q [B, T, N, H] over k and v [B, T, K, H] and what the cache has, which is extended."""
         if cache is None or self.step is None:
-            return attend(q, k, v, self.mask, self.fused if q.shape[-1] <= WIDEST else None), None
+            return attend(q, k, v, self.mask, self.how if self.how != "packed" or q.shape[-1] <= WIDEST else None), None
         cache = cache.write(layer, k[:, 0], v[:, 0], self.slots)
         how = choose_attention(self.execution.platform, self.execution.step is not None, q.shape[-1], None)
         return cache.attend(layer, q[:, 0], self.step, None, how)[:, None], cache

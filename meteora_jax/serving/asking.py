@@ -57,8 +57,6 @@ def chat_work(fleet: Fleet, grammars: Grammars, positions: int, body: ChatReques
 def text_work(fleet: Fleet, grammars: Grammars, positions: int, body: CompletionRequest) -> Work:
     """Of `/v1/completions`."""
     model, prompts, said = fleet.model, [], list[Said]()
-    if model.pool is not None and body.echo and body.logprobs is not None:
-        raise ApiError(400, "echo: log probabilities of prompts are not served with --adapter-slots", param="echo")
     one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     given: Sequence[Any] = [body.prompt] if one else body.prompt
     for i, prompt in enumerate(given):

@@ -14,8 +14,8 @@ RECIPES: dict[FormName, GateTraining] = {
     # docs/lab-notes.md, "Run to run": no layer of the model runs, so steps cost little and are many
     "token-router": GateTraining(
         form=TokenRouterForm(width=128, depth=4),
-        data=Data(batch_size=32, max_length=8192, samples_per_task=2000, composite=0.8, composite_sizes=(2, 10)),
-        drawing=Drawing(rows=2, prompt_loss=False, composite_shots=2, composite_cut=0.6),
+        data=Data(batch_size=32, max_length=8192, samples_per_task=2000, composite=0.8),
+        drawing=Drawing(rows=2, prompt_loss=False, composite_sizes=(2, 10), composite_shots=2, composite_cut=0.6),
         optimization=Optimization(steps=5000, learning_rate=3e-3),
         schedule=Schedule(warmup=0.03, clip=1.0),
         objective=Objective(beta=50.0, lm_loss=False, response_weight=0.7, start_weight=0.5, segment_weight=0.5),

@@ -47,8 +47,6 @@ class Data:
     """At most so many examples of a task, chosen at random."""
     composite: float = 0.0
     """Share of the sequences that hold several tasks: composite problems."""
-    composite_sizes: tuple[int, int] = (3, 3)
-    """The fewest and the most tasks that one holds."""
 
     def __post_init__(self):
         refuse(at_least(1, batch_size=self.batch_size) + at_least(2, max_length=self.max_length))
@@ -64,6 +62,8 @@ class Drawing:
     """Several sequences a row, each attending to itself alone; else one a row, padded."""
     prompt_loss: bool = True
     """Whether prompt tokens count in the loss."""
+    composite_sizes: tuple[int, int] = (3, 3)
+    """The fewest and the most tasks that a composite problem holds."""
     composite_shots: int = 0
     """At most so many worked examples stand before a composite problem, any number as likely as another."""
     composite_cut: Constant[float] = 0.0

@@ -151,7 +151,7 @@ class Trainer:
         mixture = Mixture(
             self.tasks, self.labels, tokenizer, end_token(model.base, model.config, tokenizer),
             max_length=longest(model.config, self.settings), prompt_loss=drawing.prompt_loss,
-            composite=data.composite, composite_sizes=data.composite_sizes, composite_shots=drawing.composite_shots,
+            composite=data.composite, composite_sizes=drawing.composite_sizes, composite_shots=drawing.composite_shots,
             composite_cut=drawing.composite_cut, mixture=self.mixture, samples_per_task=data.samples_per_task,
             seed=self.settings.seed,
         )  # fmt: skip

@@ -104,7 +104,7 @@ def validation_composites(
     unseen = {name: [e for e in examples if e.key not in seen[name]] for name, examples in tasks.items()}
     mixture = Mixture(
         unseen, {name: i for i, name in enumerate(tasks)}, tokenizer, end, max_length, False, seed=settings.seed,
-        composite_sizes=settings.data.composite_sizes, composite_shots=settings.drawing.composite_shots,
+        composite_sizes=settings.drawing.composite_sizes, composite_shots=settings.drawing.composite_shots,
     )  # fmt: skip
     chosen, rng = mixture.chosen(), np.random.default_rng([settings.seed, len(tasks), 2])
     return [mixture.draw_composite(chosen, rng, max_length) for _ in range(settings.validating.validation_composites)]

@@ -6,7 +6,8 @@ follows from what is done with them. Grid: column blocks of 2 BH, row blocks. Ar
 
 Parameters of all three kernels:
     layer_ptr       int32 [1]
-    product_ptr     float32 [at least M, ROW]: x W in the first columns, not yet times the norm's factor
+    product_ptr     float32 [at least M, ROW]: x W in the first columns, not yet times the norm's factor; or SPLITS
+                    summands of it, [SPLITS, M, ROW]
     square_ptr      float32 [M, PARTS]: squares of the residual stream before the norm
     shrink_ptr      product_ptr again, whose last columns are logits and shrinks of the adapters; or, if compact,
                     float32 [parts, M, P, C, R], the factor in it; or, unless gather, `weigh_kernel`'s [M, P, KP]
@@ -38,6 +39,15 @@ from pallas_kernels.decode_step.adapter_kernels import (
 
 
 @triton.jit
+def load_sum(place, inside, M: tl.constexpr, ROW: tl.constexpr, SPLITS: tl.constexpr):
+    """The sum of a block of the product's SPLITS summands."""
+    y = tl.load(place, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        y += tl.load(place + split * M * ROW, mask=inside, other=0.0)
+    return y
+
+
+@triton.jit
 def rotate(y0, y1, cos, sin):
     """Rotary embedding of the two halves of a head, float32 [BM, BH] each: of pair (y0, y1) by its angle."""
     return y0 * cos - y1 * sin, y1 * cos + y0 * sin
@@ -56,8 +66,8 @@ def qkv_epilogue_kernel(
     pages_ptr,  # [L * blocks, Bs, 2 K, H], a slot of each token written: k0 v0 k1 v1 ..
     trace_ptr, trace_weight_ptr,
     M: tl.constexpr, I: tl.constexpr, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, SLOTS: tl.constexpr,
-    ROW: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr, ADAPTERS: tl.constexpr, BM: tl.constexpr,
-    BH: tl.constexpr,
+    ROW: tl.constexpr, SPLITS: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr, ADAPTERS: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values: norm's factor, adapters, rotary embedding; keys and values go into the cache.
 
@@ -75,8 +85,8 @@ def qkv_epilogue_kernel(
     inside = (rows < M)[:, None] & (columns < BH)[None, :]
     # what waits for nothing is asked for first
     product = product_ptr + rows[:, None] * ROW + columns[None, :]
-    y0 = tl.load(product + first, mask=inside, other=0.0)
-    y1 = tl.load(product + second, mask=inside, other=0.0)
+    y0 = load_sum(product + first, inside, M, ROW, SPLITS)
+    y1 = load_sum(product + second, inside, M, ROW, SPLITS)
     factor = rms_factor(square_ptr, rows, M, I, PARTS, EPS)
     y0 *= factor
     y1 *= factor
@@ -129,8 +139,8 @@ def silu_epilogue_kernel(
     weight_ptr, trace_in, trace_weight_in,
     hidden_ptr,  # [at least M, F], written
     trace_ptr, trace_weight_ptr,
-    M: tl.constexpr, I: tl.constexpr, F: tl.constexpr, ROW: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr,
-    ADAPTERS: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
+    M: tl.constexpr, I: tl.constexpr, F: tl.constexpr, ROW: tl.constexpr, SPLITS: tl.constexpr, EPS: tl.constexpr,
+    PARTS: tl.constexpr, ADAPTERS: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up: norm's factor, adapters, activation. y0 are columns of gate, y1 the same columns of up."""
     O: tl.constexpr = 2 * F
@@ -143,8 +153,8 @@ def silu_epilogue_kernel(
     inside = (rows < M)[:, None] & (columns < BH)[None, :]
     # what waits for nothing is asked for first
     product = product_ptr + rows[:, None] * ROW + columns[None, :]
-    y0 = tl.load(product + first, mask=inside, other=0.0)
-    y1 = tl.load(product + second, mask=inside, other=0.0)
+    y0 = load_sum(product + first, inside, M, ROW, SPLITS)
+    y1 = load_sum(product + second, inside, M, ROW, SPLITS)
     factor = rms_factor(square_ptr, rows, M, I, PARTS, EPS)
     y0 *= factor
     y1 *= factor
@@ -192,8 +202,8 @@ def residual_epilogue_kernel(
     squared_ptr,  # float32 [M, column blocks], squares of the new residual stream, written
     x_ptr,  # [M, O], the new residual stream, written
     trace_ptr, trace_weight_ptr,
-    M: tl.constexpr, O: tl.constexpr, L: tl.constexpr, NEXT: tl.constexpr, ROW: tl.constexpr, ADAPTERS: tl.constexpr,
-    BM: tl.constexpr, BH: tl.constexpr,
+    M: tl.constexpr, O: tl.constexpr, L: tl.constexpr, NEXT: tl.constexpr, ROW: tl.constexpr, SPLITS: tl.constexpr,
+    ADAPTERS: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """The sum with the residual stream: adapters, sum, and what the next norm (NEXT layers on) needs of it.
 
@@ -208,8 +218,8 @@ def residual_epilogue_kernel(
     inside = (rows < M)[:, None] & (columns < BH)[None, :]
     # what waits for nothing is asked for first
     product = product_ptr + rows[:, None] * ROW + columns[None, :]
-    y0 = tl.load(product + first, mask=inside, other=0.0)
-    y1 = tl.load(product + second, mask=inside, other=0.0)
+    y0 = load_sum(product + first, inside, M, ROW, SPLITS)
+    y1 = load_sum(product + second, inside, M, ROW, SPLITS)
     place = rows[:, None] * O + columns[None, :]
     x0 = tl.load(residual_ptr + place + first, mask=inside, other=0.0).to(tl.float32)
     x1 = tl.load(residual_ptr + place + second, mask=inside, other=0.0).to(tl.float32)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantized_matmul import QuantizedWeight
 from pallas_kernels.routed_lora import packing
 from pallas_kernels.routed_lora.triton_gpu import power
 
@@ -27,7 +28,7 @@ def at_least(x: jax.Array, rows: int) -> jax.Array:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["w", "a", "b", "scale"],
+    data_fields=["w", "a", "b", "scale", "behind"],
     meta_fields=["splits", "eps", "packed", "gates", "first_projection"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Group:
     first_projection: the group's first among a layer's projections.
     """
 
-    w: jax.Array
+    w: jax.Array | QuantizedWeight
     a: jax.Array | None
     b: jax.Array | None
     scale: jax.Array | None
@@ -52,6 +53,12 @@ class Group:
     packed: int
     gates: int
     first_projection: int
+    behind: jax.Array | None = None
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return (self.w.values if isinstance(self.w, QuantizedWeight) else self.w).shape[0]
 
     @property
     def columns(self) -> int:

@@ -1,7 +1,8 @@
 """NVIDIA GPUs: projections and attention of a layer for one token a row, by cuBLAS and Triton (the extra `gpu`).
 
-Timed on an H100 and an H200 (docs/performance.md). A group of projections is a product by XLA (cuBLAS reads the layer
-where it is stacked; gates and A's are packed behind the base's rows) and one launch behind it, its epilogue:
+Timed on an H100 and an H200 (docs/performance.md). A group of projections is a product and one launch behind it, its
+epilogue. The product is XLA's (cuBLAS reads the layer where it is stacked; gates and A's are packed behind the base's
+rows), or, of a quantised base, another launch (`quantized_matmul.triton_gpu`):
 
     qkv_step       q k v         norm's factor, adapters, rotary embedding, keys and values into the cache
     silu_step      gate and up   norm's factor, adapters, silu(gate) * up
@@ -35,6 +36,8 @@ from pallas_kernels.decode_step.operands import (
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import StepTokens
 from pallas_kernels.paged_attention import triton_gpu as paged_gpu
+from pallas_kernels.quantized_matmul import QuantizedWeight
+from pallas_kernels.quantized_matmul import triton_gpu as quantized_gpu
 from pallas_kernels.routed_lora.triton_gpu import power
 
 Epilogue = Literal["qkv", "silu", "residual"]
@@ -195,7 +198,7 @@ def residual_step(
     (scaled, squares, y), state = _epilogue(
         "residual", layer, rows, x, product, group, state, choice, layout, size, inputs=(next_scale,),
         outputs=(scaled, squares), in_place=(residual,),  # a program reads the columns that it writes
-        O=columns, L=group.w.shape[0], NEXT=next_layer,
+        O=columns, L=group.depth, NEXT=next_layer,
     )  # fmt: skip
     return ResidualStream(y, scaled, squares), state
 
@@ -251,7 +254,8 @@ def _tiles(
 ) -> dict[str, int]:
     """`tiles` of a group."""
     adapters = (None, 1) if layout is None else (layout.gather, layout.RP)
-    most = 64 if group.w.dtype.itemsize == 2 else 16  # float32 has no tensor cores: what is in no register is spilt
+    # float32 has no tensor cores: what is in no register is spilt
+    most = 16 if group.b is not None and group.b.dtype.itemsize == 4 else 64
     return tiles(rows, group.columns, epilogue, head_dim, *adapters, limits.programs, most)
 
 
@@ -259,10 +263,15 @@ def _product(
     layer: int, rows: int, x: jax.Array, squares: jax.Array | None, group: Group, state: StepState,
     choice: Choice | Chooser | None,
 ) -> tuple[jax.Array, Choice | None, StepState]:  # fmt: skip
-    """x W of a layer, read where it is stacked, float32 [rows of x, O + P packed]; and what acts behind it: the choice,
-    as a Chooser made it of the product, and the state with that choice traced."""
-    form = "mi,oi->mo" if group.packed else "mi,io->mo"
-    product = jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
+    """x W of a layer, read where it is stacked, float32 [at least M, O + P packed], a quantised base's as summands
+    below each other; what acts behind it: the choice, as a Chooser made it of the product; the state with that traced.
+    """
+    if isinstance(group.w, QuantizedWeight):
+        product = quantized_gpu.product(layer, x, group.w, group.behind, rows)
+        product = product.reshape(-1, product.shape[-1])  # the first M rows have what is behind
+    else:
+        form = "mi,oi->mo" if group.packed else "mi,io->mo"
+        product = jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
     if choice is None or isinstance(choice, Choice):
         return product, choice, state
     p = len(group.splits)
@@ -322,7 +331,8 @@ def _epilogue(
         aliases={len(read) + i: len(outputs) + i for i, z in enumerate(changed) if z is not unused},
         grid=(group.columns // (2 * size["BH"]), math.ceil(rows / size["BM"])),
         warps=1 if one_warp and size["BM"] == 1 else 4,
-        M=rows, ROW=product.shape[1], ADAPTERS=layout, **norm, **constants, **size,
+        M=rows, ROW=product.shape[1], SPLITS=quantized_gpu.summands(group.w, rows), ADAPTERS=layout, **norm,
+        **constants, **size,
     )  # fmt: skip
     if traces[0] is not unused:
         state = dataclasses.replace(state, indices=results[-2], weights=results[-1])

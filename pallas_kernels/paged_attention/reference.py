@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,6 +13,8 @@ from pallas_kernels.routed_lora.reference import einsum_float32
 
 if TYPE_CHECKING:
     from pallas_kernels.paged_attention.api import StepTokens
+
+GATHERED = 1 << 28  # bytes of keys and values that are read out of their blocks at a time
 
 
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, window: int | None) -> jax.Array:
@@ -46,7 +49,10 @@ def paged_attention(
         q, table, position = given
         return attend(q, *sequence(table), position, window)
 
-    decoded = jax.vmap(one)((q[:rows, None], tokens.tables, tokens.positions[:rows, None]))
+    given = q[:rows, None], tokens.tables, tokens.positions[:rows, None]
+    bytes_of_row = tokens.tables.shape[1] * math.prod(pages.shape[1:]) * pages.dtype.itemsize
+    together = 1 << max(GATHERED // bytes_of_row, 1).bit_length() - 1
+    decoded = jax.vmap(one)(given) if rows <= together else jax.lax.map(one, given, batch_size=together)
     parts = [decoded.reshape(rows, -1)]
     if len(tokens.runs):
         size = (len(q) - rows) // len(tokens.runs)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized_matmul import reference, xla
+from pallas_kernels.quantized_matmul import reference, triton_gpu, xla
 from pallas_kernels.quantized_matmul.weight import QuantizedWeight
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "xla_fp8", "triton"]
 EIGHT_BIT = ("int8", "float8_e4m3fn")
 
 
@@ -30,15 +31,24 @@ def quantized_matmul(
 
     Args:
         x: float32, bfloat16 or float16. In 4 bit the matrix is rounded to its type; 8-bit values are exact in each.
-        implementation: None: "xla", which is what every platform has.
+        implementation: None: "xla", which is what every platform has. "xla_fp8": x is rounded to fp8 as well, with a
+            scale a token; for fp8 values and many tokens. "triton": few tokens on an NVIDIA GPU, values turned; it has
+            no gradient.
         block: terms of a sum that are added in a row; None: all. The reference does not ask.
 
     Raises:
         ValueError: shapes or types that do not fit together, all of them at once.
+        NotImplementedError: what the implementation does not serve.
     """
     _check(x, weight)
     if implementation == "reference":
         return reference.quantized_matmul(x, weight)
+    if implementation == "xla_fp8":
+        return xla.quantized_matmul_fp8(x, weight)
+    if implementation == "triton":
+        one = jax.tree.map(lambda z: z[None], weight)
+        summands = triton_gpu.product(0, x.reshape(-1, x.shape[-1]), one)
+        return jnp.sum(summands, axis=0).reshape(*x.shape[:-1], -1)
     return xla.quantized_matmul(x, weight, block)
 
 
@@ -62,7 +72,6 @@ def _check(x, weight: QuantizedWeight) -> None:
         expect("values' dtype", "uint8", weight.values.dtype.name)
         expect("zero's dtype", "uint8", weight.zero.dtype.name)
         expect("zero's shape", weight.scale.shape, weight.zero.shape)
-        expect("turned", False, weight.turned)
         if weight.scale.ndim != 2 or weight.scale.shape[1] != total or width % weight.scale.shape[0]:
             problems.append(f"scale's shape: expected (a divisor of {width}, {total}), found {weight.scale.shape}")
     if problems:

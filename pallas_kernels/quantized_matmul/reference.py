@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight, turn_back
 
 
 def unpack(values: UInt8[Array, "H O"]) -> UInt8[Array, "I O"]:
@@ -19,7 +19,8 @@ def dequantize(weight: QuantizedWeight) -> Float[Array, "I O"]:
     if weight.zero is None:
         values = weight.values.T if weight.turned else weight.values
         return values.astype(jnp.float32) * weight.scale[None, :]
-    q, (groups, total) = unpack(weight.values), weight.scale.shape
+    values = turn_back(weight.values, weight.group) if weight.turned else weight.values
+    q, (groups, total) = unpack(values), weight.scale.shape
     q = q.reshape(groups, -1, total).astype(jnp.float32) - weight.zero.astype(jnp.float32)[:, None]
     return (q * weight.scale[:, None]).reshape(-1, total)
 

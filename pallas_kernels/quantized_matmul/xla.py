@@ -2,6 +2,10 @@
 
 In 8 bit the product is of the values themselves, which 16-bit types hold exactly, and the scale comes after it; in 4
 bit the matrix is made first, as each group has its own scale, and rounded to x's type.
+
+Prompts on fp8 values go by a plain dot of e4m3 operands, which XLA gives to cuBLASLt. `jax.nn.scaled_matmul` has a
+scale a block of 32, which Hopper has no instruction for; JAX's `hopper_mixed_type_matmul_mgpu` multiplies in 16 bit, at
+half of fp8's rate, and by tiles of 64 rows at least; qwix's dot of quantised operands is this one.
 """
 
 from __future__ import annotations
@@ -18,10 +22,40 @@ from pallas_kernels.routed_lora.reference import einsum_float32
 
 def quantized_matmul(x: jax.Array, weight: QuantizedWeight, block: int | None) -> jax.Array:
     """As `api.quantized_matmul`."""
+    if weight.zero is not None and weight.turned:
+        return _product(x, _turned_matrix(weight).astype(x.dtype), True, block)
     if weight.zero is not None:
         return _product(x, dequantize(weight).astype(x.dtype), False, block)
     y = _product(x, weight.values.astype(x.dtype), weight.turned, block)
     return y * jnp.expand_dims(weight.scale, tuple(range(y.ndim - 1)))
+
+
+def _turned_matrix(weight: QuantizedWeight) -> jax.Array:
+    """A turned matrix in 4 bit as [O, I], float32: written as it is read."""
+    width, total = weight.shape
+    halves = weight.values.reshape(total, -1, weight.group // 2)
+    q = jnp.concatenate((halves & 15, halves >> 4), axis=2).astype(jnp.float32)
+    return ((q - weight.zero.T.astype(jnp.float32)[..., None]) * weight.scale.T[..., None]).reshape(total, width)
+
+
+FP8_MAX = 448.0  # of e4m3
+
+
+def quantized_matmul_fp8(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    """As `api.quantized_matmul`, with each token of x in fp8, the largest of its values as the largest that fp8 has.
+
+    cuBLASLt writes bfloat16 of a bfloat16 x, in which no product can be too large: half of the bytes of float32.
+    """
+    if weight.values.dtype != jnp.float8_e4m3fn:
+        raise NotImplementedError(f"xla_fp8: expected float8_e4m3fn values, found {weight.values.dtype.name}")
+    exact = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # cuBLASLt's product of fp8 has two axes
+    largest = jnp.max(jnp.abs(exact), axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest / FP8_MAX, 1.0)
+    rounded = (exact / scale).astype(jnp.float8_e4m3fn)
+    axes = ((1,), (int(weight.turned),)), ((), ())
+    kind = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+    y = jax.lax.dot_general(rounded, weight.values, axes, preferred_element_type=kind).astype(jnp.float32)
+    return (y * (scale * weight.scale[None])).reshape(*x.shape[:-1], -1)
 
 
 def _product(x: jax.Array, matrix: jax.Array, turned: bool, block: int | None) -> jax.Array:
