@@ -21,6 +21,7 @@ MANY_TOKENS = 512  # for which a product's operations cost more than its weights
 # What cuDNN's attention may be used for on a GPU: "packed" training sequences.
 Fused = Literal["packed"]
 Platform = Literal["cpu", "gpu", "tpu"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def platform() -> str:
@@ -29,7 +30,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def default_dtype(dtype: str | None = None) -> str:
+def default_dtype(dtype: Dtype | None = None) -> Dtype:
     """What weights and activations are, unless the caller says: float32 on a CPU, bfloat16 on an accelerator.
 
     A CPU has no fast bfloat16.

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from meteora_jax.config import InputError
+from meteora_jax.execution import Dtype
 from meteora_jax.likelihood import scores
 from meteora_jax.loading import load
 from meteora_jax.padding import bucket
@@ -50,7 +51,7 @@ class MeteoraLM(TemplateLM):
         router: str | None = None,
         top_k: int | None = None,
         temperature: float | None = None,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
         adapter_slots: int | Literal["auto"] | None = None,
         batch_size: int | str = 1,
         max_length: int | None = None,

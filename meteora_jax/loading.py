@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from meteora_jax.arguments import Arguments
 from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool, Import
 from meteora_jax.engine.memory import free_bytes
-from meteora_jax.execution import default_dtype, packs
+from meteora_jax.execution import Dtype, default_dtype, packs
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
 from meteora_jax.io.gates import gate_weights, load_gates
@@ -28,7 +28,7 @@ from meteora_jax.model.llama import pack
 from meteora_jax.text import load_tokenizer
 
 SLOTS = 64  # where the memory is not known
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 def load(
@@ -36,7 +36,7 @@ def load(
     bank: str | os.PathLike[str] | None = None,
     gates: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dtype: Dtype | None = None,
     adapter_slots: int | Literal["auto"] | None = None,
     adapter_rank: int | None = None,
 ) -> Meteora:

@@ -19,6 +19,7 @@ from meteora_jax.config import InputError
 from meteora_jax.engine.request import check_prompts
 from meteora_jax.evaluation.problems import Problem, load_problems, load_queries
 from meteora_jax.evaluation.systems import Given, Model, System, make_system, of_a_family
+from meteora_jax.execution import Dtype
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_state import assemble
@@ -92,7 +93,7 @@ def check_counts(**counts: int | None) -> None:
             raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
 
 
-def load_systems(command: Comparison, mesh: Mesh | None, dtype: str) -> Loaded:
+def load_systems(command: Comparison, mesh: Mesh | None, dtype: Dtype) -> Loaded:
     """Loads the model, onto a mesh if there is one, and makes the systems.
 
     Raises:
