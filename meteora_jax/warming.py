@@ -66,7 +66,11 @@ def warm_up(
     for done, (size, length) in enumerate(shapes, start=1):  # the largest first: it decides how many blocks there are
         started = time.perf_counter()
         how: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, routing=routing)
-        model.generate([[0] * length] * size, router, max_new_tokens, **how)
+        longest = size
+        while longest:  # a call whose other prompts are short has programs of fewer prompt tokens
+            prompts = [[0] * length] * longest + [[0]] * (size - longest)
+            model.generate(prompts, router, max_new_tokens, **how)
+            longest //= 2
         if progress is not None:
             took = time.perf_counter() - started
             progress(f"{size} x {length} prompt tokens in {took:.1f} s", done, len(shapes))
