@@ -153,7 +153,7 @@ def test_adapters_join_and_leave_a_saved_fit(tmp_path, caplog):
 
 def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
     Index.build(PROFILES).save(tmp_path / "index")
-    monkeypatch.setattr("meteora_jax.retriever.index.json.dumps", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("meteora_jax.retriever.index.write_json", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Index.build({"other": ["x y z"]}).save(tmp_path / "index")
     assert Index.load(tmp_path / "index").names == tuple(PROFILES)
