@@ -1,5 +1,4 @@
-"""Passes of whole prompts: through the base, for routers that choose by what every adapter would make of it, and the
-logits of every position."""
+"""One pass of prompts through the base, for routers that choose by what every adapter would make of it."""
 
 from __future__ import annotations
 
@@ -13,11 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.execution import jit
+from meteora_jax.model.rope import sequence_positions
 from meteora_jax.padding import bucket, pad_batch, rows_within
 from meteora_jax.routing import RouterArgument, Score
 from meteora_jax.routing.logo import Probe, asking, observe_scores
 from meteora_jax.sharding import Params, fetch, place_rows, use_mesh
-from pallas_kernels.paged_attention import EMPTY
 
 ROWS, TOKENS = 8, 8192  # of a pass, at most: prompts, and tokens with their padding
 
@@ -66,9 +65,4 @@ def _scores(
 @jit(static_argnames=("graph",))
 def _pass(graph: nnx.GraphDef, weights: Params, tokens: jax.Array, lengths: jax.Array, probe: Probe) -> jax.Array:
     model = nnx.merge(graph, weights)
-    return model(tokens, _positions(tokens, lengths), probe, observe=observe_scores).observed
-
-
-def _positions(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    return jnp.where(columns < lengths[:, None], columns, EMPTY)
+    return model(tokens, sequence_positions(tokens, lengths), probe, observe=observe_scores).observed

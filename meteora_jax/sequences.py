@@ -17,9 +17,9 @@ from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.batch import join_routers
 from meteora_jax.engine.request import WantedAdapters
 from meteora_jax.execution import jit
+from meteora_jax.model.rope import sequence_positions
 from meteora_jax.routing import BoundRouter
 from meteora_jax.sharding import Params
-from pallas_kernels.paged_attention import EMPTY
 
 Run = Callable[..., Any]  # of arrays with a row a sequence, and their router: a pytree of the same rows
 
@@ -30,9 +30,7 @@ def all_logits(
 ) -> jax.Array:
     """float32 [B, T, V] after every one of the tokens int32 [B, T], padded on the right; lengths int32 [B]."""
     model = nnx.merge(graph, weights)
-    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
-    return model.logits(model(tokens, positions, router).hidden, router)
+    return model.logits(model(tokens, sequence_positions(tokens, lengths), router).hidden, router)
 
 
 def parts_of(wanted: Sequence[WantedAdapters | None], pool: AdapterPool) -> list[list[int]]:

@@ -8,6 +8,7 @@ Each time is of one launch among those of as many layers as 0.4 GB holds, in one
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import operator
@@ -112,7 +113,7 @@ def main(settings: BenchProducts) -> None:
             for tile, how in forced.items():
                 if how["tile"]["BM"] != own_tile["BM"]:
                     continue
-                calls[tile] = lambda *given, how=how, triton=triton: triton(*given, how=how)
+                calls[tile] = functools.partial(triton, how=how)
             if settings.xla:
                 calls |= {"xla": xla, "bf16": bfloat16}
             given = x, weight, behind, plain

@@ -103,7 +103,7 @@ def test_a_request_that_is_nobody_s_goes_to_the_base_alone(world):
         mj.GatesWithin(index, 2, min_similarity=similarity - 0.01), None,
     ]  # fmt: skip
     done = model.generate(PROMPTS[:1] * len(routers), routers, max_new_tokens=4)
-    acts = [bool((c.routing.indices != NO_ADAPTER).any()) for c in done]
+    acts = [c.routing is not None and bool((c.routing.indices != NO_ADAPTER).any()) for c in done]
     assert acts == [False, True, True, False, True, False]
     assert done[0].token_ids == done[3].token_ids == done[5].token_ids
     assert done[0].routing.retrieved == done[1].routing.retrieved  # what was found is told all the same

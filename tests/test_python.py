@@ -183,3 +183,11 @@ def test_positionals_are_called_by_what_stands_there(capsys: pytest.CaptureFixtu
         said = " ".join(capsys.readouterr().out.split())
         assert usage in said
         assert "{STR}" not in said
+
+
+def test_the_base_has_no_routing_whoever_shares_its_batch(world: dict[str, Any]):
+    model, prompts = world["model"], [[5, 6, 7, 8], [9, 10, 11]]
+    base, adapted = model.generate(prompts, router=[None, mj.Fixed("cedar")], max_new_tokens=3)
+    assert base.routing is None
+    assert adapted.routing is not None
+    assert base.token_ids == model.generate(prompts[:1], router=None, max_new_tokens=3)[0].token_ids

@@ -200,3 +200,13 @@ def test_options_that_replicas_cannot_have_are_refused(given, said):
 
     with pytest.raises(InputError, match=said):
         deploy.read_command({"base": "runs/base", **given})
+
+
+def test_an_option_of_one_or_none_is_a_number():
+    pytest.importorskip("ray", reason="needs the ray extra")
+    deploy = importlib.import_module("scripts.ray_serve.deploy")
+
+    command = deploy.read_command(
+        {"base": "runs/base", "max-rows": 1, "adapter_slots": 1, "max_waiting": 0, "log-prompts": True}
+    )
+    assert (command.max_rows, command.adapter_slots, command.max_waiting, command.log_prompts) == (1, 1, 0, True)

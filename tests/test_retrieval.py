@@ -63,7 +63,10 @@ def test_compositions_equal_the_formula(sizes, seed):
     weights = rng.uniform(0.1, 1, (3, chosen))
     indices[2], weights[2] = NO_ADAPTER, 0.0  # a request without adapters
     fused = np.asarray([True, False, bool(seed % 2)])
-    f32 = lambda z: jnp.asarray(np.asarray(z, np.float32))  # noqa: E731
+
+    def f32(z: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.asarray(z, np.float32))
+
     bank, base = LoraBank(f32(a), f32(b), f32(scale), splits), jnp.zeros((3, 5, sum(splits)))
     request = Routing(jnp.asarray(indices[:, None, None]), f32(weights[:, None, None]), fused=jnp.asarray(fused))
     ours = np.asarray(composed(f32(x), bank, request, base))
@@ -74,7 +77,10 @@ def test_compositions_equal_the_formula(sizes, seed):
         assert np.abs(ours[row] - np.concatenate(want, 1)).max() <= 1e-5 * max(1, *(np.abs(w).max() for w in want))
     assert np.abs(ours[2]).max() == 0
     # the same requests in a batch that holds token-level choices as well: axes T and P are written out
-    wide = lambda z: jnp.asarray(np.broadcast_to(z[:, None, None], (3, 5, 2, chosen)))  # noqa: E731
+
+    def wide(z: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.broadcast_to(z[:, None, None], (3, 5, 2, chosen)))
+
     routing = Routing(wide(indices), wide(weights.astype(np.float32)), fused=jnp.asarray(fused))
     assert np.abs(np.asarray(composed(f32(x), bank, routing, base)) - ours).max() <= 1e-4
 

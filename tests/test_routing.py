@@ -63,7 +63,10 @@ def test_gated_update_equals_the_formula(sizes, temperature, ties, seed):
     a = rng.standard_normal((2, adapters, rank, inner))
     b = rng.standard_normal((adapters, rank, sum(splits)))
     scale = rng.uniform(0.5, 2, (2, adapters))
-    f32 = lambda z: jnp.asarray(z.astype(np.float32))  # noqa: E731
+
+    def f32(z: np.ndarray) -> jax.Array:
+        return jnp.asarray(z.astype(np.float32))
+
     names = tuple(f"n{i}" for i in range(adapters))
     router = bind(mj.Gates(chosen, temperature), names, batch=2, gated=names)
     ours, weights = map(

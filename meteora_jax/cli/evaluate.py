@@ -88,16 +88,15 @@ def _answer(systems: Sequence[System], command: Evaluate) -> runner.Answer:
 
     def answer(asked: Sequence[tuple[str, Problem]]) -> Iterator[tuple[int, dict[str, Any]]]:
         problems = [p for _, p in asked]
-        routers = [routes[system](p) for system, p in asked]
         completions = model.completions(
             [p.asked for p in problems],
-            routers,
+            [routes[system](p) for system, p in asked],
             max_new_tokens=[p.new_tokens(command.max_new_tokens) for p in problems],
             stop=[p.stop for p in problems],
         )
         for place, c in completions:
             record: dict[str, Any] = {"answer": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason}
-            if routers[place] is not None and c.routing is not None:  # the base's rows are traced beside others
+            if c.routing is not None:
                 record["routing"] = response_routing(c.routing)
                 if c.routing.retrieved:
                     record["retrieved"] = {name: round(similarity, 4) for name, similarity in c.routing.retrieved}

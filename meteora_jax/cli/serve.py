@@ -60,8 +60,8 @@ class Serve:
     """Seconds that requests may go on after SIGTERM."""
     warm_up: Annotated[tuple[int, ...], tyro.conf.arg(metavar="[N ...]")] = (1,)
     """Numbers of requests at once whose programs are compiled before the server listens; none: compiled when needed."""
-    warm_page: bool = False
-    """Compile what the page asks first (greedy, with the routing of every token), in place of what other clients do."""
+    warm_page: tyro.conf.Suppress[bool] = False
+    """The demo's: compile what the page asks first, in place of what other clients do; see `serving.run.warm_up`."""
     adapter_slots: int | None = None
     """The bank stays on disk, and so many of its adapters are on the device at a time; others come as requests name
     them. Without, all are on the device, and an update makes another engine."""

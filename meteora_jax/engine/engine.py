@@ -297,7 +297,7 @@ class EngineCore:
             indices = np.where(trace[0] == NO_ADAPTER, NO_ADAPTER, slots[trace[0]])
             trace = indices, np.where((indices == NO_ADAPTER) & (trace[0] != NO_ADAPTER), 0, trace[1])
         for chunk, first in work.chunks:
-            if trace is not None and chunk.progress.request.trace:
+            if trace is not None and chunk.progress.request.trace and chunk.progress.router is not None:
                 stop = first + chunk.stop - chunk.start
                 self._traced(chunk.progress, *(np.moveaxis(z[0, :, first:stop], 1, 0) for z in trace))
         read = len(work.owners) - len(work.chunks)  # rows that read a token of their own
@@ -306,7 +306,7 @@ class EngineCore:
             if handle is None:
                 continue
             drawn = [t for t in tokens[b] if t != EMPTY]
-            if trace is not None and p.request.trace and b < read:
+            if trace is not None and p.request.trace and p.router is not None and b < read:
                 self._traced(p, *(z[: len(drawn), :, b] for z in trace))
             if not drawn:
                 continue

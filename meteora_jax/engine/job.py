@@ -1,7 +1,8 @@
-"""The programs of requests that are submitted together: few, where a caller waits for all of them.
+"""Which programs run requests that are submitted together: few, as their caller waits for the compiler as well.
 
-A program belongs to numbers of rows, prompt tokens and table columns and to the kinds of router among its rows. As
-many requests begin and drain, an engine would compile one for most sizes that there are, and for every set of kinds.
+A program serves one number of rows, of prompt tokens and of table columns, and one set of router kinds. While many
+requests begin and end, an engine that always takes the smallest sizes that fit would compile most sizes that there are,
+for every set of kinds.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any
 from meteora_jax.engine.request import BoundRow, Request
 from pallas_kernels.paged_attention import QUERY_BLOCK
 
-FEWER_ROWS = 16  # times: a step of few rows takes about as long as one of some more
-FEWER_TOKENS = 4  # times: what a smaller program would have read in one step takes several
+FEWER_ROWS = 16  # sizes that are used differ by this factor: a step of 8 rows takes about as long as one of 64
+FEWER_TOKENS = 4  # likewise; less, as prompt tokens that are padding cost what real ones do
 
 
 class Job:
-    """What has been submitted since an engine had nothing to do.
+    """The requests that were submitted since the engine last had nothing to do, as far as programs depend on them.
 
-    any_table: whether longer tables cost attention nothing.
+    any_table: whether attention reads no more of a table than a row has filled, so that one width serves all.
     """
 
     def __init__(self, any_table: bool):
@@ -27,12 +28,12 @@ class Job:
         self.clear()
 
     def clear(self) -> None:
-        """Of nothing."""
+        """Forgets the requests."""
         self.kinds: dict[Any, BoundRow] = {}
         self._requests = self._tokens = self._longest = 0
 
     def add(self, request: Request) -> None:
-        """With one request more."""
+        """Counts a request."""
         if request.router is not None:
             self.kinds[request.router.kind] = request.router
         self._requests += 1
@@ -40,17 +41,17 @@ class Job:
         self._longest = max(self._longest, len(request.prompt) + request.max_new_tokens)
 
     def rows(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Of the numbers of rows that programs may have those to be used."""
+        """Those of the engine's numbers of rows that its steps use, ascending."""
         return thinned(sizes, self._requests, FEWER_ROWS)
 
     def prompts(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Of the numbers of prompt tokens."""
+        """Those of its numbers of prompt tokens."""
         return thinned(sizes, self._tokens, FEWER_TOKENS)
 
     def tables(self, sizes: Sequence[int], block_size: int) -> tuple[int, ...]:
-        """Of the numbers of a table's columns."""
+        """Those of its numbers of table columns: with `any_table` none that the longest request would outgrow."""
         wanted = -(-self._longest // block_size)
-        return thinned(sizes, wanted, sizes[-1] + 1) if self.any_table else tuple(sizes)
+        return tuple(n for n in sizes if n >= wanted) or (sizes[-1],) if self.any_table else tuple(sizes)
 
 
 def thinned(sizes: Sequence[int], wanted: int, factor: int) -> tuple[int, ...]:

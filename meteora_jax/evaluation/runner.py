@@ -126,7 +126,8 @@ def run(
     count = len(every) - sum(wanted)
     for answer in dict.fromkeys(systems.values()):
         left = [pair for pair, want in zip(every, wanted, strict=True) if want and systems[pair[0]] is answer]
-        left.sort(key=lambda pair: (len(pair[1].prompt), pair[1].id), reverse=True)  # the longest is waited for first
+        # the longest first: none is waited for at the end
+        left.sort(key=lambda pair: (len(pair[1].prompt), pair[1].id), reverse=True)
         ended: list[dict[str, Any]] = []
         for place, said in answer(left) if left else ():
             count += 1

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meteora_jax.execution import jit
+from meteora_jax.model.rope import sequence_positions
 from meteora_jax.routing import BoundRouter
 from meteora_jax.sharding import Params
-from pallas_kernels.paged_attention import EMPTY
 
 CHUNK = 8  # positions whose logits exist at once; `bucket` gives multiples of it
 
@@ -28,8 +28,7 @@ def score(
     """Log probabilities float32 [B, W] of the `targets` [B, W] after the positions `at` [B, W], and the `likely`
     likeliest tokens there, int32 and float32 [B, W, likely]. tokens int32 [B, T], padded on the right; lengths [B]."""
     model = nnx.merge(graph, weights)
-    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    hidden = model(tokens, jnp.where(columns < lengths[:, None], columns, EMPTY), router).hidden
+    hidden = model(tokens, sequence_positions(tokens, lengths), router).hidden
     hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
 
     def part(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

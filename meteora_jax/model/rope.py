@@ -8,6 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from meteora_jax.config import LlamaConfig
+from pallas_kernels.paged_attention import EMPTY
+
+
+def sequence_positions(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """int32 [B, T]: 0, 1, .. of tokens [B, T], EMPTY behind each row's length int32 [B]."""
+    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    return jnp.where(columns < lengths[:, None], columns, EMPTY)
 
 
 def frequencies(theta: float, width: int) -> jax.Array:

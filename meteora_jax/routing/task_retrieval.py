@@ -22,7 +22,7 @@ class TaskRetrieval:
 
     Weights are the softmax of the tasks' similarities over a temperature; two tasks of one adapter add up. ranking: of
     every task of the index its adapters, best first. exclude: adapters that this request must not get: a task then
-    next best. min_similarity, read: as `Retrieval` has them.
+    brings its next best. min_similarity, read: as `Retrieval` has them.
 
     Raises:
         InputError: as `Retrieval`; a temperature that is not positive, a task of the index without adapters.

@@ -62,13 +62,13 @@ def read_command(args: Mapping[str, Any]) -> Serve:
     words: list[str] = []
     for name, value in names.items():
         flag = f"--{name.replace('_', '-')}"
-        if value in (True, "true"):
+        if value is True or value == "true":
             words.append(flag)
         elif isinstance(value, list) and name == "warm_up":
             words += [flag, *map(str, value)]
         elif isinstance(value, list):
             words += [word for one in value for word in (flag, str(one))]
-        elif value not in (False, "false", None):
+        elif value is not False and value not in ("false", None):
             words += [flag, str(value)]
     return tyro.cli(Serve, args=words, prog="serve run deploy:app")
 
