@@ -23,7 +23,8 @@ HEAD = """\
 What `meteora COMMAND --help` says of every command. `scripts/cli_reference.py` writes this page.
 
 An error is one line that names file, key and reason. The exit status is 0 when done, 1 when the input was refused,
-2 for wrong usage, 75 for a training that SIGTERM ended after saving (the same command goes on), 130 when interrupted.
+2 for wrong usage, 75 for a training that SIGTERM ended after saving (the same command goes on), 130 when interrupted,
+141 where the reader of its output has gone (`meteora --help | head -1`).
 
 `python -m meteora_jax.harness run --model meteora ...` runs the tasks of EleutherAI's lm-evaluation-harness with a
 model of this project (install the extra `harness`); its options are the harness's own.

@@ -3,7 +3,10 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -95,6 +98,14 @@ def test_a_bank_that_nothing_chooses_from_is_remarked_on(capsys, world):
     assert "--router NAME" in err
     for chosen in ([], [*bank, *gates], [*bank, "--router", "none"], [*bank, "--router", "birch"]):
         assert "no adapter acts" not in run(capsys, *words, *chosen)[2]
+
+
+def test_a_reader_that_goes_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "meteora_jax.cli", "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_one_rule_for_the_dtype(capsys, world):

@@ -1,13 +1,15 @@
 """`meteora`: one frozen dataclass and one function a command.
 
 Exit status: 0 done; 1 the input was refused, with one line that says why; 2 wrong usage; 75 a training that SIGTERM
-ended after saving, which the same command goes on with; 130 interrupted.
+ended after saving, which the same command goes on with; 130 interrupted; 141 whoever read the output has gone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect as python_inspect
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
@@ -269,6 +271,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # who read the output has gone, as in `meteora --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more when it ends
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as e:
         print(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}", file=sys.stderr)
         sys.exit(1)
