@@ -290,6 +290,8 @@ class Trainer:
         if m.columns is not None and m.gates is not None:
             old = hashlib.sha256(b"".join(np.ascontiguousarray(gate).tobytes() for gate in m.gates.values()))
             own["extended"] = old.hexdigest()[:16]
+            if m.form is not None:
+                own["stream"] = "trained"  # runs that left what all columns read as it was are other runs
         return {
             **own, **self.identity, "dtype": str(self.dtype), "tasks": digest.hexdigest()[:16],
             "base": sample.hexdigest()[:16],
