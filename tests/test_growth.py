@@ -4,7 +4,9 @@ of the old ones."""
 import dataclasses
 import json
 import os
+import runpy
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +91,34 @@ def test_it_chooses_old_and_new_adapters_by_a_sample_of_the_old_tasks(world, new
     prompts = [TASKS[name][5].prompt for name in NAMES]  # of the old tasks none is in the sample
     for i, done in enumerate(model.generate(prompts, mj.Gates(1), max_new_tokens=1)):
         assert (dominant(done.routing)[: done.prompt_length] == i).mean() > 0.5
+
+
+def test_a_script_says_how_often_the_own_adapter_leads(tmp_path, world, new):
+    """All answers of a router that has learnt them; of one whose columns are exchanged none."""
+    for name in NAMES:
+        (tmp_path / "tasks" / name).mkdir(parents=True)
+        lines = [json.dumps({"prompt": e.prompt, "response": e.response}) for e in TASKS[name][:4]]
+        (tmp_path / "tasks" / name / "test.jsonl").write_text("\n".join(lines) + "\n")
+    folder, config, tensors = new
+    turned = {k: v if k in SHARED_BY_ADAPTERS else np.roll(v, 1, -1) for k, v in tensors.items()}
+    save_gates(tmp_path / "turned", config, turned)
+    choices = runpy.run_path(str(Path(__file__).parents[1] / "scripts/paper/choices.py"))
+    asked = choices["Arguments"](
+        world["base"], world["bank"], (folder, tmp_path / "turned"), tmp_path / "tasks", new=("birch",), composites=6,
+        sizes=(2, 2), shots=0, cut=0.0, max_length=200, json=tmp_path / "r",
+    )  # fmt: skip
+    choices["main"](asked)
+    learnt, wrong = json.loads((tmp_path / "r").read_text()).values()
+    assert (learnt["single"]["answers"], learnt["single"]["new"]["answers"], learnt["composite"]["answers"]) == (
+        16,
+        4,
+        12,
+    )
+    assert learnt["single"]["whole"] > 0.7
+    assert learnt["single"]["first_two"] >= learnt["single"]["whole"]
+    assert wrong["single"]["whole"] < 0.3
+    with pytest.raises(SystemExit, match="expected a token router, found MeteoRA's"):
+        choices["main"](dataclasses.replace(asked, gates=(world["gates"],)))
 
 
 def test_what_is_extended_decides_the_form(tmp_path, world, old):

@@ -89,6 +89,8 @@ def main(command: Arguments) -> None:
     for folder in command.gates:
         model = mj.load(command.base, command.bank, folder, dtype="float32")
         names = model.adapter_names
+        if model.gates is None or model.gates.form is None:
+            raise SystemExit(f"{folder}: form: expected a token router, found MeteoRA's own gates")
         split = load_splits(command.tasks, names, "test")
         picked = {n: [split[n][i] for i in choose([e.prompt for e in split[n]], command.limit)] for n in names}
         mixture = Mixture(
