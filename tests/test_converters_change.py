@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from test_cli import refused, run
 from test_converters_vocab import write_adapter
 from tiny import assert_refused, edit_json, tiny_llama, tiny_peft
@@ -317,7 +318,11 @@ def test_a_change_has_memory_for_an_adapter_and_not_for_the_bank(tmp_path, fleet
     large = tiny_peft(tmp_path, fleet["hf"], "large", seed=5, r=64)
     size = (large / "adapter_model.safetensors").stat().st_size
     bank = tmp_path / "bank"
-    converters.import_adapters(bank, fleet["base"], {f"a{i}": large for i in range(48)})
+    converters.import_adapters(bank, fleet["base"], {"a0": large})
+    raw, tensors = read_json(bank / "bank.json"), load_file(bank / "weights.safetensors")
+    raw["adapters"] = [{**raw["adapters"][0], "name": f"a{i}"} for i in range(48)]
+    save_file({key: np.repeat(t, 48, axis=1) for key, t in tensors.items()}, bank / "weights.safetensors")
+    (bank / "bank.json").write_text(json.dumps(raw))
     for change in (
         lambda: converters.add_adapters(bank, {"new": large}), lambda: converters.rename_adapter(bank, "new", "other"),
         lambda: converters.remove_adapters(bank, ["a7"]),
