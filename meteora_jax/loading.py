@@ -18,10 +18,11 @@ from meteora_jax.arguments import Arguments
 from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool, Import
 from meteora_jax.engine.memory import free_bytes
-from meteora_jax.execution import Dtype, default_dtype, packs
+from meteora_jax.execution import Dtype, default_dtype
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
 from meteora_jax.io.gates import gate_weights, load_gates
+from meteora_jax.io.model_bank import packs
 from meteora_jax.io.model_state import assemble
 from meteora_jax.io.stored_bank import StoredBank, empty_slots, slots_for
 from meteora_jax.model.llama import pack
@@ -93,7 +94,7 @@ def load(
     gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
     form = gate_config.form if gate_config else None
     graph, state = assemble(config, weights, loaded, columns, kind, mesh, form)
-    if packs(kind, mesh):
+    if packs(graph, state, mesh):
         graph, state = pack(graph, state, release=GROUPS)
     held = config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh, Path(base)
     return Meteora(*held)
@@ -136,7 +137,7 @@ def _load_slots(
             held[p][..., -1] = g[..., -1]
         known = count
     graph, state = assemble(config, weights, None, held, kind, mesh, form, slots, known)
-    if packs(kind, mesh):
+    if mesh is None and packs(graph, state, mesh):  # on a mesh slots stay apart from the kernels' rows
         graph, state = pack(graph, state, release=GROUPS)
     paged = gate_weights(columns) if columns is not None and form is None else None
     pool = AdapterPool(

@@ -145,7 +145,9 @@ def test_two_executions_are_two_programs():
 
 
 @functools.cache  # nothing changes a model in its place
-def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null: bool = False) -> mj.Meteora:
+def small(
+    dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null: bool = False, smaller: bool = False
+) -> mj.Meteora:
     """A random model with four adapters and gates, with `null` of a null choice too; its weights do not depend on the
     dtype but for their rounding."""
     config = LlamaConfig(
@@ -153,6 +155,8 @@ def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null
         head_dim=64, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=256,
         tie_word_embeddings=False, attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_ids=(),
     )  # fmt: skip
+    if smaller:
+        config = dataclasses.replace(config, hidden_size=64, intermediate_size=64, num_heads=2, head_dim=32)
     infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)

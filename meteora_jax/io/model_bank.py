@@ -49,10 +49,11 @@ def rank_in(weights: Params) -> Callable[[int, str], int]:
     return rank
 
 
-def is_packed(graph: nnx.GraphDef, weights: Params) -> bool:
-    """Whether a group of the model is packed for inference."""
-    layers = nnx.merge(graph, weights).layers
-    return any(isinstance(getattr(layers, group), PackedLinear) for group in GROUPS)
+def packs(graph: nnx.GraphDef, weights: Params, mesh: Mesh | None) -> bool:
+    """Whether the model is one that `pack` prepares for inference, or has prepared."""
+    model = nnx.merge(graph, weights)
+    layers = model.layers
+    return model.execution.packs(model.dtype, mesh) or any(isinstance(getattr(layers, group), PackedLinear) for group in GROUPS)
 
 
 def change_adapters(

@@ -17,6 +17,7 @@ from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import GATES, KnownLogits
 from meteora_jax.routing.scores import SHRUNK, GroupScores
+from meteora_jax.sharding import LOGICAL_AXES, sum_shares
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Chooser, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
@@ -83,6 +84,7 @@ def chooser(router: BoundRouter, layers: Any) -> Chooser:
             linear = groups[first]
             if router.asks & SHRUNK and shrinks is None:  # of a wide bank
                 shrinks = shrink(x, linear.lora_a[...][layer])[:, 0]
+                shrinks = sum_shares(shrinks) if linear.share == "inputs" else shrinks
             gates = GroupScores.of(linear, x, gates, None if shrinks is None else shrinks[:, None], layer)
         routing = router.route(x, gates)
         shape = *logits.shape[:2], routing.indices.shape[-1]
@@ -120,10 +122,11 @@ def group_weights(
         linear.kernel[...] if weight is None else weight, a, b, scale, splits=linear.splits,
         eps=None if norm is None else norm.eps, packed=linear.packed_rows // len(linear.splits), gates=gates,
         first_projection=first_projection, behind=behind,
+        summed=LOGICAL_AXES["inner"] if linear.share == "inputs" else (),
     )  # fmt: skip
 
 
-def run_layers(
+def run_step(
     layers: Any,
     config: LlamaConfig,
     x: jax.Array,

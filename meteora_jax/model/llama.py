@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -14,15 +15,16 @@ from meteora_jax.bank import BaseParam
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model.attention import How, attend
-from meteora_jax.model.decoding import refusal, run_layers
+from meteora_jax.model.decoding import refusal, run_step
 from meteora_jax.model.lora_linear import LoRALinear, column_shards, quantized
-from meteora_jax.model.packed_linear import PackedKernel, packed
+from meteora_jax.model.packed_linear import PackedKernel, PackedLinear, packed
 from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.model.rope import rotate, rotation
+from meteora_jax.model.shares import run_shares
 from meteora_jax.model.vocab_adapters import VocabAdapters, check_request_routing
 from meteora_jax.numerics import contract, matmul_precision
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.sharding import constrain
+from meteora_jax.sharding import constrain, partitioned_mesh
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
 from pallas_kernels.quantized_matmul.weight import turn, turn_back
@@ -217,20 +219,18 @@ class Llama(nnx.Module):
         if acting is not None and self.embed_adapters is not None:
             x = self.embed_adapters.embed(x, tokens, acting)
         x = constrain(x, "batch", None, None)
-        if step is not None and refusal(self.layers, self.config, router, tokens.shape[0], self.execution) is None:
-            return self._step(x, cache, router, where, observe)
-        graph, whole, weights = nnx.split(self.layers, PackedKernel, ...)
-
-        def body(carry: tuple[jax.Array, jax.Array, PagedCache | None], own: Any):
-            index, x, cache = carry
-            x, cache, routings = nnx.merge(graph, whole, own)(x, where, cache, index, router)
-            return (index + 1, x, cache), None if observe is None else observe(routings)
-
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
-        body = jax.checkpoint(body, policy=policy) if remat else body
-        # carried, not scanned over: only of a loop's own counter does XLA know where a slice lies
-        (_, x, cache), observed = jax.lax.scan(body, (jnp.zeros((), jnp.int32), x, cache), weights)
+        run = functools.partial(run_layers, observe=observe, remat=remat)
+        given = self.layers, self.config, x, where, cache, router
+        x, cache, observed = run_shares(*given, run) if self._has_shares(step is not None) else run(*given)
         return LlamaOutput(self.norm(x), cache, observed)
+
+    def _has_shares(self, step: bool) -> bool:
+        """Whether each device of `use_mesh`'s mesh runs its share of the layers: steps, and all that packed weights
+        serve."""
+        mesh = partitioned_mesh()
+        if mesh is None or mesh.size == 1 or not self.execution.shares:
+            return False
+        return step or any(isinstance(getattr(self.layers, group), PackedLinear) for group in GROUPS)
 
     def new_cache(self, blocks: int, block_size: int) -> Any:
         """An empty cache of so many blocks of so many slots, as `__call__` takes it."""
@@ -253,15 +253,6 @@ class Llama(nnx.Module):
             return mask[:, None], None
         mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
         return mask[:, None], "packed"
-
-    def _step(self, x, cache, router, where, observe) -> LlamaOutput:
-        """The layers by cuBLAS and Triton; see meteora_jax.model.decoding."""
-        cos, sin = (jnp.broadcast_to(z[:, 0, 0], (x.shape[0], z.shape[-1])) for z in (where.cos, where.sin))
-        x, cache, routings = run_layers(
-            self.layers, self.config, x[:, 0], (cos, sin), cache, where.step, router, self.execution
-        )
-        observed = None if observe is None else jax.vmap(observe)(routings)
-        return LlamaOutput(self.norm(x[:, None]), cache, observed)
 
     def _vocab_routing(self, router: BoundRouter | None) -> Routing | None:
         """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
@@ -293,6 +284,32 @@ class Llama(nnx.Module):
         if self.lm_head_scale is not None:
             return quantized(hidden, self.lm_head, self.lm_head_scale, turned=self.head_turned, step=few)
         return contract("...d,dv->...v", hidden, self.lm_head[...], 0)
+
+
+def run_layers(
+    layers: Any, config: LlamaConfig, x: jax.Array, where: Where, cache: PagedCache | None, router: BoundRouter | None,
+    *, observe: Observer | None, remat: bool | Literal["dots"],
+) -> tuple[jax.Array, PagedCache | None, Any]:  # fmt: skip
+    """x [B, T, D] through all layers: a step by the kernels where they serve it, else by XLA; with the cache, and what
+    the observer returned."""
+    step, execution = where.step, where.execution
+    if step is not None and refusal(layers, config, router, x.shape[0], execution) is None:
+        cos, sin = (jnp.broadcast_to(z[:, 0, 0], (x.shape[0], z.shape[-1])) for z in (where.cos, where.sin))
+        assert cache is not None
+        x, cache, routings = run_step(layers, config, x[:, 0], (cos, sin), cache, step, router, execution)
+        return x[:, None], cache, None if observe is None else jax.vmap(observe)(routings)
+    graph, whole, weights = nnx.split(layers, PackedKernel, ...)
+
+    def body(carry: tuple[jax.Array, jax.Array, PagedCache | None], own: Any):
+        index, x, cache = carry
+        x, cache, routings = nnx.merge(graph, whole, own)(x, where, cache, index, router)
+        return (index + 1, x, cache), None if observe is None else observe(routings)
+
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
+    body = jax.checkpoint(body, policy=policy) if remat else body
+    # carried, not scanned over: only of a loop's own counter does XLA know where a slice lies
+    (_, x, cache), observed = jax.lax.scan(body, (jnp.zeros((), jnp.int32), x, cache), weights)
+    return x, cache, observed
 
 
 def lay_out(model: Llama, tensor: int) -> None:

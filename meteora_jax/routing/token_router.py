@@ -55,11 +55,11 @@ class RouterCache:
 
     @classmethod
     def create(cls, form: TokenRouterForm, blocks: int, block_size: int, dtype: Any) -> RouterCache:
-        """An empty one beside a model's cache of so many blocks of so many slots."""
+        """An empty one beside a model's cache of so many blocks of so many slots; whole on every device of a mesh."""
         e = form.width
         shifts = jnp.zeros((HOPS * blocks * block_size, e), dtype)
-        layers = PagedCache.create(form.depth, blocks, block_size, e // HEAD, HEAD, dtype)
-        return cls(layers, PagedCache.create(HOPS, blocks, block_size, 1, e, dtype), shifts)
+        layers = PagedCache.create(form.depth, blocks, block_size, e // HEAD, HEAD, dtype, split=False)
+        return cls(layers, PagedCache.create(HOPS, blocks, block_size, 1, e, dtype, split=False), shifts)
 
 
 @jax.tree_util.register_dataclass
