@@ -99,7 +99,6 @@ class ExecutionConfig:
             found = dataclasses.replace(found, fp8_tokens=None)
         return found
 
-
     def packs(self, dtype: DTypeLike, mesh: Mesh | None) -> bool:
         """Whether models of this type are packed for inference: on GPUs, in 16 bit, on a mesh where kernels serve it."""
         return self.platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and (mesh is None or self.shares)

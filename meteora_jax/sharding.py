@@ -77,6 +77,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
+def data_parts(mesh: Mesh) -> tuple[Mesh, ...]:
+    """The meshes of data axis 1 that a mesh consists of, each of which holds all weights; none where hosts share it,
+    since all of them run the same programs."""
+    if mesh.is_multi_process:
+        return ()
+    return tuple(Mesh(part[None], MESH_AXES, axis_types=(AxisType.Auto,) * 3) for part in mesh.devices)
+
+
 def initialize_distributed(
     coordinator: str | None = None, processes: int | None = None, index: int | None = None
 ) -> None:

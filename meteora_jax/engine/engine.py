@@ -70,7 +70,7 @@ class Handle:
     """A request that was submitted: its tokens as they come, and its end."""
 
     def __init__(self, engine: EngineCore, progress: Progress, decode: Decode | None):
-        self._engine, self.progress = engine, progress
+        self.engine, self.progress = engine, progress
         self._stops = TextStream(decode, progress.request.stop) if progress.request.stop and decode else None
 
     @property
@@ -91,12 +91,12 @@ class Handle:
                 self.check()
                 return
             else:
-                self._engine.advance(self)
+                self.engine.advance(self)
 
     def wait(self) -> Progress:
         """The finished request."""
         while not self.done:
-            self._engine.advance(self)
+            self.engine.advance(self)
         self.check()
         return self.progress
 
@@ -107,7 +107,7 @@ class Handle:
 
     def cancel(self) -> None:
         """Ends the request; what it has said stays."""
-        self._engine.cancel(self)
+        self.engine.cancel(self)
 
     def _take(self, tokens: list[int]) -> bool:
         """Adds tokens, as far as no stop string ends the response in them; whether one did."""
@@ -157,6 +157,11 @@ class EngineCore:
         return self.scheduler.busy or bool(self._in_flight)
 
     @property
+    def serving(self) -> bool:
+        """Whether somebody waits for a result."""
+        return self.scheduler.busy
+
+    @property
     def failed(self) -> bool:
         """Whether the device raised an error; nothing is served any more."""
         return self._failure is not None
@@ -194,15 +199,15 @@ class EngineCore:
                 self._finish(handle, "cancelled")
         self._tell()
 
-    def advance(self, handle: Handle) -> None:
-        """One round for the sake of a request: by this thread, or awaited if another is at it."""
+    def advance(self, handle: Handle | None) -> None:
+        """One round for the sake of a request (None: of any): by this thread, or awaited if another is at it."""
         if self._lock.acquire(blocking=False):
             try:
-                if not handle.done:
+                if handle is None or not handle.done:
                     self.step()
             finally:
                 self._lock.release()
-        else:
+        elif handle is not None:
             with self._news:
                 self._news.wait(0.05)
 

@@ -53,7 +53,9 @@ def packs(graph: nnx.GraphDef, weights: Params, mesh: Mesh | None) -> bool:
     """Whether the model is one that `pack` prepares for inference, or has prepared."""
     model = nnx.merge(graph, weights)
     layers = model.layers
-    return model.execution.packs(model.dtype, mesh) or any(isinstance(getattr(layers, group), PackedLinear) for group in GROUPS)
+    return model.execution.packs(model.dtype, mesh) or any(
+        isinstance(getattr(layers, group), PackedLinear) for group in GROUPS
+    )
 
 
 def change_adapters(
