@@ -99,8 +99,8 @@ class ExecutionConfig:
             found = dataclasses.replace(found, fp8_tokens=None)
         return found
 
-    def packs(self, dtype: DTypeLike, mesh: Mesh | None) -> bool:
-        """Whether models of this type are packed for inference: on GPUs, in 16 bit, on a mesh where kernels serve it."""
+    def packs(self, dtype: DTypeLike, mesh: Mesh | AbstractMesh | None) -> bool:
+        """Whether models of this type are packed for inference: on GPUs in 16 bit, and on meshes that kernels serve."""
         return self.platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and (mesh is None or self.shares)
 
 

@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 import pytest
-from flax import nnx
 from extent import parameters
+from flax import nnx
 from test_sharding import devices
 from tiny import edit_json
 from worlds import NAMES

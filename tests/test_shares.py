@@ -52,8 +52,8 @@ def test_kernels_serve_meshes_that_split_no_layer_s_weights_but_by_heads(sizes):
     found = ExecutionConfig.of("gpu", "bfloat16", mesh)
     served = sizes[1] == 1
     assert (found.shares, found.step) == (served, StepLimits() if served else None)
-    assert found.packs("bfloat16", mesh) == served  # pyright: ignore[reportArgumentType]
-    assert not found.packs("float32", mesh)  # pyright: ignore[reportArgumentType]
+    assert found.packs("bfloat16", mesh) == served
+    assert not found.packs("float32", mesh)
     assert not ExecutionConfig.of("cpu", "float32", mesh).shares
 
 

@@ -1,4 +1,4 @@
-"""Engines of one model on parts of a mesh, one for each place on its data axis: they share the list of requests alone."""
+"""Engines of one model, one for each place on a mesh's data axis, that share the list of requests alone."""
 
 from __future__ import annotations
 

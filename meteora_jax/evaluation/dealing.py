@@ -86,8 +86,7 @@ class Exchange:
     def _heard(self, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for name, told in self._store.key_value_dir_get(key):
             self._store.key_value_delete(name)
-            for place, said in json.loads(told):
-                yield place, said
+            yield from json.loads(told)
 
 
 def exchange() -> Exchange:
