@@ -145,6 +145,8 @@ def place_whole(tree: T, mesh: Mesh | None) -> T:
     """Arrays that every device needs whole."""
     if mesh is None:
         return tree
+    if not mesh.is_multi_process:  # all in one call
+        return jax.device_put(tree, replicated(mesh))
     return jax.tree.map(lambda x: place(np.asarray(x), replicated(mesh)), tree)
 
 

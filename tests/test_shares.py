@@ -60,12 +60,13 @@ def test_kernels_serve_meshes_that_split_no_layer_s_weights_but_by_heads(sizes):
 def test_an_axis_that_cuts_a_head_is_left_to_xla_and_said(monkeypatch, caplog):
     gpu = ExecutionConfig("gpu", StepLimits(), triton=True, shares=True)
     monkeypatch.setattr(model_state.ExecutionConfig, "here", lambda *_: gpu)
-    monkeypatch.setattr(model_state, "tensor_shards", lambda mesh: mesh)
-    config = small("float32").config
-    assert model_state.execution_on(config, jnp.bfloat16, 2) == gpu  # pyright: ignore[reportArgumentType]
+    config, kind = small("float32").config, jnp.bfloat16
+    monkeypatch.setattr(model_state, "tensor_shards", lambda mesh: 2)
+    assert model_state.execution_on(config, kind, None) == gpu
     assert caplog.messages == []
+    monkeypatch.setattr(model_state, "tensor_shards", lambda mesh: 4)
     with caplog.at_level(logging.WARNING):
-        found = model_state.execution_on(config, jnp.bfloat16, 4)  # pyright: ignore[reportArgumentType]
+        found = model_state.execution_on(config, kind, None)
     assert (found.shares, found.step) == (False, None)
     (line,) = caplog.messages
     assert line.startswith("tensor: expected a divisor of 4 heads, 2 kv heads, 192 units, found 4: XLA runs the steps")
