@@ -55,6 +55,7 @@ class ExecutionConfig:
     triton: whether few tokens are routed and adapted by one Triton launch behind a packed weight's product.
     shares: whether on a mesh every device runs its own share of a step's layers (`model.shares`), so that kernels
         serve it; else XLA splits them.
+    ragged: whether JAX's kernel attends to a step's tokens on TPUs, of the heads that it serves.
     dense_width: A * R of a bank up to which every adapter's shrink is taken with the gates.
     fp8_tokens: from so many tokens on inference multiplies fp8 weights with activations rounded to fp8, a scale a
         token; None: never.
@@ -65,19 +66,28 @@ class ExecutionConfig:
     fused_attention: tuple[Fused, ...] = ()
     triton: bool = False
     shares: bool = False
+    ragged: bool = False
     dense_width: int = 512
     fp8_tokens: int | None = None
+
+    @property
+    def kernels(self) -> bool:
+        """Whether attention of a step may be a kernel."""
+        return self.step is not None or self.ragged
 
     @classmethod
     def of(
         cls, platform: str, dtype: Any, mesh: Mesh | AbstractMesh | None = None, triton: bool = True
     ) -> ExecutionConfig:
         """What was timed fastest on "cpu", "gpu" or "tpu" (docs/performance.md); triton: with the extra `gpu`."""
-        if platform != "gpu":
-            return cls("tpu" if platform == "tpu" else "cpu")
+        if platform not in ("gpu", "tpu"):
+            return cls("cpu")
         alone = mesh is None or mesh.size == 1
         # an fsdp axis would gather a layer's weights anew at every step
-        shares = triton and mesh is not None and not alone and mesh.shape.get("fsdp", 1) == 1
+        shares = mesh is not None and not alone and mesh.shape.get("fsdp", 1) == 1
+        if platform == "tpu":
+            return cls("tpu", shares=shares, ragged=alone or shares)
+        shares &= triton
         return cls(
             "gpu",
             step=StepLimits() if triton and (alone or shares) else None,

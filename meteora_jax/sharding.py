@@ -198,6 +198,12 @@ def partitioned_mesh() -> AbstractMesh | None:
     return None if mesh.empty or mesh.manual_axes else mesh
 
 
+def partitions() -> bool:
+    """Whether XLA splits what is traced now over several devices: a kernel it cannot split."""
+    mesh = partitioned_mesh()
+    return mesh is not None and mesh.size > 1
+
+
 def splits_inner(width: int) -> bool:
     """Whether the mesh of `use_mesh` cuts an "inner" dimension of that width: sums over it cross devices."""
     mesh = partitioned_mesh()

@@ -224,7 +224,7 @@ def test_more_rows_than_a_step_has_are_refused():
 def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
     of = ExecutionConfig.of
     assert of("cpu", "float32") == ExecutionConfig()
-    assert of("tpu", "bfloat16") == ExecutionConfig("tpu")
+    assert of("tpu", "bfloat16") == ExecutionConfig("tpu", ragged=True)
     gpu = of("gpu", "bfloat16")
     assert gpu == ExecutionConfig("gpu", StepLimits(512, 8, 4096), ("packed",), triton=True, fp8_tokens=512)
     assert of("gpu", "float32") == dataclasses.replace(gpu, fused_attention=(), fp8_tokens=None)
@@ -232,7 +232,7 @@ def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
     many = jax.sharding.AbstractMesh((2,), ("fsdp",))
     assert of("gpu", "bfloat16", many) == dataclasses.replace(gpu, step=None, fp8_tokens=None)
     monkeypatch.setattr(execution, "platform", lambda: "tpu")
-    assert ExecutionConfig.here("bfloat16") == ExecutionConfig("tpu")
+    assert ExecutionConfig.here("bfloat16") == ExecutionConfig("tpu", ragged=True)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 32, 64, 512])

@@ -77,7 +77,7 @@ def execution_on(config: LlamaConfig, dtype: DTypeLike, mesh: Mesh | None) -> Ex
     if why is None:
         return execution
     LOG.warning("%s: XLA runs the steps, without kernels", why)
-    return dataclasses.replace(execution, shares=False, step=None)
+    return dataclasses.replace(execution, shares=False, step=None, ragged=False)
 
 
 def assemble(

@@ -24,7 +24,7 @@ from meteora_jax.model.shares import run_shares
 from meteora_jax.model.vocab_adapters import VocabAdapters, check_request_routing
 from meteora_jax.numerics import contract, matmul_precision
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.sharding import constrain, partitioned_mesh
+from meteora_jax.sharding import constrain, partitioned_mesh, partitions
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
 from pallas_kernels.quantized_matmul.weight import turn, turn_back
@@ -97,7 +97,8 @@ class Layer(nnx.Module):
         else:
             cache = cache.write(index, k[:, 0], v[:, 0], where.slots)
             window, execution = self.config.sliding_window, where.execution
-            how = choose_attention(execution.platform, execution.step is not None, width, window)
+            heads = q.shape[2], k.shape[2], width, cache.pages.dtype
+            how = choose_attention(execution.platform, execution.kernels and not partitions(), *heads, window)
             y = cache.attend(index, q[:, 0], where.step, window, how)[:, None]
         (y,), r_o = self.o(y, router, where.execution, index, where.keep)
         x = x + y
@@ -225,12 +226,13 @@ class Llama(nnx.Module):
         return LlamaOutput(self.norm(x), cache, observed)
 
     def _has_shares(self, step: bool) -> bool:
-        """Whether each device of `use_mesh`'s mesh runs its share of the layers: steps, and all that packed weights
-        serve."""
+        """Whether each device of `use_mesh`'s mesh runs its share of the layers: steps of a mesh without a data axis,
+        whose rows share one cache, and all that packed weights serve."""
         mesh = partitioned_mesh()
         if mesh is None or mesh.size == 1 or not self.execution.shares:
             return False
-        return step or any(isinstance(getattr(self.layers, group), PackedLinear) for group in GROUPS)
+        packed = any(isinstance(getattr(self.layers, group), PackedLinear) for group in GROUPS)
+        return packed or (step and mesh.shape["data"] == 1)
 
     def new_cache(self, blocks: int, block_size: int) -> Any:
         """An empty cache of so many blocks of so many slots, as `__call__` takes it."""
@@ -293,7 +295,8 @@ def run_layers(
     """x [B, T, D] through all layers: a step by the kernels where they serve it, else by XLA; with the cache, and what
     the observer returned."""
     step, execution = where.step, where.execution
-    if step is not None and refusal(layers, config, router, x.shape[0], execution) is None:
+    launch = step is not None and not partitions() and refusal(layers, config, router, x.shape[0], execution) is None
+    if step is not None and launch:
         cos, sin = (jnp.broadcast_to(z[:, 0, 0], (x.shape[0], z.shape[-1])) for z in (where.cos, where.sin))
         assert cache is not None
         x, cache, routings = run_step(layers, config, x[:, 0], (cos, sin), cache, step, router, execution)

@@ -82,7 +82,7 @@ class RoutedLlama(Llama):
                 sight = Sight(positions, step=step, slots=step.slots(cache.block_size), execution=self.execution)
             x = self.embedded(tokens)
             given = x, sight, None if cache is None else cache.router
-            apart = step is not None and self.execution.shares  # its attention may be a launch
+            apart = step is not None and self._has_shares(True)  # its attention may be a launch
             hops, own = run_alike(self.token_router, *given) if apart else self.token_router(*given)
             logits, left = hops[-1].logits, router
             if router.asks == GATES:

@@ -22,6 +22,7 @@ from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.model.rope import angles, frequencies, rotate
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import GateParam, KnownLogits
+from meteora_jax.sharding import partitions
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
 from pallas_kernels.routed_lora.reference import einsum_float32
@@ -82,7 +83,9 @@ class Sight:
         if cache is None or self.step is None:
             return attend(q, k, v, self.mask, self.how if self.how != "packed" or q.shape[-1] <= WIDEST else None), None
         cache = cache.write(layer, k[:, 0], v[:, 0], self.slots)
-        how = choose_attention(self.execution.platform, self.execution.step is not None, q.shape[-1], None)
+        heads = q.shape[2], k.shape[2], q.shape[3], cache.pages.dtype
+        launch = self.execution.step is not None and not partitions()  # on TPUs heads this narrow are no kernel's
+        how = choose_attention(self.execution.platform, launch, *heads, None)
         return cache.attend(layer, q[:, 0], self.step, None, how)[:, None], cache
 
 
