@@ -242,8 +242,8 @@ def show(records: Sequence[dict[str, Any]]) -> None:
         if r["kind"] == "bare" and "error" not in r
     }
     table = Table(
-        "what", "rows", "weights", "devices", "kind", "form", "step ms", "x bare", "x bf16 on 1", "prompts ms", "x bare",
-        "x bf16 on 1",
+        "what", "rows", "weights", "devices", "kind", "form", "step ms", "x bare", "x bf16 on 1", "prompts ms",
+        "x bare", "x bf16 on 1",
         "tokens/s",
     )  # fmt: skip
     for r in records:
