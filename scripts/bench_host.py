@@ -55,7 +55,7 @@ def host_times(bench: Bench, kind: Kind, rows: int, profile: bool) -> dict[str, 
     """Milliseconds of a decoding step, and of a dispatch that reads prompts; the second of two rounds."""
     new, prompt = bench.settings.new, bench.settings.prompt
     engine = bench.engine(rows, rows * (prompt + new))
-    found: dict[str, float] = {}
+    found, profiler = {}, cProfile.Profile()
     for _ in range(2):
         handles = [engine.submit(bench.request(kind, i, prompt, new)) for i in range(rows)]
         dispatches, start = engine.counters.dispatches, time.thread_time()
@@ -63,7 +63,7 @@ def host_times(bench: Bench, kind: Kind, rows: int, profile: bool) -> dict[str, 
             engine.step()
         middle, read = time.thread_time(), engine.counters.dispatches - dispatches
         before, dispatches = min(len(h.progress.tokens) for h in handles), engine.counters.dispatches
-        profiler = cProfile.Profile()
+        profiler.clear()
         if profile:
             profiler.enable()
         start_decoding = time.thread_time()

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
 
 from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam
 from meteora_jax.execution import ExecutionConfig
@@ -260,9 +261,10 @@ def _put_changed(out: jax.Array, values: jax.Array, layer: jax.Array | int, grou
 
 def lies_on(kernel: jax.Array, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
     """Where an array of these axes goes on the mesh that holds the kernel; None without one."""
-    if isinstance(kernel, jax.core.Tracer) or not isinstance(kernel.sharding, NamedSharding):
+    if isinstance(kernel, Tracer) or not isinstance(kernel.sharding, NamedSharding):
         return None
-    return sharding(kernel.sharding.mesh, axes, shape)
+    mesh = kernel.sharding.mesh
+    return sharding(mesh, axes, shape) if isinstance(mesh, Mesh) else None
 
 
 def stack_rows(
