@@ -3,16 +3,15 @@
 import gc
 import os
 
+import compiling
+
 # Before the first import of jax or transformers: both read these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda runs the tests marked gpu
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["METEORA_CACHE"] = ""  # nothing is written into the user's cache, by child processes neither
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    # Compiling is most of what the tests do, and LLVM's optimiser a third of compiling. Level 0 gave wrong gradients of
-    # the loss through a choice made before the layers (jax 0.10.2); 1 to 3 agree with torch. Without fusion emitters
-    # (--xla_cpu_use_fusion_emitters=false) compiling takes a third less, but a worker died and some tests failed.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *compiling.FLAGS))
 os.environ["OMP_NUM_THREADS"] = "1"  # torch: threads that wait for each other take six times as long on tiny models
 
 import socket
@@ -26,6 +25,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    compiling.use()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

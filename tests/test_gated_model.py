@@ -158,15 +158,12 @@ def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)
     made = nnx.eval_shape(lambda: gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0), null=null))
     graph, shapes = nnx.split(made)
-    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(1)  # JAX's own draws are a program that takes longer to compile than the model's
 
-    @jax.jit  # one program instead of one a shape
-    def draw(key: jax.Array) -> list[jax.Array]:
-        keys = jax.random.split(key, len(leaves))
-        drawn = (0.1 * jax.random.normal(k, x.shape, jnp.float32) for k, x in zip(keys, leaves, strict=True))
-        return [x.astype(leaf.dtype) for x, leaf in zip(drawn, leaves, strict=True)]
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
 
-    weights = jax.tree.unflatten(tree, draw(jax.random.key(1)))
+    weights = jax.tree.map(draw, shapes)
     return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0, form, null), None, graph, weights)
 
 
