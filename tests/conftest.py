@@ -63,10 +63,10 @@ def pytest_configure(config: pytest.Config) -> None:
 # Files that take a minute or more of one processor, the longest first: a worker that got one of them last would work on
 # it while the others have nothing left.
 LONGEST = (
-    "decode_step", "engine", "evaluate_model", "training_resume", "loaded_adapters", "retrieval", "real_model",
-    "tensor_parallel", "side_by_side", "routing", "plan", "serving", "serving_limits", "cli_train", "gated_model",
-    "token_router", "paged_attention", "sharding", "arguments", "quantized", "training_mesh", "kernels_triton",
-    "kernels_tpu", "kernels", "generation", "training", "null_choice", "adapter_pool", "harness",
+    "real_model", "training_resume", "decode_step", "engine", "evaluate_model", "ray_serve", "loaded_adapters",
+    "token_router", "retrieval", "tensor_parallel", "side_by_side", "routing", "plan", "serving", "serving_limits",
+    "cli_train", "training", "generation", "paged_attention", "arguments", "quantized", "training_mesh", "kernels_triton",
+    "kernels_tpu", "kernels", "gated_model", "sharding", "null_choice", "adapter_pool", "mixed_routers", "harness",
 )  # fmt: skip
 
 
