@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["METEORA_CACHE"] = ""  # nothing is written into the user's cache, by child processes neither
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *compiling.FLAGS))
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS}"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch: threads that wait for each other take six times as long on tiny models
 
 import socket
