@@ -1,8 +1,8 @@
 """How XLA compiles for a CPU in tests: fast, as most programs run a few times on tiny arrays.
 
-A step of the engine takes 2.2 s of one core to compile by XLA's own settings, 1.1 s by `OPTIONS` and 0.4 s without LLVM's
-optimiser. Without it (level 0) gradients of a loss through a choice made before the layers were NaN or wrong (jax
-0.10.2), so only programs that go forward do without; levels 1 to 3 agree with torch.
+A step of the engine takes 2.2 s of one core to compile by XLA's own settings, 1.1 s by `OPTIONS` and 0.4 s without
+LLVM's optimiser. Without it (level 0) gradients of a loss through a choice made before the layers were NaN or wrong
+(jax 0.10.2), so only programs that go forward do without; levels 1 to 3 agree with torch.
 """
 
 from __future__ import annotations

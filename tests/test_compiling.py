@@ -18,7 +18,7 @@ def test_only_what_goes_forward_does_without_the_optimiser(monkeypatch, name: st
     compile_and_load = compiler.backend_compile_and_load
 
     def record(backend: Any, module: Any, devices: Any, options: Any, *rest: Any) -> Any:
-        found.append(options.executable_build_options.debug_options)
+        found.append((options.executable_build_options.debug_options, options.env_option_overrides))
         return compile_and_load(backend, module, devices, options, *rest)
 
     monkeypatch.setattr(compiler, "backend_compile_and_load", record)
@@ -28,5 +28,6 @@ def test_only_what_goes_forward_does_without_the_optimiser(monkeypatch, name: st
 
     function.__name__ = name
     jax.jit(function).lower(jax.ShapeDtypeStruct((), "float32")).compile()
-    (options,) = found
-    assert options.xla_backend_optimization_level == level
+    ((flags, overrides),) = found
+    assert flags.xla_backend_optimization_level == level
+    assert ("xla_cpu_use_fusion_emitters", False) in overrides
