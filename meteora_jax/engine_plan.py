@@ -24,12 +24,12 @@ from meteora_jax.planning import (
     abstract_model,
     bytes_held,
     compile_program,
-    memory_of,
     program_figures,
     spread,
 )
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import replicated, rows_multiple, tensor_shards, use_mesh
+from meteora_jax.topologies import memory_of
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
 from pallas_kernels.paged_attention import QUERY_BLOCK
 from pallas_kernels.topk_gating import TopK

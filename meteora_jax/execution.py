@@ -91,7 +91,8 @@ class ExecutionConfig:
         """The same for the mesh's devices, or those of this process."""
         kind = platform() if mesh is None else mesh.devices.flat[0].platform
         found = cls.of(kind, dtype, mesh, has_triton() if triton is None else triton)
-        capability = float(jax.devices()[0].compute_capability) if found.platform == "gpu" else 0.0
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        capability = float(device.compute_capability) if found.platform == "gpu" else 0.0
         if found.fused_attention and capability < 8.0:  # before Ampere
             found = dataclasses.replace(found, fused_attention=())
         if found.fp8_tokens and capability < 8.9:  # before Ada
