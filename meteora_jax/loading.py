@@ -53,7 +53,7 @@ def load(
             beside the base holds, and 64 where that is not known, at most one an adapter. None: all are on the device,
             as they have to be over several hosts.
         adapter_rank: of a slot, at every projection; an adapter of a larger rank takes several slots, so that one of
-            rank 8 does not pay for one of rank 64 (gates and fusion need one slot each). None: as the bank's need.
+            rank 8 does not pay for one of rank 64. None: as the bank's need.
 
     Raises:
         InputError: a folder is missing, damaged, or made for another base or bank; slots over several hosts.
@@ -121,11 +121,8 @@ def _load_slots(
         raise InputError(
             f"{bank}: expected no adapter of the embedding or the head beside gates and slots, found {found}"
         )
-    large = [a.name for a in stored.config.adapters if slots_for(a.rank, slots) > (count if described is None else 1)]
-    if large:
-        room = (
-            f"adapters of at most {1 if described else count} slots of rank {rank}{' beside gates' * bool(described)}"
-        )
+    if large := [a.name for a in stored.config.adapters if slots_for(a.rank, slots) > count]:
+        room = f"adapters of at most {count} slots of rank {rank}"
         raise InputError(f"adapter_rank: expected {room}, found {', '.join(large[:8])}")
     form = described.form if described else None
     held, known = columns, len(stored.config.names)

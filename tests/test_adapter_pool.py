@@ -266,8 +266,8 @@ def test_bad_files_are_refused_before_anything_changes(banks: dict[str, Any], tm
     deep = random_bank(dataclasses.replace(config, num_layers=2), ("adapter1",), 5)
     save_bank(tmp_path / "deep", deep)
     refused(tmp_path / "deep", r"num_layers: expected 3 \(the base's\), found 2")
-    save_bank(tmp_path / "wide", random_bank(config, ("adapter1",), 5, rank=8))
-    refused(tmp_path / "wide", r"expected a rank of at most 4 .*, found 8")
+    save_bank(tmp_path / "wide", random_bank(config, ("adapter1",), 5, rank=16))
+    refused(tmp_path / "wide", r"expected a rank of at most 12 .*, found 16")
     norms = {"names": {}, "revision": None, "norms_sha256": "0" * 64}
     other = dataclasses.replace(good, config=dataclasses.replace(good.config, base=norms))
     save_bank(tmp_path / "other", other)

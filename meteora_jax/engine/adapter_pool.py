@@ -96,7 +96,6 @@ class AdapterPool:
         self.counters = PoolCounters()
         self.table = SlotTable(len(slots.adapters), self._slots_of)
         self.changes = 0  # of what lies in the slots, or of what a name stands for
-        self.most_slots = self.table.count if gates is None else 1  # of an adapter: gates have a column a slot
         self._columns = columns or {}
         self._router = gates is not None and gates.form is not None
         self._weights = SlotWeights(graph, weights, config, mesh, self._router)
@@ -156,7 +155,7 @@ class AdapterPool:
             place = _place(bank, adapter, name)
             read = bank.adapter(place)
             count = slots_for(read.config.adapters[0].rank, self.slots)
-            if problems := misfits_slots(read.config, self.slots, str(path), self.most_slots):
+            if problems := misfits_slots(read.config, self.slots, str(path)):
                 raise InputError(problems)
         except BaseException:
             if scratch is not None:
@@ -213,10 +212,6 @@ class AdapterPool:
         bound = watch(bind(both, names, 2, names if router.needs_gates else None), view, [prompt, prompt])
         row = bind_row(bound)
         assert row is not None
-        known_routing = None if bound is None else bound.known(None)
-        if known_routing is not None and known_routing.fused is not None and any(v.slots > 1 for v in versions):
-            large = ", ".join(v.name for v in versions if v.slots > 1)
-            raise InputError(f"router: expected adapters of one slot each to be fused, found {large} (adapter_rank)")
         return WantedAdapters(tuple(v.number for v in versions), row, every)
 
     # what a scheduler asks, under `lock`
@@ -261,7 +256,8 @@ class AdapterPool:
     def place(self, wanted: WantedAdapters) -> BoundRow:
         """A request's router over the slots as they are now."""
         slots = [self.table.slots(n) or () for n in self._acting(wanted)]
-        width = 1 << (max(map(len, slots)) - 1).bit_length()  # few widths: each is a program
+        most = [v.slots for v in self._known()] if wanted.every else map(len, slots)  # whatever comes to lie there
+        width = 1 << (max(most) - 1).bit_length()  # few widths: each is a program
         where = np.full((len(slots), width), NO_ADAPTER, np.int32)
         for row, own in zip(where, slots, strict=True):
             row[: len(own)] = own

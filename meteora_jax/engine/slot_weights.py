@@ -71,10 +71,10 @@ class SlotWeights:
 
         Args:
             adapter: alone. columns: of its gates, [L, I, P] by the place of `gate`; none: gates do not know it. slots:
-                into so many its ranks are divided; what has no rank goes into the first.
+                into so many its ranks are divided; what has no rank, and the columns, go into the first.
         """
         own = adapter_tensors(adapter, self._config, self._mesh)
-        return [self._stage(own, columns, part) for part in range(slots)]
+        return [self._stage(own, {} if part else columns, part) for part in range(slots)]
 
     def _stage(self, own: Mapping[Path, np.ndarray], columns: Mapping[Path, np.ndarray], part: int) -> Staged:
         staged: dict[Path, Any] = {}

@@ -114,9 +114,9 @@ def slots_for(rank: int, slots: BankConfig) -> int:
     return -(-rank // min(ranks)) if len(ranks) == 1 else 1
 
 
-def misfits_slots(adapter: BankConfig, slots: BankConfig, source: str, most: int) -> list[str]:
-    """Why an adapter, described alone, has no room in such slots, at most so many of them; a line a reason."""
-    problems, most = [], min(most, slots_for(adapter.adapters[0].rank, slots))
+def misfits_slots(adapter: BankConfig, slots: BankConfig, source: str) -> list[str]:
+    """Why an adapter, described alone, has no room in such slots; a line a reason."""
+    problems, most = [], min(len(slots.adapters), slots_for(adapter.adapters[0].rank, slots))
     for p, rank in adapter.ranks.items():
         if p in adapter.adapters[0].targets and rank > (room := most * slots.ranks.get(p, 0)):
             problems.append(

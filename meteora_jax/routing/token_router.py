@@ -95,7 +95,7 @@ def choose(router: BoundRouter, x: jax.Array, logits: jax.Array) -> Routing:
     indices, weights = (
         jnp.broadcast_to(z, (*logits.shape[:2], *z.shape[2:])) for z in (routing.indices, routing.weights)
     )
-    return Routing(indices, weights, routing.logits, routing.fused)
+    return Routing(indices, weights, routing.logits, routing.fused, routing.runs)
 
 
 class TokenRouter(nnx.Module):

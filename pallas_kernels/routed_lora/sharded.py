@@ -27,6 +27,7 @@ class Given(NamedTuple):
     indices: jax.Array
     weights: jax.Array
     fused: None = None
+    runs: None = None
 
 
 def routed_product(
