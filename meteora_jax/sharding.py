@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from meteora_jax.config import InputError
@@ -112,7 +112,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place(value: Any, where: NamedSharding, dtype: DTypeLike | None = None) -> jax.Array:
+def place(value: Any, where: Sharding, dtype: DTypeLike | None = None) -> jax.Array:
     """A host array as a device array; every host can read all of `value` and hands over its own devices' parts."""
     dtype = value.dtype if dtype is None else dtype
     return jax.make_array_from_callback(value.shape, where, lambda part: np.asarray(value[part], dtype))

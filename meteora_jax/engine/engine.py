@@ -150,6 +150,8 @@ class EngineCore:
         self._failure: BaseException | None = None
         with self._exclusive(), use_mesh(mesh):
             self._state: EngineState = new_state(graph, weights, size.blocks, size.block_size, size.rows)
+        if pool is not None and mesh is None:  # bound to its device as steps leave it: else the next compiles anew
+            self._state = jax.device_put(self._state, jax.devices()[0])
 
     @property
     def busy(self) -> bool:

@@ -155,19 +155,27 @@ def fill_spectra(graph: nnx.GraphDef, weights: Params, mesh: Mesh | None) -> Non
         linear = getattr(layers, group)
         if linear.lora_a is None:
             continue
-        a, b, scale = (fetch(leaves["layers", group, name][...]) for name in ("lora_a", "lora_b", "lora_scale"))
-        b = b.reshape(*b.shape[:3], linear.shards, -1)
-        found = []
-        for p, (start, stop) in enumerate(columns_of(tuple(o // linear.shards for o in linear.splits))):
-            own = b[..., start:stop].reshape(*b.shape[:3], -1)  # in which order columns lie changes neither
-            found.append(spectra(a[:, p], own, scale[:, p]))
-        for name, parts in zip(SPECTRA, zip(*found, strict=True), strict=True):
-            leaf, value = leaves["layers", group, name], np.stack(parts, 1)
+        matrices = (fetch(leaves["layers", group, name][...]) for name in ("lora_a", "lora_b", "lora_scale"))
+        for name, value in zip(SPECTRA, group_spectra(*matrices, linear.splits, linear.shards), strict=True):
+            leaf = leaves["layers", group, name]
             leaf.set_value(
                 jnp.asarray(value)
                 if mesh is None
                 else place(value, sharding(mesh, leaf.get_metadata("axes"), value.shape))
             )
+
+
+def group_spectra(
+    a: np.ndarray, b: np.ndarray, scale: np.ndarray, splits: Sequence[int], shards: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`SPECTRA` of a group's arrays as `AdapterBank.group` has them, the columns in `shards` parts."""
+    b = b.reshape(*b.shape[:3], shards, -1)
+    found = []
+    for p, (start, stop) in enumerate(columns_of(tuple(o // shards for o in splits))):
+        own = b[..., start:stop].reshape(*b.shape[:3], -1)  # in which order columns lie changes neither
+        found.append(spectra(a[:, p], own, scale[:, p]))
+    arrow, spectr = (np.stack(parts, 1) for parts in zip(*found, strict=True))
+    return arrow, spectr
 
 
 def _rebuilt(
