@@ -21,6 +21,7 @@ from meteora_jax.engine.step import run_steps
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.bank import save_bank
 from meteora_jax.io.gates import save_gates
+from meteora_jax.routing.retrieval import Composed
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def check(engine: EngineCore, pool: AdapterPool) -> None:
 class Schedule:
     """Requests, cancellations, loads, unloads and new versions at random, from a seed."""
 
-    def __init__(self, banks: dict[str, Any], seed: int, count: int):
+    def __init__(self, banks: dict[str, Any], seed: int, count: int, model: mj.Meteora, fuses: bool = False):
         self.rng, self.banks, self.count = np.random.default_rng(seed), banks, count
-        self.model = banks["slots"]
+        self.model, self.fuses = model, fuses
         for name in NAMES:  # whatever an earlier schedule left
             self.model.pool.load(banks["first"], name)
         self.versions = dict.fromkeys(NAMES, "")  # the mark of what a name stands for now
@@ -78,7 +79,11 @@ class Schedule:
         weights = {n: float(w) for n, w in zip(names, self.rng.uniform(0.3, 1.0, 2), strict=True)}
         router, same = None, None
         if self.rng.random() < 0.9:
-            router, same = mj.Fixed(weights), mj.Fixed({n + self.versions[n]: w for n, w in weights.items()})
+            second = {n + self.versions[n]: w for n, w in weights.items()}
+            if self.fuses:
+                router, same = (Composed(tuple(w.items()), True) for w in (weights, second))
+            else:
+                router, same = mj.Fixed(weights), mj.Fixed(second)
         most = int(self.rng.integers(1, 12))
         handle = engine.submit(self.model.request(prompt, router, most))
         self.asked.append((handle, prompt, same, most, bool(self.rng.random() < 0.15)))
@@ -106,15 +111,30 @@ class Schedule:
                 if cancelled and not handle.done and self.rng.random() < 0.2:
                     handle.cancel()
             check(engine, pool)
-        assert pool.table.pins == [0] * 3
+        assert pool.table.pins == [0] * pool.table.count
         assert pool.names() == tuple(self.versions) or set(pool.names()) == set(self.versions)
 
 
 @pytest.mark.parametrize("seed", range(examples(3, 40)))
 def test_a_random_schedule_gives_what_all_resident_adapters_give(banks: dict[str, Any], seed: int):
-    slots, whole = rows_of(banks["slots"]), rows_of(banks["all"])
-    pool = banks["slots"].pool
-    schedule, copies = Schedule(banks, seed, 30), pool.counters.copies
+    check_schedule(banks, banks["slots"], seed)
+
+
+@pytest.mark.exhaustive("test_slot_weights fuses adapters of several slots; schedules are tested above")
+@pytest.mark.parametrize("seed", range(examples(1, 10)))
+def test_a_random_schedule_of_fused_adapters_of_several_slots_does_too(banks: dict[str, Any], seed: int):
+    """Ranks 1 to 4 in slots of rank 1: one to four of them each, eight in all."""
+    given = banks["base"], banks["first"], banks["folder"] / "gates"
+    model = mj.load(*given, dtype="float32", adapter_slots=8, adapter_rank=1)
+    assert model.pool is not None
+    assert {v.slots for v in model.pool.versions.find(NAMES)} == {1, 2, 3, 4}
+    check_schedule(banks, model, seed, fuses=True)
+
+
+def check_schedule(banks: dict[str, Any], model: mj.Meteora, seed: int, fuses: bool = False) -> None:
+    slots, whole, pool = rows_of(model), rows_of(banks["all"]), model.pool
+    assert pool is not None
+    schedule, copies = Schedule(banks, seed, 30, model, fuses), pool.counters.copies
     schedule.run(slots)
     expected = [whole.submit(banks["all"].request(prompt, same, most)) for _, prompt, same, most, _ in schedule.asked]
     whole.drain()

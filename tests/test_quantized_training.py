@@ -20,7 +20,7 @@ MESHES = {"fsdp": (1, 2, 1), "tensor": (1, 1, 2)}
 
 
 def trained(folder: Path, mesh: Any, dtype: str, steps: int) -> dict[str, Any]:
-    """The losses of some steps; the bytes on the first device, and those that the program has there."""
+    """The losses of some steps, and the bytes on the first device; without steps those that the program has there."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -51,14 +51,14 @@ def trained(folder: Path, mesh: Any, dtype: str, steps: int) -> dict[str, Any]:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (frozen, state))
     with use_mesh(mesh):
         batch = place_rows(batch, mesh)
-        program = step.lower(frozen, state, batch, router).compile().memory_analysis()
+        program = None if steps else step.lower(frozen, state, batch, router).compile().memory_analysis()
         losses = []
         for _ in range(steps):
             state, found = step(frozen, state, batch, router)
             losses.append(float(found.loss))
     return {
         "losses": losses, "held": held, "parts": weight_parts(*shapes),
-        "arguments": program.argument_size_in_bytes, "temporary": program.temp_size_in_bytes,
+        "arguments": program and program.argument_size_in_bytes, "temporary": program and program.temp_size_in_bytes,
     }  # fmt: skip
 
 
