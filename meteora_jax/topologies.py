@@ -51,14 +51,12 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_
 """
 
 
-_HOPPER = dict(capability=(9, 0), cores=132, cache=52428800, clock=1.98, shared=(233472, 232448))
+_H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 3_350_000_000_000, 52428800, 1.98, (233472, 232448))
 GPUS = {  # the makers' data sheets and CUDA's device properties
-    "a100": Gpu(
-        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 2_039_000_000_000, 41943040, 1.41, (167936, 166912)
-    ),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", bandwidth=3_350_000_000_000, **_HOPPER),
-    "h200": Gpu("NVIDIA H200", bandwidth=4_800_000_000_000, **_HOPPER),
-}  # fmt: skip
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 2_039_000_000_000, 41943040, 1.41, (167936, 166912)),
+    "h100": _H100,
+    "h200": dataclasses.replace(_H100, kind="NVIDIA H200", bandwidth=4_800_000_000_000),
+}
 
 
 def topology_devices(topology: str) -> list[Any]:

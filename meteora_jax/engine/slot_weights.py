@@ -79,8 +79,8 @@ class SlotWeights:
         own = adapter_tensors(adapter, self._config, self._mesh)
         for group in GROUPS if spectra else ():
             if ("layers", group, "lora_a") in own:
-                matrices = (own["layers", group, name] for name in ("lora_a", "lora_b", "lora_scale"))
-                for name, value in zip(SPECTRA, group_spectra(*matrices, *self._cuts[group]), strict=True):
+                a, b, scale = (own["layers", group, name] for name in ("lora_a", "lora_b", "lora_scale"))
+                for name, value in zip(SPECTRA, group_spectra(a, b, scale, *self._cuts[group]), strict=True):
                     own["layers", group, name] = value
         return [self._stage(own, {} if part else columns, part) for part in range(slots)]
 

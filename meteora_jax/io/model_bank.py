@@ -155,8 +155,8 @@ def fill_spectra(graph: nnx.GraphDef, weights: Params, mesh: Mesh | None) -> Non
         linear = getattr(layers, group)
         if linear.lora_a is None:
             continue
-        matrices = (fetch(leaves["layers", group, name][...]) for name in ("lora_a", "lora_b", "lora_scale"))
-        for name, value in zip(SPECTRA, group_spectra(*matrices, linear.splits, linear.shards), strict=True):
+        a, b, scale = (fetch(leaves["layers", group, name][...]) for name in ("lora_a", "lora_b", "lora_scale"))
+        for name, value in zip(SPECTRA, group_spectra(a, b, scale, linear.splits, linear.shards), strict=True):
             leaf = leaves["layers", group, name]
             leaf.set_value(
                 jnp.asarray(value)

@@ -209,4 +209,5 @@ def in_parts(indices: jax.Array, weights: jax.Array, parts: jax.Array | None) ->
     chosen = jnp.where(none, NO_ADAPTER, chosen)
     first = jax.lax.broadcasted_iota(jnp.int32, chosen.shape, chosen.ndim - 1) == 0
     shares = jnp.where((chosen != NO_ADAPTER) | (none & first), weights[..., None], 0.0)
-    return tuple(z.reshape(*indices.shape[:-1], -1) for z in (chosen, shares))
+    shape = *indices.shape[:-1], -1
+    return chosen.reshape(shape), shares.reshape(shape)
