@@ -27,6 +27,7 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.model import decoding, llama
 from meteora_jax.routing import Routing
+from meteora_jax.routing.mixed import Mixed
 from meteora_jax.routing.retrieval import Composed
 from meteora_jax.routing.token_router import choose
 from pallas_kernels.decode_step import triton_gpu
@@ -205,6 +206,24 @@ def test_what_a_token_router_chose_is_served(routers):
     mixed = packed_model().bind([mj.Gates(1), Composed((("cedar", 1.0),), True)], 2)
     for router in (fused, mixed):
         assert decoding.refusal(module.layers, model.config, router, 2, wide) == "fusion in a wide bank"
+
+
+def test_fusion_of_adapters_in_several_slots_is_left_to_xla():
+    """Alone, and in a batch with gates; where such adapters are only chosen or mixed it is served."""
+    model = packed_model()
+    layers = nnx.merge(model.graph, model.weights).layers
+    where = np.asarray([[0, 1], [2, -1]], np.int32)
+    fused = Routing(np.zeros((2, 1, 1, 2), np.int32) + np.arange(2), np.full((2, 1, 1, 2), 0.5, np.float32))
+    mixture = fused.moved(where, 4, None)
+    fused = dataclasses.replace(fused, fused=np.asarray([True, False])).moved(where, 4, None)
+    assert np.asarray(fused.indices)[0, 0, 0].tolist() == [0, 1, 2, -1]
+    gates = mj.Gates(1).bind([mj.Gates(1)] * 2, ("apple", "birch")).moved(where, 4, None)
+    kinds = jnp.asarray([0, 1], jnp.int32)
+    for router, expected in (
+        (mixture, None), (gates, None), (fused, "several places"), (Mixed(kinds, (fused, gates)), "several places"),
+    ):  # fmt: skip
+        found = decoding.refusal(layers, model.config, jax.tree.map(jnp.asarray, router), 2, STEPS)
+        assert found == expected or (expected is not None and expected in str(found))
 
 
 def test_a_model_whose_gates_are_elsewhere_is_refused():
