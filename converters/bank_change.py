@@ -200,7 +200,21 @@ def _copy(writer: TensorWriter, new: BankConfig, reader: TensorReader, old: Bank
                 _fill(writer.slice(key, j), reader.slice(key, i))
         else:
             for layer in range(new.num_layers):
-                _fill(writer.slice(key, layer)[: len(at)], reader.slice(key, layer)[list(at)])
+                out, values = writer.slice(key, layer), reader.slice(key, layer)
+                for first, (start, stop) in _runs(at):  # views of both files: nothing is copied in between
+                    _fill(out[first : first + stop - start], values[start:stop])
+
+
+def _runs(at: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
+    """Places as (where in `at`, (first, end)) of those that lie together."""
+    runs: list[tuple[int, tuple[int, int]]] = []
+    for j, i in enumerate(at):
+        if runs and runs[-1][1][1] == i:
+            first, (start, _) = runs[-1]
+            runs[-1] = first, (start, i + 1)
+        else:
+            runs.append((j, (i, i + 1)))
+    return runs
 
 
 def _fill(out: np.ndarray, values: np.ndarray) -> None:

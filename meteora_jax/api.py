@@ -22,12 +22,11 @@ from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import Progress, Request, Sampling, bind_row
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
-from meteora_jax.execution import packs
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Ended, Engines, pieces, routing_of
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
-from meteora_jax.io.model_bank import change_adapters, fill_spectra, is_packed, rank_in
+from meteora_jax.io.model_bank import change_adapters, fill_spectra, packs, rank_in
 from meteora_jax.padding import fill_rows, pad_prompts
 from meteora_jax.probing import probed
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
@@ -187,7 +186,7 @@ class Meteora:
         return self._changed(self.bank.take(keep, rank_in(self.weights)), keep, None, gates, columns, release)
 
     def _changed(self, bank, keep, added, gates, columns, release) -> Meteora:
-        packed = packs(self.dtype, self.mesh) or is_packed(self.graph, self.weights)
+        packed = packs(self.graph, self.weights, self.mesh)
         graph, weights = change_adapters(
             self.graph, self.weights, self.config, bank, keep, added, gates, columns, self.mesh, packed, release
         )

@@ -15,21 +15,21 @@ from jax.typing import DTypeLike
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine.memory import USABLE, block_bytes, state_bytes
 from meteora_jax.engine.step import EngineState, PromptTokens, StepRows, new_state, run_steps
-from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.model.llama import lay_out
+from meteora_jax.io.model_state import execution_on
+from meteora_jax.model.layout import lay_out
 from meteora_jax.planning import (
     OutOfMemory,
     Plan,
     abstract_model,
     bytes_held,
     compile_program,
-    memory_of,
     program_figures,
     spread,
 )
 from meteora_jax.routing.gates import BoundGates
 from meteora_jax.sharding import replicated, rows_multiple, tensor_shards, use_mesh
+from meteora_jax.topologies import memory_of
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
 from pallas_kernels.paged_attention import QUERY_BLOCK
 from pallas_kernels.topk_gating import TopK
@@ -55,7 +55,7 @@ class EnginePrograms:
         """Raises InputError: rows that a mesh cannot share evenly."""
         if rows % rows_multiple(mesh):
             raise InputError(f"rows: expected a multiple of data x fsdp = {rows_multiple(mesh)}, found {rows}")
-        abstract, bank = abstract_model(config, adapters, rank, form, ExecutionConfig.here(jnp.bfloat16, mesh))
+        abstract, bank = abstract_model(config, adapters, rank, form, execution_on(config, jnp.bfloat16, mesh))
         lay_out(abstract, tensor_shards(mesh))
         self.config, self.mesh, self.rows = config, mesh, rows
         self._graph, weights = nnx.split(abstract)

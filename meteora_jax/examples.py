@@ -62,7 +62,7 @@ def parse_example(line: bytes, where: str) -> Example:
         if last["role"] != ANSWERS:
             found = f"the {last['role']}'s message"
             raise InputError(f"{where}: messages: expected the assistant's answer at the end, found {found}")
-        return _of_messages(asked, last["content"], f"{where}: messages", where)
+        return of_messages(asked, last["content"], f"{where}: messages", where)
     for key in ("prompt", "response"):
         if key not in record:
             raise InputError(f"{where}: {key}: expected a string, found only the keys {sorted(record)}")
@@ -71,7 +71,7 @@ def parse_example(line: bytes, where: str) -> Example:
         prompt = _text(prompt, f"{where}: prompt")
     response = _text(response, f"{where}: response")
     if isinstance(prompt, list):
-        return _of_messages(read_conversation(prompt, f"{where}: prompt"), response, f"{where}: prompt", where)
+        return of_messages(read_conversation(prompt, f"{where}: prompt"), response, f"{where}: prompt", where)
     return Example(prompt, response, where=where)
 
 
@@ -152,7 +152,12 @@ def as_text(example: Example, tokenizer: Any) -> Example:
     return replace(example, prompt=text, messages=())
 
 
-def _of_messages(asked: list[Message], response: str, place: str, where: str) -> Example:
+def of_messages(asked: list[Message], response: str, place: str, where: str) -> Example:
+    """The example of a conversation and its answer; `place` begins the message of a refusal.
+
+    Raises:
+        InputError: nothing is asked, or it is answered already.
+    """
     if not asked:
         raise InputError(f"{place}: expected a message before the assistant's answer, found none")
     if asked[-1]["role"] == ANSWERS:

@@ -38,11 +38,6 @@ def default_dtype(dtype: Dtype | None = None) -> Dtype:
     return dtype or ("float32" if platform() == "cpu" else "bfloat16")
 
 
-def packs(dtype: DTypeLike, mesh: Mesh | None) -> bool:
-    """Whether models of this type are packed for inference: on one GPU, in 16 bit."""
-    return platform() == "gpu" and mesh is None and jnp.dtype(dtype).itemsize == 2
-
-
 @functools.cache
 def has_triton() -> bool:
     """Whether the extra `gpu` is installed."""
@@ -58,6 +53,9 @@ class ExecutionConfig:
         packs gates and A's behind the kernels' rows.
     fused_attention: what cuDNN attends to, where the model's heads allow it.
     triton: whether few tokens are routed and adapted by one Triton launch behind a packed weight's product.
+    shares: whether on a mesh every device runs its own share of a step's layers (`model.shares`), so that kernels
+        serve it; else XLA splits them.
+    ragged: whether JAX's kernel attends to a step's tokens on TPUs, of the heads that it serves.
     dense_width: A * R of a bank up to which every adapter's shrink is taken with the gates.
     fp8_tokens: from so many tokens on inference multiplies fp8 weights with activations rounded to fp8, a scale a
         token; None: never.
@@ -67,22 +65,35 @@ class ExecutionConfig:
     step: StepLimits | None = None
     fused_attention: tuple[Fused, ...] = ()
     triton: bool = False
+    shares: bool = False
+    ragged: bool = False
     dense_width: int = 512
     fp8_tokens: int | None = None
+
+    @property
+    def kernels(self) -> bool:
+        """Whether attention of a step may be a kernel."""
+        return self.step is not None or self.ragged
 
     @classmethod
     def of(
         cls, platform: str, dtype: Any, mesh: Mesh | AbstractMesh | None = None, triton: bool = True
     ) -> ExecutionConfig:
         """What was timed fastest on "cpu", "gpu" or "tpu" (docs/performance.md); triton: with the extra `gpu`."""
-        if platform != "gpu":
-            return cls("tpu" if platform == "tpu" else "cpu")
+        if platform not in ("gpu", "tpu"):
+            return cls("cpu")
         alone = mesh is None or mesh.size == 1
+        # an fsdp axis would gather a layer's weights anew at every step
+        shares = mesh is not None and not alone and mesh.shape.get("fsdp", 1) == 1
+        if platform == "tpu":
+            return cls("tpu", shares=shares, ragged=alone or shares)
+        shares &= triton
         return cls(
             "gpu",
-            step=StepLimits() if triton and alone else None,
+            step=StepLimits() if triton and (alone or shares) else None,
             fused_attention=("packed",) if jnp.dtype(dtype).itemsize == 2 else (),
             triton=triton,
+            shares=shares,
             fp8_tokens=MANY_TOKENS if jnp.dtype(dtype) == jnp.bfloat16 and alone else None,
         )
 
@@ -91,12 +102,17 @@ class ExecutionConfig:
         """The same for the mesh's devices, or those of this process."""
         kind = platform() if mesh is None else mesh.devices.flat[0].platform
         found = cls.of(kind, dtype, mesh, has_triton() if triton is None else triton)
-        capability = float(jax.devices()[0].compute_capability) if found.platform == "gpu" else 0.0
+        device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+        capability = float(device.compute_capability) if found.platform == "gpu" else 0.0
         if found.fused_attention and capability < 8.0:  # before Ampere
             found = dataclasses.replace(found, fused_attention=())
         if found.fp8_tokens and capability < 8.9:  # before Ada
             found = dataclasses.replace(found, fp8_tokens=None)
         return found
+
+    def packs(self, dtype: DTypeLike, mesh: Mesh | AbstractMesh | None) -> bool:
+        """Whether models of this type are packed for inference: on GPUs in 16 bit, and on meshes that kernels serve."""
+        return self.platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and (mesh is None or self.shares)
 
 
 # XLA's own Triton matrix products copy a layer's weights out of the stack before they read them (a decoding step of

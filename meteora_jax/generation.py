@@ -15,8 +15,9 @@ from meteora_jax.config import LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Handle, Progress, Request
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.memory import fitting
+from meteora_jax.engine.replicas import Replicas
 from meteora_jax.routing import NO_ADAPTER
-from meteora_jax.sharding import Params
+from meteora_jax.sharding import Params, data_parts
 from meteora_jax.text import TextStream
 
 ROWS = 256  # sequences at once
@@ -33,30 +34,40 @@ class Engines:
     ):  # fmt: skip
         self._model, self._config, self._mesh, self._decode = (graph, weights), config, mesh, decode
         self._pool = pool
-        self._engine: EngineCore | None = None
+        self._engine: EngineCore | Replicas | None = None
+        # adapters that come and go do so on the whole mesh at once
+        self._parts = () if mesh is None or pool is not None else data_parts(mesh)
 
-    def holding(self, requests: Sequence[Request]) -> EngineCore:
-        """An engine in which the longest of these requests have room together, up to ROWS and the device's memory.
+    def holding(self, requests: Sequence[Request]) -> EngineCore | Replicas:
+        """An engine in which the longest of these requests have room together, up to ROWS and the device's memory; on a
+        mesh with a data axis as many engines, each with room for its share of the longest.
 
         Raises:
             InputError: the longest alone does not fit.
         """
-        slots = sorted((len(r.prompt) + r.max_new_tokens for r in requests), reverse=True)[:ROWS]
+        slots = sorted((len(r.prompt) + r.max_new_tokens for r in requests), reverse=True)
+        slots = slots[:: max(1, len(self._parts))][:ROWS]
         wanted = [-(-n // BLOCK_SIZE) for n in slots]
         blocks = LEAST_BLOCKS
         while blocks < sum(wanted):
             blocks *= 2
         found = self._engine
         if found is not None and not found.failed and found.size.blocks >= blocks:
+            if isinstance(found, Replicas):
+                found.refresh(self._model[1])
             return found
-        if found is not None and (found.failed or not found.scheduler.busy):
+        if found is not None and (found.failed or not found.serving):
             self._engine = found = None  # its memory goes before the next one's comes
-        tokens, most = fitting(*self._model, self._config, ROWS, BLOCK_SIZE, wanted[0], self._mesh)
-        size = EngineSize(ROWS, tokens, min(blocks, most), BLOCK_SIZE)
-        engine = EngineCore(
-            *self._model, self._config, size, mesh=self._mesh, decode=self._decode, pool=self._pool,
-            few_programs=True,
-        )  # fmt: skip
+        graph, weights = self._model
+
+        def made(weights: Params, mesh: Mesh | None) -> EngineCore:
+            tokens, most = fitting(graph, weights, self._config, ROWS, BLOCK_SIZE, wanted[0], mesh)
+            size = EngineSize(ROWS, tokens, min(blocks, most), BLOCK_SIZE)
+            return EngineCore(
+                graph, weights, self._config, size, mesh=mesh, decode=self._decode, pool=self._pool, few_programs=True
+            )
+
+        engine = Replicas(self._parts, made, weights) if len(self._parts) > 1 else made(weights, self._mesh)
         if found is None:
             self._engine = engine
         return engine
@@ -77,7 +88,7 @@ class Ended:
 
 
 def pieces(
-    engine: EngineCore, requests: Sequence[Request], decode: Callable[[Sequence[int]], str], stream: bool
+    engine: EngineCore | Replicas, requests: Sequence[Request], decode: Callable[[Sequence[int]], str], stream: bool
 ) -> Iterator[Delta | Ended]:
     """`Delta`s as text becomes certain, if `stream`; and each request as it ends."""
     handles: list[Handle] = []

@@ -18,13 +18,14 @@ from meteora_jax.arguments import Arguments
 from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool, Import
 from meteora_jax.engine.memory import free_bytes
-from meteora_jax.execution import Dtype, default_dtype, packs
+from meteora_jax.execution import Dtype, default_dtype
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
 from meteora_jax.io.gates import gate_weights, load_gates
+from meteora_jax.io.model_bank import packs
 from meteora_jax.io.model_state import assemble
 from meteora_jax.io.stored_bank import StoredBank, empty_slots, slots_for
-from meteora_jax.model.llama import pack
+from meteora_jax.model.layout import pack
 from meteora_jax.text import load_tokenizer
 
 SLOTS = 64  # where the memory is not known
@@ -53,7 +54,7 @@ def load(
             beside the base holds, and 64 where that is not known, at most one an adapter. None: all are on the device,
             as they have to be over several hosts.
         adapter_rank: of a slot, at every projection; an adapter of a larger rank takes several slots, so that one of
-            rank 8 does not pay for one of rank 64 (gates and fusion need one slot each). None: as the bank's need.
+            rank 8 does not pay for one of rank 64. None: as the bank's need.
 
     Raises:
         InputError: a folder is missing, damaged, or made for another base or bank; slots over several hosts.
@@ -93,7 +94,7 @@ def load(
     gate_config, columns = load_gates(gates, config, loaded.names) if gates is not None and loaded else (None, None)
     form = gate_config.form if gate_config else None
     graph, state = assemble(config, weights, loaded, columns, kind, mesh, form)
-    if packs(kind, mesh):
+    if packs(graph, state, mesh):
         graph, state = pack(graph, state, release=GROUPS)
     held = config, loaded.config if loaded else None, gate_config, load_tokenizer(base), graph, state, mesh, Path(base)
     return Meteora(*held)
@@ -121,11 +122,8 @@ def _load_slots(
         raise InputError(
             f"{bank}: expected no adapter of the embedding or the head beside gates and slots, found {found}"
         )
-    large = [a.name for a in stored.config.adapters if slots_for(a.rank, slots) > (count if described is None else 1)]
-    if large:
-        room = (
-            f"adapters of at most {1 if described else count} slots of rank {rank}{' beside gates' * bool(described)}"
-        )
+    if large := [a.name for a in stored.config.adapters if slots_for(a.rank, slots) > count]:
+        room = f"adapters of at most {count} slots of rank {rank}"
         raise InputError(f"adapter_rank: expected {room}, found {', '.join(large[:8])}")
     form = described.form if described else None
     held, known = columns, len(stored.config.names)
@@ -136,7 +134,7 @@ def _load_slots(
             held[p][..., -1] = g[..., -1]
         known = count
     graph, state = assemble(config, weights, None, held, kind, mesh, form, slots, known)
-    if packs(kind, mesh):
+    if mesh is None and packs(graph, state, mesh):  # on a mesh slots stay apart from the kernels' rows
         graph, state = pack(graph, state, release=GROUPS)
     paged = gate_weights(columns) if columns is not None and form is None else None
     pool = AdapterPool(

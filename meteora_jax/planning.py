@@ -1,11 +1,9 @@
-"""What training would need on TPUs that are not there: the program compiled for their topology. See `engine_plan`."""
+"""What training would need on devices that are not there: the program compiled for them. See `engine_plan`."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import os
 import re
 from collections import Counter
 from typing import Any
@@ -16,14 +14,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from meteora_jax.bank import AdapterConstant, AdapterParam, OwnGateParam
 from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.io import hf_config
-from meteora_jax.model.llama import Llama, lay_out
+from meteora_jax.model.layout import lay_out
+from meteora_jax.model.llama import Llama
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing.gates import BoundGates, GateParam
 from meteora_jax.sharding import Params, replicated, rows_multiple, sharding, tensor_shards, use_mesh
+from meteora_jax.topologies import memory_of
 from meteora_jax.training.data import Batch
 from meteora_jax.training.gate_loss import gate_loss
 from meteora_jax.training.loss import Remat
@@ -33,10 +34,9 @@ from meteora_jax.training.step import TrainState, make_step, optimizer
 from meteora_jax.training.watch import flops_per_pair, flops_per_token, peak_flops
 from pallas_kernels.topk_gating import TopK
 
-GIB = 1 << 30
-# Memory of one device by the beginning of its `device_kind` (Google's data sheets; a TPU7x chip is two devices).
-MEMORY = {"TPU7x": 96, "TPU v6 lite": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Nothing can be timed, and on a mesh XLA's fusions with slices ask the device; their copies are counted as memory.
+IMAGINED_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_dynamic_slice_fusion": False}
 
 _LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, tie_word_embeddings=False)
 SHAPES: dict[str, dict[str, Any]] = {
@@ -65,6 +65,7 @@ class Plan:
     what: training, prefill, or decoding (one token a row). weights: base, adapters, gates, and the optimiser or the
     cache. temporary: activations and what the compiler needs beside. collectives: how often each occurs in the program
     (those of the layers' loop run once a layer); None of a program that the compiler gave up, as it does not fit.
+    parts: what of `weights` is what (`weight_parts`), before a compiler pads it; empty where nobody counted.
     """
 
     what: str
@@ -79,6 +80,7 @@ class Plan:
     flops: float
     seconds: float | None
     collectives: dict[str, int] | None
+    parts: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def needed(self) -> int:
@@ -108,25 +110,6 @@ class Plan:
         return "activations of one row are most of it: grow tensor, or shorten --width"
 
 
-def topology_devices(topology: str) -> list[Any]:
-    """Devices of a TPU topology such as v5p:4x4x4, described by libtpu.
-
-    Raises:
-        InputError: libtpu is not installed, or knows no such topology.
-    """
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise InputError("topology: expected libtpu to describe it, found none: pip install 'meteora-jax[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself,
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and none to lock against another process
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as e:  # libtpu's own errors share no class
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"topology: expected one that libtpu describes, found {topology!r} ({reason})") from None
-
-
 def plan_training(
     config: LlamaConfig,
     adapters: int,
@@ -146,7 +129,9 @@ def plan_training(
         raise InputError(
             f"rows: expected a multiple of data x fsdp x accumulate = {rows_multiple(mesh) * accumulate}, found {rows}"
         )
-    abstract, bank = abstract_model(config, adapters, rank, recipe.form, ExecutionConfig.here(jnp.bfloat16, mesh))
+    # without cuDNN's attention, which would ask the GPU
+    execution = dataclasses.replace(ExecutionConfig.here(jnp.bfloat16, mesh), fused_attention=())
+    abstract, bank = abstract_model(config, adapters, rank, recipe.form, execution)
     lay_out(abstract, tensor_shards(mesh))
     graph, params, frozen = nnx.split(abstract, GateParam, ...)
     params, frozen = spread(params, mesh), spread(frozen, mesh)
@@ -169,12 +154,24 @@ def plan_training(
         graph, state, tx, gate_loss(objective), dtype=jnp.bfloat16, remat=remat, accumulate=accumulate, mesh=mesh,
     )  # fmt: skip
     with use_mesh(mesh):
-        program = compile_program(step.lower(frozen, state, batch, router))
+        program = compile_program(step.lower(frozen, state, batch, router), gpu=execution.platform == "gpu")
     gates = recipe.form or "meteora"
     per_token = flops_per_token(config, bank, chosen=top_k, gates=gates, train_adapters=False, lm=objective.lm_loss)
     flops = rows * width * (per_token + objective.lm_loss * flops_per_pair(config) * (width + 1) / 2)
     size = bytes_held((frozen, state, batch, router))
-    return program_figures("training", program, size, mesh, rows=rows, width=width, flops=flops, mfu=mfu)
+    found = program_figures("training", program, size, mesh, rows=rows, width=width, flops=flops, mfu=mfu)
+    return dataclasses.replace(found, parts=weight_parts(frozen, state))
+
+
+def weight_parts(frozen: Params, state: TrainState) -> dict[str, int]:
+    """Bytes of one device, by what they are of: base, scales (and zeros, of a quantised one), adapters, gates, and
+    optimiser. All arrays are abstract."""
+    found = dict.fromkeys(("base", "scales", "adapters", "gates", "optimiser"), 0)
+    for path, leaf in nnx.to_flat_state(frozen):
+        adapted = isinstance(leaf, AdapterParam | AdapterConstant | OwnGateParam)
+        what = "adapters" if adapted else "scales" if str(path[-1]).endswith(("_scale", "_zero")) else "base"
+        found[what] += bytes_held(leaf)
+    return found | {"gates": bytes_held(state.params), "optimiser": bytes_held(state.optimizer)}
 
 
 def abstract_model(
@@ -219,10 +216,10 @@ class OutOfMemory:
         return cls(max(needed, available + 1), available)  # both are rounded
 
 
-def compile_program(lowered: Any) -> Any:
-    """The compiled program, or how far it is from a device's memory."""
+def compile_program(lowered: Any, gpu: bool = False) -> Any:
+    """The compiled program, or how far it is from a device's memory. gpu: for GPUs that are not there."""
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=dict(IMAGINED_GPU) if gpu else None)
     except jax.errors.JaxRuntimeError as e:
         if found := OutOfMemory.from_message(str(e)):
             return found
@@ -238,11 +235,6 @@ def bytes_held(arguments: Any) -> int:
     leaves = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.ShapeDtypeStruct)]
     shapes = [x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape for x in leaves]
     return sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(shapes, leaves, strict=True))
-
-
-def memory_of(device_kind: str) -> int | None:
-    """Bytes of a device's memory; None where it is not known."""
-    return next((n * GIB for name, n in MEMORY.items() if device_kind.startswith(name)), None)
 
 
 def program_figures(

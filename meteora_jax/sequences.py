@@ -90,7 +90,8 @@ def _ready(
     if not asked:
         with pool.lock:
             return run(*given, None)
-    together = dataclasses.replace(asked[0], versions=tuple(sorted({n for w in asked for n in w.versions})))
+    numbers = tuple(sorted({n for w in asked for n in w.versions}))
+    together = dataclasses.replace(asked[0], versions=numbers, scored=any(w.scored for w in asked))
     owner = object()
     try:
         while True:

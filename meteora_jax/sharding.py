@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from meteora_jax.config import InputError
@@ -77,6 +77,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
+def data_parts(mesh: Mesh) -> tuple[Mesh, ...]:
+    """The meshes of data axis 1 that a mesh consists of, each of which holds all weights; none where hosts share it,
+    since all of them run the same programs."""
+    if mesh.is_multi_process:
+        return ()
+    return tuple(Mesh(part[None], MESH_AXES, axis_types=(AxisType.Auto,) * 3) for part in mesh.devices)
+
+
 def initialize_distributed(
     coordinator: str | None = None, processes: int | None = None, index: int | None = None
 ) -> None:
@@ -112,7 +120,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place(value: Any, where: NamedSharding, dtype: DTypeLike | None = None) -> jax.Array:
+def place(value: Any, where: Sharding, dtype: DTypeLike | None = None) -> jax.Array:
     """A host array as a device array; every host can read all of `value` and hands over its own devices' parts."""
     dtype = value.dtype if dtype is None else dtype
     return jax.make_array_from_callback(value.shape, where, lambda part: np.asarray(value[part], dtype))
@@ -137,6 +145,8 @@ def place_whole(tree: T, mesh: Mesh | None) -> T:
     """Arrays that every device needs whole."""
     if mesh is None:
         return tree
+    if not mesh.is_multi_process:  # all in one call
+        return jax.device_put(tree, replicated(mesh))
     return jax.tree.map(lambda x: place(np.asarray(x), replicated(mesh)), tree)
 
 
@@ -182,10 +192,32 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+def partitioned_mesh() -> AbstractMesh | None:
+    """The mesh of `use_mesh` where XLA splits the work; None without one, and where each device runs its own share."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.manual_axes else mesh
+
+
+def partitions() -> bool:
+    """Whether XLA splits what is traced now over several devices: a kernel it cannot split."""
+    mesh = partitioned_mesh()
+    return mesh is not None and mesh.size > 1
+
+
 def splits_inner(width: int) -> bool:
     """Whether the mesh of `use_mesh` cuts an "inner" dimension of that width: sums over it cross devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape["tensor"] > 1 and width % mesh.shape["tensor"] == 0
+    mesh = partitioned_mesh()
+    return mesh is not None and mesh.shape["tensor"] > 1 and width % mesh.shape["tensor"] == 0
+
+
+def sum_shares(x: jax.Array) -> jax.Array:
+    """Inside `jax.shard_map`: the sum of what the devices of the tensor axis hold, on each of them."""
+    return jax.lax.psum(x, LOGICAL_AXES["inner"])
+
+
+def join_shares(x: jax.Array, axis: int) -> jax.Array:
+    """Inside `jax.shard_map`: what the devices of the tensor axis hold, side by side along an axis, on each of them."""
+    return jax.lax.all_gather(x, LOGICAL_AXES["inner"], axis=axis, tiled=True)
 
 
 def by_device(
@@ -199,8 +231,8 @@ def by_device(
 
     whole: a dimension's name and a size; where the mesh does not divide that, the dimension stays whole in all arrays.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = partitioned_mesh()
+    if mesh is None or mesh.size == 1:
         return function(*(x for x, _ in given))
     name, size = whole
     cut = size % math.prod(mesh.shape[a] for a in LOGICAL_AXES[name]) == 0
@@ -214,8 +246,8 @@ def by_device(
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an activation lies on the mesh of `use_mesh`; without one it does nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    """Tells the compiler how an activation lies on the mesh of `use_mesh`; where there is nothing to tell, nothing."""
+    mesh = partitioned_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh.shape))

@@ -3,6 +3,7 @@
     python scripts/bench_engine.py --shape tiny --rows 1 4 --prompt 32 --new 8 --requests 6    # any machine
     python scripts/bench_engine.py --shape llama-3-8b --json engine.json                       # the table of the docs
     python scripts/bench_engine.py --shape llama-3-8b --weights bf16 fp8 int4 # quantised as well
+    NCCL_NVLS_ENABLE=0 python scripts/bench_engine.py --shape llama-3-8b --tensor 1 2 --rows 32 --requests 0
 
 Weights are random and nothing ends a response early. A step's time is that of the whole engine, host included, while
 all rows decode; results are read while the device works on the next dispatch.
@@ -23,18 +24,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench_models import random_model
+from bench_models import random_bank, random_model
 from bench_programs import kernels_of, prepared, run_as
+from bench_scaling import random_on
 from bench_settings import llama
 from bench_timing import console
+from flax import nnx
 from rich.table import Table
 
 import meteora_jax as mj
-from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.config import GROUPS, InputError, LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Request, bind_row
 from meteora_jax.execution import ExecutionConfig, default_dtype, platform
 from meteora_jax.gate_config import FormName
+from meteora_jax.io.model_state import execution_on
+from meteora_jax.model.layout import lay_out, pack
+from meteora_jax.model.routed_llama import gated_llama
+from meteora_jax.planning import spread
 from meteora_jax.quantization import Quantization
+from meteora_jax.sharding import make_mesh
 from meteora_jax.training.recipes import RECIPES
 
 Kind = Literal["bare", "gates", "adapter"]
@@ -57,6 +65,8 @@ class BenchEngine:
     """How the base is stored, one after the other. bf16: unquantised (on a CPU float32)."""
     head: bool = False
     """The head of a quantised base in 8 bit as well."""
+    tensor: tuple[int, ...] = (1,)
+    """Devices that share each step, one number after the other."""
     prompt: int = 512
     """Tokens of a prompt."""
     new: int = 128
@@ -79,11 +89,15 @@ class BenchEngine:
 class Bench:
     """One model, and requests of its kinds."""
 
-    def __init__(self, settings: BenchEngine, config: LlamaConfig, form: FormName, weights: Weights):
+    def __init__(self, settings: BenchEngine, config: LlamaConfig, form: FormName, weights: Weights, tensor: int = 1):
         dtype = jnp.dtype(default_dtype())
+        self.mesh = None
         if weights != "bf16":
             config = dataclasses.replace(config, quantization=Quantization.of(weights, settings.head))
         self.settings, self.config, self.form = settings, config, form
+        if tensor > 1:
+            self._share_out(tensor, dtype)
+            return
         model, self.names = random_model(config, settings.adapters, 8, dtype, RECIPES[form].form)
         execution = ExecutionConfig.here(dtype)
         packed = platform() == "gpu" and dtype.itemsize == 2
@@ -91,11 +105,24 @@ class Bench:
         self.weights, self.graph = ready(), ready.graph
         model.free()
 
+    def _share_out(self, tensor: int, dtype: jnp.dtype) -> None:
+        """The same model on so many devices, each with its share of every layer."""
+        self.mesh = mesh = make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
+        execution = execution_on(self.config, dtype, mesh)
+        bank = random_bank(self.config, self.settings.adapters, 8)
+        form, self.names = RECIPES[self.form].form, bank.names
+        abstract = nnx.eval_shape(lambda: gated_llama(self.config, bank, form, dtype, nnx.Rngs(0), execution))
+        lay_out(abstract, tensor)
+        graph, state = nnx.split(abstract)
+        self.graph, self.weights = graph, random_on(spread(state, mesh), 0)
+        if execution.packs(dtype, mesh):
+            self.graph, self.weights = pack(graph, self.weights, release=GROUPS)
+
     def engine(self, rows: int, positions: int) -> EngineCore:
         """With room for so many positions in all."""
         blocks = -(-positions // 16) + rows
         size = EngineSize(rows, self.settings.budget + rows, blocks)
-        return EngineCore(self.graph, self.weights, self.config, size, prefix_cache=False)
+        return EngineCore(self.graph, self.weights, self.config, size, mesh=self.mesh, prefix_cache=False)
 
     def request(self, kind: Kind, number: int, prompt: int, new: int) -> Request:
         tokens = np.random.default_rng(number).integers(0, self.config.vocab_size, prompt).tolist()
@@ -182,9 +209,9 @@ def main(settings: BenchEngine) -> None:
             settings.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         console.print(f"[dim]{record}", markup=True, highlight=False)
 
-    for weights, (i, form) in itertools.product(settings.weights, enumerate(settings.gates)):
-        bench = Bench(settings, config, form, weights)
-        about = dict(weights=weights, form=form)
+    for tensor, weights, (i, form) in itertools.product(settings.tensor, settings.weights, enumerate(settings.gates)):
+        bench = Bench(settings, config, form, weights, tensor)
+        about = dict(weights=weights, form=form, tensor=tensor)
         kinds = [k for k in settings.kinds if k == "gates" or i == 0]
         for rows in settings.rows:
             for kind in kinds:
@@ -207,21 +234,28 @@ def attempt(keep: Any, case: dict[str, Any], measure: Any, *given: Any) -> None:
 
 
 def show(records: Sequence[dict[str, Any]]) -> None:
-    """The table: a line a measurement, ratios to the bare base of the same rows, stored alike and in bf16."""
-    bare = {(r["weights"], r["what"], r.get("rows")): r for r in records if r["kind"] == "bare" and "error" not in r}
+    """The table: a line a measurement, ratios to the bare base of the same rows on as many devices, stored alike, and
+    in bf16 on one device."""
+    bare = {
+        (r["weights"], r["tensor"], r["what"], r.get("rows")): r
+        for r in records
+        if r["kind"] == "bare" and "error" not in r
+    }
     table = Table(
-        "what", "rows", "weights", "kind", "form", "step ms", "x bare", "x bf16", "prompts ms", "x bare", "x bf16",
+        "what", "rows", "weights", "devices", "kind", "form", "step ms", "x bare", "x bf16 on 1", "prompts ms",
+        "x bare", "x bf16 on 1",
         "tokens/s",
     )  # fmt: skip
     for r in records:
 
         def ratios(key: str, r: dict[str, Any] = r) -> list[str]:
-            firsts = [bare.get((w, r["what"], r.get("rows")), {}) for w in (r["weights"], "bf16")]
+            keys = (r["weights"], r["tensor"]), ("bf16", 1)
+            firsts = [bare.get((*key, r["what"], r.get("rows")), {}) for key in keys]
             return [f"{r[key] / first[key]:.3f}" if key in r and key in first else "" for first in firsts]
 
         cells = [f"{r[k]:.2f}" if k in r else "" for k in ("step_ms", "prompts_ms", "tokens_per_s")]
         table.add_row(
-            r["what"], str(r.get("rows", r.get("count"))), r["weights"], r["kind"], r["form"],
+            r["what"], str(r.get("rows", r.get("count"))), r["weights"], str(r["tensor"]), r["kind"], r["form"],
             r.get("error", cells[0]), *ratios("step_ms"), cells[1], *ratios("prompts_ms"), cells[2],
         )  # fmt: skip
     console.print(table)

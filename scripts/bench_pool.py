@@ -33,10 +33,11 @@ from meteora_jax.bank import AdapterBank
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Request
 from meteora_jax.engine.adapter_pool import AdapterPool
-from meteora_jax.execution import ExecutionConfig, default_dtype, packs
+from meteora_jax.execution import ExecutionConfig, default_dtype
 from meteora_jax.io.bank import save_bank
 from meteora_jax.io.stored_bank import StoredBank, empty_slots
-from meteora_jax.model.llama import Llama, pack
+from meteora_jax.model.layout import pack
+from meteora_jax.model.llama import Llama
 
 Kind = Literal["bare", "resident", "slots"]
 
@@ -119,7 +120,7 @@ class Bench:
         abstract = nnx.eval_shape(lambda: Llama(config, described, dtype=dtype, rngs=nnx.Rngs(0), execution=execution))
         self.graph, state = nnx.split(abstract)
         self.weights = random_arrays(state, 0)
-        if packs(dtype, None):
+        if execution.packs(dtype, None):
             self.graph, self.weights = pack(self.graph, self.weights, release=GROUPS)
         self.pool = None
         if bank is not None and described is not None:

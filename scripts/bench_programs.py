@@ -16,7 +16,7 @@ from flax import nnx
 
 from meteora_jax.engine.step import EngineState, PromptTokens, StepRows, new_state, run_steps
 from meteora_jax.execution import ExecutionConfig, Jit, jit
-from meteora_jax.model import llama
+from meteora_jax.model import layout
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.data import Batch
 from meteora_jax.training.gate_loss import GateLoss
@@ -61,16 +61,16 @@ class LazyArrays:
 
 def run_as(model: LazyArrays, execution: ExecutionConfig) -> LazyArrays:
     """The same arrays, run otherwise."""
-    return LazyArrays(llama.with_execution(model.graph, model.shapes, execution), model.shapes, model)
+    return LazyArrays(layout.with_execution(model.graph, model.shapes, execution), model.shapes, model)
 
 
 def prepared(model: LazyArrays, execution: ExecutionConfig) -> LazyArrays:
     """The model as a GPU has it in 16 bit, after `pack`."""
     graphs = []
-    graph = llama.with_execution(model.graph, model.shapes, execution)
+    graph = layout.with_execution(model.graph, model.shapes, execution)
 
     def prepare(weights: Any) -> Any:
-        changed, weights = llama.pack(graph, weights)
+        changed, weights = layout.pack(graph, weights)
         graphs.append(changed)
         return weights
 

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.io import hf_config
-from meteora_jax.model.llama import lay_out
+from meteora_jax.model.layout import lay_out
 from meteora_jax.planning import SHAPES, abstract_model, collectives, shape_of, spread
 from meteora_jax.routing.gates import GateParam, Gates
 from meteora_jax.sharding import make_mesh, place_rows, rows_multiple, use_mesh

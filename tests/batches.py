@@ -20,7 +20,7 @@ def answer(
     routers = list(router) if isinstance(router, list) else [router] * len(prompts)
     rows = len(prompts)
     blocks = sum(-(-(len(p) + steps) // 16) for p in prompts)
-    engine = EngineCore(model.graph, model.weights, model.config, EngineSize(rows, rows + 256, blocks))
+    engine = EngineCore(model.graph, model.weights, model.config, EngineSize(rows, rows + 256, blocks), mesh=model.mesh)
     engine.row_sizes, engine.table_sizes = (rows,), (blocks,)
     own = zip(prompts, routers, strict=True)
     handles = [engine.submit(model.request(p, r, steps, trace=True)) for p, r in own]

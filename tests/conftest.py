@@ -1,7 +1,10 @@
 """What holds for every test: no network, one CPU device, strict shapes, strict types, strict dtypes."""
 
 import gc
+import itertools
 import os
+
+import compiling
 
 # Before the first import of jax or transformers: both read these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda runs the tests marked gpu
@@ -9,10 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["METEORA_CACHE"] = ""  # nothing is written into the user's cache, by child processes neither
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    # Compiling is most of what the tests do, and LLVM's optimiser a third of compiling. Level 0 gave wrong gradients of
-    # the loss through a choice made before the layers (jax 0.10.2); 1 to 3 agree with torch. Without fusion emitters
-    # (--xla_cpu_use_fusion_emitters=false) compiling takes a third less, but a worker died and some tests failed.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS}"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch: threads that wait for each other take six times as long on tiny models
 
 import socket
@@ -26,6 +26,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    compiling.use()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -61,10 +63,10 @@ def pytest_configure(config: pytest.Config) -> None:
 # Files that take a minute or more of one processor, the longest first: a worker that got one of them last would work on
 # it while the others have nothing left.
 LONGEST = (
-    "decode_step", "engine", "evaluate_model", "training_resume", "loaded_adapters", "retrieval", "real_model",
-    "tensor_parallel", "side_by_side", "routing", "plan", "serving", "serving_limits", "cli_train", "gated_model",
-    "token_router", "paged_attention", "sharding", "arguments", "quantized", "training_mesh", "kernels_triton",
-    "kernels_tpu", "kernels", "generation", "training", "null_choice", "adapter_pool", "harness",
+    "real_model", "training_resume", "decode_step", "engine", "evaluate_model", "ray_serve", "loaded_adapters",
+    "token_router", "retrieval", "tensor_parallel", "side_by_side", "routing", "plan", "serving", "serving_limits",
+    "cli_train", "training", "generation", "paged_attention", "arguments", "quantized", "training_mesh", "kernels_tpu",
+    "kernels_triton", "kernels", "gated_model", "sharding", "null_choice", "adapter_pool", "mixed_routers", "harness",
 )  # fmt: skip
 
 
@@ -91,11 +93,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 MAPS = 40_000  # of the 65,530 memory maps that Linux allows a process by default
+TESTS = itertools.count()
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Drops compiled programs before there are too many: each keeps maps, and XLA crashes when it can have no more."""
     maps = Path("/proc/self/maps")
+    if next(TESTS) % 16:  # reading them takes up to 20 ms, and a test makes some hundreds at most
+        return
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
         jax.clear_caches()
         gc.collect()

@@ -18,13 +18,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import compiling
 from batches import answer
 from test_gated_model import small
 
 import meteora_jax as mj
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.model import llama
+from meteora_jax.model import layout
 from meteora_jax.model.packed_linear import stack_rows
 from meteora_jax.model.routed_llama import RoutedCache
 from meteora_jax.routing.retrieval import Composed
@@ -41,6 +42,7 @@ EPS = {"float32": 2.0**-22, "bfloat16": 2.0**-7}
 
 def interpret() -> list[str]:
     """Launches run in Triton's interpreter from here on; the names of the kernels are added to the list returned."""
+    compiling.use()
     from triton.runtime import interpreter
     from triton_on_cpu import to_jax, to_torch
 
@@ -60,6 +62,8 @@ def interpret() -> list[str]:
             getattr(importlib.import_module(module), kernel)[grid](*map(to_torch, arrays), *results, **constants)
             return tuple(np.asarray(to_jax(r)) for r in results)
 
+        if not any(isinstance(z, jax.core.Tracer) for z in arrays):
+            return tuple(map(jnp.asarray, run(*arrays)))
         return jax.pure_callback(run, out, *arrays)
 
     triton_gpu.launch = paged_gpu.launch = launch
@@ -286,8 +290,8 @@ def generate(model: Any, router: Any, count: int = 3, steps: int = 2) -> tuple[l
 
 def stepping(model: Any, execution: ExecutionConfig) -> Any:
     """The model with all that steps need."""
-    graph = llama.with_execution(model.graph, model.weights, execution)
-    graph, weights = llama.pack(graph, model.weights)
+    graph = layout.with_execution(model.graph, model.weights, execution)
+    graph, weights = layout.pack(graph, model.weights)
     return dataclasses.replace(model, graph=graph, weights=weights)
 
 
@@ -297,7 +301,7 @@ def whole_model(everything: bool) -> None:
     packing.ROWS = 64  # fewer blocks of zeros to interpret
     model = small("float32", layers=2, null=True)
     stepped = stepping(model, NARROW)
-    plain = dataclasses.replace(stepped, graph=llama.with_execution(stepped.graph, stepped.weights, ExecutionConfig()))
+    plain = dataclasses.replace(stepped, graph=layout.with_execution(stepped.graph, stepped.weights, ExecutionConfig()))
     named = [mj.Fixed({"cedar": 0.7, "apple": 0.4}), None, mj.Fixed("birch")]
     for router in (None, mj.Gates(2), named) if everything else ():
         agree(plain, stepped, router)

@@ -34,7 +34,7 @@ from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, LlamaConfig
 from meteora_jax.engine.step import PromptTokens, StepRows, new_state, run_steps
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.model import llama
+from meteora_jax.model import layout
 from meteora_jax.model.llama import Llama
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.planning import abstract_model, shape_of
@@ -90,7 +90,7 @@ def llama_3_8b(
 
     def make() -> Llama:
         model = gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0), execution)
-        return nnx.merge(*llama.pack(*nnx.split(model)))
+        return nnx.merge(*layout.pack(*nnx.split(model)))
 
     model = nnx.eval_shape(make)
     return *nnx.split(model), bank

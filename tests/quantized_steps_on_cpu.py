@@ -24,7 +24,7 @@ from test_quantized_matmul import made
 import meteora_jax as mj
 from converters import quantize
 from meteora_jax.execution import ExecutionConfig
-from meteora_jax.model import llama
+from meteora_jax.model import layout
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.quantization import Quantization, WeightFormat
 from pallas_kernels.decode_step.triton_gpu import StepLimits
@@ -85,8 +85,8 @@ FEW = StepLimits(rows=64, programs=1)  # fewer programs to interpret, and no pro
 
 def stepping(model: mj.Meteora, limits: StepLimits | None = FEW) -> mj.Meteora:
     """As a GPU has it: turned, gates and A's behind it, decoding by Triton."""
-    graph = llama.with_execution(model.graph, model.weights, ExecutionConfig(step=limits))
-    graph, weights = llama.pack(graph, model.weights)
+    graph = layout.with_execution(model.graph, model.weights, ExecutionConfig(step=limits))
+    graph, weights = layout.pack(graph, model.weights)
     return dataclasses.replace(model, graph=graph, weights=weights)
 
 

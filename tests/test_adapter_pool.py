@@ -21,6 +21,7 @@ from meteora_jax.engine.step import run_steps
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.bank import save_bank
 from meteora_jax.io.gates import save_gates
+from meteora_jax.routing.retrieval import Composed
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def check(engine: EngineCore, pool: AdapterPool) -> None:
 class Schedule:
     """Requests, cancellations, loads, unloads and new versions at random, from a seed."""
 
-    def __init__(self, banks: dict[str, Any], seed: int, count: int):
+    def __init__(self, banks: dict[str, Any], seed: int, count: int, model: mj.Meteora, fuses: bool = False):
         self.rng, self.banks, self.count = np.random.default_rng(seed), banks, count
-        self.model = banks["slots"]
+        self.model, self.fuses = model, fuses
         for name in NAMES:  # whatever an earlier schedule left
             self.model.pool.load(banks["first"], name)
         self.versions = dict.fromkeys(NAMES, "")  # the mark of what a name stands for now
@@ -78,7 +79,11 @@ class Schedule:
         weights = {n: float(w) for n, w in zip(names, self.rng.uniform(0.3, 1.0, 2), strict=True)}
         router, same = None, None
         if self.rng.random() < 0.9:
-            router, same = mj.Fixed(weights), mj.Fixed({n + self.versions[n]: w for n, w in weights.items()})
+            second = {n + self.versions[n]: w for n, w in weights.items()}
+            if self.fuses:
+                router, same = (Composed(tuple(w.items()), True) for w in (weights, second))
+            else:
+                router, same = mj.Fixed(weights), mj.Fixed(second)
         most = int(self.rng.integers(1, 12))
         handle = engine.submit(self.model.request(prompt, router, most))
         self.asked.append((handle, prompt, same, most, bool(self.rng.random() < 0.15)))
@@ -106,15 +111,30 @@ class Schedule:
                 if cancelled and not handle.done and self.rng.random() < 0.2:
                     handle.cancel()
             check(engine, pool)
-        assert pool.table.pins == [0] * 3
+        assert pool.table.pins == [0] * pool.table.count
         assert pool.names() == tuple(self.versions) or set(pool.names()) == set(self.versions)
 
 
 @pytest.mark.parametrize("seed", range(examples(3, 40)))
 def test_a_random_schedule_gives_what_all_resident_adapters_give(banks: dict[str, Any], seed: int):
-    slots, whole = rows_of(banks["slots"]), rows_of(banks["all"])
-    pool = banks["slots"].pool
-    schedule, copies = Schedule(banks, seed, 30), pool.counters.copies
+    check_schedule(banks, banks["slots"], seed)
+
+
+@pytest.mark.exhaustive("test_slot_weights fuses adapters of several slots; schedules are tested above")
+@pytest.mark.parametrize("seed", range(examples(1, 10)))
+def test_a_random_schedule_of_fused_adapters_of_several_slots_does_too(banks: dict[str, Any], seed: int):
+    """Ranks 1 to 4 in slots of rank 1: one to four of them each, eight in all."""
+    given = banks["base"], banks["first"], banks["folder"] / "gates"
+    model = mj.load(*given, dtype="float32", adapter_slots=8, adapter_rank=1)
+    assert model.pool is not None
+    assert {v.slots for v in model.pool.versions.find(NAMES)} == {1, 2, 3, 4}
+    check_schedule(banks, model, seed, fuses=True)
+
+
+def check_schedule(banks: dict[str, Any], model: mj.Meteora, seed: int, fuses: bool = False) -> None:
+    slots, whole, pool = rows_of(model), rows_of(banks["all"]), model.pool
+    assert pool is not None
+    schedule, copies = Schedule(banks, seed, 30, model, fuses), pool.counters.copies
     schedule.run(slots)
     expected = [whole.submit(banks["all"].request(prompt, same, most)) for _, prompt, same, most, _ in schedule.asked]
     whole.drain()
@@ -266,8 +286,8 @@ def test_bad_files_are_refused_before_anything_changes(banks: dict[str, Any], tm
     deep = random_bank(dataclasses.replace(config, num_layers=2), ("adapter1",), 5)
     save_bank(tmp_path / "deep", deep)
     refused(tmp_path / "deep", r"num_layers: expected 3 \(the base's\), found 2")
-    save_bank(tmp_path / "wide", random_bank(config, ("adapter1",), 5, rank=8))
-    refused(tmp_path / "wide", r"expected a rank of at most 4 .*, found 8")
+    save_bank(tmp_path / "wide", random_bank(config, ("adapter1",), 5, rank=16))
+    refused(tmp_path / "wide", r"expected a rank of at most 12 .*, found 16")
     norms = {"names": {}, "revision": None, "norms_sha256": "0" * 64}
     other = dataclasses.replace(good, config=dataclasses.replace(good.config, base=norms))
     save_bank(tmp_path / "other", other)
@@ -345,7 +365,8 @@ def test_what_slots_cannot_do_is_refused(banks: dict[str, Any]):
         (lambda: model.remove_adapter("nobody"), "expected an adapter's"),
         (lambda: model.logits([[5, 6]], mj.Fixed(dict.fromkeys(NAMES[:5], 0.2))), "at most 3 adapters"),
         (lambda: model.logits([[5, 6]], [None, None]), "expected a list of 1"),
-        (lambda: model.logits([[5, 6]], mj.Arrow(2)), "expected Fixed, Retrieval, Gates or GatesWithin"),
+        (lambda: model.logits([[5, 6]], mj.Logo(2)), "expected Fixed, Retrieval, Gates, .* or Phatgoose with adapter"),
+        (lambda: model.logits([[5, 6]], mj.Arrow(13)), r"top_k: expected at most 1[012] \(adapters that are loaded\)"),
         (lambda: model.generate(["a"], mj.Fixed(dict.fromkeys(NAMES[:5], 0.2))), "at most 3 adapters"),
         (lambda: model.generate(["a"], mj.Gates(13)), "Gates"),
         (lambda: model.pool.unload("nobody"), "expected one of"),

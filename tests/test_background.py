@@ -7,10 +7,10 @@ from test_cli import refused, run
 from worlds import NAMES
 
 from meteora_jax.config import InputError
-from meteora_jax.evaluation.tasks import Example
+from meteora_jax.examples import Example, as_text, of_messages, prompt_ids
 from meteora_jax.io.gates import load_gates
 from meteora_jax.training import background
-from meteora_jax.training.background import NULL, load_background, read_background, with_background
+from meteora_jax.training.background import NULL, in_frames, load_background, read_background, with_background
 
 
 def written(path, *lines):
@@ -28,8 +28,8 @@ def test_files_of_every_kind(tmp_path, world):
     )  # fmt: skip
     plain, shared, asked, answered = read_background(file, tokenizer)
     assert (plain, shared) == (Example("One\n", "two"), Example("A system prompt for all", ""))
-    assert (asked.response, answered.response, asked.prompt) == ("", "Hello", answered.prompt)
-    own = tokenizer(asked.prompt)["input_ids"]  # as training reads it: what a caller's messages become
+    assert (asked.response, answered.response, asked.messages) == ("", "Hello", answered.messages)
+    (own,) = prompt_ids([asked], tokenizer)  # as training reads it: what a caller's messages become
     assert own == tokenizer(rendered, add_special_tokens=False)["input_ids"]
     text = written(tmp_path / "a.txt", "To be or not to be\n", "\n", "Word\n")
     assert read_background(text, tokenizer) == [Example("To be or not", " to be"), Example("Word", "")]
@@ -60,9 +60,31 @@ def test_the_base_writes_by_itself_and_what_it_wrote_is_kept(tmp_path, world, mo
     assert len(examples) == 3
     before = world["model"].tokenizer.apply_chat_template([{"role": "user", "content": "|"}], tokenize=False)
     for example in examples:
-        assert example.prompt.startswith(before.partition("|")[0].removeprefix("<|bos|>")[:5])
+        assert as_text(example, world["model"].tokenizer).prompt.startswith(before.partition("|")[0][:5])
     monkeypatch.setattr(background, "write_background", None)  # not asked again
     assert load_background(["self"], world["base"], dtype="float32", kept=tmp_path / "own.jsonl") == examples
+
+
+def test_it_is_read_in_the_frames_that_tasks_share_too(world):
+    """Of text, each with its own; of messages the chat template's with its system prompt; none of a single task's."""
+    tokenizer = world["model"].tokenizer
+
+    def asked(said):
+        return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": said}]
+
+    tasks = {name: [Example(f"[INST] {name}: of {i}? [/INST]\n", "x") for i in range(9)] for name in NAMES[:2]}
+    tasks |= {name: [of_messages(asked(f"{name} {i}"), "x", "", "") for i in range(9)] for name in NAMES[2:]}
+    tasks["alone"] = [Example(f"### Add 1 to {i}\n###", "x") for i in range(9)]
+    background = [Example("The sea?\n", "calm"), of_messages([{"role": "user", "content": "Hi"}], "Hello", "", "")]
+    background += [Example("[INST] Who? [/INST]\n", ""), Example("Why?", "")]
+    found = in_frames(background, tasks, tokenizer)
+    assert found[:4] == background
+    chat = as_text(of_messages(asked("Hi"), "", "", ""), tokenizer).prompt
+    assert found[4:] == [
+        Example("[INST] The sea? [/INST]\n", "calm"), Example(chat, "Hello"),
+        Example(chat.replace("Hi", "Why?"), ""),
+    ]  # fmt: skip
+    assert in_frames(background, {"alone": tasks["alone"]}, tokenizer) == background
 
 
 def test_background_is_so_large_a_share():

@@ -13,6 +13,7 @@ from test_retrieval import PROMPTS
 import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.retriever import calibration
+from meteora_jax.retriever.wording import Frame, shared_frame
 from meteora_jax.routing import NO_ADAPTER
 
 POOL = {
@@ -131,3 +132,56 @@ def test_the_command_line_writes_and_shows_it(tmp_path, capsys):
     status, out, _ = run(capsys, "inspect", tmp_path / "index")
     assert status == 0
     assert f"{removed:.4f}".rstrip("0") in out
+
+
+FRAMED = {name: [f"[INST] {text}. [/INST]\n" for text in texts] for name, texts in POOL.items()}
+
+
+@pytest.mark.parametrize("scoring", ["lexical", "bm25", "tfidf-words", "tfidf-characters"])
+def test_the_frame_of_all_inputs_makes_no_request_like_an_adapter_s(scoring):
+    """In the frame or without it, a request is as much like each adapter, and the threshold the same."""
+    bare = mj.Index.build({name: [f"{text}." for text in texts] for name, texts in POOL.items()}, scoring)
+    index = mj.Index.build(FRAMED, scoring)
+    assert index.profiles == {name: tuple(texts) for name, texts in FRAMED.items()}
+    asked = ["Why is the grey sea so", "Tell me about beekeeping in Peru", "00 11 cat 22 33"]
+    framed = index.scores([f"[INST] {text} [/INST]\n" for text in asked])
+    assert np.array_equal(framed, bare.scores(asked))
+    assert np.array_equal(framed, index.scores(asked))
+    assert index.threshold == bare.threshold
+
+
+def test_a_frame_is_that_of_the_pool_as_it_is_and_is_kept(tmp_path):
+    index = mj.Index.build(FRAMED)
+    index.save(tmp_path / "index")
+    kept = mj.Index.load(tmp_path / "index")
+    asked = ["[INST] Why is the sea so. [/INST]\n", "Zzyzx"]
+    assert np.array_equal(kept.scores(asked), index.scores(asked))
+    raw = json.loads((tmp_path / "index/index.json").read_text())
+    assert raw["frame"] == ["[INST] ", " [/INST]\n"]
+    # one that has none of it: what stands around the others' inputs tells them from it
+    kept.add({"other": ["Nothing around this", "Nor around that"]})
+    fresh = mj.Index.build({**FRAMED, "other": ["Nothing around this", "Nor around that"]})
+    assert np.array_equal(kept.scores(asked), fresh.scores(asked))
+    kept.remove(["other"])
+    assert np.array_equal(kept.scores(asked), index.scores(asked))
+    # a folder of before is read as it was written
+    del raw["frame"]
+    (tmp_path / "index/index.json").write_text(json.dumps(raw))
+    assert mj.Index.load(tmp_path / "index").threshold == pytest.approx(index.threshold)
+    (tmp_path / "index/index.json").write_text(json.dumps({**raw, "frame": ["a"]}))
+    with pytest.raises(InputError, match="malformed"):
+        mj.Index.load(tmp_path / "index")
+
+
+def test_a_frame_is_what_most_texts_of_every_source_have():
+    def shared(*sources):
+        return tuple(shared_frame(sources))
+
+    assert shared(["<s>a? [/I]", "<s>b? [/I]"], ["<s>c? [/I]", "<s>d? [/I]"]) == ("<s>", " [/I]")  # "?" is no frame's
+    assert shared(["A: x", "A: y", "z"], ["A: v", "A: w"]) == ("A: ", "")
+    assert shared(["A: x", "A: y", "z", "u"], ["A: v", "A: w"]) == ("", "")  # half is not most
+    assert shared(["same"], ["same"]) == ("", "")  # something stands inside
+    assert shared(["A: x", "A: y"]) == ("", "")  # may be the adapter's own
+    frame = Frame("<s>", "</s>")
+    assert [frame.inside(t) for t in ("<s>a</s>", "<s>a", "<s></s>", "a")] == ["a", "<s>a", "<s></s>", "a"]
+    assert [frame.around(t) for t in (" a\n", "<s>a</s>")] == ["<s>a</s>", "<s>a</s>"]

@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from test_cli import refused, run
 from test_converters_vocab import write_adapter
 from tiny import assert_refused, edit_json, tiny_llama, tiny_peft
@@ -309,3 +311,25 @@ def test_the_description_of_a_part_is_that_of_its_import(fleet: dict[str, Any]):
     assert list(found.ranks) == [p for p in PROJECTIONS if p in found.ranks]
     rest = whole.take([whole.names.index("pattern"), whole.names.index("ends")], lambda i, place: 1)
     assert dataclasses.replace(found.join(rest), ranks={}).names == (*names, "pattern", "ends")
+
+
+def test_a_change_has_memory_for_an_adapter_and_not_for_the_bank(tmp_path, fleet):
+    """What is allocated while a bank of 48 gains, renames and loses one: less than two adapters have."""
+    large = tiny_peft(tmp_path, fleet["hf"], "large", seed=5, r=64)
+    size = (large / "adapter_model.safetensors").stat().st_size
+    bank = tmp_path / "bank"
+    converters.import_adapters(bank, fleet["base"], {"a0": large})
+    raw, tensors = read_json(bank / "bank.json"), load_file(bank / "weights.safetensors")
+    raw["adapters"] = [{**raw["adapters"][0], "name": f"a{i}"} for i in range(48)]
+    save_file({key: np.repeat(t, 48, axis=1) for key, t in tensors.items()}, bank / "weights.safetensors")
+    (bank / "bank.json").write_text(json.dumps(raw))
+    for change in (
+        lambda: converters.add_adapters(bank, {"new": large}), lambda: converters.rename_adapter(bank, "new", "other"),
+        lambda: converters.remove_adapters(bank, ["a7"]),
+    ):  # fmt: skip
+        tracemalloc.start()
+        change()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2 * size
+    assert read_bank(bank)[0].names == (*(f"a{i}" for i in range(48) if i != 7), "other")

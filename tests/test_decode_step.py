@@ -25,8 +25,9 @@ import meteora_jax as mj
 from meteora_jax import execution
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
-from meteora_jax.model import decoding, llama
+from meteora_jax.model import decoding, layout
 from meteora_jax.routing import Routing
+from meteora_jax.routing.mixed import Mixed
 from meteora_jax.routing.retrieval import Composed
 from meteora_jax.routing.token_router import choose
 from pallas_kernels.decode_step import triton_gpu
@@ -64,8 +65,8 @@ def packed_model(
 ) -> mj.Meteora:
     """Gates and A's behind the kernels' rows; another `execution` is another program."""
     model = small(dtype, form)
-    graph = llama.with_execution(model.graph, model.weights, execution)
-    graph, weights = llama.pack(graph, model.weights)
+    graph = layout.with_execution(model.graph, model.weights, execution)
+    graph, weights = layout.pack(graph, model.weights)
     return dataclasses.replace(model, graph=graph, weights=weights)
 
 
@@ -207,6 +208,24 @@ def test_what_a_token_router_chose_is_served(routers):
         assert decoding.refusal(module.layers, model.config, router, 2, wide) == "fusion in a wide bank"
 
 
+def test_fusion_of_adapters_in_several_slots_is_left_to_xla():
+    """Alone, and in a batch with gates; where such adapters are only chosen or mixed it is served."""
+    model = packed_model()
+    layers = nnx.merge(model.graph, model.weights).layers
+    where = np.asarray([[0, 1], [2, -1]], np.int32)
+    fused = Routing(np.zeros((2, 1, 1, 2), np.int32) + np.arange(2), np.full((2, 1, 1, 2), 0.5, np.float32))
+    mixture = fused.moved(where, 4, None)
+    fused = dataclasses.replace(fused, fused=np.asarray([True, False])).moved(where, 4, None)
+    assert np.asarray(fused.indices)[0, 0, 0].tolist() == [0, 1, 2, -1]
+    gates = mj.Gates(1).bind([mj.Gates(1)] * 2, ("apple", "birch")).moved(where, 4, None)
+    kinds = jnp.asarray([0, 1], jnp.int32)
+    for router, expected in (
+        (mixture, None), (gates, None), (fused, "several places"), (Mixed(kinds, (fused, gates)), "several places"),
+    ):  # fmt: skip
+        found = decoding.refusal(layers, model.config, jax.tree.map(jnp.asarray, router), 2, STEPS)
+        assert found == expected or (expected is not None and expected in str(found))
+
+
 def test_a_model_whose_gates_are_elsewhere_is_refused():
     model = plain_model()
     module = nnx.merge(model.graph, model.weights)
@@ -224,15 +243,15 @@ def test_more_rows_than_a_step_has_are_refused():
 def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
     of = ExecutionConfig.of
     assert of("cpu", "float32") == ExecutionConfig()
-    assert of("tpu", "bfloat16") == ExecutionConfig("tpu")
+    assert of("tpu", "bfloat16") == ExecutionConfig("tpu", ragged=True)
     gpu = of("gpu", "bfloat16")
     assert gpu == ExecutionConfig("gpu", StepLimits(512, 8, 4096), ("packed",), triton=True, fp8_tokens=512)
     assert of("gpu", "float32") == dataclasses.replace(gpu, fused_attention=(), fp8_tokens=None)
     assert of("gpu", "bfloat16", triton=False) == dataclasses.replace(gpu, step=None, triton=False)
-    many = jax.sharding.AbstractMesh((2,), ("data",))
+    many = jax.sharding.AbstractMesh((2,), ("fsdp",))
     assert of("gpu", "bfloat16", many) == dataclasses.replace(gpu, step=None, fp8_tokens=None)
     monkeypatch.setattr(execution, "platform", lambda: "tpu")
-    assert ExecutionConfig.here("bfloat16") == ExecutionConfig("tpu")
+    assert ExecutionConfig.here("bfloat16") == ExecutionConfig("tpu", ragged=True)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 32, 64, 512])

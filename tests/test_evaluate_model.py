@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from extent import parameters
 from flax import nnx
 from test_sharding import devices
 from tiny import edit_json
@@ -24,7 +25,7 @@ from meteora_jax.cli.comparison import other_bank
 from meteora_jax.evaluation.composite import COMPOSITES, default_path
 from meteora_jax.evaluation.metrics import read_composite, score_composite
 from meteora_jax.evaluation.tasks import Example, write_splits
-from meteora_jax.model.llama import base_arrays, pack
+from meteora_jax.model.layout import base_arrays, pack
 from meteora_jax.routing import adapter_share
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
@@ -213,13 +214,18 @@ def test_gates_within_what_was_retrieved(folders, tmp_path):
         assert set(record["routing"]) <= set(record["retrieved"])
 
 
-def test_two_hosts_of_four_devices_write_one_hosts_table(folders, whole, tmp_path):
-    """And go on where one host left off: process 0 alone has the records."""
+ALONE, TOGETHER = "-1 1 1", "1 4 1"
+
+
+@pytest.mark.parametrize("mesh", parameters([ALONE, TOGETHER], [ALONE], "weights over both hosts: one engine for all"))
+def test_two_hosts_of_two_devices_write_one_hosts_table(folders, whole, tmp_path, mesh):
+    """And go on where one host left off: process 0 alone has the records. Each device answers its own problems, unless
+    the weights lie on both hosts."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = devices(4)
-    command = arguments(folders, tmp_path / "run", *COMPOSITE)
+    env = devices(2)
+    command = arguments(folders, tmp_path / "run", *COMPOSITE, "--mesh", *mesh.split())
     kept = (whole / "records.jsonl").read_text().splitlines(keepends=True)[:2]
     alone = tmp_path / "run" / "records.jsonl"
     alone.parent.mkdir()

@@ -25,7 +25,7 @@ from meteora_jax.engine.step import observe_routing, run_steps
 from meteora_jax.execution import ExecutionConfig, Jit, platform
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.model import llama
-from meteora_jax.model.llama import pack, with_execution
+from meteora_jax.model.layout import pack, with_execution
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.sharding import make_mesh, use_mesh
@@ -145,7 +145,9 @@ def test_two_executions_are_two_programs():
 
 
 @functools.cache  # nothing changes a model in its place
-def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null: bool = False) -> mj.Meteora:
+def small(
+    dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null: bool = False, smaller: bool = False
+) -> mj.Meteora:
     """A random model with four adapters and gates, with `null` of a null choice too; its weights do not depend on the
     dtype but for their rounding."""
     config = LlamaConfig(
@@ -153,20 +155,19 @@ def small(dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null
         head_dim=64, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=256,
         tie_word_embeddings=False, attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_ids=(),
     )  # fmt: skip
+    if smaller:
+        config = dataclasses.replace(config, hidden_size=64, intermediate_size=64, num_heads=2, head_dim=32)
     infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)
     made = nnx.eval_shape(lambda: gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0), null=null))
     graph, shapes = nnx.split(made)
-    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(1)  # JAX's own draws are a program that takes longer to compile than the model's
 
-    @jax.jit  # one program instead of one a shape
-    def draw(key: jax.Array) -> list[jax.Array]:
-        keys = jax.random.split(key, len(leaves))
-        drawn = (0.1 * jax.random.normal(k, x.shape, jnp.float32) for k, x in zip(keys, leaves, strict=True))
-        return [x.astype(leaf.dtype) for x, leaf in zip(drawn, leaves, strict=True)]
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
 
-    weights = jax.tree.unflatten(tree, draw(jax.random.key(1)))
+    weights = jax.tree.map(draw, shapes)
     return mj.Meteora(config, bank, GateConfig(NAMES, 2, 1.0, form, null), None, graph, weights)
 
 

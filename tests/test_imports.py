@@ -31,6 +31,7 @@ ORDER = [
         "examples",
         "execution",
         "compilation_cache",
+        "topologies",
         "numerics",
     ),
     *(

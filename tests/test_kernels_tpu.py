@@ -107,3 +107,4 @@ def test_the_kernels_compile_for_real_tpus(topology: str):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert result.stdout.count("beside the arguments") == examples(4, 7)
+    assert "the engine: " in result.stdout.splitlines()[-1]

@@ -17,8 +17,9 @@ import meteora_jax as mj
 from meteora_jax.config import GROUPS, BankConfig, InputError, read_json
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
+from meteora_jax.io import model_bank
 from meteora_jax.io.gates import change_columns, fresh_gates, save_gates
-from meteora_jax.model.llama import pack, with_execution
+from meteora_jax.model.layout import pack, with_execution
 from meteora_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.filterwarnings(
@@ -186,6 +187,34 @@ def test_packed_models_are_packed_anew(tmp_path: Path, world: dict[str, Any]):
     assert_same(freed, before)
     kernels = [leaf for path, leaf in nnx.to_flat_state(more.weights) if path[-1] == "kernel"]
     assert [kernel[...].is_deleted() for kernel in kernels] == [True] * 4
+
+
+def test_a_release_needs_memory_for_one_array_more(tmp_path: Path, world: dict[str, Any], monkeypatch: Any):
+    """At no time more than the model, its largest new array and the adapter that comes."""
+    made = model_bank._rebuilt
+    live: list[int] = []
+
+    def counted(*arguments: Any) -> jax.Array:
+        array = made(*arguments)
+        live.append(sum(a.nbytes for a in jax.live_arrays() if not a.is_deleted()))
+        return array
+
+    monkeypatch.setattr(model_bank, "_rebuilt", counted)
+    model = mj.load(world["base"], world["bank"], dtype="float32")
+    before, names = sum(a.nbytes for a in jax.live_arrays() if not a.is_deleted()), model.adapter_names
+    new = tiny_peft(tmp_path, world["hf_folder"], "new", seed=9, r=8)
+    model = model.add_adapter(new, "new", release=True)
+    after = sum(a.nbytes for a in jax.live_arrays() if not a.is_deleted())
+    leaves = nnx.to_flat_state(model.weights)
+    changed = [leaf[...].nbytes for path, leaf in leaves if path[-1] in model_bank.ADAPTER_AXES]
+    assert len(live) == len(changed) > 8
+    assert before < after
+    assert max(live) <= after + max(changed)
+    assert sum(changed) > 3 * max(changed)  # a second bank would not have had room
+    live.clear()
+    model = model.remove_adapter("new", release=True)
+    assert max(live) <= after + max(changed)
+    assert model.adapter_names == names
 
 
 def test_released_arrays_are_gone_and_others_are_not(tmp_path: Path, fleet: dict[str, Any]):  # noqa: F811

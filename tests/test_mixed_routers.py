@@ -128,3 +128,20 @@ def test_systems_have_these_names(world):
             make_system(name, given)
     with pytest.raises(InputError, match="arrow-top5: expected at most 4"):
         check_routes([make_system("arrow-top5", given)], [problem])
+
+
+def test_routers_of_the_same_rows_are_joined_once():
+    import jax
+    from test_gated_model import small
+
+    from meteora_jax.engine.batch import JoinedRouters, join_routers
+
+    model, joined = small("float32"), JoinedRouters()
+    rows = [model.request([5], router, 1).router for router in (mj.Fixed("cedar"), None, mj.Gates(2))]
+    first = joined.of(rows, 4, ())
+    assert joined.of(list(rows), 4, ()) is first
+    for other, count, beside in ((rows[::-1], 4, ()), (rows, 8, ()), (rows[:1], 4, ()), (rows, 4, rows[:1])):
+        found, wanted = joined.of(other, count, beside), join_routers(other, count, beside)
+        assert found is not first
+        same = jax.tree.map(lambda x, y: bool((x == y).all()), found, wanted)
+        assert all(jax.tree.leaves(same))

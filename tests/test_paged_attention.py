@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -12,8 +13,18 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-from pallas_kernels.paged_attention import EMPTY, QUERY_BLOCK, StepTokens, paged_attention, triton_gpu, write_pages
+from pallas_kernels.paged_attention import (
+    EMPTY,
+    QUERY_BLOCK,
+    StepTokens,
+    paged_attention,
+    ragged_tpu,
+    triton_gpu,
+    write_pages,
+)
+from pallas_kernels.paged_attention.api import choose
 
 BLOCK, LAYERS = 4, 2
 LENGTHS = (13, 1, 37, 22)  # tokens in the cache after the step
@@ -104,6 +115,38 @@ def test_kernels_by_triton_s_interpreter():
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert result.stdout == "10 cases\n"
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_sequences_are_what_the_tpu_s_kernel_reads(window: int | None):
+    """JAX's own specification of its kernel, given a step as the kernel is, tells what plain attention does: rows that
+    decode, rows that do nothing, prompts whose last run has padding, and runs of nobody behind them."""
+    case = Case(0)
+    tokens = dataclasses.replace(
+        case.tokens, positions=jnp.pad(case.tokens.positions, (0, QUERY_BLOCK), constant_values=EMPTY),
+        runs=jnp.pad(case.tokens.runs, (0, 1)),
+    )  # fmt: skip
+    lengths, tables, starts, number = ragged_tpu.sequences(tokens, QUERY_BLOCK)
+    read = int(starts[number[0]])
+    assert read == len(case.q)
+    q, pages = jnp.asarray(case.q, jnp.float32), jnp.asarray(case.pages, jnp.float32)
+    first = case.layer * case.blocks
+    found = kernel.ref_ragged_paged_attention(
+        q, pages, lengths, tables + first, starts, number, sm_scale=case.width**-0.5, sliding_window=window
+    )
+    real = np.asarray(case.tokens.positions) != EMPTY
+    np.testing.assert_allclose(
+        np.asarray(found).reshape(read, -1)[real], case.expected(window)[real], atol=2e-6, rtol=1e-5
+    )
+
+
+def test_heads_that_the_tpu_s_kernel_serves():
+    def how(heads: int, kv: int, width: int, dtype: str = "bfloat16", kernels: bool = True) -> str:
+        return choose("tpu", kernels, heads, kv, width, jnp.dtype(dtype), None)
+
+    assert how(32, 8, 128) == how(8, 2, 128) == how(32, 32, 128, "float32") == "tpu"
+    assert {how(32, 8, 64), how(9, 3, 128), how(32, 8, 128, kernels=False)} == {"reference"}
+    assert "multiple of 128" in str(ragged_tpu.refusal(32, 8, 64, jnp.dtype("bfloat16")))
 
 
 def test_triton_says_what_it_does_not_serve():

@@ -35,13 +35,15 @@ def test_commands_are_ones_that_meteora_takes(tmp_path, script):
     if script.stem != "adapters":
         (tmp_path / "out" / "bank").mkdir(parents=True)
         (tmp_path / "out" / "bank" / "bank.json").write_text(json.dumps({"adapters": names}))
-    if script.stem == "growth":
-        (tmp_path / "out" / "gates-small").mkdir()
+    grown = [tmp_path / "out" / f"grown-by-{added}" for added in (2, 4)]
+    for folder in grown if script.stem == "growth" else ():
+        (folder / "old").mkdir(parents=True)
         described = {"format": "meteora-gates-1", "names": ["a", "b"], "top_k": 2, "temperature": 1.0}
-        (tmp_path / "out" / "gates-small" / "gates.json").write_text(json.dumps(described))
+        (folder / "old" / "gates.json").write_text(json.dumps(described))
     env = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SAID": str(tmp_path / "said"), "BASE": "base",
         "TASKS": str(tmp_path / "tasks"), "OUT": str(tmp_path / "out"),
+        "ADDED": "2 4",
     }  # fmt: skip
     done = subprocess.run([script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -51,7 +53,9 @@ def test_commands_are_ones_that_meteora_takes(tmp_path, script):
             names, folders = read_systems(command.systems, "abcdef")
             assert all(name in folders or of_a_family(name) for name in names)
     if script.stem == "growth":
-        assert [c.extend for c in commands if isinstance(c, TrainGates)] == [tmp_path / "out" / "gates-small"]
+        trained = [c for c in commands if isinstance(c, TrainGates) and c.extend]
+        assert [(c.extend, c.replay) for c in trained] == [(folder / "old", folder / "replay") for folder in grown]
+        assert [sorted(p.name for p in folder.glob("replay/*")) for folder in grown] == [list("abcd"), list("ab")]
     if script.stem == "single_and_composites":
         loras = [c.settings for c in commands if isinstance(c, TrainAdapter)]
         assert sorted((s.name, s.lora.rank, s.mixture) for s in loras) == [

@@ -86,7 +86,7 @@ def test_the_router_is_the_paper_s_formula(world, gated):
 
 def test_a_model_packed_for_inference_reads_the_same(gated):
     from meteora_jax.execution import ExecutionConfig
-    from meteora_jax.model.llama import pack, with_execution
+    from meteora_jax.model.layout import pack, with_execution
 
     model = gated["model"]
     graph = with_execution(model.graph, model.weights, ExecutionConfig("gpu", dense_width=64))

@@ -18,8 +18,9 @@ from meteora_jax.cli import main
 from meteora_jax.config import InputError
 from meteora_jax.engine_plan import plan_generation, plan_serving
 from meteora_jax.io import hf_config
-from meteora_jax.planning import OutOfMemory, Plan, plan_training, shape_of, topology_devices
+from meteora_jax.planning import OutOfMemory, Plan, plan_training, shape_of
 from meteora_jax.sharding import make_mesh
+from meteora_jax.topologies import has_cuda_compiler, topology_devices
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 TINY = hf_config.from_hf(
@@ -163,6 +164,36 @@ def test_a_plan_refuses_what_it_cannot_compile(capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["plan", "train", "--base", "llama3-8b", "--topology", "kitten:2x2"])
     assert "topology: expected one that libtpu describes, found 'kitten:2x2'" in capsys.readouterr().err
+
+
+def test_gpus_that_cannot_be_planned_for_are_refused(monkeypatch, capsys):
+    for topology in ("h100", "h100:0", "a100:2x2"):
+        with pytest.raises(InputError, match=f"topology: expected GPUS:COUNT as in h100:2, found '{topology}'"):
+            topology_devices(topology)
+    with pytest.raises(SystemExit, match="1"):
+        main(["plan", "serve", "--base", "llama3-8b", "--topology", "h100:2"])
+    said = capsys.readouterr().err
+    assert "topology: expected a TPU's for serve (of GPUs train), found h100:2" in " ".join(said.split())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=re.escape("pip install 'meteora-jax[gpu]'")):
+        topology_devices("h100:2")
+
+
+@pytest.mark.skipif(not has_cuda_compiler(), reason="needs XLA's compiler for GPUs (meteora-jax[gpu])")
+def test_training_over_int4_compiles_for_two_gpus_that_are_not_there(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(TINY)))
+    options = ["--topology", "h100:2", "--data", "1", "--fsdp", "2", "--width", "128", "--recipe", "meteora"]
+    options += ["--weights", "int4", "--json", str(tmp_path / "plan.json")]
+    main(["plan", "train", "--base", str(tmp_path), *options])
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert (found["devices"], found["device_kind"], found["memory"]) == (2, "NVIDIA H100 80GB HBM3", 79 * 2**30)
+    assert found["fits"]
+    assert found["collectives"]["all-gather"] > 0
+    assert found["parts"]["scales"] > 0
+    # training reads no spectra of adapters, which at this size are a tenth
+    assert found["weights"] == pytest.approx(sum(found["parts"].values()), rel=0.15)
+    said = capsys.readouterr().out
+    assert "of these: base" in said
 
 
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu (meteora-jax[tpu])")

@@ -23,7 +23,7 @@ from test_quantized_matmul import made
 import meteora_jax as mj
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model import decoding, llama
-from meteora_jax.model.llama import base_arrays
+from meteora_jax.model.layout import base_arrays
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul, triton_gpu
 from pallas_kernels.quantized_matmul.weight import turn, turn_back
 

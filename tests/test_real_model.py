@@ -5,6 +5,7 @@ scripts/test.sh fetches the file; where it is not (no network), these tests are 
 
 import copy
 
+import compiling
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,14 @@ PROMPTS = (
     "import numpy as np\n",
 )
 pytestmark = pytest.mark.skipif(not GGUF.exists(), reason=f"{GGUF} is not here; scripts/demo.sh fetches it")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimized():
+    """This model takes longer to run than to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "FORWARD", frozenset())
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.gates import save_gates
 from meteora_jax.io.stored_bank import empty_slots
 from meteora_jax.loading import fitting_slots
-from meteora_jax.model.llama import pack, with_execution
+from meteora_jax.model.layout import pack, with_execution
 from meteora_jax.routing import adapter_share
 from meteora_jax.routing.retrieval import Composed
 from pallas_kernels.decode_step.triton_gpu import StepLimits
@@ -62,14 +62,39 @@ def test_a_large_adapter_takes_several_slots_and_a_small_one_does_not_pay(world:
         traces = [m.completion(p[0], "", ()).routing for m, p in ((model, found), (whole, wanted))]
         shares = [dict(zip(t.adapter_names, adapter_share(t)[0], strict=True)) for t in traces if t is not None]
         assert shares[0] == pytest.approx({n: shares[1][n] for n in weights})
-    for router, expected in (
-        (Composed((("cedar", 1.0),), True), "one slot each to be fused"),
-        (mj.Fixed({"cedar": 1.0, "daisy": 0.5}), "found 2 of 6 slots"),
-    ):
-        with pytest.raises(InputError, match=expected):
-            model.request([7], router, 2)
-    with pytest.raises(InputError, match="at most 1 slots of rank 4 beside gates, found cedar"):
-        mj.load(world["base"], world["bank"], world["gates"], adapter_slots=3, adapter_rank=4)
+    with pytest.raises(InputError, match="found 2 of 6 slots"):
+        model.request([7], mj.Fixed({"cedar": 1.0, "daisy": 0.5}), 2)
+    with pytest.raises(InputError, match="at most 3 slots of rank 2, found cedar"):
+        mj.load(world["base"], world["bank"], world["gates"], adapter_slots=3, adapter_rank=2)
+
+
+def test_adapters_of_several_slots_are_fused_and_chosen_by_gates(world: dict[str, Any]):
+    """Ranks 4, 2, 8, 4 in slots of rank 2, in one batch with a mixture and the base: what the whole bank says."""
+    given = world["base"], world["bank"], world["gates"]
+    whole = mj.load(*given, dtype="float32")
+    model = mj.load(*given, dtype="float32", adapter_slots=9, adapter_rank=2)
+    prompts = [[7, 8 + i, 40, 9 * i + 3, 100 + i] for i in range(6)]
+    routers = [
+        Composed((("cedar", 0.7), ("birch", 0.4)), True), mj.Gates(2), mj.Fixed({"daisy": 0.6, "cedar": 0.5}), None,
+        mj.Gates(1, within=("cedar", "apple")), Composed((("cedar", 0.5), ("apple", 0.8), ("daisy", 0.3)), True),
+    ]  # fmt: skip
+    found, wanted = (np.asarray(m.logits(prompts, routers)) for m in (model, whole))
+    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+    alone = np.asarray(whole.logits(prompts, [mj.Fixed(dict(r.adapters)) if isinstance(r, Composed) else r
+                                              for r in routers]))  # fmt: skip
+    assert np.abs(alone - wanted)[[0, 5]].max() > 0.01  # fused is not mixed
+    handles = [  # one token: no decoding step is compiled
+        [(e.submit(m.request(p, r, 1, trace=True)), m) for p, r in zip(prompts, routers, strict=True)]
+        for e, m in ((rows_of(model), model), (rows_of(whole), whole))
+    ]
+    said, right = ([(h.wait(), m) for h, m in own] for own in handles)
+    assert [p.tokens for p, _ in said] == [p.tokens for p, _ in right]
+    traced, expected = (m.completion(p, "", ()).routing for p, m in (said[1], right[1]))
+    assert traced is not None
+    assert expected is not None
+    shares = [dict(zip(t.adapter_names, adapter_share(t)[0], strict=True)) for t in (traced, expected)]
+    assert shares[0] == pytest.approx({n: w for n, w in shares[1].items() if n in shares[0]}, abs=1e-4)
+    assert sum(shares[0].values()) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("dense_width", [None, 512, 8], ids=["plain", "packed", "packed, wide"])

@@ -3,6 +3,7 @@
 Run as a script it is the process that has the devices.
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -23,9 +24,11 @@ import meteora_jax as mj
 from converters import import_adapters, import_base
 from meteora_jax.config import PROJECTIONS, read_json
 from meteora_jax.evaluation.tasks import Example
+from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io import hf_config
 from meteora_jax.io.gates import save_gates
+from meteora_jax.model.layout import with_execution
 from meteora_jax.model.lora_linear import column_shards
 from meteora_jax.planning import COLLECTIVES
 from meteora_jax.sharding import shard_order
@@ -64,6 +67,13 @@ def answers(folder: Path, mesh: Any) -> dict[str, np.ndarray]:
         logits = model.logits(ROWS, router)
         found[name] = np.concatenate([np.asarray(row)[: len(ids)] for row, ids in zip(logits, ROWS, strict=True)])
     found["said"] = np.asarray([c.token_ids for c in model.generate(ROWS, routers["gates"], 8)])
+    found["asked"] = np.asarray([c.token_ids for c in model.generate(ROWS, routers["requests"], 8)])
+    if mesh is not None:  # each device its share of the steps, as where kernels serve it
+        graph = with_execution(model.graph, model.weights, ExecutionConfig(shares=True))
+        shared = dataclasses.replace(model, graph=graph)
+        for name, router in (("said", "gates"), ("asked", "requests")):
+            again = np.asarray([c.token_ids for c in shared.generate(ROWS, routers[router], 8)])
+            assert np.array_equal(again, found[name]), name
     if ALL:
         found["half"] = np.asarray(load("bfloat16").logits(ROWS[:1], routers["gates"]))[0]
     return found
@@ -168,7 +178,7 @@ def trained(folder: Path) -> Path:
 def test_a_tensor_axis_computes_what_one_device_does(folder: Path):
     found = np.load(folder / "answers.npz")
     for name, want in answers(folder, None).items():
-        if name == "said":
+        if name in ("said", "asked"):
             assert np.array_equal(found[name], want)
         elif name == "half":
             assert np.abs(found[name] - want).mean() <= 0.05 * np.abs(want).mean()

@@ -32,8 +32,8 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.io.bank import load_bank, save_bank
-from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, gate_shapes, load_gates, save_gates, split_gates
-from meteora_jax.model.llama import pack, with_execution
+from meteora_jax.io.gates import fresh_gates, gate_shapes, load_gates, save_gates, split_gates
+from meteora_jax.model.layout import pack, with_execution
 from meteora_jax.routing.gates import BoundGates, GateParam
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
 from meteora_jax.training.data import CUT, Mixture
@@ -209,34 +209,7 @@ def test_packed_weights_serve_what_the_router_chose(routed, width):
     assert np.allclose(found[2][:n], expected[2][:n], atol=1e-4 * np.abs(expected[2]).max())
 
 
-def part(arrays, at):
-    """The columns `at` of gates; what all adapters share stays whole."""
-    return {k: v if k in SHARED_BY_ADAPTERS else np.ascontiguousarray(v[..., at]) for k, v in arrays.items()}
-
-
 SETTINGS = dict(steps=4, batch_size=8, learning_rate=3e-2, max_length=100, beta=5.0)
-
-
-def test_an_extension_keeps_every_bit_and_its_form_is_what_it_extends(tmp_path, world, routed):
-    config, at = world["model"].config, [2, 0]
-    old = part(routed[1], at)
-    save_gates(tmp_path / "old", GateConfig(("cedar", "apple"), 2, 1.0, FORM), old)
-    train = lambda dest, settings: train_gates(  # noqa: E731
-        world["base"], world["bank"], TASKS, dest, settings, dtype="float32", extend=tmp_path / "old"
-    )
-    recipe = recipe_of(None, tmp_path / "old")
-    settings = settled(changed(recipe, **{**SETTINGS, "max_length": 400}), recipe)
-    assert (settings.form, settings.objective.lm_loss, settings.drawing.rows) == (FORM, False, None)
-    train(tmp_path / "new", settings)
-    grown, tensors = load_gates(tmp_path / "new", config, NAMES)
-    assert grown.form == FORM
-    for name, columns in tensors.items():  # what the old columns read keeps every bit, too
-        shared = name in SHARED_BY_ADAPTERS
-        assert np.array_equal(columns if shared else columns[..., at], old[name])
-        assert shared or np.abs(columns[..., [1, 3]]).min() > 0
-    for other in (None, TokenRouterForm(width=32, depth=3)):
-        with pytest.raises(InputError, match=r"form: expected .*\(as asked for\), found TokenRouterForm"):
-            train(tmp_path / "x", flat(GateTraining, **SETTINGS, form=other))
 
 
 def test_a_recipe_is_that_of_what_is_extended_unless_it_contradicts(tmp_path, world, routed):

@@ -8,6 +8,7 @@ refuses. tests/test_kernels_tpu.py starts it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from meteora_jax.engine_plan import EnginePrograms
+from meteora_jax.planning import shape_of
 from meteora_jax.routing import Routing
+from meteora_jax.sharding import make_mesh
 from pallas_kernels.routed_lora.api import Implementation, LoraBank, routed_lora
 
 LLAMA_QKV, LLAMA_DOWN, SMOL_QKV = (4096, (4096, 1024, 1024)), (14336, (4096,)), (576, (576, 192, 192))
@@ -69,5 +73,18 @@ def main(topology: str) -> None:
               f"{memory.temp_size_in_bytes / 1e6:.1f} MB beside the arguments")  # fmt: skip
 
 
+def engine_steps(topology: str) -> None:
+    """Eight decoding steps of 64 rows, two layers of Llama-3-8B's shape: JAX's kernel reads the cache where it lies."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    config = dataclasses.replace(shape_of("llama3-8b"), num_layers=2, vocab_size=4096)
+    programs = EnginePrograms(config, 8, 8, make_mesh(devices=[device]), rows=64)
+    compiled, _ = programs.compiled(2048, 40)
+    assert "tpu_custom_call" in compiled.as_text(), "no Pallas kernel in the program"
+    cache, beside = programs.state_bytes(2048), compiled.memory_analysis().temp_size_in_bytes
+    assert beside < cache / 10, f"{beside} bytes: the cache is copied"
+    print(f"{topology} {device.device_kind} the engine: {beside / 1e6:.1f} MB beside a cache of {cache / 1e6:.0f} MB")
+
+
 if __name__ == "__main__":
     main(sys.argv[1])
+    engine_steps(sys.argv[1])

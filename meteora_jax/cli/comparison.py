@@ -25,7 +25,7 @@ from meteora_jax.io.base import read_origin
 from meteora_jax.io.model_state import assemble
 from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.loading import load
-from meteora_jax.model.llama import base_arrays
+from meteora_jax.model.layout import base_arrays
 from meteora_jax.retriever.index import Index
 from meteora_jax.retriever.ranking import read_ranking
 

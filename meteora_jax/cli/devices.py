@@ -47,6 +47,27 @@ def make_devices_mesh(command: Devices) -> Mesh | None:
     return mesh if len(jax.devices()) > 1 else None
 
 
+def make_replica_mesh(command: Devices) -> tuple[Mesh | None, bool]:
+    """`make_devices_mesh` for work of which processes may each do a share: this process' own part of the mesh along its
+    data axis, and whether that is a part; the whole mesh where fsdp or tensor reach over several processes.
+
+    Raises:
+        InputError: as `make_devices_mesh`.
+    """
+    import jax
+
+    from meteora_jax.sharding import make_mesh
+
+    mesh, own = make_devices_mesh(command), jax.local_devices()
+    if mesh is None or jax.process_count() == 1:
+        return mesh, False
+    each = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    if len(own) % each or len(own) * jax.process_count() != mesh.size:
+        return mesh, False
+    part = make_mesh(len(own) // each, mesh.shape["fsdp"], mesh.shape["tensor"], devices=own)
+    return part if len(own) > 1 else None, True
+
+
 def _cluster(words: Sequence[str]) -> tuple[str, int, int]:
     """The values of --distributed."""
     try:

@@ -19,7 +19,7 @@ from meteora_jax.cli.comparison import (
     load_systems,
     named_problems,
 )
-from meteora_jax.cli.devices import as_the_first_says, is_first_process, make_devices_mesh
+from meteora_jax.cli.devices import as_the_first_says, is_first_process, make_replica_mesh
 from meteora_jax.cli.report import default_dtype, print_tables, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation import runner
@@ -33,6 +33,7 @@ from meteora_jax.evaluation.composite import (
     template_mark,
 )
 from meteora_jax.evaluation.conversations import CONVERSATIONS, UNNUMBERED, load_conversations
+from meteora_jax.evaluation.dealing import exchange
 from meteora_jax.evaluation.problems import Problem, load_composites, longest_response
 from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, skipped
@@ -210,7 +211,7 @@ def evaluate(command: Evaluate) -> None:
         limit=command.limit,
         max_prompt=command.max_prompt,
     )
-    mesh = make_devices_mesh(command)
+    mesh, shared_out = make_replica_mesh(command)
     dtype = default_dtype(None)
     with status.status(f"loading as {dtype}"):
         loaded = load_systems(command, mesh, dtype)
@@ -228,8 +229,14 @@ def evaluate(command: Evaluate) -> None:
     records = runner.Records(command.out, settings) if first else None
     leave = skipped(systems, problems)
     answers = answering(systems, command)
+    others = exchange() if shared_out else None
+    if others is not None:
+        dealt = {id(answer): others.dealt(answer) for answer in answers.values()}
+        answers = {name: dealt[id(answer)] for name, answer in answers.items()}
     with progress_bar("evaluate", shown=first) as progress:
         runner.run(problems, answers, records, progress, leave, as_the_first_says)
+    if others is not None:
+        others.finish()
     if records:
         report = write_report(command.out, problems, systems, records.answers, leave, loaded.index)
         write_json(command.json, report.table)

@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Compile gate training, evaluation or a server's engine for TPUs that are not there: memory, FLOPs, collectives,
-    time. Needs meteora-jax[tpu]."""
+    """Compile gate training, evaluation or a server's engine for TPUs that are not there, or gate training for GPUs:
+    memory, FLOPs, collectives, time. Needs meteora-jax[tpu], or [gpu]."""
 
     what: tyro.conf.Positional[Literal["train", "evaluate", "serve"]]
     """What to plan: a training step; prefill and decoding; or how many requests a server holds, and their tokens/s."""
     base: str
     """BASE folder, or llama2-7b, llama2-13b, llama3-8b, llama3-70b."""
     topology: str
-    """As libtpu names it: v5p:4x4x4, v5e:4x4, v4:4x4x4, v6e:4x4, tpu7x:2x2x1."""
+    """As libtpu names it: v5p:4x4x4, v5e:4x4, v4:4x4x4, v6e:4x4, tpu7x:2x2x1; or GPUs of one host: h100:2, h200:1,
+    a100:8 (of 80 GB)."""
     weights: WeightFormat | None = None
     """Of the projections, as `meteora quantize` would store them; by default as the base's are."""
     adapters: int = 28
@@ -66,8 +67,9 @@ def plan(command: Plan) -> None:
     """Runs `meteora plan train | evaluate | serve`."""
     from meteora_jax.engine_plan import plan_generation, plan_serving
     from meteora_jax.model.lora_linear import column_shards
-    from meteora_jax.planning import plan_training, shape_of, topology_devices
+    from meteora_jax.planning import plan_training, shape_of
     from meteora_jax.sharding import make_mesh, rows_multiple
+    from meteora_jax.topologies import GPUS, topology_devices
     from meteora_jax.training.recipes import RECIPES
 
     if not 0 < command.mfu <= 1:
@@ -78,6 +80,8 @@ def plan(command: Plan) -> None:
         if config.quantization is not None:
             raise InputError(f"weights: expected none beside a base that is quantised, found {command.weights}")
         config = dataclasses.replace(config, quantization=Quantization.of(command.weights))
+    if command.what != "train" and command.topology.partition(":")[0] in GPUS:
+        raise InputError(f"topology: expected a TPU's for {command.what} (of GPUs train), found {command.topology}")
     mesh = make_mesh(command.data, command.fsdp, command.tensor, topology_devices(command.topology))
     if uncut := [g for g in ("qkv", "gate_up") if command.tensor > 1 and column_shards(config, g, command.tensor) == 1]:
         why = f"{config.num_heads} heads, {config.num_kv_heads} kv heads and {config.intermediate_size} units"
@@ -116,7 +120,7 @@ def plan(command: Plan) -> None:
 
 def _show_serving(found: engine_plan.ServingPlan, mfu: float) -> None:
     from meteora_jax.engine_plan import BLOCK_SIZE
-    from meteora_jax.planning import GIB
+    from meteora_jax.topologies import GIB
 
     def show(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
@@ -135,7 +139,7 @@ def _show_serving(found: engine_plan.ServingPlan, mfu: float) -> None:
 
 
 def _show(found: planning.Plan, mfu: float) -> None:
-    from meteora_jax.planning import GIB
+    from meteora_jax.topologies import GIB
 
     def show(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
@@ -147,6 +151,8 @@ def _show(found: planning.Plan, mfu: float) -> None:
     rest = "optimiser" if found.what == "training" else "cache" if found.what == "decoding" else "prompts"
     parts = f"weights and {rest} {found.weights / GIB:.2f} GiB, temporary {found.temporary / GIB:.2f} GiB"
     show(f"  memory a device: {parts}{memory}")
+    if found.parts:
+        show("  of these: " + ", ".join(f"{what} {n / GIB:.2f} GiB" for what, n in found.parts.items() if n))
     if found.collectives is not None:
         show("  collectives in the program: " + ", ".join(f"{n} {k}" for k, n in found.collectives.items()))
     time = ""

@@ -15,11 +15,12 @@ import tyro
 from meteora_jax.cli.devices import Devices, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
 from meteora_jax.config import BankConfig, InputError, read_json
-from meteora_jax.gate_config import FormName
+from meteora_jax.gate_config import FormName, GateConfig
 from meteora_jax.training.recipes import RECIPES, recipe_of, settled
 from meteora_jax.training.settings import AdapterTraining, BankTraining, Checkpointing, GateTraining, Training
 
 if TYPE_CHECKING:
+    from meteora_jax.examples import Example
     from meteora_jax.training.trainer import Callbacks
     from meteora_jax.training.unused import Unused
 
@@ -54,12 +55,15 @@ class TrainGates(_Run):
     """token-router (the default): one choice a token before the first layer, trained without the model; meteora: a gate
     at every projection, as in the paper. With --extend that of what is extended. Defaults below are the recipe's."""
     extend: Path | None = None
-    """GATES of a part of the bank: their columns keep every bit, only the other adapters' are trained. Their form, and
-    the recipe with it, is taken."""
+    """GATES of a part of the bank: their columns keep every bit, the other adapters' are trained, and of a token router
+    what all columns read. Their form, and the recipe with it, is taken."""
+    replay: Path | None = None
+    """TASKS folder of the adapters that the extended GATES know, where a sample of each is enough: 100 lines of
+    REPLAY/<task>/train.jsonl. --tasks unless given."""
     background: tuple[str, ...] = ()
     """Text of none of the tasks, which the base is to answer alone: files (.jsonl of prompts and responses or of
-    messages, else plain text, a line an example), and `self` for what the base writes by itself. The gates then get a
-    column for no adapter."""
+    messages, else plain text, a line an example), and `self` for what the base writes by itself. It is read as it is
+    and in the frames that tasks share. The gates then get a column for no adapter."""
     new_bank: Path | None = None
     """Train the adapters too, in float32, and write them to this BANK folder."""
     settings: GateTraining = RECIPES["token-router"]
@@ -117,14 +121,13 @@ def gates_by_recipe(args: Sequence[str]) -> TrainGates:
 
 def train_gates(command: TrainGates) -> None:
     """Runs `meteora train gates`."""
-    from meteora_jax.evaluation.tasks import load_splits
     from meteora_jax.training.background import load_background
     from meteora_jax.training.gates import train_gates as train
 
     settings = settled(command.settings, recipe_of(command.recipe, command.extend))
     mesh = make_devices_mesh(command)
     names = BankConfig.from_json(read_json(command.bank / "bank.json"), str(command.bank / "bank.json")).names
-    tasks = load_splits(command.tasks, names, "train")
+    tasks = _gate_tasks(command, names)
     checkpointing, dtype = _checkpointing(command), default_dtype(command.dtype)
     kept = checkpointing.in_run("background.jsonl")
     if kept is not None and not checkpointing.resume and is_first_process():
@@ -139,6 +142,20 @@ def train_gates(command: TrainGates) -> None:
             extend=command.extend, background=background,
         )  # fmt: skip
     _report(command, settings, final, {"gates": str(command.out)})
+
+
+def _gate_tasks(command: TrainGates, names: Sequence[str]) -> dict[str, list[Example]]:
+    """The training examples of each of a bank's adapters, those of a replay for what is extended."""
+    from meteora_jax.evaluation.tasks import load_splits
+
+    if command.replay is None:
+        return load_splits(command.tasks, names, "train")
+    if command.extend is None:
+        raise InputError("replay: expected --extend beside it (of whose adapters it has text), found none")
+    source = command.extend / "gates.json"
+    known = GateConfig.from_json(read_json(source), str(source)).names
+    old = load_splits(command.replay, [name for name in names if name in known], "train")
+    return load_splits(command.tasks, [name for name in names if name not in known], "train") | old
 
 
 def train_adapter(command: TrainAdapter) -> None:

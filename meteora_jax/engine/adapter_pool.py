@@ -12,7 +12,9 @@ to their end, whatever is loaded or unloaded meanwhile. It waits in the engine's
 all at once or none of them (see `slots`); who is behind it and has its own there goes on. `Gates` without names choose
 for every token among the adapters that lie in slots when the step is given to the device, at least as many as their
 top_k. A gate's column belongs to a name: a newer version is chosen by the column of the older one, and a name that
-gates do not know is reached by routers that name it.
+gates do not know is reached by routers that name it. Routers by score (`Arrow` and its like) choose as gates do, of all
+names; from the first of them on copies bring what they read of an adapter's matrices. `Logo` would pass every prompt
+through every adapter of the bank, and is refused.
 
 An adapter is read from its memory-mapped BANK folder, checked, padded and copied to the device by a thread of the
 pool, ahead of the request's turn; the engine writes it into its slot between two steps once it has arrived. Slots have
@@ -31,13 +33,10 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -46,6 +45,7 @@ from numpy.typing import DTypeLike
 from meteora_jax.config import BankConfig, InputError, LlamaConfig
 from meteora_jax.engine.adapter_versions import AdapterVersion, AdapterVersions
 from meteora_jax.engine.batch import bind_row
+from meteora_jax.engine.copies import READERS, Copies, wait_for
 from meteora_jax.engine.request import BoundRow, WantedAdapters
 from meteora_jax.engine.slot_weights import SlotWeights, Staged
 from meteora_jax.engine.slots import SlotTable
@@ -54,12 +54,12 @@ from meteora_jax.io.provenance import BaseOrigin
 from meteora_jax.io.stored_bank import StoredBank, misfits_slots, slots_for
 from meteora_jax.routing import NO_ADAPTER, NamedAdapters, bind
 from meteora_jax.routing.alora import watch
+from meteora_jax.routing.gates import GATES
 from meteora_jax.sharding import Params
 
 # of a PEFT folder, the BANK folder that is made of it, the adapter's name, and whether any base will do
 Import = Callable[[Path, Path, str, bool], None]
 State = Literal["ready", "loading", "waiting"]
-READERS = 4  # threads that read adapters
 
 
 @dataclasses.dataclass
@@ -96,17 +96,14 @@ class AdapterPool:
         self.counters = PoolCounters()
         self.table = SlotTable(len(slots.adapters), self._slots_of)
         self.changes = 0  # of what lies in the slots, or of what a name stands for
-        self.most_slots = self.table.count if gates is None else 1  # of an adapter: gates have a column a slot
         self._columns = columns or {}
         self._router = gates is not None and gates.form is not None
         self._weights = SlotWeights(graph, weights, config, mesh, self._router)
         self._importer = importer
         self.versions = AdapterVersions()
-        self._there: set[int] = set()  # whose weights are in their slot
-        self._coming: dict[int, tuple[tuple[int, ...], Future[list[Staged]]]] = {}  # its slots, what is on its way
-        self._failed: dict[int, InputError] = {}
-        self._choosable: tuple[int, set[int]] = -1, set()  # by gates, after so many changes
-        self._readers = ThreadPoolExecutor(READERS, "adapters")
+        self._copies = Copies(self._weights, self.table, self._stage)
+        self._choosable: dict[tuple[bool, bool], set[int]] = {}  # of `WantedAdapters`' gated and scored
+        self._choosable_at = -1  # so many changes
         for place, info in enumerate(stored.config.adapters):
             self.versions.add(info.name, stored, place, slots=slots_for(info.rank, slots))
         self._fill()
@@ -124,7 +121,7 @@ class AdapterPool:
     def resident(self) -> tuple[str, ...]:
         """The names whose newest version lies in a slot now."""
         with self.lock:
-            return tuple(v.name for v in self.versions.find(self.versions.names()) if v.number in self._there)
+            return tuple(v.name for v in self.versions.find(self.versions.names()) if v.number in self._copies.there)
 
     def load(
         self, path: str | os.PathLike[str], name: str, *, adapter: str | None = None, any_base: bool = False
@@ -156,7 +153,7 @@ class AdapterPool:
             place = _place(bank, adapter, name)
             read = bank.adapter(place)
             count = slots_for(read.config.adapters[0].rank, self.slots)
-            if problems := misfits_slots(read.config, self.slots, str(path), self.most_slots):
+            if problems := misfits_slots(read.config, self.slots, str(path)):
                 raise InputError(problems)
         except BaseException:
             if scratch is not None:
@@ -191,33 +188,37 @@ class AdapterPool:
         if router is None:
             return None
         if not isinstance(router, NamedAdapters):
-            wanted = "Fixed, Retrieval, Gates or GatesWithin with adapter_slots"
+            wanted = "Fixed, Retrieval, Gates, GatesWithin, Arrow, Spectr, Lag or Phatgoose with adapter_slots"
             raise InputError(f"router: expected {wanted}, found {router!r:.200}")
         if router.needs_gates and self.gates is None:
             raise InputError(f"router: {router!r} expected trained gates, found a model loaded without them")
         with self.lock:
             named = router.named()
             every = isinstance(named, int)
-            versions = self._some(named) if isinstance(named, int) else self.versions.newest(list(dict.fromkeys(named)))
+            gated = bool(router.needs_gates)
+            known_names = self.gates.names if gated and self.gates is not None else self.versions.names()
+            if isinstance(named, int):
+                versions = self._some(router, named, known_names, "gates know" if gated else "are loaded")
+            else:
+                versions = self.versions.newest(list(dict.fromkeys(named)))
         if not versions:
             return None
         if (count := sum(v.slots for v in versions)) > self.table.count:
             found = f"{len(versions)} of {count} slots"
             raise InputError(f"router: expected at most {self.table.count} adapters (the slots), found {found}")
         names = tuple(v.name for v in versions)
-        known = self.gates.names if router.needs_gates and self.gates is not None else names
-        if lacking := [n for n in names if n not in known]:
+        if lacking := [n for n in names if gated and n not in known_names]:
             raise InputError(f"Gates: within: expected adapters that gates know, found {', '.join(lacking)}")
         view = dataclasses.replace(self.slots, adapters=tuple(v.info for v in versions))
         both: list[Any] = [router, None]
         bound = watch(bind(both, names, 2, names if router.needs_gates else None), view, [prompt, prompt])
         row = bind_row(bound)
         assert row is not None
-        known_routing = None if bound is None else bound.known(None)
-        if known_routing is not None and known_routing.fused is not None and any(v.slots > 1 for v in versions):
-            large = ", ".join(v.name for v in versions if v.slots > 1)
-            raise InputError(f"router: expected adapters of one slot each to be fused, found {large} (adapter_rank)")
-        return WantedAdapters(tuple(v.number for v in versions), row, every)
+        assert bound is not None
+        scored = not bound.asks <= GATES
+        if scored:
+            self._score(self.versions.find(known_names) if every else versions, router)
+        return WantedAdapters(tuple(v.number for v in versions), row, every, gated, scored)
 
     # what a scheduler asks, under `lock`
 
@@ -238,19 +239,20 @@ class AdapterPool:
             InputError: one of them cannot be read.
         """
         for n in wanted.versions:
-            if (failure := self._failed.get(n)) is not None:
+            if (failure := self._copies.failed.get(n)) is not None:
                 raise failure
+        there = self._copies.scored if wanted.scored else self._copies.there
         if not self.table.holds(owner):
-            if not fetch and any(n not in self._there for n in wanted.versions):
+            if not fetch and any(n not in there for n in wanted.versions):
                 return "waiting"
             placed = self.table.take(owner, wanted.versions, drain)
             if placed is None:
                 return "waiting"
-            self._start(placed)
-            missing = any(n not in self._there for n in wanted.versions)
+            self.changes += self._copies.start(placed)
+            missing = any(n not in there for n in wanted.versions)
             self.counters.misses += missing
             self.counters.hits += not missing
-        return "ready" if all(n in self._there for n in wanted.versions) else "loading"
+        return "ready" if all(n in there for n in wanted.versions) else "loading"
 
     def dismiss(self, owner: Hashable, wanted: WantedAdapters) -> None:
         """A request that needs nothing any more."""
@@ -261,7 +263,10 @@ class AdapterPool:
     def place(self, wanted: WantedAdapters) -> BoundRow:
         """A request's router over the slots as they are now."""
         slots = [self.table.slots(n) or () for n in self._acting(wanted)]
-        width = 1 << (max(map(len, slots)) - 1).bit_length()  # few widths: each is a program
+        # whatever comes to lie there; routers by score have whole adapters
+        known = self._known() if wanted.every and wanted.gated else []
+        most = [*(v.slots for v in known), *map(len, slots)]
+        width = 1 << (max(most) - 1).bit_length()  # few widths: each is a program
         where = np.full((len(slots), width), NO_ADAPTER, np.int32)
         for row, own in zip(where, slots, strict=True):
             row[: len(own)] = own
@@ -277,37 +282,16 @@ class AdapterPool:
 
     def advance(self) -> bool:
         """Writes what has arrived into its slots; whether anything is on its way still."""
-        for n, (slots, coming) in list(self._coming.items()):
-            if not coming.done():
-                continue
-            try:
-                staged = coming.result()
-                if not all(z.is_ready() for z in jax.tree.leaves(staged)):
-                    continue
-            except InputError as e:
-                if n in self.versions:
-                    self._failed[n] = e
-                del self._coming[n]
-                continue
-            del self._coming[n]
-            if self.table.slots(n) == slots:
-                for part, slot in zip(staged, slots, strict=True):
-                    self._weights.write(part, slot)
-                self._there.add(n)
-                self.changes += 1
-                self.counters.copies += 1
-        return bool(self._coming)
+        written = self._copies.advance(self.versions.__contains__)
+        self.changes += written
+        self.counters.copies += written
+        return len(self._copies) > 0
 
     def wait(self) -> None:
         """Until the next adapter has arrived, if one is on its way; not under `lock`."""
         with self.lock:
-            coming = next((future for _, future in self._coming.values()), None)
-        start = time.perf_counter()
-        if coming is None:  # somebody else holds the slots
-            time.sleep(1e-3)
-        elif coming.exception() is None:
-            jax.block_until_ready(coming.result())
-        self.counters.stalled += time.perf_counter() - start
+            coming = self._copies.first()
+        self.counters.stalled += wait_for(coming)
 
     def numbers(self) -> np.ndarray:
         """int32 [slots]: which version lies in each slot, -1: none, or one that begins in another."""
@@ -322,8 +306,7 @@ class AdapterPool:
         """Nobody can ask for these any more."""
         for n in numbers:
             self.table.forget(n)
-            self._there.discard(n)
-            self._failed.pop(n, None)
+            self._copies.forget(n)
             self.changes += 1
 
     def _known(self) -> list[AdapterVersion]:
@@ -332,37 +315,45 @@ class AdapterPool:
         return self.versions.find(self.gates.names)
 
     def _acting(self, wanted: WantedAdapters) -> tuple[int, ...]:
-        """What a request may choose: its own, or beside them all of `_known` whose weights are in their slots."""
+        """What a request may choose: its own, or beside them all that its router knows and whose weights, and what it
+        reads of them, are in their slots."""
         if not wanted.every:
             return wanted.versions
-        if self._choosable[0] != self.changes:
-            self._choosable = self.changes, {v.number for v in self._known() if v.number in self._there}
-        return tuple(sorted({*wanted.versions, *self._choosable[1]}))
+        if self._choosable_at != self.changes:
+            self._choosable, self._choosable_at = {}, self.changes
+        if (found := self._choosable.get(kind := (wanted.gated, wanted.scored))) is None:
+            known = self._known() if wanted.gated else self.versions.find(self.versions.names())
+            there = self._copies.scored if wanted.scored else self._copies.there
+            found = {v.number for v in known if v.number in there and (v.slots == 1 or not wanted.scored)}
+            self._choosable[kind] = found
+        return tuple(sorted({*wanted.versions, *found}))
 
-    def _some(self, count: int) -> list[AdapterVersion]:
-        """So many adapters that gates know, which stay in their slots while the request runs."""
-        known = sorted(self._known(), key=lambda v: v.number not in self._there)
+    def _some(self, router: Any, count: int, names: Sequence[str], which: str) -> list[AdapterVersion]:
+        """So many of these adapters, which stay in their slots while the request runs."""
+        known = sorted(self.versions.find(names), key=lambda v: v.number not in self._copies.there)
         if len(known) < count:
-            raise InputError(f"Gates: top_k: expected at most {len(known)} (adapters that gates know), found {count}")
+            found = f"{type(router).__name__}: top_k: expected at most {len(known)} (adapters that {which})"
+            raise InputError(f"{found}, found {count}")
         return known[:count]
+
+    def _score(self, versions: Sequence[AdapterVersion], router: Any) -> None:
+        """Readies the pool for a router by score over these."""
+        if large := [v.name for v in versions if v.slots > 1]:
+            found = f"{type(router).__name__} with {', '.join(large[:8])}"
+            raise InputError(f"router: expected adapters of one slot each (adapter_rank) to be scored, found {found}")
+        self._copies.score()
 
     def _slots_of(self, number: int) -> int:
         return self.versions[number].slots
 
-    def _start(self, placed: Sequence[tuple[int, tuple[int, ...]]]) -> None:
-        for gone in [m for m in self._there if self.table.slots(m) is None]:
-            self._there.discard(gone)
-            self.changes += 1
-        for n, slots in placed:
-            self._coming[n] = slots, self._readers.submit(self._stage, self.versions[n])
-
-    def _stage(self, version: AdapterVersion) -> list[Staged]:
+    def _stage(self, number: int, spectra: bool) -> list[Staged]:
+        version = self.versions[number]
         read = version.bank.adapter(version.place)
         columns = {}
         if self.gates is not None and version.name in self.gates.names:
             at = self.gates.names.index(version.name)
             columns = {path: z[..., at] for path, z in self._columns.items()}
-        return self._weights.stage(read, columns, version.slots)
+        return self._weights.stage(read, columns, version.slots, spectra)
 
     def _router_columns(self) -> np.ndarray:
         """The token router's columns of what lies in the slots, and of its null choice; 0 where it has none."""
@@ -379,14 +370,14 @@ class AdapterPool:
             left -= version.slots
             if left < 0:
                 break
-            self._start(self.table.take("fill", [version.number]) or [])
+            self._copies.start(self.table.take("fill", [version.number]) or [])
             self.table.release("fill")
-            while len(self._coming) >= READERS:
+            while len(self._copies) >= READERS:
                 self.wait()
                 self.advance()
         while self.advance():
             self.wait()
-        for failure in self._failed.values():
+        for failure in self._copies.failed.values():
             raise failure
         self.counters = PoolCounters()
 

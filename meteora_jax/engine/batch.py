@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from meteora_jax.engine.request import BoundRow, Progress
 from meteora_jax.engine.sampling import SamplingRows
@@ -15,6 +19,7 @@ from meteora_jax.engine.scheduler import Chunk, Plan
 from meteora_jax.engine.step import PromptTokens, StepRows
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.mixed import Mixed
+from meteora_jax.sharding import place_whole
 from pallas_kernels.paged_attention import EMPTY, QUERY_BLOCK
 
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)  # of a program; a dispatch takes the first that holds its rows
@@ -78,6 +83,28 @@ def join_routers(rows: Sequence[BoundRow | None], count: int, beside: Iterable[B
     return Mixed(np.asarray(which, np.int32), tuple(bound))
 
 
+class JoinedRouters:
+    """`join_routers`, which is not done again for the rows that it was last done for."""
+
+    def __init__(self, mesh: Mesh | None = None):
+        """mesh: on which the engine's arrays lie."""
+        self._mesh = mesh
+        self._last: tuple[Any, BoundRouter | None] | None = None
+
+    def of(self, rows: Sequence[BoundRow | None], count: int, beside: Iterable[BoundRow]) -> BoundRouter | None:
+        """The arguments of `join_routers`; its arrays are on the devices."""
+        asked = tuple(rows), count, tuple(beside)
+        if self._last is not None:
+            before = self._last[0]
+            same = before[1] == count and len(before[0]) == len(asked[0]) and len(before[2]) == len(asked[2])
+            if same and all(map(operator.is_, before[0] + before[2], asked[0] + asked[2])):
+                return self._last[1]
+        router = join_routers(*asked)
+        router = jax.tree.map(jnp.asarray, router) if self._mesh is None else place_whole(router, self._mesh)
+        self._last = asked, router
+        return router
+
+
 def allowed_tokens(owners: Sequence[Progress], count: int, vocabulary: int) -> np.ndarray | None:
     """`StepRows.allowed` of `count` rows, the first of which are these; None where none has a guide. Of a prompt whose
     end is not read in this step nothing is drawn, and its mask means nothing."""
@@ -108,10 +135,10 @@ class Dispatch:
 
 def dispatch_of(
     plan: Plan, row_sizes: Sequence[int], prompt_sizes: Sequence[int], table_sizes: Sequence[int], vocabulary: int,
-    beside: Iterable[BoundRow] = (),
+    beside: Iterable[BoundRow] = (), routers: JoinedRouters | None = None,
 ) -> Dispatch:  # fmt: skip
     """The arrays of a plan, padded to the next of the sizes; tables have as many columns as the longest needs. beside:
-    of `join_routers`."""
+    of `join_routers`. routers: what joins them."""
     owners = (*plan.decoding, *(chunk.progress for chunk in plan.chunks))
     count = round_up(len(owners), row_sizes)
     tables = np.zeros((count, round_up(max(len(p.blocks) for p in owners), table_sizes)), np.int32)
@@ -124,7 +151,7 @@ def dispatch_of(
     sampling = SamplingRows.of([p.request.sampling for p in owners], vocabulary)
     if sampling is not None:  # rows that are none repeat the last
         sampling = jax.tree.map(lambda z: np.pad(z, (0, count - len(owners)), mode="edge"), sampling)
-    router = join_routers([p.router for p in owners], count, beside)
+    router = (routers or JoinedRouters()).of([p.router for p in owners], count, beside)
     rows = StepRows(order, decodes, tables, prompts, sampling, allowed_tokens(owners, count, vocabulary))
     if not plan.chunks:
         return Dispatch(rows, None, router, plan.steps, owners, ())

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool
-from meteora_jax.engine.batch import Dispatch, dispatch_of, prompt_sizes, row_sizes
+from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes
 from meteora_jax.engine.job import Job
 from meteora_jax.engine.prefix_cache import PrefixCache
 from meteora_jax.engine.request import FinishReason, Progress, Request, check_prompts
@@ -70,7 +70,7 @@ class Handle:
     """A request that was submitted: its tokens as they come, and its end."""
 
     def __init__(self, engine: EngineCore, progress: Progress, decode: Decode | None):
-        self._engine, self.progress = engine, progress
+        self.engine, self.progress = engine, progress
         self._stops = TextStream(decode, progress.request.stop) if progress.request.stop and decode else None
 
     @property
@@ -91,12 +91,12 @@ class Handle:
                 self.check()
                 return
             else:
-                self._engine.advance(self)
+                self.engine.advance(self)
 
     def wait(self) -> Progress:
         """The finished request."""
         while not self.done:
-            self._engine.advance(self)
+            self.engine.advance(self)
         self.check()
         return self.progress
 
@@ -107,7 +107,7 @@ class Handle:
 
     def cancel(self) -> None:
         """Ends the request; what it has said stays."""
-        self._engine.cancel(self)
+        self.engine.cancel(self)
 
     def _take(self, tokens: list[int]) -> bool:
         """Adds tokens, as far as no stop string ends the response in them; whether one did."""
@@ -142,6 +142,7 @@ class EngineCore:
         self.table_sizes = (*(8 << 2 * i for i in range(12) if 8 << 2 * i < most), most)
         self._end = place_whole(jnp.asarray(config.eos_token_ids or (-1,), jnp.int32), mesh)
         self._job = Job(nnx.merge(graph, weights).execution.step is not None) if few_programs else None
+        self._routers = JoinedRouters(mesh)
         self._handles: dict[int, Handle] = {}
         self._numbers = 0
         self._in_flight: deque[tuple[Dispatch, StepResult, np.ndarray | None]] = deque()  # and what lay in the slots
@@ -150,11 +151,18 @@ class EngineCore:
         self._failure: BaseException | None = None
         with self._exclusive(), use_mesh(mesh):
             self._state: EngineState = new_state(graph, weights, size.blocks, size.block_size, size.rows)
+        if pool is not None and mesh is None:  # bound to its device as steps leave it: else the next compiles anew
+            self._state = jax.device_put(self._state, jax.devices()[0])
 
     @property
     def busy(self) -> bool:
         """Whether a request is not done."""
         return self.scheduler.busy or bool(self._in_flight)
+
+    @property
+    def serving(self) -> bool:
+        """Whether somebody waits for a result."""
+        return self.scheduler.busy
 
     @property
     def failed(self) -> bool:
@@ -194,15 +202,15 @@ class EngineCore:
                 self._finish(handle, "cancelled")
         self._tell()
 
-    def advance(self, handle: Handle) -> None:
-        """One round for the sake of a request: by this thread, or awaited if another is at it."""
+    def advance(self, handle: Handle | None) -> None:
+        """One round for the sake of a request (None: of any): by this thread, or awaited if another is at it."""
         if self._lock.acquire(blocking=False):
             try:
-                if not handle.done:
+                if handle is None or not handle.done:
                     self.step()
             finally:
                 self._lock.release()
-        else:
+        elif handle is not None:
             with self._news:
                 self._news.wait(0.05)
 
@@ -269,17 +277,17 @@ class EngineCore:
         if (job := self._job) is not None:
             tables = job.tables(self.table_sizes, self.size.block_size)
             sizes, kinds = (job.rows(self.row_sizes), job.prompts(self.prompt_sizes), tables), job.kinds.values()
-        work = dispatch_of(plan, *sizes, self.config.vocab_size, kinds)
+        work = dispatch_of(plan, *sizes, self.config.vocab_size, kinds, self._routers)
         asked = [p.request.logprobs for p in work.owners if p.request.logprobs is not None]
         traced = any(p.request.trace for p in work.owners)
-        rows, prompt, router = place_whole((work.rows, work.prompt, work.router), self.mesh)
+        rows, prompt = place_whole((work.rows, work.prompt), self.mesh)
         with use_mesh(self.mesh):
             self._state, result = run_steps(
-                self.graph, self.weights, self._state, rows, prompt, router, self._end, steps=work.steps,
+                self.graph, self.weights, self._state, rows, prompt, work.router, self._end, steps=work.steps,
                 logprobs=max(asked) if asked else None, trace=traced,
             )  # fmt: skip
         for leaf in jax.tree.leaves(result):
-            if self.mesh is None:
+            if leaf.is_fully_addressable:
                 leaf.copy_to_host_async()
         self._in_flight.append((work, result, slots))
         self.counters.dispatches += 1
@@ -289,7 +297,10 @@ class EngineCore:
     def _read(self) -> None:
         """Waits for the oldest dispatch and gives everyone what is theirs."""
         work, result, slots = self._in_flight.popleft()
-        tokens: list[list[int]] = fetch(result.tokens).T.tolist()
+        told = fetch(result.tokens).T
+        tokens, counts = told.tolist(), np.sum(told != EMPTY, axis=1).tolist()  # a row that draws no more is EMPTY
+        over = np.isin(told, self.config.eos_token_ids)
+        ends = np.where(over.any(axis=1), over.argmax(axis=1), -1).tolist()
         logprob = None if result.logprob is None else fetch(result.logprob)
         likely = None if result.likely is None else tuple(map(fetch, result.likely))
         trace = None if result.trace is None else tuple(map(fetch, result.trace))
@@ -305,13 +316,13 @@ class EngineCore:
             handle = self._handles.get(p.number)
             if handle is None:
                 continue
-            drawn = [t for t in tokens[b] if t != EMPTY]
+            drawn = tokens[b][: counts[b]]
             if trace is not None and p.request.trace and p.router is not None and b < read:
                 self._traced(p, *(z[: len(drawn), :, b] for z in trace))
             if not drawn:
                 continue
-            end = next((i for i, t in enumerate(drawn) if t in self.config.eos_token_ids), None)
-            kept = drawn if end is None else drawn[:end]
+            end = ends[b]
+            kept = drawn if end < 0 else drawn[:end]
             before = len(p.tokens)
             stopped = handle._take(kept)
             if logprob is not None and p.request.logprobs is not None:
@@ -322,7 +333,7 @@ class EngineCore:
             self.scheduler.learned(p)
             if stopped:
                 self._finish(handle, "stop")
-            elif end is not None:
+            elif end >= 0:
                 self._finish(handle, "end")
             elif len(p.tokens) >= p.request.max_new_tokens:
                 self._finish(handle, "length")

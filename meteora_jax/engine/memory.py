@@ -28,11 +28,11 @@ DISPATCHES = 2  # whose results are on the device at once
 
 def free_bytes(mesh: Mesh | None) -> int | None:
     """What each device of the mesh (of all hosts), or the first one, has left; None where that is not known."""
-    devices: Sequence[Any] = jax.devices()[:1] if mesh is None else list(mesh.local_devices)
+    devices: Sequence[Any] = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
     stats = [device.memory_stats() for device in devices]
     found = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
     free = min(found) if found else None
-    if mesh is not None and jax.process_count() > 1:
+    if mesh is not None and mesh.is_multi_process:
         from jax.experimental import multihost_utils
 
         kib = np.asarray(-1 if free is None else free >> 10, np.int32)

@@ -76,12 +76,15 @@ class WantedAdapters:
     """What a request asks of a pool (`adapter_pool`).
 
     versions: the numbers of those that must lie in slots while it runs. row: its router, bound to them as adapters 0 to
-    k - 1. every: it chooses among all that gates know and that lie in slots, these and others.
+    k - 1. every: it chooses among all that it knows and that lie in slots, these and others. gated: gates choose, which
+    know some. scored: by scores, for which more of an adapter must have been copied.
     """
 
     versions: tuple[int, ...]
     row: BoundRow
     every: bool
+    gated: bool = False
+    scored: bool = False
 
 
 class Guide(Protocol):

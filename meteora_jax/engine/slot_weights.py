@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import GROUPS, LlamaConfig
 from meteora_jax.execution import jit
-from meteora_jax.io.model_bank import ADAPTER_AXES, COLUMN_AXES, adapter_tensors
+from meteora_jax.io.model_bank import ADAPTER_AXES, COLUMN_AXES, adapter_tensors, group_spectra
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.sharding import Params, place, sharding
 from meteora_jax.spectra import SPECTRA
@@ -45,8 +45,10 @@ class SlotWeights:
         self._config, self._mesh = config, mesh
         model = nnx.merge(graph, weights)
         self._packings: dict[Path, Packing] = {}
+        self._cuts: dict[str, tuple[tuple[int, ...], int]] = {}  # of each group its columns' widths, in how many parts
         for group in GROUPS:
             linear = getattr(model.layers, group)
+            self._cuts[group] = linear.splits, linear.shards
             if isinstance(linear, PackedLinear) and linear.lora_a is not None:
                 rank = 0 if linear.wide else linear.lora_a.shape[-2]
                 self._packings["layers", group, "kernel"] = Packing(
@@ -58,23 +60,29 @@ class SlotWeights:
             path = tuple(map(str, at))
             columns = {} if router else COLUMN_AXES
             axis = (ADAPTER_AXES | columns).get(path[-1])
-            if path[-1] in SPECTRA:  # no router over slots reads them
-                continue
             if axis is not None and path[0] in ("layers", "embed_adapters", "head_adapters"):
                 self._leaves[path], self._axes[path] = leaf, axis
             elif path in self._packings:
                 self._leaves[path] = leaf
         self._gated = not router and model.has_gates
 
-    def stage(self, adapter: AdapterBank, columns: Mapping[Path, np.ndarray], slots: int = 1) -> list[Staged]:
+    def stage(
+        self, adapter: AdapterBank, columns: Mapping[Path, np.ndarray], slots: int = 1, spectra: bool = False
+    ) -> list[Staged]:
         """An adapter on its way to the devices: padded to the slots' shape, and handed over without waiting.
 
         Args:
             adapter: alone. columns: of its gates, [L, I, P] by the place of `gate`; none: gates do not know it. slots:
-                into so many its ranks are divided; what has no rank goes into the first.
+                into so many its ranks are divided; what has no rank, and the columns, go into the first. spectra: with
+                what routers by score read of the matrices.
         """
         own = adapter_tensors(adapter, self._config, self._mesh)
-        return [self._stage(own, columns, part) for part in range(slots)]
+        for group in GROUPS if spectra else ():
+            if ("layers", group, "lora_a") in own:
+                a, b, scale = (own["layers", group, name] for name in ("lora_a", "lora_b", "lora_scale"))
+                for name, value in zip(SPECTRA, group_spectra(a, b, scale, *self._cuts[group]), strict=True):
+                    own["layers", group, name] = value
+        return [self._stage(own, {} if part else columns, part) for part in range(slots)]
 
     def _stage(self, own: Mapping[Path, np.ndarray], columns: Mapping[Path, np.ndarray], part: int) -> Staged:
         staged: dict[Path, Any] = {}
@@ -115,9 +123,19 @@ class SlotWeights:
 
     def _put(self, value: np.ndarray, path: Path) -> jax.Array:
         if self._mesh is None:
-            return jax.device_put(value)
-        leaf = self._leaves[path]
-        return place(value, sharding(self._mesh, leaf.get_metadata("axes"), value.shape))
+            where = SingleDeviceSharding(jax.devices()[0])
+        else:
+            where = sharding(self._mesh, self._leaves[path].get_metadata("axes"), value.shape)
+        pinned = pinned_like(where)
+        # by way of memory that the device reads by itself: the copy takes no time of the host's
+        return place(value, where) if pinned is None else jax.device_put(place(value, pinned), where)
+
+
+def pinned_like(where: Sharding) -> Sharding | None:
+    """The same devices' pinned host memory; None where the platform has none."""
+    device = next(iter(where.device_set))
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    return where.with_memory_kind("pinned_host") if "pinned_host" in kinds else None
 
 
 def _ranks(path: Path, whole: np.ndarray | None, shape: Sequence[int], part: int) -> np.ndarray | None:

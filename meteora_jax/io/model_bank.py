@@ -15,7 +15,8 @@ from meteora_jax.bank import AdapterBank
 from meteora_jax.config import ENDS, GROUPS, BankConfig, LlamaConfig
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.model_state import column_orders
-from meteora_jax.model.llama import Llama, lay_out, pack
+from meteora_jax.model.layout import lay_out, pack
+from meteora_jax.model.llama import Llama
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.model.vocab_adapters import vocab_tensors
@@ -49,10 +50,13 @@ def rank_in(weights: Params) -> Callable[[int, str], int]:
     return rank
 
 
-def is_packed(graph: nnx.GraphDef, weights: Params) -> bool:
-    """Whether a group of the model is packed for inference."""
-    layers = nnx.merge(graph, weights).layers
-    return any(isinstance(getattr(layers, group), PackedLinear) for group in GROUPS)
+def packs(graph: nnx.GraphDef, weights: Params, mesh: Mesh | None) -> bool:
+    """Whether the model is one that `pack` prepares for inference, or has prepared."""
+    model = nnx.merge(graph, weights)
+    layers = model.layers
+    return model.execution.packs(model.dtype, mesh) or any(
+        isinstance(getattr(layers, group), PackedLinear) for group in GROUPS
+    )
 
 
 def change_adapters(
@@ -156,18 +160,26 @@ def fill_spectra(graph: nnx.GraphDef, weights: Params, mesh: Mesh | None) -> Non
         if linear.lora_a is None:
             continue
         a, b, scale = (fetch(leaves["layers", group, name][...]) for name in ("lora_a", "lora_b", "lora_scale"))
-        b = b.reshape(*b.shape[:3], linear.shards, -1)
-        found = []
-        for p, (start, stop) in enumerate(columns_of(tuple(o // linear.shards for o in linear.splits))):
-            own = b[..., start:stop].reshape(*b.shape[:3], -1)  # in which order columns lie changes neither
-            found.append(spectra(a[:, p], own, scale[:, p]))
-        for name, parts in zip(SPECTRA, zip(*found, strict=True), strict=True):
-            leaf, value = leaves["layers", group, name], np.stack(parts, 1)
+        for name, value in zip(SPECTRA, group_spectra(a, b, scale, linear.splits, linear.shards), strict=True):
+            leaf = leaves["layers", group, name]
             leaf.set_value(
                 jnp.asarray(value)
                 if mesh is None
                 else place(value, sharding(mesh, leaf.get_metadata("axes"), value.shape))
             )
+
+
+def group_spectra(
+    a: np.ndarray, b: np.ndarray, scale: np.ndarray, splits: Sequence[int], shards: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`SPECTRA` of a group's arrays as `AdapterBank.group` has them, the columns in `shards` parts."""
+    b = b.reshape(*b.shape[:3], shards, -1)
+    found = []
+    for p, (start, stop) in enumerate(columns_of(tuple(o // shards for o in splits))):
+        own = b[..., start:stop].reshape(*b.shape[:3], -1)  # in which order columns lie changes neither
+        found.append(spectra(a[:, p], own, scale[:, p]))
+    arrow, spectr = (np.stack(parts, 1) for parts in zip(*found, strict=True))
+    return arrow, spectr
 
 
 def _rebuilt(

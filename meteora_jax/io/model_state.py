@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +20,16 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.io.gates import count_columns, gate_weights
 from meteora_jax.io.tensors import StoredArray
-from meteora_jax.model.llama import Llama, lay_out
+from meteora_jax.model.layout import lay_out
+from meteora_jax.model.llama import Llama
 from meteora_jax.model.lora_linear import column_shards
 from meteora_jax.model.routed_llama import gated_llama
+from meteora_jax.model.shares import refusal
 from meteora_jax.model.vocab_adapters import vocab_tensors
 from meteora_jax.sharding import Params, place, shard_order, sharding, tensor_shards
 from meteora_jax.spectra import SPECTRA
+
+LOG = logging.getLogger(__name__)
 
 
 def split_bank(
@@ -65,6 +70,17 @@ def _in_shards(value: Any, order: np.ndarray, shards: int) -> Any:
     return value if isinstance(value, jax.Array) else value[..., order]
 
 
+def execution_on(config: LlamaConfig, dtype: DTypeLike, mesh: Mesh | None) -> ExecutionConfig:
+    """How a model of these sizes runs on a mesh; without kernels, and a line that says so, where its tensor axis gives
+    no device whole heads."""
+    execution = ExecutionConfig.here(dtype, mesh)
+    why = refusal(config, tensor_shards(mesh)) if execution.shares else None
+    if why is None:
+        return execution
+    LOG.warning("%s: XLA runs the steps, without kernels", why)
+    return dataclasses.replace(execution, shares=False, step=None, ragged=False)
+
+
 def assemble(
     config: LlamaConfig,
     weights: Mapping[tuple[str, ...], Any],
@@ -83,7 +99,7 @@ def assemble(
     `bank`. known: how many adapters the gates have a column of; None: all of the bank's.
     """
     bank_config = bank.config if bank is not None else slots
-    execution = ExecutionConfig.here(dtype, mesh)
+    execution = execution_on(config, dtype, mesh)
 
     def fresh() -> Llama:
         if gates is None or bank_config is None:

@@ -64,7 +64,7 @@ class StoredBank:
             if "rows" in held:
                 ends[end]["rows"] = ends[end]["rows"][:, : vocab[end].most]
         a, b, scale = part("a", self.dtype), part("b", self.dtype), part("scale")
-        return AdapterBank(a, b, scale, config, part("dora"), part("bias"), ends)
+        return AdapterBank(a, b, scale, config, part("dora"), part("bias"), ends, part("own_gate"))
 
     def _read(self, key: str, at: int, rank: int) -> np.ndarray:
         """A tensor's part of one adapter, its axis kept."""
@@ -96,7 +96,8 @@ def empty_slots(bank: BankConfig, count: int, rank: int | None = None) -> BankCo
     """
     assert bank.adapters, "a bank has adapters"
     targets = tuple(dict.fromkeys(t for info in bank.adapters for t in info.targets))
-    any_of_them = AdapterInfo("", max(bank.ranks.values(), default=0), targets, "", "", {})
+    gated = any(info.own_gate for info in bank.adapters)
+    any_of_them = AdapterInfo("", max(bank.ranks.values(), default=0), targets, "", "", {}, own_gate=gated)
     ranks = bank.ranks if rank is None else dict.fromkeys(bank.base_shapes, rank)
     vocab = {
         end: VocabAdapterConfig(held.rank if rank is None else min(held.rank, rank), (tuple(range(held.most)),) * count)
@@ -114,9 +115,9 @@ def slots_for(rank: int, slots: BankConfig) -> int:
     return -(-rank // min(ranks)) if len(ranks) == 1 else 1
 
 
-def misfits_slots(adapter: BankConfig, slots: BankConfig, source: str, most: int) -> list[str]:
-    """Why an adapter, described alone, has no room in such slots, at most so many of them; a line a reason."""
-    problems, most = [], min(most, slots_for(adapter.adapters[0].rank, slots))
+def misfits_slots(adapter: BankConfig, slots: BankConfig, source: str) -> list[str]:
+    """Why an adapter, described alone, has no room in such slots; a line a reason."""
+    problems, most = [], min(len(slots.adapters), slots_for(adapter.adapters[0].rank, slots))
     for p, rank in adapter.ranks.items():
         if p in adapter.adapters[0].targets and rank > (room := most * slots.ranks.get(p, 0)):
             problems.append(
@@ -128,6 +129,9 @@ def misfits_slots(adapter: BankConfig, slots: BankConfig, source: str, most: int
         if config.get(switch) and lacking:
             problems.append(f"{source}: {switch}: expected an adapter without it, which the slots' bank has not, "
                             f"found one at {', '.join(lacking)}")  # fmt: skip
+    if lacking := [p for p in adapter.own_gates if p not in slots.own_gates]:
+        problems.append(f"{source}: own_gate: expected an adapter without gates of its own, which the slots' bank has "
+                        f"not, found one at {', '.join(lacking)}")  # fmt: skip
     for end, held in adapter.vocab_adapters.items():
         room = slots.vocab_adapters.get(end, VocabAdapterConfig(0, ()))
         if held.rank > most * room.rank or held.most > room.most:

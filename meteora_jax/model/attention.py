@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from meteora_jax.execution import Fused
-from meteora_jax.sharding import by_device
+from meteora_jax.sharding import by_device, partitioned_mesh
 from pallas_kernels.routed_lora.reference import einsum_float32
 
 How = Fused | Literal["parts"]
@@ -56,5 +56,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, how: How |
 
 def _parts(each: int, length: int) -> int:
     """Into how many equal parts `length` queries with `each` scores are cut."""
-    each = -(-each // max(jax.sharding.get_abstract_mesh().size, 1))
+    mesh = partitioned_mesh()
+    each = -(-each // (1 if mesh is None else mesh.size))
     return next((n for n in range(1, length + 1) if length % n == 0 and each * (length // n) <= SCORES), length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import GATES, KnownLogits
 from meteora_jax.routing.scores import SHRUNK, GroupScores
+from meteora_jax.sharding import LOGICAL_AXES, sum_shares
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Chooser, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
@@ -56,9 +58,10 @@ def refusal(
     if any(linear.lora_b is None for linear in linears):
         return "a group without adapters"
     given = router.known(None)
-    fuses = given is not None and given.fused is not None
-    if given is None and router.gating is None:
-        fuses = _chosen_shapes(router, layers, rows).fused is not None
+    acting = _routing_shapes(router, layers, rows) if given is None and router.gating is None else given
+    fuses = acting is not None and acting.fused is not None
+    if acting is not None and acting.runs is not None:
+        return "fusion of adapters whose ranks lie in several places"
     for linear in linears:
         if fuses and _is_wide(linear, execution):
             return "fusion in a wide bank"
@@ -75,16 +78,10 @@ def _is_wide(linear: LoRALinear | PackedLinear, execution: ExecutionConfig) -> b
 
 def chooser(router: BoundRouter, layers: Any) -> Chooser:
     """What asks a router for a group's routing that takes more than the plain top-k of all its logits."""
-    groups = {first: getattr(layers, group) for group, first in FIRST.items()}
+    route = _routed(router, layers)
 
     def choose(layer: int, first: int, x: jax.Array, logits: jax.Array, shrinks: jax.Array | None) -> Choice:
-        x, gates = x[:, None], KnownLogits(logits[:, None])
-        if not router.asks <= GATES:
-            linear = groups[first]
-            if router.asks & SHRUNK and shrinks is None:  # of a wide bank
-                shrinks = shrink(x, linear.lora_a[...][layer])[:, 0]
-            gates = GroupScores.of(linear, x, gates, None if shrinks is None else shrinks[:, None], layer)
-        routing = router.route(x, gates)
+        routing = route(layer, first, x, logits, shrinks)
         shape = *logits.shape[:2], routing.indices.shape[-1]
         indices, weights = (jnp.broadcast_to(z[:, 0], shape) for z in (routing.indices, routing.weights))
         return Choice(shape[-1], None, None, indices, weights, routing.fused)
@@ -92,14 +89,31 @@ def chooser(router: BoundRouter, layers: Any) -> Chooser:
     return choose
 
 
-def _chosen_shapes(router: BoundRouter, layers: Any, rows: int) -> Any:
-    """A `Choice` of shapes: what `chooser` gives of one group."""
+def _routed(router: BoundRouter, layers: Any) -> Callable[..., Routing]:
+    """The same, as a routing [M, 1, P, C]."""
+    groups = {first: getattr(layers, group) for group, first in FIRST.items()}
+
+    def route(layer: int, first: int, x: jax.Array, logits: jax.Array, shrinks: jax.Array | None) -> Routing:
+        x, gates = x[:, None], KnownLogits(logits[:, None])
+        if not router.asks <= GATES:
+            linear = groups[first]
+            if router.asks & SHRUNK and shrinks is None:  # of a wide bank
+                shrinks = shrink(x, linear.lora_a[...][layer])[:, 0]
+                shrinks = sum_shares(shrinks) if linear.share == "inputs" else shrinks
+            gates = GroupScores.of(linear, x, gates, None if shrinks is None else shrinks[:, None], layer)
+        return router.route(x, gates)
+
+    return route
+
+
+def _routing_shapes(router: BoundRouter, layers: Any, rows: int) -> Any:
+    """A `Routing` of shapes: what a router that is asked for each group gives of one."""
     linear: LoRALinear | PackedLinear = layers.qkv
     assert linear.lora_a is not None
     _, p, adapters, rank, width = linear.lora_a.shape
     shapes = (rows, width), (rows, p, linear.gate_columns), (rows, p, adapters, rank)
-    choose = functools.partial(chooser(router, layers), 0, FIRST["qkv"])
-    return jax.eval_shape(choose, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    route = functools.partial(_routed(router, layers), 0, FIRST["qkv"])
+    return jax.eval_shape(route, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
 
 
 def group_weights(
@@ -120,10 +134,11 @@ def group_weights(
         linear.kernel[...] if weight is None else weight, a, b, scale, splits=linear.splits,
         eps=None if norm is None else norm.eps, packed=linear.packed_rows // len(linear.splits), gates=gates,
         first_projection=first_projection, behind=behind,
+        summed=LOGICAL_AXES["inner"] if linear.share == "inputs" else (),
     )  # fmt: skip
 
 
-def run_layers(
+def run_step(
     layers: Any,
     config: LlamaConfig,
     x: jax.Array,
@@ -155,7 +170,7 @@ def run_layers(
         top_k = router.gating.k
         choice = Choice(top_k, router.gating.counts, router.gating.temperatures)
     elif router is not None:
-        choice, top_k = chooser(router, layers), _chosen_shapes(router, layers, rows).top_k
+        choice, top_k = chooser(router, layers), _routing_shapes(router, layers, rows).indices.shape[-1]
     shape = (depth, rows, sum(map(len, GROUPS.values())), top_k) if top_k else (1,)
     traced = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
     norms = {"qkv": layers.attention_norm, "gate_up": layers.mlp_norm}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,18 +15,18 @@ from meteora_jax.bank import BaseParam
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model.attention import How, attend
-from meteora_jax.model.decoding import refusal, run_layers
-from meteora_jax.model.lora_linear import LoRALinear, column_shards, quantized
-from meteora_jax.model.packed_linear import PackedKernel, packed
+from meteora_jax.model.decoding import refusal, run_step
+from meteora_jax.model.lora_linear import LoRALinear, quantized
+from meteora_jax.model.packed_linear import PackedKernel, PackedLinear
 from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.model.rope import rotate, rotation
+from meteora_jax.model.shares import run_shares
 from meteora_jax.model.vocab_adapters import VocabAdapters, check_request_routing
 from meteora_jax.numerics import contract, matmul_precision
 from meteora_jax.routing import BoundRouter, Routing
-from meteora_jax.sharding import constrain
+from meteora_jax.sharding import constrain, partitioned_mesh, partitions
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
-from pallas_kernels.quantized_matmul.weight import turn, turn_back
 from pallas_kernels.routed_lora.reference import KEPT
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -95,7 +96,8 @@ class Layer(nnx.Module):
         else:
             cache = cache.write(index, k[:, 0], v[:, 0], where.slots)
             window, execution = self.config.sliding_window, where.execution
-            how = choose_attention(execution.platform, execution.step is not None, width, window)
+            heads = q.shape[2], k.shape[2], width, cache.pages.dtype
+            how = choose_attention(execution.platform, execution.kernels and not partitions(), *heads, window)
             y = cache.attend(index, q[:, 0], where.step, window, how)[:, None]
         (y,), r_o = self.o(y, router, where.execution, index, where.keep)
         x = x + y
@@ -217,20 +219,19 @@ class Llama(nnx.Module):
         if acting is not None and self.embed_adapters is not None:
             x = self.embed_adapters.embed(x, tokens, acting)
         x = constrain(x, "batch", None, None)
-        if step is not None and refusal(self.layers, self.config, router, tokens.shape[0], self.execution) is None:
-            return self._step(x, cache, router, where, observe)
-        graph, whole, weights = nnx.split(self.layers, PackedKernel, ...)
-
-        def body(carry: tuple[jax.Array, jax.Array, PagedCache | None], own: Any):
-            index, x, cache = carry
-            x, cache, routings = nnx.merge(graph, whole, own)(x, where, cache, index, router)
-            return (index + 1, x, cache), None if observe is None else observe(routings)
-
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
-        body = jax.checkpoint(body, policy=policy) if remat else body
-        # carried, not scanned over: only of a loop's own counter does XLA know where a slice lies
-        (_, x, cache), observed = jax.lax.scan(body, (jnp.zeros((), jnp.int32), x, cache), weights)
+        run = functools.partial(run_layers, observe=observe, remat=remat)
+        given = self.layers, self.config, x, where, cache, router
+        x, cache, observed = run_shares(*given, run) if self._has_shares(step is not None) else run(*given)
         return LlamaOutput(self.norm(x), cache, observed)
+
+    def _has_shares(self, step: bool) -> bool:
+        """Whether each device of `use_mesh`'s mesh runs its share of the layers: steps of a mesh without a data axis,
+        whose rows share one cache, and all that packed weights serve."""
+        mesh = partitioned_mesh()
+        if mesh is None or mesh.size == 1 or not self.execution.shares:
+            return False
+        packed = any(isinstance(getattr(self.layers, group), PackedLinear) for group in GROUPS)
+        return packed or (step and mesh.shape["data"] == 1)
 
     def new_cache(self, blocks: int, block_size: int) -> Any:
         """An empty cache of so many blocks of so many slots, as `__call__` takes it."""
@@ -253,15 +254,6 @@ class Llama(nnx.Module):
             return mask[:, None], None
         mask |= (positions == EMPTY)[:, :, None]  # a row of padding that sees nobody has no softmax
         return mask[:, None], "packed"
-
-    def _step(self, x, cache, router, where, observe) -> LlamaOutput:
-        """The layers by cuBLAS and Triton; see meteora_jax.model.decoding."""
-        cos, sin = (jnp.broadcast_to(z[:, 0, 0], (x.shape[0], z.shape[-1])) for z in (where.cos, where.sin))
-        x, cache, routings = run_layers(
-            self.layers, self.config, x[:, 0], (cos, sin), cache, where.step, router, self.execution
-        )
-        observed = None if observe is None else jax.vmap(observe)(routings)
-        return LlamaOutput(self.norm(x[:, None]), cache, observed)
 
     def _vocab_routing(self, router: BoundRouter | None) -> Routing | None:
         """What acts at embedding and head; None where no adapter of the bank, or no router, does."""
@@ -295,44 +287,28 @@ class Llama(nnx.Module):
         return contract("...d,dv->...v", hidden, self.lm_head[...], 0)
 
 
-def lay_out(model: Llama, tensor: int) -> None:
-    """Says how the groups' columns will lie on a mesh of that tensor axis; their weights must be placed so."""
-    for group in GROUPS:
-        getattr(model.layers, group).shards = column_shards(model.config, group, tensor)
+def run_layers(
+    layers: Any, config: LlamaConfig, x: jax.Array, where: Where, cache: PagedCache | None, router: BoundRouter | None,
+    *, observe: Observer | None, remat: bool | Literal["dots"],
+) -> tuple[jax.Array, PagedCache | None, Any]:  # fmt: skip
+    """x [B, T, D] through all layers: a step by the kernels where they serve it, else by XLA; with the cache, and what
+    the observer returned."""
+    step, execution = where.step, where.execution
+    launch = step is not None and not partitions() and refusal(layers, config, router, x.shape[0], execution) is None
+    if step is not None and launch:
+        cos, sin = (jnp.broadcast_to(z[:, 0, 0], (x.shape[0], z.shape[-1])) for z in (where.cos, where.sin))
+        assert cache is not None
+        x, cache, routings = run_step(layers, config, x[:, 0], (cos, sin), cache, step, router, execution)
+        return x[:, None], cache, None if observe is None else jax.vmap(observe)(routings)
+    graph, whole, weights = nnx.split(layers, PackedKernel, ...)
 
+    def body(carry: tuple[jax.Array, jax.Array, PagedCache | None], own: Any):
+        index, x, cache = carry
+        x, cache, routings = nnx.merge(graph, whole, own)(x, where, cache, index, router)
+        return (index + 1, x, cache), None if observe is None else observe(routings)
 
-def with_execution(graph: Any, weights: Any, execution: ExecutionConfig) -> Any:
-    """The graph definition of the same model, run otherwise; its weights stay."""
-    model = nnx.merge(graph, weights)
-    model.execution = execution
-    return nnx.split(model)[0]
-
-
-def pack(graph: Any, weights: Any, release: Collection[str] = ()) -> tuple[Any, Any]:
-    """The model with every group as `packed` has it: what `mj.load` gives a GPU in 16 bit.
-
-    release: groups whose kernel's memory is given back as soon as there is another; `weights` is then of no more use.
-    """
-    model = nnx.merge(graph, weights)
-    for group in GROUPS:
-        linear = getattr(model.layers, group)
-        setattr(model.layers, group, packed(linear, model.has_gates, model.execution, model.dtype))
-        if group in release and getattr(model.layers, group) is not linear:
-            linear.kernel[...].delete()
-    turns = model.lm_head_scale is not None and not model.head_turned and model.execution.step is not None
-    if model.lm_head is not None and turns:
-        model.lm_head, model.head_turned = BaseParam(turn(model.lm_head[...], 0), axes=("vocab", "model")), True
-    return nnx.split(model)
-
-
-def base_arrays(graph: Any, weights: Any) -> dict[tuple[str, ...], jax.Array]:
-    """The base's weights by path, as `load_base` has them: the model's own arrays, but for packed weights, whose rows
-    are copied."""
-    model = nnx.merge(graph, weights)
-    base = (item for item in nnx.to_flat_state(weights) if isinstance(item[1], BaseParam) and item[0][-1] != "values")
-    found = {tuple(map(str, path)): x[...] for path, x in base}
-    for group in GROUPS:
-        found["layers", group, "kernel"] = getattr(model.layers, group).base_kernel()
-    if model.lm_head is not None and model.head_turned:
-        found["lm_head",] = turn_back(model.lm_head[...], 0)
-    return found
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
+    body = jax.checkpoint(body, policy=policy) if remat else body
+    # carried, not scanned over: only of a loop's own counter does XLA know where a slice lies
+    (_, x, cache), observed = jax.lax.scan(body, (jnp.zeros((), jnp.int32), x, cache), weights)
+    return x, cache, observed

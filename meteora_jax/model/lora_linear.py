@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,15 @@ from meteora_jax.numerics import contract, cpu_block
 from meteora_jax.routing import BoundRouter, GateLogits, Routing
 from meteora_jax.routing.gates import GATES, GateParam, KnownLogits, ProjectionGates
 from meteora_jax.routing.scores import SHRUNK, GroupScores
-from meteora_jax.sharding import constrain, splits_inner
+from meteora_jax.sharding import constrain, splits_inner, sum_shares
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul, triton_gpu
 from pallas_kernels.routed_lora import LoraBank, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32, shrink
 from pallas_kernels.routed_lora.xla import FEW_ROWS
+
+Share = Literal["inputs", "outputs"]  # of a group on one device of a tensor axis
 
 
 def column_shards(config: LlamaConfig, group: str, tensor: int) -> int:
@@ -81,6 +83,8 @@ class LoRALinear(nnx.Module):
     """
 
     packed_rows = 0  # rows of gates and A's behind the kernel's own: see `PackedLinear`
+    # what of the group this device holds a share of, inside `jax.shard_map`: see `model.shares`
+    share: Share | None = None
 
     def __init__(
         self, config: LlamaConfig, group: str, bank: BankConfig | None, gate_columns: int, dtype: Any, rngs: nnx.Rngs
@@ -140,7 +144,11 @@ class LoRALinear(nnx.Module):
 
     def shrink(self, x: jax.Array) -> jax.Array | None:
         """x [B, T, I] through every A, float32 [B, T, P, A, R]; None where no adapter has a part."""
-        return None if self.lora_a is None else shrink(x, self.lora_a[...])
+        return None if self.lora_a is None else self._whole(shrink(x, self.lora_a[...]))
+
+    def _whole(self, x: jax.Array) -> jax.Array:
+        """A sum over the group's inputs, of all devices that hold a share of them."""
+        return sum_shares(x) if self.share == "inputs" else x
 
     def __call__(
         self,
@@ -156,8 +164,10 @@ class LoRALinear(nnx.Module):
         `remat="dots"`.
         """
         del layer
+        partial = self.share == "inputs"
         # y, logits and shrinks of few tokens cross devices as one float32 sum: a second one would take as long again
-        summed = self.sides[0] == "inner" and splits_inner(x.shape[-1]) and x.shape[0] * x.shape[1] <= FEW_ROWS
+        summed = self.sides[0] == "inner" and (partial or splits_inner(x.shape[-1]))
+        summed &= x.shape[0] * x.shape[1] <= FEW_ROWS
         if self.kernel_scale is not None:
             plain = quantized(x, self.kernel, self.kernel_scale, self.kernel_zero)
             plain = plain if summed else plain.astype(x.dtype)
@@ -165,22 +175,29 @@ class LoRALinear(nnx.Module):
             plain = einsum_float32(x.dtype, "bti,io->bto", x, self.kernel[...])
         else:
             plain = contract("bti,io->bto", x, self.kernel[...], 0)
-        y = plain if self.bias is None else plain + self.bias[...].astype(plain.dtype)[None, None, :]
+        y = plain if partial else self._with_bias(plain)
         routing = None
-        if router is not None:
+        if router is None:
+            y = self._whole(y)
+        else:
             # without gates here the router is a routing, which asks for no logits
             gates: GateLogits = KnownLogits(None) if self.gate is None else ProjectionGates(self.gate[...])
+            if partial and self.gate is not None:
+                gates = KnownLogits(self._whole(gates.logits(x)))
             shrunk = None
             if not router.asks <= GATES:
                 shrunk = self.shrink(x) if router.asks & SHRUNK else None
                 gates = GroupScores.of(self, x, gates, shrunk)
             routing = router.route(x, gates)
             y = self._adapted(x, plain, y, routing, summed, execution, shrunk)
-        y = y.astype(x.dtype)
+        y = (self._with_bias(y) if partial else y).astype(x.dtype)
         if keep:
             # without the barrier XLA multiplies a second time, to write one of the results where it is kept
             y = checkpoint_name(jax.lax.optimization_barrier(y), KEPT)
         return self._split(y), routing
+
+    def _with_bias(self, y: jax.Array) -> jax.Array:
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None, :]
 
     def _adapted(
         self, x: jax.Array, plain: jax.Array, y: jax.Array, routing: Routing, summed: bool, execution: ExecutionConfig,
@@ -189,14 +206,17 @@ class LoRALinear(nnx.Module):
         """y [B, T, O], the base's output, + what the routed adapters add; plain is y without the base's bias.
 
         summed: y is a sum over devices, which a shrink by every adapter joins. shrunk: what was shrunk for the router.
+        A device with a share of the inputs is given its own y, without the bias; what is returned is whole.
         """
         if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
-            return y
+            return self._whole(y)
         a, scale, splits = self.lora_a[...], self.lora_scale[...], tuple(o // self.shards for o in self.splits)
         wide = a.shape[1] * a.shape[2] > execution.dense_width
         how = "reference" if summed and not wide and routing.fused is None else None
         if shrunk is not None and wide:  # the chosen alone are shrunk again
             shrunk, how = None, choose_for_wide_bank(x.shape[0] * x.shape[1])
+        if self.share == "inputs":  # own shrinks go through B, and all is one sum
+            shrunk, how = None, None if how == "reference" else how
 
         def part(plain: jax.Array, y: jax.Array, b: jax.Array, dora: Any, bias: Any) -> jax.Array:
             y = routed_lora(
@@ -206,6 +226,7 @@ class LoRALinear(nnx.Module):
             if dora is not None:
                 change = by_column(routing.dense(scale.shape[1]), dora, splits) * plain.astype(jnp.float32)
                 y = (y.astype(jnp.float32) + change).astype(y.dtype)
+            y = self._whole(y)
             if bias is not None:
                 change = by_column(routing.dense(scale.shape[1]) * scale[None, None], bias, splits)
                 y = (y.astype(jnp.float32) + change).astype(y.dtype)

@@ -1,22 +1,26 @@
-"""A projection group for inference on one device: gates and A's are rows behind the base kernel's own."""
+"""A projection group for inference: gates and A's are rows behind the base kernel's own."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
 
 from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam
 from meteora_jax.execution import ExecutionConfig
-from meteora_jax.model.lora_linear import LoRALinear
+from meteora_jax.model.lora_linear import LoRALinear, Share
 from meteora_jax.numerics import contract, cpu_block
 from meteora_jax.routing import BoundRouter, GateLogits, Routing
 from meteora_jax.routing.gates import GATES, KnownLogits
 from meteora_jax.routing.scores import SHRUNK, GroupScores
+from meteora_jax.sharding import sharding, sum_shares
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
 from pallas_kernels.quantized_matmul.weight import turn, turn_back
 from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
@@ -31,7 +35,7 @@ class PackedKernel(BaseParam):
 
 
 class PackedLinear(nnx.Module):
-    """A `LoRALinear` whose weights are laid out for inference on one device.
+    """A `LoRALinear` whose weights are laid out for inference on one device, or on a tensor axis' devices.
 
     kernel [L, O + P N, I]: the base's columns as rows, and behind them, for each projection, N rows of its gates and
     its A's (`packing`); `gate_columns` of them are gates. One product serves a decoding step; a prompt reads the first
@@ -39,7 +43,11 @@ class PackedLinear(nnx.Module):
     gates alone, and A's are read where they are chosen. The rest as in `LoRALinear`.
     A quantised base's `values` [L, O, I] (int4: [L, O, I / 2]) lie turned, see `quantized_matmul.weight`; kernel then
     has the rows behind them alone: the first `base_rows`, O or 0, are the base's.
+    Where O lies in `shards` parts, the kernel has as many, each with its own columns as rows and all P N behind them:
+    it is then read inside `jax.shard_map` alone, where this is a device's share (see `model.shares`).
     """
+
+    share: Share | None = None
 
     def __init__(self, linear: LoRALinear, dense_width: int, dtype: Any):
         """linear: with layers stacked, and no DoRA or biases of adapters; with adapters unless it is quantised.
@@ -53,13 +61,13 @@ class PackedLinear(nnx.Module):
         self.lora_scale: AdapterConstant | None = linear.lora_scale
         self.lora_arrow, self.lora_spectr = linear.lora_arrow, linear.lora_spectr
         self.own_gate = linear.own_gate
-        self.shards = 1
+        self.shards = linear.shards
         rows = self._rows_behind(linear, dense_width, dtype)
         self.packed_rows = rows.shape[1] * rows.shape[2]
         self.kernel_scale, self.kernel_zero = linear.kernel_scale, linear.kernel_zero
         values = None
         if self.kernel_scale is None:
-            kernel, self.base_rows = stack_rows(linear.kernel[...], rows), sum(self.splits)
+            kernel, self.base_rows = stack_rows(linear.kernel[...], rows, self.sides, self.shards), sum(self.splits)
         else:
             kernel, self.base_rows = rows.reshape(rows.shape[0], -1, rows.shape[3]), 0
             zero = None if self.kernel_zero is None else self.kernel_zero[...]
@@ -92,12 +100,17 @@ class PackedLinear(nnx.Module):
         """The base's [L, I, O], copied; as it is stored where it is quantised."""
         if (weight := self.weight()) is not None:
             return turn_layers(weight.values, weight.group, back=True)
-        return jnp.swapaxes(self.kernel[...][:, : self.base_rows], 1, 2)
+        kernel = self.kernel[...]
+        rows = kernel.reshape(len(kernel), self.shards, -1, kernel.shape[-1])[:, :, : self.base_rows // self.shards]
+        rows = jnp.swapaxes(rows.reshape(len(kernel), self.base_rows, -1), 1, 2)
+        where = lies_on(kernel, (None, *self.sides), rows.shape)
+        return rows if where is None else jax.device_put(rows, where)
 
     def gates(self) -> jax.Array:
         """The gates' rows as `LoRALinear.gate` has them, float32 [L, I, P, G], as precise as they are kept."""
         kernel, projections = self.kernel[...], len(self.splits)
-        behind = kernel[:, self.base_rows :].reshape(len(kernel), projections, -1, kernel.shape[-1])
+        last = kernel.shape[1] - self.packed_rows
+        behind = kernel[:, last:].reshape(len(kernel), projections, -1, kernel.shape[-1])
         return behind[:, :, : self.gate_columns].transpose(0, 3, 1, 2).astype(jnp.float32)
 
     def __call__(
@@ -116,7 +129,7 @@ class PackedLinear(nnx.Module):
         total, projections = sum(self.splits), len(self.splits)
         batch, tokens, _ = x.shape
         if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
-            y = self._with_bias(self._base(x, layer, execution))
+            y = self._with_bias(self._whole(self._base(x, layer, execution)))
             if router is None:
                 return self._split(y), None
             nothing: GateLogits = KnownLogits(None)
@@ -130,19 +143,26 @@ class PackedLinear(nnx.Module):
         given = None if router is None or router.asks else router.known(None)
         requests = given is not None and (given.fused is not None or self._few_choices(given))
         if router is None or requests:
-            y = self._with_bias(self._base(x, layer, execution))
+            y = self._base(x, layer, execution)
+            y = y if self.share == "inputs" else self._with_bias(y)
             if given is not None:
                 y = routed_lora(x, bank, given, y, platform=execution.platform)
+            y = self._with_bias(self._whole(y)) if self.share == "inputs" else y
             return self._split(y.astype(x.dtype)), given
 
         few = batch * tokens <= FEW_ROWS
         if few and self.values is None:
-            y = contract("bti,oi->bto", x, self._rows(layer, 0, total + self.packed_rows), 1)
+            rows = self._rows(layer, 0, total + self.packed_rows)
+            if self.share == "inputs":
+                y = self._whole(einsum_float32(x.dtype, "bti,oi->bto", x, rows))
+            else:
+                y = contract("bti,oi->bto", x, rows, 1)
             y, product = y[..., :total], y[..., total:]
         else:
-            y = self._base(x, layer, execution)
+            y = self._whole(self._base(x, layer, execution))
             product = einsum_float32(x.dtype, "bti,ni->btn", x, self._rows(layer, self.base_rows, self.packed_rows))
-        y = self._with_bias(y)
+            product = self._whole(product)
+        y = self._with_bias(y).astype(x.dtype)
         product = product.astype(jnp.float32).reshape(batch, tokens, projections, -1)
         if router.gating is not None and execution.triton and not self.wide and batch * tokens <= MAX_TOKENS:
             flat = product.reshape(batch * tokens, -1), bank, router.gating.spread(tokens), y.reshape(-1, total)
@@ -154,15 +174,21 @@ class PackedLinear(nnx.Module):
             shrunk = product[..., first : first + adapters * rank].reshape(batch, tokens, projections, adapters, rank)
         gates: GateLogits = KnownLogits(product[..., : self.gate_columns])
         if not router.asks <= GATES:
-            all_shrunk = shrink(x, bank.a) if self.wide and router.asks & SHRUNK else shrunk
+            all_shrunk = self._whole(shrink(x, bank.a)) if self.wide and router.asks & SHRUNK else shrunk
             gates = GroupScores.of(self, x, gates, all_shrunk)
         routing = router.route(x, gates)
         if self.wide or routing.fused is not None:
             implementation = choose_for_wide_bank(batch * tokens) if self.wide else None
-            y = routed_lora(x, bank, routing, y, implementation=implementation, platform=execution.platform)
+            own = jnp.zeros_like(y) if self.share == "inputs" else y  # y is whole, x and its shrinks are not
+            own = routed_lora(x, bank, routing, own, implementation=implementation, platform=execution.platform)
+            y = y + self._whole(own) if self.share == "inputs" else own
         else:
             y = routed_lora(x, bank, routing, y, shrink=shrunk, platform=execution.platform)
         return self._split(y), routing
+
+    def _whole(self, x: jax.Array) -> jax.Array:
+        """A sum over the group's inputs, of all devices that hold a share of them."""
+        return sum_shares(x) if self.share == "inputs" else x
 
     def _rows(self, layer: jax.Array | int, start: int, count: int) -> jax.Array:
         """Rows of the layer, in one slice of the stack: of a slice of a slice XLA makes a copy, 15 GB a prompt."""
@@ -193,7 +219,7 @@ class PackedLinear(nnx.Module):
 
 
 def packed(linear: LoRALinear, by_token: bool, execution: ExecutionConfig, dtype: Any) -> LoRALinear | PackedLinear:
-    """The group as inference on one device reads it; itself where there is nothing to pack.
+    """The group as inference on one device, or in its shares, reads it; itself where there is nothing to pack.
 
     by_token: whether tokens of this model are routed one by one, by gates here or by a token router. dtype: of the
     activations. DoRA and biases of adapters are left apart, and so is a wide bank without gates. A quantised kernel is
@@ -201,7 +227,7 @@ def packed(linear: LoRALinear, by_token: bool, execution: ExecutionConfig, dtype
     """
     if linear.lora_dora is not None or linear.lora_bias is not None:
         return linear
-    if linear.kernel_scale is not None and execution.step is None:
+    if linear.kernel_scale is not None and (execution.step is None or execution.shares):
         return linear
     if linear.lora_a is None:
         turns = linear.kernel_scale is not None and linear.gate is None
@@ -233,16 +259,37 @@ def _put_changed(out: jax.Array, values: jax.Array, layer: jax.Array | int, grou
     return jax.lax.dynamic_update_index_in_dim(out, changed, layer, 0)
 
 
-def stack_rows(kernel: jax.Array, behind: jax.Array) -> jax.Array:
-    """kernel [L, I, O] as rows, and behind [L, P, N, I] after them: [L, O + P N, I]."""
-    rows = behind.reshape(behind.shape[0], -1, behind.shape[-1]).astype(kernel.dtype)
-    rows = jnp.pad(rows, ((0, 0), (kernel.shape[2], 0), (0, 0)))
+def lies_on(kernel: jax.Array, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
+    """Where an array of these axes goes on the mesh that holds the kernel; None without one."""
+    if isinstance(kernel, Tracer) or not isinstance(kernel.sharding, NamedSharding):
+        return None
+    mesh = kernel.sharding.mesh
+    return sharding(mesh, axes, shape) if isinstance(mesh, Mesh) else None
+
+
+def stack_rows(
+    kernel: jax.Array, behind: jax.Array, sides: Sequence[str] = ("model", "inner"), shards: int = 1
+) -> jax.Array:
+    """kernel [L, I, O], its sides named for meteora_jax.sharding, as rows, and behind [L, P, N, I] after them: [L, O +
+    P N, I]; of each of `shards` parts of O, side by side: [L, S (O / S + P N), I]."""
+    rows = behind.reshape(behind.shape[0], 1, -1, behind.shape[-1]).astype(kernel.dtype)
+    count = kernel.shape[2] + shards * rows.shape[2]
+    where = lies_on(kernel, (None, *sides[::-1]), (kernel.shape[0], count, kernel.shape[1]))
+
+    @functools.partial(jax.jit, out_shardings=where)
+    def begin(rows: jax.Array) -> jax.Array:
+        rows = jnp.pad(jnp.repeat(rows, shards, axis=1), ((0, 0), (0, 0), (kernel.shape[2] // shards, 0), (0, 0)))
+        return rows.reshape(len(rows), -1, rows.shape[-1])
+
+    stack = begin(rows)
     for layer in range(kernel.shape[0]):  # a stack turned in one program would need its memory once more
-        rows = _put_turned(rows, kernel, layer)
-    return rows
+        stack = _put_turned(stack, kernel, layer, shards=shards)
+    return stack
 
 
-@functools.partial(jax.jit, donate_argnames="rows")
-def _put_turned(rows: jax.Array, kernel: jax.Array, layer: jax.Array | int) -> jax.Array:
+@functools.partial(jax.jit, donate_argnames="rows", static_argnames="shards")
+def _put_turned(rows: jax.Array, kernel: jax.Array, layer: jax.Array | int, shards: int) -> jax.Array:
     turned = jax.lax.dynamic_index_in_dim(kernel, layer).swapaxes(1, 2)
-    return jax.lax.dynamic_update_slice(rows, turned, (layer, 0, 0))
+    parts = rows.reshape(len(rows), shards, -1, rows.shape[-1])
+    turned = turned.reshape(1, shards, -1, rows.shape[-1])
+    return jax.lax.dynamic_update_slice(parts, turned, (layer, 0, 0, 0)).reshape(rows.shape)

@@ -26,10 +26,12 @@ class PagedCache:
     blocks: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def create(cls, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any) -> PagedCache:
-        """An empty cache of `blocks` blocks of `block_size` slots."""
+    def create(
+        cls, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any, split: bool = True
+    ) -> PagedCache:
+        """An empty cache of `blocks` blocks of `block_size` slots. split: a mesh splits the heads."""
         pages = jnp.zeros((layers * blocks, block_size, 2 * kv_heads, head_dim), dtype)
-        return cls(constrain(pages, None, None, "heads", None), blocks)
+        return cls(constrain(pages, None, None, "heads" if split else None, None), blocks)
 
     @property
     def block_size(self) -> int:

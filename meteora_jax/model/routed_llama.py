@@ -13,6 +13,7 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.model.llama import Llama, LlamaOutput, Observer
 from meteora_jax.model.paged_cache import PagedCache
+from meteora_jax.model.shares import run_alike
 from meteora_jax.numerics import matmul_precision
 from meteora_jax.routing import BoundRouter
 from meteora_jax.routing.gates import GATES, KnownLogits
@@ -80,7 +81,9 @@ class RoutedLlama(Llama):
             else:
                 sight = Sight(positions, step=step, slots=step.slots(cache.block_size), execution=self.execution)
             x = self.embedded(tokens)
-            hops, own = self.token_router(x, sight, None if cache is None else cache.router)
+            given = x, sight, None if cache is None else cache.router
+            apart = step is not None and self._has_shares(True)  # its attention may be a launch
+            hops, own = run_alike(self.token_router, *given) if apart else self.token_router(*given)
             logits, left = hops[-1].logits, router
             if router.asks == GATES:
                 left = choose(router, x, logits)

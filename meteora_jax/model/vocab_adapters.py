@@ -66,7 +66,7 @@ class VocabAdapters(nnx.Module):
             h = self.lora_a[...][chosen[:, None], tokens[:, :, None]].astype(jnp.float32)[:, :, None]  # a look-up
             scale = self.lora_scale[...][chosen][:, None]
             b, fused, splits = self.lora_b[...], routing.fused, y.shape[-1:]
-            y = gathered_expand(h, b, chosen[:, None], weights[:, None, None], scale, fused, y, splits)
+            y = gathered_expand(h, b, chosen[:, None], weights[:, None, None], scale, fused, y, splits, routing.runs)
         return y.astype(x.dtype)
 
     def logits(self, plain: jax.Array, hidden: jax.Array, routing: Routing) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import numpy as np
 
 from meteora_jax.config import InputError
+from meteora_jax.retriever.wording import NO_FRAME, Frame
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix as SparseRows
@@ -110,7 +111,7 @@ def sketch(texts: Features, kinds: Mapping[str, float]) -> np.ndarray:
 
     total = np.zeros((len(texts), SKETCH), np.float32)
     for kind, weight in kinds.items():
-        rows = ngrams(texts.texts, kind)  # not kept: they are large, and a sketch is computed once
+        rows = ngrams(texts.insides, kind)  # not kept: they are large, and a sketch is computed once
         folded = csr_matrix((rows.data, rows.indices % SKETCH, rows.indptr), shape=total.shape)
         total += (np.sqrt(weight) * folded).toarray().astype(np.float32)
     return total
@@ -124,13 +125,15 @@ def unit(rows: np.ndarray) -> np.ndarray:
 class Features:
     """Some texts with what has been computed from them so far.
 
-    `vectors` (float32 [N, D]) may be given, as they were saved; otherwise the encoder makes them when asked for.
+    `vectors` (float32 [N, D]) may be given, as they were saved; otherwise the encoder makes them when asked for, of the
+    whole texts. Words and characters are those of `insides`: the texts without the frame.
     """
 
     def __init__(
-        self, texts: Sequence[str], encoder: Encoder | None, instruction: str = "", vectors: np.ndarray | None = None
-    ):
-        self.texts = tuple(texts)
+        self, texts: Sequence[str], encoder: Encoder | None, instruction: str = "", vectors: np.ndarray | None = None,
+        frame: Frame = NO_FRAME,
+    ):  # fmt: skip
+        self.texts, self._frame = tuple(texts), frame
         self.computed_vectors = vectors
         self._encoder, self._instruction = encoder, instruction
         self._counts: dict[str, SparseRows] = {}
@@ -138,18 +141,23 @@ class Features:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def insides(self) -> tuple[str, ...]:
+        """What of the texts is compared by its words."""
+        return tuple(map(self._frame.inside, self.texts))
+
     def part(self, at: Sequence[int]) -> Features:
         """Those at these places, with what is known of them."""
         rows, vectors = list(at), self.computed_vectors
         known = None if vectors is None else vectors[rows]
-        part = Features([self.texts[i] for i in rows], self._encoder, self._instruction, known)
+        part = Features([self.texts[i] for i in rows], self._encoder, self._instruction, known, self._frame)
         part._counts = {kind: cast("SparseRows", counts[rows]) for kind, counts in self._counts.items()}
         return part
 
     def counts(self, kind: str) -> SparseRows:
         """See `count_ngrams`."""
         if kind not in self._counts:
-            self._counts[kind] = count_ngrams(self.texts, kind)
+            self._counts[kind] = count_ngrams(self.insides, kind)
         return self._counts[kind]
 
     def vectors(self) -> np.ndarray:

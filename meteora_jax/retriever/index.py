@@ -19,7 +19,7 @@ from meteora_jax.retriever.calibration import calibrate
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
 from meteora_jax.retriever.named_scorings import make_scoring
 from meteora_jax.retriever.scoring import Profile, is_large
-from meteora_jax.retriever.wording import Wording
+from meteora_jax.retriever.wording import NO_FRAME, Frame, Wording, shared_frame
 from meteora_jax.text import check_text
 
 FORMAT = "meteora-index-1"
@@ -73,11 +73,13 @@ def spread(inputs: Sequence[str], most: int = MOST_INPUTS) -> list[str]:
 class Index:
     """Profiles of adapters under one scoring.
 
-    Adapters may be added and removed at any time; what was computed for the others stays. Whatever a scoring has to
-    learn from the pool it learns at the next query or when the index is saved; the folder keeps a regression, so that
-    loading it learns nothing. The default scoring is "hybrid" with an encoder, "lexical" without: those that retrieve
-    best (docs/results.md). Beyond 12,000 inputs (bare ones included; `large`) their regression gives way to means under
-    the same kernel, at a price in accuracy. `SCORINGS` lists all by name.
+    Words are compared without the frame that all profiles' inputs have ("[INST] ... [/INST]"), which says nothing
+    of an adapter. Adapters may be added and removed at any time; what was computed for the others stays, unless the
+    frame changes. Whatever a scoring has to learn from the pool it learns at the next query or when the index is
+    saved; the folder keeps a regression, so that loading it learns nothing. The default scoring is "hybrid" with an
+    encoder, "lexical" without: those that retrieve best (docs/results.md). Beyond 12,000 inputs (bare ones
+    included; `large`) their regression gives way to means under the same kernel, at a price in accuracy. `SCORINGS`
+    lists all by name.
 
     Examples:
         >>> index = mj.Index.build({"winowhy": ["Who does he mean?"], "strategyqa": ["Would a pear sink?"]})
@@ -94,6 +96,7 @@ class Index:
         if self._scoring.needs_encoder and encoder is None:
             raise InputError(f"scoring {self.scoring!r}: expected an encoder, found none")
         self._profiles: dict[str, Profile] = {}
+        self._frame = NO_FRAME
         self._fitted = self._calibrated = False
         self._threshold: float | None = None
         self._saved_fit: tuple[Path, dict[str, np.ndarray]] | None = None  # read, not yet compared with the pool
@@ -154,16 +157,25 @@ class Index:
         added = {name: self._profile(self._features(inputs)) for name, inputs in profiles.items()}
         if self._scoring.needs_encoder and added:
             self._encode([p.inputs for p in added.values()])
-        self._profiles |= added
+        self._changed(self._profiles | added)
+
+    def _changed(self, profiles: dict[str, Profile]) -> None:
+        """Takes profiles, compared without the frame that all of them have."""
+        frame = shared_frame([p.inputs.texts for p in profiles.values()])
+        if frame != self._frame:
+            self._frame = frame
+            known = {name: p.inputs for name, p in profiles.items()}
+            profiles = {n: self._profile(self._features(f.texts, f.computed_vectors)) for n, f in known.items()}
+        self._profiles = profiles
         self._fitted, self._calibrated, self._saved_fit = False, False, None
 
     def _profile(self, inputs: Features) -> Profile:
-        wording = Wording(inputs.texts, least=2)
-        bare = [text for text in map(wording.remove, inputs.texts) if text] if self._scoring.uses_bare else []
+        wording = Wording(inputs.insides, least=2)
+        bare = [text for text in map(wording.remove, inputs.insides) if text] if self._scoring.uses_bare else []
         return Profile(inputs, self._features(bare))
 
-    def _features(self, texts: Sequence[str]) -> Features:
-        return Features(texts, self.encoder, self.instruction)
+    def _features(self, texts: Sequence[str], vectors: np.ndarray | None = None) -> Features:
+        return Features(texts, self.encoder, self.instruction, vectors, self._frame)
 
     def _encode(self, features: Sequence[Features]) -> None:
         """One call for all texts: the encoder sorts them into batches of like length."""
@@ -180,8 +192,7 @@ class Index:
             raise InputError(f"remove: expected a list of names, found the single text {names!r}")
         if unknown := [n for n in names if n not in self._profiles]:
             raise InputError([f"remove: expected an adapter of the index, found {n!r}" for n in unknown])
-        self._profiles = {n: p for n, p in self._profiles.items() if n not in set(names)}
-        self._fitted, self._calibrated, self._saved_fit = False, False, None
+        self._changed({n: p for n, p in self._profiles.items() if n not in set(names)})
 
     @property
     def threshold(self) -> float | None:
@@ -250,7 +261,7 @@ class Index:
         profiles = self._profiles.items()
         description = {
             "format": FORMAT, "scoring": self.scoring, "instruction": self.instruction,
-            "encoder": self.encoder is not None, "threshold": self.threshold,
+            "encoder": self.encoder is not None, "threshold": self.threshold, "frame": self._frame,
             "adapters": [{"name": n, "inputs": list(p.inputs.texts), "bare": list(p.bare.texts)} for n, p in profiles],
         }  # fmt: skip
         if self._profiles:
@@ -283,6 +294,7 @@ class Index:
             listed = [(a["name"], tuple(a["inputs"]), tuple(a["bare"])) for a in raw["adapters"]]
             scoring, instruction, has_encoder = str(raw["scoring"]), str(raw["instruction"]), bool(raw["encoder"])
             threshold = None if raw.get("threshold") is None else float(raw["threshold"])
+            before, behind = map(str, raw.get("frame", NO_FRAME))
         except (KeyError, TypeError, ValueError) as e:
             raise InputError(f"{source}: expected an index's description, found a malformed one ({e!r})") from e
         problems = [f"{source}: {p}" for name, inputs, _ in listed for p in check_profile(name, inputs)]
@@ -296,6 +308,7 @@ class Index:
 
             encoder = TextEncoder.load(folder / ENCODER)
         index = cls(scoring, encoder, instruction)
+        index._frame = Frame(before, behind)
         index._profiles = {n: Profile(index._features(i), index._features(b)) for n, i, b in listed}
         if (folder / VECTORS).exists():
             index._restore_vectors(folder / VECTORS)

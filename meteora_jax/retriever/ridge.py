@@ -121,7 +121,7 @@ class Ridge(Scoring):
         """uint8 [32], of all that a fit depends on: settings, inputs, and what this machine makes n-grams of."""
         digest = hashlib.sha256()
         settings = [FIT_FORMAT, sorted(self._kernel.items()), self._bare_weight, self._penalty, WIDTH, EDGE]
-        digest.update(json.dumps([settings, [f.texts for f in texts]]).encode())
+        digest.update(json.dumps([settings, [f.insides for f in texts]]).encode())
         for kind in sorted(self._kernel):
             if kind == "vectors":
                 digest.update(np.concatenate([f.vectors() for f in texts if len(f)]).astype("<f4").tobytes())

@@ -67,13 +67,13 @@ class Tfidf(Scoring):
 
     def fit(self, pool: Sequence[Profile]) -> None:
         self._vectorizer = sklearn("feature_extraction.text").TfidfVectorizer(**self._options)
-        rows = self._vectorizer.fit_transform([text for p in pool for text in p.inputs.texts])
+        rows = self._vectorizer.fit_transform([text for p in pool for text in p.inputs.insides])
         means = _averages(pool) @ rows
         lengths = np.sqrt(np.asarray(means.multiply(means).sum(axis=1)))
         self._means = means.multiply(1 / np.maximum(lengths, 1e-12)).tocsr()
 
     def score(self, requests: Features) -> np.ndarray:
-        return (self._vectorizer.transform(requests.texts) @ self._means.T).toarray().astype(np.float32)
+        return (self._vectorizer.transform(requests.insides) @ self._means.T).toarray().astype(np.float32)
 
 
 def _averages(pool: Sequence[Profile]) -> SparseRows:
@@ -93,11 +93,11 @@ class Bm25(Scoring):
 
     def fit(self, pool: Sequence[Profile]) -> None:
         self._engine = _bm25s().BM25()
-        self._engine.index(self._tokens(["\n".join(p.inputs.texts) for p in pool]), show_progress=False)
+        self._engine.index(self._tokens(["\n".join(p.inputs.insides) for p in pool]), show_progress=False)
         self._known = set(self._engine.vocab_dict)
 
     def score(self, requests: Features) -> np.ndarray:
-        known = [[w for w in words if w in self._known] for words in self._tokens(requests.texts)]
+        known = [[w for w in words if w in self._known] for words in self._tokens(requests.insides)]
         count = self._engine.scores["num_docs"]
         return np.stack([self._engine.get_scores(w) if w else np.zeros(count, np.float32) for w in known])
 

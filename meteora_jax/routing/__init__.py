@@ -35,6 +35,8 @@ class Routing:
     training reads.
     fused: bool [B], the requests whose chosen adapters act as one, their matrices averaged by the weights, cross
     terms included (LoraRetriever's fusion); None: nobody's. Such a request's choice is the same at every T and P.
+    runs: int32 [B], of fused requests so many choices that lie side by side are one adapter's, a part of its ranks
+    each: matrices of equal parts are averaged; None: every choice is a whole adapter.
     Axes T and P of each array may be 1 and then broadcast.
     """
 
@@ -42,6 +44,7 @@ class Routing:
     weights: Any
     logits: Any = None
     fused: Any = None
+    runs: Any = None
 
     @property
     def gating(self) -> None:
@@ -66,11 +69,13 @@ class Routing:
 
     def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> Routing:
         """Its adapters 0 to k - 1 as the slots that `where` says; see `Movable`."""
-        nowhere = np.full((1, where.shape[1]), NO_ADAPTER, np.int32)  # of NO_ADAPTER, -1
+        several = where.shape[1]
+        nowhere = np.full((1, several), NO_ADAPTER, np.int32)  # of NO_ADAPTER, -1
         indices = np.concatenate([where, nowhere])[np.asarray(self.indices)]
         weights = np.where(indices == NO_ADAPTER, np.float32(0), np.asarray(self.weights)[..., None])
         flat = (z.reshape(*z.shape[:-2], -1) for z in (indices, weights))
-        return Routing(*flat, fused=self.fused)
+        runs = None if self.fused is None or several == 1 else np.full(len(indices), several, np.int32)
+        return Routing(*flat, fused=self.fused, runs=runs)
 
     @property
     def per_request(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
@@ -44,6 +45,10 @@ class ByScore:
     def needs_gates(self) -> bool:
         """Never."""
         return False
+
+    def named(self) -> tuple[str, ...] | int:
+        """Those that may be chosen; its top_k of any where it names none."""
+        return self.top_k if self.within is None else tuple(dict.fromkeys(self.within))
 
     def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundScores:
         """As `Router`."""
@@ -137,6 +142,12 @@ class BoundScores:
     rule: TopK
     allowed: Any = None
     candidates: Any = None
+
+    def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> BoundScores:
+        """See `Movable`; adapters have one slot each."""
+        allowed = np.zeros((len(self.rule.counts), count), bool)
+        allowed[:, where[:, 0]] = True if self.allowed is None else np.asarray(self.allowed)
+        return dataclasses.replace(self, allowed=allowed)
 
     @property
     def gating(self) -> None:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
-from meteora_jax.routing import GateLogits, Routing, Score
+from meteora_jax.routing import NO_ADAPTER, GateLogits, Routing, Score
 from pallas_kernels.routed_lora.reference import KEPT, einsum_float32
 from pallas_kernels.topk_gating import TopK, topk_gating
 
@@ -149,21 +149,27 @@ class BoundGates:
     rule: each prompt its own C (0: not routed by gates) and temperature. adapters: A; logits of more columns have a
     null choice. allowed: bool [B, A], the adapters that each prompt may choose; None: all. columns: int32 [B, ..], of
     each adapter (and of the null choice, behind them) its column in logits that have more; None: they are alike.
+    parts: int32 [B, A, n], where the ranks of each that may be chosen lie, NO_ADAPTER behind them; None: all in itself.
     """
 
     rule: TopK
     adapters: int = dataclasses.field(metadata={"static": True})
     allowed: Any = None
     columns: Any = None
+    parts: Any = None
 
     def moved(self, where: np.ndarray, count: int, columns: np.ndarray | None) -> BoundGates:
-        """See `Movable`; a slot that is not in `where` [k, 1] is never chosen."""
+        """See `Movable`; a slot that is not the first in a row of `where` is never chosen, but all of that row act."""
         rows = len(self.rule.counts)
         allowed = np.zeros((rows, count), bool)
         allowed[:, where[:, 0]] = True if self.allowed is None else np.asarray(self.allowed)
         if columns is not None:
             columns = np.broadcast_to(columns, (rows, len(columns)))
-        return dataclasses.replace(self, adapters=count, allowed=allowed, columns=columns)
+        parts = None
+        if where.shape[1] > 1:
+            parts = np.full((rows, count, where.shape[1]), NO_ADAPTER, np.int32)
+            parts[:, where[:, 0]] = where
+        return dataclasses.replace(self, adapters=count, allowed=allowed, columns=columns, parts=parts)
 
     @property
     def gating(self) -> TopK | None:
@@ -189,4 +195,19 @@ class BoundGates:
         logits = gates.logits(x)
         if self.columns is not None:
             logits = jnp.take_along_axis(logits, self.columns[:, None, None], axis=-1)
-        return Routing(*topk_gating(logits, self.rule, self.allowed, self.adapters), logits)
+        indices, weights = topk_gating(logits, self.rule, self.allowed, self.adapters)
+        return Routing(*in_parts(indices, weights, self.parts), logits)
+
+
+def in_parts(indices: jax.Array, weights: jax.Array, parts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Choices int32 and float32 [B, T, P, C] of adapters whose ranks lie in several places, as choices of all these
+    [B, T, P, C n]. parts: int32 [B, A, n]; None: each is whole. A null choice keeps its weight, once."""
+    if parts is None:
+        return indices, weights
+    chosen = jax.vmap(lambda own, at: own[at])(parts, jnp.maximum(indices, 0))
+    none = (indices == NO_ADAPTER)[..., None]
+    chosen = jnp.where(none, NO_ADAPTER, chosen)
+    first = jax.lax.broadcasted_iota(jnp.int32, chosen.shape, chosen.ndim - 1) == 0
+    shares = jnp.where((chosen != NO_ADAPTER) | (none & first), weights[..., None], 0.0)
+    shape = *indices.shape[:-1], -1
+    return chosen.reshape(shape), jnp.reshape(shares, shape)

@@ -63,4 +63,8 @@ class Mixed:
             if routing.fused is not None:
                 own = (self.which == kind) & routing.fused
                 fused = own if fused is None else fused | own
-        return Routing(indices, weights, logits, fused)
+        runs = None
+        for kind, routing in enumerate(routings):
+            if routing.runs is not None:
+                runs = jnp.where(self.which == kind, routing.runs, 1 if runs is None else runs)
+        return Routing(indices, weights, logits, fused, runs)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from meteora_jax.routing import GateLogits, Score
+from meteora_jax.sharding import join_shares
 from pallas_kernels.routed_lora.reference import columns
 
 SHRUNK: frozenset[Score] = frozenset({"arrow", "spectr", "inverse-entropy"})  # made of the shrink
@@ -31,6 +32,7 @@ class AdaptedGroup(Protocol):
 
     splits: tuple[int, ...]
     shards: int
+    share: Any
     adapters: int
     lora_b: Any
     lora_scale: Any
@@ -45,8 +47,9 @@ class GroupScores:
 
     gates: whoever knows its gates' logits. part: bool [P, A], whether an adapter has a part at a projection. shrink
     float32 [B, T, P, A, R]; arrow [P, A, R], spectr [P, A, R, R]: see `spectra`; b [A, R, O], scale float32 [P, A], and
-    splits, the projections' widths in each of `shards` equal parts of O. own_gates float32 [P, A, I], zeros of
-    adapters that have none.
+    splits, the projections' widths in each of O's equal parts. own_gates float32 [P, A, I], zeros of
+    adapters that have none. share: of a device that holds a share of the group's "inputs" (of x and own_gates) or
+    "outputs" (of b); shrink is whole.
     """
 
     gates: GateLogits
@@ -58,8 +61,8 @@ class GroupScores:
     b: Any = None
     scale: Any = None
     splits: tuple[int, ...] = ()
-    shards: int = 1
     own_gates: Any = None
+    share: Any = None
 
     @classmethod
     def of(
@@ -76,7 +79,7 @@ class GroupScores:
         scale = own(group.lora_scale)
         return cls(
             gates, scale != 0, x, shrink, own(group.lora_arrow), own(group.lora_spectr), own(group.lora_b), scale,
-            tuple(o // group.shards for o in group.splits), group.shards, own(group.own_gate),
+            tuple(o // group.shards for o in group.splits), own(group.own_gate), group.share,
         )  # fmt: skip
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -90,8 +93,11 @@ class GroupScores:
             x, h = _of_token(x, tokens), None if h is None else _of_token(h, tokens)
         part, own = self.part, score in ("phatgoose", "own-gate")
         if own and self.own_gates is not None:
-            part &= jnp.any(self.own_gates != 0, axis=-1) | (score == "own-gate")
-            found = (_phatgoose if score == "phatgoose" else _logits)(x, self.own_gates)
+            gates = self.own_gates
+            if self.share == "inputs":
+                x, gates = join_shares(x, x.ndim - 1), join_shares(gates, gates.ndim - 1)
+            part &= jnp.any(gates != 0, axis=-1) | (score == "own-gate")
+            found = (_phatgoose if score == "phatgoose" else _logits)(x, gates)
         elif own or h is None:  # a group that no adapter touches, or without gates of their own
             return jnp.full((*x.shape[:2], *self.part.shape), -jnp.inf, jnp.float32)
         elif score == "arrow":
@@ -106,7 +112,8 @@ class GroupScores:
 
     def _inverse_entropy(self, h: jax.Array) -> jax.Array:
         """[B, T, P, A]; every adapter's whole output is made, so that it is for few tokens."""
-        b = self.b.astype(jnp.float32).reshape(*self.b.shape[:2], self.shards, -1)
+        b = self.b if self.share != "outputs" else join_shares(self.b, self.b.ndim - 1)
+        b = b.astype(jnp.float32).reshape(*b.shape[:2], -1, sum(self.splits))
         found = []
         for p, (start, stop) in enumerate(columns(self.splits)):
             own = b[..., start:stop].reshape(*b.shape[:2], -1)

@@ -22,6 +22,7 @@ from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.model.rope import angles, frequencies, rotate
 from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.routing.gates import GateParam, KnownLogits
+from meteora_jax.sharding import partitions
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
 from pallas_kernels.routed_lora.reference import einsum_float32
@@ -55,11 +56,11 @@ class RouterCache:
 
     @classmethod
     def create(cls, form: TokenRouterForm, blocks: int, block_size: int, dtype: Any) -> RouterCache:
-        """An empty one beside a model's cache of so many blocks of so many slots."""
+        """An empty one beside a model's cache of so many blocks of so many slots; whole on every device of a mesh."""
         e = form.width
         shifts = jnp.zeros((HOPS * blocks * block_size, e), dtype)
-        layers = PagedCache.create(form.depth, blocks, block_size, e // HEAD, HEAD, dtype)
-        return cls(layers, PagedCache.create(HOPS, blocks, block_size, 1, e, dtype), shifts)
+        layers = PagedCache.create(form.depth, blocks, block_size, e // HEAD, HEAD, dtype, split=False)
+        return cls(layers, PagedCache.create(HOPS, blocks, block_size, 1, e, dtype, split=False), shifts)
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +83,9 @@ class Sight:
         if cache is None or self.step is None:
             return attend(q, k, v, self.mask, self.how if self.how != "packed" or q.shape[-1] <= WIDEST else None), None
         cache = cache.write(layer, k[:, 0], v[:, 0], self.slots)
-        how = choose_attention(self.execution.platform, self.execution.step is not None, q.shape[-1], None)
+        heads = q.shape[2], k.shape[2], q.shape[3], cache.pages.dtype
+        launch = self.execution.step is not None and not partitions()  # on TPUs heads this narrow are no kernel's
+        how = choose_attention(self.execution.platform, launch, *heads, None)
         return cache.attend(layer, q[:, 0], self.step, None, how)[:, None], cache
 
 
@@ -95,7 +98,7 @@ def choose(router: BoundRouter, x: jax.Array, logits: jax.Array) -> Routing:
     indices, weights = (
         jnp.broadcast_to(z, (*logits.shape[:2], *z.shape[2:])) for z in (routing.indices, routing.weights)
     )
-    return Routing(indices, weights, routing.logits, routing.fused)
+    return Routing(indices, weights, routing.logits, routing.fused, routing.runs)
 
 
 class TokenRouter(nnx.Module):

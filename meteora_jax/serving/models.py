@@ -13,7 +13,7 @@ from meteora_jax.retriever.index import Index
 from meteora_jax.routing import RouterArgument
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
-from meteora_jax.routing.named import NAMED, gate_options, named_router
+from meteora_jax.routing.named import BY_TOKEN, NAMED, gate_options, named_router
 from meteora_jax.routing.retrieval import GatesWithin, Retrieval
 from meteora_jax.serving.driver import Named
 from meteora_jax.serving.errors import ApiError, unknown_model
@@ -83,9 +83,9 @@ def _has_both(fleet: Fleet) -> bool:
 
 
 def _has_bank(word: str, fleet: Fleet) -> bool:
-    """Whether a router of `NAMED` can choose: among all of a bank, none of which lies on disk alone."""
+    """Whether a router of `NAMED` can choose: among all of a bank, or by score among those that lie in slots."""
     bank = fleet.model.bank
-    if bank is None or fleet.model.pool is not None:
+    if bank is None or (fleet.model.pool is not None and word not in BY_TOKEN):
         return False
     return bool(bank.own_gates) if word == "phatgoose" else bool(bank.adapters)
 

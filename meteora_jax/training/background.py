@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from jax.sharding import Mesh
 
 from meteora_jax.config import InputError, read_lines
 from meteora_jax.engine import Request, Sampling
-from meteora_jax.examples import Example, parse_example
+from meteora_jax.examples import Example, as_text, of_messages, parse_example, record_of
 from meteora_jax.generation import Engines
 from meteora_jax.io.base import load_base
 from meteora_jax.io.files import whole_file
 from meteora_jax.io.model_state import assemble
 from meteora_jax.prompts import is_messages, read_prompt, render_chat
+from meteora_jax.retriever.wording import shared_frame
 from meteora_jax.text import check_text, load_tokenizer
 
 NULL = "(no adapter)"  # the name of what is no adapter's task, where tasks are named
@@ -28,6 +30,7 @@ COUNT = 256  # examples that the base writes
 TOKENS = 64  # of each of its prompts and responses, at most
 ROWS = 64  # written at a time
 ROUNDS = 4  # as many batches as the examples need, times this, before the base is said to write none
+LOOKED_AT = 100  # prompts of a task, to know its frame by
 HERE = "\ue000 what the user says \ue000"  # stands in a rendered chat where the user's words belong
 
 
@@ -59,8 +62,7 @@ def load_background(
             own = write_background(base, count, dtype=dtype, seed=seed, mesh=mesh)
             if kept is not None and jax.process_index() == 0:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                said = ({"prompt": example.prompt, "response": example.response} for example in own)
-                lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in said)
+                lines = (json.dumps(record_of(example), ensure_ascii=False) + "\n" for example in own)
                 with whole_file(kept) as partial, partial.open("w", encoding="utf-8") as file:
                     file.writelines(lines)
             found += own
@@ -75,7 +77,9 @@ def read_background(path: str | os.PathLike[str], tokenizer: Any) -> list[Exampl
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        examples = [_of_json(line, where, tokenizer) for where, line in read_lines(path)]
+        examples = [_of_json(line, where) for where, line in read_lines(path)]
+        for example in examples:
+            as_text(example, tokenizer)  # a chat template may refuse its messages
     else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -90,7 +94,7 @@ def read_background(path: str | os.PathLike[str], tokenizer: Any) -> list[Exampl
     return examples
 
 
-def _of_json(line: bytes, where: str, tokenizer: Any) -> Example:
+def _of_json(line: bytes, where: str) -> Example:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -109,14 +113,7 @@ def _of_json(line: bytes, where: str, tokenizer: Any) -> Example:
         response = last["content"]
     if not messages:
         raise InputError(f"{where}: messages: expected some before the assistant's, found none")
-    return Example(_chat(tokenizer, messages, where), response)
-
-
-def _chat(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> str:
-    """The messages as the text of a prompt: without the first token where the tokenizer adds it by itself."""
-    text = render_chat(tokenizer, messages, where, add_generation_prompt=True)
-    adds = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(tokenizer.bos_token) if adds else text
+    return of_messages(messages, response, f"{where}: messages", where)
 
 
 def _halves(text: str) -> Example:
@@ -172,13 +169,41 @@ def write_background(
         whole = [render_chat(tokenizer, chat, str(base), add_generation_prompt=True) for chat in chats]
         padded = whole + whole[-1:] * (ROWS - len(whole))  # one program
         answers, _ = go_on(padded, number + 1)
-        prompts = (_chat(tokenizer, chat, str(base)) for chat in chats)
-        found += [Example(prompt, answer) for prompt, answer in zip(prompts, answers, strict=False)]
+        said_to = zip(chats, answers, strict=False)
+        found += [of_messages(chat, answer, f"{base}: background {SELF!r}", str(base)) for chat, answer in said_to]
     if not found:
         raise InputError(
             f"{base}: background {SELF!r}: expected prompts of at most {TOKENS} tokens, found none that end"
         )
     return found[:count]
+
+
+def in_frames(background: Sequence[Example], tasks: Mapping[str, Sequence[Example]], tokenizer: Any) -> list[Example]:
+    """Background as it is and once more in the tasks' own frames, one after the other: gates would else tell a task by
+    the "[INST] ... [/INST]" around it.
+
+    A frame is what two tasks or more have around all that they ask, a chat template's with its system prompt among
+    them; of a single task it cannot be told from the task's own wording.
+    """
+    texts = {n: [as_text(e, tokenizer).prompt for e in _spread(examples)] for n, examples in tasks.items()}
+    ends: dict[tuple[str, str], list[list[str]]] = {}
+    for own in texts.values():  # tasks that may have a frame in common: most of each begin and end with the same word
+        words = [text.split() or [""] for text in own]
+        first, last = (Counter(w[at] for w in words).most_common(1)[0][0] for at in (0, -1))
+        ends.setdefault((first, last), []).append(own)
+    frames = [frame for group in ends.values() if any(frame := shared_frame(group))]
+    found = list(background)
+    for i, example in enumerate(background if frames else ()):
+        framed = frames[i % len(frames)].around(example.request)
+        if framed != as_text(example, tokenizer).prompt:
+            found.append(Example(framed, example.response))
+    return found
+
+
+def _spread(examples: Sequence[Example]) -> list[Example]:
+    """At most `LOOKED_AT` of them, from the first to the last."""
+    count = min(LOOKED_AT, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def with_background(lengths: Mapping[str, object], share: float) -> dict[str, float]:

@@ -22,7 +22,8 @@ from meteora_jax.io.base import load_base, read_origin
 from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, load_gates, save_gates, split_gates
 from meteora_jax.io.model_state import split_bank
 from meteora_jax.routing.gates import GateParam, Gates
-from meteora_jax.training.background import NULL, with_background
+from meteora_jax.text import load_tokenizer
+from meteora_jax.training.background import NULL, in_frames, with_background
 from meteora_jax.training.gate_loss import gate_loss
 from meteora_jax.training.settings import Checkpointing, GateTraining
 from meteora_jax.training.step import optimizer
@@ -52,9 +53,11 @@ def train_gates(
         checkpointing: without a run folder nothing is saved before the end.
         new_bank: the adapters are trained, too, and written to this BANK folder.
         extend: GATES of a part of the bank's adapters. Their columns are kept bit for bit and only the others'
-            trained, on the tasks of all: the old ones' tokens are what the new columns must not claim.
+            trained, and of a token router what all columns read, on the tasks of all: the old ones' tokens are what
+            the new columns must not claim, and what the stream must not forget. A sample of these is enough.
         background: text of none of the tasks. Where there is any the gates get a column for no adapter, which these
-            tokens are to choose; an extension keeps the column that it finds, too.
+            tokens are to choose, as they are and in the tasks' own frames (`in_frames`); an extension keeps the column
+            that it finds, too.
 
     Returns:
         the last step's record, losses averaged over the last tenth of the steps; `unused`, what `begun` was given.
@@ -76,7 +79,9 @@ def train_gates(
     columns = None if extend is None or old is None else _extended(extend, config, gates, old, fresh)
     labels = {name: i for i, name in enumerate(names)}
     if background:
-        tasks, labels = {**tasks, NULL: background}, {**labels, NULL: len(names)}
+        own = {name: examples for name in names if (examples := tasks.get(name))}
+        tasks = {**tasks, NULL: in_frames(background, own, load_tokenizer(base))}
+        labels = {**labels, NULL: len(names)}
     run, speed = settings.optimization, settings.schedule
     trainer = Trainer(
         trainee=Trainee(

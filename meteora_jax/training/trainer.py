@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,6 +119,12 @@ class Trainer:
         """
         mixture, chosen, lost = self._data()
         checkpoints = self._checkpoints()
+        with closing(checkpoints) if checkpoints else nullcontext():
+            return self._run(mixture, chosen, lost, checkpoints)
+
+    def _run(
+        self, mixture: Mixture, chosen: Chosen, lost: Unused, checkpoints: Checkpoints | None
+    ) -> tuple[TrainState, dict[str, Any]]:
         graph, frozen, state = self._state()
         restored = checkpoints.restore(state) if checkpoints else None
         layout = self._layout(mixture, chosen, checkpoints if restored else None)
@@ -139,8 +145,6 @@ class Trainer:
             state = self._steps(step, frozen, state, batches, layout, start, recorder, checkpoints)
         finally:
             recorder.close()
-            if checkpoints:
-                checkpoints.close()
         self._draw(recorder)
         return state, self._final(recorder, layout, lost, restored)
 
@@ -286,6 +290,8 @@ class Trainer:
         if m.columns is not None and m.gates is not None:
             old = hashlib.sha256(b"".join(np.ascontiguousarray(gate).tobytes() for gate in m.gates.values()))
             own["extended"] = old.hexdigest()[:16]
+            if m.form is not None:
+                own["stream"] = "trained"  # runs that left what all columns read as it was are other runs
         return {
             **own, **self.identity, "dtype": str(self.dtype), "tasks": digest.hexdigest()[:16],
             "base": sample.hexdigest()[:16],

@@ -29,7 +29,7 @@ def at_least(x: jax.Array, rows: int) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["w", "a", "b", "scale", "behind"],
-    meta_fields=["splits", "eps", "packed", "gates", "first_projection"],
+    meta_fields=["splits", "eps", "packed", "gates", "first_projection", "summed"],
 )
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -42,6 +42,7 @@ class Group:
     splits: columns of each projection. eps: of the norm before the group, None without one.
     packed: packed rows of a projection, 0 without. gates: columns of its gates, the adapters' and any null choice's.
     first_projection: the group's first among a layer's projections.
+    summed: the mesh's axes along which I is split, inside `jax.shard_map`: a product is then a share of the sum.
     """
 
     w: jax.Array | QuantizedWeight
@@ -54,6 +55,11 @@ class Group:
     gates: int
     first_projection: int
     behind: jax.Array | None = None
+    summed: tuple[str, ...] = ()
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """A product over I, summed over the devices that share it."""
+        return jax.lax.psum(x, self.summed) if self.summed else x
 
     @property
     def depth(self) -> int:

@@ -271,7 +271,7 @@ def _product(
         product = product.reshape(-1, product.shape[-1])  # the first M rows have what is behind
     else:
         form = "mi,oi->mo" if group.packed else "mi,io->mo"
-        product = jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32)
+        product = group.whole(jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32))
     if choice is None or isinstance(choice, Choice):
         return product, choice, state
     p = len(group.splits)
@@ -386,6 +386,7 @@ def _shrink(
         ADAPTERS=layout, PART=width // parts,
         BK=divisor(width // parts, *(k for k in (256, 128, 64, 32, 16) if k * layout.R <= 4096), 16),
     )  # fmt: skip
+    shrinks = group.whole(shrinks)
     return shrinks, dataclasses.replace(state, indices=indices, weights=weights) if gates else state
 
 

@@ -15,17 +15,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import ragged_tpu, reference
 
 EMPTY = -1  # position of a token that is none
 QUERY_BLOCK = 16  # prompt tokens come in runs of so many, each run of one sequence
-Implementation = Literal["reference", "triton"]
+Implementation = Literal["reference", "triton", "tpu"]
 
 
-def choose(platform: str, triton: bool, head_dim: int, window: int | None) -> Implementation:
-    """The implementation for heads of that width on "cpu", "gpu" or "tpu"; triton: whether it may be a launch."""
+def choose(
+    platform: str, kernels: bool, heads: int, kv: int, head_dim: int, dtype: jnp.dtype, window: int | None
+) -> Implementation:
+    """The implementation for so many heads of queries, of keys and values, on "cpu", "gpu" or "tpu"; kernels: whether
+    it may be one, which a mesh's partitioner cannot split."""
+    if platform == "tpu" and kernels and ragged_tpu.refusal(heads, kv, head_dim, dtype) is None:
+        return "tpu"
     fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
-    return "triton" if platform == "gpu" and triton and fits and window is None else "reference"
+    return "triton" if platform == "gpu" and kernels and fits and window is None else "reference"
 
 
 @jax.tree_util.register_dataclass
@@ -90,6 +95,8 @@ def paged_attention(
         from pallas_kernels.paged_attention import triton_gpu
 
         return triton_gpu.paged_attention(q, pages, tokens, first_block, window)
+    if implementation == "tpu":
+        return ragged_tpu.paged_attention(q, pages, tokens, first_block, window, QUERY_BLOCK)
     return reference.paged_attention(q, pages, tokens, first_block, window)
 
 

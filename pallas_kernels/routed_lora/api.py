@@ -60,7 +60,9 @@ class Choices(Protocol):
     indices int32 [*K, P1, C], the chosen adapters; NO_ADAPTER, or any index outside 0..A-1, adds nothing. An adapter
     named twice counts twice. weights float32 [*W, P1, C]. K and W are x's leading axes, or have 1 where tokens share
     (one choice a request: [B, 1, 1, C]); P1 is P, or 1 where the projections share. fused: bool [B] over x's first
-    axis, whose chosen matrices are averaged by the weights of their first token's choice; None: nobody's.
+    axis, whose chosen matrices are averaged by the weights of their first token's choice; None: nobody's. runs: int32
+    [B] of these, so many choices side by side are parts of one adapter: the first of each are averaged, the second,
+    and so on; None: 1.
     """
 
     @property
@@ -69,6 +71,8 @@ class Choices(Protocol):
     def weights(self) -> Any: ...
     @property
     def fused(self) -> Any: ...
+    @property
+    def runs(self) -> Any: ...
 
 
 class Shape(NamedTuple):
@@ -132,10 +136,10 @@ def routed_lora(
         own = fused.reshape(-1, *(1,) * (base.ndim - 1))
         first = indices[:, :1, :1], weights[..., :1, :]
         others = jnp.where(own[..., None], 0.0, weights)
-        fusion = _gathered(x, bank, *first, fused, base)
+        fusion = _gathered(x, bank, *first, fused, base, routing.runs)
         return jnp.where(own, fusion, _update(x, bank, indices, others, base, shrink, implementation, platform))
     if fused is not None:
-        return _gathered(x, bank, indices, weights, fused, base)
+        return _gathered(x, bank, indices, weights, fused, base, routing.runs)
     return _update(x, bank, indices, weights, base, shrink, implementation, platform)
 
 
@@ -181,7 +185,7 @@ def _dense(x, bank: LoraBank, indices, weights, base, shrink, name: str) -> jax.
     return y.reshape(base.shape)
 
 
-def _gathered(x, bank: LoraBank, indices, weights, fused, base) -> jax.Array:
+def _gathered(x, bank: LoraBank, indices, weights, fused, base, runs=None) -> jax.Array:
     """The chosen adapters alone, where weights differ by token or matrices are averaged; differentiated by JAX."""
     groups, tokens = _grouping(x, indices)
     chosen, given = (_flat_routing(z, x, groups, tokens) for z in (indices, weights))
@@ -191,14 +195,14 @@ def _gathered(x, bank: LoraBank, indices, weights, fused, base) -> jax.Array:
     adapter = bank.a.shape[0] * math.prod(bank.a.shape[2:]) + math.prod(bank.b.shape[1:])
     together = max(1, GATHERED // (chosen.shape[-1] * adapter * bank.a.dtype.itemsize))
 
-    def some(x, chosen, given, scale, fused, base):
+    def some(x, chosen, given, scale, fused, base, runs):
         h = xla.gathered_shrink(x, bank.a, chosen)
-        return xla.gathered_expand(h, bank.b, chosen, given, scale, fused, base, bank.splits)
+        return xla.gathered_expand(h, bank.b, chosen, given, scale, fused, base, bank.splits, runs)
 
     def one(arrays):
         return some(*jax.tree.map(lambda z: z[None], arrays))[0]
 
-    arrays = x.reshape(groups, tokens, -1), chosen, given, scale, fused, base.reshape(groups, tokens, -1)
+    arrays = x.reshape(groups, tokens, -1), chosen, given, scale, fused, base.reshape(groups, tokens, -1), runs
     y = some(*arrays) if groups <= together else jax.lax.map(one, arrays, batch_size=together)
     return y.reshape(base.shape)
 

@@ -60,6 +60,7 @@ def gathered_expand(
     fused: Bool[Array, " G"] | None,
     base: Float[Array, "G S O"],
     splits: tuple[int, ...],
+    runs: Int32[Array, " G"] | None = None,
 ) -> Float[Array, "G S O"]:
     """base + what the choices of each group of tokens add, LoraRetriever (arXiv 2402.09997), section 3.3:
 
@@ -67,10 +68,16 @@ def gathered_expand(
         fusion                       (sum_c w_c h_c) (sum_c w_c s_c B_c)
 
     h: float32, from `gathered_shrink`. weights, scale: float32, 0 for a choice that is none. fused: which groups'
-    matrices are averaged; None: nobody's. The choices lie side by side, so an update is a matmul of inner width C * R.
+    matrices are averaged; None: nobody's. runs: of these, so many choices in a row are parts of one adapter's ranks, of
+    which each is averaged with the others' same part; None: 1. The choices lie side by side, so an update is a matmul
+    of inner width C * R.
     """
     if fused is not None:
         mean = jnp.sum(h * weights[..., None], axis=3, keepdims=True)
+        if runs is not None:
+            part = jnp.arange(h.shape[3], dtype=jnp.int32)[None] % runs[:, None]
+            same = (part[:, :, None] == part[:, None]).astype(h.dtype)
+            mean = einsum_float32(jnp.float32, "gspcr,gcd->gspdr", h * weights[..., None], same)
         h = jnp.where(fused[:, None, None, None, None], mean, h)
     h = (h * (weights * scale[:, None])[..., None]).astype(b.dtype)
     taken = b[chosen]  # [G, P1, C, R, O]

@@ -5,7 +5,8 @@
         --bank runs/demo/bank --tasks runs/tasks --json runs/rounding/measured.json
 
 The first base is what the others are compared with. Answers are read, not written: of each of their tokens the log
-probability, and whether the likeliest token is the first base's.
+probability, and whether the likeliest token is the first base's. An answer is right where each of its tokens, and its
+end, is the likeliest: greedy decoding would write just that.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import meteora_jax as mj
 from meteora_jax.evaluation.problems import choose
 from meteora_jax.evaluation.tasks import load_split
 from meteora_jax.io.files import write_json
+
+TOGETHER = 8  # rows of a batch
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,23 @@ def problems(model: mj.Meteora, asked: Arguments) -> list[tuple[str, list[int], 
             ids = model.encode(example.prompt + example.response)
             if start < len(ids) <= asked.longest:
                 found.append((task, ids, start))
-    return found
+    return sorted(found, key=lambda problem: len(problem[1]))  # rows of a batch are alike in length
 
 
-def judged(model: mj.Meteora, asked: list[tuple[str, list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Log probability and likeliest token of every token of the responses."""
-    logprobs, likeliest = [], []
-    for task, ids, start in asked:
-        logits = np.asarray(model.logits([ids], router=mj.Fixed(task)), np.float64)[0, start - 1 : len(ids) - 1]
-        total = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
-        logprobs.append(logits[np.arange(len(logits)), ids[start:]] - total)
-        likeliest.append(logits.argmax(1))
-    return np.concatenate(logprobs), np.concatenate(likeliest)
+def judged(model: mj.Meteora, asked: list[tuple[str, list[int], int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log probability and likeliest token of every token of the responses; whether each response is the greedy one."""
+    logprobs, likeliest, right = [], [], []
+    for at in range(0, len(asked), TOGETHER):
+        some = asked[at : at + TOGETHER]
+        whole = model.logits([ids for _, ids, _ in some], router=[mj.Fixed(task) for task, _, _ in some])
+        for (_, ids, start), row in zip(some, whole, strict=True):
+            logits = np.asarray(row[start - 1 : len(ids)], np.float64)
+            best, logits = logits.argmax(1), logits[:-1]
+            total = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
+            logprobs.append(logits[np.arange(len(logits)), ids[start:]] - total)
+            likeliest.append(best[:-1])
+            right.append(best[:-1].tolist() == ids[start:] and int(best[-1]) in model.config.eos_token_ids)
+    return np.concatenate(logprobs), np.concatenate(likeliest), np.asarray(right)
 
 
 def main(asked: Arguments) -> None:
@@ -68,17 +76,20 @@ def main(asked: Arguments) -> None:
     rows: list[dict[str, Any]] = []
     read: list[tuple[str, list[int], int]] = []
     first: np.ndarray | None = None
+    console = Console()
     for base in asked.bases:
         model = mj.load(base, bank=asked.bank)
         read = read or problems(model, asked)
-        logprobs, likeliest = judged(model, read)
+        logprobs, likeliest, right = judged(model, read)
         first = likeliest if first is None else first
         same = float(np.mean(likeliest == first))
-        rows.append({"base": str(base), "logprob": float(logprobs.mean()), "same_likeliest": same})
-    table = Table("base", "mean log probability", "same likeliest token, %")
+        logprob = float(logprobs.mean())
+        rows.append({"base": str(base), "logprob": logprob, "same_likeliest": same, "right": int(right.sum())})
+        console.print(f"{base}: {logprob:.4f}, {100 * same:.1f} %, {right.sum()} of {len(right)} answers right")
+    table = Table("base", "mean log probability", "same likeliest token, %", "answers right, %")
     for row in rows:
-        table.add_row(row["base"], f"{row['logprob']:.4f}", f"{100 * row['same_likeliest']:.1f}")
-    console = Console()
+        share = f"{100 * row['right'] / len(read):.1f}"
+        table.add_row(row["base"], f"{row['logprob']:.4f}", f"{100 * row['same_likeliest']:.1f}", share)
     console.print(table)
     console.print(f"{len(read)} problems, {0 if first is None else len(first)} tokens of responses")
     if asked.json:

@@ -1,0 +1,138 @@
+"""Run as a program with TRITON_INTERPRET=1 on two CPU devices: the engine's steps by the kernels on a tensor axis say
+what one device says by XLA. tests/test_shares.py starts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from batches import answer
+from flax import nnx
+from test_gated_model import small
+
+import meteora_jax as mj
+from meteora_jax.execution import ExecutionConfig
+from meteora_jax.gate_config import TokenRouterForm
+from meteora_jax.io.model_state import column_orders
+from meteora_jax.model import layout
+from meteora_jax.model.layout import base_arrays
+from meteora_jax.routing.retrieval import Composed
+from meteora_jax.sharding import make_mesh, place, sharding
+from pallas_kernels.decode_step import triton_gpu
+from pallas_kernels.decode_step.triton_gpu import StepLimits
+from pallas_kernels.paged_attention import triton_gpu as paged_gpu
+from pallas_kernels.routed_lora import packing
+
+RAN: list[str] = []
+ONE_AT_A_TIME = threading.Lock()  # Triton's interpreter is one for all devices' threads
+FEW = ExecutionConfig(step=StepLimits(rows=8, programs=1), shares=True)  # no prompts
+PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], [200], [3, 4]]
+
+
+def interpret() -> None:
+    """Launches run in Triton's interpreter, one device's after the other's."""
+    import torch
+    from triton.runtime import interpreter
+
+    def launch(module, kernel, *arrays, out, grid, warps=4, aliases=None, **constants):
+        inputs = {o: i for i, o in (aliases or {}).items()}
+
+        def run(*arrays):
+            with ONE_AT_A_TIME:
+                RAN.append(kernel)
+                given = [torch.from_numpy(np.array(z)) for z in arrays]
+                results = []
+                for place, shape in enumerate(out):
+                    wild = np.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 10**6
+                    start = np.array(arrays[inputs[place]]) if place in inputs else np.full(shape.shape, wild)
+                    results.append(torch.from_numpy(start.astype(shape.dtype)))
+                getattr(importlib.import_module(module), kernel)[grid](*given, *results, **constants)
+                return tuple(r.numpy() for r in results)
+
+        return jax.pure_callback(run, out, *arrays)
+
+    triton_gpu.launch = paged_gpu.launch = launch
+    patched = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:  # a loop's bound that was read is an array of one element
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(np.reshape(self.handle.data, ())))
+
+    interpreter._patch_lang_tensor = patch
+
+
+def on_mesh(model: mj.Meteora, mesh: Any, execution: ExecutionConfig, pack: bool = True) -> mj.Meteora:
+    """The model's arrays on the mesh, each group's columns in the devices' parts."""
+    graph = layout.with_execution(model.graph, model.weights, execution)
+    module = nnx.merge(graph, model.weights)
+    layout.lay_out(module, mesh.shape["tensor"])
+    graph, state = nnx.split(module)
+    orders, leaves = column_orders(model.config, mesh.shape["tensor"]), []
+    for path, leaf in nnx.to_flat_state(state):
+        value = np.asarray(leaf[...])
+        if path[0] == "layers" and path[1] in orders and path[-1] in ("kernel", "lora_b"):
+            value = value[..., orders[path[1]]]
+        leaves.append((path, leaf.replace(place(value, sharding(mesh, leaf.get_metadata("axes"), value.shape)))))
+    state = nnx.from_flat_state(leaves)
+    graph, state = layout.pack(graph, state) if pack else (graph, state)
+    return dataclasses.replace(model, graph=graph, weights=state, mesh=mesh)
+
+
+def agree(one: mj.Meteora, mesh: mj.Meteora, routers: Any, kernels: set[str], steps: int = 2) -> None:
+    """Tokens are those of one device, and so is the routing."""
+    prompts = PROMPTS[: len(routers)]
+    wanted, traced, _ = answer(one, prompts, routers, steps)
+    RAN.clear()
+    found, routing, engine = answer(mesh, prompts, routers, steps)
+    assert kernels <= set(RAN), (kernels, set(RAN))
+    assert found == wanted, routers
+    for own, other in zip(routing or [], traced or [], strict=True):
+        assert (own is None) == (other is None)
+        if own is not None and other is not None:
+            np.testing.assert_array_equal(own[0], other[0])
+            np.testing.assert_allclose(own[1], other[1], atol=1e-4)
+    cache = engine._state.cache
+    pages = getattr(cache, "model", cache).pages
+    assert {s.data.shape[2] for s in pages.addressable_shards} == {pages.shape[2] // 2}, "heads are not split"
+
+
+def main(everything: bool) -> None:
+    """Without `everything` what a decoding step has most often: gates, named adapters, none, a token router."""
+    interpret()
+    packing.ROWS = 64  # fewer blocks of zeros to interpret
+    mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
+    named = mj.Fixed({"cedar": 0.7, "apple": 0.4})
+    epilogues = {*triton_gpu.KERNELS.values(), "decode_kernel"}
+
+    model = small("float32", layers=1, null=True, smaller=True)
+    held = on_mesh(model, mesh, FEW)
+    agree(model, held, [None, named, mj.Gates(2)], epilogues)
+    routed = small("float32", TokenRouterForm(width=64, depth=2), layers=1, null=True, smaller=True)
+    agree(routed, on_mesh(routed, mesh, FEW), [mj.Gates(1, 3.0), None, mj.Fixed("birch")], epilogues)
+    if not everything:
+        return
+    # what XLA chooses between product and epilogue, and matrices averaged
+    fused = Composed((("cedar", 0.7), ("apple", 0.4)), True)
+    agree(model, held, [mj.Lag(2, k=3), fused, None], {*epilogues, "weigh_kernel"})
+    whole = base_arrays(held.graph, held.weights)["layers", "qkv", "kernel"]
+    order = column_orders(model.config, 2)["qkv"]
+    np.testing.assert_array_equal(whole, base_arrays(model.graph, model.weights)["layers", "qkv", "kernel"][..., order])
+    np.testing.assert_allclose(held.logits(PROMPTS, mj.Gates(2)), model.logits(PROMPTS, mj.Gates(2)), atol=1e-4)
+    wide = on_mesh(model, mesh, dataclasses.replace(FEW, dense_width=8))
+    agree(model, wide, [mj.Gates(2), mj.Gates(1)], {*epilogues, "shrink_kernel"})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] == ["all"])
+    print("the same")
