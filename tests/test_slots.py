@@ -99,6 +99,20 @@ def test_a_steady_stream_starves_nobody():
     assert late.began - late.arrival <= 5
 
 
+def test_what_the_first_needs_and_finds_there_stays():
+    """Somebody who comes later would else take the slots of adapter 0, and be waited for."""
+    table = SlotTable(7, two_of_some)
+    table.take("a", [0])
+    table.take("b", [4])
+    table.release("a")
+    assert table.take("c", [0, 8, 1, 5]) is None  # one slot too few
+    assert table.take("d", [2, 3], drain=False) is None
+    assert table.take("e", [0], drain=False) == []  # whoever else uses it is not in the way
+    table.release("b")
+    assert table.take("c", [0, 8, 1, 5]) is not None
+    table.check()
+
+
 def test_who_has_its_adapter_passes_who_waits():
     table = SlotTable(3)
     assert table.take("a", [1, 2]) == [(1, (0,)), (2, (1,))]

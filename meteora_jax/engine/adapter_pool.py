@@ -252,6 +252,8 @@ class AdapterPool:
             missing = any(n not in there for n in wanted.versions)
             self.counters.misses += missing
             self.counters.hits += not missing
+        if wanted.every and wanted.scored and self._copies.repeated:
+            return "loading"  # it chooses among all that is there, and must be able to score all of it
         return "ready" if all(n in there for n in wanted.versions) else "loading"
 
     def dismiss(self, owner: Hashable, wanted: WantedAdapters) -> None:

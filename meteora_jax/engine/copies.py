@@ -57,6 +57,11 @@ class Copies:
             self._coming[n] = Coming(slots, self.spectra, self._readers.submit(self._stage, n, self.spectra))
         return len(gone)
 
+    @property
+    def repeated(self) -> bool:
+        """Whether what is there already comes once more."""
+        return not self.there.isdisjoint(self._coming)
+
     def score(self) -> None:
         """From now on copies are with what routers by score read; those that are there come once more."""
         if not self.spectra:

@@ -3,7 +3,8 @@
 An owner (a request) holds all its adapters at once or none. An adapter that somebody holds is pinned; of the others
 the least recently used gives its slot away. Requests that come in the order of a queue are served in it: the first one
 that finds too few slots has slots kept for it, those that fewest hold. Nobody takes a kept slot, or begins to use the
-adapter in it, so it comes free once its holders have ended; the rest goes on meanwhile. Who holds never waits for a
+adapter in it, so it comes free once its holders have ended; nobody takes the slots of what it needs and finds there
+either. The rest goes on meanwhile. Who holds never waits for a
 slot, and one owner at a time has slots kept, so nobody waits for somebody who waits for him.
 
 A large adapter takes several slots, wherever they are; it has all of them or none.
@@ -27,9 +28,10 @@ class SlotTable:
         self._where: dict[int, tuple[int, ...]] = {}
         self._recent: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # least recently used first
         self._held: dict[Hashable, tuple[int, ...]] = {}
-        self._first: Hashable = None  # whom slots are kept for, which ones, and what it is going to put there
+        self._first: Hashable = None  # whom slots are kept for, which ones, what it will put there, and what it has
         self._kept: set[int] = set()
         self._coming: set[int] = set()
+        self._there: set[int] = set()
 
     def slots(self, adapter: int) -> tuple[int, ...] | None:
         """Where an adapter lies; None: nowhere."""
@@ -59,18 +61,18 @@ class SlotTable:
         if owner in self._held:
             return []
         first = owner == self._first and self._first is not None
-        kept, coming = (set(), set()) if first else (self._kept, self._coming)
+        kept, coming, there = (set(), set(), set()) if first else (self._kept, self._coming, self._there)
         if any(a in coming or not kept.isdisjoint(self._where.get(a, ())) for a in adapters):
             return None
         own = {s for a in adapters for s in self._where.get(a, ())}
         missing = [a for a in adapters if a not in self._where]
-        free = [s for s in self._recent if self.pins[s] == 0 and s not in kept and s not in own]
+        free = [s for s in self._recent if self.pins[s] == 0 and s not in kept | there | own]
         if sum(map(self._size, missing)) > len(free):
             if drain and (first or self._first is None):
                 self._keep(owner, missing, free, own)
             return None
         if first:
-            self._first, self._kept, self._coming = None, set(), set()
+            self._let_go()
         placed = []
         for adapter in missing:
             slots = tuple(self._claim(free) for _ in range(self._size(adapter)))
@@ -87,7 +89,7 @@ class SlotTable:
     def release(self, owner: Hashable) -> None:
         """What an owner holds, or has kept for it, is others' again; an owner of nothing changes nothing."""
         if owner == self._first and self._first is not None:
-            self._first, self._kept, self._coming = None, set(), set()
+            self._let_go()
         for slot in (s for a in self._held.pop(owner, ()) for s in self._where[a]):
             self.pins[slot] -= 1
             self._recent.move_to_end(slot)
@@ -133,11 +135,14 @@ class SlotTable:
         free.remove(slot)
         return slot
 
+    def _let_go(self) -> None:
+        self._first, self._kept, self._coming, self._there = None, set(), set(), set()
+
     def _keep(self, owner: Hashable, missing: Sequence[int], free: Sequence[int], own: set[int]) -> None:
         """Keeps what is free now and, of the others, what was kept before; then those that fewest hold."""
         busy = [s for s in self._recent if s not in own and s not in free]
         busy.sort(key=lambda s: (s not in self._kept, self.pins[s]))
-        self._first, self._coming = owner, set(missing)
+        self._first, self._coming, self._there = owner, set(missing), own
         self._kept = {*free, *busy[: sum(map(self._size, missing)) - len(free)]}
 
 
