@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from extent import examples
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meteora_jax.engine.slots import SlotTable
@@ -59,7 +59,7 @@ some = st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True)
 requests = st.tuples(some, st.integers(1, 9), st.integers(0, 20))
 
 
-@settings(max_examples=examples(200, 5000), deadline=None)
+@settings(max_examples=examples(200, 5000), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(requests, min_size=1, max_size=25), st.integers(7, 9), st.lists(st.integers(0, 24), max_size=4))
 def test_everybody_is_served_and_nobody_waits_longer_than_those_before_take(drawn, slots, cancelled):
     asked = [Asked(tuple(adapters), rounds, arrival) for adapters, rounds, arrival in drawn]
