@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,20 @@ def with_own_gates(bank: AdapterBank) -> AdapterBank:
     return dataclasses.replace(bank, config=dataclasses.replace(bank.config, adapters=infos), own_gate=own)
 
 
-def test_scores_choose_among_what_is_resident_and_what_is_named(models: tuple[mj.Meteora, mj.Meteora, Path]):
-    """The first asks for the spectra of what is there already; later copies bring theirs."""
+def test_scores_choose_among_what_is_resident_and_what_is_named(
+    models: tuple[mj.Meteora, mj.Meteora, Path], monkeypatch: pytest.MonkeyPatch
+):
+    """The first asks for the spectra of what is there, the last of which come late; later copies bring theirs."""
     whole, slots, _ = models
     assert slots.pool is not None
+    copies = slots.pool._copies
+    stage, last = copies._stage, slots.pool.versions.find([slots.pool.resident()[-1]])[0].number
+
+    def late(number: int, spectra: bool) -> list[Any]:
+        time.sleep(0.5 if number == last else 0)
+        return stage(number, spectra)
+
+    monkeypatch.setattr(copies, "_stage", late)
     before = slots.pool.counters.copies
     told = []
     for within in (None, (SOME[4], SOME[0], SOME[3]), SOME[1:4]):

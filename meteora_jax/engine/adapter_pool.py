@@ -102,7 +102,7 @@ class AdapterPool:
         self._importer = importer
         self.versions = AdapterVersions()
         self._copies = Copies(self._weights, self.table, self._stage)
-        self._choosable: dict[tuple[bool, bool], set[int]] = {}  # of `WantedAdapters`' gated and scored
+        self._choosable: dict[tuple[bool, bool], tuple[set[int], int]] = {}  # of `WantedAdapters`' gated and scored
         self._choosable_at = -1  # so many changes
         for place, info in enumerate(stored.config.adapters):
             self.versions.add(info.name, stored, place, slots=slots_for(info.rank, slots))
@@ -265,10 +265,10 @@ class AdapterPool:
     def place(self, wanted: WantedAdapters) -> BoundRow:
         """A request's router over the slots as they are now."""
         slots = [self.table.slots(n) or () for n in self._acting(wanted)]
-        # whatever comes to lie there; routers by score have whole adapters
-        known = self._known() if wanted.every and wanted.gated else []
-        most = [*(v.slots for v in known), *map(len, slots)]
-        width = 1 << (max(most) - 1).bit_length()  # few widths: each is a program
+        most = max(map(len, slots))
+        if wanted.every:
+            most = max(most, self._all_of(wanted)[1])
+        width = 1 << (most - 1).bit_length()  # few widths: each is a program
         where = np.full((len(slots), width), NO_ADAPTER, np.int32)
         for row, own in zip(where, slots, strict=True):
             row[: len(own)] = own
@@ -321,14 +321,20 @@ class AdapterPool:
         reads of them, are in their slots."""
         if not wanted.every:
             return wanted.versions
+        return tuple(sorted({*wanted.versions, *self._all_of(wanted)[0]}))
+
+    def _all_of(self, wanted: WantedAdapters) -> tuple[set[int], int]:
+        """What such a request may choose now, and the slots of the largest that may ever come to lie there."""
         if self._choosable_at != self.changes:
             self._choosable, self._choosable_at = {}, self.changes
         if (found := self._choosable.get(kind := (wanted.gated, wanted.scored))) is None:
             known = self._known() if wanted.gated else self.versions.find(self.versions.names())
+            if wanted.scored:  # routers by score have whole adapters
+                known = [v for v in known if v.slots == 1]
             there = self._copies.scored if wanted.scored else self._copies.there
-            found = {v.number for v in known if v.number in there and (v.slots == 1 or not wanted.scored)}
+            found = {v.number for v in known if v.number in there}, max((v.slots for v in known), default=1)
             self._choosable[kind] = found
-        return tuple(sorted({*wanted.versions, *found}))
+        return found
 
     def _some(self, router: Any, count: int, names: Sequence[str], which: str) -> list[AdapterVersion]:
         """So many of these adapters, which stay in their slots while the request runs."""
