@@ -45,7 +45,7 @@ class BenchProducts:
     behind: int = 0
     """Rows of 16 bits behind each matrix, as gates and A's are."""
     tile: tuple[str, ...] = ()
-    """Tiles to compare with the ones that are chosen: BM,BN,BK,PARTS,SPLITS,stages,warps, and `cvt` behind it for
+    """Tiles to compare with the ones that are chosen: BM,BN,J,SPLITS,stages,warps, and `cvt` behind it for
     Triton's own conversions."""
     xla: bool = True
     """XLA's product as well, and bfloat16's."""
@@ -56,7 +56,7 @@ class BenchProducts:
 
 
 def stacked(weights: WeightFormat, width: int, total: int) -> QuantizedWeight:
-    """Random turned matrices of one shape, as many as 0.4 GB holds."""
+    """Random matrices in words of one shape, as many as 0.4 GB holds."""
     parts = Quantization.of(weights).parts(width, total)
     layers = max(2, round(4e8 * (2 if weights == "int4" else 1) / width / total))
 
@@ -66,18 +66,20 @@ def stacked(weights: WeightFormat, width: int, total: int) -> QuantizedWeight:
             shape = shape[::-1]
         return random_arrays(jax.ShapeDtypeStruct((layers, *shape), kind), 0)
 
-    zero = jnp.full_like(make("kernel_zero"), 8) if "kernel_zero" in parts else None
-    return QuantizedWeight(make("kernel"), make("kernel_scale"), zero, turned=True)
+    zero = None
+    if "kernel_zero" in parts:
+        zero = jnp.full((layers, total, parts["kernel_zero"][0][0]), 8, jnp.uint8)
+    return QuantizedWeight(make("kernel"), make("kernel_scale"), zero, turned=True, words=True)
 
 
 def parse(tile: str) -> dict[str, Any]:
     """The arguments of `triton_gpu.product` that a `--tile` means."""
     numbers = tile.removesuffix(",cvt").split(",")
-    if len(numbers) != 7 or not all(map(str.isdecimal, numbers)):
-        raise InputError(f"--tile: expected BM,BN,BK,PARTS,SPLITS,stages,warps, found {tile}")
-    bm, bn, bk, parts, splits, stages, warps = map(int, numbers)
-    size = dict(BM=bm, BN=bn, BK=bk, PARTS=parts, SPLITS=splits, warps=warps)
-    return dict(tile=size, stages=stages, assembly=not tile.endswith(",cvt"))
+    if len(numbers) != 6 or not all(map(str.isdecimal, numbers)):
+        raise InputError(f"--tile: expected BM,BN,J,SPLITS,stages,warps, found {tile}")
+    bm, bn, j, splits, stages, warps = map(int, numbers)
+    size = dict(BM=bm, BN=bn, J=j, SPLITS=splits, STAGES=stages, warps=warps)
+    return dict(tile=size, assembly=not tile.endswith(",cvt"))
 
 
 def main(settings: BenchProducts) -> None:
@@ -101,8 +103,9 @@ def main(settings: BenchProducts) -> None:
                 more = None if behind.shape[1] == 0 else behind
                 return [triton_gpu.product(i, x, weight, more, rows, **(how or {})) for i in range(layers)]
 
-            def xla(x, weight, behind, plain, layers=layers):
-                return [quantized_matmul(x, jax.tree.map(operator.itemgetter(i), weight)) for i in range(layers)]
+            def xla(x, weight, behind, plain, how=None, layers=layers):
+                layer = operator.itemgetter
+                return [quantized_matmul(x, jax.tree.map(layer(i), weight), implementation=how) for i in range(layers)]
 
             def bfloat16(x, weight, behind, plain, layers=layers):
                 product = "mi,oi->mo"
@@ -111,11 +114,13 @@ def main(settings: BenchProducts) -> None:
             calls: dict[str, Any] = {"chosen": triton}
             own_tile = triton_gpu.tiles(rows, width, total, weight.group)
             for tile, how in forced.items():
-                if how["tile"]["BM"] != own_tile["BM"]:
+                if own_tile["BM"] != how["tile"]["BM"] != rows:
                     continue
                 calls[tile] = functools.partial(triton, how=how)
             if settings.xla:
                 calls |= {"xla": xla, "bf16": bfloat16}
+            if settings.xla and weights == "fp8":
+                calls["fp8"] = functools.partial(xla, how="xla_fp8")
             given = x, weight, behind, plain
             compiled, programs = compile_all(calls, given), {}
             wanted = compiled["xla"](*given)[1][:rows] if settings.xla else None
@@ -125,13 +130,13 @@ def main(settings: BenchProducts) -> None:
                     continue
                 found = call(*given)[1]
                 found = (jnp.sum(found, axis=0) if found.ndim == 3 else found)[:rows, :total]
-                if wanted is not None and name != "bf16":
+                if wanted is not None and name not in ("bf16", "fp8"):
                     error = float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
                     if not error < 1e-2:
                         console.print(f"{weights} {group} {rows} {name}: differs from XLA by {error:.1e}", markup=False)
                 programs[name] = Timed(lambda _, call=call, given=given: call(*given), calls=layers)
             for name, ms in alternate(programs, settings.seconds).items() if programs else ():
-                size = own if name not in ("xla", "bf16") else own - behind.nbytes / layers
+                size = own if name not in ("xla", "bf16", "fp8") else own - behind.nbytes / layers
                 size = 2.0 * width * total if name == "bf16" else size
                 record = dict(weights=weights, group=group, rows=rows, how=name, us=1e3 * ms, gb_per_s=size / ms / 1e6)
                 records.append(record)

@@ -25,7 +25,7 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model import decoding, llama
 from meteora_jax.model.layout import base_arrays
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul, triton_gpu
-from pallas_kernels.quantized_matmul.weight import turn, turn_back
+from pallas_kernels.quantized_matmul.weight import turn, turn_back, turn_zero, word_block
 
 HERE = Path(__file__).parent
 
@@ -44,21 +44,22 @@ def turned(kind: str, width: int, total: int, groups: int) -> tuple[QuantizedWei
     weight, matrix = made(kind, width, total, groups)
     values = turn(weight.values, weight.group)
     np.testing.assert_array_equal(np.asarray(turn_back(values, weight.group)), np.asarray(weight.values))
-    return QuantizedWeight(values, weight.scale, weight.zero, turned=True), matrix
+    zero = None if weight.zero is None else turn_zero(weight.zero)
+    return QuantizedWeight(values, weight.scale, zero, turned=True, words=True), matrix
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 def test_a_turned_matrix_is_the_same_matrix(kind: str):
-    weight, matrix = turned(kind, 96, 40, 3)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 96)), jnp.float32)
+    weight, matrix = turned(kind, 384, 40, 3)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 384)), jnp.float32)
     y = quantized_matmul(x, weight)
     assert np.allclose(y, np.asarray(x, np.float64) @ matrix, atol=1e-5 * np.abs(y).max())
 
 
 def test_activations_in_fp8_are_rounded_a_token():
     """Against the same rounding in NumPy, float64; a token of zeros stays one."""
-    weight, matrix = turned("fp8", 96, 40, 3)
-    x = np.random.default_rng(1).standard_normal((2, 3, 96)) * [[[1], [1e-3], [0]], [[1], [50], [1]]]
+    weight, matrix = turned("fp8", 384, 40, 3)
+    x = np.random.default_rng(1).standard_normal((2, 3, 384)) * [[[1], [1e-3], [0]], [[1], [50], [1]]]
     x = x.astype(np.float32)
     scale = np.abs(x).max(-1, keepdims=True) / np.float32(448)
     scale[scale == 0] = 1
@@ -70,20 +71,22 @@ def test_activations_in_fp8_are_rounded_a_token():
 
 
 def test_fp8_activations_are_for_fp8_values():
-    weight, _ = turned("int8", 96, 40, 3)
+    weight, _ = turned("int8", 384, 40, 3)
     with pytest.raises(NotImplementedError, match="expected float8_e4m3fn values, found int8"):
-        quantized_matmul(jnp.zeros((2, 96)), weight, implementation="xla_fp8")
+        quantized_matmul(jnp.zeros((2, 384)), weight, implementation="xla_fp8")
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 64, 512])
-@pytest.mark.parametrize(("width", "total"), [(4096, 6144), (4096, 28672), (14336, 4096), (576, 960), (1536, 576)])
-@pytest.mark.parametrize("group", [0, 128])
+@pytest.mark.parametrize(
+    ("width", "total", "group"),
+    [(4096, 6144, 0), (4096, 28672, 128), (14336, 4096, 0), (14336, 4096, 128), (576, 960, 0), (1536, 576, 32)],
+)
 def test_tiles_cover_the_matrix(rows: int, width: int, total: int, group: int):
-    group = group and min(group, width & -width)
     size = triton_gpu.tiles(rows, width, total, group)
     assert total % size["BN"] == 0
-    assert width % (size["PARTS"] * size["BK"] * size["SPLITS"]) == 0
-    assert not group or size["BK"] == group
+    places, block = 8 if group else 4, word_block(width, group)
+    assert block % (places * size["J"]) == 0
+    assert width % (block * size["SPLITS"]) == 0
     assert size["BM"] >= min(rows, 64)
 
 
@@ -92,16 +95,19 @@ def test_a_matrix_that_no_tile_divides_is_refused():
         triton_gpu.tiles(1, 100, 64, 0)
 
 
-def test_who_is_served():
-    """Decoding by Triton takes a quantised base once it is turned; its arrays are those that were loaded."""
-    model = quantized_model("int4", "bfloat16", head=True)
+@pytest.mark.parametrize(("kind", "served"), [("fp8", True), ("int4", False)])
+def test_who_is_served(kind: str, served: bool):
+    """Decoding by Triton takes a quantised base once it lies in words, for which 192 inputs are no blocks in 4 bit; its
+    arrays are those that were loaded."""
+    model = quantized_model(kind, "bfloat16", head=True)
     packed = stepping(model)
     module = nnx.merge(packed.graph, packed.weights)
     layers, execution = module.layers, module.execution
     for router in (None, mj.Gates(2), mj.Fixed("cedar")):
-        assert decoding.refusal(layers, packed.config, packed.bind(router, 2), 2, execution) is None
+        refusal = decoding.refusal(layers, packed.config, packed.bind(router, 2), 2, execution)
+        assert refusal is None if served else "does not lie in words" in str(refusal)
     apart = nnx.merge(model.graph, model.weights).layers
-    assert "not turned" in str(decoding.refusal(apart, model.config, None, 2, execution))
+    assert "not lie in words" in str(decoding.refusal(apart, model.config, None, 2, execution))
     before, after = (base_arrays(m.graph, m.weights) for m in (model, packed))
     assert before.keys() == after.keys()
     for path, value in before.items():

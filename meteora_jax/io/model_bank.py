@@ -15,14 +15,13 @@ from meteora_jax.bank import AdapterBank
 from meteora_jax.config import ENDS, GROUPS, BankConfig, LlamaConfig
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.model_state import column_orders
-from meteora_jax.model.layout import lay_out, pack
+from meteora_jax.model.layout import lay_out, pack, plain_head
 from meteora_jax.model.llama import Llama
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.model.vocab_adapters import vocab_tensors
 from meteora_jax.sharding import Params, fetch, place, sharding, tensor_shards
 from meteora_jax.spectra import SPECTRA, spectra
-from pallas_kernels.quantized_matmul.weight import turn_back
 from pallas_kernels.routed_lora.reference import columns as columns_of
 
 # Of a model's arrays those with an axis of adapters, or of the gates' columns: which one.
@@ -126,15 +125,14 @@ def _unpack(model: Llama, held: dict[tuple[str, ...], jax.Array], release: bool)
         linear = getattr(model.layers, group)
         if not isinstance(linear, PackedLinear):
             continue
-        held["layers", group, "kernel"] = linear.base_kernel()
+        held |= {("layers", group, name): value for name, value in linear.base_parts().items()}
         held["layers", group, "gate"] = linear.gates()
         if release:
             linear.kernel[...].delete()
             if linear.values is not None:
                 linear.values[...].delete()
         found.append(group)
-    if model.lm_head is not None and model.head_turned:
-        held["lm_head",] = turn_back(model.lm_head[...], 0)
+    held.update(plain_head(model))
     return tuple(found)
 
 

@@ -46,7 +46,7 @@ def refusal(
             return "biases"
         weight = linear.weight() if isinstance(linear, PackedLinear) else None
         if linear.kernel_scale is not None and weight is None:
-            return "a quantised base that is not turned"
+            return "a quantised base that does not lie in words (4 bit: of inputs in blocks of 128)"
         try:
             triton_gpu.tiles(rows, sum(linear.splits), epilogue, config.head_dim, None)
             if weight is not None:

@@ -14,7 +14,7 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model.llama import Llama
 from meteora_jax.model.lora_linear import column_shards
 from meteora_jax.model.packed_linear import packed
-from pallas_kernels.quantized_matmul.weight import turn, turn_back
+from pallas_kernels.quantized_matmul.weight import in_words, turn, turn_back, word_block
 
 
 def lay_out(model: Llama, tensor: int) -> None:
@@ -41,9 +41,13 @@ def pack(graph: Any, weights: Any, release: Collection[str] = ()) -> tuple[Any, 
         setattr(model.layers, group, packed(linear, model.has_gates, model.execution, model.dtype))
         if group in release and getattr(model.layers, group) is not linear:
             linear.kernel[...].delete()
-    turns = model.lm_head_scale is not None and not model.head_turned and model.execution.step is not None
-    if model.lm_head is not None and turns:
-        model.lm_head, model.head_turned = BaseParam(turn(model.lm_head[...], 0), axes=("vocab", "model")), True
+    tied = model.lm_head is None
+    scale = model.embed_scale if tied else model.lm_head_scale
+    step = None if model.execution.shares else model.execution.step
+    if scale is not None and step and not model.head_words and word_block(model.config.hidden_size, 0):
+        head = in_words(model.embed[...], 0) if tied else turn(model.lm_head[...], 0)
+        head, model.head_words = BaseParam(head, axes=("vocab", "model")), True
+        model.embed, model.lm_head = (head, None) if tied else (model.embed, head)
     return nnx.split(model)
 
 
@@ -54,7 +58,15 @@ def base_arrays(graph: Any, weights: Any) -> dict[tuple[str, ...], jax.Array]:
     base = (item for item in nnx.to_flat_state(weights) if isinstance(item[1], BaseParam) and item[0][-1] != "values")
     found = {tuple(map(str, path)): x[...] for path, x in base}
     for group in GROUPS:
-        found["layers", group, "kernel"] = getattr(model.layers, group).base_kernel()
-    if model.lm_head is not None and model.head_turned:
-        found["lm_head",] = turn_back(model.lm_head[...], 0)
-    return found
+        parts = getattr(model.layers, group).base_parts()
+        found |= {("layers", group, name): value for name, value in parts.items()}
+    return found | plain_head(model)
+
+
+def plain_head(model: Llama) -> dict[tuple[str, ...], jax.Array]:
+    """By path, as the base's file has it: the matrix of the logits, where it lies in words."""
+    if not model.head_words:
+        return {}
+    if model.lm_head is None:
+        return {("embed",): in_words(model.embed[...], 0, back=True)}
+    return {("lm_head",): turn_back(model.lm_head[...], 0)}

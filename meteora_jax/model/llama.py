@@ -27,6 +27,7 @@ from meteora_jax.routing import BoundRouter, Routing
 from meteora_jax.sharding import constrain, partitioned_mesh, partitions
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
+from pallas_kernels.quantized_matmul.weight import in_words
 from pallas_kernels.routed_lora.reference import KEPT
 
 # What leaves a layer beside its output: called with the routing of each group that routed, in GROUPS order.
@@ -158,7 +159,7 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             head = vocab_matrix("lm_head.kernel", (shape[1], shape[0]), "model", "vocab")
         self.lm_head, self.lm_head_scale = head
-        self.head_turned = False  # whether a quantised one lies as [V, D], see `pack`
+        self.head_words = False  # whether the quantised matrix of the logits lies in words [V, D], see `pack`
         self.vocab_adapter_names = bank.vocab_adapter_names if bank is not None else ()
         self.gates_leave_vocab = False  # whether gates know none of these, so that a choice by token is not refused
         adapted = bank.vocab_adapters if bank is not None else {}
@@ -177,6 +178,7 @@ class Llama(nnx.Module):
         x = self.embed[...][tokens]
         if self.embed_scale is None:
             return x
+        x = in_words(x, 0, back=True) if self.head_words and self.lm_head is None else x
         return (x.astype(jnp.float32) * self.embed_scale[...][tokens][..., None]).astype(self.dtype)
 
     def __call__(
@@ -279,11 +281,12 @@ class Llama(nnx.Module):
         """The base's, of hidden [.., D]."""
         few = self.execution.step if hidden.ndim == 2 else None
         if self.lm_head is None and self.embed_scale is not None:
-            return quantized(hidden, self.embed, self.embed_scale, turned=True, step=few)
+            return quantized(hidden, self.embed, self.embed_scale, turned=True, words=self.head_words, step=few)
         if self.lm_head is None:
             return contract("...d,vd->...v", hidden, self.embed[...], 1)
         if self.lm_head_scale is not None:
-            return quantized(hidden, self.lm_head, self.lm_head_scale, turned=self.head_turned, step=few)
+            words = self.head_words
+            return quantized(hidden, self.lm_head, self.lm_head_scale, turned=words, words=words, step=few)
         return contract("...d,dv->...v", hidden, self.lm_head[...], 0)
 
 

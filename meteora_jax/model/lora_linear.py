@@ -58,14 +58,14 @@ def by_column(combine: jax.Array, columns: jax.Array, splits: tuple[int, ...]) -
 
 def quantized(
     x: jax.Array, values: BaseParam, scale: BaseParam, zero: BaseParam | None = None, turned: bool = False,
-    step: StepLimits | None = None,
+    words: bool = False, step: StepLimits | None = None,
 ) -> jax.Array:  # fmt: skip
     """x [.., I] through a quantised matrix, float32 [.., O]; see `pallas_kernels.quantized_matmul`.
 
-    step: a matrix that is turned is multiplied by Triton with few rows as these limits have them; None: by XLA.
+    turned, words: see `QuantizedWeight`. step: a matrix in words is multiplied by Triton with few rows as these limits have them; None: by XLA.
     """
-    weight = QuantizedWeight(values[...], scale[...], None if zero is None else zero[...], turned)
-    few = step is not None and turned and x.size // x.shape[-1] <= step.rows
+    weight = QuantizedWeight(values[...], scale[...], None if zero is None else zero[...], turned, words)
+    few = step is not None and x.size // x.shape[-1] <= step.rows
     how = "triton" if few and triton_gpu.serves(weight) else None
     return quantized_matmul(x, weight, implementation=how, block=cpu_block(x))
 
@@ -138,9 +138,9 @@ class LoRALinear(nnx.Module):
         gate = jnp.zeros((width, count, gate_columns), jnp.float32) if gate_columns else None
         self.gate = None if gate is None else GateParam(gate, axes=(i, None, None))
 
-    def base_kernel(self) -> jax.Array:
-        """The base's kernel, as it is stored."""
-        return self.kernel[...]
+    def base_parts(self) -> dict[str, jax.Array]:
+        """What of the base may lie otherwise where it is packed, as it is stored."""
+        return {"kernel": self.kernel[...]}
 
     def shrink(self, x: jax.Array) -> jax.Array | None:
         """x [B, T, I] through every A, float32 [B, T, P, A, R]; None where no adapter has a part."""

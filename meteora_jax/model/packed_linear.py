@@ -22,7 +22,7 @@ from meteora_jax.routing.gates import GATES, KnownLogits
 from meteora_jax.routing.scores import SHRUNK, GroupScores
 from meteora_jax.sharding import sharding, sum_shares
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
-from pallas_kernels.quantized_matmul.weight import turn, turn_back
+from pallas_kernels.quantized_matmul.weight import turn, turn_back, turn_zero, word_block
 from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
 from pallas_kernels.routed_lora.reference import einsum_float32, shrink
@@ -41,7 +41,7 @@ class PackedLinear(nnx.Module):
     its A's (`packing`); `gate_columns` of them are gates. One product serves a decoding step; a prompt reads the first
     O rows, or the P N behind them, where they lie. `wide`: of a bank with too many adapters times ranks there are the
     gates alone, and A's are read where they are chosen. The rest as in `LoRALinear`.
-    A quantised base's `values` [L, O, I] (int4: [L, O, I / 2]) lie turned, see `quantized_matmul.weight`; kernel then
+    A quantised base's `values` [L, O, I] (int4: [L, O, I / 2]) and zeros lie in words, see `quantized_matmul.weight`; kernel then
     has the rows behind them alone: the first `base_rows`, O or 0, are the base's.
     Where O lies in `shards` parts, the kernel has as many, each with its own columns as rows and all P N behind them:
     it is then read inside `jax.shard_map` alone, where this is a device's share (see `model.shares`).
@@ -64,23 +64,26 @@ class PackedLinear(nnx.Module):
         self.shards = linear.shards
         rows = self._rows_behind(linear, dense_width, dtype)
         self.packed_rows = rows.shape[1] * rows.shape[2]
-        self.kernel_scale, self.kernel_zero = linear.kernel_scale, linear.kernel_zero
-        values = None
+        self.kernel_scale = linear.kernel_scale
+        values = kernel_zero = None
         if self.kernel_scale is None:
             kernel, self.base_rows = stack_rows(linear.kernel[...], rows, self.sides, self.shards), sum(self.splits)
         else:
             kernel, self.base_rows = rows.reshape(rows.shape[0], -1, rows.shape[3]), 0
-            zero = None if self.kernel_zero is None else self.kernel_zero[...]
+            zero = None if linear.kernel_zero is None else linear.kernel_zero[...]
             group = QuantizedWeight(linear.kernel[...], self.kernel_scale[...], zero).group
+            if zero is not None:
+                kernel_zero = BaseParam(jax.jit(jax.vmap(turn_zero))(zero), axes=linear.sides[::-1])
             values = PackedKernel(turn_layers(linear.kernel[...], group), axes=linear.sides[::-1])
         self.kernel, self.values = PackedKernel(kernel, axes=linear.sides[::-1]), values
+        self.kernel_zero = kernel_zero
 
     def _rows_behind(self, linear: LoRALinear, dense_width: int, dtype: Any) -> jax.Array:
         """Gates and A's of each projection [L, P, N, I]; sets what is known of them."""
         if linear.lora_a is None:
             self.wide, self.gate_columns, self.adapters = False, 0, 0
             layers, width = linear.kernel.shape[0], linear.kernel.shape[1]
-            width *= 1 if linear.kernel_zero is None else 2
+            width *= 1 if linear.kernel_zero is None else 2  # two values a byte
             return jnp.zeros((layers, len(self.splits), 0, width), dtype)
         a = linear.lora_a[...]
         layers, projections, adapters, rank, width = a.shape
@@ -94,17 +97,20 @@ class PackedLinear(nnx.Module):
         if self.values is None or self.kernel_scale is None:
             return None
         zero = None if self.kernel_zero is None else self.kernel_zero[...]
-        return QuantizedWeight(self.values[...], self.kernel_scale[...], zero, turned=True)
+        return QuantizedWeight(self.values[...], self.kernel_scale[...], zero, turned=True, words=True)
 
-    def base_kernel(self) -> jax.Array:
-        """The base's [L, I, O], copied; as it is stored where it is quantised."""
+    def base_parts(self) -> dict[str, jax.Array]:
+        """What `LoRALinear` has of the base where it lies otherwise here, copied: the kernel [L, I, O]."""
         if (weight := self.weight()) is not None:
-            return turn_layers(weight.values, weight.group, back=True)
+            found = {"kernel": turn_layers(weight.values, weight.group, back=True)}
+            if weight.zero is not None:
+                found["kernel_zero"] = jnp.swapaxes(weight.zero, 1, 2)[:, : weight.scale.shape[1]]
+            return found
         kernel = self.kernel[...]
         rows = kernel.reshape(len(kernel), self.shards, -1, kernel.shape[-1])[:, :, : self.base_rows // self.shards]
         rows = jnp.swapaxes(rows.reshape(len(kernel), self.base_rows, -1), 1, 2)
         where = lies_on(kernel, (None, *self.sides), rows.shape)
-        return rows if where is None else jax.device_put(rows, where)
+        return {"kernel": rows if where is None else jax.device_put(rows, where)}
 
     def gates(self) -> jax.Array:
         """The gates' rows as `LoRALinear.gate` has them, float32 [L, I, P, G], as precise as they are kept."""
@@ -222,13 +228,16 @@ def packed(linear: LoRALinear, by_token: bool, execution: ExecutionConfig, dtype
     """The group as inference on one device, or in its shares, reads it; itself where there is nothing to pack.
 
     by_token: whether tokens of this model are routed one by one, by gates here or by a token router. dtype: of the
-    activations. DoRA and biases of adapters are left apart, and so is a wide bank without gates. A quantised kernel is
-    turned where Triton decodes.
+    activations. DoRA and biases of adapters are left apart, and so is a wide bank without gates. A quantised kernel
+    lies in words where Triton decodes.
     """
     if linear.lora_dora is not None or linear.lora_bias is not None:
         return linear
-    if linear.kernel_scale is not None and (execution.step is None or execution.shares):
-        return linear
+    if linear.kernel_scale is not None:
+        zero = None if linear.kernel_zero is None else linear.kernel_zero[...]
+        weight = QuantizedWeight(linear.kernel[...], linear.kernel_scale[...], zero)
+        if execution.step is None or execution.shares or not word_block(weight.shape[0], weight.group):
+            return linear
     if linear.lora_a is None:
         turns = linear.kernel_scale is not None and linear.gate is None
         return PackedLinear(linear, execution.dense_width, dtype) if turns else linear

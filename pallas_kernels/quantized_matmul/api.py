@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized_matmul import reference, triton_gpu, xla
-from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight, word_block
 
 Implementation = Literal["reference", "xla", "xla_fp8", "triton"]
 EIGHT_BIT = ("int8", "float8_e4m3fn")
@@ -32,7 +32,7 @@ def quantized_matmul(
     Args:
         x: float32, bfloat16 or float16. In 4 bit the matrix is rounded to its type; 8-bit values are exact in each.
         implementation: None: "xla", which is what every platform has. "xla_fp8": x is rounded to fp8 as well, with a
-            scale a token; for fp8 values and many tokens. "triton": few tokens on an NVIDIA GPU, values turned; it has
+            scale a token; for fp8 values and many tokens. "triton": few tokens on an NVIDIA GPU, values in words; it has
             no gradient.
         block: terms of a sum that are added in a row; None: all. The reference does not ask.
 
@@ -71,8 +71,12 @@ def _check(x, weight: QuantizedWeight) -> None:
     else:
         expect("values' dtype", "uint8", weight.values.dtype.name)
         expect("zero's dtype", "uint8", weight.zero.dtype.name)
-        expect("zero's shape", weight.scale.shape, weight.zero.shape)
+        groups = weight.scale.shape[0]
+        shape = (total, groups + -groups % 4) if weight.words else weight.scale.shape
+        expect("zero's shape", shape, weight.zero.shape)
         if weight.scale.ndim != 2 or weight.scale.shape[1] != total or width % weight.scale.shape[0]:
             problems.append(f"scale's shape: expected (a divisor of {width}, {total}), found {weight.scale.shape}")
+    if weight.words and not word_block(width, weight.group):
+        problems.append(f"words: expected inputs in blocks of 128 (8 bit: 64), found {width}")
     if problems:
         raise ValueError("quantized_matmul: " + "; ".join(problems))

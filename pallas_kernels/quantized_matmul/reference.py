@@ -6,22 +6,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.quantized_matmul.weight import QuantizedWeight, turn_back
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight, halves, turn_back
 
 
 def unpack(values: UInt8[Array, "H O"]) -> UInt8[Array, "I O"]:
     """The q's of packed bytes, 0..15, one a byte."""
-    return jnp.stack((values & 15, values >> 4), axis=1).reshape(-1, values.shape[-1])
+    return halves(values.T).T
 
 
 def dequantize(weight: QuantizedWeight) -> Float[Array, "I O"]:
     """The matrix, float32."""
-    if weight.zero is None:
-        values = weight.values.T if weight.turned else weight.values
+    values, zero = weight.values, weight.zero
+    if weight.words:
+        values = turn_back(values, weight.group)
+        zero = None if zero is None else zero.T[: weight.scale.shape[0]]
+    elif weight.turned:
+        values = values.T
+    if zero is None:
         return values.astype(jnp.float32) * weight.scale[None, :]
-    values = turn_back(weight.values, weight.group) if weight.turned else weight.values
     q, (groups, total) = unpack(values), weight.scale.shape
-    q = q.reshape(groups, -1, total).astype(jnp.float32) - weight.zero.astype(jnp.float32)[:, None]
+    q = q.reshape(groups, -1, total).astype(jnp.float32) - zero.astype(jnp.float32)[:, None]
     return (q * weight.scale[:, None]).reshape(-1, total)
 
 

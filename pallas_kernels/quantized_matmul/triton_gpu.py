@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.launch import launch
-from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight, word_block
 
 MODULE = "pallas_kernels.quantized_matmul.triton_kernels"
 BEHIND = 16  # rows of a block of what is behind
@@ -18,7 +18,7 @@ shape = jax.ShapeDtypeStruct
 
 
 def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
-    """Tiles of a product: BM rows, BN columns, PARTS parts of BK inputs a step, SPLITS shares of the inputs, warps.
+    """Tiles of a product: BM rows, BN columns, J words a step, SPLITS shares of the inputs, STAGES of loads, warps.
 
     A program reads its rows of x anew: from L2, which gives little more than memory, so that many rows want many
     columns, and the inputs are shared out where few programs are left. group: of `QuantizedWeight`.
@@ -26,21 +26,19 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
     Raises:
         NotImplementedError: no tile divides the matrix.
     """
-    bm = min(64, max(8, 1 << (rows - 1).bit_length()))
-    wanted, parts, programs = (
-        (32, 4, 2 * PROGRAMS) if rows <= 2 else (64, 1, 2 * PROGRAMS) if rows <= 16 else (128, 1, PROGRAMS)
-    )
-    bn = next((n for n in (128, 64, 32, 16) if n <= wanted and total % n == 0), 0)
-    bk = group or next((k for k in (128, 64, 32) if width % k == 0), 0)
-    if not bn or bk < 32 or bk & (bk - 1) or width % bk:
+    bm, block = min(128, max(8, 1 << (rows - 1).bit_length())), word_block(width, group)
+    widest = 64 if rows <= 16 or total < 128 * PROGRAMS else 128 if rows <= 64 else 256
+    bn = next((n for n in (256, 128, 64, 32, 16) if n <= max(widest, bm if bm > 64 else 0) and total % n == 0), 0)
+    if not bn or not block:
         found = f"{width} x {total}" + f" in groups of {group}" * bool(group)
-        raise NotImplementedError(f"quantised products: expected inputs in blocks of 32, columns of 16, found {found}")
-    while width % (parts * bk):
-        parts //= 2
+        wanted = "inputs in blocks of 128 (8 bit: 64), columns of 16"
+        raise NotImplementedError(f"quantised products: expected {wanted}, found {found}")
     splits = 1
-    while total // bn * splits < programs and splits < 8 and width % (2 * splits * parts * bk) == 0:
+    while total // bn * splits < 3 * PROGRAMS // 2 and splits < 8 and width % (2 * splits * block) == 0:
         splits *= 2
-    return dict(BM=bm, BN=bn, BK=bk, PARTS=parts, SPLITS=splits, warps=8 if bn == 128 else 4)
+    words = min(block // (8 if group else 4), 64 if rows <= 16 else 32)
+    stages = 3 if rows <= 16 or rows > 64 else 4
+    return dict(BM=bm, BN=bn, J=words, SPLITS=splits, STAGES=stages, warps=8 if bn > 64 else 4)
 
 
 def summands(weight: QuantizedWeight | jax.Array, rows: int) -> int:
@@ -50,6 +48,8 @@ def summands(weight: QuantizedWeight | jax.Array, rows: int) -> int:
 
 def serves(weight: QuantizedWeight) -> bool:
     """Whether there are tiles for a matrix, however many the rows."""
+    if not weight.words:
+        return False
     try:
         for rows in (1, 64):
             tiles(rows, *weight.shape, weight.group)
@@ -66,34 +66,34 @@ def product(
     rows: int | None = None,
     tile: Mapping[str, int] | None = None,
     *,
-    stages: int = 4,
     assembly: bool = True,
 ) -> jax.Array:
     """x [at least M, I] through a layer's matrix and the rows behind it [L, N, I].
 
     Args:
-        weight: stacked over layers, turned. rows: M, all of x's unless given. tile: of `tiles` unless given. stages:
-            of a program's loads; assembly: whether values are converted by inline assembly.
+        weight: stacked over layers, in words. rows: M, all of x's unless given. tile: of `tiles` unless given.
+        assembly: whether values are converted by inline assembly.
 
     Returns:
         Summands, float32 [SPLITS, M, O + N]; what is behind is whole in the first, and in the others undefined.
 
     Raises:
-        NotImplementedError: no tile divides the matrix, it is not turned, or the extra `gpu` is not installed.
+        NotImplementedError: no tile divides the matrix, it is not in words, or the extra `gpu` is not installed.
     """
-    if not weight.turned:
-        raise NotImplementedError("quantised products by Triton: expected turned values")
+    if not weight.words:
+        raise NotImplementedError("quantised products by Triton: expected values in words")
     (width, total), count = weight.shape, x.shape[0] if rows is None else rows
     size = dict(tiles(count, width, total, weight.group) if tile is None else tile)
     warps, splits = size.pop("warps"), size["SPLITS"]
     number = jnp.full((1,), layer, jnp.int32)
     n = 0 if behind is None else behind.shape[1]
+    zeros = 0 if weight.zero is None else weight.zero.shape[-1]
     given = (weight.scale, number if weight.zero is None else weight.zero, number if behind is None else behind)
     (y,) = launch(
         MODULE, "product_kernel", number, x, weight.values, *given,
         out=(shape((splits, count, total + n), jnp.float32),),
         grid=(n // BEHIND + total // size["BN"], math.ceil(count / size["BM"]), splits), warps=warps, aliases={},
-        M=count, I=width, O=total, N=n, S=weight.group, BEHIND=BEHIND, STAGES=stages,
+        M=count, I=width, O=total, N=n, S=weight.group, Z=zeros, B=word_block(width, weight.group), BEHIND=BEHIND,
         ASM=assembly and x.dtype == jnp.bfloat16, **size,
     )  # fmt: skip
     return y

@@ -3,8 +3,9 @@
     8 bit    W[i, o] = scale[o] * values[i, o]                                   int8, or fp8 (e4m3)
     4 bit    W[i, o] = scale[i // S, o] * (q[i, o] - zero[i // S, o])            q in 0..15, S inputs a group
 
-Two q's share a byte: that of an even input is the lower half. `turned`, as GPUs read it, a byte's halves are inputs j
-and j + S / 2 of a group, so that a product takes each half with inputs that lie side by side.
+Two q's share a byte: that of an even input is the lower half. GPUs read `words` of four bytes, n = 4 values or 8 halves,
+the lowest first: in each block of B inputs the values of word j are inputs j, j + B / n, j + 2 B / n and so on, so that
+a product takes those at one place in their words with inputs that lie side by side.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import jax.numpy as jnp
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
     """values int8 or float8_e4m3fn [I, O] with scale float32 [O] and no zero; or uint8 [I / 2, O] with scale float32
-    [G, O] and zero uint8 [G, O]. turned: values lie as [O, I], or [O, I / 2]; the others as they were. All may be
-    stacked over layers."""
+    [G, O] and zero uint8 [G, O]. turned: values lie as [O, I], or [O, I / 2]; the others as they were. words: inputs of
+    a turned matrix lie as words, and zero as [O, G up to a multiple of 4], four groups a word. All may be stacked over
+    layers."""
 
     values: Any
     scale: Any
     zero: Any = None
     turned: bool = dataclasses.field(default=False, metadata={"static": True})
+    words: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -40,19 +43,47 @@ class QuantizedWeight:
         return 0 if self.zero is None else self.shape[0] // self.scale.shape[-2]
 
 
+def word_block(width: int, group: int) -> int:
+    """B of so many inputs in groups of `group` (0: 8 bit): at least 16 to a place in the words, which lie in one group.
+
+    0 where there is none; then words are not made.
+    """
+    places = 8 if group else 4
+    fits = (b for b in (256, 128, 64) if width % b == 0 and b >= 16 * places)
+    return next((b for b in fits if not group or group % (b // places) == 0 and (group % b == 0 or b % group == 0)), 0)
+
+
+def in_words(x: jax.Array, group: int, back: bool = False) -> jax.Array:
+    """x [.., I], its inputs in the order of the words; back: the other way round."""
+    places, block = 8 if group else 4, word_block(x.shape[-1], group)
+    if not block:
+        return x
+    sides = (block // places, places) if back else (places, block // places)
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, *sides), -1, -2).reshape(x.shape)
+
+
+def halves(values: jax.Array) -> jax.Array:
+    """Bytes [.., I / 2] -> their halves [.., I], the lower first."""
+    return jnp.stack((values & 15, values >> 4), axis=-1).reshape(*values.shape[:-1], -1)
+
+
+def bytes_of(q: jax.Array) -> jax.Array:
+    """What `halves` made those of."""
+    return q[..., ::2] | (q[..., 1::2] << 4)
+
+
 def turn(values: jax.Array, group: int) -> jax.Array:
-    """Values [I, O] or [I / 2, O] as `turned` ones. group: of `QuantizedWeight`."""
-    if group:
-        q = jnp.stack((values & 15, values >> 4), axis=1).reshape(-1, 2, group // 2, values.shape[-1])
-        values = (q[:, 0] | (q[:, 1] << 4)).reshape(values.shape)
-    return values.T
+    """Values [I, O] or [I / 2, O] -> [O, I] or [O, I / 2], in words where there are any. group: of `QuantizedWeight`."""
+    return bytes_of(in_words(halves(values.T), group)) if group else in_words(values.T, 0)
+
+
+def turn_zero(zero: jax.Array) -> jax.Array:
+    """Zeros [G, O] beside words: [O, G up to a multiple of 4]."""
+    return jnp.pad(zero.T, ((0, 0), (0, -zero.shape[0] % 4)))
 
 
 def turn_back(values: jax.Array, group: int) -> jax.Array:
     """What `turn` made those of."""
-    values = values.T
     if group:
-        halves = values.reshape(-1, group // 2, values.shape[-1])
-        q = jnp.concatenate((halves & 15, halves >> 4), axis=1).reshape(-1, 2, values.shape[-1])
-        values = q[:, 0] | (q[:, 1] << 4)
-    return values
+        return bytes_of(in_words(halves(values), group, back=True)).T
+    return in_words(values, 0, back=True).T

@@ -16,26 +16,35 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantized_matmul.reference import dequantize
-from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight, halves, in_words, word_block
 from pallas_kernels.routed_lora.reference import einsum_float32
 
 
 def quantized_matmul(x: jax.Array, weight: QuantizedWeight, block: int | None) -> jax.Array:
     """As `api.quantized_matmul`."""
-    if weight.zero is not None and weight.turned:
-        return _product(x, _turned_matrix(weight).astype(x.dtype), True, block)
+    if weight.words:  # the inputs take the order of the matrix, which is far larger
+        x = in_words(x, weight.group)
+    if weight.words and weight.group:
+        return _product(x, _matrix_in_words(weight).astype(x.dtype), True, block)
     if weight.zero is not None:
         return _product(x, dequantize(weight).astype(x.dtype), False, block)
     y = _product(x, weight.values.astype(x.dtype), weight.turned, block)
     return y * jnp.expand_dims(weight.scale, tuple(range(y.ndim - 1)))
 
 
-def _turned_matrix(weight: QuantizedWeight) -> jax.Array:
-    """A turned matrix in 4 bit as [O, I], float32: written as it is read."""
+def _matrix_in_words(weight: QuantizedWeight) -> jax.Array:
+    """A matrix in 4 bit as [O, I], float32, its inputs in the order of the words: written as it is read."""
     width, total = weight.shape
-    halves = weight.values.reshape(total, -1, weight.group // 2)
-    q = jnp.concatenate((halves & 15, halves >> 4), axis=2).astype(jnp.float32)
-    return ((q - weight.zero.T.astype(jnp.float32)[..., None]) * weight.scale.T[..., None]).reshape(total, width)
+    block = word_block(width, weight.group)
+
+    def by_place(z: jax.Array) -> jax.Array:
+        """Of each group [O, G] -> of each place in a block's words [O, blocks, 1, 8]."""
+        each = jnp.repeat(z.astype(jnp.float32), max(1, weight.group // block), axis=1)
+        return jnp.repeat(each, 8 * min(weight.group, block) // block, axis=1).reshape(total, -1, 1, 8)
+
+    q = halves(weight.values).astype(jnp.float32).reshape(total, -1, block // 8, 8)
+    zero = weight.zero[:, : weight.scale.shape[0]]
+    return ((q - by_place(zero)) * by_place(weight.scale.T)).reshape(total, width)
 
 
 FP8_MAX = 448.0  # of e4m3
@@ -48,6 +57,7 @@ def quantized_matmul_fp8(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     """
     if weight.values.dtype != jnp.float8_e4m3fn:
         raise NotImplementedError(f"xla_fp8: expected float8_e4m3fn values, found {weight.values.dtype.name}")
+    x = in_words(x, 0) if weight.words else x
     exact = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # cuBLASLt's product of fp8 has two axes
     largest = jnp.max(jnp.abs(exact), axis=-1, keepdims=True)
     scale = jnp.where(largest > 0, largest / FP8_MAX, 1.0)
