@@ -28,6 +28,7 @@ from meteora_jax.config import GROUPS, InputError
 from meteora_jax.execution import jit
 from meteora_jax.quantization import Quantization, WeightFormat
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul, triton_gpu
+from pallas_kernels.quantized_matmul.weight import turn_zero
 
 Group = Literal["qkv", "o", "gate_up", "down"]
 
@@ -68,7 +69,9 @@ def stacked(weights: WeightFormat, width: int, total: int) -> QuantizedWeight:
 
     zero = None
     if "kernel_zero" in parts:
-        zero = jnp.full((layers, total, parts["kernel_zero"][0][0]), 8, jnp.uint8)
+        zero = jnp.full(
+            (layers, *jax.eval_shape(lambda: turn_zero(jnp.zeros(*parts["kernel_zero"]), width)).shape), 8, jnp.uint8
+        )
     return QuantizedWeight(make("kernel"), make("kernel_scale"), zero, turned=True, words=True)
 
 

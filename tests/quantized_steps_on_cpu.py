@@ -38,7 +38,7 @@ SHAPES = [(1, 512, 16, 4), (19, 128, 32, 1), (3, 256, 16, 8)]
 def product(kind: str, dtype: str, rows: int, width: int, total: int, groups: int, behind: int) -> None:
     """One layer of a stack of two, with rows behind it."""
     weight, matrix = made(kind, width, total, groups)
-    zero = None if weight.zero is None else turn_zero(weight.zero)
+    zero = None if weight.zero is None else turn_zero(weight.zero, width)
     weight = QuantizedWeight(turn(weight.values, weight.group), weight.scale, zero, turned=True, words=True)
     stack = jax.tree.map(lambda z: jnp.stack([z[::-1], z]), weight)
     rng = np.random.default_rng(rows)

@@ -246,10 +246,7 @@ def test_inspect_and_the_reason_against_triton(folder: Path, capsys: pytest.Capt
     model = mj.load(folder / "int4", folder / "bank")
     execution = ExecutionConfig.of("gpu", jnp.bfloat16)
     layers = nnx.merge(model.graph, model.weights).layers
-    assert (
-        refusal(layers, model.config, None, 1, execution)
-        == "a quantised base that does not lie in words (4 bit: of inputs in blocks of 128)"
-    )
+    assert "a quantised base that does not lie in words" in str(refusal(layers, model.config, None, 1, execution))
     capsys.readouterr()
 
 

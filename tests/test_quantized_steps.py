@@ -44,7 +44,7 @@ def turned(kind: str, width: int, total: int, groups: int) -> tuple[QuantizedWei
     weight, matrix = made(kind, width, total, groups)
     values = turn(weight.values, weight.group)
     np.testing.assert_array_equal(np.asarray(turn_back(values, weight.group)), np.asarray(weight.values))
-    zero = None if weight.zero is None else turn_zero(weight.zero)
+    zero = None if weight.zero is None else turn_zero(weight.zero, width)
     return QuantizedWeight(values, weight.scale, zero, turned=True, words=True), matrix
 
 

@@ -148,7 +148,7 @@ def quantised_products() -> None:
         print(f"quantised product {rows} {width}->{total} {kind}, {behind} rows behind")
         packed = kind == "uint8"
         scale = array((2, width // 128, total) if packed else (2, total), jnp.float32)
-        zero = array((2, total, width // 128), jnp.uint8) if packed else None
+        zero = array((2, total, width // 64), jnp.uint8) if packed else None
         weight = QuantizedWeight(array((2, total, width // (1 + packed)), kind), scale, zero, turned=True, words=True)
         rest = array((2, behind, width), jnp.bfloat16) if behind else None
         run = functools.partial(quantised_gpu.product, 1, rows=rows)

@@ -62,7 +62,8 @@ def quantized(
 ) -> jax.Array:  # fmt: skip
     """x [.., I] through a quantised matrix, float32 [.., O]; see `pallas_kernels.quantized_matmul`.
 
-    turned, words: see `QuantizedWeight`. step: a matrix in words is multiplied by Triton with few rows as these limits have them; None: by XLA.
+    turned, words: see `QuantizedWeight`. step: a matrix in words is multiplied by Triton with few rows as
+        these limits have them; None: by XLA.
     """
     weight = QuantizedWeight(values[...], scale[...], None if zero is None else zero[...], turned, words)
     few = step is not None and x.size // x.shape[-1] <= step.rows

@@ -22,7 +22,7 @@ from meteora_jax.routing.gates import GATES, KnownLogits
 from meteora_jax.routing.scores import SHRUNK, GroupScores
 from meteora_jax.sharding import sharding, sum_shares
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
-from pallas_kernels.quantized_matmul.weight import turn, turn_back, turn_zero, word_block
+from pallas_kernels.quantized_matmul.weight import turn, turn_back, turn_zero, turn_zero_back, word_block
 from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
 from pallas_kernels.routed_lora.reference import einsum_float32, shrink
@@ -41,8 +41,8 @@ class PackedLinear(nnx.Module):
     its A's (`packing`); `gate_columns` of them are gates. One product serves a decoding step; a prompt reads the first
     O rows, or the P N behind them, where they lie. `wide`: of a bank with too many adapters times ranks there are the
     gates alone, and A's are read where they are chosen. The rest as in `LoRALinear`.
-    A quantised base's `values` [L, O, I] (int4: [L, O, I / 2]) and zeros lie in words, see `quantized_matmul.weight`; kernel then
-    has the rows behind them alone: the first `base_rows`, O or 0, are the base's.
+    A quantised base's `values` [L, O, I] (int4: [L, O, I / 2]) and zeros lie in words, see `quantized_matmul.weight`;
+    kernel then has the rows behind them alone: the first `base_rows`, O or 0, are the base's.
     Where O lies in `shards` parts, the kernel has as many, each with its own columns as rows and all P N behind them:
     it is then read inside `jax.shard_map` alone, where this is a device's share (see `model.shares`).
     """
@@ -73,7 +73,9 @@ class PackedLinear(nnx.Module):
             zero = None if linear.kernel_zero is None else linear.kernel_zero[...]
             group = QuantizedWeight(linear.kernel[...], self.kernel_scale[...], zero).group
             if zero is not None:
-                kernel_zero = BaseParam(jax.jit(jax.vmap(turn_zero))(zero), axes=linear.sides[::-1])
+                kernel_zero = BaseParam(
+                    jax.jit(jax.vmap(functools.partial(turn_zero, width=rows.shape[3])))(zero), axes=linear.sides[::-1]
+                )
             values = PackedKernel(turn_layers(linear.kernel[...], group), axes=linear.sides[::-1])
         self.kernel, self.values = PackedKernel(kernel, axes=linear.sides[::-1]), values
         self.kernel_zero = kernel_zero
@@ -104,7 +106,8 @@ class PackedLinear(nnx.Module):
         if (weight := self.weight()) is not None:
             found = {"kernel": turn_layers(weight.values, weight.group, back=True)}
             if weight.zero is not None:
-                found["kernel_zero"] = jnp.swapaxes(weight.zero, 1, 2)[:, : weight.scale.shape[1]]
+                back = functools.partial(turn_zero_back, groups=weight.scale.shape[1], width=weight.shape[0])
+                found["kernel_zero"] = jax.jit(jax.vmap(back))(weight.zero)
             return found
         kernel = self.kernel[...]
         rows = kernel.reshape(len(kernel), self.shards, -1, kernel.shape[-1])[:, :, : self.base_rows // self.shards]

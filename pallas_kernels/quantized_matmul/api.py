@@ -32,8 +32,8 @@ def quantized_matmul(
     Args:
         x: float32, bfloat16 or float16. In 4 bit the matrix is rounded to its type; 8-bit values are exact in each.
         implementation: None: "xla", which is what every platform has. "xla_fp8": x is rounded to fp8 as well, with a
-            scale a token; for fp8 values and many tokens. "triton": few tokens on an NVIDIA GPU, values in words; it has
-            no gradient.
+            scale a token; for fp8 values and many tokens. "triton": few tokens on an NVIDIA GPU, values in words; it
+            has no gradient.
         block: terms of a sum that are added in a row; None: all. The reference does not ask.
 
     Raises:
@@ -71,9 +71,8 @@ def _check(x, weight: QuantizedWeight) -> None:
     else:
         expect("values' dtype", "uint8", weight.values.dtype.name)
         expect("zero's dtype", "uint8", weight.zero.dtype.name)
-        groups = weight.scale.shape[0]
-        shape = (total, groups + -groups % 4) if weight.words else weight.scale.shape
-        expect("zero's shape", shape, weight.zero.shape)
+        block = word_block(width, weight.group) if weight.words else 0
+        expect("zero's shape", (total, 4 * width // block) if block else weight.scale.shape, weight.zero.shape)
         if weight.scale.ndim != 2 or weight.scale.shape[1] != total or width % weight.scale.shape[0]:
             problems.append(f"scale's shape: expected (a divisor of {width}, {total}), found {weight.scale.shape}")
     if weight.words and not word_block(width, weight.group):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.quantized_matmul.weight import QuantizedWeight, halves, turn_back
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight, halves, turn_back, turn_zero_back
 
 
 def unpack(values: UInt8[Array, "H O"]) -> UInt8[Array, "I O"]:
@@ -19,7 +19,7 @@ def dequantize(weight: QuantizedWeight) -> Float[Array, "I O"]:
     values, zero = weight.values, weight.zero
     if weight.words:
         values = turn_back(values, weight.group)
-        zero = None if zero is None else zero.T[: weight.scale.shape[0]]
+        zero = None if zero is None else turn_zero_back(zero, len(weight.scale), weight.shape[0])
     elif weight.turned:
         values = values.T
     if zero is None:

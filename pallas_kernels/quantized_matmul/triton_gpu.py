@@ -87,13 +87,12 @@ def product(
     warps, splits = size.pop("warps"), size["SPLITS"]
     number = jnp.full((1,), layer, jnp.int32)
     n = 0 if behind is None else behind.shape[1]
-    zeros = 0 if weight.zero is None else weight.zero.shape[-1]
     given = (weight.scale, number if weight.zero is None else weight.zero, number if behind is None else behind)
     (y,) = launch(
         MODULE, "product_kernel", number, x, weight.values, *given,
         out=(shape((splits, count, total + n), jnp.float32),),
         grid=(n // BEHIND + total // size["BN"], math.ceil(count / size["BM"]), splits), warps=warps, aliases={},
-        M=count, I=width, O=total, N=n, S=weight.group, Z=zeros, B=word_block(width, weight.group), BEHIND=BEHIND,
+        M=count, I=width, O=total, N=n, S=weight.group, B=word_block(width, weight.group), BEHIND=BEHIND,
         ASM=assembly and x.dtype == jnp.bfloat16, **size,
     )  # fmt: skip
     return y

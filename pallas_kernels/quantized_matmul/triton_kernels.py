@@ -80,19 +80,19 @@ def product_kernel(
     x_ptr,  # [at least M, I]
     w_ptr,  # [L, O, I] int8 or float8e4nv; or uint8 [L, O, I / 2], if S; in words
     scale_ptr,  # float32 [L, O], or [L, I / S, O]
-    zero_ptr,  # uint8 [L, O, Z], if S: I / S up to a multiple of 4
+    zero_ptr,  # uint8 [L, O, 4 I / B], if S
     behind_ptr,  # [L, N, I], in x's type, if N
     y_ptr,  # float32 [SPLITS, M, O + N], written
-    M: tl.constexpr, I: tl.constexpr, O: tl.constexpr, N: tl.constexpr, S: tl.constexpr, Z: tl.constexpr, B: tl.constexpr,
+    M: tl.constexpr, I: tl.constexpr, O: tl.constexpr, N: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, J: tl.constexpr, SPLITS: tl.constexpr, BEHIND: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The SPLITS summands of y = x [W | behind], each of its share of the inputs; what is behind is whole in the first,
     and not written in the others.
 
-    S: inputs of a group in 4 bit; 0 in 8 bit. B: of a block of words. J: words that are read at a time. ASM: conversions
-    by inline assembly. BEHIND: rows of a block of what is behind, whose blocks come first: the matrix's last blocks then
-    end together.
+    S: inputs of a group in 4 bit; 0 in 8 bit. B: of a block of words. J: words that are read at a time. BEHIND: rows of
+    a block of what is behind, whose blocks come first: the matrix's last blocks then end together. ASM: conversions by
+    inline assembly.
     Grid: N / BEHIND + O / BN, blocks of BM rows, SPLITS.
     """
     layer = tl.load(layer_ptr).to(tl.int64)
@@ -110,9 +110,9 @@ def product_kernel(
             y *= tl.load(scale_ptr + layer * O + columns)[:, None]
         else:
             words = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + layer * (O * (I // 8))
-            zeros = zero_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + layer * (O * (Z // 4))
+            zeros = zero_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + layer * (O * (I // B))
             y = four_bit(
-                x_ptr, words, scale_ptr + layer * (I // S) * O, zeros, rows, columns, split, M, I, O, S, Z, B, BM, BN, J,
+                x_ptr, words, scale_ptr + layer * (I // S) * O, zeros, rows, columns, split, M, I, O, S, B, BM, BN, J,
                 SPLITS, STAGES, ASM,
             )  # fmt: skip
         store(y_ptr, y, rows, columns, M, O + N)
@@ -174,10 +174,10 @@ def eight_bit(
 @triton.jit
 def four_bit(
     x_ptr, w_ptr, scale_ptr, zero_ptr, rows, columns, split, M: tl.constexpr, I: tl.constexpr, O: tl.constexpr,
-    S: tl.constexpr, Z: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, J: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    S: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, J: tl.constexpr, SPLITS: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """As `eight_bit` of words int32 [O, I / 8], zeros as words too, which are copied ahead as single bytes are not; a group's sum times its scale."""
+    """As `eight_bit` of words int32 [O, I / 8], a group's sum times its scale; zeros int32 [O, I / B]."""
     js = tl.arange(0, J)
     place = w_ptr + columns[:, None] * (I // 8) + js[None, :]
     x_place = x_ptr + rows[None, :] * I + js[:, None]
@@ -190,10 +190,11 @@ def four_bit(
     for step in tl.range(split * STEPS, (split + 1) * STEPS, num_stages=STAGES):
         w = tl.load(place + step * J)
         k = step // EACH * B
+        zeros = tl.load(zero_ptr + columns * (I // B) + step // EACH)
         for g in tl.static_range(GROUPS):
             group = k // S + g
             scale = tl.load(scale_ptr + group * O + columns)
-            zero = (tl.load(zero_ptr + columns * (Z // 4) + group // 4) >> (8 * (group % 4))) & 15
+            zero = (zeros >> (8 * g)) & 15
             own = tl.zeros((BN, BM), tl.float32)
             for i in tl.static_range(PLACES):
                 x = tl.load(x_place + k + step % EACH * J + (g * PLACES + i) * (B // 8), mask=mask, other=0.0)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantized_matmul.reference import dequantize
-from pallas_kernels.quantized_matmul.weight import QuantizedWeight, halves, in_words, word_block
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight, halves, in_words, turn_zero_back, word_block
 from pallas_kernels.routed_lora.reference import einsum_float32
 
 
@@ -38,13 +38,13 @@ def _matrix_in_words(weight: QuantizedWeight) -> jax.Array:
     block = word_block(width, weight.group)
 
     def by_place(z: jax.Array) -> jax.Array:
-        """Of each group [O, G] -> of each place in a block's words [O, blocks, 1, 8]."""
-        each = jnp.repeat(z.astype(jnp.float32), max(1, weight.group // block), axis=1)
+        """Of each group [G, O] -> of each place in a block's words [O, blocks, 1, 8]."""
+        each = jnp.repeat(z.T.astype(jnp.float32), max(1, weight.group // block), axis=1)
         return jnp.repeat(each, 8 * min(weight.group, block) // block, axis=1).reshape(total, -1, 1, 8)
 
     q = halves(weight.values).astype(jnp.float32).reshape(total, -1, block // 8, 8)
-    zero = weight.zero[:, : weight.scale.shape[0]]
-    return ((q - by_place(zero)) * by_place(weight.scale.T)).reshape(total, width)
+    zero = turn_zero_back(weight.zero, len(weight.scale), width)
+    return ((q - by_place(zero)) * by_place(weight.scale)).reshape(total, width)
 
 
 FP8_MAX = 448.0  # of e4m3
