@@ -45,7 +45,7 @@ from meteora_jax.quantization import Quantization
 from meteora_jax.sharding import make_mesh
 from meteora_jax.training.recipes import RECIPES
 
-Kind = Literal["bare", "gates", "adapter"]
+Kind = Literal["bare", "gates", "adapter", "mixture", "arrow", "spectr", "lag", "phatgoose"]
 Weights = Literal["bf16", "int8", "fp8", "int4"]
 
 
@@ -60,7 +60,8 @@ class BenchEngine:
     gates: tuple[FormName, ...] = ("token-router", "meteora")
     """What routes, top-2."""
     kinds: tuple[Kind, ...] = ("bare", "gates", "adapter")
-    """bare: no adapter acts; gates; adapter: one of its own for each request."""
+    """bare: no adapter acts; gates; adapter: one of its own for each request; mixture: three for each; the others: that
+    router, with its choices as docs/python.md has them."""
     weights: tuple[Weights, ...] = ("bf16",)
     """How the base is stored, one after the other. bf16: unquantised (on a CPU float32)."""
     head: bool = False
@@ -72,7 +73,9 @@ class BenchEngine:
     new: int = 128
     """Tokens of a response."""
     adapters: int = 28
-    """Adapters in the bank, of rank 8."""
+    """Adapters in the bank."""
+    rank: int = 8
+    """Of every adapter."""
     budget: int = 16384
     """Tokens of prompts in a step."""
     requests: int = 256
@@ -98,7 +101,8 @@ class Bench:
         if tensor > 1:
             self._share_out(tensor, dtype)
             return
-        model, self.names = random_model(config, settings.adapters, 8, dtype, RECIPES[form].form)
+        own = "phatgoose" in settings.kinds
+        model, self.names = random_model(config, settings.adapters, settings.rank, dtype, RECIPES[form].form, own)
         execution = ExecutionConfig.here(dtype)
         packed = platform() == "gpu" and dtype.itemsize == 2
         ready = prepared(model, execution) if packed else run_as(model, execution)
@@ -109,7 +113,7 @@ class Bench:
         """The same model on so many devices, each with its share of every layer."""
         self.mesh = mesh = make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
         execution = execution_on(self.config, dtype, mesh)
-        bank = random_bank(self.config, self.settings.adapters, 8)
+        bank = random_bank(self.config, self.settings.adapters, self.settings.rank)
         form, self.names = RECIPES[self.form].form, bank.names
         abstract = nnx.eval_shape(lambda: gated_llama(self.config, bank, form, dtype, nnx.Rngs(0), execution))
         lay_out(abstract, tensor)
@@ -126,7 +130,12 @@ class Bench:
 
     def request(self, kind: Kind, number: int, prompt: int, new: int) -> Request:
         tokens = np.random.default_rng(number).integers(0, self.config.vocab_size, prompt).tolist()
-        router: Any = {"bare": None, "gates": mj.Gates(2), "adapter": mj.Fixed(self.names[number % len(self.names)])}
+        own = [self.names[(number + i) % len(self.names)] for i in range(min(3, len(self.names)))]
+        router: dict[str, Any] = {
+            "bare": None, "gates": mj.Gates(2), "adapter": mj.Fixed(own[0]),
+            "mixture": mj.Fixed({name: 1 / len(own) for name in own}), "arrow": mj.Arrow(), "spectr": mj.Spectr(),
+            "lag": mj.Lag(), "phatgoose": mj.Phatgoose(),
+        }  # fmt: skip
         chosen = router[kind]
         bound = None if chosen is None else chosen.bind([chosen, None], self.names)
         return Request(tuple(tokens), new, bind_row(bound))

@@ -34,18 +34,25 @@ from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing import BoundRouter
 
 
-def random_bank(config: LlamaConfig, adapters: int, rank: int) -> BankConfig:
-    """The description of a bank, whose adapters change every projection."""
-    infos = tuple(AdapterInfo(f"adapter_{i}", rank, PROJECTIONS, "", "", {}) for i in range(adapters))
+def random_bank(config: LlamaConfig, adapters: int, rank: int, own_gate: bool = False) -> BankConfig:
+    """The description of a bank, whose adapters change every projection. own_gate: each has a gate of its own."""
+    infos = tuple(
+        AdapterInfo(f"adapter_{i}", rank, PROJECTIONS, "", "", {}, own_gate=own_gate) for i in range(adapters)
+    )
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
     return BankConfig(infos, dict.fromkeys(PROJECTIONS, rank), config.num_layers, shapes)
 
 
 def random_model(
-    config: LlamaConfig, adapters: int, rank: int, dtype: jnp.dtype, form: TokenRouterForm | None
+    config: LlamaConfig,
+    adapters: int,
+    rank: int,
+    dtype: jnp.dtype,
+    form: TokenRouterForm | None,
+    own_gate: bool = False,
 ) -> tuple[LazyArrays, tuple[str, ...]]:
     """A model with a bank and gates, as training has it, and the adapters' names."""
-    bank = random_bank(config, adapters, rank)
+    bank = random_bank(config, adapters, rank, own_gate)
     abstract = nnx.eval_shape(lambda: gated_llama(config, bank, form, dtype, nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     return LazyArrays(graph, state, lambda: plausible(random_arrays(state, 0))), bank.names
