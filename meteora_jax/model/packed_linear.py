@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam
 from meteora_jax.execution import ExecutionConfig
-from meteora_jax.model.lora_linear import LoRALinear, Share
+from meteora_jax.model.lora_linear import LoRALinear, Share, silu_product
 from meteora_jax.numerics import contract, cpu_block
 from meteora_jax.routing import BoundRouter, GateLogits, Routing
 from meteora_jax.routing.gates import GATES, KnownLogits
@@ -26,7 +26,7 @@ from pallas_kernels.quantized_matmul.weight import turn, turn_back
 from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
 from pallas_kernels.routed_lora.reference import einsum_float32, shrink
-from pallas_kernels.routed_lora.triton_gpu import MAX_TOKENS, topk_gated_lora
+from pallas_kernels.routed_lora.triton_gpu import MAX_TOKENS, silu_lora, topk_gated_lora
 from pallas_kernels.routed_lora.xla import FEW_ROWS
 
 
@@ -126,6 +126,25 @@ class PackedLinear(nnx.Module):
         layer: which one of the packed weight. keep: not for inference.
         """
         assert not keep, "a packed weight has no backward pass"
+        return self._parts(x, router, execution, layer, silu=False)
+
+    def hidden(
+        self,
+        x: jax.Array,
+        router: BoundRouter | None,
+        execution: ExecutionConfig,
+        layer: jax.Array | int = 0,
+        keep: bool = False,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Of the group of gate and up silu(gate) * up [B, T, F], and the routing; otherwise as `__call__`."""
+        assert not keep, "a packed weight has no backward pass"
+        parts, routing = self._parts(x, router, execution, layer, silu=True)
+        return parts[0] if len(parts) == 1 else silu_product(parts), routing
+
+    def _parts(
+        self, x: jax.Array, router: BoundRouter | None, execution: ExecutionConfig, layer: jax.Array | int, silu: bool
+    ) -> tuple[list[jax.Array], Routing | None]:
+        """`__call__`; with silu, of gate and up, silu(gate) * up alone where a launch behind the product gives it."""
         total, projections = sum(self.splits), len(self.splits)
         batch, tokens, _ = x.shape
         if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
@@ -182,6 +201,12 @@ class PackedLinear(nnx.Module):
             own = jnp.zeros_like(y) if self.share == "inputs" else y  # y is whole, x and its shrinks are not
             own = routed_lora(x, bank, routing, own, implementation=implementation, platform=execution.platform)
             y = y + self._whole(own) if self.share == "inputs" else own
+        elif silu and execution.silu_tokens is not None and batch * tokens >= execution.silu_tokens:
+            assert shrunk is not None
+            flat = (jnp.broadcast_to(z, (batch, tokens, *z.shape[2:])) for z in (routing.indices, routing.weights))
+            flat = (z.reshape(batch * tokens, *z.shape[2:]) for z in flat)
+            hidden = silu_lora(bank, *flat, shrunk.reshape(-1, *shrunk.shape[2:]), y.reshape(-1, total))
+            return [hidden.reshape(batch, tokens, -1)], routing
         else:
             y = routed_lora(x, bank, routing, y, shrink=shrunk, platform=execution.platform)
         return self._split(y), routing

@@ -1,4 +1,5 @@
-"""The Triton kernel behind the product with gates and A's: choice, mask, expand, sum. `triton_gpu.py` launches it.
+"""The Triton kernels behind the products of a group: of few tokens choice, mask, expand and sum; of many, once XLA has
+chosen and masked, expand, sum and activation. `triton_gpu.py` launches them.
 
 For NVIDIA GPUs; timed on an H100 and an H200 (docs/performance.md). All shapes are compile-time constants (JAX knows
 them), arrays are dense in the order given. The columns of a group are cut into blocks of BN that never cross from one
@@ -117,3 +118,47 @@ def gated_expand_kernel(
     y = tl.load(base_ptr + place, mask=inside, other=0.0).to(tl.float32)
     y = masked_expand(y, h_ptr + FIRST, b_ptr, adapters, weights, rows, columns, end, M, O, K, R, C, CP, P * W, BM, BK)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_expand_kernel(
+    y_ptr,  # [M, 2 F]: the base's columns of gate, and of up
+    h_ptr,  # [M, 2, KP]: weighed shrinks of gate and of up, zeros behind the K-th
+    used_ptr,  # int32 [tiles of BM rows, 1 + KP / BK]: how many blocks of BK shrinks any of the rows uses, and which
+    b_ptr,  # [K, 2 F], K = A * R
+    hidden_ptr,  # [M, F], written
+    M: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """silu(gate + h_gate B) * (up + h_up B), summed in float32 and rounded once. Grid: blocks of BN columns, tiles.
+
+    A tile reads the blocks of B that its rows use and no other.
+    """
+    tile = tl.program_id(1)
+    rows = tl.arange(0, BM)
+    first = tl.program_id(0) * BN
+    columns = tl.arange(0, BN)
+    y_ptr += tile.to(tl.int64) * (BM * 2 * F) + first
+    h_ptr += tile.to(tl.int64) * (BM * 2 * KP)
+    hidden_ptr += tile.to(tl.int64) * (BM * F) + first
+    used_ptr += tile * (1 + KP // BK)
+    b_ptr += first
+    own_rows = (rows < M - tile * BM)[:, None]
+    own_columns = (columns < F - first)[None, :]
+    place = rows[:, None] * (2 * F) + columns[None, :]
+    gate = tl.load(y_ptr + place, mask=own_rows & own_columns, other=0.0).to(tl.float32)
+    up = tl.load(y_ptr + F + place, mask=own_rows & own_columns, other=0.0).to(tl.float32)
+    for block in tl.range(0, tl.load(used_ptr), num_stages=STAGES):
+        ks = tl.load(used_ptr + 1 + block) * BK + tl.arange(0, BK)
+        shrinks = rows[:, None] * (2 * KP) + ks[None, :]
+        h_gate = tl.load(h_ptr + shrinks, mask=own_rows, other=0.0)
+        h_up = tl.load(h_ptr + KP + shrinks, mask=own_rows, other=0.0)
+        b = ks.to(tl.int64)[:, None] * (2 * F) + columns[None, :]
+        inside = (ks < K)[:, None] & own_columns
+        b_gate = tl.load(b_ptr + b, mask=inside, other=0.0)
+        b_up = tl.load(b_ptr + F + b, mask=inside, other=0.0)
+        gate = tl.dot(h_gate, b_gate, gate, input_precision="ieee")
+        up = tl.dot(h_up, b_up, up, input_precision="ieee")
+    hidden = gate / (1 + tl.exp(-gate)) * up
+    place = rows[:, None] * F + columns[None, :]
+    tl.store(hidden_ptr + place, hidden.to(hidden_ptr.dtype.element_ty), mask=own_rows & own_columns)
