@@ -108,6 +108,18 @@ def whole_model() -> None:
             assert len(RAN) == 2, "fewer tokens than the launch is for"
 
 
+def benchmark() -> None:
+    """scripts/bench_silu.py times every form at a tiny shape, and finds that they agree."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    import bench_silu
+
+    tile = "16,32,16,2,4"
+    records = bench_silu.main(
+        bench_silu.BenchSilu("tiny", (40,), tile=(tile,), adapters=4, rank=3, layers=1, seconds=0.01)
+    )
+    assert [r["how"] for r in records] == ["bare", "xla", "chosen", tile] * 2, records
+
+
 def packed(model: Any, execution: ExecutionConfig) -> Any:
     graph = layout.with_execution(model.graph, model.weights, execution)
     graph, weights = layout.pack(graph, model.weights)
@@ -124,6 +136,8 @@ def main(examples: int) -> None:
     print(f"tiles as on a GPU: {examples // 8} cases")
     whole_model()
     print("whole model")
+    benchmark()
+    print("benchmark")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.routed_lora.reference import columns, einsum_float32
@@ -104,9 +103,7 @@ def gathered_lora(
     return gathered_expand(h, b, chosen, weights[:, None], jnp.ones_like(weights), None, base, splits)
 
 
-def used_blocks(
-    combine: Float[Array, "M P A"], rank: int, rows: int, width: int
-) -> Int32[Array, "tiles 1+blocks"]:
+def used_blocks(combine: Float[Array, "M P A"], rank: int, rows: int, width: int) -> Int32[Array, "tiles columns"]:
     """Which blocks of `width` of the A * R weighed shrinks are not all zeros in each tile of `rows` tokens.
 
     A tile's line says how many, then which, in order; what stands behind these means nothing. combine: the weight of
@@ -116,8 +113,9 @@ def used_blocks(
     tiles, blocks = -(-combine.shape[0] // rows), -(-adapters * rank // width)
     acting = jnp.any(combine != 0, axis=1)
     acting = jnp.pad(acting, ((0, tiles * rows - acting.shape[0]), (0, 0))).reshape(tiles, rows, adapters).any(axis=1)
-    first, number = np.arange(adapters, dtype=np.int32)[:, None] * rank, np.arange(blocks, dtype=np.int32)
-    own = (first < (number + 1) * width) & (first + rank > number * width)  # [A, blocks]
+    first, number = (jnp.arange(n, dtype=jnp.int32) for n in (adapters, blocks))
+    first = first[:, None] * rank
+    own = (first < (number[None] + 1) * width) & (first + rank > number[None] * width)  # [A, blocks]
     used = jnp.any(acting[:, :, None] & own[None], axis=1)
     before = jnp.sum(used[:, None, :] & (number[None, :] < number[:, None])[None], axis=2, dtype=jnp.int32)
     place = (before[:, None, :] == number[None, :, None]) & used[:, None, :]  # [tiles, place, block]
