@@ -18,8 +18,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 
 MANY_TOKENS = 512  # for which a product's operations cost more than its weights' bytes
-# A tile of an epilogue of gate and up with the columns of any model of 2,000 and more units: programs enough for a chip.
-FILLING_TOKENS = 128
+FILLING_TOKENS = 128  # of which one tile of gate and up, with a few thousand columns, has programs enough for a chip
 # What cuDNN's attention may be used for on a GPU: "packed" training sequences.
 Fused = Literal["packed"]
 Platform = Literal["cpu", "gpu", "tpu"]

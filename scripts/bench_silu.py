@@ -1,4 +1,4 @@
-"""What adapters of gate and up and silu(gate) * up of a prompt take: XLA's products and fusion against one Triton launch.
+"""What adapters of gate and up, and silu(gate) * up, of a prompt take: XLA's products and fusion, or one Triton launch.
 
     python scripts/bench_silu.py --json silu.json                                 # a Llama-3-8B's; needs a GPU
     python scripts/bench_silu.py --tile 128,64,32,3,8 128,128,32,3,8 --profile    # other tiles; each kernel's time
@@ -121,16 +121,15 @@ def main(settings: BenchSilu) -> list[dict[str, Any]]:
     console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     array, calls = jax.ShapeDtypeStruct, programs(settings, width)
     for rows, pairs in itertools.product(settings.rows, settings.pairs):
-        weights = [
-            random_arrays(
-                (array((2 * width, INNER), jnp.bfloat16), array((settings.adapters, settings.rank, 2 * width), jnp.bfloat16),
-                 array((rows, 2, settings.adapters, settings.rank), jnp.float32)), seed,
-            )
-            for seed in range(settings.layers)
-        ]  # fmt: skip
+        adapters = settings.adapters, settings.rank
+        shapes = (
+            array((2 * width, INNER), jnp.bfloat16), array((*adapters, 2 * width), jnp.bfloat16),
+            array((rows, 2, *adapters), jnp.float32),
+        )  # fmt: skip
+        weights = [random_arrays(shapes, seed) for seed in range(settings.layers)]
         chosen = chosen_pairs(pairs, rows, settings.adapters)
         given = (
-            100 * random_arrays(array((rows, INNER), jnp.bfloat16), 99), weights,
+            jax.random.normal(jax.random.key(99), (rows, INNER), jnp.bfloat16), weights,
             Routing(chosen, jnp.full(chosen.shape, 0.5, jnp.float32)),
         )  # fmt: skip
         timed, compiled = {}, compile_all(calls, given)
@@ -143,7 +142,7 @@ def main(settings: BenchSilu) -> list[dict[str, Any]]:
                 error = float(jnp.linalg.norm(call(*given)[-1].astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted))
                 if not error < 1e-2:
                     raise ValueError(f"{rows} {pairs} {name}: differs from XLA by {error:.1e}")
-            timed[name] = Timed(lambda _, call=call: call(*given), calls=settings.layers)
+            timed[name] = Timed(lambda _, call=call, given=given: call(*given), calls=settings.layers)
         times = alternate(timed, settings.seconds)
         for name, ms in times.items():
             us = 1e3 * (ms - times["product"])

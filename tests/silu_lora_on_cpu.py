@@ -1,4 +1,4 @@
-"""Run as a program with TRITON_INTERPRET=1: gate and up of prompts by one launch, on CPU tensors, against float64 NumPy.
+"""Run as a program with TRITON_INTERPRET=1: gate and up of prompts by one launch against float64 NumPy.
 
 Everything but the launch is the package's own code. Prints a line a number of cases, exits 1 on the first wrong one.
 tests/test_silu_lora.py starts it.
@@ -7,6 +7,7 @@ tests/test_silu_lora.py starts it.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,7 @@ def whole_model() -> None:
 def benchmark() -> None:
     """scripts/bench_silu.py times every form at a tiny shape, and finds that they agree."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-    import bench_silu
-
+    bench_silu = importlib.import_module("bench_silu")
     tile = "16,32,16,2,4"
     records = bench_silu.main(
         bench_silu.BenchSilu("tiny", (40,), tile=(tile,), adapters=4, rank=3, layers=1, seconds=0.01)

@@ -1,4 +1,4 @@
-"""Gate and up of prompts by one launch: interpreted against float64 NumPy and XLA's model, and run where there is a GPU."""
+"""Gate and up of prompts by one launch: against float64 NumPy and the model by XLA, and on a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_numerics_by_triton_s_interpreter():
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     lines = [line for line in result.stdout.splitlines() if line.startswith(("tiles", "whole", "benchmark"))]
     assert lines == [
-        f"tiles of 16: {examples(12, 48)} cases", f"tiles as on a GPU: {examples(1, 6)} cases", "whole model", "benchmark"
+        f"tiles of 16: {examples(12, 48)} cases", f"tiles as on a GPU: {examples(1, 6)} cases", "whole model",
+        "benchmark",
     ]  # fmt: skip
 
 

@@ -203,9 +203,12 @@ class PackedLinear(nnx.Module):
             y = y + self._whole(own) if self.share == "inputs" else own
         elif silu and execution.silu_tokens is not None and batch * tokens >= execution.silu_tokens:
             assert shrunk is not None
-            flat = (jnp.broadcast_to(z, (batch, tokens, *z.shape[2:])) for z in (routing.indices, routing.weights))
-            flat = (z.reshape(batch * tokens, *z.shape[2:]) for z in flat)
-            hidden = silu_lora(bank, *flat, shrunk.reshape(-1, *shrunk.shape[2:]), y.reshape(-1, total))
+            indices, weights = (
+                jnp.broadcast_to(z, (batch, tokens, *z.shape[2:])).reshape(batch * tokens, *z.shape[2:])
+                for z in (routing.indices, routing.weights)
+            )
+            shrunk = shrunk.reshape(-1, projections, adapters, rank)
+            hidden = silu_lora(bank, indices, weights, shrunk, y.reshape(-1, total))
             return [hidden.reshape(batch, tokens, -1)], routing
         else:
             y = routed_lora(x, bank, routing, y, shrink=shrunk, platform=execution.platform)
