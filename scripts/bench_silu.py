@@ -1,7 +1,7 @@
 """What adapters of gate and up, and silu(gate) * up, of a prompt take: XLA's products and fusion, or one Triton launch.
 
     python scripts/bench_silu.py --json silu.json                                 # a Llama-3-8B's; needs a GPU
-    python scripts/bench_silu.py --tile 128,64,32,3,8 128,128,32,3,8 --profile    # other tiles; each kernel's time
+    python scripts/bench_silu.py --tile 64,64,32,8,1,4 128,64,32,8,2,8 --profile  # other tiles; each kernel's time
 
 us of a layer behind its base's product: a program of several layers, each a product of 64 columns with its own matrix,
 less the same program with the products alone. GB/s are of what any form must read and write: gate, up and the result.
@@ -47,8 +47,14 @@ class BenchSilu:
     """Tokens."""
     pairs: tuple[Pairs, ...] = ("random", "runs")
     """How tokens choose two adapters."""
-    tile: tuple[str, ...] = ("128,64,32,3,4", "128,64,64,2,8", "128,128,32,3,8", "128,128,64,2,8", "64,64,32,3,4")
-    """Tiles to compare with the ones that are chosen: BM,BN,BK,STAGES,warps."""
+    tile: tuple[str, ...] = (
+        "64,64,32,16,2,4",
+        "64,64,32,8,1,4",
+        "64,32,32,16,1,4",
+        "128,64,32,16,2,8",
+        "128,64,32,8,1,8",
+    )
+    """Tiles to compare with the ones that are chosen: BM,BN,BK,RUN,STAGES,warps."""
     adapters: int = 28
     """Adapters in the bank."""
     rank: int = 8
@@ -66,9 +72,9 @@ class BenchSilu:
 def parse(tile: str) -> dict[str, int]:
     """The arguments of `silu_lora` that a `--tile` means."""
     numbers = tile.split(",")
-    if len(numbers) != 5 or not all(map(str.isdecimal, numbers)):
-        raise InputError(f"--tile: expected BM,BN,BK,STAGES,warps, found {tile}")
-    return dict(zip(("BM", "BN", "BK", "STAGES", "warps"), map(int, numbers), strict=True))
+    if len(numbers) != 6 or not all(map(str.isdecimal, numbers)):
+        raise InputError(f"--tile: expected BM,BN,BK,RUN,STAGES,warps, found {tile}")
+    return dict(zip(("BM", "BN", "BK", "RUN", "STAGES", "warps"), map(int, numbers), strict=True))
 
 
 def chosen_pairs(pairs: Pairs, rows: int, adapters: int) -> jax.Array:

@@ -16,8 +16,8 @@ from extent import examples
 
 from meteora_jax.routing import Routing
 from pallas_kernels.routed_lora import LoraBank, routed_lora
-from pallas_kernels.routed_lora.triton_gpu import silu_lora, silu_tiles
-from pallas_kernels.routed_lora.xla import used_blocks
+from pallas_kernels.routed_lora.triton_gpu import silu_lora, silu_refusal
+from pallas_kernels.routed_lora.xla import chosen_shrinks, used_blocks
 
 PROGRAM = Path(__file__).parent / "silu_lora_on_cpu.py"
 
@@ -38,21 +38,40 @@ def test_numerics_by_triton_s_interpreter():
 
 
 def test_blocks_of_b_that_tiles_use():
-    """Five adapters of rank 3 in blocks of 4 rows: 0 1 | 1 2 | 2 3 | 3 4; tiles of two tokens."""
-    combine = np.zeros((7, 2, 5), np.float32)
-    combine[0, 0, 4] = combine[1, 1, 0] = 1  # another projection's, another token's
-    combine[4, 1, 2] = -0.5
-    combine[6, 0, :] = 1  # a tile of one token
-    found = np.asarray(used_blocks(jnp.asarray(combine), 3, 2, 4))
-    assert [line[1 : 1 + line[0]].tolist() for line in found] == [[0, 3], [], [1, 2], [0, 1, 2, 3]]
+    """Blocks of two adapters, tiles of two tokens, two projections, a tile of one token."""
+    chosen = np.full((7, 2, 2), -1, np.int32)
+    chosen[0, 0], chosen[1, 0, 1], chosen[1, 1, 0] = (4, 1), 0, 3
+    chosen[4, 1, 1] = 5
+    chosen[6, 0] = 0, 9
+    found = np.asarray(used_blocks(jnp.asarray(chosen), 2, 2))
+    assert found.tolist() == [[0b101, 0b10], [0, 0], [0, 0b100], [0b10001, 0]]
 
 
-def test_projections_of_two_widths_are_refused():
-    ones = jnp.ones
-    bank = LoraBank(None, ones((1, 2, 12)), ones((2, 1)), (8, 4))
-    given = jnp.zeros((1, 2, 1), jnp.int32), ones((1, 2, 1)), ones((1, 2, 1, 2)), ones((1, 12))
-    with pytest.raises(NotImplementedError, match="two projections of one width"):
-        silu_lora(bank, *given)
+def test_what_acts_on_a_token():
+    """Null choices, weights of zero and adapters named twice, by projections that share a choice and do not."""
+    shrink = jnp.arange(12, dtype=jnp.float32).reshape(1, 2, 3, 2)
+    indices, weights = jnp.asarray([[[2, -1, 2, 1]]]), jnp.asarray([[[1.0, 5.0, 2.0, 0.5]], [[1.0, 5.0, 2.0, 0.0]]])
+    scale = jnp.asarray([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
+    h, chosen = chosen_shrinks(shrink, indices, weights.reshape(1, 2, 4), scale)
+    assert chosen.tolist() == [[[2, -1, 2, 1], [2, -1, 2, -1]]]
+    np.testing.assert_array_equal(h[0, 0], [[12, 15], [0, 0], [36, 45], [2, 3]])
+    np.testing.assert_array_equal(h[0, 1, :3], [[10, 11], [0, 0], [30, 33]])
+
+
+@pytest.mark.parametrize(
+    ("adapters", "rank", "choices", "kind", "reason"),
+    [
+        (28, 8, 2, "bfloat16", None), (28, 8, 4, "float16", None), (28, 8, 5, "bfloat16", "5 of 28 of rank 8"),
+        (40, 8, 2, "bfloat16", None), (41, 8, 2, "bfloat16", "2 of 41"), (5, 64, 2, "bfloat16", None), (5, 65, 1, "bfloat16", "of rank 65"),
+        (28, 8, 2, "float32", "expected 16 bits"),
+    ],
+)  # fmt: skip
+def test_what_is_served(adapters: int, rank: int, choices: int, kind: str, reason: str | None):
+    bank = LoraBank(None, jnp.zeros((adapters, rank, 16), kind), jnp.ones((2, adapters)), (8, 8))
+    found = silu_refusal(bank, choices)
+    assert found == reason or (reason is not None and reason in str(found))
+    uneven = LoraBank(None, bank.b, bank.scale, (12, 4))
+    assert "two projections of one width" in str(silu_refusal(uneven, choices))
 
 
 @pytest.mark.gpu
@@ -77,6 +96,5 @@ def test_on_a_gpu(rows: int, adapters: int, rank: int, width: int):
         return jax.nn.silu(gate) * up
 
     found = jax.jit(silu_lora)(bank, routing.indices, routing.weights, shrink, base)
-    assert silu_tiles(base.dtype)["BM"] <= rows
     error = np.linalg.norm(np.float32(found) - np.asarray(wanted(base))) / np.linalg.norm(wanted(base))
     assert error < 1e-2

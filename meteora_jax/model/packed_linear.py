@@ -26,7 +26,7 @@ from pallas_kernels.quantized_matmul.weight import turn, turn_back
 from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
 from pallas_kernels.routed_lora.reference import einsum_float32, shrink
-from pallas_kernels.routed_lora.triton_gpu import MAX_TOKENS, silu_lora, topk_gated_lora
+from pallas_kernels.routed_lora.triton_gpu import MAX_TOKENS, silu_lora, silu_refusal, topk_gated_lora
 from pallas_kernels.routed_lora.xla import FEW_ROWS
 
 
@@ -201,8 +201,7 @@ class PackedLinear(nnx.Module):
             own = jnp.zeros_like(y) if self.share == "inputs" else y  # y is whole, x and its shrinks are not
             own = routed_lora(x, bank, routing, own, implementation=implementation, platform=execution.platform)
             y = y + self._whole(own) if self.share == "inputs" else own
-        elif silu and execution.silu_tokens is not None and batch * tokens >= execution.silu_tokens:
-            assert shrunk is not None
+        elif silu and shrunk is not None and self._by_launch(batch * tokens, bank, routing, execution):
             indices, weights = (
                 jnp.broadcast_to(z, (batch, tokens, *z.shape[2:])).reshape(batch * tokens, *z.shape[2:])
                 for z in (routing.indices, routing.weights)
@@ -237,6 +236,11 @@ class PackedLinear(nnx.Module):
         assert self.lora_scale is not None
         requests, choices = routing.indices.shape[0], routing.indices.shape[-1]
         return routing.per_request and requests * choices < self.lora_scale.shape[-1]
+
+    def _by_launch(self, tokens: int, bank: LoraBank, routing: Routing, execution: ExecutionConfig) -> bool:
+        """Whether one launch adapts gate and up and multiplies silu(gate) with up."""
+        many = execution.silu_tokens is not None and tokens >= execution.silu_tokens
+        return many and silu_refusal(bank, routing.indices.shape[-1]) is None
 
     def _with_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None, :]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch as triton_launch
-from pallas_kernels.routed_lora import packing, reference, xla
+from pallas_kernels.routed_lora import packing, xla
 from pallas_kernels.routed_lora.api import LoraBank
 from pallas_kernels.topk_gating import TopK
 
@@ -71,15 +71,37 @@ def topk_gated_lora(
     )  # fmt: skip
 
 
-def silu_tiles(dtype: Any) -> dict[str, int]:
+MOST_CHOICES = 4  # whose shrinks a program of a prompt's epilogue has registers for, at 32 ranks each
+MOST_RANKS = 320  # of all adapters: 80 KiB of shared memory, which GPUs have since Ampere
+LONGEST_RUN = 16  # tiles of a program, so that reading B is little of its time
+PROGRAMS = 8 * 132  # of a launch at least, before programs have several tiles
+
+
+def silu_refusal(bank: LoraBank, choices: int) -> str | None:
+    """Why `silu_lora` does not serve a bank and so many choices of a token; None where it does."""
+    adapters, rank, total = bank.b.shape
+    if bank.splits != (total // 2, total // 2):
+        return f"expected two projections of one width, found {bank.splits}"
+    if jnp.dtype(bank.b.dtype).itemsize != 2:
+        return f"expected 16 bits, found {bank.b.dtype}"
+    padded, depth = padded_rank(rank), silu_tiles(rank)["BK"]
+    if choices * depth > 32 * MOST_CHOICES or adapters * padded > MOST_RANKS:
+        return f"expected few choices, adapters and ranks, found {choices} of {adapters} of rank {rank}"
+    return None
+
+
+def padded_rank(rank: int) -> int:
+    """Of an adapter's rows in a block of B: pairs of shrinks stay together."""
+    return max(2, power(rank))
+
+
+def silu_tiles(rank: int) -> dict[str, int]:
     """Tiles of `silu_lora`: BM tokens, BN columns of gate and as many of up, BK rows of B at a time, warps, stages.
 
-    On Hopper two programs of 16-bit operands run on a multiprocessor (100 registers a thread, 48 KiB), so that one
-    multiplies while the other waits for memory; float32 has no tensor cores.
+    On Hopper, 28 adapters of rank 8, two of a token: 168 registers a thread and 64 KiB, so that three programs run on a
+    multiprocessor, and one multiplies while others wait for memory.
     """
-    if dtype == jnp.float32:
-        return dict(BM=32, BN=32, BK=32, warps=4, STAGES=1)
-    return dict(BM=128, BN=64, BK=32, warps=8, STAGES=3)
+    return dict(BM=64, BN=64, BK=max(32, padded_rank(rank)), STAGES=1, warps=4)
 
 
 def silu_lora(
@@ -95,24 +117,25 @@ def silu_lora(
     Args:
         bank: of gate and up, of one width F. indices, weights: of `Choices`, each token's own; P1 and P2 are 2 or 1.
         shrink: x through every A, float32. base: the base's columns of gate and, behind them, of up.
-        tiles: in the place of `silu_tiles`.
+        tiles: in the place of those of `silu_tiles`; RUN: tiles of a program.
 
     Raises:
-        NotImplementedError: projections of several widths, or the extra `gpu` is not installed.
+        NotImplementedError: what `silu_refusal` says, or the extra `gpu` is not installed.
     """
+    if problem := silu_refusal(bank, indices.shape[2]):
+        raise NotImplementedError(f"silu_lora: {problem}")
     adapters, rank, total = bank.b.shape
-    rows, half = base.shape[0], total // 2
-    if bank.splits != (half, half):
-        raise NotImplementedError(f"silu_lora: expected two projections of one width, found {bank.splits}")
-    how = silu_tiles(bank.b.dtype) | tiles
-    warps, bm, bk = how.pop("warps"), how["BM"], how["BK"]
-    combine = reference.dense_weights(indices, weights, adapters) * bank.scale[None]
-    h = (shrink * combine[..., None]).astype(bank.b.dtype).reshape(rows, 2, -1)
-    width = adapters * rank
-    h = jnp.pad(h, ((0, 0), (0, 0), (0, -width % bk)))
+    rows, half, choices, padded = base.shape[0], total // 2, indices.shape[2], padded_rank(rank)
+    how = silu_tiles(rank) | tiles
+    count, blocks = math.ceil(rows / how["BM"]), math.ceil(half / how["BN"])
+    how.setdefault("RUN", max(1, min(LONGEST_RUN, count * blocks // PROGRAMS)))
+    h, chosen = xla.chosen_shrinks(shrink, indices, weights, bank.scale)
+    h = jnp.pad(h.astype(bank.b.dtype), ((0, 0), (0, 0), (0, 0), (0, padded - rank)))
+    pairs = jax.lax.bitcast_convert_type(h.reshape(rows, 2, choices, padded // 2, 2), jnp.int32)
+    used = xla.used_blocks(chosen, how["BM"], how["BK"] // padded)
     (hidden,) = launch(
-        "silu_expand_kernel", base, h, xla.used_blocks(combine, rank, bm, bk), bank.b,
-        out=(jax.ShapeDtypeStruct((rows, half), base.dtype),), grid=(math.ceil(half / how["BN"]), math.ceil(rows / bm)),
-        warps=warps, M=rows, F=half, K=width, KP=h.shape[2], **how,
+        "silu_expand_kernel", base, pairs, chosen, used, bank.b,
+        out=(jax.ShapeDtypeStruct((rows, half), base.dtype),), grid=(blocks, math.ceil(count / how["RUN"])),
+        warps=how.pop("warps"), M=rows, F=half, A=adapters, R=rank, RP=padded, C=choices, **how,
     )  # fmt: skip
     return hidden

@@ -11,6 +11,7 @@ projection to the next: `project` finds a block's place. Sums are float32 in a f
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # (Triton is optional, and a kernel is not Python: constants are upper case, blocks are no plain values)
+# ruff: noqa: RUF005  # it adds tuples, and has no unpacking
 
 import triton
 import triton.language as tl
@@ -121,44 +122,89 @@ def gated_expand_kernel(
 
 
 @triton.jit
+def load_blocks(
+    b_ptr, columns, own_columns, O: tl.constexpr, A: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Some columns of B [A, R, O] in blocks of BK / RP adapters: a tuple of [BK, columns], rows of zeros behind R."""
+    ks = tl.arange(0, BK)
+    blocks = ()
+    for k in tl.static_range((A * RP + BK - 1) // BK):
+        adapters = k * (BK // RP) + ks // RP
+        place = (adapters * R + ks % RP)[:, None] * O + columns[None, :]
+        inside = ((adapters < A) & (ks % RP < R))[:, None] & own_columns[None, :]
+        blocks = blocks + (tl.load(b_ptr + place, mask=inside, other=0.0),)
+    return blocks
+
+
+@triton.jit
+def add_chosen(
+    y, blocks, h_ptr, index_ptr, bits, rows, own_rows, A: tl.constexpr, RP: tl.constexpr, C: tl.constexpr,
+    ROW: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y float32 [BM, BN] plus the rows' weighed shrinks through what `load_blocks` gave.
+
+    h_ptr, index_ptr: of rows that are ROW choices apart; see `silu_expand_kernel`. bits: which blocks the rows use.
+    The last block is multiplied always: a result that ends in a branch is laid out twice by the compiler.
+    """
+    KB: tl.constexpr = (A * RP + BK - 1) // BK
+    HALF: tl.constexpr = RP // 2
+    pairs = tl.arange(0, BK // 2)
+    indices = ()
+    shrinks = ()  # of every choice, once for each adapter of a block
+    for c in tl.static_range(C):
+        place = (rows * ROW + c)[:, None] * HALF + (pairs % HALF)[None, :]
+        indices = indices + (tl.load(index_ptr + rows * ROW + c, mask=own_rows, other=-1),)
+        shrinks = shrinks + (tl.load(h_ptr + place, mask=own_rows[:, None], other=0),)
+    for k in tl.static_range(KB):
+        if k == KB - 1 or (bits >> k) & 1:
+            adapters = k * (BK // RP) + pairs // HALF
+            h = tl.zeros((BM, BK // 2), tl.int32)
+            for c in tl.static_range(C):
+                h = tl.where(indices[c][:, None] == adapters[None, :], shrinks[c], h)
+            h = tl.join((h & 0xFFFF).to(tl.int16), (h >> 16).to(tl.int16))
+            h = tl.reshape(h.to(blocks[k].dtype, bitcast=True), (BM, BK))
+            y = tl.dot(h, blocks[k], y)
+    return y
+
+
+@triton.jit
 def silu_expand_kernel(
     y_ptr,  # [M, 2 F]: the base's columns of gate, and of up
-    h_ptr,  # [M, 2, KP]: weighed shrinks of gate and of up, zeros behind the K-th
-    used_ptr,  # int32 [tiles of BM rows, 1 + KP / BK]: how many blocks of BK shrinks any of the rows uses, and which
-    b_ptr,  # [K, 2 F], K = A * R
+    h_ptr,  # int32 [M, 2, C, RP / 2]: pairs of weighed shrinks of gate's and of up's choices, 16 bits each
+    index_ptr,  # int32 [M, 2, C]: the adapters chosen, -1 for none; of one named twice the last has both's shrinks
+    used_ptr,  # int32 [tiles of BM rows, 2]: which blocks of BK / RP adapters the rows use, a bit each
+    b_ptr,  # [A, R, 2 F]
     hidden_ptr,  # [M, F], written
-    M: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, F: tl.constexpr, A: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, C: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate + h_gate B) * (up + h_up B), summed in float32 and rounded once. Grid: blocks of BN columns, tiles.
+    """silu(gate + h_gate B) * (up + h_up B), summed in float32 and rounded once. Grid: blocks of BN columns, RUN tiles.
 
-    A tile reads the blocks of B that its rows use and no other.
+    A program keeps its columns of every B in shared memory, and reads of a tile what must be read: gate, up and the
+    chosen shrinks, which it places among zeros in registers.
     """
-    tile = tl.program_id(1)
     rows = tl.arange(0, BM)
     first = tl.program_id(0) * BN
     columns = tl.arange(0, BN)
-    y_ptr += tile.to(tl.int64) * (BM * 2 * F) + first
-    h_ptr += tile.to(tl.int64) * (BM * 2 * KP)
-    hidden_ptr += tile.to(tl.int64) * (BM * F) + first
-    used_ptr += tile * (1 + KP // BK)
-    b_ptr += first
-    own_rows = (rows < M - tile * BM)[:, None]
-    own_columns = (columns < F - first)[None, :]
+    own_columns = columns < F - first
+    b_gate = load_blocks(b_ptr + first, columns, own_columns, 2 * F, A, R, RP, BK)
+    b_up = load_blocks(b_ptr + F + first, columns, own_columns, 2 * F, A, R, RP, BK)
     place = rows[:, None] * (2 * F) + columns[None, :]
-    gate = tl.load(y_ptr + place, mask=own_rows & own_columns, other=0.0).to(tl.float32)
-    up = tl.load(y_ptr + F + place, mask=own_rows & own_columns, other=0.0).to(tl.float32)
-    for block in tl.range(0, tl.load(used_ptr), num_stages=STAGES):
-        ks = tl.load(used_ptr + 1 + block) * BK + tl.arange(0, BK)
-        shrinks = rows[:, None] * (2 * KP) + ks[None, :]
-        h_gate = tl.load(h_ptr + shrinks, mask=own_rows, other=0.0)
-        h_up = tl.load(h_ptr + KP + shrinks, mask=own_rows, other=0.0)
-        b = ks.to(tl.int64)[:, None] * (2 * F) + columns[None, :]
-        inside = (ks < K)[:, None] & own_columns
-        b_gate = tl.load(b_ptr + b, mask=inside, other=0.0)
-        b_up = tl.load(b_ptr + F + b, mask=inside, other=0.0)
-        gate = tl.dot(h_gate, b_gate, gate, input_precision="ieee")
-        up = tl.dot(h_up, b_up, up, input_precision="ieee")
-    hidden = gate / (1 + tl.exp(-gate)) * up
-    place = rows[:, None] * F + columns[None, :]
-    tl.store(hidden_ptr + place, hidden.to(hidden_ptr.dtype.element_ty), mask=own_rows & own_columns)
+    start = tl.program_id(1) * RUN
+    for i in tl.range(0, tl.minimum(RUN, (M + BM - 1) // BM - start), num_stages=STAGES):
+        tile = start + i
+        row = tile.to(tl.int64) * BM
+        own_rows = rows < M - tile * BM
+        inside = own_rows[:, None] & own_columns[None, :]
+        y = y_ptr + row * (2 * F) + first
+        h = h_ptr + row * (C * RP)
+        index = index_ptr + row * (2 * C)
+        bits = tl.load(used_ptr + 2 * tile)
+        gate = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+        gate = add_chosen(gate, b_gate, h, index, bits, rows, own_rows, A, RP, C, 2 * C, BM, BK)
+        bits = tl.load(used_ptr + 2 * tile + 1)
+        up = tl.load(y + F + place, mask=inside, other=0.0).to(tl.float32)
+        up = add_chosen(up, b_up, h + C * RP // 2, index + C, bits, rows, own_rows, A, RP, C, 2 * C, BM, BK)
+        hidden = gate * up / (1 + tl.exp2(gate * -1.4426950408889634))
+        own = hidden_ptr + row * F + first + rows[:, None] * F + columns[None, :]
+        tl.store(own, hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
