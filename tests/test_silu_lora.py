@@ -61,9 +61,9 @@ def test_what_acts_on_a_token():
 @pytest.mark.parametrize(
     ("adapters", "rank", "choices", "kind", "reason"),
     [
-        (28, 8, 2, "bfloat16", None), (28, 8, 4, "float16", None), (28, 8, 5, "bfloat16", "5 of 28 of rank 8"),
-        (40, 8, 2, "bfloat16", None), (41, 8, 2, "bfloat16", "2 of 41"), (5, 64, 2, "bfloat16", None), (5, 65, 1, "bfloat16", "of rank 65"),
-        (28, 8, 2, "float32", "expected 16 bits"),
+        (28, 8, 2, "bfloat16", None), (28, 8, 4, "float16", None), (40, 8, 2, "bfloat16", None),
+        (5, 64, 2, "bfloat16", None), (28, 8, 5, "bfloat16", "5 of 28 of rank 8"), (41, 8, 2, "bfloat16", "2 of 41"),
+        (4, 65, 2, "bfloat16", "2 of 4 of rank 65"), (28, 8, 2, "float32", "expected 16 bits"),
     ],
 )  # fmt: skip
 def test_what_is_served(adapters: int, rank: int, choices: int, kind: str, reason: str | None):
