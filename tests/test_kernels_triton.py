@@ -51,6 +51,7 @@ def test_every_kernel_compiles_for_hopper():
     for kernel in (
         "gated_expand",
         "silu_expand",
+        "add_expand",
         "qkv_epilogue",
         "silu_epilogue",
         "residual_epilogue",

@@ -214,6 +214,19 @@ class LoRALinear(nnx.Module):
         parts, routing = self(x, router, execution, layer, keep)
         return silu_product(parts), routing
 
+    def onto(
+        self,
+        residual: jax.Array,
+        x: jax.Array,
+        router: BoundRouter | None,
+        execution: ExecutionConfig,
+        layer: jax.Array | int = 0,
+        keep: bool = False,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Of the group of o, or of down, the sum of its output and the residual stream; otherwise as `__call__`."""
+        (y,), routing = self(x, router, execution, layer, keep)
+        return residual + y, routing
+
     def _with_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None, :]
 

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: Triton kernels of few tokens routed by gates, and of gate and up of many (the extra `gpu`).
+"""NVIDIA GPUs: Triton kernels of few tokens routed by gates, and of many, chosen by XLA (the extra `gpu`).
 
 Tiles are chosen here from the shape alone; nothing is tuned at run time.
 """
@@ -77,15 +77,12 @@ LONGEST_RUN = 16  # tiles of a program, so that reading B is little of its time
 PROGRAMS = 8 * 132  # of a launch at least, before programs have several tiles
 
 
-def silu_refusal(bank: LoraBank, choices: int) -> str | None:
-    """Why `silu_lora` does not serve a bank and so many choices of a token; None where it does."""
-    adapters, rank, total = bank.b.shape
-    if bank.splits != (total // 2, total // 2):
-        return f"expected two projections of one width, found {bank.splits}"
+def many_refusal(bank: LoraBank, choices: int) -> str | None:
+    """Why `silu_lora` and `add_lora` do not serve a bank and so many choices of a token; None where they do."""
+    adapters, rank, _ = bank.b.shape
     if jnp.dtype(bank.b.dtype).itemsize != 2:
         return f"expected 16 bits, found {bank.b.dtype}"
-    padded, depth = padded_rank(rank), silu_tiles(rank)["BK"]
-    if choices * depth > 32 * MOST_CHOICES or adapters * padded > MOST_RANKS:
+    if choices * many_tiles(rank, 64)["BK"] > 32 * MOST_CHOICES or adapters * padded_rank(rank) > MOST_RANKS:
         return f"expected few choices, adapters and ranks, found {choices} of {adapters} of rank {rank}"
     return None
 
@@ -95,13 +92,13 @@ def padded_rank(rank: int) -> int:
     return max(2, power(rank))
 
 
-def silu_tiles(rank: int) -> dict[str, int]:
-    """Tiles of `silu_lora`: BM tokens, BN columns of gate and as many of up, BK rows of B at a time, warps, stages.
+def many_tiles(rank: int, columns: int) -> dict[str, int]:
+    """Tiles of a launch for many tokens: BM of them, BN columns, BK rows of B at a time, warps, stages.
 
-    On Hopper, 28 adapters of rank 8, two of a token: 168 registers a thread and 64 KiB, so that three programs run on a
-    multiprocessor, and one multiplies while others wait for memory.
+    On Hopper, 28 adapters of rank 8, two of a token, 128 columns or 64 of gate and of up: at most 168 registers a
+    thread, and 64 KiB, so that three programs run on a multiprocessor, and one multiplies while others wait for memory.
     """
-    return dict(BM=64, BN=64, BK=max(32, padded_rank(rank)), STAGES=1, warps=4)
+    return dict(BM=64, BN=columns, BK=max(32, padded_rank(rank)), STAGES=1, warps=4)
 
 
 def silu_lora(
@@ -117,25 +114,56 @@ def silu_lora(
     Args:
         bank: of gate and up, of one width F. indices, weights: of `Choices`, each token's own; P1 and P2 are 2 or 1.
         shrink: x through every A, float32. base: the base's columns of gate and, behind them, of up.
-        tiles: in the place of those of `silu_tiles`; RUN: tiles of a program.
+        tiles: in the place of those of `many_tiles`; RUN: tiles of a program.
 
     Raises:
-        NotImplementedError: what `silu_refusal` says, or the extra `gpu` is not installed.
+        NotImplementedError: what `many_refusal` says, projections of two widths, or no extra `gpu`.
     """
-    if problem := silu_refusal(bank, indices.shape[2]):
-        raise NotImplementedError(f"silu_lora: {problem}")
-    adapters, rank, total = bank.b.shape
-    rows, half, choices, padded = base.shape[0], total // 2, indices.shape[2], padded_rank(rank)
-    how = silu_tiles(rank) | tiles
-    count, blocks = math.ceil(rows / how["BM"]), math.ceil(half / how["BN"])
-    how.setdefault("RUN", max(1, min(LONGEST_RUN, count * blocks // PROGRAMS)))
+    half = bank.b.shape[2] // 2
+    if bank.splits != (half, half):
+        raise NotImplementedError(f"silu_lora: expected two projections of one width, found {bank.splits}")
+    how = many_tiles(bank.b.shape[1], 64) | tiles
+    given, blocks = (bank, indices, weights, shrink), math.ceil(half / how["BN"])
+    return _launch_many("silu_expand_kernel", base, given, (), (len(base), half), blocks, how, F=half)
+
+
+def add_lora(
+    bank: LoraBank,
+    indices: Int32[Array, "M P1 C"],
+    weights: Float[Array, "M P2 C"],
+    shrink: Float[Array, "M P A R"],
+    base: Float[Array, "M O"],
+    residual: Float[Array, "M O"] | None = None,
+    **tiles: int,
+) -> Float[Array, "M O"]:
+    """base + update + residual in one launch; otherwise as `silu_lora`, of any projections."""
+    how = many_tiles(bank.b.shape[1], 128) | tiles
+    given, blocks = (bank, indices, weights, shrink), column_blocks(bank.splits, how["BN"])
+    rest = (base if residual is None else residual,)
+    own: dict[str, Any] = dict(O=base.shape[1], SPLITS=bank.splits, RESIDUAL=residual is not None)
+    return _launch_many("add_expand_kernel", base, given, rest, base.shape, blocks, how, **own)
+
+
+def _launch_many(
+    kernel: str, base: jax.Array, given: Any, rest: tuple[jax.Array, ...], shape: tuple[int, ...], blocks: int,
+    how: dict[str, int], **constants: Any,
+) -> jax.Array:  # fmt: skip
+    """A launch for many tokens of so many blocks of columns. given: bank, indices, weights, shrink. rest: what the
+    kernel reads behind B. shape: of the result."""
+    bank, indices, weights, shrink = given
+    if problem := many_refusal(bank, indices.shape[2]):
+        raise NotImplementedError(f"{kernel}: {problem}")
+    adapters, rank, _ = bank.b.shape
+    rows, projections, choices, padded = len(base), len(bank.splits), indices.shape[2], padded_rank(rank)
+    count = math.ceil(rows / how["BM"])
+    how = {"RUN": max(1, min(LONGEST_RUN, count * blocks // PROGRAMS))} | how
     h, chosen = xla.chosen_shrinks(shrink, indices, weights, bank.scale)
     h = jnp.pad(h.astype(bank.b.dtype), ((0, 0), (0, 0), (0, 0), (0, padded - rank)))
-    pairs = jax.lax.bitcast_convert_type(h.reshape(rows, 2, choices, padded // 2, 2), jnp.int32)
+    pairs = jax.lax.bitcast_convert_type(h.reshape(rows, projections, choices, padded // 2, 2), jnp.int32)
     used = xla.used_blocks(chosen, how["BM"], how["BK"] // padded)
-    (hidden,) = launch(
-        "silu_expand_kernel", base, pairs, chosen, used, bank.b,
-        out=(jax.ShapeDtypeStruct((rows, half), base.dtype),), grid=(blocks, math.ceil(count / how["RUN"])),
-        warps=how.pop("warps"), M=rows, F=half, A=adapters, R=rank, RP=padded, C=choices, **how,
+    (out,) = launch(
+        kernel, base, pairs, chosen, used, bank.b, *rest, out=(jax.ShapeDtypeStruct(shape, base.dtype),),
+        grid=(blocks, math.ceil(count / how["RUN"])), warps=how.pop("warps"), M=rows, A=adapters, R=rank, RP=padded,
+        C=choices, **constants, **how,
     )  # fmt: skip
-    return hidden
+    return out

@@ -7,7 +7,7 @@ projection to the next: `project` finds a block's place. Sums are float32 in a f
 """
 
 # Triton's types do not know that static_range is unrolled, not iterated.
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # (Triton is optional, and a kernel is not Python: constants are upper case, blocks are no plain values)
@@ -208,3 +208,40 @@ def silu_expand_kernel(
         hidden = gate * up / (1 + tl.exp2(gate * -1.4426950408889634))
         own = hidden_ptr + row * F + first + rows[:, None] * F + columns[None, :]
         tl.store(own, hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_expand_kernel(
+    y_ptr,  # [M, O]: the base's columns of P projections
+    h_ptr,  # int32 [M, P, C, RP / 2], and the next two: as `silu_expand_kernel` has them, of P projections
+    index_ptr,  # int32 [M, P, C]
+    used_ptr,  # int32 [tiles of BM rows, P]
+    b_ptr,  # [A, R, O]
+    residual_ptr,  # [M, O], if RESIDUAL
+    out_ptr,  # [M, O], written
+    M: tl.constexpr, O: tl.constexpr, A: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, C: tl.constexpr,
+    SPLITS: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    RUN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y + h B, and the residual, summed in float32 and rounded once; otherwise as `silu_expand_kernel`."""
+    P: tl.constexpr = len(SPLITS)
+    p, first, _, end = project(tl.program_id(0), SPLITS, BN)
+    rows = tl.arange(0, BM)
+    columns = tl.arange(0, BN)
+    own_columns = columns < end - first
+    b = load_blocks(b_ptr + first, columns, own_columns, O, A, R, RP, BK)
+    place = rows[:, None] * O + columns[None, :]
+    start = tl.program_id(1) * RUN
+    for i in tl.range(0, tl.minimum(RUN, (M + BM - 1) // BM - start), num_stages=STAGES):
+        tile = start + i
+        row = tile.to(tl.int64) * BM
+        own_rows = rows < M - tile * BM
+        inside = own_rows[:, None] & own_columns[None, :]
+        y = tl.load(y_ptr + row * O + first + place, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            y += tl.load(residual_ptr + row * O + first + place, mask=inside, other=0.0).to(tl.float32)
+        h = h_ptr + row * (P * C * RP // 2) + p * (C * RP // 2)
+        index = index_ptr + row * (P * C) + p * C
+        bits = tl.load(used_ptr + P * tile + p)
+        y = add_chosen(y, b, h, index, bits, rows, own_rows, A, RP, C, P * C, BM, BK)
+        tl.store(out_ptr + row * O + first + place, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Gate and up of prompts by one launch: against float64 NumPy and the model by XLA, and on a GPU."""
+"""Launches behind the products of prompts: against float64 NumPy and the model by XLA, and on a GPU."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from extent import examples
 
 from meteora_jax.routing import Routing
 from pallas_kernels.routed_lora import LoraBank, routed_lora
-from pallas_kernels.routed_lora.triton_gpu import silu_lora, silu_refusal
+from pallas_kernels.routed_lora.triton_gpu import add_lora, many_refusal, silu_lora
 from pallas_kernels.routed_lora.xla import chosen_shrinks, used_blocks
 
-PROGRAM = Path(__file__).parent / "silu_lora_on_cpu.py"
+PROGRAM = Path(__file__).parent / "prompt_epilogues_on_cpu.py"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_numerics_by_triton_s_interpreter():
     result = subprocess.run(
-        [sys.executable, str(PROGRAM), str(examples(12, 48))],
+        [sys.executable, str(PROGRAM), str(examples(8, 48))],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     lines = [line for line in result.stdout.splitlines() if line.startswith(("tiles", "whole", "benchmark"))]
     assert lines == [
-        f"tiles of 16: {examples(12, 48)} cases", f"tiles as on a GPU: {examples(1, 6)} cases", "whole model",
+        f"tiles of 16: {examples(8, 48)} cases", f"tiles as on a GPU: {examples(1, 6)} cases", "whole model",
         "benchmark",
     ]  # fmt: skip
 
@@ -58,6 +58,15 @@ def test_what_acts_on_a_token():
     np.testing.assert_array_equal(h[0, 1, :3], [[10, 11], [0, 0], [30, 33]])
 
 
+def test_gate_and_up_of_two_widths_are_refused():
+    zeros = jnp.zeros
+    bank = LoraBank(None, zeros((1, 2, 12), jnp.bfloat16), zeros((2, 1)), (8, 4))
+    with pytest.raises(NotImplementedError, match="two projections of one width"):
+        silu_lora(
+            bank, zeros((1, 2, 1), jnp.int32), zeros((1, 2, 1)), zeros((1, 2, 1, 2)), zeros((1, 12), jnp.bfloat16)
+        )
+
+
 @pytest.mark.parametrize(
     ("adapters", "rank", "choices", "kind", "reason"),
     [
@@ -68,17 +77,16 @@ def test_what_acts_on_a_token():
 )  # fmt: skip
 def test_what_is_served(adapters: int, rank: int, choices: int, kind: str, reason: str | None):
     bank = LoraBank(None, jnp.zeros((adapters, rank, 16), kind), jnp.ones((2, adapters)), (8, 8))
-    found = silu_refusal(bank, choices)
+    found = many_refusal(bank, choices)
     assert found == reason or (reason is not None and reason in str(found))
-    uneven = LoraBank(None, bank.b, bank.scale, (12, 4))
-    assert "two projections of one width" in str(silu_refusal(uneven, choices))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [128, 1000])
 @pytest.mark.parametrize(("adapters", "rank", "width"), [(28, 8, 1536), (5, 3, 200)])
-def test_on_a_gpu(rows: int, adapters: int, rank: int, width: int):
-    """As XLA's products and its silu in float32, some tiles without adapters."""
+@pytest.mark.parametrize("end", ["silu", "", "residual"])
+def test_on_a_gpu(rows: int, adapters: int, rank: int, width: int, end: str):
+    """As XLA's products in float32, some tiles without adapters."""
     rng = np.random.default_rng(rows)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)  # noqa: E731
     a, b = jnp.zeros((2, adapters, rank, 16), jnp.bfloat16), draw(adapters, rank, 2 * width)
@@ -87,14 +95,18 @@ def test_on_a_gpu(rows: int, adapters: int, rank: int, width: int):
     indices[rows // 2 :] = rng.integers(-1, 1)
     routing = Routing(jnp.asarray(indices), jnp.full(indices.shape, 0.5, jnp.float32))
     shrink, base = jnp.asarray(rng.standard_normal((rows, 2, adapters, rank)), jnp.float32), draw(rows, 2 * width)
+    residual = draw(rows, 2 * width) if end == "residual" else None
 
     @jax.jit
     def wanted(base):
         x = jnp.zeros((rows, 16), jnp.bfloat16)
         y = routed_lora(x, bank, routing, base.astype(jnp.float32), shrink=shrink, implementation="reference")
-        gate, up = jnp.split(y, 2, axis=1)
-        return jax.nn.silu(gate) * up
+        if end == "silu":
+            gate, up = jnp.split(y, 2, axis=1)
+            return jax.nn.silu(gate) * up
+        return y if residual is None else y + residual.astype(jnp.float32)
 
-    found = jax.jit(silu_lora)(bank, routing.indices, routing.weights, shrink, base)
+    given = bank, routing.indices, routing.weights, shrink, base
+    found = jax.jit(silu_lora)(*given) if end == "silu" else jax.jit(add_lora)(*given, residual)
     error = np.linalg.norm(np.float32(found) - np.asarray(wanted(base))) / np.linalg.norm(wanted(base))
     assert error < 1e-2
