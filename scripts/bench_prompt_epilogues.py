@@ -52,12 +52,8 @@ class BenchPrompts:
     pairs: tuple[Pairs, ...] = ("random", "runs")
     """How tokens choose two adapters."""
     tile: tuple[str, ...] = (
-        "64,64,32,16,2,4",
-        "64,64,32,8,1,4",
-        "64,32,32,16,1,4",
-        "128,64,32,16,2,8",
-        "128,64,32,8,1,8",
-    )
+        "64,64,32,16,2,4", "64,64,64,16,1,4", "64,32,32,16,1,4", "64,32,32,16,2,4", "128,64,32,16,2,8"
+    )  # fmt: skip
     """Tiles to compare with the ones that are chosen: BM,BN,BK,RUN,STAGES,warps."""
     adapters: int = 28
     """Adapters in the bank."""
