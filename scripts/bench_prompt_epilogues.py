@@ -70,7 +70,7 @@ class BenchPrompts:
 
 
 def parse(tile: str) -> dict[str, int]:
-    """The arguments of `silu_lora` that a `--tile` means."""
+    """The arguments of `silu_lora` and `add_lora` that a `--tile` means."""
     numbers = tile.split(",")
     if len(numbers) != 6 or not all(map(str.isdecimal, numbers)):
         raise InputError(f"--tile: expected BM,BN,BK,RUN,STAGES,warps, found {tile}")
@@ -88,7 +88,7 @@ def chosen_pairs(pairs: Pairs, rows: int, projections: int, adapters: int) -> ja
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [M, I] times w [2 F, I]."""
+    """x [M, I] times w [O, I]."""
     return jnp.einsum("mi,oi->mo", x, w)
 
 

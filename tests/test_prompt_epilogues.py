@@ -81,6 +81,15 @@ def test_what_is_served(adapters: int, rank: int, choices: int, kind: str, reaso
     assert found == reason or (reason is not None and reason in str(found))
 
 
+def test_a_tile_of_the_bench_that_is_none_is_refused_in_a_line():
+    script = Path(__file__).parents[1] / "scripts" / "bench_prompt_epilogues.py"
+    command = [sys.executable, str(script), "--shape", "tiny", "--tile", "64,64,32"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(script.parents[1])}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: --tile: expected BM,BN,BK,RUN,STAGES,warps, found 64,64,32"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [128, 1000])
 @pytest.mark.parametrize(("adapters", "rank", "width"), [(28, 8, 1536), (5, 3, 200)])

@@ -119,7 +119,7 @@ def chosen_shrinks(
     own = jnp.arange(projections, dtype=jnp.int32)[None, :, None]
     weights = jnp.where(real, weights * scale[own, safe], 0.0)
     chosen = jnp.where(weights != 0, indices, -1)
-    h = jnp.take_along_axis(shrink, safe[..., None], axis=2) * weights[..., None]
+    h = jnp.take_along_axis(shrink, safe[..., None], axis=2, mode="promise_in_bounds") * weights[..., None]
     parts = []
     for c in range(shape[2]):
         same = (chosen[..., : c + 1] == chosen[..., c : c + 1])[..., None]
