@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 
 MANY_TOKENS = 512  # for which a product's operations cost more than its weights' bytes
+FILLING_TOKENS = 128  # of which two tiles, with a few thousand columns, have programs enough for a chip
 # What cuDNN's attention may be used for on a GPU: "packed" training sequences.
 Fused = Literal["packed"]
 Platform = Literal["cpu", "gpu", "tpu"]
@@ -53,6 +54,8 @@ class ExecutionConfig:
         packs gates and A's behind the kernels' rows.
     fused_attention: what cuDNN attends to, where the model's heads allow it.
     triton: whether few tokens are routed and adapted by one Triton launch behind a packed weight's product.
+    epilogue_tokens: from so many tokens on, which are not a step's of the kernels, a packed weight's adapters are one
+        Triton launch behind the base's product, which takes silu(gate) * up or adds the residual stream; None: never.
     shares: whether on a mesh every device runs its own share of a step's layers (`model.shares`), so that kernels
         serve it; else XLA splits them.
     ragged: whether JAX's kernel attends to a step's tokens on TPUs, of the heads that it serves.
@@ -65,6 +68,7 @@ class ExecutionConfig:
     step: StepLimits | None = None
     fused_attention: tuple[Fused, ...] = ()
     triton: bool = False
+    epilogue_tokens: int | None = None
     shares: bool = False
     ragged: bool = False
     dense_width: int = 512
@@ -93,6 +97,7 @@ class ExecutionConfig:
             step=StepLimits() if triton and (alone or shares) else None,
             fused_attention=("packed",) if jnp.dtype(dtype).itemsize == 2 else (),
             triton=triton,
+            epilogue_tokens=FILLING_TOKENS if triton and (alone or shares) else None,
             shares=shares,
             fp8_tokens=MANY_TOKENS if jnp.dtype(dtype) == jnp.bfloat16 and alone else None,
         )

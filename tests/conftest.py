@@ -66,7 +66,8 @@ LONGEST = (
     "real_model", "training_resume", "decode_step", "engine", "evaluate_model", "ray_serve", "loaded_adapters",
     "token_router", "retrieval", "tensor_parallel", "side_by_side", "routing", "plan", "serving", "serving_limits",
     "cli_train", "training", "generation", "paged_attention", "arguments", "quantized", "training_mesh", "kernels_tpu",
-    "kernels_triton", "kernels", "gated_model", "sharding", "null_choice", "adapter_pool", "mixed_routers", "harness",
+    "kernels_triton", "prompt_epilogues", "kernels", "gated_model", "sharding", "null_choice", "adapter_pool",
+    "mixed_routers", "harness",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ one. tests/test_decode_step.py starts it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.paged_attention import EMPTY
 from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 from pallas_kernels.routed_lora import packing
+from pallas_kernels.routed_lora import triton_gpu as routed_gpu
 
 RAN: list[str] = []  # the kernels whose results were needed; one traced before runs without being launched again
 EPS = {"float32": 2.0**-22, "bfloat16": 2.0**-7}
@@ -67,6 +69,7 @@ def interpret() -> list[str]:
         return jax.pure_callback(run, out, *arrays)
 
     triton_gpu.launch = paged_gpu.launch = launch
+    routed_gpu.launch = functools.partial(launch, "pallas_kernels.routed_lora.triton_kernels")
     # a loop's bound that was read from memory is an array of one element there, which NumPy takes for no number
     patched = interpreter._patch_lang_tensor
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -48,6 +49,7 @@ from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.paged_attention import QUERY_BLOCK
 from pallas_kernels.paged_attention import triton_gpu as attention_gpu
 from pallas_kernels.quantized_matmul import triton_gpu as quantised_gpu
+from pallas_kernels.routed_lora import triton_gpu as routed_gpu
 
 # What the compiler asks of a GPU; source: the vendor's data sheet and CUDA's device properties.
 H200 = """
@@ -204,6 +206,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
     triton_gpu.launch = attention_gpu.launch = stand_in
+    routed_gpu.launch = functools.partial(stand_in, "")
     for router, rows, form in (
         (None, 1, None),
         (mj.Gates(2), 1, None),

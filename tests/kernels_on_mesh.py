@@ -5,6 +5,7 @@ what one device says by XLA. tests/test_shares.py starts it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import sys
 import threading
@@ -33,6 +34,7 @@ from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 from pallas_kernels.routed_lora import packing
+from pallas_kernels.routed_lora import triton_gpu as routed_gpu
 
 RAN: list[str] = []
 ONE_AT_A_TIME = threading.Lock()  # Triton's interpreter is one for all devices' threads
@@ -63,6 +65,7 @@ def interpret() -> None:
         return jax.pure_callback(run, out, *arrays)
 
     triton_gpu.launch = paged_gpu.launch = launch
+    routed_gpu.launch = functools.partial(launch, "pallas_kernels.routed_lora.triton_kernels")
     patched = interpreter._patch_lang_tensor
 
     def patch(tensor: Any, scope: Any) -> None:  # a loop's bound that was read is an array of one element
@@ -120,6 +123,12 @@ def main(everything: bool) -> None:
     agree(model, held, [None, named, mj.Gates(2)], epilogues)
     routed = small("float32", TokenRouterForm(width=64, depth=2), layers=1, null=True, smaller=True)
     agree(routed, on_mesh(routed, mesh, FEW), [mj.Gates(1, 3.0), None, mj.Fixed("birch")], epilogues)
+    half = small("float16", layers=1, null=True, smaller=True)  # a prompt's, of each device's half of the columns
+    prompts = on_mesh(half, mesh, ExecutionConfig(epilogue_tokens=8, shares=True))
+    RAN.clear()
+    wanted, found = (one.logits(PROMPTS, mj.Gates(2)) for one in (half, prompts))
+    np.testing.assert_allclose(found, wanted, atol=2e-2)
+    assert sorted(RAN) == ["add_expand_kernel"] * 6 + ["silu_expand_kernel"] * 2, RAN
     if not everything:
         return
     # what XLA chooses between product and epilogue, and matrices averaged

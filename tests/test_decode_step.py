@@ -245,11 +245,15 @@ def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
     assert of("cpu", "float32") == ExecutionConfig()
     assert of("tpu", "bfloat16") == ExecutionConfig("tpu", ragged=True)
     gpu = of("gpu", "bfloat16")
-    assert gpu == ExecutionConfig("gpu", StepLimits(512, 8, 4096), ("packed",), triton=True, fp8_tokens=512)
+    assert gpu == ExecutionConfig(
+        "gpu", StepLimits(512, 8, 4096), ("packed",), triton=True, epilogue_tokens=128, fp8_tokens=512
+    )
     assert of("gpu", "float32") == dataclasses.replace(gpu, fused_attention=(), fp8_tokens=None)
-    assert of("gpu", "bfloat16", triton=False) == dataclasses.replace(gpu, step=None, triton=False)
+    assert of("gpu", "bfloat16", triton=False) == dataclasses.replace(
+        gpu, step=None, triton=False, epilogue_tokens=None
+    )
     many = jax.sharding.AbstractMesh((2,), ("fsdp",))
-    assert of("gpu", "bfloat16", many) == dataclasses.replace(gpu, step=None, fp8_tokens=None)
+    assert of("gpu", "bfloat16", many) == dataclasses.replace(gpu, step=None, epilogue_tokens=None, fp8_tokens=None)
     monkeypatch.setattr(execution, "platform", lambda: "tpu")
     assert ExecutionConfig.here("bfloat16") == ExecutionConfig("tpu", ragged=True)
 

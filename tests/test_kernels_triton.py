@@ -50,6 +50,8 @@ def test_every_kernel_compiles_for_hopper():
     out = program("triton_lowering.py")
     for kernel in (
         "gated_expand",
+        "silu_expand",
+        "add_expand",
         "qkv_epilogue",
         "silu_epilogue",
         "residual_epilogue",

@@ -32,7 +32,7 @@ from pallas_kernels.paged_attention import QUERY_BLOCK, StepTokens, paged_attent
 from pallas_kernels.quantized_matmul import QuantizedWeight
 from pallas_kernels.quantized_matmul import triton_gpu as quantised_gpu
 from pallas_kernels.routed_lora import LoraBank
-from pallas_kernels.routed_lora.triton_gpu import topk_gated_lora
+from pallas_kernels.routed_lora.triton_gpu import add_lora, silu_lora, topk_gated_lora
 from pallas_kernels.topk_gating import TopK
 
 HOPPER = 90
@@ -87,9 +87,27 @@ def main() -> None:
         rule = TopK(array((rows,), jnp.int32), array((rows,), jnp.float32), 2)
         run = functools.partial(topk_gated_lora, gates=adapters)
         lower(run, product, bank, rule, array((rows, sum(splits)), jnp.bfloat16))
+    many_tokens()
     attentions()
     decode_steps()
     quantised_products()
+
+
+def many_tokens() -> None:
+    """Of a Llama-3-8B's prompts, whole and a share of two; of a SmolLM2-135M, whose A * R has a rest."""
+    array = jax.ShapeDtypeStruct
+    for run, rows, splits, adapters, rank in (
+        (silu_lora, 16384, (14336, 14336), 28, 8), (silu_lora, 1000, (7168, 7168), 28, 8),
+        (silu_lora, 300, (1536, 1536), 5, 3), (add_lora, 16384, (4096, 1024, 1024), 28, 8),
+        (add_lora, 16384, (4096,), 28, 8), (add_lora, 300, (576, 192, 192), 5, 3),
+    ):  # fmt: skip
+        print(f"{run.__name__} of prompts: {rows} of {splits}, {adapters} of rank {rank} bfloat16")
+        total, p = sum(splits), len(splits)
+        bank = LoraBank(None, array((adapters, rank, total), jnp.bfloat16), array((p, adapters), jnp.float32), splits)
+        routing = array((rows, p, 2), jnp.int32), array((rows, p, 2), jnp.float32)
+        shrink, base = array((rows, p, adapters, rank), jnp.float32), array((rows, total), jnp.bfloat16)
+        rest = (base,) if p == 1 else ()
+        lower(run, bank, *routing, shrink, base, *rest)
 
 
 def decode_steps() -> None:

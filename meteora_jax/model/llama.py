@@ -100,12 +100,11 @@ class Layer(nnx.Module):
             heads = q.shape[2], k.shape[2], width, cache.pages.dtype
             how = choose_attention(execution.platform, execution.kernels and not partitions(), *heads, window)
             y = cache.attend(index, q[:, 0], where.step, window, how)[:, None]
-        (y,), r_o = self.o(y, router, where.execution, index, where.keep)
-        x = x + y
-        (gate, up), r_gate_up = self.gate_up(self.mlp_norm(x), router, where.execution, index, where.keep)
+        x, r_o = self.o.onto(x, y, router, where.execution, index, where.keep)
+        hidden, r_gate_up = self.gate_up.hidden(self.mlp_norm(x), router, where.execution, index, where.keep)
         # down's is added to the residual stream and to nothing else: no backward pass reads it
-        (y,), r_down = self.down(jax.nn.silu(gate) * up, router, where.execution, index)
-        return x + y, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
+        x, r_down = self.down.onto(x, hidden, router, where.execution, index)
+        return x, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
 
 
 @jax.tree_util.register_dataclass

@@ -71,6 +71,12 @@ def quantized(
     return quantized_matmul(x, weight, implementation=how, block=cpu_block(x))
 
 
+def silu_product(parts: list[jax.Array]) -> jax.Array:
+    """silu(gate) * up of the parts of gate and up."""
+    gate, up = parts
+    return jax.nn.silu(gate) * up
+
+
 class LoRALinear(nnx.Module):
     """One projection group: the projections that read the same input, their adapters and their gates.
 
@@ -196,6 +202,31 @@ class LoRALinear(nnx.Module):
             # without the barrier XLA multiplies a second time, to write one of the results where it is kept
             y = checkpoint_name(jax.lax.optimization_barrier(y), KEPT)
         return self._split(y), routing
+
+    def hidden(
+        self,
+        x: jax.Array,
+        router: BoundRouter | None,
+        execution: ExecutionConfig,
+        layer: jax.Array | int = 0,
+        keep: bool = False,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Of the group of gate and up silu(gate) * up [B, T, F], and the routing; otherwise as `__call__`."""
+        parts, routing = self(x, router, execution, layer, keep)
+        return silu_product(parts), routing
+
+    def onto(
+        self,
+        residual: jax.Array,
+        x: jax.Array,
+        router: BoundRouter | None,
+        execution: ExecutionConfig,
+        layer: jax.Array | int = 0,
+        keep: bool = False,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Of the group of o, or of down, the sum of its output and the residual stream; otherwise as `__call__`."""
+        (y,), routing = self(x, router, execution, layer, keep)
+        return residual + y, routing
 
     def _with_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None, :]

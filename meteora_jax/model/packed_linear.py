@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam
 from meteora_jax.execution import ExecutionConfig
-from meteora_jax.model.lora_linear import LoRALinear, Share
+from meteora_jax.model.lora_linear import LoRALinear, Share, silu_product
 from meteora_jax.numerics import contract, cpu_block
 from meteora_jax.routing import BoundRouter, GateLogits, Routing
 from meteora_jax.routing.gates import GATES, KnownLogits
@@ -26,7 +26,7 @@ from pallas_kernels.quantized_matmul.weight import turn, turn_back, turn_zero, t
 from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
 from pallas_kernels.routed_lora.api import choose_for_wide_bank
 from pallas_kernels.routed_lora.reference import einsum_float32, shrink
-from pallas_kernels.routed_lora.triton_gpu import MAX_TOKENS, topk_gated_lora
+from pallas_kernels.routed_lora.triton_gpu import MAX_TOKENS, add_lora, many_refusal, silu_lora, topk_gated_lora
 from pallas_kernels.routed_lora.xla import FEW_ROWS
 
 
@@ -135,16 +135,52 @@ class PackedLinear(nnx.Module):
         layer: which one of the packed weight. keep: not for inference.
         """
         assert not keep, "a packed weight has no backward pass"
+        y, routing, _ = self._run(x, router, execution, layer)
+        return self._split(y), routing
+
+    def hidden(
+        self,
+        x: jax.Array,
+        router: BoundRouter | None,
+        execution: ExecutionConfig,
+        layer: jax.Array | int = 0,
+        keep: bool = False,
+    ) -> tuple[jax.Array, Routing | None]:
+        """As `LoRALinear.hidden`, in the launch behind the product where there is one."""
+        assert not keep, "a packed weight has no backward pass"
+        y, routing, ended = self._run(x, router, execution, layer, "silu")
+        return y if ended else silu_product(self._split(y)), routing
+
+    def onto(
+        self,
+        residual: jax.Array,
+        x: jax.Array,
+        router: BoundRouter | None,
+        execution: ExecutionConfig,
+        layer: jax.Array | int = 0,
+        keep: bool = False,
+    ) -> tuple[jax.Array, Routing | None]:
+        """As `LoRALinear.onto`, in the launch behind the product where there is one."""
+        assert not keep, "a packed weight has no backward pass"
+        y, routing, ended = self._run(x, router, execution, layer, residual)
+        return y if ended else residual + y, routing
+
+    def _run(
+        self, x: jax.Array, router: BoundRouter | None, execution: ExecutionConfig, layer: jax.Array | int,
+        end: jax.Array | Literal["silu"] | None = None,
+    ) -> tuple[jax.Array, Routing | None, bool]:  # fmt: skip
+        """x [B, T, I] -> [B, T, O], and the routing; or, where the last is True, what a launch made of it: silu(gate) *
+        up [B, T, F] where that is the end, the sum with it where that is the residual stream [B, T, O].
+        """
         total, projections = sum(self.splits), len(self.splits)
         batch, tokens, _ = x.shape
         if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
             y = self._with_bias(self._whole(self._base(x, layer, execution)))
             if router is None:
-                return self._split(y), None
+                return y, None, False
             nothing: GateLogits = KnownLogits(None)
-            return self._split(y), router.route(
-                x, nothing if router.asks <= GATES else GroupScores.of(self, x, nothing, None)
-            )
+            nothing = nothing if router.asks <= GATES else GroupScores.of(self, x, nothing, None)
+            return y, router.route(x, nothing), False
         bank = LoraBank(self.lora_a[...], self.lora_b[...], self.lora_scale[...], self.splits)
         adapters, rank, _ = bank.b.shape
         first = packing.first_a_row(self.gate_columns)
@@ -157,7 +193,7 @@ class PackedLinear(nnx.Module):
             if given is not None:
                 y = routed_lora(x, bank, given, y, platform=execution.platform)
             y = self._with_bias(self._whole(y)) if self.share == "inputs" else y
-            return self._split(y.astype(x.dtype)), given
+            return y.astype(x.dtype), given, False
 
         few = batch * tokens <= FEW_ROWS
         if few and self.values is None:
@@ -177,7 +213,7 @@ class PackedLinear(nnx.Module):
             flat = product.reshape(batch * tokens, -1), bank, router.gating.spread(tokens), y.reshape(-1, total)
             y, *chosen = topk_gated_lora(*flat, self.gate_columns)
             routing = Routing(*(z.reshape(batch, tokens, *z.shape[1:]) for z in chosen))
-            return self._split(y.reshape(batch, tokens, total)), routing
+            return y.reshape(batch, tokens, total), routing, False
         shrunk = None
         if not self.wide:
             shrunk = product[..., first : first + adapters * rank].reshape(batch, tokens, projections, adapters, rank)
@@ -191,9 +227,20 @@ class PackedLinear(nnx.Module):
             own = jnp.zeros_like(y) if self.share == "inputs" else y  # y is whole, x and its shrinks are not
             own = routed_lora(x, bank, routing, own, implementation=implementation, platform=execution.platform)
             y = y + self._whole(own) if self.share == "inputs" else own
+        elif shrunk is not None and self._launches(batch * tokens, bank, routing, execution):
+            indices, weights = (
+                jnp.broadcast_to(z, (batch, tokens, *z.shape[2:])).reshape(batch * tokens, *z.shape[2:])
+                for z in (routing.indices, routing.weights)
+            )
+            given = bank, indices, weights, shrunk.reshape(-1, *shrunk.shape[2:]), y.reshape(-1, total)
+            if isinstance(end, str):
+                out = silu_lora(*given)
+            else:
+                out = add_lora(*given, residual=None if end is None else end.reshape(-1, total))
+            return out.reshape(batch, tokens, -1), routing, end is not None
         else:
             y = routed_lora(x, bank, routing, y, shrink=shrunk, platform=execution.platform)
-        return self._split(y), routing
+        return y, routing, False
 
     def _whole(self, x: jax.Array) -> jax.Array:
         """A sum over the group's inputs, of all devices that hold a share of them."""
@@ -218,6 +265,11 @@ class PackedLinear(nnx.Module):
         assert self.lora_scale is not None
         requests, choices = routing.indices.shape[0], routing.indices.shape[-1]
         return routing.per_request and requests * choices < self.lora_scale.shape[-1]
+
+    def _launches(self, tokens: int, bank: LoraBank, routing: Routing, execution: ExecutionConfig) -> bool:
+        """Whether one launch behind the base's product adapts so many tokens, and ends the group."""
+        many = execution.epilogue_tokens is not None and tokens >= execution.epilogue_tokens
+        return many and many_refusal(bank, routing.indices.shape[-1]) is None
 
     def _with_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None, :]

@@ -103,6 +103,37 @@ def gathered_lora(
     return gathered_expand(h, b, chosen, weights[:, None], jnp.ones_like(weights), None, base, splits)
 
 
+def chosen_shrinks(
+    shrink: Float[Array, "M P A R"],
+    indices: Int32[Array, "M P1 C"],
+    weights: Float[Array, "M P2 C"],
+    scale: Float[Array, "P A"],
+) -> tuple[Float[Array, "M P C R"], Int32[Array, "M P C"]]:
+    """What acts on each token: shrinks times weight and scale, float32, and the adapters, -1 for a choice that adds
+    nothing. Of an adapter that is named several times the last has the sum of them all."""
+    projections, adapters = scale.shape
+    shape = (*shrink.shape[:2], indices.shape[2])
+    indices, weights = jnp.broadcast_to(indices, shape), jnp.broadcast_to(weights, shape)
+    real = (indices >= 0) & (indices < adapters)
+    safe = jnp.where(real, indices, 0)
+    own = jnp.arange(projections, dtype=jnp.int32)[None, :, None]
+    weights = jnp.where(real, weights * scale[own, safe], 0.0)
+    chosen = jnp.where(weights != 0, indices, -1)
+    h = jnp.take_along_axis(shrink, safe[..., None], axis=2, mode="promise_in_bounds") * weights[..., None]
+    parts = []
+    for c in range(shape[2]):
+        same = (chosen[..., : c + 1] == chosen[..., c : c + 1])[..., None]
+        parts.append(jnp.sum(jnp.where(same, h[..., : c + 1, :], 0.0), axis=2))
+    return jnp.stack(parts, axis=2), chosen
+
+
+def used_blocks(chosen: Int32[Array, "M P C"], rows: int, adapters: int) -> Int32[Array, "tiles P"]:
+    """Which blocks of so many adapters, at most 31, are chosen in each tile of so many rows, a bit each."""
+    bits = jnp.where(chosen < 0, 0, jnp.left_shift(1, jnp.maximum(chosen, 0) // adapters))
+    bits = jnp.pad(bits, ((0, -len(bits) % rows), (0, 0), (0, 0))).reshape(-1, rows, *bits.shape[1:])
+    return jax.lax.reduce(bits, jnp.int32(0), jax.lax.bitwise_or, (1, 3))
+
+
 def block_rows(rows: int, adapters: int) -> int:
     """Rows of a block: the mean of an adapter's rows as a power of two, 8 to 128, so that padding at most doubles."""
     return max(8, min(128, 1 << (max(rows // max(adapters, 1), 1) - 1).bit_length()))

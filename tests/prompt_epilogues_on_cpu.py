@@ -1,0 +1,149 @@
+"""Run as a program with TRITON_INTERPRET=1: launches behind prompts' products against float64 NumPy.
+
+Everything but the launch is the package's own code. Prints a line a number of cases, exits 1 on the first wrong one.
+tests/test_prompt_epilogues.py starts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import decode_step_on_cpu
+from decode_step_on_cpu import RAN, exact
+from test_gated_model import prompt_hidden, small
+
+import meteora_jax as mj
+from meteora_jax.execution import ExecutionConfig
+from meteora_jax.gate_config import TokenRouterForm
+from meteora_jax.model import layout
+from pallas_kernels.routed_lora import LoraBank
+from pallas_kernels.routed_lora.triton_gpu import add_lora, many_tiles, padded_rank, silu_lora
+
+SMALL = dict(BM=16, BN=16, BK=16, RUN=2)
+LAYER = ["add_expand_kernel", "add_expand_kernel", "silu_expand_kernel", "add_expand_kernel"]
+ENDS = ("silu", "", "residual")
+EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+# adapters, rank; their product is not always a multiple of BK, and an adapter may lie in two blocks
+BANKS = ((5, 3), (28, 8), (2, 1), (9, 8))
+
+
+def one_case(seed: int, rows: int, tiles: dict[str, int], end: str) -> None:
+    """Random rows, of which some tiles have no adapters, some one pair, and some another pair each."""
+    rng = np.random.default_rng(seed)
+    kind = ("float16", "bfloat16")[seed % 2]
+    (adapters, rank), width = BANKS[seed // 2 % 4], (40, 48)[seed // 4 % 2]  # a last tile that is full, or is not
+    splits = {"silu": (width, width), "": (width, 24, 24), "residual": (width,)}[end]
+    choices, shared, total = min(3, adapters), seed % 3 == 0, sum(splits)  # shared by the projections
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), kind)
+
+    base = np.asarray(draw(rows, total)).copy()
+    base[::5, :6] = np.asarray([-2e3, 2e3, -88.8, 100, -0.0, 0], base.dtype)
+    base[1::5, width : width + 2] = np.asarray([-0.0, 0.0], base.dtype)[: max(0, total - width)]
+    lead = (rows, 1 if shared else len(splits), choices)
+    indices = rng.integers(-1, adapters + 2, lead).astype(np.int32)  # -1 and null choices name nobody
+    indices[: rows // 3] = rng.integers(0, adapters, choices)
+    indices[rows // 3 : 2 * rows // 3] = -1
+    first = tiles["BK"] // padded_rank(rank)  # adapters of the first block, which nobody reads here
+    alone = adapters > 2 * first and seed % 4 > 1
+    if alone:
+        indices[(indices >= 0) & (indices < first)] = first
+    weights = np.where(rng.random(lead) < 0.1, 0, rng.standard_normal(lead)).astype(np.float32)
+    b = draw(adapters, rank, total)
+    b = b.at[:first].set(jnp.nan) if alone else b
+    bank = LoraBank(None, b, jnp.asarray(rng.uniform(0.5, 2, (len(splits), adapters)), jnp.float32), splits)
+    shrink = jnp.asarray(rng.standard_normal((rows, len(splits), adapters, rank)), jnp.float32)
+    residual = draw(rows, total) if end == "residual" else None
+    given = bank, jnp.asarray(indices), jnp.asarray(weights), shrink, jnp.asarray(base)
+    found = silu_lora(*given, **tiles) if end == "silu" else add_lora(*given, residual, **tiles)
+
+    y, size = exact(base), np.abs(exact(base))
+    for m in range(rows):
+        for p in range(len(splits)):
+            columns = slice(sum(splits[:p]), sum(splits[: p + 1]))
+            for i, w in zip(indices[m, p % lead[1]], exact(weights)[m, p % lead[1]], strict=True):
+                if 0 <= i < adapters and w:
+                    h = w * exact(bank.scale)[p, i] * exact(shrink)[m, p, i]
+                    y[m, columns] += h @ exact(b)[i, :, columns]
+                    size[m, columns] += np.abs(h) @ np.abs(exact(b)[i, :, columns])
+    if end == "silu":
+        gate, up = np.split(y, 2, -1)
+        with np.errstate(over="ignore"):
+            y = gate / (1 + np.exp(-gate)) * up
+        left, right = np.split(size, 2, -1)
+        size = (1 + left) * (1 + right)
+    elif residual is not None:
+        y, size = y + exact(residual), size + np.abs(exact(residual))
+    bound = 4 * EPS[kind] * (size + np.abs(y))
+    error = np.abs(exact(found) - y)
+    assert found.dtype == base.dtype
+    assert (error <= bound).all(), (
+        f"{end}, seed {seed}, {rows} rows: {(error / bound).max()}, {np.argmax(error / bound)}"
+    )
+
+
+def whole_model() -> None:
+    """A prompt through all layers, by gates with a null choice, a token router, and a mixture a request."""
+    for form, routers in (
+        (None, [mj.Gates(2), [mj.Fixed({"cedar": 0.7, "apple": 0.4}), None, mj.Fixed("birch"), mj.Fixed("apple")]]),
+        (TokenRouterForm(width=64, depth=2), [mj.Gates(2)]),
+    ):
+        model = small("float16", form, layers=2, null=form is None)
+        plain, fused = (
+            packed(model, dataclasses.replace(ExecutionConfig("gpu"), epilogue_tokens=tokens)) for tokens in (None, 128)
+        )
+        for router in routers:
+            RAN.clear()
+            wanted = prompt_hidden(plain, router)
+            assert not RAN, RAN
+            np.testing.assert_allclose(prompt_hidden(fused, router), wanted, atol=2e-2, rtol=2e-2)
+            assert RAN == LAYER * 2, RAN
+            late = dataclasses.replace(ExecutionConfig("gpu"), epilogue_tokens=261)
+            prompt_hidden(packed(model, late), router)
+            assert RAN == LAYER * 2, "fewer tokens than the launch is for"
+
+
+def benchmark() -> None:
+    """scripts/bench_prompt_epilogues.py times every form at a tiny shape, and finds that they agree."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    bench_prompt_epilogues = importlib.import_module("bench_prompt_epilogues")
+    tile = "16,32,16,2,1,4"
+    settings = dict(rows=(20,), tile=(tile,), adapters=4, rank=3, layers=1, seconds=0.001)
+    records = bench_prompt_epilogues.main(bench_prompt_epilogues.BenchPrompts("tiny", **settings))
+    assert [r["how"] for r in records] == ["bare", "xla", "chosen", tile] * 6, records
+
+
+def packed(model: Any, execution: ExecutionConfig) -> Any:
+    graph = layout.with_execution(model.graph, model.weights, execution)
+    graph, weights = layout.pack(graph, model.weights)
+    return dataclasses.replace(model, graph=graph, weights=weights)
+
+
+def main(examples: int) -> None:
+    decode_step_on_cpu.interpret()
+    for seed, end in itertools.product(range(examples), ENDS):
+        one_case(seed, (37, 64, 5)[seed % 3], SMALL, end)
+    print(f"tiles of 16: {examples} cases")
+    for seed, end in itertools.product(range(examples // 8), ENDS):
+        one_case(1 + 6 * seed, 140, many_tiles(8, 64), end)
+    print(f"tiles as on a GPU: {examples // 8} cases")
+    whole_model()
+    print("whole model")
+    benchmark()
+    print("benchmark")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
