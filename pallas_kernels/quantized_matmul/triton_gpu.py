@@ -37,7 +37,7 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
     while total // bn * splits < 3 * PROGRAMS // 2 and splits < 8 and width % (2 * splits * block) == 0:
         splits *= 2
     words = min(block // (8 if group else 4), 64 if rows <= 16 else 32)
-    stages = 3 if rows <= 16 or rows > 64 else 4
+    stages = 2 if group and rows > 16 else 3 if rows <= 16 or rows > 64 else 4
     return dict(BM=bm, BN=bn, J=words, SPLITS=splits, STAGES=stages, warps=8 if bn > 64 else 4)
 
 
