@@ -128,7 +128,7 @@ def test_products_on_a_gpu(kind: str, rows: int):
     rest = jnp.einsum("mi,ni->mn", x[:rows], behind[1], preferred_element_type=jnp.float32)
     for assembly in (True, False):
         summands = triton_gpu.product(1, x, stack, behind, rows, assembly=assembly)
-        y = jnp.concatenate([jnp.sum(summands[..., :1024], axis=0), summands[0, :, 1024:]], axis=1)
+        y = jnp.sum(summands, axis=0)
         assert jnp.abs(y[:, :1024] - wanted).max() <= 2e-3 * jnp.abs(wanted).max()
         assert jnp.abs(y[:, 1024:] - rest).max() <= 2e-3 * jnp.abs(rest).max()
     small = least_values(kind)

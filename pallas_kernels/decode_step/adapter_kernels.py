@@ -29,18 +29,27 @@ def rms_factor(square_ptr, rows, M: tl.constexpr, I: tl.constexpr, PARTS: tl.con
 
 
 @triton.jit
+def load_sum(place, inside, M: tl.constexpr, ROW: tl.constexpr, SPLITS: tl.constexpr):
+    """The sum of a block of the product's SPLITS summands, of M rows of ROW elements each."""
+    y = tl.load(place, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        y += tl.load(place + split * M * ROW, mask=inside, other=0.0)
+    return y
+
+
+@triton.jit
 def route_by_gates(
     logit_ptr, factor, count_ptr, temperature_ptr, trace_ptr, trace_weight_ptr, layer, p, rows, traces,
     M: tl.constexpr, ROW: tl.constexpr, ADAPTERS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """(adapters int32, weights float32), [BM, CP]: the choice of projection p's gates, also traced where `traces`.
 
-    logit_ptr: float32 [M, G], rows ROW elements apart, not yet times the factor.
+    logit_ptr: float32 [M, G], rows ROW elements apart, not yet times the factor; its summands M rows apart.
     """
     which = tl.arange(0, ADAPTERS.CP)
     adapters, weights = top_k_softmax(
         logit_ptr, count_ptr, temperature_ptr, rows, M, ADAPTERS.A, ADAPTERS.G, ADAPTERS.GP, ADAPTERS.C, ADAPTERS.CP,
-        ROW, BM, factor,
+        ROW, BM, factor, ADAPTERS.splits,
     )  # fmt: skip
     start = layer * ADAPTERS.routing_layer + ADAPTERS.routing_first
     place = rows[:, None] * ADAPTERS.routing_row + p * ADAPTERS.routing_projection + which[None, :]
@@ -112,7 +121,7 @@ def load_shrink(
             place = shrink_ptr + (part * M + row) * ADAPTERS.row + c * ADAPTERS.R + ranks
             h += tl.load(place, mask=real, other=0.0)
     else:
-        h = tl.load(shrink_ptr + row * ADAPTERS.row + source, mask=real, other=0.0)
+        h = load_sum(shrink_ptr + row * ADAPTERS.row + source, real, M, ADAPTERS.row, ADAPTERS.splits)
     return (h * weight)[:, None]
 
 
@@ -256,7 +265,8 @@ def weigh_kernel(
     product_ptr += ADAPTERS.start + p * ADAPTERS.projection
     shrink_ptr = product_ptr + ADAPTERS.first_shrink + rows[:, None] * ADAPTERS.row
     # what waits for no choice is asked for first
-    h = tl.load(shrink_ptr + ks[None, :], mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0)
+    inside = (rows < M)[:, None] & (ks < K)[None, :]
+    h = load_sum(shrink_ptr + ks[None, :], inside, M, ADAPTERS.row, ADAPTERS.splits)
     factor = tl.full((BM, 1), 1.0, tl.float32)
     if NORM:
         factor = rms_factor(square_ptr, rows, M, I, PARTS, EPS)
@@ -271,7 +281,8 @@ def weigh_kernel(
             w = column(weights, c, ADAPTERS.CP)[:, None]
             adapter = column(adapters, c, ADAPTERS.CP)[:, None]
             real = (adapter >= 0) & (adapter < ADAPTERS.A) & (rows < M)[:, None]
-            mean += w * tl.load(shrink_ptr + adapter * R + (ks % R)[None, :], mask=real, other=0.0)
+            place = shrink_ptr + adapter * R + (ks % R)[None, :]
+            mean += w * load_sum(place, real, M, ADAPTERS.row, ADAPTERS.splits)
         h = tl.where(fused[:, None], mean, h)
     weights *= scales
     weight = tl.zeros((BM, BK), tl.float32)

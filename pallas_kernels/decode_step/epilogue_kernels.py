@@ -33,18 +33,10 @@ from pallas_kernels.decode_step.adapter_kernels import (
     expand_chosen,
     expand_chosen_two,
     expand_weighed,
+    load_sum,
     rms_factor,
     routing_of,
 )
-
-
-@triton.jit
-def load_sum(place, inside, M: tl.constexpr, ROW: tl.constexpr, SPLITS: tl.constexpr):
-    """The sum of a block of the product's SPLITS summands."""
-    y = tl.load(place, mask=inside, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        y += tl.load(place + split * M * ROW, mask=inside, other=0.0)
-    return y
 
 
 @triton.jit

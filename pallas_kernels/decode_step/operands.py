@@ -152,6 +152,7 @@ class AdapterLayout:
     gather: an epilogue's program has one row and reads its adapters' rows of B; else it has many, and multiplies every
         B with what `weigh_kernel` made of the shrinks: of BK columns in a block, KP in all, tiles of WM rows.
     fused: rows may average their adapters' matrices (without gather only).
+    splits: summands of the product, M rows apart, whose sum has logits and shrinks.
     compact: shrinks are of the chosen adapters alone, in `parts` that are to be added, and times the norm's factor.
     start, projection, row: elements to the first projection's logits (compact: shrinks), from there to the next
         projection's, and from a row to the next; first_shrink: from a projection's logits to its shrinks.
@@ -165,6 +166,7 @@ class AdapterLayout:
     gates: bool
     gather: bool
     fused: bool
+    splits: int
     compact: bool
     parts: int
     start: int

@@ -234,7 +234,8 @@ def adapter_layout(
     return AdapterLayout(
         A=adapters, G=group.gates, R=rank, C=c, gates=gates and not compact,
         gather=compact or (choice.fused is None and rows * c <= limits.gather * adapters),
-        fused=choice.fused is not None, compact=compact, parts=shrink_parts(group, rows, c), **place,
+        fused=choice.fused is not None, splits=quantized_gpu.summands(group.w, rows), compact=compact,
+        parts=shrink_parts(group, rows, c), **place,
         routing_layer=rows * traced, routing_row=traced or (p * c if each else c),
         routing_projection=c if gates or each else 0,
         routing_first=group.first_projection * c if gates else 0,
@@ -267,15 +268,17 @@ def _product(
     below each other; what acts behind it: the choice, as a Chooser made it of the product; the state with that traced.
     """
     if isinstance(group.w, QuantizedWeight):
-        product = quantized_gpu.product(layer, x, group.w, group.behind, rows)
-        product = product.reshape(-1, product.shape[-1])  # the first M rows have what is behind
+        summands = quantized_gpu.product(layer, x, group.w, group.behind, rows)
+        product = summands.reshape(-1, summands.shape[-1])
     else:
         form = "mi,oi->mo" if group.packed else "mi,io->mo"
         product = group.whole(jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32))
     if choice is None or isinstance(choice, Choice):
         return product, choice, state
     p = len(group.splits)
-    behind, x = product[:rows, group.columns :].reshape(rows, p, group.packed), x[:rows]
+    splits = quantized_gpu.summands(group.w, rows)
+    behind = product[: splits * rows, group.columns :].reshape(splits, rows, p, group.packed)
+    behind, x = jnp.sum(behind, axis=0), x[:rows]
     if squares is not None:
         factor = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / x.shape[1] + (group.eps or 0.0))
         x, behind = (x.astype(jnp.float32) * factor).astype(x.dtype), behind * factor[..., None]

@@ -27,7 +27,8 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
         NotImplementedError: no tile divides the matrix.
     """
     bm, block = min(128, max(8, 1 << (rows - 1).bit_length())), word_block(width, group)
-    widest = 64 if rows <= 16 or total < 128 * PROGRAMS else 128 if rows <= 64 else 256
+    few = rows <= (64 if group else 16) or total < 128 * PROGRAMS
+    widest = 64 if few else 128 if rows <= 64 else 256
     bn = next((n for n in (256, 128, 64, 32, 16) if n <= max(widest, bm if bm > 64 else 0) and total % n == 0), 0)
     if not bn or not block:
         found = f"{width} x {total}" + f" in groups of {group}" * bool(group)
@@ -75,7 +76,7 @@ def product(
         assembly: whether values are converted by inline assembly.
 
     Returns:
-        Summands, float32 [SPLITS, M, O + N]; what is behind is whole in the first, and in the others undefined.
+        Summands, float32 [SPLITS, M, O + N].
 
     Raises:
         NotImplementedError: no tile divides the matrix, it is not in words, or the extra `gpu` is not installed.

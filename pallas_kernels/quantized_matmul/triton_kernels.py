@@ -87,8 +87,7 @@ def product_kernel(
     BM: tl.constexpr, BN: tl.constexpr, J: tl.constexpr, SPLITS: tl.constexpr, BEHIND: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The SPLITS summands of y = x [W | behind], each of its share of the inputs; what is behind is whole in the first,
-    and not written in the others.
+    """The SPLITS summands of y = x [W | behind], each of its share of the inputs.
 
     S: inputs of a group in 4 bit; 0 in 8 bit. B: of a block of words. J: words that are read at a time. BEHIND: rows of
     a block of what is behind, whose blocks come first: the matrix's last blocks then end together. ASM: conversions by
@@ -116,9 +115,9 @@ def product_kernel(
                 SPLITS, STAGES, ASM,
             )  # fmt: skip
         store(y_ptr, y, rows, columns, M, O + N)
-    elif N > 0 and split == 0:
+    elif N > 0:
         behind = block * BEHIND + tl.arange(0, BEHIND)
-        z = plain(x_ptr, behind_ptr + layer * N * I, rows, behind, M, I, 4, BM, BEHIND, 64, STAGES)
+        z = plain(x_ptr, behind_ptr + layer * N * I, rows, behind, split, M, I, I // SPLITS, 4, BM, BEHIND, 64, STAGES)
         store(y_ptr, tl.sum(z, axis=0), rows, O + behind, M, O + N)
 
 
@@ -130,19 +129,21 @@ def store(y_ptr, y, rows, columns, M: tl.constexpr, ROW: tl.constexpr):
 
 @triton.jit
 def plain(
-    x_ptr, w_ptr, rows, columns, M: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, w_ptr, rows, columns, split, M: tl.constexpr, I: tl.constexpr, SHARE: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """float32 [PARTS, BN, BM]: x through rows of w [N, I] in its own type; PARTS groups of warps share the inputs, so
-    that few columns keep a program's warps busy."""
+    """float32 [PARTS, BN, BM]: a split's SHARE of x's inputs through rows of w [N, I] in its own type; PARTS groups of
+    warps share them once more, so that few columns keep a program's warps busy."""
+    x_ptr += split * SHARE
+    w_ptr += split * SHARE
     ks = tl.arange(0, PARTS)[:, None] * BK + tl.arange(0, BK)[None, :]
     place = w_ptr + columns[None, :, None] * I + ks[:, None, :]
     acc = tl.zeros((PARTS, BN, BM), tl.float32)
-    for k in tl.range(0, I, PARTS * BK, num_stages=STAGES):
-        w = tl.load(place + k, mask=(ks + k < I)[:, None, :], other=0.0)
+    for k in tl.range(0, SHARE, PARTS * BK, num_stages=STAGES):
+        w = tl.load(place + k, mask=(ks + k < SHARE)[:, None, :], other=0.0)
         x = tl.load(
             x_ptr + rows[None, None, :] * I + (ks + k)[:, :, None],
-            mask=(rows < M)[None, None, :] & (ks + k < I)[:, :, None], other=0.0,
+            mask=(rows < M)[None, None, :] & (ks + k < SHARE)[:, :, None], other=0.0,
         )  # fmt: skip
         acc = tl.dot(w, x, acc, input_precision="ieee")
     return acc

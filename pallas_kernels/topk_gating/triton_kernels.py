@@ -15,10 +15,12 @@ import triton.language as tl
 def top_k_softmax(
     logit_ptr, count_ptr, temperature_ptr, rows, M: tl.constexpr, A: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, factor=1.0,
+    SPLITS: tl.constexpr = 1,
 ):  # fmt: skip
     """The C largest of each row's G logits (ties to the lowest index) and their softmax.
 
-    logit_ptr: float32 [M, G], rows ROW elements apart; of the columns the first A are adapters', the others null.
+    logit_ptr: float32 [M, G], rows ROW elements apart, or SPLITS summands of it, M rows apart; of the columns the first
+    A are adapters', the others null.
     count_ptr: int32 [M], how many adapters a row takes, at most C.
     temperature_ptr: float32 [M]. rows: int32 [BM]. GP, CP: G and C, rounded up to powers of two.
     factor: what the logits are times before they are compared, [BM, 1] or a number.
@@ -29,7 +31,10 @@ def top_k_softmax(
     columns = tl.arange(0, GP)
     inside = (rows < M)[:, None] & (columns < G)[None, :]
     place = rows[:, None] * ROW + columns[None, :]
-    logits = tl.load(logit_ptr + place, mask=inside, other=0.0, cache_modifier=".cg") * factor
+    logits = tl.load(logit_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        logits += tl.load(logit_ptr + split * M * ROW + place, mask=inside, other=0.0, cache_modifier=".cg")
+    logits *= factor
     logits = tl.where((columns < G)[None, :], logits, float("-inf"))
     count = tl.load(count_ptr + rows, mask=rows < M, other=0)
     temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)
