@@ -145,7 +145,7 @@ def least_values(kind: str) -> QuantizedWeight | None:
     bits = np.random.default_rng(3).integers(0, 8, (1, 1024, 4096)).astype(np.uint8)
     bits |= np.random.default_rng(4).choice(np.asarray([0, 128], np.uint8), bits.shape)
     values = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.float8_e4m3fn)
-    return QuantizedWeight(values, jnp.ones((1, 1024), jnp.float32), None, turned=True)
+    return QuantizedWeight(values, jnp.ones((1, 1024), jnp.float32), None, turned=True, words=True)
 
 
 @pytest.mark.gpu
