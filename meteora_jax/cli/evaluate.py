@@ -36,7 +36,7 @@ from meteora_jax.evaluation.conversations import CONVERSATIONS, UNNUMBERED, load
 from meteora_jax.evaluation.dealing import exchange
 from meteora_jax.evaluation.problems import Problem, load_composites, longest_response
 from meteora_jax.evaluation.report import write_report
-from meteora_jax.evaluation.systems import Model, System, check_routes, skipped
+from meteora_jax.evaluation.systems import Model, System, check_routes, routing_kind, skipped
 from meteora_jax.evaluation.wordings import WORDINGS, Wording
 from meteora_jax.routing import RoutingTrace, adapter_share, null_share
 
@@ -73,13 +73,17 @@ def response_routing(trace: RoutingTrace) -> dict[str, float]:
     return {name: round(share, 4) for name, share in named if share >= 5e-5}
 
 
-def answering(systems: Sequence[System], command: Evaluate) -> dict[str, runner.Answer]:
-    """Each system as the runner calls it. Systems of one model share an engine's batches and its compiled programs,
-    unless adapters change the embedding or the head: a batch with a choice by token leaves those out."""
+def answering(systems: Sequence[System], problems: Sequence[Problem], command: Evaluate) -> dict[str, runner.Answer]:
+    """Each system as the runner calls it. Systems of one model that choose alike share an engine's batches and its
+    compiled programs, unless adapters change the embedding or the head: a batch with a choice by token leaves those
+    out."""
     groups: dict[Any, list[System]] = {}
+    leave = skipped(systems, problems)
     for s in systems:
         alone = s.model.bank is not None and s.model.bank.vocab_adapter_names
-        groups.setdefault((id(s.model), s.name if alone else ""), []).append(s)
+        own = next((p for p in problems if (s.name, p.task) not in leave), None)
+        kind = (s.name,) if alone or own is None else routing_kind(s, own)
+        groups.setdefault((id(s.model), kind), []).append(s)
     return {s.name: answer for own in groups.values() for answer in [_answer(own, command)] for s in own}
 
 
@@ -228,7 +232,7 @@ def evaluate(command: Evaluate) -> None:
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None
     leave = skipped(systems, problems)
-    answers = answering(systems, command)
+    answers = answering(systems, problems, command)
     others = exchange() if shared_out else None
     if others is not None:
         dealt = {id(answer): others.dealt(answer) for answer in answers.values()}
