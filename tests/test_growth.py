@@ -13,10 +13,12 @@ import pytest
 from flat_settings import changed, flat
 from test_cli import refused, run
 from test_training import TASKS
+from tiny import tiny_tokenizer
 from worlds import NAMES
 
 import meteora_jax as mj
 from meteora_jax.config import InputError, Preempted
+from meteora_jax.evaluation.problems import Problem
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, load_gates, save_gates
 from meteora_jax.training.gates import train_gates
@@ -31,6 +33,7 @@ OLD = tuple(NAMES[i] for i in AT)
 SAMPLE = {name: examples[:3] if name in OLD else examples for name, examples in TASKS.items()}
 HOW = dict(form=FORM, lm_loss=False, prompt_loss=False, segment_weight=0.5, response_weight=0.5, max_length=200,
            batch_size=8, beta=5.0, composite=0.4, composite_sizes=(2, 2))  # fmt: skip
+CHOICES = str(Path(__file__).parents[1] / "scripts/paper/choices.py")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,8 @@ def test_it_chooses_old_and_new_adapters_by_a_sample_of_the_old_tasks(world, new
 
 
 def test_a_script_says_how_often_the_own_adapter_leads(tmp_path, world, new):
-    """All answers of a router that has learnt them; of one whose columns are exchanged none."""
+    """All answers of a router that has learnt them; of one whose columns are exchanged none. A turn of a conversation
+    has one answer, a message of two tasks two."""
     for name in NAMES:
         (tmp_path / "tasks" / name).mkdir(parents=True)
         lines = [json.dumps({"prompt": e.prompt, "response": e.response}) for e in TASKS[name][:4]]
@@ -102,10 +106,10 @@ def test_a_script_says_how_often_the_own_adapter_leads(tmp_path, world, new):
     folder, config, tensors = new
     turned = {k: v if k in SHARED_BY_ADAPTERS else np.roll(v, 1, -1) for k, v in tensors.items()}
     save_gates(tmp_path / "turned", config, turned)
-    choices = runpy.run_path(str(Path(__file__).parents[1] / "scripts/paper/choices.py"))
+    choices = runpy.run_path(CHOICES)
     asked = choices["Arguments"](
         world["base"], world["bank"], (folder, tmp_path / "turned"), tmp_path / "tasks", new=("birch",), composites=6,
-        sizes=(2, 2), shots=0, cut=0.0, max_length=200, json=tmp_path / "r",
+        sizes=(2, 2), shots=0, cut=0.0, max_length=800, batch=32, json=tmp_path / "r",
     )  # fmt: skip
     choices["main"](asked)
     learnt, wrong = json.loads((tmp_path / "r").read_text()).values()
@@ -117,8 +121,41 @@ def test_a_script_says_how_often_the_own_adapter_leads(tmp_path, world, new):
     assert learnt["single"]["whole"] > 0.7
     assert learnt["single"]["first_two"] >= learnt["single"]["whole"]
     assert wrong["single"]["whole"] < 0.3
+    for row in (learnt, wrong):
+        talks, turns = row["conversations"], row["conversations"]["turns"]
+        assert [turns[place]["answers"] for place in "123"] == [100, 100, 100]
+        assert sum(turn["answers"] for turn in turns.values()) == talks["answers"]
+        assert sum(talks["wrong"].values()) == round(talks["answers"] * (1 - talks["whole"]))
+        assert row["unnumbered"]["answers"] == 200
+    for kind in ("conversations", "unnumbered"):
+        assert learnt[kind]["first_two"] > wrong[kind]["first_two"] + 0.2
     with pytest.raises(SystemExit, match="expected a token router, found MeteoRA's"):
         choices["main"](dataclasses.replace(asked, gates=(world["gates"],)))
+
+
+def test_the_script_judges_the_answers_tokens_alone():
+    choices, tokenizer, asks = runpy.run_path(CHOICES), tiny_tokenizer(), ({"role": "user", "content": "x"},)
+    labels = dict(zip(NAMES, range(4), strict=True))
+    problem = Problem("", "", "x", "", ("birch", "apple"), ("b 1", "a 2"), messages=asks, numbered=False)
+    both = choices["judged"](problem, labels, tokenizer, 2)
+    prompt = tokenizer(tokenizer.apply_chat_template(asks, tokenize=False, add_generation_prompt=True),
+                       add_special_tokens=False)["input_ids"]  # fmt: skip
+    said = both.tokens[len(prompt) :]
+    assert both.tokens[: len(prompt)].tolist() == prompt
+    assert both.tasks[: len(prompt)].max() == -1
+    assert [tokenizer.decode(said[both.tasks[len(prompt) :] == i]) for i in (1, -1)] == ["b 1", "\n"]
+    assert said[both.tasks[len(prompt) :] == 0].tolist() == [
+        *tokenizer("a 2", add_special_tokens=False)["input_ids"],
+        2,
+    ]
+    turn = Problem("", "", "x", "c 3", asks="cedar", turn=1, messages=asks)
+    rows = [both, choices["judged"](turn, labels, tokenizer, 2)]  # the shorter one is judged first
+
+    def hops(tokens, positions, segments):  # birch everywhere but at ends, which are apple's
+        return np.where(tokens == 2, 0, 1)
+
+    found = sorted((a.sequence, a.task, a.whole, a.first_two) for a in choices["answers"](hops, NAMES, rows, 1))
+    assert found == [(0, "apple", False, False), (0, "birch", True, True), (1, "cedar", False, False)]
 
 
 def test_what_is_extended_decides_the_form(tmp_path, world, old):
