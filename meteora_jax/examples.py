@@ -152,6 +152,19 @@ def as_text(example: Example, tokenizer: Any) -> Example:
     return replace(example, prompt=text, messages=())
 
 
+def turn_messages(example: Example) -> list[Message]:
+    """An example's messages inside a conversation; its system messages begin the user's first."""
+    if not example.messages:
+        return [{"role": "user", "content": example.prompt.strip()}]
+    system = [m["content"] for m in example.messages if m["role"] == "system"]
+    rest = [dict(m) for m in example.messages if m["role"] != "system"]
+    first = next((m for m in rest if m["role"] == "user"), None)
+    if first is None:
+        raise InputError(f"{example.where}: expected a message of the user's in a conversation, found none")
+    first["content"] = "\n".join([*system, first["content"]])
+    return rest
+
+
 def of_messages(asked: list[Message], response: str, place: str, where: str) -> Example:
     """The example of a conversation and its answer; `place` begins the message of a refusal.
 

@@ -13,7 +13,8 @@ from test_side_by_side import NAMES, SMALL, TASKS, parts, random_bank, sequences
 import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.training.data import NO_TASK, Layout, collate, compose, encode
+from meteora_jax.training.data import Layout, collate
+from meteora_jax.training.sequences import NO_TASK, compose, encode
 from meteora_jax.training.settings import BankTraining
 from meteora_jax.training.side_by_side import task_routing
 from meteora_jax.training.step import initial_state, optimizer

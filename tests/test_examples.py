@@ -11,7 +11,8 @@ from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import load_split, load_splits, write_splits
 from meteora_jax.examples import Example, as_text, end_token, parse_example
 from meteora_jax.retriever.profiles import read_training_file
-from meteora_jax.training.data import NO_TASK, Mixture, encode_all
+from meteora_jax.training.data import Mixture
+from meteora_jax.training.sequences import NO_TASK, encode_all
 from meteora_jax.training.settings import BankTraining
 from meteora_jax.training.validation import split_validation
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from gate_gradients import previous_tasks, segment_indices
 
-from meteora_jax.training.data import NO_TASK
 from meteora_jax.training.gate_loss import previous_task, segment_index
+from meteora_jax.training.sequences import NO_TASK
 
 
 def test_the_previous_segment_s_task_and_the_segment_s_index():

@@ -9,7 +9,7 @@ from test_cli import refused, run
 from worlds import NAMES
 
 from meteora_jax.evaluation.tasks import SPLITS, load_split
-from meteora_jax.training.data import encode
+from meteora_jax.training.sequences import encode
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many apples?"}]
 ANSWER = {"role": "assistant", "content": "3 apples"}

@@ -18,19 +18,9 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.io.bank import save_bank
 from meteora_jax.training import step as training_step
 from meteora_jax.training.adapter import fresh_bank
-from meteora_jax.training.data import (
-    NO_TASK,
-    Batches,
-    Layout,
-    Mixture,
-    Tokenized,
-    collate,
-    compose,
-    encode,
-    plan,
-    rounded,
-)
+from meteora_jax.training.data import Batches, Layout, Mixture, collate, plan, rounded
 from meteora_jax.training.loss import NextTokenLoss
+from meteora_jax.training.sequences import NO_TASK, Tokenized, compose, encode
 from meteora_jax.training.side_by_side import EMA, SideBySideLoss, clip_each, shares_of, task_routing
 from meteora_jax.training.step import initial_state, make_step, optimizer
 from meteora_jax.training.validation import packed

@@ -36,10 +36,11 @@ from meteora_jax.io.gates import fresh_gates, gate_shapes, load_gates, save_gate
 from meteora_jax.model.layout import pack, with_execution
 from meteora_jax.routing.gates import BoundGates, GateParam
 from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
-from meteora_jax.training.data import CUT, Mixture
+from meteora_jax.training.data import Mixture
 from meteora_jax.training.gate_loss import gate_loss
 from meteora_jax.training.gates import train_gates
 from meteora_jax.training.recipes import RECIPES, recipe_of, settled
+from meteora_jax.training.sequences import CUT
 from meteora_jax.training.settings import Checkpointing, GateTraining, Objective
 from meteora_jax.training.step import gradients
 from pallas_kernels.paged_attention import EMPTY

@@ -21,9 +21,10 @@ from meteora_jax.io.bank import load_bank
 from meteora_jax.io.gates import load_gates, save_gates
 from meteora_jax.routing.gates import GateParam
 from meteora_jax.training.adapter import fresh_adapter, train_adapter
-from meteora_jax.training.data import NO_TASK, collate, encode
+from meteora_jax.training.data import collate
 from meteora_jax.training.gate_loss import GateLoss
 from meteora_jax.training.gates import train_gates
+from meteora_jax.training.sequences import NO_TASK, encode
 from meteora_jax.training.settings import AdapterTraining, Checkpointing, GateTraining, Objective
 from meteora_jax.training.watch import flops_per_pair, flops_per_token
 

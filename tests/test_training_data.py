@@ -1,5 +1,6 @@
 """Sequences of a run: composites, mixtures, packing, what is not used, and where the data go on."""
 
+import copy
 import dataclasses
 
 import jax
@@ -13,7 +14,8 @@ import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.evaluation.wordings import format_prompt
-from meteora_jax.training.data import NO_TASK, Batches, Mixture, Tokenized, collate, compose, plan
+from meteora_jax.training.data import Batches, Mixture, collate, plan
+from meteora_jax.training.sequences import NO_TASK, SYSTEM_PROMPTS, Tokenized, compose, converse, takes
 from meteora_jax.training.unused import TRIED, shared_prefix, unused
 
 
@@ -44,6 +46,54 @@ def test_composite_sequences_label_every_part(world):
     heading = "Following the example above, generate answers to the questions below:"
     assert left == f"\nExample 1:\n\n\n\nExample 2:\n\n\n\n{heading}\n\n"
     assert tokenizer.decode(s.tokens[s.loss]).startswith("1. ")
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_conversations_label_every_turn(world, system):
+    """What a turn's task owns is its messages and what the template writes before its answer; the whole is what the
+    chat template makes of the messages."""
+    tokenizer = world["model"].tokenizer
+    chat = Example("apple", "red", messages=({"role": "system", "content": "Fruit."}, {"role": "user", "content": "?"}))
+    parts = [(TASKS[NAMES[0]][0], 0), (chat, 3), (TASKS[NAMES[1]][1], 1)]
+    s = converse(parts, tokenizer, 2, prompt_loss=False, system=system)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for said, answer in ((parts[0][0].prompt.strip(), parts[0][0].response), ("Fruit.\n?", "red"),
+                         (parts[2][0].prompt.strip(), parts[2][0].response)):  # fmt: skip
+        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer.strip()}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    read = tokenizer.decode(s.tokens[:-1])
+    assert whole.startswith(read)
+    assert read.endswith(messages[-1]["content"])
+    one = [{"role": "user", "content": "@@"}]
+    between = tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True).split("@@")[1]
+    for (_, task), question, answer in zip(parts, messages[-6::2], messages[-5::2], strict=True):
+        own = tokenizer.decode(s.tokens[:-1][s.tasks[:-1] == task])
+        assert own == question["content"] + between + answer["content"]
+    assert tokenizer.decode(s.tokens[:-1][s.loss[:-1]]) == "".join(m["content"] for m in messages[-5::2])
+    assert (s.tokens[-1], s.tasks[-1], s.loss[-1], s.loss[0]) == (2, 1, True, False)
+
+
+def test_conversations_are_drawn_where_the_template_takes_them(world):
+    labels, tokenizer = {name: i for i, name in enumerate(NAMES)}, copy.deepcopy(world["model"].tokenizer)
+    how = dict(prompt_loss=False, composite=1.0, composite_sizes=(2, 3), conversations=1.0, max_length=4096)
+
+    def drawn() -> list[str]:
+        mixture = Mixture(TASKS, labels, tokenizer, 2, **how)
+        chosen, rng = mixture.chosen(), np.random.default_rng(0)
+        return [tokenizer.decode(mixture.draw_composite(chosen, rng, 4096).tokens) for _ in range(24)]
+
+    before = tokenizer.apply_chat_template([{"role": "user", "content": "@@"}], tokenize=False).split("@@")[0]
+    turns = {text.count(before) for text in drawn()}
+    assert {1, 2, 3} <= turns
+    assert max(turns) <= len(NAMES)
+    assert any(prompt in text for text in drawn() for prompt in SYSTEM_PROMPTS)
+    asks = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = asks + tokenizer.chat_template
+    assert takes.__wrapped__(tokenizer, "user", "assistant")
+    assert not takes.__wrapped__(tokenizer, "system", "user", "assistant")
+    tokenizer.chat_template = None
+    takes.cache_clear()
+    assert all("1. " in text and before not in text for text in drawn())
 
 
 def test_composites_of_several_sizes_and_shots_are_drawn(world):

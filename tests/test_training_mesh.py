@@ -21,7 +21,7 @@ ROWS, WIDTH = 8, 128
 
 def sequences():
     """Short ones, packed, of all tasks; some tokens without a task, some not predicted."""
-    from meteora_jax.training.data import NO_TASK, Tokenized
+    from meteora_jax.training.sequences import NO_TASK, Tokenized
 
     rng = np.random.default_rng(0)
     made = []

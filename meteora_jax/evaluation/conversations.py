@@ -27,7 +27,7 @@ from meteora_jax.evaluation.named_metrics import metric_for
 from meteora_jax.evaluation.problems import Problem, limited
 from meteora_jax.evaluation.tasks import load_splits
 from meteora_jax.evaluation.tasks.settings import read_settings
-from meteora_jax.examples import ANSWERS, Example
+from meteora_jax.examples import ANSWERS, Example, turn_messages
 from meteora_jax.prompts import Message, user_text
 
 CONVERSATIONS, UNNUMBERED = "conversations", "unnumbered"  # the rows' names, and how a command asks for them
@@ -119,7 +119,7 @@ def draw_unnumbered(
     for _ in range(count):
         first, second = (list(decks)[i] for i in random.permutation(len(decks))[:2])
         asked = [next(decks[task]) for task in (first, second)]
-        texts = [user_text(_own_messages(example)) for example in asked]
+        texts = [user_text(turn_messages(example)) for example in asked]
         text = f"{texts[0].rstrip().rstrip('.')}, then {texts[1]}"
         found.append((text, (first, second), (asked[0].response, asked[1].response)))
     return found
@@ -162,22 +162,9 @@ def _conversation(decks: Mapping[str, Iterator[Example]], random: np.random.Gene
             said, answered = talks[random.integers(len(talks))]
             messages += [{"role": "user", "content": said}, {"role": ANSWERS, "content": answered}]
         example = next(decks[task])
-        messages += _own_messages(example)
+        messages += turn_messages(example)
         yield Turn(task, tuple(messages), example.response, number, place)
         messages.append({"role": ANSWERS, "content": example.response})
-
-
-def _own_messages(example: Example) -> list[Message]:
-    """An example's messages inside a conversation; its system messages begin the user's first."""
-    if not example.messages:
-        return [{"role": "user", "content": example.prompt.strip()}]
-    system = [m["content"] for m in example.messages if m["role"] == "system"]
-    rest = [dict(m) for m in example.messages if m["role"] != "system"]
-    first = next((m for m in rest if m["role"] == "user"), None)
-    if first is None:
-        raise InputError(f"{example.where}: expected a message of the user's in a conversation, found none")
-    first["content"] = "\n".join([*system, first["content"]])
-    return rest
 
 
 # As problems of an evaluation

@@ -1,4 +1,4 @@
-"""Examples to batches: tokens, which of them carry loss, and the adapter that each belongs to.
+"""Sequences to batches.
 
 Sequences are drawn, shuffled and packed by Grain; every batch of a run has one shape. Several sequences share a
 row, each with positions of its own and attention to itself alone, so packing changes no loss.
@@ -17,26 +17,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meteora_jax.config import InputError
-from meteora_jax.evaluation.wordings import answer_pieces, prompt_pieces
-from meteora_jax.examples import Example, as_text, prompt_ids
+from meteora_jax.examples import Example, as_text
 from meteora_jax.sharding import local_rows
+from meteora_jax.training.sequences import (
+    NO_TASK,
+    SYSTEM_PROMPTS,
+    TURNS,
+    Tokenized,
+    compose,
+    converse,
+    encode_all,
+    shortened,
+    takes,
+)
 from pallas_kernels.paged_attention import EMPTY
 
-NO_TASK = -1  # a token that no gate is judged on
 WIDTH_STEP = 64  # a row's width is a multiple of this
 FILL = 0.95  # the share of a row that packing fills, measured on the BIG-bench tasks; a guess good enough for `rows`
-CUT = 90, 50  # characters kept at an example's beginning and end
 THREADS = 8  # that draw sequences; the tokenizer lets others work meanwhile
 DRAWS = 100  # composites drawn before none is said to fit
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenized:
-    """One training sequence: tokens int32 [T], loss bool [T] (is this token predicted?), tasks int32 [T]."""
-
-    tokens: np.ndarray
-    loss: np.ndarray
-    tasks: np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -68,67 +67,6 @@ class Layout:
     packing: bool
 
 
-def encode(example: Example, task: int, tokenizer: Any, end: int, *, prompt_loss: bool) -> Tokenized:
-    """prompt + response + end token; prompt and response are tokenized apart, as generation will see them. Of messages
-    the response follows what the chat template writes before an answer."""
-    return encode_all([example], task, tokenizer, end, prompt_loss=prompt_loss)[0]
-
-
-def encode_all(
-    examples: Sequence[Example], task: int, tokenizer: Any, end: int, *, prompt_loss: bool
-) -> list[Tokenized]:
-    """`encode` of each; one call to the tokenizer, which spreads it over the cores."""
-    prompts = prompt_ids(examples, tokenizer)
-    responses = tokenizer([e.response for e in examples], return_attention_mask=False, add_special_tokens=False)
-    sequences = []
-    for prompt, response in zip(prompts, responses["input_ids"], strict=True):
-        tokens = np.asarray([*prompt, *response, end], np.int32)
-        loss = np.full(len(tokens), prompt_loss)
-        loss[len(prompt) :] = True
-        loss[0] = False  # nothing predicts the first token
-        sequences.append(Tokenized(tokens, loss, np.full(len(tokens), task, np.int32)))
-    return sequences
-
-
-def compose(
-    parts: Sequence[tuple[Example, int]],
-    tokenizer: Any,
-    end: int,
-    *,
-    prompt_loss: bool,
-    shots: Sequence[Sequence[Example]] = (),
-) -> Tokenized:
-    """Several tasks in one sequence, a composite problem: worked examples (`shots`, each one example a part), if any,
-    all prompts, then "1. answer" lines. All are plain text (`as_text`).
-
-    Every token is labelled with the task of the part that it belongs to, so gates learn to switch inside one
-    sequence; headings, the end token and what the tokenizer adds belong to none.
-    """
-    examples = [example for example, _ in parts]
-    pieces = prompt_pieces(examples, shots)
-    text = "".join(piece for piece, _ in pieces)
-    prompt = tokenizer(text, return_offsets_mapping=True)  # as one text: generation sees these tokens
-    tokens = list(prompt["input_ids"])
-    at = np.searchsorted(
-        np.cumsum([len(p) for p, _ in pieces]), [start for start, _ in prompt["offset_mapping"]], "right"
-    )
-    owners = [NO_TASK if i is None else parts[i][1] for _, i in pieces]
-    tasks = [
-        owners[i] if stop > start else NO_TASK for i, (start, stop) in zip(at, prompt["offset_mapping"], strict=True)
-    ]
-    loss = [prompt_loss] * len(tokens)
-    answers = tokenizer(answer_pieces(examples), add_special_tokens=False)["input_ids"]
-    for ids, (_, task) in zip(answers, parts, strict=True):
-        tokens.extend(ids)
-        tasks.extend([task] * len(ids))
-        loss.extend([True] * len(ids))
-    tokens.append(end)
-    tasks.append(NO_TASK)
-    loss.append(True)
-    loss[0] = False
-    return Tokenized(np.asarray(tokens, np.int32), np.asarray(loss), np.asarray(tasks, np.int32))
-
-
 def collate(sequences: Sequence[Tokenized], width: int | None = None) -> Batch:
     """One sequence a row, padded on the right to `width` (the longest, rounded up, unless given)."""
     width = width or rounded(max(len(s.tokens) for s in sequences))
@@ -151,7 +89,8 @@ class Mixture:
 
     tasks: {name: training examples}. labels: the adapter of each task, int. composite: share of the sequences that
     hold several tasks, composite_sizes (from, to) of them, behind at most composite_shots worked examples, a share
-    composite_cut of these with each example cut to CUT. balanced: every task equally often, else as often as it
+    composite_cut of these with each example cut to CUT; conversations: share of these that the chat template writes, a
+    turn a task, where the tokenizer has one. balanced: every task equally often, else as often as it
     has examples; shares {name: float}: as often as they say, inside composites too. samples_per_task: a random choice
     of so many examples of each. max_length: longer sequences are passed over.
     """
@@ -170,14 +109,15 @@ class Mixture:
     composite_sizes: tuple[int, int] = (3, 3)
     composite_shots: int = 0
     composite_cut: float = 0.0
+    conversations: float = 0.0
 
     def __post_init__(self):
         empty = [n for n in self.labels if not self.tasks.get(n)]
         if empty:
             raise InputError(f"tasks: expected training examples for every adapter, found none for {', '.join(empty)}")
-        for key, share in (("composite", self.composite), ("composite_cut", self.composite_cut)):
-            if not 0 <= share <= 1:
-                raise InputError(f"{key}: expected a share between 0 and 1, found {share}")
+        for key in ("composite", "composite_cut", "conversations"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise InputError(f"{key}: expected a share between 0 and 1, found {getattr(self, key)}")
         low, high = self.composite_sizes
         if not 1 <= low <= high:
             raise InputError(f"composite_sizes: expected two numbers from 1 on, found {low} and {high}")
@@ -208,9 +148,11 @@ class Mixture:
     def draw_composite(
         self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any, limit: int
     ) -> Tokenized:
-        """A `composite_of` at most `limit` tokens; longer ones are drawn again."""
+        """A `composite_of`, or `conversation_of`, at most `limit` tokens; longer ones are drawn again."""
+        talks = self.conversations if takes(self.tokenizer, *(["user", "assistant"] * 2)) else 0.0
         for _ in range(DRAWS):
-            s = self.composite_of(chosen, rng)
+            one = self.conversation_of if talks and rng.random() < talks else self.composite_of
+            s = one(chosen, rng)
             if len(s.tokens) <= limit:
                 return s
         low = self.composite_sizes[0]
@@ -218,35 +160,38 @@ class Mixture:
 
     def composite_of(self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any) -> Tokenized:
         """Several tasks (fewer if there are fewer) in one sequence, however long."""
-        names, (low, high) = list(self.labels), self.composite_sizes
+        low, high = self.composite_sizes
 
         def example(name: str) -> Example:
             return chosen[name][int(rng.integers(len(chosen[name])))][0]
 
-        p = None if self.shares is None else np.asarray([self.shares[n] for n in names]) / sum(self.shares.values())
         size = low if low == high else int(rng.integers(low, high + 1))
         shots = int(rng.integers(self.composite_shots + 1)) if self.composite_shots else 0
-        picked = [names[i] for i in rng.choice(len(names), size=min(size, len(names)), replace=False, p=p)]
+        picked = self._picked(size, rng)
         parts = [(example(n), self.labels[n]) for n in picked]
         worked = [[example(n) for n in picked] for _ in range(shots)]
         if self.composite_cut and rng.random() < self.composite_cut:
-            parts, worked = [(_shortened(e), label) for e, label in parts], [[_shortened(e) for e in w] for w in worked]
+            parts, worked = [(shortened(e), label) for e, label in parts], [[shortened(e) for e in w] for w in worked]
         parts = [(as_text(e, self.tokenizer), label) for e, label in parts]
         worked = [[as_text(e, self.tokenizer) for e in shot] for shot in worked]
         return compose(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss, shots=worked)
 
+    def conversation_of(self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any) -> Tokenized:
+        """One to TURNS tasks, each asked and answered in a turn of a conversation, however long."""
+        picked = self._picked(int(rng.integers(1, TURNS + 1)), rng)
+        parts = [(chosen[n][int(rng.integers(len(chosen[n])))][0], self.labels[n]) for n in picked]
+        if self.composite_cut and rng.random() < self.composite_cut:
+            parts = [(shortened(e), label) for e, label in parts]
+        at = int(rng.integers(3 * len(SYSTEM_PROMPTS)))  # a third begins with one, where the template takes it
+        begins = at < len(SYSTEM_PROMPTS) and takes(self.tokenizer, "system", "user", "assistant")
+        system = SYSTEM_PROMPTS[at] if begins else None
+        return converse(parts, self.tokenizer, self.end, prompt_loss=self.prompt_loss, system=system)
 
-def _shortened(example: Example) -> Example:
-    """The beginning and end of a question and the beginning of its answer, enough to know their task: shorter examples
-    give more segments in as many tokens."""
-    messages = tuple({**message, "content": _ends(message["content"])} for message in example.messages)
-    prompt, response = _ends(example.prompt), example.response[: CUT[1]]
-    return dataclasses.replace(example, prompt=prompt, response=response, messages=messages)
-
-
-def _ends(text: str) -> str:
-    first, last = CUT
-    return text if len(text) <= first + last else text[:first] + text[-last:]
+    def _picked(self, size: int, rng: Any) -> list[str]:
+        """So many tasks, or all, in random order."""
+        names = list(self.labels)
+        p = None if self.shares is None else np.asarray([self.shares[n] for n in names]) / sum(self.shares.values())
+        return [names[i] for i in rng.choice(len(names), size=min(size, len(names)), replace=False, p=p)]
 
 
 def plan(

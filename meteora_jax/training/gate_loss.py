@@ -17,8 +17,9 @@ from meteora_jax.model.llama import Llama
 from meteora_jax.model.routed_llama import RoutedLlama
 from meteora_jax.routing import NO_ADAPTER, BoundRouter, Routing
 from meteora_jax.routing.token_router import Hop, choose
-from meteora_jax.training.data import NO_TASK, Batch
+from meteora_jax.training.data import Batch
 from meteora_jax.training.loss import Loss, Losses, PartLoss, Remat, batch_size, count, next_token_loss
+from meteora_jax.training.sequences import NO_TASK
 from meteora_jax.training.settings import Objective
 from pallas_kernels.routed_lora.reference import dense_weights
 

@@ -15,7 +15,9 @@ RECIPES: dict[FormName, GateTraining] = {
     "token-router": GateTraining(
         form=TokenRouterForm(width=128, depth=4),
         data=Data(batch_size=32, max_length=8192, samples_per_task=2000, composite=0.8),
-        drawing=Drawing(rows=2, prompt_loss=False, composite_sizes=(2, 10), composite_shots=2, composite_cut=0.6),
+        drawing=Drawing(
+            rows=2, prompt_loss=False, composite_sizes=(2, 10), composite_shots=2, composite_cut=0.6, conversations=0.3
+        ),
         optimization=Optimization(steps=5000, learning_rate=3e-3),
         schedule=Schedule(warmup=0.03, clip=1.0),
         objective=Objective(beta=50.0, lm_loss=False, response_weight=0.7, start_weight=0.5, segment_weight=0.5),

@@ -68,6 +68,8 @@ class Drawing:
     """At most so many worked examples stand before a composite problem, any number as likely as another."""
     composite_cut: Constant[float] = 0.0
     """Share of the composites whose questions and answers are cut to the characters at their beginning and end."""
+    conversations: Constant[float] = 0.0
+    """Share of the composites that are conversations by the base's chat template, of one task or a task a turn."""
 
     def __post_init__(self):
         refuse(at_least(1, rows=self.rows))

@@ -18,8 +18,9 @@ import optax
 from meteora_jax.model.llama import Llama
 from meteora_jax.routing import NO_ADAPTER, Routing
 from meteora_jax.sharding import Params
-from meteora_jax.training.data import NO_TASK, Batch
+from meteora_jax.training.data import Batch
 from meteora_jax.training.loss import Losses, PartLoss, Remat, next_token_loss
+from meteora_jax.training.sequences import NO_TASK
 
 ADAPTERS = -3  # the adapters' axis of lora_a [L, P, A, R, I] and of lora_b [L, A, R, O]
 

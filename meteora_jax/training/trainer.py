@@ -28,8 +28,9 @@ from meteora_jax.sharding import Params, fetch, place_rows, rows_multiple, tenso
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.charts import write_accuracy_map, write_curves
 from meteora_jax.training.checkpoints import Checkpoints, Restored, preemption
-from meteora_jax.training.data import Batches, Layout, Mixture, Tokenized, own_shards, plan
+from meteora_jax.training.data import Batches, Layout, Mixture, own_shards, plan
 from meteora_jax.training.loss import Loss, Losses, NextTokenLoss
+from meteora_jax.training.sequences import Tokenized
 from meteora_jax.training.settings import Checkpointing, Training
 from meteora_jax.training.step import Step, TrainState, initial_state, make_step
 from meteora_jax.training.unused import Unused, unused
@@ -45,7 +46,7 @@ Path = str | os.PathLike[str]
 LATER = {
     "composite_sizes": (3, 3), "composite_shots": 0, "form": None, "lm_loss": True, "response_weight": None,
     "start_weight": 0.0, "segment_weight": 0.0, "composite_cut": 0.0, "ema": 0.0,
-    "background_share": 0.25,
+    "background_share": 0.25, "conversations": 0.0,
 }  # fmt: skip
 
 
@@ -156,8 +157,8 @@ class Trainer:
             self.tasks, self.labels, tokenizer, end_token(model.base, model.config, tokenizer),
             max_length=longest(model.config, self.settings), prompt_loss=drawing.prompt_loss,
             composite=data.composite, composite_sizes=drawing.composite_sizes, composite_shots=drawing.composite_shots,
-            composite_cut=drawing.composite_cut, mixture=self.mixture, samples_per_task=data.samples_per_task,
-            seed=self.settings.seed,
+            composite_cut=drawing.composite_cut, conversations=drawing.conversations, mixture=self.mixture,
+            samples_per_task=data.samples_per_task, seed=self.settings.seed,
         )  # fmt: skip
         chosen = mixture.chosen()
         lost = unused(mixture, chosen)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from meteora_jax.evaluation.tasks import Example
-from meteora_jax.training.data import Mixture, Tokenized
+from meteora_jax.training.data import Mixture
+from meteora_jax.training.sequences import Tokenized
 
 TRIED = 64  # composites drawn to see how many are too long
 

@@ -22,8 +22,9 @@ from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.execution import Jit
 from meteora_jax.sharding import Params, fetch, place_rows, place_whole, replicated, use_mesh
-from meteora_jax.training.data import NO_TASK, Batch, Layout, Mixture, Tokenized, collate, encode, rounded
+from meteora_jax.training.data import Batch, Layout, Mixture, collate, rounded
 from meteora_jax.training.loss import token_scores
+from meteora_jax.training.sequences import NO_TASK, Tokenized, encode
 from meteora_jax.training.settings import BankTraining
 from meteora_jax.training.side_by_side import EMA, along_adapters, task_routing
 from meteora_jax.training.step import TrainState, computed

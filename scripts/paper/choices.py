@@ -28,7 +28,8 @@ from meteora_jax.evaluation.problems import Problem, choose
 from meteora_jax.evaluation.tasks import load_splits
 from meteora_jax.examples import Example, end_token, prompt_ids
 from meteora_jax.io.files import write_json
-from meteora_jax.training.data import NO_TASK, Mixture, Tokenized, collate
+from meteora_jax.training.data import Mixture, collate
+from meteora_jax.training.sequences import NO_TASK, Tokenized
 
 NEW_TOKENS = 64  # of an answer, in an evaluation: its default
 
