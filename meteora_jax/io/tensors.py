@@ -73,12 +73,12 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether all values are finite numbers; of two bytes by their bits, which is several times as fast."""
-    if values.dtype.itemsize != 2:
-        return bool(np.isfinite(values).all())
-    bits = values.view(np.uint16)
-    beyond = np.asarray(np.inf, values.dtype).view(np.uint16)
-    return all(((part & np.uint16(0x7FFF)) < beyond).all() for part in bits)  # a layer at a time stays in the cache
+    """Whether all values are finite numbers. Bits grow with the number: the largest of those without a sign and the
+    largest with one tell, and no memory is needed, which costs more than looking."""
+    size = values.dtype.itemsize
+    beyond = int(np.asarray(np.inf, values.dtype).view(f"u{size}"))
+    most, least = (int(values.view(f"{kind}{size}").max(initial=0)) for kind in "iu")
+    return most < beyond and least < beyond + (1 << 8 * size - 1)
 
 
 def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
