@@ -213,7 +213,7 @@ def main(settings: BenchPool) -> None:
         bench = None
         try:
             bench = Bench(settings, config, bank, slots)
-            copying = bench.copying()
+            console.print(f"[dim]{kind} {adapters}: {(copying := bench.copying())}", highlight=False)
             for zipf in settings.zipf if bank is not None else (0.0,):
                 case = dict(kind=kind, adapters=adapters, slots=slots, rank=settings.rank, zipf=zipf)
                 records.append({**case, **bench.run(adapters, zipf), **copying})
