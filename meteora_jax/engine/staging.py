@@ -72,29 +72,52 @@ class Layout:
 
     def buffers(self) -> Buffers:
         """Memory for one slot."""
-        return Buffers(self, {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._sizes.items()})
+        return Buffers(self)
+
+    def memory(self) -> dict[str, np.ndarray]:
+        """Each buffer's, with anything in it."""
+        return {name: empty(shape, dtype) for name, (shape, dtype) in self._sizes.items()}
+
+    def send(self, arrays: Mapping[str, np.ndarray]) -> Staged:
+        """Buffers on their way to the devices."""
+        return put(arrays, self._where)
+
+    def shared(self) -> bool:
+        """Whether the devices' arrays may be the host's memory itself: a CPU's."""
+        return any(device.platform == "cpu" for where in self._where.values() for device in where.device_set)
 
 
 class Buffers:
-    """Host memory for one slot; of one thread."""
+    """Host memory for one slot; of one thread. views: of each leaf its part of what is sent next."""
 
-    def __init__(self, layout: Layout, arrays: Mapping[str, np.ndarray]):
-        self._layout, self._arrays = layout, arrays
-        self.views: dict[Path, np.ndarray] = {path: part.of(arrays[part.buffer]) for path, part in layout.parts.items()}
+    def __init__(self, layout: Layout):
+        self._layout = layout
+        self._renew()
 
     def send(self) -> Staged:
-        """What lies here, on the devices; they have read it when this returns, and the memory may be filled again."""
-        staged = put(self._arrays, self._layout._where)
+        """What lies in `views`, on the devices; they have read it when this returns, and `views` may be filled again."""
+        staged = self._layout.send(self._arrays)
         jax.block_until_ready(staged)
+        if self._layout.shared():
+            self._renew()
         return staged
 
+    def _renew(self) -> None:
+        self._arrays = self._layout.memory()
+        self.views = {path: part.of(self._arrays[part.buffer]) for path, part in self._layout.parts.items()}
 
-def put(arrays: Mapping[str, np.ndarray], where: Mapping[str, Sharding]) -> dict[str, jax.Array]:
-    """Host arrays on their devices, in one call; an accelerator may still be reading them."""
-    device = next(iter(where.values())).device_set
-    if next(iter(device)).platform == "cpu":  # whose arrays may be this memory itself
-        arrays = {name: z.copy() for name, z in arrays.items()}
+
+def put(arrays: Mapping[str, np.ndarray], where: Mapping[str, Sharding]) -> dict[str, Any]:
+    """Host arrays on their devices, in one call; these may still be reading them."""
     return jax.device_put(dict(arrays), {name: where[name] for name in arrays})
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As numpy's; it begins where a CPU's devices use it as it lies."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNED, np.uint8)
+    start = -memory.ctypes.data % ALIGNED
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def fill(into: np.ndarray, value: np.ndarray | None, fill_value: int = 0) -> None:
