@@ -95,7 +95,7 @@ class Buffers:
         self._renew()
 
     def send(self) -> Staged:
-        """What lies in `views`, on the devices; they have read it when this returns, and `views` may be filled again."""
+        """What lies in `views`, on the devices, which have read it when this returns; `views` may be filled again."""
         staged = self._layout.send(self._arrays)
         jax.block_until_ready(staged)
         if self._layout.shared():
