@@ -4,7 +4,7 @@
     python scripts/bench_staging.py --shape llama-3-8b --rank 16 --folder /dev/shm/staging
 
 host: read, checked and laid out as a slot has it. sent: that, and until the device has it. Milliseconds an adapter, by
-one thread and by as many as a pool has. Adapters lie in memory in bfloat16, or with --folder in a BANK folder in float32.
+one thread and by as many as a pool has. Adapters lie in memory in bfloat16; with --folder in a file, in float32.
 """
 
 from __future__ import annotations
