@@ -55,32 +55,39 @@ class AdapterBank:
     def names(self) -> tuple[str, ...]:
         return self.config.names
 
-    def group(self, group: str) -> dict[str, np.ndarray] | None:
+    def group(self, group: str, into: tuple[np.ndarray, np.ndarray] | None = None) -> dict[str, np.ndarray] | None:
         """A group's tensors as `LoRALinear` holds them; None if no adapter touches the group.
 
         lora_a [L, P, A, R, I], lora_b [L, A, R, O of the group], lora_scale float32 [L, P, A]; lora_dora and lora_bias
         float32 [L, A, O of the group] and own_gate float32 [L, P, A, I] where an adapter has them. DoRA's columns are
-        folded into lora_b.
+        folded into lora_b. into: memory for lora_a and lora_b, of the rank or a larger one, and of the type that they
+        are to have; what it held is overwritten.
         """
         projections = GROUPS[group]
         rank = max((self.config.ranks.get(p, 0) for p in projections), default=0)
         if rank == 0:
             return None
         n, count = self.config.num_layers, len(self.names)
-        dtype = next(iter(self.a.values())).dtype
-        a, b, scale = [], [], []
-        for p in projections:
-            i, o = self.config.base_shapes[p]
-            if p not in self.a:
-                a.append(np.zeros((n, count, rank, i), dtype))
-                b.append(np.zeros((n, count, rank, o), dtype))
-                scale.append(np.zeros((n, count), np.float32))
-                continue
-            pad = [(0, 0), (0, 0), (0, rank - self.a[p].shape[2]), (0, 0)]
-            a.append(np.pad(self.a[p], pad))
-            b.append(np.pad(self._scaled_b(p), pad))
-            scale.append(np.asarray(self.scale[p], np.float32))
-        tensors = {"lora_a": np.stack(a, 1), "lora_b": np.concatenate(b, -1), "lora_scale": np.stack(scale, 1)}
+        widths = [self.config.base_shapes[p][1] for p in projections]
+        if into is None:
+            dtype = next(iter(self.a.values())).dtype
+            wide = self.config.base_shapes[projections[0]][0]
+            into = (
+                np.zeros((n, len(projections), count, rank, wide), dtype),
+                np.zeros((n, count, rank, sum(widths)), dtype),
+            )
+        elif any(p not in self.a or self.a[p].shape[2] < into[0].shape[3] for p in projections):
+            for part in into:
+                part.fill(0)
+        scale, first = np.zeros((n, len(projections), count), np.float32), 0
+        for at, (p, width) in enumerate(zip(projections, widths, strict=True)):
+            if p in self.a:
+                own = slice(self.a[p].shape[2])
+                np.copyto(into[0][:, at, :, own], self.a[p], casting="unsafe")
+                np.copyto(into[1][:, :, own, first : first + width], self._scaled_b(p), casting="unsafe")
+                scale[:, at] = self.scale[p]
+            first += width
+        tensors = {"lora_a": into[0], "lora_b": into[1], "lora_scale": scale}
         for key, held in (("lora_dora", self.dora), ("lora_bias", self.bias)):
             if any(p in held for p in projections):
                 columns = [

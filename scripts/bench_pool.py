@@ -6,7 +6,8 @@
 
 Weights are random and nothing ends a response early. bare: no adapter acts. resident: as many slots as adapters.
 Without --folder adapters are made in host memory as they are asked for, so that what is timed is the padding, the copy
-to the device and the engine; with it they are read from a BANK folder that is written there first.
+to the device and the engine; with it they are read from a BANK folder that is written there first. Each record also has
+what a step of one adapter's way costs while nothing is decoded (`copying`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +36,7 @@ from meteora_jax.bank import AdapterBank
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Request
 from meteora_jax.engine.adapter_pool import AdapterPool
+from meteora_jax.engine.copies import READERS
 from meteora_jax.execution import ExecutionConfig, default_dtype
 from meteora_jax.io.bank import save_bank
 from meteora_jax.io.stored_bank import StoredBank, empty_slots
@@ -158,6 +162,36 @@ class Bench:
             found["host_gb"] = host_bytes() / 1e9
         return found
 
+    def copying(self) -> dict[str, float]:
+        """Milliseconds of an adapter's way: read_ms, from where it is stored; copy_ms, that and to the device, alone;
+        copies_ms, of each where all readers are at it; write_ms, from there into its slot."""
+        if (pool := self.pool) is None:
+            return {}
+        numbers = [v.number for v in pool.versions.find(pool.names())]
+        some = [numbers[i % len(numbers)] for i in range(4 * READERS)]
+        found: dict[str, float] = {}
+
+        def timed(name: str, calls: int, call: Callable[[], Any]) -> None:
+            call()  # compiles, and makes the readers' memory
+            start = time.perf_counter()
+            call()
+            found[name] = (time.perf_counter() - start) / calls * 1e3
+
+        def write() -> None:
+            for _ in some:
+                for part, slot in zip(staged, slots, strict=True):
+                    pool._weights.write(part, slot)
+            jax.block_until_ready([leaf[...] for leaf in pool._weights._leaves.values()])
+
+        with ThreadPoolExecutor(READERS) as readers, pool.lock:
+            version = pool.versions[number := next(n for n in numbers if pool.table.slots(n))]
+            slots, staged = pool.table.slots(number) or (), pool._stage(number, False)
+            timed("read_ms", len(some), lambda: [version.bank.adapter(pool.versions[n].place) for n in some])
+            timed("copy_ms", len(some), lambda: [pool._stage(n, False) for n in some])
+            timed("copies_ms", len(some), lambda: list(readers.map(lambda n: pool._stage(n, False), some)))
+            timed("write_ms", len(some), write)
+        return found
+
 
 def host_bytes() -> int:
     """This process's own memory; mapped files are the system's."""
@@ -179,9 +213,10 @@ def main(settings: BenchPool) -> None:
         bench = None
         try:
             bench = Bench(settings, config, bank, slots)
+            console.print(f"[dim]{kind} {adapters}: {(copying := bench.copying())}", highlight=False)
             for zipf in settings.zipf if bank is not None else (0.0,):
                 case = dict(kind=kind, adapters=adapters, slots=slots, rank=settings.rank, zipf=zipf)
-                records.append({**case, **bench.run(adapters, zipf)})
+                records.append({**case, **bench.run(adapters, zipf), **copying})
         except Exception as e:  # too little memory: the others are worth their time on the device
             records.append(dict(kind=kind, adapters=adapters, slots=slots, error=f"{type(e).__name__}: {e}"[:300]))
         console.print(f"[dim]{records[-1]}", highlight=False)

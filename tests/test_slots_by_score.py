@@ -7,16 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from adapter_banks import NAMES, random_bank
-from jax.sharding import SingleDeviceSharding
 
 import meteora_jax as mj
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import InputError
-from meteora_jax.engine.slot_weights import pinned_like
 from meteora_jax.io.bank import save_bank
 
 SOME = NAMES[:5]
@@ -89,12 +86,3 @@ def test_an_adapter_of_several_slots_has_no_scores(world: dict[str, Any]):
     with pytest.raises(InputError, match=r"one slot each \(adapter_rank\) to be scored, found Arrow with cedar"):
         model.request([5, 6], mj.Arrow(2), 1)
     model.request([5, 6], mj.Arrow(1, within=("birch", "apple")), 1)
-
-
-def test_copies_go_by_way_of_pinned_memory_where_there_is_some():
-    where = SingleDeviceSharding(jax.devices()[0])
-    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
-    pinned = pinned_like(where)
-    assert (pinned is not None) == ("pinned_host" in kinds)
-    if pinned is not None:
-        assert (pinned.memory_kind, pinned.device_set) == ("pinned_host", where.device_set)

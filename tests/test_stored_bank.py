@@ -8,13 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import pytest
 from adapter_banks import NAMES, random_bank
+from safetensors.numpy import save_file
 
 import meteora_jax as mj
+from meteora_jax.config import InputError
 from meteora_jax.engine.adapter_versions import AdapterVersions
 from meteora_jax.io.bank import load_bank, save_bank
 from meteora_jax.io.stored_bank import StoredBank
+from meteora_jax.io.tensors import FLOATS, all_finite, map_tensors
 
 
 def test_a_bank_of_a_thousand_is_not_read_into_memory(world: dict[str, Any], tmp_path: Path):
@@ -62,6 +67,34 @@ def test_a_stored_adapter_is_what_the_whole_bank_has(world: dict[str, Any], tmp_
                 np.testing.assert_array_equal(mine["lora_b"][:, 0], all_of_them["lora_b"][:, i, :rank])
                 np.testing.assert_array_equal(mine["lora_scale"][..., 0], all_of_them["lora_scale"][..., i])
                 assert not all_of_them["lora_a"][:, :, i, rank:].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_every_value_that_is_no_finite_number_is_found(dtype: np.dtype):
+    numbers = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(dtype)
+    numbers[0, 0, :4] = [ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min, 0, -0.0]
+    for values in (numbers, np.abs(numbers), -np.abs(numbers)):
+        assert all_finite(values)
+        assert all_finite(values[:, :0])
+        for wrong in (np.inf, -np.inf, np.nan, -np.nan):
+            spoiled = values.copy()
+            spoiled[1, 2, 3] = wrong
+            assert not all_finite(spoiled[:, 1:])
+
+
+def test_a_file_of_any_floating_type_is_mapped(tmp_path: Path):
+    """Without a copy, and bit for bit; whole numbers are refused."""
+    rng = np.random.default_rng(0)
+    right = {name: rng.standard_normal((2, 3, 5)).astype(dtype) for name, dtype in FLOATS.items()}
+    save_file(right, tmp_path / "weights.safetensors")
+    found = map_tensors(tmp_path / "weights.safetensors")
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        assert (found[name].dtype, found[name].flags.writeable) == (value.dtype, False)
+        np.testing.assert_array_equal(found[name], value)
+    save_file({"a": np.ones((2, 2), np.int32)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="a: expected type F64, F32, F16, BF16, found I32"):
+        map_tensors(tmp_path / "other.safetensors")
 
 
 def test_a_scratch_folder_goes_with_who_knew_it(world: dict[str, Any], tmp_path: Path):

@@ -47,8 +47,9 @@ from meteora_jax.engine.adapter_versions import AdapterVersion, AdapterVersions
 from meteora_jax.engine.batch import bind_row
 from meteora_jax.engine.copies import READERS, Copies, wait_for
 from meteora_jax.engine.request import BoundRow, WantedAdapters
-from meteora_jax.engine.slot_weights import SlotWeights, Staged
+from meteora_jax.engine.slot_weights import SlotWeights
 from meteora_jax.engine.slots import SlotTable
+from meteora_jax.engine.staging import Staged
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.provenance import BaseOrigin
 from meteora_jax.io.stored_bank import StoredBank, misfits_slots, slots_for

@@ -1,20 +1,19 @@
-"""Adapters on their way from disk into slots: read, checked and padded by threads, copied by way of pinned memory, and
-written between two steps."""
+"""Adapters on their way from disk into slots: read, checked, padded and sent to the device by threads, and written
+between two steps."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-
-import jax
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from meteora_jax.config import InputError
-from meteora_jax.engine.slot_weights import SlotWeights, Staged
+from meteora_jax.engine.slot_weights import SlotWeights
 from meteora_jax.engine.slots import SlotTable
+from meteora_jax.engine.staging import Staged
 
-READERS = 4  # threads that read adapters
+READERS = 4  # threads that read adapters, and so many are on their way at once: each thread has memory for one
 
 # of an adapter's number, and whether routers by score will read it: what goes into its slots
 Stage = Callable[[int, bool], list[Staged]]
@@ -76,8 +75,6 @@ class Copies:
                 continue
             try:
                 staged = coming.staged.result()
-                if not all(z.is_ready() for z in jax.tree.leaves(staged)):
-                    continue
             except InputError as e:
                 if known(n):
                     self.failed[n] = e
@@ -109,6 +106,6 @@ def wait_for(coming: Future[list[Staged]] | None) -> float:
     start = time.perf_counter()
     if coming is None:
         time.sleep(1e-3)
-    elif coming.exception() is None:
-        jax.block_until_ready(coming.result())
+    else:
+        wait([coming])
     return time.perf_counter() - start

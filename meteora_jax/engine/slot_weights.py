@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding
 
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import GROUPS, LlamaConfig
+from meteora_jax.engine.staging import Buffers, Layout, Part, Path, Staged, fill
 from meteora_jax.execution import jit
 from meteora_jax.io.model_bank import ADAPTER_AXES, COLUMN_AXES, adapter_tensors, group_spectra
 from meteora_jax.model.packed_linear import PackedLinear
-from meteora_jax.sharding import Params, place, sharding
+from meteora_jax.sharding import Params, sharding
 from meteora_jax.spectra import SPECTRA
 from pallas_kernels.routed_lora import packing
-
-Path = tuple[str, ...]
-# what goes into a slot, by the place of the leaf that it goes into, 1 on the axis of slots
-Staged = Mapping[Path, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,78 +62,74 @@ class SlotWeights:
                 self._leaves[path], self._axes[path] = leaf, axis
             elif path in self._packings:
                 self._leaves[path] = leaf
-        self._gated = not router and model.has_gates
+        self.layout = self._layout(not router and model.has_gates)
+        self._threads = threading.local()
+
+    def _layout(self, gated: bool) -> Layout:
+        """Of what goes into a slot; gated: gates' columns too, [L, I, P, 1] float32."""
+        held: dict[Path, tuple[tuple[int, ...], np.dtype]] = {}
+        where: dict[Path, Sharding] = {}
+        for path, leaf in self._leaves.items():
+            at = path
+            if path in self._packings:
+                if not gated:
+                    continue
+                at = (*path[:-1], "gate")
+            if at[-1] in COLUMN_AXES:
+                width = self._config.projection_shape(GROUPS[at[1]][0])[0]
+                held[at] = (self._config.num_layers, width, len(GROUPS[at[1]]), 1), np.dtype(np.float32)
+            else:
+                axis = self._axes[path] % len(leaf.shape)
+                held[at] = (*leaf.shape[:axis], 1, *leaf.shape[axis + 1 :]), np.dtype(leaf.dtype)
+            if self._mesh is not None:
+                where[at] = sharding(self._mesh, leaf.get_metadata("axes"), held[at][0])
+        return Layout(held, None if self._mesh is None else where)
 
     def stage(
         self, adapter: AdapterBank, columns: Mapping[Path, np.ndarray], slots: int = 1, spectra: bool = False
     ) -> list[Staged]:
-        """An adapter on its way to the devices: padded to the slots' shape, and handed over without waiting.
+        """An adapter in the slots' shape on the devices. It has arrived when this returns; any thread may call.
 
         Args:
             adapter: alone. columns: of its gates, [L, I, P] by the place of `gate`; none: gates do not know it. slots:
                 into so many its ranks are divided; what has no rank, and the columns, go into the first. spectra: with
                 what routers by score read of the matrices.
         """
-        own = adapter_tensors(adapter, self._config, self._mesh)
+        buffers = self._buffers()
+        own = adapter_tensors(adapter, self._config, self._mesh, buffers.views if slots == 1 else {})
         for group in GROUPS if spectra else ():
             if ("layers", group, "lora_a") in own:
                 a, b, scale = (own["layers", group, name] for name in ("lora_a", "lora_b", "lora_scale"))
                 for name, value in zip(SPECTRA, group_spectra(a, b, scale, *self._cuts[group]), strict=True):
                     own["layers", group, name] = value
-        return [self._stage(own, {} if part else columns, part) for part in range(slots)]
+        return [self._stage(buffers, own, {} if part else columns, part) for part in range(slots)]
 
-    def _stage(self, own: Mapping[Path, np.ndarray], columns: Mapping[Path, np.ndarray], part: int) -> Staged:
-        staged: dict[Path, Any] = {}
-        for path, leaf in self._leaves.items():
-            if path in self._packings:
-                if self._gated:
-                    staged[*path[:-1], "gate"] = self._column(columns.get((*path[:-1], "gate")), path)
-                continue
+    def _stage(
+        self, buffers: Buffers, own: Mapping[Path, np.ndarray], columns: Mapping[Path, np.ndarray], part: int
+    ) -> Staged:
+        for path, view in buffers.views.items():
             if path[-1] in COLUMN_AXES:
-                staged[path] = self._column(columns.get(path), path)
-                continue
-            shape, axis = list(leaf.shape), self._axes[path]
-            shape[axis] = 1
-            whole = _ranks(path, own.get(path), leaf.shape, part)
-            if whole is None or whole.shape != tuple(shape) or whole.dtype != leaf.dtype:
-                padded = np.full(shape, self._config.vocab_size if path[-1] == "ids" else 0, leaf.dtype)
-                if whole is not None:
-                    padded[tuple(map(slice, whole.shape))] = whole
-                whole = padded
-            staged[path] = self._put(whole, path)
-        return staged
+                column = columns.get(path)
+                fill(view, None if column is None else column[..., None])
+            elif (value := own.get(path)) is not view:  # else it is there
+                value = _ranks(path, value, view.shape, part)
+                fill(view, value, self._config.vocab_size if path[-1] == "ids" else 0)
+        return buffers.send()
+
+    def _buffers(self) -> Buffers:
+        """The calling thread's own."""
+        found = getattr(self._threads, "buffers", None)
+        if found is None:
+            found = self._threads.buffers = self.layout.buffers()
+        return found
 
     def write(self, staged: Staged, slot: int) -> None:
         """Puts what was staged into a slot, behind whatever the devices have been given to do."""
         held = {path: leaf[...] for path, leaf in self._leaves.items()}
         layout = tuple(sorted([*self._axes.items(), *self._packings.items()]))
-        written = write_slot(held, dict(staged), np.int32(slot), layout=layout)
+        written = write_slot(held, dict(staged), np.int32(slot), layout=layout, parts=self.layout.key)
         for path, leaf in self._leaves.items():
             leaf.set_value(written[path])
-
-    def _column(self, column: np.ndarray | None, path: Path) -> jax.Array:
-        """A gate's column [L, I, P] as [L, I, P, 1], float32; zeros where there is none."""
-        group = path[1]
-        width = self._config.projection_shape(GROUPS[group][0])[0]
-        shape = self._config.num_layers, width, len(GROUPS[group])
-        value = np.zeros(shape, np.float32) if column is None else np.asarray(column, np.float32)
-        return self._put(value[..., None], (*path[:-1], "gate"))
-
-    def _put(self, value: np.ndarray, path: Path) -> jax.Array:
-        if self._mesh is None:
-            where = SingleDeviceSharding(jax.devices()[0])
-        else:
-            where = sharding(self._mesh, self._leaves[path].get_metadata("axes"), value.shape)
-        pinned = pinned_like(where)
-        # by way of memory that the device reads by itself: the copy takes no time of the host's
-        return place(value, where) if pinned is None else jax.device_put(place(value, pinned), where)
-
-
-def pinned_like(where: Sharding) -> Sharding | None:
-    """The same devices' pinned host memory; None where the platform has none."""
-    device = next(iter(where.device_set))
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    return where.with_memory_kind("pinned_host") if "pinned_host" in kinds else None
 
 
 def _ranks(path: Path, whole: np.ndarray | None, shape: Sequence[int], part: int) -> np.ndarray | None:
@@ -149,14 +143,16 @@ def _ranks(path: Path, whole: np.ndarray | None, shape: Sequence[int], part: int
     return whole[(slice(None),) * axis + (slice(part * rank, (part + 1) * rank),)]
 
 
-@jit(static_argnames=("layout",), donate_argnames=("held",))
+@jit(static_argnames=("layout", "parts"), donate_argnames=("held",))
 def write_slot(
-    held: dict[Path, jax.Array], one: dict[Path, jax.Array], slot: jax.Array, *, layout: tuple[tuple[Path, Any], ...]
-) -> dict[Path, jax.Array]:
-    """`held` with `one` in the place of what the slot int32 [] held.
+    held: dict[Path, jax.Array], staged: dict[str, jax.Array], slot: jax.Array, *,
+    layout: tuple[tuple[Path, Any], ...], parts: tuple[tuple[Path, Part], ...],
+) -> dict[Path, jax.Array]:  # fmt: skip
+    """`held` with what was staged in the place of what the slot int32 [] held.
 
-    layout: of each leaf its axis of slots, or the `Packing` of a kernel; sorted.
+    layout: of each leaf its axis of slots, or the `Packing` of a kernel; sorted. parts: of `Layout`.
     """
+    one = {path: part.of(staged[part.buffer]) for path, part in parts}
     out = {}
     for path, how in layout:
         leaf = held[path]
@@ -167,12 +163,14 @@ def write_slot(
         group = path[:-1]
         for p in range(how.projections):
             first = how.outputs + p * rows
-            parts = []
+            rows_in = []
             if (gate := one.get((*group, "gate"))) is not None:
-                parts.append((gate[:, :, p, 0][:, None], first + slot))
+                rows_in.append((gate[:, :, p, 0][:, None], first + slot))
             if how.rank:
-                parts.append((one[*group, "lora_a"][:, p, 0], first + packing.first_a_row(how.gates) + slot * how.rank))
-            for part, row in parts:
+                rows_in.append(
+                    (one[*group, "lora_a"][:, p, 0], first + packing.first_a_row(how.gates) + slot * how.rank)
+                )
+            for part, row in rows_in:
                 leaf = jax.lax.dynamic_update_slice_in_dim(leaf, part.astype(leaf.dtype), row, 1)
         out[path] = leaf
     return out

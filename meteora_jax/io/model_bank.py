@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -136,12 +137,20 @@ def _unpack(model: Llama, held: dict[tuple[str, ...], jax.Array], release: bool)
     return tuple(found)
 
 
-def adapter_tensors(bank: AdapterBank, config: LlamaConfig, mesh: Mesh | None) -> dict[tuple[str, ...], np.ndarray]:
-    """A bank's arrays by their paths in the module tree, columns as they lie on the mesh."""
+def adapter_tensors(
+    bank: AdapterBank, config: LlamaConfig, mesh: Mesh | None,
+    into: Mapping[tuple[str, ...], np.ndarray] = MappingProxyType({}),
+) -> dict[tuple[str, ...], np.ndarray]:  # fmt: skip
+    """A bank's arrays by their paths in the module tree, columns as they lie on the mesh.
+
+    into: memory for a group's lora_a and lora_b; see `AdapterBank.group`.
+    """
     orders = column_orders(config, tensor_shards(mesh))
     found: dict[tuple[str, ...], np.ndarray] = {}
     for group in GROUPS:
-        for name, value in (bank.group(group) or {}).items():
+        a, b = (into.get(("layers", group, name)) for name in ("lora_a", "lora_b"))
+        memory = None if a is None or b is None else (a, b)
+        for name, value in (bank.group(group, memory) or {}).items():
             by_column = group in orders and name in ("lora_b", "lora_dora", "lora_bias")
             found["layers", group, name] = value[..., orders[group]] if by_column else value
     for end in ENDS:

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import AdapterInfo, BankConfig, InputError, LlamaConfig, VocabAdapterConfig, read_json
 from meteora_jax.io.provenance import BaseOrigin, misfits
-from meteora_jax.io.tensors import WEIGHTS, open_tensors
+from meteora_jax.io.tensors import WEIGHTS, all_finite, map_tensors, open_tensors
 
 
 class StoredBank:
@@ -32,17 +32,19 @@ class StoredBank:
         if problems := misfits(self.config, base, origin, source):
             raise InputError(problems)
         self._shapes = self.config.weight_shapes()
-        self._file = open_tensors(self.folder / WEIGHTS, self._shapes)
+        open_tensors(self.folder / WEIGHTS, self._shapes)
+        self._tensors = map_tensors(self.folder / WEIGHTS)
 
     def adapter(self, at: int) -> AdapterBank:
-        """The bank of its adapter number `at` alone, padded to no more than its own rank.
+        """The bank of its adapter number `at` alone, padded to no more than its own rank; its matrices are the mapped
+        file's, in the type that they have there.
 
         Raises:
-            InputError: the file cannot be read any more, or holds a value that is no finite number.
+            InputError: the file holds a value that is no finite number.
         """
         info = self.config.adapters[at]
         tensors = {key: self._read(key, at, info.rank) for key in self._shapes}
-        unfit = [key for key, t in tensors.items() if not np.isfinite(t).all()]
+        unfit = [key for key, t in tensors.items() if not all_finite(t)]
         if unfit:
             raise InputError(
                 f"{self.folder / WEIGHTS}: {unfit[0]}: expected finite numbers for {info.name!r}, found others"
@@ -63,21 +65,19 @@ class StoredBank:
             ends[end] = {k: t.astype(np.float32 if k == "scale" else self.dtype) for k, t in held.items()}
             if "rows" in held:
                 ends[end]["rows"] = ends[end]["rows"][:, : vocab[end].most]
-        a, b, scale = part("a", self.dtype), part("b", self.dtype), part("scale")
+        a, b = ({p: tensors[f"{p}.{kind}"] for p in ranks} for kind in ("a", "b"))
+        b |= {p: b[p].astype(self.dtype) for p in ranks if f"{p}.dora" in tensors}  # DoRA multiplies what a model has
+        scale = part("scale")
         return AdapterBank(a, b, scale, config, part("dora"), part("bias"), ends, part("own_gate"))
 
     def _read(self, key: str, at: int, rank: int) -> np.ndarray:
-        """A tensor's part of one adapter, its axis kept."""
+        """A tensor's part of one adapter, its axis kept: a view."""
         place, _, kind = key.rpartition(".")
         before = 1 if place in self.config.ranks else 0  # axes: layers
         part = (*[slice(None)] * before, slice(at, at + 1))
         if kind in ("a", "b"):
             part += (slice(min(rank, self._shapes[key][before + 1])),)
-        try:
-            read = self._file.get_slice(key)[part]
-        except Exception as e:  # safetensors' own, of a file that was cut or replaced
-            raise InputError(f"{self.folder / WEIGHTS}: {key}: cannot be read ({e})") from None
-        return np.asarray(read)
+        return self._tensors[key][part]
 
 
 def _alone(config: BankConfig, at: int, ranks: dict[str, int], vocab: dict[str, VocabAdapterConfig]) -> BankConfig:

@@ -4,11 +4,13 @@ description implies; anything else is refused, all problems at once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,9 @@ from meteora_jax.config import InputError
 from meteora_jax.io.files import whole_folder, write_json
 
 WEIGHTS = "weights.safetensors"
+FLOATS = {  # as the format calls them
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)
+}  # fmt: skip
 
 
 def open_tensors(
@@ -46,6 +51,34 @@ def open_tensors(
     if problems:
         raise InputError(problems)
     return file
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a weight file that `open_tensors` found in order, none of them read: views of the mapped file.
+
+    Raises:
+        InputError: a tensor of another type than floating point.
+    """
+    whole = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    start = 8 + int(whole[:8].view("<u8")[0])
+    found = {}
+    for key, held in json.loads(whole[8:start].tobytes()).items():
+        if key == "__metadata__":
+            continue
+        if held["dtype"] not in FLOATS:
+            raise InputError(f"{path}: {key}: expected type {', '.join(FLOATS)}, found {held['dtype']}")
+        first, end = held["data_offsets"]
+        found[key] = whole[start + first : start + end].view(FLOATS[held["dtype"]]).reshape(held["shape"])
+    return found
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether all values are finite numbers. Bits grow with the number: the largest of those without a sign and the
+    largest with one tell, and no memory is needed, which costs more than looking."""
+    size = values.dtype.itemsize
+    beyond = int(np.asarray(np.inf, values.dtype).view(f"u{size}"))
+    most, least = (int(values.view(f"{kind}{size}").max(initial=0)) for kind in "iu")
+    return most < beyond and least < beyond + (1 << 8 * size - 1)
 
 
 def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
