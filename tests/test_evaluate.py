@@ -2,20 +2,28 @@
 
 import json
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from worlds import NAMES
 
+import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.cli.comparison import fingerprint
+from meteora_jax.cli.evaluate import Evaluate, answering
 from meteora_jax.config import InputError
 from meteora_jax.evaluation import runner
-from meteora_jax.evaluation.problems import load_problems
+from meteora_jax.evaluation.problems import Problem, load_problems
+from meteora_jax.evaluation.systems import System
 from meteora_jax.evaluation.table import markdown, tabulate
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.gates import save_gates
+from meteora_jax.routing.by_score import Arrow
 from meteora_jax.routing.fixed import Fixed
+from meteora_jax.routing.gates import Gates
+from meteora_jax.routing.retrieval import Retrieval
 
 TASKS = ("winowhy", "disfl_qa", "object_counting")
 
@@ -219,3 +227,23 @@ def test_own_tasks_in_any_form_are_answered_and_scored_by_the_metric_asked_for(t
     assert table["metrics"]["apple"] == {"name": r"regex:\d", "because": ""}
     assert table["metrics"]["birch"]["name"] == "exact"
     assert json.loads((tmp_path / "run" / "run.json").read_text())["new_tokens"] == {"apple": 4, "birch": 2}
+
+
+def test_systems_that_choose_alike_are_asked_together():
+    """One adapter a request, or none, however it is found; gates of any top-k; the others each by themselves."""
+    index = mj.Index.build({name: [f"{name} {i}" for i in range(3)] for name in NAMES})
+    several = Fixed(dict.fromkeys(NAMES[:3], 1 / 3))
+    routers: dict[str, Any] = {
+        "base": None, "oracle": Fixed(NAMES[0]), "uniform": several, "gates-top1": Gates(1), "gates-top2": Gates(2),
+        "selection": Retrieval(index, k=1, compose="selection"), "mixture": Retrieval(index, k=2), "arrow": Arrow(2),
+    }  # fmt: skip
+    model: Any = SimpleNamespace(bank=None)
+    systems = [System(name, model, lambda _, r=router: r, name != "oracle") for name, router in routers.items()]
+    single, composite = Problem("a", "winowhy", "", ""), Problem("b", "both", "", "", tasks=("winowhy", "disfl_qa"))
+    for problems in ([single], [composite, single]):
+        answers = answering(systems, problems, Evaluate.__new__(Evaluate))
+        groups: dict[int, set[str]] = {}
+        for name, answer in answers.items():
+            groups.setdefault(id(answer), set()).add(name)
+        alike = [{"base", "oracle", "selection"}, {"gates-top1", "gates-top2"}, {"uniform"}, {"mixture"}, {"arrow"}]
+        assert sorted(groups.values(), key=sorted) == sorted(alike, key=sorted)
