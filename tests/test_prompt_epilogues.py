@@ -33,7 +33,7 @@ def test_numerics_by_triton_s_interpreter():
     lines = [line for line in result.stdout.splitlines() if line.startswith(("tiles", "whole", "benchmark"))]
     assert lines == [
         f"tiles of 16: {examples(8, 48)} cases", f"tiles as on a GPU: {examples(1, 6)} cases", "whole model",
-        "benchmark",
+        *(["benchmark"] if examples(8, 48) > 8 else []),
     ]  # fmt: skip
 
 

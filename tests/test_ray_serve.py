@@ -70,6 +70,9 @@ async def ask_all(url: str, asked: list[tuple[str, str]]) -> list[str]:
         return await asyncio.gather(*(one(*a) for a in asked))
 
 
+@pytest.mark.exhaustive(
+    "Ray and two replicas take two minutes of a core; app, options and manifests are tested by default"
+)
 def test_two_replicas_answer_as_one_server_and_leave_no_process(world):
     pytest.importorskip("ray", reason="needs the ray extra")
     import psutil
