@@ -46,10 +46,9 @@ class BenchProducts:
     behind: int = 0
     """Rows of 16 bits behind each matrix, as gates and A's are."""
     tile: tuple[str, ...] = ()
-    """Tiles to compare with the ones that are chosen: BM,BN,J,SPLITS,stages,warps, and `cvt` behind it for
-    Triton's own conversions."""
+    """Tiles to compare with the ones that are chosen: BM,BN,J,SPLITS,stages,warps."""
     xla: bool = True
-    """XLA's product as well, and bfloat16's."""
+    """XLA's product as well, bfloat16's, and of fp8 that of activations in fp8."""
     seconds: float = 0.05
     """Measuring time of each, compilation excluded."""
     json: Path | None = None
@@ -69,20 +68,19 @@ def stacked(weights: WeightFormat, width: int, total: int) -> QuantizedWeight:
 
     zero = None
     if "kernel_zero" in parts:
-        zero = jnp.full(
-            (layers, *jax.eval_shape(lambda: turn_zero(jnp.zeros(*parts["kernel_zero"]), width)).shape), 8, jnp.uint8
-        )
+        lies = jax.eval_shape(lambda: turn_zero(jnp.zeros(*parts["kernel_zero"]), width))
+        zero = jnp.full((layers, *lies.shape), 8, jnp.uint8)
     return QuantizedWeight(make("kernel"), make("kernel_scale"), zero, turned=True, words=True)
 
 
 def parse(tile: str) -> dict[str, Any]:
     """The arguments of `triton_gpu.product` that a `--tile` means."""
-    numbers = tile.removesuffix(",cvt").split(",")
+    numbers = tile.split(",")
     if len(numbers) != 6 or not all(map(str.isdecimal, numbers)):
         raise InputError(f"--tile: expected BM,BN,J,SPLITS,stages,warps, found {tile}")
     bm, bn, j, splits, stages, warps = map(int, numbers)
     size = dict(BM=bm, BN=bn, J=j, SPLITS=splits, STAGES=stages, warps=warps)
-    return dict(tile=size, assembly=not tile.endswith(",cvt"))
+    return dict(tile=size)
 
 
 def main(settings: BenchProducts) -> None:

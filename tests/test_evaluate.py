@@ -241,7 +241,7 @@ def test_systems_that_choose_alike_are_asked_together():
     systems = [System(name, model, lambda _, r=router: r, name != "oracle") for name, router in routers.items()]
     single, composite = Problem("a", "winowhy", "", ""), Problem("b", "both", "", "", tasks=("winowhy", "disfl_qa"))
     for problems in ([single], [composite, single]):
-        answers = answering(systems, problems, Evaluate.__new__(Evaluate))
+        answers = answering(systems, problems, {("oracle", "both")}, Evaluate.__new__(Evaluate))
         groups: dict[int, set[str]] = {}
         for name, answer in answers.items():
             groups.setdefault(id(answer), set()).add(name)

@@ -97,7 +97,10 @@ def test_a_tile_of_the_bench_that_is_none_is_refused_in_a_line():
 def test_on_a_gpu(rows: int, adapters: int, rank: int, width: int, end: str):
     """As XLA's products in float32, some tiles without adapters."""
     rng = np.random.default_rng(rows)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
     a, b = jnp.zeros((2, adapters, rank, 16), jnp.bfloat16), draw(adapters, rank, 2 * width)
     bank = LoraBank(a, b, jnp.ones((2, adapters), jnp.float32), (width, width))
     indices = rng.integers(-1, adapters, (rows, 2, 2)).astype(np.int32)

@@ -91,6 +91,10 @@ def test_conversations_are_drawn_where_the_template_takes_them(world):
     tokenizer.chat_template = asks + tokenizer.chat_template
     assert takes.__wrapped__(tokenizer, "user", "assistant")
     assert not takes.__wrapped__(tokenizer, "system", "user", "assistant")
+    silent = tokenizer.chat_template.replace("message.content", "'?'").replace("message['content']", "'?'")
+    assert silent != tokenizer.chat_template
+    tokenizer.chat_template = silent
+    assert not takes.__wrapped__(tokenizer, "user", "assistant")
     tokenizer.chat_template = None
     takes.cache_clear()
     assert all("1. " in text and before not in text for text in drawn())

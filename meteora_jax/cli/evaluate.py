@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,13 @@ def response_routing(trace: RoutingTrace) -> dict[str, float]:
     return {name: round(share, 4) for name, share in named if share >= 5e-5}
 
 
-def answering(systems: Sequence[System], problems: Sequence[Problem], command: Evaluate) -> dict[str, runner.Answer]:
+def answering(
+    systems: Sequence[System], problems: Sequence[Problem], leave: Collection[tuple[str, str]], command: Evaluate
+) -> dict[str, runner.Answer]:
     """Each system as the runner calls it. Systems of one model that choose alike share an engine's batches and its
     compiled programs, unless adapters change the embedding or the head: a batch with a choice by token leaves those
     out."""
     groups: dict[Any, list[System]] = {}
-    leave = skipped(systems, problems)
     for s in systems:
         alone = s.model.bank is not None and s.model.bank.vocab_adapter_names
         own = next((p for p in problems if (s.name, p.task) not in leave), None)
@@ -232,7 +233,7 @@ def evaluate(command: Evaluate) -> None:
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None
     leave = skipped(systems, problems)
-    answers = answering(systems, problems, command)
+    answers = answering(systems, problems, leave, command)
     others = exchange() if shared_out else None
     if others is not None:
         dealt = {id(answer): others.dealt(answer) for answer in answers.values()}

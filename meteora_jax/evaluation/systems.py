@@ -311,7 +311,7 @@ def routing_kind(system: System, problem: Problem) -> tuple[Any, ...]:
     """What systems have in common that are best asked together: how their routers choose, and among how many adapters.
 
     A batch with several kinds runs each of them for all of its rows, and by XLA: base, oracle, uniform, Arrow and two
-    retrievals of 28 adapters in one answered 3 problems a second on an H200, where token routers alone answered 76.
+    retrievals of 28 adapters in one answered 3 problems a second on a shared H200, where token routers answered 76.
     """
     router = system.route(problem)
     if isinstance(router, Retrieval):

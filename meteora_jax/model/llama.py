@@ -100,10 +100,10 @@ class Layer(nnx.Module):
             heads = q.shape[2], k.shape[2], width, cache.pages.dtype
             how = choose_attention(execution.platform, execution.kernels and not partitions(), *heads, window)
             y = cache.attend(index, q[:, 0], where.step, window, how)[:, None]
-        x, r_o = self.o.onto(x, y, router, where.execution, index, where.keep)
-        hidden, r_gate_up = self.gate_up.hidden(self.mlp_norm(x), router, where.execution, index, where.keep)
+        x, r_o = self.o.until(x, y, router, where.execution, index, where.keep)
+        hidden, r_gate_up = self.gate_up.until("silu", self.mlp_norm(x), router, where.execution, index, where.keep)
         # down's is added to the residual stream and to nothing else: no backward pass reads it
-        x, r_down = self.down.onto(x, hidden, router, where.execution, index)
+        x, r_down = self.down.until(x, hidden, router, where.execution, index)
         return x, cache, tuple(r for r in (r_qkv, r_o, r_gate_up, r_down) if r is not None)
 
 

@@ -43,6 +43,11 @@ GROUP_SIDES = {
 }  # fmt: skip
 
 
+# What follows a group's projections: "silu", of gate and up silu(gate) * up [B, T, F]; or the residual stream
+# [B, T, D], to which o, or down, is added.
+End = jax.Array | Literal["silu"]
+
+
 def by_column(combine: jax.Array, columns: jax.Array, splits: tuple[int, ...]) -> jax.Array:
     """sum_a combine[.., p, a] * columns[a, columns of p] for each projection p, side by side.
 
@@ -71,10 +76,13 @@ def quantized(
     return quantized_matmul(x, weight, implementation=how, block=cpu_block(x))
 
 
-def silu_product(parts: list[jax.Array]) -> jax.Array:
-    """silu(gate) * up of the parts of gate and up."""
-    gate, up = parts
-    return jax.nn.silu(gate) * up
+def ended(parts: list[jax.Array], end: End) -> jax.Array:
+    """What follows a group's projections [B, T, O_p]: see `End`."""
+    if isinstance(end, str):
+        gate, up = parts
+        return jax.nn.silu(gate) * up
+    (y,) = parts
+    return end + y
 
 
 class LoRALinear(nnx.Module):
@@ -203,30 +211,13 @@ class LoRALinear(nnx.Module):
             y = checkpoint_name(jax.lax.optimization_barrier(y), KEPT)
         return self._split(y), routing
 
-    def hidden(
-        self,
-        x: jax.Array,
-        router: BoundRouter | None,
-        execution: ExecutionConfig,
-        layer: jax.Array | int = 0,
-        keep: bool = False,
-    ) -> tuple[jax.Array, Routing | None]:
-        """Of the group of gate and up silu(gate) * up [B, T, F], and the routing; otherwise as `__call__`."""
+    def until(
+        self, end: End, x: jax.Array, router: BoundRouter | None, execution: ExecutionConfig,
+        layer: jax.Array | int = 0, keep: bool = False,
+    ) -> tuple[jax.Array, Routing | None]:  # fmt: skip
+        """As `__call__`, and what follows the projections: see `End`."""
         parts, routing = self(x, router, execution, layer, keep)
-        return silu_product(parts), routing
-
-    def onto(
-        self,
-        residual: jax.Array,
-        x: jax.Array,
-        router: BoundRouter | None,
-        execution: ExecutionConfig,
-        layer: jax.Array | int = 0,
-        keep: bool = False,
-    ) -> tuple[jax.Array, Routing | None]:
-        """Of the group of o, or of down, the sum of its output and the residual stream; otherwise as `__call__`."""
-        (y,), routing = self(x, router, execution, layer, keep)
-        return residual + y, routing
+        return ended(parts, end), routing
 
     def _with_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None, :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam
 from meteora_jax.execution import ExecutionConfig
-from meteora_jax.model.lora_linear import LoRALinear, Share, silu_product
+from meteora_jax.model.lora_linear import End, LoRALinear, Share, ended
 from meteora_jax.numerics import contract, cpu_block
 from meteora_jax.routing import BoundRouter, GateLogits, Routing
 from meteora_jax.routing.gates import GATES, KnownLogits
@@ -73,9 +73,8 @@ class PackedLinear(nnx.Module):
             zero = None if linear.kernel_zero is None else linear.kernel_zero[...]
             group = QuantizedWeight(linear.kernel[...], self.kernel_scale[...], zero).group
             if zero is not None:
-                kernel_zero = BaseParam(
-                    jax.jit(jax.vmap(functools.partial(turn_zero, width=rows.shape[3])))(zero), axes=linear.sides[::-1]
-                )
+                turned = jax.jit(jax.vmap(functools.partial(turn_zero, width=rows.shape[3])))(zero)
+                kernel_zero = BaseParam(turned, axes=linear.sides[::-1])
             values = PackedKernel(turn_layers(linear.kernel[...], group), axes=linear.sides[::-1])
         self.kernel, self.values = PackedKernel(kernel, axes=linear.sides[::-1]), values
         self.kernel_zero = kernel_zero
@@ -138,40 +137,20 @@ class PackedLinear(nnx.Module):
         y, routing, _ = self._run(x, router, execution, layer)
         return self._split(y), routing
 
-    def hidden(
-        self,
-        x: jax.Array,
-        router: BoundRouter | None,
-        execution: ExecutionConfig,
-        layer: jax.Array | int = 0,
-        keep: bool = False,
-    ) -> tuple[jax.Array, Routing | None]:
-        """As `LoRALinear.hidden`, in the launch behind the product where there is one."""
+    def until(
+        self, end: End, x: jax.Array, router: BoundRouter | None, execution: ExecutionConfig,
+        layer: jax.Array | int = 0, keep: bool = False,
+    ) -> tuple[jax.Array, Routing | None]:  # fmt: skip
+        """As `LoRALinear.until`, in the launch behind the product where there is one."""
         assert not keep, "a packed weight has no backward pass"
-        y, routing, ended = self._run(x, router, execution, layer, "silu")
-        return y if ended else silu_product(self._split(y)), routing
-
-    def onto(
-        self,
-        residual: jax.Array,
-        x: jax.Array,
-        router: BoundRouter | None,
-        execution: ExecutionConfig,
-        layer: jax.Array | int = 0,
-        keep: bool = False,
-    ) -> tuple[jax.Array, Routing | None]:
-        """As `LoRALinear.onto`, in the launch behind the product where there is one."""
-        assert not keep, "a packed weight has no backward pass"
-        y, routing, ended = self._run(x, router, execution, layer, residual)
-        return y if ended else residual + y, routing
+        y, routing, done = self._run(x, router, execution, layer, end)
+        return y if done else ended(self._split(y), end), routing
 
     def _run(
         self, x: jax.Array, router: BoundRouter | None, execution: ExecutionConfig, layer: jax.Array | int,
-        end: jax.Array | Literal["silu"] | None = None,
+        end: End | None = None,
     ) -> tuple[jax.Array, Routing | None, bool]:  # fmt: skip
-        """x [B, T, I] -> [B, T, O], and the routing; or, where the last is True, what a launch made of it: silu(gate) *
-        up [B, T, F] where that is the end, the sum with it where that is the residual stream [B, T, O].
-        """
+        """x [B, T, I] -> [B, T, O], and the routing; or, if the last is True, what a launch made of it to the end."""
         total, projections = sum(self.splits), len(self.splits)
         batch, tokens, _ = x.shape
         if self.lora_a is None or self.lora_b is None or self.lora_scale is None:

@@ -98,12 +98,12 @@ def compose(
 
 @functools.lru_cache(maxsize=8)
 def takes(tokenizer: Any, *roles: str) -> bool:
-    """Whether there is a chat template, and messages of these roles suit it."""
+    """Whether there is a chat template that takes messages of these roles and writes down what they say."""
     try:
-        render_chat(tokenizer, [{"role": role, "content": "Yes."} for role in roles], "messages")
+        text = render_chat(tokenizer, [{"role": role, "content": "Yes."} for role in roles], "messages")
     except InputError:
         return False
-    return True
+    return text.count("Yes.") >= len(roles)
 
 
 def converse(
@@ -114,8 +114,8 @@ def converse(
     A router of tokens cannot route what it never read: of tasks as plain text alone it learns nothing of the same tasks
     inside a template, and, where background comes as messages, that the template is nobody's. Every token of a turn's
     messages is labelled with its task, and so is what the template writes before the answer, at whose end the answer's
-    first token is chosen; all else that the template and `system` write belongs to none, and so does a message that the
-    template changed. The end token is the last turn's, whose adapter ends the answer.
+    first token is chosen; all else that the template and `system` write belongs to none. The end token is the last
+    turn's, whose adapter ends the answer.
 
     Raises:
         InputError: the tokenizer has no chat template, or it refuses the messages.
@@ -129,9 +129,10 @@ def converse(
     spans: list[tuple[int, int, bool]] = []  # of the messages: where each ends, its task, and whether it is an answer
     starts, place = [], 0
     for message, owner in zip(messages, owners, strict=True):
-        start = text.find(message["content"], place)
+        said = message["content"].strip()  # as many templates have it
+        start = text.find(said, place)
         if start >= 0:
-            place = start + len(message["content"])
+            place = start + len(said)
             starts.append(start)
             spans.append((place, owner, message["role"] == ANSWERS))
     # without what the template writes behind the last answer: the end token stands for it

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: few rows through a stack of turned matrices in 8 or 4 bits, by Triton (the extra `gpu`)."""
+"""NVIDIA GPUs: few rows through a stack of matrices in 8 or 4 bits, in words, by Triton (the extra `gpu`)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
         NotImplementedError: no tile divides the matrix.
     """
     bm, block = min(128, max(8, 1 << (rows - 1).bit_length())), word_block(width, group)
-    few = rows <= (64 if group else 16) or total < 128 * PROGRAMS
-    widest = 64 if few else 128 if rows <= 64 else 256
-    bn = next((n for n in (256, 128, 64, 32, 16) if n <= max(widest, bm if bm > 64 else 0) and total % n == 0), 0)
+    wide = total >= 128 * PROGRAMS
+    widest = 64 if rows <= (64 if group else 16) or not wide else 128
+    widest *= 2 if rows > 64 else 1
+    bn = next((n for n in (256, 128, 64, 32, 16) if n <= widest and total % n == 0), 0)
     if not bn or not block:
         found = f"{width} x {total}" + f" in groups of {group}" * bool(group)
         wanted = "inputs in blocks of 128 (8 bit: 64), columns of 16"
@@ -66,14 +67,11 @@ def product(
     behind: jax.Array | None = None,
     rows: int | None = None,
     tile: Mapping[str, int] | None = None,
-    *,
-    assembly: bool = True,
 ) -> jax.Array:
     """x [at least M, I] through a layer's matrix and the rows behind it [L, N, I].
 
     Args:
         weight: stacked over layers, in words. rows: M, all of x's unless given. tile: of `tiles` unless given.
-        assembly: whether values are converted by inline assembly.
 
     Returns:
         Summands, float32 [SPLITS, M, O + N].
@@ -94,6 +92,6 @@ def product(
         out=(shape((splits, count, total + n), jnp.float32),),
         grid=(n // BEHIND + total // size["BN"], math.ceil(count / size["BM"]), splits), warps=warps, aliases={},
         M=count, I=width, O=total, N=n, S=weight.group, B=word_block(width, weight.group), BEHIND=BEHIND,
-        ASM=assembly and x.dtype == jnp.bfloat16, **size,
+        ASM=x.dtype == jnp.bfloat16, **size,
     )  # fmt: skip
     return y
