@@ -27,12 +27,20 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model import layout
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.quantization import Quantization, WeightFormat
+from pallas_kernels.decode_step import operands
+from pallas_kernels.decode_step import triton_gpu as step_gpu
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.quantized_matmul import QuantizedWeight, triton_gpu
 from pallas_kernels.quantized_matmul.weight import turn, turn_zero
 
 # rows, inputs, columns, groups in 4 bit: a row alone; more than a tile; few inputs
 SHAPES = [(1, 512, 16, 4), (19, 128, 32, 1), (3, 256, 16, 8)]
+
+# how adapters are chosen, whether the bank is wide, up to how many rows gather
+SUMMANDS = [
+    ("gates", False, 64), ("gates", False, 0), ("gates", True, 64), ("given", False, 64), ("given", False, 0),
+    ("fused", False, 0),
+]  # fmt: skip
 
 
 def product(kind: str, dtype: str, rows: int, width: int, total: int, groups: int, behind: int) -> None:
@@ -81,6 +89,42 @@ def quantized_model(weights: WeightFormat, dtype: str, head: bool = False) -> mj
     return dataclasses.replace(model, config=config, graph=graph, weights=nnx.from_flat_state(leaves))
 
 
+def summands(steps: Any, seed: int, how: str, wide: bool, gather: int) -> None:
+    """A group whose product is two summands: who reads base, logits or shrinks of it reads the sum of both, so that the
+    result is that of the same matrices unquantised. how: "gates", "given" or "fused"."""
+    rng, rows, (adapters, null), top_k = np.random.default_rng(seed), 9, (5, 1), 2
+    plain, _, packed = steps.random_group(rng, "float32", 2, 128, (64,), adapters, 4, wide, False, True, 3, null)
+    made = [quantize.eight_bit(np.asarray(w[:64]).T, "float8_e4m3fn") for w in plain.w]
+    values, scale = (np.stack(z) for z in zip(*made, strict=True))
+    rounded = jnp.asarray(values.astype(np.float32) * scale[:, None]).swapaxes(1, 2)
+    turned = jnp.stack([turn(jnp.asarray(v), 0) for v in values])
+    behind = packed.reshape(2, -1, 128)
+    plain = dataclasses.replace(plain, w=jnp.concatenate([rounded, behind], axis=1))
+    weight = QuantizedWeight(turned, jnp.asarray(scale), turned=True, words=True)
+    group = dataclasses.replace(plain, w=weight, behind=behind)
+    if how == "gates":
+        choice = operands.Choice(top_k, jnp.full(rows, top_k), jnp.full(rows, 5.0, jnp.float32))
+    else:
+        indices = jnp.asarray(rng.integers(-1, adapters, (rows, top_k)), jnp.int32)
+        weights = jnp.asarray(rng.standard_normal((rows, top_k)), jnp.float32)
+        fused = jnp.arange(rows) % 2 == 0 if how == "fused" else None
+        choice = operands.Choice(top_k, indices=indices, weights=weights, fused=fused)
+    shape = (2, rows, 7, top_k) if how == "gates" else (1,)
+    state = operands.StepState(jnp.zeros((8, 4, 2, 32)), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), 4)
+    x = jnp.asarray(rng.integers(-2, 3, (rows, 128)), jnp.float32)
+    residual, ones = jnp.asarray(rng.standard_normal((rows, 64)), jnp.float32), jnp.ones((2, 64))
+    results = [
+        step_gpu.residual_step(
+            1, x, g, state, choice, StepLimits(gather=gather), residual=residual, next_scale=ones, next_layer=0
+        )
+        for g in (group, plain)
+    ]  # fmt: skip
+    (found, after), (wanted, before) = results
+    np.testing.assert_allclose(found.x, wanted.x, atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(after.indices, before.indices)
+    np.testing.assert_allclose(after.weights, before.weights, atol=1e-5)
+
+
 FEW = StepLimits(rows=64, programs=1)  # fewer programs to interpret, and no prompts
 
 
@@ -114,6 +158,11 @@ def main() -> None:
 
     steps.packing.ROWS = triton_gpu.BEHIND = 64  # fewer rows of zeros, and fewer programs, to interpret
     triton_gpu.tiles = wide
+    chosen_here, triton_gpu.tiles = triton_gpu.tiles, lambda *_: dict(BM=16, BN=64, J=16, SPLITS=2, STAGES=2, warps=4)
+    for seed, case in enumerate(SUMMANDS):
+        summands(steps, seed, *case)
+    print(f"summands: {len(SUMMANDS)} cases")
+    triton_gpu.tiles = chosen_here
     model = quantized_model("fp8", "float32")
     steps.agree(model, stepping(model), [mj.Gates(1, 3.0), None], 2)
     assert "product_kernel" in steps.RAN, steps.RAN

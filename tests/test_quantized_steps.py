@@ -17,13 +17,15 @@ import pytest
 from batches import answer
 from flax import nnx
 from quantized_steps_on_cpu import quantized_model, stepping
-from test_gated_model import ROWS
+from test_gated_model import ROWS, small
 from test_quantized_matmul import made
 
 import meteora_jax as mj
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model import decoding, llama
-from meteora_jax.model.layout import base_arrays
+from meteora_jax.model.layout import base_arrays, pack
+from meteora_jax.quantization import Quantization
+from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul, triton_gpu
 from pallas_kernels.quantized_matmul.weight import turn, turn_back, turn_zero, word_block
 
@@ -37,7 +39,7 @@ def test_numerics_by_triton_s_interpreter():
         env=os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert result.stdout.splitlines() == ["products: 9 cases", "model"]
+    assert result.stdout.splitlines() == ["products: 9 cases", "summands: 6 cases", "model"]
 
 
 def turned(kind: str, width: int, total: int, groups: int) -> tuple[QuantizedWeight, np.ndarray]:
@@ -112,6 +114,29 @@ def test_who_is_served(kind: str, served: bool):
     assert before.keys() == after.keys()
     for path, value in before.items():
         np.testing.assert_array_equal(np.asarray(after[path]), np.asarray(value))
+
+
+def test_an_embedding_that_is_the_head_lies_in_words():
+    """Its rows are tokens' as before, its product the head's; what is saved of it is what was loaded."""
+    config = dataclasses.replace(
+        small("float32", layers=1).config, tie_word_embeddings=True,
+        quantization=Quantization.of("int8", embedding=True),
+    )  # fmt: skip
+    made = llama.Llama(config, None, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(5)
+    made.embed[...] = jnp.asarray(rng.integers(-127, 128, (320, 128)), jnp.int8)
+    assert made.embed_scale is not None
+    made.embed_scale[...] = jnp.asarray(rng.uniform(0.5, 2, 320), jnp.float32)
+    made.execution = ExecutionConfig(step=StepLimits())
+    graph, weights = nnx.split(made)
+    packed = nnx.merge(*pack(graph, weights))
+    assert packed.head_words
+    assert np.any(np.asarray(packed.embed[...]) != np.asarray(made.embed[...]))
+    tokens, hidden = jnp.asarray([[3, 0, 319]]), jnp.asarray(rng.standard_normal((1, 2, 128)), jnp.float32)
+    np.testing.assert_array_equal(packed.embedded(tokens), made.embedded(tokens))
+    np.testing.assert_allclose(packed.logits(hidden, None), made.logits(hidden, None), rtol=1e-5, atol=1e-3)
+    kept = base_arrays(*nnx.split(packed))
+    np.testing.assert_array_equal(kept["embed",], made.embed[...])
 
 
 @pytest.mark.gpu
