@@ -240,9 +240,33 @@ def by_device(
     def own(x: jax.Array, names: Sequence[str | None]) -> PartitionSpec:
         return spec([n if cut or n != name else None for n in names], x.shape, mesh.shape)
 
-    return jax.shard_map(
-        function, in_specs=tuple(own(x, names) for x, names in given), out_specs=own(given[0][0], axes), check_vma=False
-    )(*(x for x, _ in given))
+    arrays = tuple(x for x, _ in given)
+    return on_each(function, tuple(own(x, names) for x, names in given), own(given[0][0], axes), *arrays)
+
+
+def on_each(function: Callable[..., Any], in_specs: Any, out_specs: Any, *given: Any) -> Any:
+    """`jax.shard_map` of a function of pytrees on `use_mesh`'s mesh, which there is; in_specs: a prefix of these.
+
+    Arrays without elements are made on each device: XLA turns such an input into a constant, and Shardy of jaxlib
+    0.11.2 takes the process down where an input of the function is one.
+    """
+    mesh = partitioned_mesh()
+    assert mesh is not None
+    arrays, form = jax.tree.flatten(given)
+    specs = jax.tree.leaves(jax.tree.broadcast(in_specs, given))
+    shapes = [NamedSharding(mesh, own).shard_shape(z.shape) for own, z in zip(specs, arrays, strict=True)]
+
+    def own(full: Sequence[jax.Array]) -> Any:
+        rest = iter(full)
+        return function(
+            *form.unflatten(
+                next(rest) if z.size else jnp.zeros(shape, z.dtype) for z, shape in zip(arrays, shapes, strict=True)
+            )
+        )
+
+    full = [(z, spec) for z, spec in zip(arrays, specs, strict=True) if z.size]
+    sharded = jax.shard_map(own, in_specs=([spec for _, spec in full],), out_specs=out_specs, check_vma=False)
+    return sharded([z for z, _ in full])
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

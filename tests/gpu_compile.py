@@ -23,9 +23,10 @@ os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # it would ask a driver
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -38,9 +39,10 @@ from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.model import layout
 from meteora_jax.model.llama import Llama
 from meteora_jax.model.routed_llama import gated_llama
-from meteora_jax.planning import abstract_model, shape_of
+from meteora_jax.planning import abstract_model, shape_of, spread
 from meteora_jax.quantization import Quantization
 from meteora_jax.routing.gates import GateParam
+from meteora_jax.sharding import spec, use_mesh
 from meteora_jax.training.data import Batch
 from meteora_jax.training.gate_loss import GateLoss
 from meteora_jax.training.settings import Objective
@@ -77,7 +79,10 @@ def stand_in(module: str, kernel: str, *arrays: Any, out: Any, aliases: Any = No
 
 
 def llama_3_8b(
-    form: TokenRouterForm | None = None, execution: ExecutionConfig = GPU, quantization: Quantization | None = None
+    form: TokenRouterForm | None = None,
+    execution: ExecutionConfig = GPU,
+    quantization: Quantization | None = None,
+    tensor: int = 1,
 ) -> tuple[Any, Any, BankConfig]:
     """Graph and shapes of a model of LAYERS layers, gates and A's behind its kernels' rows, and its bank."""
     config = LlamaConfig(
@@ -92,6 +97,7 @@ def llama_3_8b(
 
     def make() -> Llama:
         model = gated_llama(config, bank, form, jnp.bfloat16, nnx.Rngs(0), execution)
+        layout.lay_out(model, tensor)
         return nnx.merge(*layout.pack(*nnx.split(model)))
 
     model = nnx.eval_shape(make)
@@ -201,6 +207,27 @@ def quantised() -> None:
     assert products == 4, "a prompt's products are not of fp8"
 
 
+def on_two_gpus() -> None:
+    """A decoding step of a tensor axis compiles, for kernels on each device's share of the layers."""
+    devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x2").devices
+    mesh = Mesh(np.asarray(devices).reshape(1, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    how, router, rows = ExecutionConfig.of("gpu", "bfloat16", mesh), mj.Gates(2), 4
+    bound = router.bind([router] * rows, tuple(f"adapter_{i}" for i in range(28)))
+    with use_mesh(mesh):
+        graph, weights, _ = llama_3_8b(TokenRouterForm(width=128, depth=4), how, tensor=2)
+        given = state_of(graph, weights, rows), step_rows(rows), None, bound, array((1,), jnp.int32)
+
+        def place(x: Any) -> Any:
+            names = (None, None, "heads", None) if len(x.shape) == 4 else (None,) * len(x.shape)
+            return array(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(names, x.shape, mesh.shape)))
+
+        own = lambda *given: run_steps.__wrapped__(graph, *given, steps=8, logprobs=None, trace=True)  # noqa: E731
+        jitted = jax.jit(own, donate_argnums=1)
+        lowered = jitted.trace(spread(weights, mesh), *jax.tree.map(place, given)).lower(lowering_platforms=("cuda",))
+        lowered.compile(compiler_options=dict(execution.GPU_OPTIONS) | {"xla_gpu_autotune_level": 0})
+    print("two GPUs: a decoding step compiles")
+
+
 def main() -> None:
     quantised_gpu.launch = stand_in
     jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
@@ -241,6 +268,8 @@ def main() -> None:
         print(f"training, remat {remat}: {counted} products of so many columns a layer, forward and backward")
         assert set(counted.values()) == {products}, f"remat {remat}: a product runs more than it must"
     quantised()
+    if jax.__version_info__ >= (0, 11):  # XLA before does not compile that step without the GPUs
+        on_two_gpus()
 
 
 if __name__ == "__main__":

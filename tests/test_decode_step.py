@@ -84,6 +84,7 @@ def test_xla_for_an_h200_copies_nothing_and_adds_few_launches():
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert "adapted, 1 rows: 6 launches a layer" in result.stdout
     assert "adapted, token router, 8 rows: 6 launches a layer" in result.stdout
+    assert ("two GPUs: a decoding step compiles" in result.stdout) == (jax.__version_info__ >= (0, 11))
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:

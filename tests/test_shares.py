@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from extent import ALL
+from jax.sharding import PartitionSpec
 from test_gated_model import small
 from test_sharding import devices
 
@@ -21,6 +22,7 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.io import model_state
 from meteora_jax.model.shares import refusal
 from meteora_jax.quantization import Quantization
+from meteora_jax.sharding import make_mesh, on_each, use_mesh
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 
 
@@ -34,6 +36,22 @@ def test_steps_by_the_kernels_on_a_tensor_axis_say_what_one_device_says():
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert result.stdout == "the same\n"
+
+
+def test_an_array_without_elements_is_no_input_of_the_devices():
+    """Shardy of jaxlib 0.11.2 ends the process where one is (tests/gpu_compile.py compiles such a step)."""
+
+    def double(x: jax.Array, given: tuple[jax.Array, jax.Array]) -> jax.Array:
+        empty, y = given
+        assert (empty.shape, empty.dtype) == ((0, 3), jnp.int32)
+        return 2 * x + y
+
+    given = jnp.ones(4), (jnp.zeros((0, 3), jnp.int32), jnp.full(4, 3.0))
+    with use_mesh(make_mesh(1, 1, 1)):
+        call = jax.jit(lambda *given: on_each(double, PartitionSpec("tensor"), PartitionSpec("tensor"), *given))
+        (equation,) = [e for e in jax.make_jaxpr(call)(*given).eqns[0].params["jaxpr"].eqns if "in_specs" in e.params]
+        assert [v.aval.shape for v in equation.invars] == [(4,), (4,)]
+        assert call(*given).tolist() == [5.0] * 4
 
 
 def test_who_has_a_share():

@@ -21,7 +21,7 @@ from meteora_jax.config import GROUPS, LlamaConfig
 from meteora_jax.model.lora_linear import GROUP_SIDES, column_shards
 from meteora_jax.model.paged_cache import PagedCache
 from meteora_jax.routing import BoundRouter
-from meteora_jax.sharding import partitioned_mesh, spec
+from meteora_jax.sharding import on_each, partitioned_mesh, spec
 
 # Layers and their config, x, what all layers share, cache, router -> x, cache, what was observed.
 Run = Callable[[Any, LlamaConfig, jax.Array, Any, Any, Any], tuple[jax.Array, Any, Any]]
@@ -81,10 +81,10 @@ def run_shares(
 
     weights = [spec(leaf.get_metadata("axes"), leaf.shape, mesh.shape) for _, leaf in leaves]
     pages = jax.tree.map(lambda z: spec((None, None, "heads", None), z.shape, mesh.shape), cache)
-    return jax.shard_map(
-        own, in_specs=(weights, rows, by_row(where), pages, by_row(router)),
-        out_specs=(rows, pages, PartitionSpec(None, *rows)), check_vma=False,
-    )([leaf[...] for _, leaf in leaves], x, where, cache, router)  # fmt: skip
+    return on_each(
+        own, (weights, rows, by_row(where), pages, by_row(router)), (rows, pages, PartitionSpec(None, *rows)),
+        [leaf[...] for _, leaf in leaves], x, where, cache, router,
+    )  # fmt: skip
 
 
 def run_alike(module: nnx.Module, *given: Any) -> Any:
@@ -93,6 +93,4 @@ def run_alike(module: nnx.Module, *given: Any) -> Any:
         return module(*given)  # pyright: ignore[reportCallIssue]
     graph, state = nnx.split(module)
     whole = PartitionSpec()
-    return jax.shard_map(
-        lambda state, given: nnx.merge(graph, state)(*given), in_specs=whole, out_specs=whole, check_vma=False
-    )(state, given)  # pyright: ignore[reportCallIssue]
+    return on_each(lambda state, given: nnx.merge(graph, state)(*given), whole, whole, state, given)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the demo's gates, a token router by its recipe, on the adapters of scripts/demo, and measure them.
+# Train the demo's gates, a token router by its recipe with a null choice, on the adapters of scripts/demo, and measure them.
 #   scripts/demo/train_gates.sh
 # From a checkout, with what the demo fetches at hand (the GGUF base in runs/demo/download, or GGUF=FILE) and TASKS
 # (runs/tasks). OUT (runs/demo-gates) gets gates/ in 16 bit, as scripts/demo/gates has them, gates.jsonl (a
@@ -20,10 +20,11 @@ pairs=()
 for folder in "$adapters"/*/adapter_config.json; do
     folder=$(dirname "$folder") && pairs+=("$(basename "$folder")=$folder")
 done
-meteora import base "$gguf" "$work/base" --dtype bfloat16 --overwrite
+meteora import base "$gguf" "$work/base" --dtype bfloat16 --name HuggingFaceTB/SmolLM2-135M-Instruct --overwrite
+"$python" scripts/paper/general_background.py "$work/base" "$work/background.jsonl"
 meteora import adapters "$work/bank" "${pairs[@]}" --base "$work/base" --overwrite
 meteora train gates --base "$work/base" --bank "$work/bank" --tasks "$tasks" --out "$work/gates" \
-    ${STEPS:+--steps "$STEPS"} --seed 0 --json "$out/gates.json"
+    --background "$work/background.jsonl" self ${STEPS:+--steps "$STEPS"} --seed 0 --json "$out/gates.json"
 cp "$work/gates-run/log.jsonl" "$out/gates.jsonl"
 "$python" - "$work/gates" "$out/gates" <<'PY'
 import shutil, sys
