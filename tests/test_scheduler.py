@@ -206,3 +206,21 @@ def test_a_job_uses_few_of_the_sizes():
     assert job.prompts((64, 128, 256, 512)) == (128, 512)
     assert (job.tables((8, 32, 128), 8), job.tables((8, 32, 128), 64)) == ((128,), (8, 32, 128))
     assert Job(any_table=False).tables((8, 32, 128), 8) == (8, 32, 128)
+
+
+def test_after_an_end_the_next_request_need_not_wait_for_a_long_dispatch():
+    """Steps are given one at a time for a while, but not where somebody waits for the row, or for nobody."""
+    steps = []
+    scheduler = Scheduler(Limits(3, 3 + 2 * QUERY_BLOCK, 8), PrefixCache(64, 16))
+    clock = Clock(scheduler, {0: 60, 1: 9, 2: 5})
+    for i in (0, 1):
+        scheduler.add(new(i, 8, 60))
+    while scheduler.busy or clock.in_flight:
+        known = {i: i in clock.done for i in (0, 1)}
+        clock.round()
+        if clock.in_flight and known[0] is False:
+            steps.append((known[1], clock.in_flight[-1][0].steps))
+    before, after = [n for ended, n in steps if not ended], [n for ended, n in steps if ended]
+    assert before[1:] == [8] * (len(before) - 1)  # behind the prompts
+    assert after[:6] == [1] * 6
+    assert after[6] == 8

@@ -23,6 +23,7 @@ from meteora_jax.engine.request import BoundRow, Progress, WantedAdapters
 from pallas_kernels.paged_attention import QUERY_BLOCK
 
 PASSING = 4  # times the rows: how far back in the queue somebody is looked for whose adapters are there
+SOON = 6  # steps after an end in which its user's next request is expected
 SPARE = 256  # tokens that take about as long as reading all weights once
 
 
@@ -101,6 +102,7 @@ class Scheduler:
         self.running: list[Progress] = []  # in the order in which they got their rows
         self._rows = list(range(limits.rows - 1, -1, -1))
         self.preemptions = 0
+        self._expecting = 0  # steps in which somebody whose request ended may ask again
 
     @property
     def busy(self) -> bool:
@@ -120,6 +122,7 @@ class Scheduler:
         if progress in self.running:
             self.running.remove(progress)
             self._give_back(progress)
+            self._expecting = SOON
         elif progress in self.waiting:
             self.waiting.remove(progress)
         else:
@@ -143,7 +146,9 @@ class Scheduler:
             return None
         else:  # who waits for a row or for blocks waits for the end of these: those let in together share a step
             few = self.copying or max(p.left for p in decoding) <= self.limits.steps // 2
-            steps = 1 if few else self.limits.steps
+            soon = self._expecting > 0 and not self.waiting  # a long dispatch would keep the next request waiting
+            steps = 1 if few or soon else self.limits.steps
+        self._expecting -= self._expecting > 0
         if not self._grow(decoding, steps):
             steps = 1
             if not self._grow(decoding, steps):
