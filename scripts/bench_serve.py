@@ -6,8 +6,9 @@
 Weights are random, answers greedy, and nothing ends one early. So many users send one request after the other: to the
 engine, whose steps this process takes by itself; then the same over HTTP, streamed, from processes of their own. Both
 use the same compiled programs, and each is run once before it counts. first: from sending a request to its first
-token. between: (last token - first token) / (tokens - 1) of a request; a dispatch's tokens arrive together. The ratio
-is HTTP's figure over the engine's, of throughput the engine's over HTTP's.
+token. between: (last token - first token) / (tokens - 1) of a request; a dispatch's tokens arrive together. loop_us:
+what the server's event loop takes of a core for a token, in microseconds. The ratio is HTTP's figure over the
+engine's, of throughput the engine's over HTTP's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import pstats
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -247,8 +249,12 @@ def measure(settings: BenchServe, fleet: Fleet, users: int) -> list[dict[str, An
     with in_thread(server) as url:
         play_http(url, asked, settings.processes)
         known = run_steps._cache_size()
+        (loop,) = [thread.ident for thread in threading.enumerate() if thread.name == "http"]
+        clock = time.pthread_getcpuclockid(loop or 0)
+        before = time.clock_gettime(clock)
         with profiled(server, settings.profile):
             served = figures(play_http(url, asked, settings.processes))
+        case["loop_us"] = 1e6 * (time.clock_gettime(clock) - before) / served["tokens"]
         case["compiled"] = run_steps._cache_size() - known  # 0, or the figures are not of serving alone
     ratios = {f"{k}_ratio": served[k] / alone[k] for k in served if k.endswith(("_50", "_99"))}
     ratios["tokens_per_s_ratio"] = alone["tokens_per_s"] / served["tokens_per_s"]

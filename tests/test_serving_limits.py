@@ -87,6 +87,26 @@ def test_bodies_have_a_size_and_come_in_time(served):
         assert b" 408 " in slow.recv(1000).splitlines()[0]
 
 
+def test_heads_have_a_size(served):
+    host, port = served.url.removeprefix("http://").split(":")
+    with httpx.Client(base_url=served.url) as client:
+        for _ in range(2):  # each request has its own
+            assert client.get("/health", headers={"x-long": "x" * 40_000}).status_code == 200
+        body = json.dumps(LONG | {"max_tokens": 1, "user": "x" * 5000}).encode()
+        json_type = {"content-type": "application/json"}
+        assert client.post("/v1/completions", content=body, headers=json_type).status_code == 200
+
+    def endless() -> None:
+        with socket.create_connection((host, int(port)), timeout=5) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ")
+            for _ in range(100):
+                client.sendall(b"x" * 100_000)
+            client.recv(1)
+
+    with pytest.raises(ConnectionError):  # closed by the server; what it takes for ever is a timeout
+        endless()
+
+
 def test_metrics_count_and_gateways_find_their_gauges(served):
     from prometheus_client.parser import text_string_to_metric_families
 

@@ -31,7 +31,14 @@ async def pieces(
     Raises:
         ApiError: a request failed, or the deadline (of the loop's clock) passed.
     """
-    left = set(range(len(streams)))
+    left, late = set(range(len(streams))), False
+
+    def expire() -> None:
+        nonlocal late
+        late = True
+        news.set()
+
+    timer = asyncio.get_running_loop().call_at(deadline, expire)  # one for all waits: they are many
     try:
         while left:
             news.clear()
@@ -40,13 +47,12 @@ async def pieces(
                     if piece.finish_reason is not None:
                         left.discard(i)
                     yield i, piece
+            if left and late:
+                raise ApiError(504, "the request took longer than the server allows", code="timeout")
             if left:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        await news.wait()
-                except TimeoutError:
-                    raise ApiError(504, "the request took longer than the server allows", code="timeout") from None
+                await news.wait()
     finally:
+        timer.cancel()
         for stream in streams:
             stream.cancel()
 

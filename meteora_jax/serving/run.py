@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import FrameType
@@ -14,6 +15,7 @@ from typing import Any
 
 import uvicorn
 from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from meteora_jax.batching import Engine
 from meteora_jax.config import InputError
@@ -24,6 +26,8 @@ from meteora_jax.serving.models import Fleet, names, resolve
 from meteora_jax.serving.server import Server
 
 LOG = logging.getLogger(__name__)
+SWITCH = 0.0005  # seconds
+MAX_HEAD = 64 << 10  # bytes of a request's line and headers
 Progress = Callable[[int, int, str], None]
 
 
@@ -129,12 +133,36 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"--host, --port: expected an address that is free, found {host}:{port} ({e})") from None
 
 
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, with an end to what a request's head may have: its parser in C sets none."""
+
+    _head = 0  # bytes read of a head that is not complete; -1: it is
+
+    def on_message_begin(self) -> None:
+        """As the parser calls it."""
+        super().on_message_begin()
+        self._head = max(0, self._head)
+
+    def on_headers_complete(self) -> None:
+        """As the parser calls it."""
+        super().on_headers_complete()
+        self._head = -1
+
+    def data_received(self, data: bytes) -> None:
+        """Closes the connection where a head has grown beyond MAX_HEAD."""
+        super().data_received(data)
+        if self._head >= 0 and (size := self._head + len(data)) <= MAX_HEAD:
+            self._head = size
+        elif self._head >= 0:
+            self.transport.abort()
+
+
 def listener(server: Server) -> Listener:
     """uvicorn around a server's app."""
     config = uvicorn.Config(
         make_app(server), access_log=False, log_config=None, server_header=False, lifespan="on",
         timeout_graceful_shutdown=max(1, round(server.settings.grace)), timeout_keep_alive=30,
-        h11_max_incomplete_event_size=64 << 10,
+        http=Protocol,
     )  # fmt: skip
     return Listener(config, server)
 
@@ -142,9 +170,20 @@ def listener(server: Server) -> Listener:
 def run(server: Server, bound: socket.socket) -> bool:
     """Serves until a signal; False: the engine failed for good."""
     own = listener(server)
-    with asyncio.Runner() as runner:
-        runner.run(own.serve([bound]))
+    _serve(own, bound)
     return not own.failed
+
+
+def _serve(own: Listener, bound: socket.socket) -> None:
+    """Until it is told to end. Meanwhile a thread gives the interpreter away sooner than by default: the engine's needs
+    it several times a step, and would wait 5 ms for it each time while the event loop writes to many clients."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
+    try:
+        with asyncio.Runner(loop_factory=own.config.get_loop_factory()) as runner:
+            runner.run(own.serve([bound]))
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextlib.contextmanager
@@ -154,7 +193,7 @@ def in_thread(server: Server, host: str = "127.0.0.1") -> Iterator[str]:
 
     bound = listen(host, 0)
     own = listener(server)
-    thread = threading.Thread(target=lambda: asyncio.run(own.serve([bound])), name="http")
+    thread = threading.Thread(target=lambda: _serve(own, bound), name="http")
     thread.start()
     try:
         while not own.started and thread.is_alive():

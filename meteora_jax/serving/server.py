@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -220,16 +220,55 @@ class EventStream(Response):
             self._server.abort(scope)
 
     async def _send(self, send: Send) -> None:
-        patience = self._server.settings.write_timeout
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        async with contextlib.aclosing(self._events) as events:  # pyright: ignore[reportArgumentType]
-            async with asyncio.timeout(patience):
+        async with (
+            contextlib.aclosing(self._events) as events,  # pyright: ignore[reportArgumentType]
+            patience(self._server.settings.write_timeout) as waiting,
+        ):
+            with waiting:
                 await send(start)
             async for event in events:
-                async with asyncio.timeout(patience):
+                with waiting:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
-            async with asyncio.timeout(patience):
+            with waiting:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Waiting:
+    """What a block waits for, for the time that it is entered."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self._now = asyncio.get_running_loop().time
+
+    def __enter__(self) -> None:
+        self.since = self._now()
+
+    def __exit__(self, *error: object) -> None:
+        self.since = None
+
+
+@contextlib.asynccontextmanager
+async def patience(seconds: float) -> AsyncGenerator[Waiting]:
+    """Gives what to enter while one waits; TimeoutError ends a wait of so many seconds, or of a quarter more.
+
+    One timer for all of them: a timeout for each token of a stream costs as much as sending it.
+    """
+    loop, waiting = asyncio.get_running_loop(), Waiting()
+
+    def look() -> None:
+        nonlocal timer
+        if waiting.since is not None and loop.time() - waiting.since >= seconds:
+            limit.reschedule(loop.time())
+        else:
+            timer = loop.call_later(seconds / 4, look)
+
+    async with asyncio.timeout(None) as limit:
+        timer = loop.call_later(seconds / 4, look)
+        try:
+            yield waiting
+        finally:
+            timer.cancel()
 
 
 def event(value: Any) -> bytes:
