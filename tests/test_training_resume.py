@@ -189,7 +189,7 @@ def test_sigterm_saves_and_says_so(place):
     run = folder / "ended-run"
     command = [
         "train", "gates", "--base", base, "--bank", bank, "--tasks", tasks, "--out", str(folder / "ended"),
-        "--recipe", "meteora", "--steps", "5000", "--save-every", "1000", "--batch-size", "4", "--max-length", "64",
+        "--recipe", "meteora", "--steps", "5000", "--batch-size", "4", "--max-length", "64",
     ]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "meteora_jax.cli", *command], env=env, stderr=subprocess.PIPE)
     while not (run / "log.jsonl").is_file() or (run / "log.jsonl").read_bytes().count(b"\n") < 3:
