@@ -331,4 +331,6 @@ def test_a_plan_shows_the_memory():
 
 
 if __name__ == "__main__":
+    import without_torch  # noqa: F401  (begins sooner)
+
     main_with_devices(Path(sys.argv[1]))

@@ -227,5 +227,6 @@ def test_a_run_goes_on_without_the_tensor_axis(folder: Path, trained: Path, tmp_
 
 if __name__ == "__main__":
     import conftest  # noqa: F401  (the same strictness as in every test)
+    import without_torch  # noqa: F401  (begins sooner)
 
     main(Path(sys.argv[1]), sys.argv[2])
