@@ -7,11 +7,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    import torch  # slow to import, and processes that have meshes need only the files that import this one
 
 ORDER = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -21,6 +22,8 @@ ORDER = {
 
 def read_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """{"layer.projection": (A [R, I], B [O, R], scale)} of a PEFT folder."""
+    from safetensors.torch import load_file
+
     config = json.loads((folder / "adapter_config.json").read_text())
     rank = config["r"]
     scale = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
@@ -94,6 +97,8 @@ def loss_and_gradients(
 
     The gates' names say their form: "q_proj" and so on those at the projections, "token_router.embed" and so on.
     """
+    import torch
+
     hf = world["hf"]
     state = {k: v.double() for k, v in hf.state_dict().items()}
     config, heads, kv = hf.config, hf.config.num_attention_heads, hf.config.num_key_value_heads

@@ -66,12 +66,14 @@ def shown(capsys, *command):
     """The options of a command by its --help, and the whole text."""
     status, out, _ = run(capsys, *command, "--help")
     assert status == 0
-    return set(re.findall(r"^│ (--[a-z-]+)", out, re.MULTILINE)), out
+    return set(re.findall(r"^(?:│ |  )(--[a-z][a-z-]*)", out, re.MULTILINE)), out  # a box on a terminal alone
 
 
 def test_train_gates_has_few_options_and_shows_its_recipe_s_values(tmp_path, capsys):
     options, text = shown(capsys, "train", "gates")
+    assert {"--base", "--recipe", "--resume", "--remat"} <= options
     assert len(options) <= 25, sorted(options)
+    assert 1 < len(shown(capsys, "evaluate")[0]) <= 18
     assert "Updates. (default: 5000)" in text
     assert "Updates. (default: 15000)" in shown(capsys, "train", "gates", "--recipe", "meteora")[1]
     assert "Updates. (default: 15000)" in shown(capsys, "train", "gates", "--recipe=meteora")[1]

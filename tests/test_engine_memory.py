@@ -135,4 +135,6 @@ def test_in_pieces_it_is_the_same(monkeypatch):
 
 
 if __name__ == "__main__":
+    import without_torch  # noqa: F401  (begins sooner)
+
     main(*sys.argv[1:])

@@ -150,6 +150,31 @@ def violations(path: str, text: str) -> list[str]:
     return found
 
 
+def eager_in_tests(name: str, seen: set[str]) -> set[str]:
+    """What a file of tests imports from elsewhere when it starts, through the files of tests that it imports."""
+    seen.add(name)
+    tree, found = ast.parse((ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8")), set()
+    for imported, _, eager in imports(tree, name, False):
+        top = imported.split(".")[0]
+        if eager and (ROOT / "tests" / f"{top}.py").exists():
+            found |= eager_in_tests(top, seen) if top not in seen else set()
+        elif eager:
+            found.add(top)
+    return found
+
+
+PROGRAMS = [
+    path.stem for path in sorted((ROOT / "tests").glob("*.py")) if "\nif __name__ ==" in path.read_text("utf-8")
+]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_that_tests_start_begins_without_torch(name: str):
+    """Seven seconds of a core each time: torch and transformers are imported in the functions that need them."""
+    slow = {"transformers", "peft"} if name == "triton_on_cpu" else {"torch", "transformers", "peft"}
+    assert not slow & eager_in_tests(name, set())
+
+
 def sources() -> list[str]:
     folders = (*PACKAGES, "scripts", "tests")
     return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py"))

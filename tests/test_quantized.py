@@ -15,13 +15,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from extent import parameters
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_sharding import devices
 from tiny import assert_refused, edit_json, tiny_llama, tiny_peft
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import meteora_jax as mj
 from converters import export_base, export_gates, export_merged, import_adapters, import_base, quantize_base
@@ -98,6 +96,9 @@ def dequantized(folder: Path) -> dict[str, np.ndarray]:
 
 def exact_logits(folder: Path) -> np.ndarray:
     """Of ROWS by transformers in float64."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM  # not above: the process with devices needs neither
+
     raw, weights = read_json(folder / "config.json"), dequantized(folder)
     names = {key: raw[key] for key in (*SHAPE, "vocab_size", "rms_norm_eps", "rope_theta")}
     model = LlamaForCausalLM(LlamaConfig(**names, tie_word_embeddings=False, attn_implementation="eager")).double()
@@ -330,4 +331,6 @@ def test_a_plan_shows_the_memory():
 
 
 if __name__ == "__main__":
+    import without_torch  # noqa: F401  (begins sooner)
+
     main_with_devices(Path(sys.argv[1]))

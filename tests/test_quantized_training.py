@@ -136,5 +136,6 @@ def test_a_plan_s_bytes_are_those_that_are_allocated(found: dict[str, Any]):
 
 if __name__ == "__main__":
     import conftest  # noqa: F401  (the same strictness as in every test)
+    import without_torch  # noqa: F401  (begins sooner)
 
     main(Path(sys.argv[1]))

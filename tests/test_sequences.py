@@ -107,4 +107,6 @@ def test_slots_over_several_hosts_are_refused(world: dict[str, Any], monkeypatch
 
 
 if __name__ == "__main__":
+    import without_torch  # noqa: F401  (begins sooner)
+
     main_with_devices(*sys.argv[1:])

@@ -123,5 +123,6 @@ def test_a_mesh_must_use_every_device():
 
 if __name__ == "__main__":
     import conftest  # noqa: F401  (the same strictness as in every test)
+    import without_torch  # noqa: F401  (begins sooner)
 
     main(*sys.argv[1:])

@@ -360,5 +360,6 @@ def test_a_token_router_chooses_once(monkeypatch, routed):
 
 if __name__ == "__main__":
     import conftest  # noqa: F401  (the same strictness as in every test)
+    import without_torch  # noqa: F401  (begins sooner)
 
     main(*sys.argv[1:])

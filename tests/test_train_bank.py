@@ -191,5 +191,6 @@ def test_two_devices_train_the_same_bank(tmp_path, world):
 
 if __name__ == "__main__":
     import conftest  # noqa: F401  (the same strictness as in every test)
+    import without_torch  # noqa: F401  (begins sooner)
 
     main(*sys.argv[1:])

@@ -178,5 +178,6 @@ def test_two_hosts_of_four_devices_equal_torch(calm, expected, tmp_path):
 
 if __name__ == "__main__":
     import conftest  # noqa: F401  (the same strictness as in every test)
+    import without_torch  # noqa: F401  (begins sooner)
 
     main(*sys.argv[1:])

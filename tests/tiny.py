@@ -1,7 +1,8 @@
 """Tiny random models and adapters in Hugging Face's own formats: what the tests convert and compare against.
 
 Everything is offline and fixed by seeds. `tiny_llama` keeps weights away from zero (so that a lost or swapped
-tensor shows in the logits) and gives norms and biases random values (so that leaving one out shows too).
+tensor shows in the logits) and gives norms and biases random values (so that leaving one out shows too). torch and
+transformers are imported by the functions that use them: programs that tests start begin in a third of the time.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from meteora_jax.config import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 320
 BOS, EOS = "<|im_start|>", "<|im_end|>"
@@ -54,6 +56,8 @@ def _trained_tokenizer() -> str:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of `VOCAB_SIZE` tokens (ids 0, 1, 2: end of text, bos, eos) with a chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained_tokenizer()),
         bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token="<|endoftext|>",
@@ -64,6 +68,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Fills every parameter in place: matrices normal / sqrt(fan in), norm scales near 1, biases normal * 0.1."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -81,7 +87,7 @@ def tiny_llama(
     tmp_path: Path,
     *,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     max_shard_size: int | str = "50GB",
     folder: str = "hf",
     **overrides: Any,
@@ -91,17 +97,20 @@ def tiny_llama(
     Args:
         tmp_path: where `folder` is made.
         seed: of the weights.
-        dtype: the folder's and the model's type.
+        dtype: the folder's and the model's type; float32 unless given.
         max_shard_size: as in `save_pretrained`; small values give several shards and an index.
         overrides: fields of transformers' `LlamaConfig`.
     """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     settings: dict[str, Any] = dict(
         vocab_size=VOCAB_SIZE, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5,
         rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=2,
         attn_implementation="eager",
     )  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).to(dtype).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).to(dtype or torch.float32).eval()
     randomize(model, seed)
     target = Path(tmp_path) / folder
     model.save_pretrained(target, max_shard_size=max_shard_size)
@@ -110,7 +119,7 @@ def tiny_llama(
 
 
 def tiny_peft(
-    tmp_path: Path, folder: Path, name: str, *, seed: int = 1, dtype: torch.dtype = torch.float32, **lora_config: Any
+    tmp_path: Path, folder: Path, name: str, *, seed: int = 1, dtype: torch.dtype | None = None, **lora_config: Any
 ) -> Path:
     """A PEFT folder that `peft` itself wrote, for the base in `folder`; `lora_B` is random, not zero.
 
@@ -119,10 +128,12 @@ def tiny_peft(
         folder: Hugging Face folder of the base.
         name: the new folder's name.
         seed: of the adapter's weights.
-        dtype: of the saved tensors.
+        dtype: of the saved tensors; float32 unless given.
         lora_config: fields of peft's `LoraConfig`; rank 4, alpha 8 and all seven projections unless told.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
 
     settings: dict[str, Any] = dict(
         r=4, lora_alpha=8, lora_dropout=0.0, task_type="CAUSAL_LM",
@@ -135,7 +146,7 @@ def tiny_peft(
         for key, p in model.named_parameters():
             if "lora_" in key:
                 p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
-                p.data = p.data.to(dtype)
+                p.data = p.data.to(dtype or torch.float32)
     target = Path(tmp_path) / name
     model.save_pretrained(target)
     return target
@@ -143,6 +154,8 @@ def tiny_peft(
 
 def hf_weights(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     """What `BASE/weights.safetensors` must hold for a model, {path: tensor}, from its state dict alone."""
+    import torch
+
     state, layers = model.state_dict(), model.config.num_hidden_layers
 
     def stack(name: str, transpose: bool = False) -> torch.Tensor:
@@ -167,6 +180,8 @@ def hf_weights(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 
 def edit_safetensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Rewrites a safetensors file after `edit` changed its {key: tensor} in place."""
+    from safetensors.torch import load_file, save_file
+
     tensors = load_file(path)
     edit(tensors)
     save_file({key: t.contiguous() for key, t in tensors.items()}, path)

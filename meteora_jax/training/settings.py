@@ -156,14 +156,14 @@ class LoRA:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """Where a run keeps its checkpoints, TensorBoard scalars, log and pictures, and how often it saves."""
+    """Where a run keeps its checkpoints (every 100 steps), TensorBoard scalars, log and pictures."""
 
     run: Path | None = None
     """Folder of checkpoints, TensorBoard scalars, log.jsonl (a line a step) and pictures; OUT-run unless given."""
-    save_every: int = 100
-    """Steps between checkpoints."""
     resume: bool = True
     """Go on from the newest checkpoint in the run folder if there is one; --no-resume removes them and starts over."""
+    save_every: Constant[int] = 100
+    """Steps between checkpoints."""
     keep: Constant[int] = 3
     """Checkpoints kept."""
     log: Constant[Path | None] = None
