@@ -314,8 +314,8 @@ class Meteora:
         Args:
             max_new_tokens, stop: the same for all, or a list, one a prompt.
         """
-        now = self._as_it_is()
-        return now._completed(*now._requests(prompts, router, max_new_tokens, GREEDY, stop, True))
+        asked = self._requests(prompts, router, max_new_tokens, GREEDY, stop, True)
+        return self._as_it_is()._completed(*asked)
 
     def stream(
         self, prompts: Sequence[Prompt | Sequence[int]], router: RouterArgument = "gates if loaded",
@@ -328,8 +328,9 @@ class Meteora:
             >>> for piece in model.stream(["Name a fruit."], max_new_tokens=4):
             ...     print(piece.text if isinstance(piece, mj.Delta) else piece[0].finish_reason)
         """
-        sampling, now = Sampling(temperature, top_k, top_p, seed), self._as_it_is()
-        return now._streamed(*now._requests(prompts, router, max_new_tokens, sampling, stop, routing))
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        asked = self._requests(prompts, router, max_new_tokens, sampling, stop, routing)
+        return self._as_it_is()._streamed(*asked)
 
     def _requests(self, prompts, router, max_new_tokens, sampling, stop, routing) -> tuple[list[Request], list[Found]]:
         """What the engine is asked, and what was retrieved for each prompt."""
