@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from meteora_jax.adapter_files import read_adapter
 from meteora_jax.arguments import Arguments
 from meteora_jax.completion import Completion, Delta
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
@@ -24,9 +25,8 @@ from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Ended, Engines, pieces, routing_of
-from meteora_jax.io.bank import load_bank
-from meteora_jax.io.base import read_origin
-from meteora_jax.io.model_bank import change_adapters, fill_spectra, packs, rank_in
+from meteora_jax.io.adapter_change import AdapterChange
+from meteora_jax.io.model_bank import fill_spectra, rank_in
 from meteora_jax.padding import fill_rows, pad_prompts
 from meteora_jax.probing import probed
 from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
@@ -40,9 +40,11 @@ from meteora_jax.sequences import Run, all_logits, in_parts
 from meteora_jax.sharding import Params, place_rows, use_mesh
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Meteora:
-    """A base with its bank and gates, ready to run. `mj.load` makes it; `add_adapter` and `remove_adapter` give others.
+    """A base with its bank and gates, ready to run. `mj.load` makes it; `add_adapter` and `remove_adapter` change it.
+
+    A shallow copy (`dataclasses.replace(model)`) shares its arrays, and each of both can change by itself.
 
     gates: they know the first of the bank's adapters; any that were added do without. folder: the BASE folder. pool:
     of a bank that stays on disk but for some slots, whose adapters come and go by its `load` and `unload`.
@@ -118,23 +120,23 @@ class Meteora:
         routers, found = look_up(spelled_out(router, self.gates), batch, texts)
         return within_known(routers, found, self.adapter_names, self.gates), found
 
-    def add_adapter(
-        self, path: str | os.PathLike[str], name: str, *, any_base: bool = False, release: bool = False
-    ) -> Meteora:
-        """Another model with one adapter more, behind the others; this one stays as it is.
+    def add_adapter(self, path: str | os.PathLike[str], name: str, *, any_base: bool = False) -> Meteora:
+        """Puts one adapter more into this model, behind the others, and returns the model; refused, it is as it was.
 
-        With adapter slots it is this model that gets it (`pool.load`), and that is returned. Without, both share the
-        base's arrays. Gates have no column of the new adapter and go on choosing among those that they know; `Fixed`
-        and `Retrieval` reach it (and gates that `meteora train gates --extend` made, once loaded).
+        Arrays are replaced one by one: at most one is in memory twice, and none with adapter slots (`pool.load`).
+        Streams that were begun, and an `Engine` of this model, keep what they have, and its memory, to their end. No
+        other thread may use the model meanwhile. Gates have no column of the new adapter and go on choosing among
+        those that they know; `Fixed` and `Retrieval` reach it (and gates of `meteora train gates --extend`, loaded).
 
         Args:
             path: a PEFT folder, or a BANK folder that has an adapter of this name.
             name: what it will be called. any_base: take an adapter whose settings name another base.
-            release: replaced arrays' memory is given back one by one; this model is then of no more use. Otherwise both
-                models' adapters are in memory, and of packed models (a GPU, 16 bit) both bases.
 
         Raises:
             InputError: a name that is taken or none, and what `meteora import adapters` refuses.
+
+        Examples:
+            >>> model.add_adapter("my-adapters/poems", "poems").adapter_names[-1]
         """
         with Arguments("add_adapter") as given:
             given.path("path", path)
@@ -146,31 +148,22 @@ class Meteora:
         if self.pool is not None:
             self.pool.load(path, name, any_base=any_base)
             return self
-        import converters  # knows the files of others; here alone outside of the command line
+        added = read_adapter(Path(path), name, self.folder, self.config, jnp.dtype(self.dtype), any_base)
+        bank = added.config if self.bank is None else self.bank.join(added.config)
+        order, columns = (*range(len(self.adapter_names)), None), range(self.gates.columns if self.gates else 0)
+        return self._change((bank, self.gates), order, columns, added)
 
-        kind = jnp.dtype(self.dtype)
-        with tempfile.TemporaryDirectory() as scratch:
-            one = Path(scratch) / "bank"
-            if (Path(path) / "bank.json").exists():
-                converters.take_adapters(path, one, [name])
-            else:
-                converters.import_adapters(one, self.folder, {name: path}, any_base=any_base)
-            added = load_bank(one, self.config, kind, read_origin(self.folder))
-        count = len(self.adapter_names)
-        return self._changed(
-            added.config if self.bank is None else self.bank.join(added.config), range(count), added, self.gates,
-            range(self.gates.columns if self.gates else 0), release,
-        )  # fmt: skip
-
-    def remove_adapter(self, name: str, *, release: bool = False) -> Meteora:
-        """Another model without one adapter, and gates without its column; this one stays as it is. With adapter slots
-        it is this model that loses it (`pool.unload`).
+    def remove_adapter(self, name: str) -> Meteora:
+        """Takes an adapter, and the gates' column of it, out of this model, and returns the model; as in `add_adapter`.
 
         Args:
-            name: the adapter. release: as in `add_adapter`.
+            name: the adapter.
 
         Raises:
             InputError: no adapter has the name, or it is the last one.
+
+        Examples:
+            >>> model.remove_adapter("poems").adapter_names[-1]
         """
         if self.bank is None or name not in self.adapter_names:
             found = ", ".join(self.adapter_names) or "none"
@@ -181,16 +174,25 @@ class Meteora:
             self.pool.unload(name)
             return self
         keep = [i for i, n in enumerate(self.adapter_names) if n != name]
-        gates = None if self.gates is None else self.gates.without(name)
-        columns = [i for i in range(self.gates.columns) if self.gates.names[i : i + 1] != (name,)] if self.gates else []
-        return self._changed(self.bank.take(keep, rank_in(self.weights)), keep, None, gates, columns, release)
+        gates, columns = (None, []) if self.gates is None else self.gates.without(name)
+        return self._change((self.bank.take(keep, rank_in(self.weights)), gates), keep, columns, None)
 
-    def _changed(self, bank, keep, added, gates, columns, release) -> Meteora:
-        packed = packs(self.graph, self.weights, self.mesh)
-        graph, weights = change_adapters(
-            self.graph, self.weights, self.config, bank, keep, added, gates, columns, self.mesh, packed, release
-        )
-        return dataclasses.replace(self, bank=bank, gates=gates, graph=graph, weights=weights)
+    def _change(self, becomes, order, columns, added) -> Meteora:
+        change = AdapterChange(self.graph, self.weights, self.config, self.mesh)
+        self.weights = nnx.State({})  # the change alone has the arrays
+        for name in ("_engines", "_adapted", "_spectra"):
+            self.__dict__.pop(name, None)
+        try:
+            change.run((self.bank, self.gates), becomes, order, columns, added)
+            self.bank, self.gates = becomes
+        finally:
+            self.graph, self.weights = change.graph, change.weights
+        return self
+
+    def _as_it_is(self) -> Meteora:
+        """For what outlasts this call: the same model, with the same engine, that later changes leave alone."""
+        _ = self._engines
+        return copy.copy(self)
 
     def request_text(self, prompt: Prompt | Sequence[int], read: Reading = "last") -> str:
         """What a retrieval reads: the text, that of token ids, or what the user said in messages, last or all."""
@@ -304,18 +306,16 @@ class Meteora:
         return [found[i] for i in sorted(found)]
 
     def completions(
-        self,
-        prompts: Sequence[Prompt | Sequence[int]],
-        router: RouterArgument = "gates if loaded",
-        max_new_tokens: int | Sequence[int] = 64,
-        stop: Sequence[str] | Sequence[Sequence[str]] = (),
-    ) -> Iterator[tuple[int, Completion]]:
+        self, prompts: Sequence[Prompt | Sequence[int]], router: RouterArgument = "gates if loaded",
+        max_new_tokens: int | Sequence[int] = 64, stop: Sequence[str] | Sequence[Sequence[str]] = (),
+    ) -> Iterator[tuple[int, Completion]]:  # fmt: skip
         """As `generate`, greedy: (place in the list, completion) as each ends, so that none waits for a longer one.
 
         Args:
             max_new_tokens, stop: the same for all, or a list, one a prompt.
         """
-        return self._completed(*self._requests(prompts, router, max_new_tokens, GREEDY, stop, True))
+        asked = self._requests(prompts, router, max_new_tokens, GREEDY, stop, True)
+        return self._as_it_is()._completed(*asked)
 
     def stream(
         self, prompts: Sequence[Prompt | Sequence[int]], router: RouterArgument = "gates if loaded",
@@ -329,7 +329,8 @@ class Meteora:
             ...     print(piece.text if isinstance(piece, mj.Delta) else piece[0].finish_reason)
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return self._streamed(*self._requests(prompts, router, max_new_tokens, sampling, stop, routing))
+        asked = self._requests(prompts, router, max_new_tokens, sampling, stop, routing)
+        return self._as_it_is()._streamed(*asked)
 
     def _requests(self, prompts, router, max_new_tokens, sampling, stop, routing) -> tuple[list[Request], list[Found]]:
         """What the engine is asked, and what was retrieved for each prompt."""

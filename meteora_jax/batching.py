@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -48,7 +49,9 @@ class Pending:
 class Engine:
     """Requests come and go while others decode; a response depends on none of its neighbours.
 
-    Who waits for a result moves all requests on. `step` does the same for whoever has a thread for it.
+    Who waits for a result moves all requests on. `step` does the same for whoever has a thread for it. Adapters are
+    those that the model has now: what `add_adapter` and `remove_adapter` change, an engine made after them has. With
+    adapter slots it has it at once.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Engine:
             most = -(-8 * model.config.max_position_embeddings // block_size)
             blocks = max(LEAST_BLOCKS, min(most, fits)) if blocks is None else blocks
         size = EngineSize(max_rows, max_tokens, blocks, block_size)
-        self.model = model
+        self.model = model = dataclasses.replace(model)  # whose changes do not reach what was submitted here
         self.core = EngineCore(
             model.graph, model.weights, model.config, size, mesh=model.mesh, decode=model.decode_tokens,
             prefix_cache=prefix_cache, pool=model.pool,

@@ -49,10 +49,11 @@ class GateConfig:
         """Of the gates: one an adapter, and the null choice's."""
         return len(self.names) + self.null
 
-    def without(self, name: str) -> GateConfig | None:
-        """The same less one adapter's column, if it has one; None where no other is left."""
+    def without(self, name: str) -> tuple[GateConfig | None, list[int]]:
+        """The same less one adapter's column, if it has one, None where no other is left; and the columns that stay."""
         left = tuple(n for n in self.names if n != name)
-        return dataclasses.replace(self, names=left, top_k=min(self.top_k, len(left))) if left else None
+        columns = [i for i in range(self.columns) if self.names[i : i + 1] != (name,)]
+        return dataclasses.replace(self, names=left, top_k=min(self.top_k, len(left))) if left else None, columns
 
     @property
     def form_name(self) -> FormName:

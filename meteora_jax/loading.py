@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meteora_jax import compilation_cache
+from meteora_jax.adapter_files import importer_of
 from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig
-from meteora_jax.engine.adapter_pool import AdapterPool, Import
+from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.memory import free_bytes
 from meteora_jax.execution import Dtype, default_dtype
 from meteora_jax.io.bank import load_bank
@@ -157,14 +158,3 @@ def fitting_slots(config: LlamaConfig, bank: BankConfig, slot: BankConfig, kind:
         return min(SLOTS, most)
     each = sum(math.prod(shape) for name, shape in slot.weight_shapes().items() if name.endswith((".a", ".b", ".rows")))
     return min(most, max(1, int((free - config.weight_bytes(kind.itemsize)) / kind.itemsize / 2 / each)))
-
-
-def importer_of(base: Path) -> Import:
-    """What an adapter pool makes BANK folders of PEFT folders by, for models of this BASE folder."""
-
-    def importer(folder: Path, dest: Path, name: str, any_base: bool) -> None:
-        import converters
-
-        converters.import_adapters(dest, base, {name: folder}, any_base=any_base)
-
-    return importer

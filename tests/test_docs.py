@@ -135,6 +135,7 @@ def test_help_of_every_public_name_has_an_example_that_runs(folders, tmp_path, m
     monkeypatch.chdir(tmp_path / "here")
     meteora, engine = mj.Meteora, mj.Engine
     first = [mj, mj.load, meteora.generate, meteora.stream, meteora.logits, engine.__init__, engine.submit]
+    first += [meteora.add_adapter, meteora.remove_adapter]
     first += [mj.Retrieval, mj.GatesWithin, mj.TaskRetrieval]  # by one index
     others = [getattr(mj, n) for n in mj.__all__ if n not in TYPES | {"__version__", "Engine"}]
     if not ALL:

@@ -49,7 +49,7 @@ ORDER = [
     ),
     *("engine", "sequences", "completion", "generation", "probing", "evaluation", "training", "viz", "planning"),
     "engine_plan",
-    *("api", "likelihood", "loading", "batching", "warming", "", "serving", "harness", "cli"),
+    *("adapter_files", "api", "likelihood", "loading", "batching", "warming", "", "serving", "harness", "cli"),
 ]
 PACKAGES = ("meteora_jax", "converters", "pallas_kernels")
 PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDER decides
@@ -66,8 +66,7 @@ PROJECT = {  # what else of this project a package imports; of meteora_jax, ORDE
         *("meteora_jax.retriever.config",),
     ),
     "meteora_jax": ("pallas_kernels",),
-    "meteora_jax.api": ("converters", "pallas_kernels"),  # an adapter's own files, for a loaded model
-    "meteora_jax.loading": ("converters", "pallas_kernels"),
+    "meteora_jax.adapter_files": ("converters",),  # of others, for a loaded model
     "meteora_jax.cli": ("converters", "pallas_kernels"),
 }
 THIRD_PARTY = {

@@ -1,6 +1,7 @@
 """Adapters added to a loaded model and removed from it: what `load` makes of the changed folders, array by array."""
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from extent import ALL
 from flax import nnx
 from test_converters_change import fleet, imported  # noqa: F401 - a fixture
 from tiny import tiny_llama, tiny_peft
 
 import converters
 import meteora_jax as mj
+from meteora_jax import api
 from meteora_jax.config import GROUPS, BankConfig, InputError, read_json
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
-from meteora_jax.io import model_bank
+from meteora_jax.io import adapter_change, model_bank
+from meteora_jax.io.adapter_change import AdapterChange
 from meteora_jax.io.gates import change_columns, fresh_gates, save_gates
 from meteora_jax.model.layout import pack, with_execution
+from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.filterwarnings(
@@ -67,11 +72,13 @@ def test_every_kind_of_adapter_comes_and_goes(tmp_path: Path, fleet: dict[str, A
 
 
 def test_a_base_gets_its_first_adapter_and_shares_its_own_arrays(tmp_path: Path, fleet: dict[str, Any]):  # noqa: F811
-    bare = mj.load(fleet["base"], dtype="bfloat16")
-    one = bare.add_adapter(fleet["peft"]["plain"], "plain")
+    one = mj.load(fleet["base"], dtype="bfloat16")
+    bare = dataclasses.replace(one)
+    assert one.add_adapter(fleet["peft"]["plain"], "plain") is one
     assert_same(one, load(fleet, tmp_path / "bank", "plain", dtype="bfloat16"))
     assert bare.adapter_names == ()
     assert one.weights["embed"][...] is bare.weights["embed"][...]
+    assert np.isfinite(np.asarray(bare.logits(ROWS))).all()
     both = one.add_adapter(imported(fleet, tmp_path / "other", "narrow", "rslora"), "rslora")  # of a bank
     assert_same(both, load(fleet, tmp_path / "both", "plain", "rslora", dtype="bfloat16"))
 
@@ -93,7 +100,7 @@ def test_gates_choose_as_before_and_never_what_they_do_not_know(
 ):
     model = with_gates(world, tmp_path / "gates", form, null)
     new = tiny_peft(tmp_path, world["hf_folder"], "new", seed=9, r=8)
-    more = model.add_adapter(new, "new")
+    more = dataclasses.replace(model).add_adapter(new, "new")
     assert (more.adapter_names[-1], more.gates) == ("new", model.gates)
     # all of the gates' choices at once, so that a column too many would show
     np.testing.assert_allclose(*(m.logits(ROWS, mj.Gates(4, 9.0)) for m in (model, more)), atol=2e-5)
@@ -113,7 +120,7 @@ def test_gates_choose_as_before_and_never_what_they_do_not_know(
 
 def test_an_index_finds_what_gates_do_not_know(tmp_path: Path, world: dict[str, Any]):
     new = tiny_peft(tmp_path, world["hf_folder"], "new", seed=9, r=8)
-    more = world["model"].add_adapter(new, "new")
+    more = dataclasses.replace(world["model"]).add_adapter(new, "new")
     index = mj.Index.build({"new": ["the quick fox"], "apple": ["the quick dog"], "birch": ["quick apples"]})
     (found,) = more.generate(["the quick fox"], mj.GatesWithin(index, 3, 2), max_new_tokens=2)
     assert found.routing.retrieved[0][0] == "new"
@@ -154,7 +161,7 @@ def test_gates_stay_usable_beside_adapters_of_the_vocabulary_and_of_an_invocatio
         gates = {k: rng.standard_normal(g.shape).astype(np.float32) for k, g in fresh_gates(form, config, 2, 0).items()}
         save_gates(tmp_path / "gates", GateConfig(("plain", "narrow"), 2, 1.0, form), gates)
         model = mj.load(fleet["base"], bank, tmp_path / "gates", dtype="float32")
-        more = model
+        more = dataclasses.replace(model)
         for name in ("ends", "waits", "rows"):
             more = more.add_adapter(fleet["peft"][name], name)
         if form is None:
@@ -173,7 +180,7 @@ def test_packed_models_are_packed_anew(tmp_path: Path, world: dict[str, Any]):
         model = mj.load(world["base"], world["bank"], world["gates"], dtype=dtype)
         loaded = with_execution(model.graph, model.weights, ExecutionConfig(dense_width=width))
         before = dataclasses.replace(model, **dict(zip(("graph", "weights"), pack(loaded, model.weights), strict=True)))
-        more = before.add_adapter(new, "new")
+        more = dataclasses.replace(before).add_adapter(new, "new")
         kernels = [getattr(nnx.merge(more.graph, more.weights).layers, g) for g in GROUPS]
         assert [type(k).__name__ for k in kernels] == ["PackedLinear"] * 4
         assert [k.wide for k in kernels] == [width == 36] * 4
@@ -183,46 +190,150 @@ def test_packed_models_are_packed_anew(tmp_path: Path, world: dict[str, Any]):
         assert_same(more.remove_adapter("new"), before)
         if dtype == "float32":  # in 16 bit a choice between near-equals may turn with a product's shape
             np.testing.assert_allclose(before.logits(ROWS), more.logits(ROWS), atol=2e-5)
-    freed = more.remove_adapter("new", release=True)
-    assert_same(freed, before)
-    kernels = [leaf for path, leaf in nnx.to_flat_state(more.weights) if path[-1] == "kernel"]
-    assert [kernel[...].is_deleted() for kernel in kernels] == [True] * 4
 
 
-def test_a_release_needs_memory_for_one_array_more(tmp_path: Path, world: dict[str, Any], monkeypatch: Any):
-    """At no time more than the model, its largest new array and the adapter that comes."""
-    made = model_bank._rebuilt
-    live: list[int] = []
+def live_bytes() -> int:
+    return sum(a.nbytes for a in jax.live_arrays() if not a.is_deleted())
 
-    def counted(*arguments: Any) -> jax.Array:
-        array = made(*arguments)
-        live.append(sum(a.nbytes for a in jax.live_arrays() if not a.is_deleted()))
-        return array
 
-    monkeypatch.setattr(model_bank, "_rebuilt", counted)
-    model = mj.load(world["base"], world["bank"], dtype="float32")
-    before, names = sum(a.nbytes for a in jax.live_arrays() if not a.is_deleted()), model.adapter_names
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+def test_a_change_needs_memory_for_one_array_more(tmp_path: Path, world: dict[str, Any], monkeypatch: Any, packs: bool):
+    """At no time more than the model, one array and the adapter that comes or goes, also of a model that answered."""
+    live = []
+
+    def counted(work: Any) -> Any:
+        def measured(*given: Any) -> Any:
+            found = work(*given)
+            live.append(live_bytes())
+            return found
+
+        return measured
+
+    model = mj.load(world["base"], world["bank"], world["gates"], dtype="float32")
+    if packs:
+        loaded = with_execution(model.graph, model.weights, ExecutionConfig(dense_width=512))
+        model.graph, model.weights = pack(loaded, model.weights, release=GROUPS)
+        del loaded
+    for owner, name in ((AdapterChange, "_replace"), (adapter_change, "packed"), (PackedLinear, "base_parts")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    names = model.adapter_names
+    gc.collect()
+    before = live_bytes()
     new = tiny_peft(tmp_path, world["hf_folder"], "new", seed=9, r=8)
-    model = model.add_adapter(new, "new", release=True)
-    after = sum(a.nbytes for a in jax.live_arrays() if not a.is_deleted())
-    leaves = nnx.to_flat_state(model.weights)
-    changed = [leaf[...].nbytes for path, leaf in leaves if path[-1] in model_bank.ADAPTER_AXES]
-    assert len(live) == len(changed) > 8
-    assert before < after
-    assert max(live) <= after + max(changed)
-    assert sum(changed) > 3 * max(changed)  # a second bank would not have had room
-    live.clear()
-    model = model.remove_adapter("new", release=True)
-    assert max(live) <= after + max(changed)
+    for change in (lambda: model.add_adapter(new, "new"), lambda: model.remove_adapter("new")):
+        start = live_bytes()
+        model.generate([[5, 6, 7]], max_new_tokens=1)
+        live.clear()
+        change()
+        gc.collect()
+        layers = [leaf[...].nbytes for path, leaf in nnx.to_flat_state(model.weights) if path[0] == "layers"]
+        arrays_of_bank = [array.nbytes for array in in_bank(model).values()]
+        largest, bank = max(layers if packs else arrays_of_bank), sum(arrays_of_bank)
+        assert len(live) > (16 if packs else 11)
+        assert max(live) <= max(start, live_bytes()) + largest + bank // 4  # of four or five adapters
+        assert bank > 3 * largest or packs  # a second bank would not have had room
     assert model.adapter_names == names
+    assert live_bytes() == before
 
 
-def test_released_arrays_are_gone_and_others_are_not(tmp_path: Path, fleet: dict[str, Any]):  # noqa: F811
-    model = load(fleet, tmp_path / "bank", "plain", "narrow")
-    more = model.add_adapter(fleet["peft"]["rslora"], "rslora", release=True)
-    deleted = {str(path[-1]) for path, leaf in nnx.to_flat_state(model.weights) if leaf[...].is_deleted()}
-    assert deleted == {"lora_a", "lora_b", "lora_scale", "lora_arrow", "lora_spectr"}
-    assert_same(more, load(fleet, tmp_path / "fresh", "plain", "narrow", "rslora"))
+def in_bank(model: mj.Meteora) -> dict[tuple[str, ...], jax.Array]:
+    """By path, what has an axis of adapters."""
+    leaves = nnx.to_flat_state(model.weights)
+    return {tuple(map(str, path)): leaf[...] for path, leaf in leaves if path[-1] in model_bank.ADAPTER_AXES}
+
+
+def test_what_was_begun_ends_as_it_began(tmp_path: Path, world: dict[str, Any]):
+    """Streams and engines keep the model that they were begun with; so does a copy."""
+    new = tiny_peft(tmp_path, world["hf_folder"], "new", seed=9, r=8)
+    model, asked = mj.load(world["base"], world["bank"], dtype="float32"), [mj.Fixed("daisy"), mj.Fixed("birch")]
+    how: dict[str, Any] = dict(router=asked, max_new_tokens=12)
+    texts = ["How many apples", "The quick brown fox"]
+    wanted, before = model.generate(texts, **how), dataclasses.replace(model)
+    running, waiting = model.stream(texts, **how), model.stream(texts, **how)
+    next(running)
+    engine = mj.Engine(model, max_tokens=64, blocks=64, max_rows=4)
+    first = engine.submit(texts[0], asked[0], max_new_tokens=12, routing=True)
+    engine.step()
+    model.add_adapter(new, "new").remove_adapter("apple").remove_adapter("birch")
+    assert model.adapter_names == ("cedar", "daisy", "new")
+    second = engine.submit(texts[1], asked[1], max_new_tokens=12, routing=True)
+    for said in ([*running][-1], [*waiting][-1], [first.result(), second.result()], before.generate(texts, **how)):
+        assert isinstance(said, list)
+        for one, other in zip(said, wanted, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.routing.adapter_names == other.routing.adapter_names == world["model"].adapter_names
+            np.testing.assert_array_equal(one.routing.indices, other.routing.indices)
+    assert model.generate(texts, mj.Fixed("daisy"), max_new_tokens=12)[0].token_ids == wanted[0].token_ids
+    with pytest.raises(InputError, match="birch"):
+        model.generate(texts, **how)
+
+
+def test_what_routers_read_of_a_bank_is_computed_once_a_change(world: dict[str, Any], monkeypatch: Any):
+    model, fill, calls = mj.load(world["base"], world["bank"], dtype="float32"), api.fill_spectra, []
+    monkeypatch.setattr(api, "fill_spectra", lambda *given: (calls.append(given), fill(*given)))
+    for _ in range(2):
+        model.stream(ROWS, mj.Arrow(2))
+        list(model.completions(ROWS, mj.Arrow(2), max_new_tokens=1))
+    assert len(calls) == 1
+    model.remove_adapter("apple")
+    found = model.logits(ROWS, mj.Arrow(2))
+    assert len(calls) == 2
+    alone = mj.load(world["base"], world["bank"], dtype="float32").remove_adapter("apple")
+    np.testing.assert_array_equal(found, alone.logits(ROWS, mj.Arrow(2)))
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+def test_whatever_stops_a_change_leaves_the_model_as_it_was(
+    tmp_path: Path,
+    fleet: dict[str, Any],  # noqa: F811
+    monkeypatch: Any,
+    packs: bool,
+):
+    """At every step in turn: unpacking, each array, packing. Ranks that grow and shrink, arrays that come and go."""
+    bank, rng = imported(fleet, tmp_path / "bank", "narrow", "rslora", "plain"), np.random.default_rng(7)
+    gates = fresh_gates(None, mj.load(fleet["base"]).config, 3, 0)
+    gates = {k: rng.standard_normal(g.shape).astype(np.float32) for k, g in gates.items()}
+    save_gates(tmp_path / "gates", GateConfig(("narrow", "rslora", "plain"), 2, 1.0, None), gates)
+    model = mj.load(fleet["base"], bank, tmp_path / "gates", dtype="float32")
+    if packs:
+        loaded = with_execution(model.graph, model.weights, ExecutionConfig(dense_width=512))
+        model.graph, model.weights = pack(loaded, model.weights)
+    else:
+        model.add_adapter(fleet["peft"]["dora"], "dora")
+    whole, left = dataclasses.replace(model), 0
+    steps = {(AdapterChange, "_replace"): True, (adapter_change, "packed"): True, (PackedLinear, "base_parts"): True}
+
+    def stopping(work: Any) -> Any:
+        def stopped(*given: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise MemoryError("RESOURCE_EXHAUSTED")
+            return work(*given)
+
+        return stopped
+
+    for owner, name in steps:
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+    changes: list[Any] = [
+        lambda m: m.add_adapter(fleet["peft"]["bias"], "bias"), lambda m: m.remove_adapter("rslora"),
+        lambda m: m.remove_adapter("dora" if "dora" in m.adapter_names else "narrow"),
+    ]  # fmt: skip
+    for change in changes if ALL else changes[packs:2]:
+        step = 0
+        for step in range(1, 99, 1 if ALL else 9):
+            left = step
+            try:
+                change(model)
+            except MemoryError:
+                assert_same(model, whole)
+            else:
+                break
+        assert step > (20 if packs else 12)  # each of them was reached
+        np.testing.assert_array_equal(*(m.logits(ROWS) for m in (dataclasses.replace(whole), whole)))
+        left, fresh = 0, dataclasses.replace(whole)
+        assert_same(model, change(fresh))
+        model = dataclasses.replace(whole)
 
 
 def test_what_is_refused(tmp_path: Path, world: dict[str, Any]):

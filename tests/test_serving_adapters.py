@@ -51,7 +51,7 @@ def said(served: Any, name: str, messages: Any = ASK) -> str:
 
 def wanted(model: mj.Meteora, folder: Any) -> str:
     """What an adapter says in a model that has it from the beginning."""
-    with_it = model.add_adapter(folder, "elm")
+    with_it = dataclasses.replace(model).add_adapter(folder, "elm")
     return Alone(with_it, make_core(Fleet(with_it, None, "tiny")))(ASK, mj.Fixed("elm"), 10).text
 
 

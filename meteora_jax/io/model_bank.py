@@ -1,25 +1,19 @@
-"""Adapters put into a loaded model and taken out of it, an array at a time; all others are shared, not copied."""
+"""Adapters as a loaded model's arrays have them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.bank import AdapterBank
-from meteora_jax.config import ENDS, GROUPS, BankConfig, LlamaConfig
-from meteora_jax.gate_config import GateConfig
+from meteora_jax.config import ENDS, GROUPS, LlamaConfig
 from meteora_jax.io.model_state import column_orders
-from meteora_jax.model.layout import lay_out, pack, plain_head
-from meteora_jax.model.llama import Llama
 from meteora_jax.model.packed_linear import PackedLinear
-from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.model.vocab_adapters import vocab_tensors
 from meteora_jax.sharding import Params, fetch, place, sharding, tensor_shards
 from meteora_jax.spectra import SPECTRA, spectra
@@ -57,84 +51,6 @@ def packs(graph: nnx.GraphDef, weights: Params, mesh: Mesh | None) -> bool:
     return model.execution.packs(model.dtype, mesh) or any(
         isinstance(getattr(layers, group), PackedLinear) for group in GROUPS
     )
-
-
-def change_adapters(
-    graph: nnx.GraphDef,
-    weights: Params,
-    config: LlamaConfig,
-    bank: BankConfig,
-    keep: Sequence[int],
-    added: AdapterBank | None,
-    gates: GateConfig | None,
-    columns: Sequence[int],
-    mesh: Mesh | None,
-    packs: bool,
-    release: bool,
-) -> tuple[nnx.GraphDef, Params]:
-    """A model's graph and state with another bank: those of `load` from the folders of that bank and of its gates.
-
-    Args:
-        bank: what it becomes: the adapters at `keep` of the old one, and behind them the one of `added`.
-        added: a bank of one adapter, in the model's type; None: none is added.
-        gates: what they become: `bank`'s first adapters are those that they know; None: the model has none then.
-        columns: of the old gates, those that stay, a null choice's among them.
-        packs: whether groups are packed for inference, as `load` does on a GPU in 16 bit.
-        release: arrays that are replaced are deleted as soon as there is the new one; `weights` is then of no more use.
-    """
-    model = nnx.merge(graph, weights)
-    dtype, execution = model.dtype, model.execution
-
-    def fresh() -> Llama:
-        if gates is None:
-            return Llama(config, bank, dtype=dtype, rngs=nnx.Rngs(0), execution=execution)
-        known = len(gates.names)
-        return gated_llama(config, bank, gates.form, dtype, nnx.Rngs(0), execution, gates.null, known)
-
-    abstract = nnx.eval_shape(fresh)
-    lay_out(abstract, tensor_shards(mesh))
-    at_vocabulary = set(bank.vocab_adapter_names)
-    abstract.gates_leave_vocab = bool(gates and at_vocabulary and not at_vocabulary & set(gates.names))
-    new_graph, state = nnx.split(abstract)
-    held = {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(weights)}
-    unpacked = _unpack(model, held, release)
-    one = {} if added is None else adapter_tensors(added, config, mesh)
-    # a token id that is none: VocabAdapters' padding
-    fills = {"ids": config.vocab_size}
-    leaves = []
-    for path, leaf in nnx.to_flat_state(state):
-        place = tuple(map(str, path))
-        old, name = held.get(place), place[-1]
-        if name in ADAPTER_AXES or name in COLUMN_AXES:
-            staying = keep if name in ADAPTER_AXES else columns
-            axis = (ADAPTER_AXES | COLUMN_AXES)[name]
-            new = _rebuilt(leaf, axis, staying, old, one.get(place), fills.get(name, 0), mesh)
-            if release and old is not None:
-                old.delete()
-        else:
-            new = old
-        leaves.append((path, leaf.replace(new)))
-    changed = nnx.from_flat_state(leaves)
-    del held, leaves, state
-    return pack(new_graph, changed, release=GROUPS if release else unpacked) if packs else (new_graph, changed)
-
-
-def _unpack(model: Llama, held: dict[tuple[str, ...], jax.Array], release: bool) -> tuple[str, ...]:
-    """Puts kernels and gates of packed groups into `held` as a `LoRALinear` has them; which groups were packed."""
-    found = []
-    for group in GROUPS:
-        linear = getattr(model.layers, group)
-        if not isinstance(linear, PackedLinear):
-            continue
-        held |= {("layers", group, name): value for name, value in linear.base_parts().items()}
-        held["layers", group, "gate"] = linear.gates()
-        if release:
-            linear.kernel[...].delete()
-            if linear.values is not None:
-                linear.values[...].delete()
-        found.append(group)
-    held.update(plain_head(model))
-    return tuple(found)
 
 
 def adapter_tensors(
@@ -187,41 +103,3 @@ def group_spectra(
         found.append(spectra(a[:, p], own, scale[:, p]))
     arrow, spectr = (np.stack(parts, 1) for parts in zip(*found, strict=True))
     return arrow, spectr
-
-
-def _rebuilt(
-    leaf: Any, axis: int, keep: Sequence[int], old: Any, one: np.ndarray | None, fill: int, mesh: Mesh | None
-) -> jax.Array:
-    """An array of the shape of `leaf`: `keep` of `old` along the axis, `one` behind them, `fill` where neither has
-    anything (another rank, a part that only one of them has)."""
-
-    def build(old: Any, one: Any) -> jax.Array:
-        out = jnp.full(leaf.shape, fill, leaf.dtype)
-        for part, start in ((old, 0), (one, len(keep))):
-            if part is None:
-                continue
-            at = [0] * part.ndim
-            at[axis] = start
-            size = [min(sizes) for sizes in zip(part.shape, leaf.shape, strict=True)]
-            out = jax.lax.dynamic_update_slice(out, part[tuple(map(slice, size))].astype(leaf.dtype), at)
-        return out
-
-    def take(old: Any) -> Any:
-        runs = _runs(keep)  # slices: no index array, no gather
-        parts = [jax.lax.slice_in_dim(old, a, b, axis=axis) for a, b in runs]
-        return jnp.concatenate(parts, axis=axis) if parts else None
-
-    where = None if mesh is None else sharding(mesh, leaf.get_metadata("axes"), leaf.shape)
-    whole = jax.jit(lambda old, one: build(None if old is None else take(old), one), out_shardings=where)
-    return whole(old, one)
-
-
-def _runs(at: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending places as (first, end) of what lies together."""
-    runs: list[tuple[int, int]] = []
-    for i in at:
-        if runs and runs[-1][1] == i:
-            runs[-1] = runs[-1][0], i + 1
-        else:
-            runs.append((i, i + 1))
-    return runs

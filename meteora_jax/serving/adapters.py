@@ -80,12 +80,13 @@ async def remove(server: Server, name: str) -> dict[str, Any]:
         if (pool := server.fleet.model.pool) is not None:
             await _refusing(server, lambda: pool.unload(name))
         else:
-            await _swap(server, lambda model: model.remove_adapter(name))
+            await _swap(server, lambda model: dataclasses.replace(model).remove_adapter(name))
     return {"status": "unloaded", "lora_name": name}
 
 
 def _with(model: Meteora, folder: Path, name: str) -> Meteora:
-    """A model with an adapter under a name, in the place of one that has it."""
+    """Another model with an adapter under a name, in the place of one that has it; the served one stays as it is."""
+    model = dataclasses.replace(model)
     if name not in model.adapter_names:
         return model.add_adapter(folder, name)
     # a bank may not become empty: the new one comes before the old one goes
