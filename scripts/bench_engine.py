@@ -142,11 +142,12 @@ class Bench:
 
 
 def time_rows(bench: Bench, kind: Kind, rows: int) -> dict[str, float]:
-    """Milliseconds of a step with so many rows, and of the prompts; the second of two rounds, the first compiles."""
+    """Milliseconds of a step with so many rows, and of the prompts; the third round: in the second one, too, programs are
+    compiled (single steps behind the first round's ends)."""
     new, prompt = bench.settings.new, bench.settings.prompt
     engine = bench.engine(rows, rows * (prompt + new))
     found: dict[str, float] = {}
-    for _ in range(2):
+    for _ in range(3):
         handles = [engine.submit(bench.request(kind, i, prompt, new)) for i in range(rows)]
         start = time.perf_counter()
         while not all(h.progress.tokens for h in handles):
@@ -194,7 +195,7 @@ def time_requests(bench: Bench, kind: Kind, count: int) -> dict[str, float]:
     engine = bench.engine(rows, rows * (max(p for p, _ in lengths) + 257))
     asked = [bench.request(kind, i, p, n) for i, (p, n) in enumerate(lengths)]
     spent = 0.0
-    for _ in range(2):
+    for _ in range(3):
         for request in asked:
             engine.submit(request)
         start = time.perf_counter()
