@@ -142,7 +142,7 @@ class Bench:
 
 
 def time_rows(bench: Bench, kind: Kind, rows: int) -> dict[str, float]:
-    """Milliseconds of a step with so many rows, and of the prompts; the third round: in the second one, too, programs are
+    """Milliseconds of a step with so many rows, and of the prompts; the third round: in the second, too, programs are
     compiled (single steps behind the first round's ends)."""
     new, prompt = bench.settings.new, bench.settings.prompt
     engine = bench.engine(rows, rows * (prompt + new))
