@@ -1,7 +1,9 @@
 """What one meets at a Python prompt: short reprs, words for routers, traces that are left out, warm-up, the cache."""
 
+import dataclasses
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from meteora_jax import compilation_cache, warming
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
 from meteora_jax.engine.step import run_steps
+from meteora_jax.routing import NO_ADAPTER
 
 PROMPTS = ["How many apples", "The quick brown fox jumps over the lazy dog"]
 ROOT = Path(__file__).parents[1]
@@ -37,7 +40,14 @@ def test_reprs_fit_a_line_or_two(world: dict[str, Any], said: list[mj.Completion
     completion, trace = repr(said[0]), repr(said[0].routing)
     assert completion.startswith(f"Completion({said[0].text[:20]!r}"[:-1])
     assert "finish_reason='" in completion
-    assert "3 layers, 7 projections, 2 choices; most by " in trace
+    assert re.search(r"3 layers, 7 projections, 2 choices: (\w+ \d+%(, |\)$)){1,3}", trace)
+    indices = np.asarray([[0, NO_ADAPTER], [NO_ADAPTER, 1]], np.int32).reshape(2, 1, 1, 2)
+    weights = np.asarray([[0.25, 0.75], [1, 0]], np.float32).reshape(2, 1, 1, 2)
+    own = mj.RoutingTrace(("apple", "birch"), ("q_proj",), ("a", "b"), 2, indices, weights)
+    assert repr(own).endswith("2 choices: no adapter 88%, apple 12%)")
+    assert repr(dataclasses.replace(own, indices=np.full_like(indices, NO_ADAPTER))).endswith(": no adapter 100%)")
+    nothing = dataclasses.replace(own, indices=np.full_like(indices, NO_ADAPTER), weights=0 * weights)
+    assert repr(nothing).endswith(": no adapter)")
     index = mj.Index.build({f"adapter{i}": [f"about {i}"] for i in range(28)})
     assert repr(index) == "Index(28 adapters: adapter0, adapter1, adapter2, adapter3 and 24 more; scoring lexical)"
     assert max(map(len, (shown, bare, completion, trace))) < 300

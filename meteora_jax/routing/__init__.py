@@ -292,11 +292,13 @@ class RoutingTrace:
 
     def __repr__(self) -> str:
         layers, projections, choices = self.indices.shape[1:]
-        share = adapter_share(self).sum(axis=0)
-        leaders = [self.adapter_names[i] for i in np.argsort(-share)[:3] if share[i] > 0]
+        share = np.append(adapter_share(self).sum(axis=0), null_share(self).sum())
+        share /= max(1.0, share.sum())  # of the tokens that anything routed
+        names = *self.adapter_names, "no adapter"
+        shown = [f"{names[i]} {share[i]:.0%}" for i in np.argsort(-share)[:3] if share[i] >= 0.005]
         return (
             f"RoutingTrace({self.prompt_length} + {len(self.tokens) - self.prompt_length} tokens, {layers} layers, "
-            f"{projections} projections, {choices} choices; most by {', '.join(leaders) or 'none'})"
+            f"{projections} projections, {choices} choices: {', '.join(shown) or 'no adapter'})"
         )
 
     def _repr_html_(self) -> str:
