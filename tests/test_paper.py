@@ -11,12 +11,14 @@ from meteora_jax.cli import parse
 from meteora_jax.cli.comparison import read_systems
 from meteora_jax.cli.evaluate import Evaluate
 from meteora_jax.cli.export import ExportAdapter
+from meteora_jax.cli.importing import ImportBase
 from meteora_jax.cli.train import TrainAdapter, TrainBank, TrainGates
 from meteora_jax.evaluation.systems import of_a_family
 
 ROOT = Path(__file__).parents[1] / "scripts"
 SCRIPTS = sorted((ROOT / "paper").glob("*.sh"))
 DEMO = sorted((ROOT / "demo").glob("*.sh"))
+DEMO_ADAPTERS = sorted((ROOT / "demo" / "adapters").glob("*/adapter_config.json"))
 ECHO = """#!/usr/bin/env python3
 import json, os, sys
 print(json.dumps(sys.argv[1:]), file=open(os.environ["SAID"], "a"))
@@ -69,6 +71,9 @@ PYTHON = """#!/usr/bin/env python3
 import json, os, sys
 if sys.argv[1:3] == ["-m", "meteora_jax.cli"]:
     print(json.dumps(sys.argv[3:]), file=open(os.environ["SAID"], "a"))
+elif sys.argv[1] == "scripts/paper/general_background.py":
+    base, background = sys.argv[2:]
+    open(background, "x")
 else:  # what rounds the gates
     assert sys.argv[1] == "-", sys.argv
     compile(sys.stdin.read(), "script", "exec")
@@ -93,6 +98,11 @@ def test_the_demo_s_commands_are_ones_that_meteora_takes(tmp_path, script):
     assert training.settings.optimization.steps == 7
     if script.stem == "train_gates":
         assert [c.limit for c in commands if isinstance(c, Evaluate)] == [3]
+        assert isinstance(training, TrainGates)
+        assert training.background == (str(tmp_path / "work" / "background.jsonl"), "self")
+        assert (tmp_path / "work" / "background.jsonl").exists()
+        (named,) = {json.loads(p.read_text())["base_model_name_or_path"] for p in DEMO_ADAPTERS}
+        assert [c.name for c in commands if isinstance(c, ImportBase)] == [named]  # or its adapters are refused
     else:
         assert training.settings.drawing.rows == 2
         assert len(training.task) == len([c for c in commands if isinstance(c, ExportAdapter)]) == 8
