@@ -224,3 +224,13 @@ def test_after_an_end_the_next_request_need_not_wait_for_a_long_dispatch():
     assert before[1:] == [8] * (len(before) - 1)  # behind the prompts
     assert after[:6] == [1] * 6
     assert after[6] == 8
+    scheduler.add(new(3, 8, 30))  # alone: nobody else is expected
+    clock.lengths[3], alone = 30, list[int]()
+    while scheduler.busy or clock.in_flight:
+        if (plan := scheduler.plan(bool(clock.in_flight))) is not None:
+            alone.append(plan.steps)
+            draws = [(p, plan.steps) for p in plan.decoding] + [(c.progress, 1) for c in plan.chunks]
+            clock.in_flight.append((plan, draws))
+        for p, most in clock.in_flight.popleft()[1]:
+            clock.carry_out(p, most)
+    assert alone[:3] == [1, 8, 8]

@@ -115,6 +115,8 @@ class Scheduler:
 
     def add(self, progress: Progress) -> None:
         """A request at the end of the queue."""
+        if not self.busy:
+            self._expecting = 0  # who was expected is here
         self.waiting.append(progress)
 
     def release(self, progress: Progress) -> None:
