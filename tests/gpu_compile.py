@@ -221,7 +221,9 @@ def on_two_gpus() -> None:
             names = (None, None, "heads", None) if len(x.shape) == 4 else (None,) * len(x.shape)
             return array(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(names, x.shape, mesh.shape)))
 
-        own = lambda *given: run_steps.__wrapped__(graph, *given, steps=8, logprobs=None, trace=True)  # noqa: E731
+        def own(*given: Any) -> Any:
+            return run_steps.__wrapped__(graph, *given, steps=8, logprobs=None, trace=True)
+
         jitted = jax.jit(own, donate_argnums=1)
         lowered = jitted.trace(spread(weights, mesh), *jax.tree.map(place, given)).lower(lowering_platforms=("cuda",))
         lowered.compile(compiler_options=dict(execution.GPU_OPTIONS) | {"xla_gpu_autotune_level": 0})
