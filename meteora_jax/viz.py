@@ -32,7 +32,7 @@ from meteora_jax.routing.page import (
     palette,
     visible,
 )
-from meteora_jax.routing.picture import draw_text, drawable, number_runs
+from meteora_jax.routing.picture import BASE_LABEL, base_leads, draw_text, drawable, number_runs
 
 
 def _led(trace: RoutingTrace, leaders: np.ndarray) -> dict[str, np.ndarray]:
@@ -183,7 +183,7 @@ def write_png(trace: RoutingTrace, path: str | os.PathLike[str], title: str) -> 
     height = float(np.clip(0.028 * len(adapters), 2.4, 9))
     columns = _legend_columns(trace, width)
     margins = 1.85 if num_tokens <= _MANY_TOKENS else 1.35
-    legend_height = 0.2 + 0.28 * math.ceil((len(trace.adapter_names) + has_idle_places(trace)) / columns)
+    legend_height = 0.2 + 0.28 * math.ceil((len(trace.adapter_names) + len(_beside_adapters(trace))) / columns)
     figure = Figure(figsize=(width, margins + height + legend_height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     strip, cells = figure.subplots(2, sharex=True, height_ratios=(0.2, height), gridspec_kw={"hspace": 0.02})
@@ -260,10 +260,15 @@ def _label_tokens(axes: Any, trace: RoutingTrace) -> None:
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
 
 
+def _beside_adapters(trace: RoutingTrace) -> dict[str, str]:
+    """What the legend explains beside the adapters, with its colour: places without weights, tokens of the base."""
+    found = {_IDLE_LABEL: str(_IDLE)} if has_idle_places(trace) else {}
+    return found | ({BASE_LABEL: "white"} if base_leads(trace) else {})
+
+
 def _legend_columns(trace: RoutingTrace, width: float) -> int:
     """How many entries of the longest name fit into `width` inches at 8 points."""
-    idle = (_IDLE_LABEL,) if has_idle_places(trace) else ()
-    longest = max(map(len, (*trace.adapter_names, *idle)), default=1) + 3
+    longest = max(map(len, (*trace.adapter_names, *_beside_adapters(trace))), default=1) + 3
     return max(int(width / (0.45 + 0.075 * longest)), 1)
 
 
@@ -272,8 +277,8 @@ def _draw_legend(figure: Any, trace: RoutingTrace, columns: int) -> None:
 
     names = [f"{i} {drawable(name)}" for i, name in enumerate(trace.adapter_names, start=1)]
     patches = [Patch(color=c, label=name) for c, name in zip(palette(len(names)), names, strict=True)]
-    if has_idle_places(trace):
-        patches.append(Patch(color=str(_IDLE), label=_IDLE_LABEL))
+    for label, colour in _beside_adapters(trace).items():
+        patches.append(Patch(facecolor=colour, edgecolor=str(_IDLE), label=label))
     legend = figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)

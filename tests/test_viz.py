@@ -341,3 +341,28 @@ def test_a_notebook_shows_the_page_in_a_frame():
     cell = trace._repr_html_()
     assert cell.startswith('<iframe srcdoc="')
     assert html.unescape(cell.partition('srcdoc="')[2].partition('"')[0]) == page_module.page_of(trace, "routing")
+
+
+def test_the_legend_of_a_picture_explains_tokens_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.figure import Figure
+
+    shown: list[list[str]] = []
+    draw = Figure.legend
+
+    def legend(figure: Figure, *, handles: list, **how: object):
+        shown.append([str(h.get_label()) for h in handles])
+        return draw(figure, handles=handles, **how)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Figure, "legend", legend)
+    indices, weights = np.zeros((3, 1, 1, 2), np.int32), np.full((3, 1, 1, 2), 0.5, np.float32)
+    routed = RoutingTrace(("apple", "birch"), ("q_proj",), ("a", "b", "c"), 3, indices, weights)
+    viz.write_png(routed, tmp_path / "routed.png", "routed")
+    indices = indices.copy()
+    indices[1] = NO_ADAPTER
+    viz.write_png(dataclasses.replace(routed, indices=indices), tmp_path / "base.png", "base")
+    several = np.repeat(indices, 2, axis=1)  # of two layers, the second otherwise: a row for each
+    several[0, 1] = 1
+    two = dataclasses.replace(routed, indices=several, weights=np.repeat(weights, 2, axis=1))
+    viz.write_png(two, tmp_path / "two.png", "two")
+    idle = "1 more act nowhere"
+    assert shown == [["1 apple", idle], ["1 apple", "no adapter", idle], ["1 apple", "2 birch", "no adapter"]]

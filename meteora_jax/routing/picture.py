@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share
+from meteora_jax.routing import NO_ADAPTER, RoutingTrace, adapter_share, null_share
 from meteora_jax.routing.page import leading, palette, visible
+
+BASE_LABEL = "no adapter"
 
 WIDTH = 9.5  # inches
 FONT = 9  # points
@@ -146,7 +148,12 @@ def _legend_columns(trace: RoutingTrace, acting: list[int]) -> int:
 
 
 def _legend_rows(trace: RoutingTrace, acting: list[int]) -> int:
-    return math.ceil((len(acting) + 1) / _legend_columns(trace, acting))
+    return math.ceil((len(acting) + 1 + base_leads(trace)) / _legend_columns(trace, acting))
+
+
+def base_leads(trace: RoutingTrace) -> bool:
+    """Whether the null choice has most of any token, which then has no colour."""
+    return bool((null_share(trace) > 0.5).any())
 
 
 def draw_legend(figure: Any, trace: RoutingTrace, acting: list[int], columns: int, x: float, top: float) -> None:
@@ -155,6 +162,8 @@ def draw_legend(figure: Any, trace: RoutingTrace, acting: list[int], columns: in
 
     colours = palette(len(trace.adapter_names))
     patches = [Patch(color=colours[a], label=f"{a + 1} {drawable(trace.adapter_names[a])}") for a in acting]
+    if base_leads(trace):
+        patches.append(Patch(facecolor="white", edgecolor="0.7", label=BASE_LABEL))
     if others := len(trace.adapter_names) - len(acting):
         patches.append(Patch(alpha=0, label=f"{others} more act nowhere"))
     place: dict[str, Any] = dict(loc="upper left", bbox_to_anchor=(x, top), borderaxespad=0, borderpad=0)
