@@ -272,7 +272,7 @@ class Meteora:
         self,
         prompts: Sequence[Prompt | Sequence[int]],
         router: RouterArgument = "gates if loaded",
-        max_new_tokens: int = 64,
+        max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -286,7 +286,7 @@ class Meteora:
             prompts: texts, lists of messages {"role", "content"}, or lists of token ids, mixed as you like.
             router: any of `mj` (`Gates`, `Fixed`, `Retrieval`, ..), "gates" (as they were trained), "base" or None (the
                 bare base), a list of these (one a prompt); by default "gates if loaded", else the base.
-            max_new_tokens: at most so many tokens a response.
+            max_new_tokens: at most so many tokens a response; of a list one a prompt.
             temperature: 0 takes the likeliest token; else what logits are divided by before one is drawn.
             top_k, top_p: draws from so many of the likeliest tokens, or from the fewest with this probability, only.
             seed: of the draws; a row's draws depend on it, its place in the batch and the step alone.
@@ -319,8 +319,8 @@ class Meteora:
 
     def stream(
         self, prompts: Sequence[Prompt | Sequence[int]], router: RouterArgument = "gates if loaded",
-        max_new_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-        seed: int = 0, stop: str | Sequence[str] = (), routing: bool = True,
+        max_new_tokens: int | Sequence[int] = 64, temperature: float = 0.0, top_k: int | None = None,
+        top_p: float | None = None, seed: int = 0, stop: str | Sequence[str] = (), routing: bool = True,
     ) -> Iterator[Delta | list[Completion]]:  # fmt: skip
         """As `generate`, in pieces: `Delta`s as text becomes certain, then the completions.
 

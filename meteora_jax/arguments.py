@@ -96,10 +96,15 @@ class Arguments:
         for texts in stop if own_stops else [stop]:
             self.texts("stop", texts)
 
+        def one_each(name: str, values: Any, own: bool, count: int) -> list[Any]:
+            if own and len(values) != count:
+                raise InputError(f"{name}: expected one for each of {count} prompts, found {len(values)}")
+            return list(values) if own else [values] * count
+
         def most_of(count: int) -> list[int]:
-            return [int(n) for n in (max_new_tokens if own_numbers else [max_new_tokens] * count)]
+            return [int(n) for n in one_each("max_new_tokens", max_new_tokens, own_numbers, count)]
 
         def stops_of(count: int) -> list[Sequence[str]]:
-            return list(stop) if own_stops else [stop] * count
+            return one_each("stop", stop, own_stops, count)
 
         return most_of, stops_of

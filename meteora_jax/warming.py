@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
+from meteora_jax.engine.scheduler import Limits
 from meteora_jax.routing import RouterArgument
 
 Progress = Callable[[str, int, int], None]  # (what was just compiled, how many are, how many in all)
@@ -18,6 +19,16 @@ Progress = Callable[[str, int, int], None]  # (what was just compiled, how many 
 def print_progress(note: str, done: int, total: int) -> None:
     """A line on standard error."""
     print(f"warm-up {done}/{total}: {note}", file=sys.stderr)
+
+
+def _unequal(size: int, most: int) -> Iterator[list[int]]:
+    """Lengths of a call's answers by which its steps meet the other programs: answers do not end together."""
+    several = Limits.steps
+    single = most - (most - 2) % several  # what is left behind whole dispatches is little: single steps
+    if 2 <= single < most:
+        yield [single] * size
+    if size > 1 and most > 2:
+        yield [most, *[2] * (size - 1)]  # fewer rows go on, singly at first
 
 
 def warm_up(
@@ -71,6 +82,8 @@ def warm_up(
             prompts = [[0] * length] * longest + [[0]] * (size - longest)
             model.generate(prompts, router, max_new_tokens, **how)
             longest //= 2
+        for mosts in _unequal(size, max_new_tokens):
+            model.generate([[0] * length] * size, router, mosts, **how)
         if progress is not None:
             took = time.perf_counter() - started
             progress(f"{size} x {length} prompt tokens in {took:.1f} s", done, len(shapes))

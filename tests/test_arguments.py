@@ -106,6 +106,8 @@ REFUSED = {
     'ask(stop=["a", 3])': "stop 1: expected a text, found 3",
     'ask(stop={"a": 1})': "stop: expected a list of texts",
     'ask(routing=3)': "routing: expected true or false, found 3",
+    'model.generate(["a"], max_new_tokens=[4, 5])': "max_new_tokens: expected one for each of 1 prompts, found 2",
+    'list(model.completions(["a", "b"], stop=[["x"]]))': "stop: expected one for each of 2 prompts, found 1",
     'mj.warm_up(model, batch_sizes=3)': "warm_up: batch_sizes: expected a list of whole numbers, found 3",
     # adapters
     'model.add_adapter(3, "new")': "add_adapter: path: expected a path, found 3",

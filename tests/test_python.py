@@ -101,6 +101,12 @@ def test_warm_requests_compile_nothing(world: dict[str, Any], capsys: pytest.Cap
     for length in (17, 32):
         prompts = [list(range(3, 3 + n)) for n in (length, 4, 9)]
         model.generate(prompts, **{**asked, "temperature": 0.9, "seed": 4, "max_new_tokens": 33})
+    for most in (35, [33, 3, 20], [4, 40, 2], 2):  # answers end singly, and not together
+        model.generate(prompts, **{**asked, "max_new_tokens": most})
+    assert run_steps._cache_size() == programs
+    mj.warm_up(model, [8], [18], progress=None, router="base", max_new_tokens=24, routing=False)
+    programs = run_steps._cache_size()
+    model.generate([[5] * 8] * 18, "base", [3] * 16 + [23, 12], routing=False)
     assert run_steps._cache_size() == programs
     warming.print_progress("3 x 24", 1, 2)
     assert capsys.readouterr().err == "warm-up 1/2: 3 x 24\n"

@@ -19,11 +19,16 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from served import make_slow, serving, settled
+from served import make_core, make_slow, serving, settled
 
+import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
+from meteora_jax.engine import Sampling
+from meteora_jax.engine.step import run_steps
+from meteora_jax.serving import run
 from meteora_jax.serving.limits import knows, read_keys
+from meteora_jax.serving.models import Fleet
 from meteora_jax.serving.server import EventStream, Server
 from meteora_jax.serving.settings import Settings
 
@@ -242,6 +247,17 @@ def test_a_client_that_takes_nothing_is_dropped(world):
     asyncio.run(asyncio.wait_for(play(), 5))
     assert dropped == [{"type": "http", "client": ("127.0.0.1", 5)}]
     assert ended == [True]
+
+
+def test_a_warm_server_compiles_no_more(world):
+    fleet = Fleet(mj.load(world["base"], dtype="float32"), None, "tiny")
+    server = Server(fleet, make_core, Settings())
+    run.warm_up(server, [1], lambda *_: None)
+    programs, core = run_steps._cache_size(), server.driver.core
+    for most, temperature in ((2, 0.0), (5, 0.7), (30, 0.0), (30, 0.7)):
+        core.submit(fleet.model.request([7, 8, 9], None, most, Sampling(temperature)))
+        core.drain()
+    assert run_steps._cache_size() == programs
 
 
 def test_sigterm_lets_what_is_under_way_finish(world):

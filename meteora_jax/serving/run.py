@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from meteora_jax.batching import Engine
 from meteora_jax.config import InputError
 from meteora_jax.engine import EngineCore, Sampling
+from meteora_jax.engine.scheduler import Limits
 from meteora_jax.routing.named import NAMED
 from meteora_jax.serving.app import make_app
 from meteora_jax.serving.models import Fleet, names, resolve
@@ -69,7 +70,8 @@ def warm_up(server: Server, rows: Sequence[int], progress: Progress, page: bool 
     for done, (count, name, router, temperature) in enumerate(todo, start=1):
         found, _ = fleet.model.look_up(router, 1, lambda: ["warm up"])
         own: Any = found[0] if isinstance(found, list) else found
-        most = min(9, server.positions - len(ids))
+        # a token behind the prompt, several steps in one dispatch, and single ones as before every end
+        most = min(1 + Limits.steps + Limits.steps // 2, server.positions - len(ids))
         asked = fleet.model.request(ids, own, most, Sampling(temperature), trace=page)
         for _ in range(count):
             core.submit(asked)
