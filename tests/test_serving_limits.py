@@ -26,7 +26,7 @@ from meteora_jax.cli import main
 from meteora_jax.config import InputError
 from meteora_jax.engine import Sampling
 from meteora_jax.engine.step import run_steps
-from meteora_jax.serving import run
+from meteora_jax.serving import driver, run
 from meteora_jax.serving.limits import knows, read_keys
 from meteora_jax.serving.models import Fleet
 from meteora_jax.serving.server import EventStream, Server
@@ -51,6 +51,19 @@ def test_who_stops_reading_is_cancelled(served):
     stream.close()
     settled(served, 1.0)
     assert served.server.driver.core.counters.new_tokens < 150
+
+
+def test_tokens_behind_the_first_wait_for_each_other(served, monkeypatch):
+    monkeypatch.setattr(driver, "GATHER", 3600.0)
+    served.server.driver._handed_over = time.perf_counter()
+    stream = served.client().completions.create(**LONG | {"max_tokens": 9}, stream=True)
+    first, *others = [chunk.choices[0] for chunk in stream]
+    assert first.text.strip()
+    assert first.finish_reason is None
+    assert [choice.finish_reason for choice in others] == ["length"]
+    whole = served.client().completions.create(**LONG | {"max_tokens": 9}).choices[0].text
+    assert first.text + others[0].text == whole
+    assert len(others[0].text) > len(first.text)
 
 
 def test_who_leaves_before_the_whole_answer_is_cancelled(served):

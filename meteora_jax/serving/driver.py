@@ -26,6 +26,9 @@ LOG = logging.getLogger(__name__)
 
 
 SHOWN = 4  # of a token's adapters
+# Seconds that tokens behind a response's first may wait for each other: an event a token for each of many clients takes
+# the interpreter from the engine's thread for longer than a step of the device.
+GATHER = 0.025
 # Numbers of adapters in a trace -> the names among them, and for each number its place in these.
 Named = Callable[[np.ndarray], tuple[Sequence[str], np.ndarray]]
 
@@ -101,6 +104,11 @@ class Watch:
         self._rows, self._pieces = 0, 0  # of the routing: positions and arrays that were read
         self._shares: list[TokenShares] = []
 
+    @property
+    def pressing(self) -> bool:
+        """Whether somebody waits for what there is: for a first token, or for the end."""
+        return not self._tokens or self.handle.done
+
     def news(self) -> Piece | ApiError | None:
         """What came since the last call; None: nothing."""
         progress = self.handle.progress
@@ -160,6 +168,7 @@ class Driver:
         self.live: set[Stream] = set()  # the loop's
         self.failures: list[BaseException] = []
         self.step_seconds = 0.0
+        self._handed_over = 0.0  # when everything was, last
         self.skipped = 0  # prompt tokens that the prefix cache had, of finished requests
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._watched: dict[Stream, Watch] = {}
@@ -280,8 +289,11 @@ class Driver:
 
     def _hand_over(self) -> None:
         news: list[tuple[Stream, Piece | ApiError]] = []
+        now = time.perf_counter()
+        if due := now - self._handed_over >= GATHER:
+            self._handed_over = now
         for stream, watch in list(self._watched.items()):
-            if (piece := watch.news()) is not None:
+            if (due or watch.pressing) and (piece := watch.news()) is not None:
                 news.append((stream, piece))
                 if isinstance(piece, ApiError) or piece.finish_reason is not None:
                     self.skipped += watch.handle.progress.skipped
