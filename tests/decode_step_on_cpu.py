@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import compiling
 from batches import answer
+from ranking_on_cpu import one_ranking
 from test_gated_model import small
 
 import meteora_jax as mj
@@ -30,7 +31,7 @@ from meteora_jax.model import layout
 from meteora_jax.model.packed_linear import stack_rows
 from meteora_jax.model.routed_llama import RoutedCache
 from meteora_jax.routing.retrieval import Composed
-from pallas_kernels.decode_step import operands, triton_gpu
+from pallas_kernels.decode_step import choosing, operands, triton_gpu
 from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.paged_attention import EMPTY
@@ -68,7 +69,7 @@ def interpret() -> list[str]:
             return tuple(map(jnp.asarray, run(*arrays)))
         return jax.pure_callback(run, out, *arrays)
 
-    triton_gpu.launch = paged_gpu.launch = launch
+    triton_gpu.launch = paged_gpu.launch = choosing.launch = launch
     routed_gpu.launch = functools.partial(launch, "pallas_kernels.routed_lora.triton_kernels")
     # a loop's bound that was read from memory is an array of one element there, which NumPy takes for no number
     patched = interpreter._patch_lang_tensor
@@ -313,7 +314,7 @@ def whole_model(everything: bool) -> None:
     whole = stepping(model, ExecutionConfig(step=StepLimits(programs=1)))
     within, fused = mj.Gates(1, within=("birch", "cedar")), Composed((("cedar", 0.7), ("apple", 0.4)), True)
     agree(plain, whole, [mj.Lag(2, k=3), fused, within], steps=1)
-    assert {"weigh_kernel", "runs_kernel"} <= set(RAN), RAN
+    assert {"weigh_kernel", "runs_kernel", "rank_kernel"} <= set(RAN), RAN
     if everything:
         agree(plain, stepped, within)
         agree(model, stepping(model, WIDE), [within, mj.Fixed("apple")], 2)
@@ -361,6 +362,9 @@ def main(examples: int) -> None:
     for seed in range(examples):
         one_case(seed, launches)
     print(f"groups: {examples} cases")
+    for seed in range(12):
+        one_ranking(seed)
+    print("rankings: 12 cases")
     for rows, seed in MANY[:examples]:
         one_case(seed, launches, rows)
     print(f"many rows: {len(MANY[:examples])} cases")

@@ -47,7 +47,7 @@ from meteora_jax.training.data import Batch
 from meteora_jax.training.gate_loss import GateLoss
 from meteora_jax.training.settings import Objective
 from meteora_jax.training.step import initial_state, make_step, optimizer
-from pallas_kernels.decode_step import triton_gpu
+from pallas_kernels.decode_step import choosing, triton_gpu
 from pallas_kernels.paged_attention import QUERY_BLOCK
 from pallas_kernels.paged_attention import triton_gpu as attention_gpu
 from pallas_kernels.quantized_matmul import triton_gpu as quantised_gpu
@@ -234,7 +234,7 @@ def main() -> None:
     quantised_gpu.launch = stand_in
     jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
-    triton_gpu.launch = attention_gpu.launch = stand_in
+    triton_gpu.launch = attention_gpu.launch = choosing.launch = stand_in
     routed_gpu.launch = functools.partial(stand_in, "")
     for router, rows, form in (
         (None, 1, None),
@@ -242,6 +242,7 @@ def main() -> None:
         (mj.Gates(2), 8, None),
         (mj.Gates(2), 32, None),
         (mj.Gates(2), 8, TokenRouterForm(width=128, depth=4)),
+        (mj.Spectr(4), 8, None),
     ):
         text = decoding(device, router, rows, form)
         (body,) = [part for part in re.split(r"\n(?=%|ENTRY)", text) if "triton_kernel_call" in part]
@@ -249,13 +250,16 @@ def main() -> None:
         launches = len(re.findall('custom_call_target="triton_kernel_call"', body))
         products = len(re.findall(r"calls=%dynamic-slice-fusion", body))
         depth = form.depth if form else 0
-        what = f"{'bare' if router is None else 'adapted'}{', token router' if form else ''}, {rows} rows"
+        scored = isinstance(router, mj.Spectr)
+        kind = "SpectR" if scored else "bare" if router is None else "adapted"
+        what = f"{kind}{', token router' if form else ''}, {rows} rows"
         rest = len(names) - launches - products
         print(
             f"{what}: {launches / LAYERS:g} launches a layer, {products / LAYERS:g} products, {rest} beside the layers"
         )
         assert products == 4 * (LAYERS + depth), f"{what}: products that do not read their layer in place"
         own = 2 * (depth + 2) if form else 0  # attention of the token router and of its two hops
+        own += 4 * LAYERS if scored else 0  # a group's ranking
         assert launches == 6 * LAYERS + own, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
         assert rest <= (28 + 16 * (depth + 3) if form else 24), what  # the shifts, and each hop's look-up

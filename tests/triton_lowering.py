@@ -27,7 +27,7 @@ from jax_triton import triton_lib
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pallas_kernels.decode_step import operands, triton_gpu
+from pallas_kernels.decode_step import choosing, operands, triton_gpu
 from pallas_kernels.paged_attention import QUERY_BLOCK, StepTokens, paged_attention
 from pallas_kernels.quantized_matmul import QuantizedWeight
 from pallas_kernels.quantized_matmul import triton_gpu as quantised_gpu
@@ -90,6 +90,7 @@ def main() -> None:
     many_tokens()
     attentions()
     decode_steps()
+    rankings()
     quantised_products()
 
 
@@ -155,6 +156,33 @@ def decode_steps() -> None:
             residual, squares = array((rows, 4096), jnp.bfloat16), array((rows, 128), jnp.float32)
             own = (angle, angle), array((rows,), jnp.int32), residual, half(4096)
             lower(step, x, squares, group, state, choice, *own)
+
+
+def rankings() -> None:
+    """Of a Llama-3-8B's q k v and down, by each rule; adapters of rank 8, 16 and 64."""
+    array, rows = jax.ShapeDtypeStruct, 32
+    for (width, splits), adapters, rank, rule in [
+        (QKV, 28, 8, "arrow"), (QKV, 28, 8, "spectr"), (DOWN, 28, 16, "lag"), (QKV, 8, 64, "lag")
+    ]:  # fmt: skip
+        print(f"rank {rows} {width}->{splits} {adapters} of rank {rank} by {rule}")
+        p, packed = len(splits), 32 + adapters * rank
+        group = operands.Group(
+            array((2, sum(splits) + p * packed, width), jnp.bfloat16), None,
+            array((2, adapters, rank, sum(splits)), jnp.bfloat16), array((2, p, adapters), jnp.float32), splits,
+            1e-5 if p > 1 else None, packed, adapters, 0,
+        )  # fmt: skip
+        vectors, matrices = (array((2, p, adapters, *(rank,) * n), jnp.float32) for n in (1, 2))
+        own = array((rows,), jnp.int32), array((rows,), jnp.float32)
+        limits = (array((rows, adapters), bool), own[0]) if rule == "lag" else (None, None)
+
+        def run(product, squares, group, counts, temperatures, arrow, spectr, allowed, candidates, width=width):
+            lying = choosing.Shrinks(1, rows, width, product, squares, group)
+            return lying.rank(TopK(counts, temperatures, 4), arrow, spectr, allowed, candidates)
+
+        product = array((rows, sum(splits) + p * packed), jnp.float32)
+        squares = array((rows, 128), jnp.float32) if p > 1 else None
+        given = (None if rule == "spectr" else vectors), (None if rule == "arrow" else matrices)
+        lower(run, product, squares, group, *own, *given, *limits)
 
 
 def quantised_products() -> None:

@@ -15,16 +15,18 @@ from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model.lora_linear import LoRALinear
 from meteora_jax.model.packed_linear import PackedLinear
 from meteora_jax.model.paged_cache import PagedCache
-from meteora_jax.routing import BoundRouter, Routing
+from meteora_jax.routing import BoundRouter, Routing, Score
 from meteora_jax.routing.gates import GATES, KnownLogits
 from meteora_jax.routing.scores import SHRUNK, GroupScores
 from meteora_jax.sharding import LOGICAL_AXES, sum_shares
 from pallas_kernels.decode_step import triton_gpu
-from pallas_kernels.decode_step.operands import Choice, Chooser, Group, ResidualStream, StepState
+from pallas_kernels.decode_step.choosing import Chooser, Shrinks
+from pallas_kernels.decode_step.operands import Choice, Group, ResidualStream, StepState
 from pallas_kernels.decode_step.triton_gpu import Epilogue
 from pallas_kernels.paged_attention import StepTokens
 from pallas_kernels.quantized_matmul import triton_gpu as quantized_gpu
 from pallas_kernels.routed_lora.reference import shrink
+from pallas_kernels.topk_gating import TopK
 
 EPILOGUES: dict[str, Epilogue] = {"qkv": "qkv", "o": "residual", "gate_up": "silu", "down": "residual"}
 FIRST = {"qkv": 0, "o": 3, "gate_up": 4, "down": 6}  # each group's first projection among a layer's seven
@@ -76,12 +78,30 @@ def _is_wide(linear: LoRALinear | PackedLinear, execution: ExecutionConfig) -> b
     return linear.lora_a.shape[-3] * linear.lora_a.shape[-2] > execution.dense_width
 
 
+@dataclasses.dataclass(frozen=True)
+class StepScores(GroupScores):
+    """Of a decoding step's group. lying: its shrinks, where a kernel ranks them by the scores of `linear`."""
+
+    lying: Shrinks | None = None
+    linear: Any = None
+
+    def choose(self, score: Score, rule: TopK, allowed: Any = None, candidates: Any = None) -> Routing:
+        """See `GateLogits`."""
+        if self.lying is None or score not in ("arrow", "spectr"):
+            return super().choose(score, rule, allowed, candidates)
+        arrow = self.linear.lora_arrow[...] if score == "arrow" or candidates is not None else None
+        spectr = self.linear.lora_spectr[...] if score == "spectr" else None
+        return Routing(*(z[:, None] for z in self.lying.rank(rule, arrow, spectr, allowed, candidates)))
+
+
 def chooser(router: BoundRouter, layers: Any) -> Chooser:
     """What asks a router for a group's routing that takes more than the plain top-k of all its logits."""
     route = _routed(router, layers)
 
-    def choose(layer: int, first: int, x: jax.Array, logits: jax.Array, shrinks: jax.Array | None) -> Choice:
-        routing = route(layer, first, x, logits, shrinks)
+    def choose(
+        layer: int, first: int, x: jax.Array, logits: jax.Array, shrinks: jax.Array | None, lying: Shrinks | None
+    ) -> Choice:
+        routing = route(layer, first, x, logits, shrinks, lying)
         shape = *logits.shape[:2], routing.indices.shape[-1]
         indices, weights = (jnp.broadcast_to(z[:, 0], shape) for z in (routing.indices, routing.weights))
         return Choice(shape[-1], None, None, indices, weights, routing.fused)
@@ -93,14 +113,18 @@ def _routed(router: BoundRouter, layers: Any) -> Callable[..., Routing]:
     """The same, as a routing [M, 1, P, C]."""
     groups = {first: getattr(layers, group) for group, first in FIRST.items()}
 
-    def route(layer: int, first: int, x: jax.Array, logits: jax.Array, shrinks: jax.Array | None) -> Routing:
+    def route(
+        layer: int, first: int, x: jax.Array, logits: jax.Array, shrinks: jax.Array | None,
+        lying: Shrinks | None = None,
+    ) -> Routing:  # fmt: skip
         x, gates = x[:, None], KnownLogits(logits[:, None])
         if not router.asks <= GATES:
             linear = groups[first]
             if router.asks & SHRUNK and shrinks is None:  # of a wide bank
                 shrinks = shrink(x, linear.lora_a[...][layer])[:, 0]
                 shrinks = sum_shares(shrinks) if linear.share == "inputs" else shrinks
-            gates = GroupScores.of(linear, x, gates, None if shrinks is None else shrinks[:, None], layer)
+            gates = StepScores.of(linear, x, gates, None if shrinks is None else shrinks[:, None], layer)
+            gates = dataclasses.replace(gates, lying=lying, linear=linear)
         return router.route(x, gates)
 
     return route

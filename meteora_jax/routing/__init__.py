@@ -108,6 +108,17 @@ class GateLogits(Protocol):
         of that token of each row alone, [B, 1, P, A]. Only scores that the router `asks` for are there."""
         ...
 
+    def choose(
+        self, score: Score, rule: TopK, allowed: jax.Array | None = None, candidates: jax.Array | None = None
+    ) -> Routing:
+        """The best adapters of every token by such a score, and the softmax of their scores: [B, T, P, C].
+
+        Args:
+            allowed: bool [B, A], the adapters that each row may choose; None: all.
+            candidates: int32 [B], how many of them Arrow's score lets through; None: all.
+        """
+        ...
+
 
 @runtime_checkable
 class BoundRouter(Protocol):

@@ -17,11 +17,9 @@ import numpy as np
 
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
-from meteora_jax.routing import NO_ADAPTER, GateLogits, Routing, Score
+from meteora_jax.routing import GateLogits, Routing, Score
 from meteora_jax.routing.gates import bound_choice, check_choosing
-from pallas_kernels.topk_gating import TopK, topk_gating
-
-LEAST = -3e38  # of what must not be chosen: finite, for a softmax over it alone
+from pallas_kernels.topk_gating import TopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,14 +165,4 @@ class BoundScores:
 
     def route(self, x: jax.Array, gates: GateLogits) -> Routing:
         """x [B, T, I] -> Routing [B, T, P, C]."""
-        scores = gates.score(self.score)
-        may = scores > -jnp.inf
-        if self.allowed is not None:
-            may &= self.allowed[:, None, None]
-        if self.candidates is not None:
-            first = jnp.where(may, gates.score("arrow"), -jnp.inf)
-            place = jnp.argsort(jnp.argsort(-first, axis=-1), axis=-1)
-            may &= place < self.candidates[:, None, None, None]
-        indices, weights = topk_gating(jnp.where(may, scores, LEAST), self.rule)
-        chosen = jnp.take_along_axis(may, jnp.maximum(indices, 0), axis=-1) & (indices != NO_ADAPTER)
-        return Routing(jnp.where(chosen, indices, NO_ADAPTER), jnp.where(chosen, weights, 0.0))
+        return gates.choose(self.score, self.rule, self.allowed, self.candidates)

@@ -25,9 +25,23 @@ class GateParam(nnx.Param):
     """A weight of the gates, or of the token router."""
 
 
+class LogitsAlone:
+    """Who knows no score but the gates' logits."""
+
+    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
+        """None."""
+        raise NotImplementedError(f"{type(self).__name__}: no score {score!r}")
+
+    def choose(
+        self, score: Score, rule: TopK, allowed: jax.Array | None = None, candidates: jax.Array | None = None
+    ) -> Routing:
+        """Nobody."""
+        raise NotImplementedError(f"{type(self).__name__}: no score {score!r}")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ProjectionGates:
+class ProjectionGates(LogitsAlone):
     """The gates of a group's projections: weight float32 [I, P, A]; a null choice is a column more."""
 
     weight: Any
@@ -36,14 +50,10 @@ class ProjectionGates:
         """x @ Wg, float32 [B, T, P, A], of the group's input x [B, T, I]."""
         return checkpoint_name(einsum_float32(x.dtype, "bti,ipa->btpa", x, self.weight.astype(x.dtype)), KEPT)
 
-    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
-        """None but the logits."""
-        raise NotImplementedError(f"gates have no score {score!r}")
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KnownLogits:
+class KnownLogits(LogitsAlone):
     """Logits float32 [B, T, P or 1, A] that were computed before."""
 
     values: Any
@@ -51,10 +61,6 @@ class KnownLogits:
     def logits(self, x: jax.Array) -> jax.Array:
         """These, whatever x is."""
         return self.values
-
-    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
-        """None but the logits."""
-        raise NotImplementedError(f"known logits have no score {score!r}")
 
 
 def check_choice(given: Arguments, top_k: Any, temperature: Any) -> None:

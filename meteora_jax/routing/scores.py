@@ -18,11 +18,13 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from meteora_jax.routing import GateLogits, Score
+from meteora_jax.routing import NO_ADAPTER, GateLogits, Routing, Score
 from meteora_jax.sharding import join_shares
 from pallas_kernels.routed_lora.reference import columns
+from pallas_kernels.topk_gating import TopK, topk_gating
 
 SHRUNK: frozenset[Score] = frozenset({"arrow", "spectr", "inverse-entropy"})  # made of the shrink
+LEAST = -3e38  # of what must not be chosen: finite, for a softmax over it alone
 LEAST_DEVIATION = 1e-6  # of what is standardised
 
 
@@ -109,6 +111,20 @@ class GroupScores:
         else:
             raise NotImplementedError(f"no score {score!r}")
         return jnp.where(part[None, None], found, -jnp.inf)
+
+    def choose(self, score: Score, rule: TopK, allowed: Any = None, candidates: Any = None) -> Routing:
+        """See `GateLogits`."""
+        scores = self.score(score)
+        may = scores > -jnp.inf
+        if allowed is not None:
+            may &= allowed[:, None, None]
+        if candidates is not None:
+            first = jnp.where(may, self.score("arrow"), -jnp.inf)
+            place = jnp.argsort(jnp.argsort(-first, axis=-1), axis=-1)
+            may &= place < candidates[:, None, None, None]
+        indices, weights = topk_gating(jnp.where(may, scores, LEAST), rule)
+        chosen = jnp.take_along_axis(may, jnp.maximum(indices, 0), axis=-1) & (indices != NO_ADAPTER)
+        return Routing(jnp.where(chosen, indices, NO_ADAPTER), jnp.where(chosen, weights, 0.0))
 
     def _inverse_entropy(self, h: jax.Array) -> jax.Array:
         """[B, T, P, A]; every adapter's whole output is made, so that it is for few tokens."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -98,12 +97,6 @@ class Choice:
     indices: jax.Array | None = None
     weights: jax.Array | None = None
     fused: jax.Array | None = None
-
-
-# What makes a choice by rules that the kernels do not have, of a layer, the first projection of one of its groups, the
-# group's input [M, I], its gates' logits float32 [M, P, G] and, where A's are packed, its shrinks float32 [M, P, A,
-# R]: a routing given for each projection.
-Chooser = Callable[[int, int, jax.Array, jax.Array, jax.Array | None], Choice]
 
 
 @jax.tree_util.register_dataclass

@@ -23,12 +23,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_step.choosing import Chooser, ask
 from pallas_kernels.decode_step.operands import (
     LEAST_ROWS,
     WEIGHED_ROWS,
     AdapterLayout,
     Choice,
-    Chooser,
     Group,
     ResidualStream,
     StepState,
@@ -275,22 +275,7 @@ def _product(
         product = group.whole(jnp.einsum(form, x, group.w[layer], preferred_element_type=jnp.float32))
     if choice is None or isinstance(choice, Choice):
         return product, choice, state
-    p = len(group.splits)
-    splits = quantized_gpu.summands(group.w, rows)
-    behind = product[: splits * rows, group.columns :].reshape(splits, rows, p, group.packed)
-    behind, x = jnp.sum(behind, axis=0), x[:rows]
-    if squares is not None:
-        factor = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / x.shape[1] + (group.eps or 0.0))
-        x, behind = (x.astype(jnp.float32) * factor).astype(x.dtype), behind * factor[..., None]
-    shrinks = None
-    if group.a is None and group.b is not None:
-        adapters, rank, _ = group.b.shape[1:]
-        shrinks = behind[..., group.first_shrink : group.first_shrink + adapters * rank]
-        shrinks = shrinks.reshape(rows, p, adapters, rank)
-    choice = choice(layer, group.first_projection, x, behind[..., : group.gates], shrinks)
-    own = layer, slice(None), slice(group.first_projection, group.first_projection + p)
-    indices, weights = state.indices.at[own].set(choice.indices), state.weights.at[own].set(choice.weights)
-    return product, choice, dataclasses.replace(state, indices=indices, weights=weights)
+    return product, *ask(choice, layer, rows, x, product, squares, group, state)
 
 
 def _epilogue(

@@ -5,7 +5,8 @@
 Logits may have a column more than there are adapters: the null choice, an adapter whose dW is zero. It competes in the
 top-k and takes its softmax weight, so that an adapter chosen beside it acts with the rest; it leaves as NO_ADAPTER.
 
-NVIDIA GPUs choose inside the launch that needs the choice, by `triton_kernels.choose`, which must agree with this file.
+NVIDIA GPUs choose inside the launch that needs the choice, by `triton_kernels.softmax_of_largest`, which must agree
+with this file.
 """
 
 from __future__ import annotations

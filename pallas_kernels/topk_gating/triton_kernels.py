@@ -38,6 +38,15 @@ def top_k_softmax(
     logits = tl.where((columns < G)[None, :], logits, float("-inf"))
     count = tl.load(count_ptr + rows, mask=rows < M, other=0)
     temperature = tl.load(temperature_ptr + rows, mask=rows < M, other=1.0)
+    return softmax_of_largest(logits, count, temperature, A, GP, C, CP, BM)
+
+
+@triton.jit
+def softmax_of_largest(
+    logits, count, temperature, A: tl.constexpr, GP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr
+):
+    """The same of logits float32 [BM, GP], -inf behind the G; count int32 and temperature float32 [BM]."""
+    columns = tl.arange(0, GP)
     which = tl.arange(0, CP)
     adapters = tl.full((BM, CP), -1, tl.int32)
     values = tl.full((BM, CP), float("-inf"), tl.float32)
