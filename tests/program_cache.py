@@ -35,7 +35,7 @@ def use(config: pytest.Config) -> None:
         folder = compilation_cache.folder()
     assert folder is not None
     folder.mkdir(exist_ok=True)
-    if not hasattr(config, "workerinput"):  # once, not by every worker
+    if getattr(config, "workerinput", {}).get("workerid", "gw0") == "gw0":  # once, not by every worker
         remove_old(folder, time.time() - KEPT_DAYS * 86400)
     settings = {
         "jax_compilation_cache_dir": str(folder),
