@@ -95,7 +95,7 @@ def one_case(seed: int, rows: int, tiles: dict[str, int], end: str, bank: tuple[
         size = (1 + left) * (1 + right)
     elif residual is not None:
         y, size = y + exact(residual), size + np.abs(exact(residual))
-    bound = 4 * EPS[kind] * (size + np.abs(y))
+    bound = 4 * EPS[kind] * (size + np.abs(y)) + 1e-30
     error = np.abs(exact(found) - y)
     assert found.dtype == base.dtype
     assert (error <= bound).all(), (
@@ -120,8 +120,9 @@ def whole_model() -> None:
             assert not RAN, RAN
             np.testing.assert_allclose(prompt_hidden(fused, router), wanted, atol=2e-2, rtol=2e-2)
             assert list(RAN) == LAYER * model.config.num_layers, RAN
-    np.testing.assert_array_equal(prompt_hidden(late, router), wanted)
-    assert list(RAN) == LAYER, "fewer tokens than the launch is for"
+            if form is not None:  # once: every other model is as late
+                np.testing.assert_array_equal(prompt_hidden(late, router), wanted)
+                assert list(RAN) == LAYER, "fewer tokens than the launch is for"
 
 
 def benchmark() -> None:

@@ -68,7 +68,7 @@ def test_sorted_gradients_are_deterministic_and_exact():
     own = jnp.arange(2)[None, :, None]
     scaled = jnp.where(indices < 0, 0, weights * case.scale[own, jnp.maximum(indices, 0)])
     arguments = (case.x[:, None], case.a, case.b, indices, scaled, case.dy[:, None])
-    of = jax.jit(grouped_gradients, static_argnums=6)
+    of = jax.jit(grouped_gradients, static_argnums=6, compiler_options=QUICK)
     first, again = (of(*map(jnp.asarray, arguments), case.splits) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -142,15 +142,20 @@ def test_an_adapter_that_nobody_chose_may_hold_anything_but_is_not_read():
         assert_close({"y": y}, case)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=QUICK)
+def sorted_rows(chosen: jax.Array, adapters: int, block: int) -> tuple[jax.Array, ...]:
+    buckets = Buckets.sort(chosen, adapters, block)
+    return buckets.source, buckets.filled, buckets.adapter, buckets.place
+
+
 @pytest.mark.parametrize(("rows", "adapters"), [(1, 1), (7, 3), (100, 4), (64, 256), (5, 40)])
 def test_buckets_hold_every_row_once_beside_its_own_adapter(rows: int, adapters: int):
     chosen = np.random.default_rng(rows).integers(-1, adapters, rows).astype(np.int32)
     for block in (8, block_rows(rows, adapters)):
-        buckets = Buckets.sort(jnp.asarray(chosen), adapters, block)
-        source, filled, adapter = map(np.asarray, (buckets.source, buckets.filled, buckets.adapter))
+        source, filled, adapter, place = jax.device_get(sorted_rows(chosen, adapters, block))
         assert sorted(source[filled]) == sorted(np.flatnonzero(chosen >= 0))
         np.testing.assert_array_equal(chosen[source[filled]], np.repeat(adapter, block).reshape(filled.shape)[filled])
-        places = np.asarray(buckets.place)[chosen >= 0]
+        places = place[chosen >= 0]
         np.testing.assert_array_equal(source.reshape(-1)[places], np.flatnonzero(chosen >= 0))
 
 

@@ -122,6 +122,7 @@ def correct_interpreter() -> None:
     # It puts its functions into the language, which calls of a device function do again: here once.
     import pallas_kernels.routed_lora.triton_kernels as kernels
 
-    for function in (kernels.project.fn, tl.zeros.fn):  # of `tl`, and of `tl.core`
-        interpreter._patch_lang(function)
+    functions: tuple[Any, ...] = (kernels.project, tl.zeros)  # of `tl`, and of `tl.core`
+    for function in functions:
+        interpreter._patch_lang(function.fn)
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
