@@ -15,7 +15,9 @@ OPTIONS = [  # of this process, and of those that import conftest
     ("xla_cpu_use_fusion_emitters", False),  # they are half of the time
     ("xla_cpu_parallel_codegen_split_count", 1),  # a worker has one core
 ]
-FORWARD = {f"jit_{name}" for name in ("run_steps", "all_logits", "_logits", "score", "observed")}  # most of the time
+FORWARD = {  # most of the time
+    f"jit_{name}" for name in ("run_steps", "all_logits", "_logits", "score", "observed", "hidden_states")
+}
 
 
 def use() -> None:

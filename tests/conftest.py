@@ -54,7 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--all"):
         os.environ[EVERYTHING] = "1"
-    if jax.default_backend() == "cpu" and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
+    if jax.default_backend() == "cpu" and (
+        hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
+    ):
         import program_cache  # here, as meteora_jax is imported after the import hook, and by processes that run tests
 
         program_cache.use(config)

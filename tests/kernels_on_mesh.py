@@ -5,15 +5,11 @@ what one device says by XLA. tests/test_shares.py starts it.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from batches import answer
 from flax import nnx
 from test_gated_model import small
+from triton_interpreter import RAN, interpret
 
 import meteora_jax as mj
 from meteora_jax.execution import ExecutionConfig
@@ -28,51 +25,15 @@ from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.io.model_state import column_orders
 from meteora_jax.model import layout
 from meteora_jax.model.layout import base_arrays
+from meteora_jax.model.routed_llama import RoutedCache
 from meteora_jax.routing.retrieval import Composed
 from meteora_jax.sharding import make_mesh, place, sharding
 from pallas_kernels.decode_step import triton_gpu
 from pallas_kernels.decode_step.triton_gpu import StepLimits
-from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 from pallas_kernels.routed_lora import packing
-from pallas_kernels.routed_lora import triton_gpu as routed_gpu
 
-RAN: list[str] = []
-ONE_AT_A_TIME = threading.Lock()  # Triton's interpreter is one for all devices' threads
 FEW = ExecutionConfig(step=StepLimits(rows=8, programs=1), shares=True)  # no prompts
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], [200], [3, 4]]
-
-
-def interpret() -> None:
-    """Launches run in Triton's interpreter, one device's after the other's."""
-    import torch
-    from triton.runtime import interpreter
-
-    def launch(module, kernel, *arrays, out, grid, warps=4, aliases=None, **constants):
-        inputs = {o: i for i, o in (aliases or {}).items()}
-
-        def run(*arrays):
-            with ONE_AT_A_TIME:
-                RAN.append(kernel)
-                given = [torch.from_numpy(np.array(z)) for z in arrays]
-                results = []
-                for place, shape in enumerate(out):
-                    wild = np.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 10**6
-                    start = np.array(arrays[inputs[place]]) if place in inputs else np.full(shape.shape, wild)
-                    results.append(torch.from_numpy(start.astype(shape.dtype)))
-                getattr(importlib.import_module(module), kernel)[grid](*given, *results, **constants)
-                return tuple(r.numpy() for r in results)
-
-        return jax.pure_callback(run, out, *arrays)
-
-    triton_gpu.launch = paged_gpu.launch = launch
-    routed_gpu.launch = functools.partial(launch, "pallas_kernels.routed_lora.triton_kernels")
-    patched = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:  # a loop's bound that was read is an array of one element
-        patched(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(np.reshape(self.handle.data, ())))
-
-    interpreter._patch_lang_tensor = patch
 
 
 def on_mesh(model: mj.Meteora, mesh: Any, execution: ExecutionConfig, pack: bool = True) -> mj.Meteora:
@@ -95,7 +56,7 @@ def on_mesh(model: mj.Meteora, mesh: Any, execution: ExecutionConfig, pack: bool
 def agree(one: mj.Meteora, mesh: mj.Meteora, routers: Any, kernels: set[str], steps: int = 2) -> None:
     """Tokens are those of one device, and so is the routing."""
     prompts = PROMPTS[: len(routers)]
-    wanted, traced, _ = answer(one, prompts, routers, steps)
+    wanted, traced, expected = answer(one, prompts, routers, steps)
     RAN.clear()
     found, routing, engine = answer(mesh, prompts, routers, steps)
     assert kernels <= set(RAN), (kernels, set(RAN))
@@ -106,6 +67,9 @@ def agree(one: mj.Meteora, mesh: mj.Meteora, routers: Any, kernels: set[str], st
             np.testing.assert_array_equal(own[0], other[0])
             np.testing.assert_allclose(own[1], other[1], atol=1e-4)
     cache = engine._state.cache
+    if isinstance(cache, RoutedCache):
+        for own, other in zip(*(jax.tree.leaves(e._state.cache.router) for e in (engine, expected)), strict=True):
+            np.testing.assert_allclose(own, other, atol=1e-4)
     pages = getattr(cache, "model", cache).pages
     assert {s.data.shape[2] for s in pages.addressable_shards} == {pages.shape[2] // 2}, "heads are not split"
 

@@ -13,8 +13,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from decode_step_on_cpu import EPS, exact, interpret
+from decode_step_on_cpu import EPS, exact
 from test_paged_attention import Case
+from triton_interpreter import LAUNCHES, interpret
 
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention import triton_gpu as paged_gpu
@@ -45,11 +46,11 @@ def one_paged(seed: int, launches: list[str]) -> None:
 
 
 def main() -> None:
-    launches = interpret()
+    interpret()
     ends = set()
     for seed in range(2 * len(PAGED)):
-        one_paged(seed, launches)
-        ends.add(launches[-1])
+        one_paged(seed, LAUNCHES)
+        ends.add(LAUNCHES[-1])
     assert ends == {"decode_kernel", "combine_kernel"}, "one of the two forms did not run"
     print(f"{2 * len(PAGED)} cases")
 

@@ -139,12 +139,6 @@ def main() -> None:
     import decode_step_on_cpu as steps
 
     steps.interpret()
-    interpreted = steps.triton_gpu.launch
-
-    def launch(*given: Any, ASM: bool, **rest: Any) -> Any:
-        return interpreted(*given, ASM=False, **rest)  # the interpreter knows no assembly
-
-    triton_gpu.launch = launch
     chosen = triton_gpu.tiles
     count = 0
     for kind in ("int8", "fp8", "int4"):

@@ -1,10 +1,18 @@
-"""Cases of the routed LoRA product, and the product itself in float64 NumPy, token by token."""
+"""Cases of the routed LoRA product for every implementation, and the product itself in float64 NumPy, token by token.
+
+An implementation passes where `assert_close` holds of its output, and of its gradients where it has any, for
+`cases_of` each of SHAPES that it serves; what follows a packed weight's product, for `gated_case` of each of GATED.
+The shapes are fixed, so that a program is compiled once for all routings of one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
@@ -13,7 +21,7 @@ from meteora_jax.routing import Routing
 from pallas_kernels.routed_lora import LoraBank, packing, routed_lora
 from pallas_kernels.routed_lora.reference import einsum_float32
 from pallas_kernels.routed_lora.triton_gpu import topk_gated_lora
-from pallas_kernels.topk_gating import topk_gating
+from pallas_kernels.topk_gating import TopK, topk_gating
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -79,6 +87,46 @@ def make_case(
     return Case(dtype, x, a, b, indices.astype(np.int32), weights, scale, base, splits, dy)
 
 
+# dtype, groups, tokens that share a routing, adapters, rank, choices, inputs, widths of the projections
+SHAPES: dict[str, tuple[str, int, int, int, int, int, int, tuple[int, ...]]] = {
+    "the least": ("float32", 1, 1, 1, 1, 1, 1, (1,)),
+    "odd": ("bfloat16", 9, 1, 9, 3, 2, 33, (5, 31, 16)),
+    "requests": ("float32", 7, 3, 9, 4, 3, 16, (31, 48)),
+    "requests in 16 bit": ("bfloat16", 6, 3, 5, 8, 1, 64, (48,)),
+    "more choices than adapters": ("float16", 40, 1, 2, 2, 4, 7, (48, 1)),
+    # A * R above DENSE_GRADIENTS_WIDTH: the other backward form
+    "wide": ("float32", 40, 1, 40, 13, 4, 33, (16, 5)),
+    "wide in bfloat16": ("bfloat16", 17, 3, 65, 8, 2, 16, (31,)),
+    "wide in float16": ("float16", 20, 1, 33, 16, 3, 64, (1, 16, 5)),
+}
+ROUTINGS = ("any", "one", "none", "base_rows", "outside")
+RESULTS = ("y", "x", "a", "b", "weights", "scale", "base")
+# most of a case's time is compiling its shape; XLA's optimiser would double it
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def cases_of(shape: str) -> Iterator[Case]:
+    """One of each routing."""
+    for seed, routing in enumerate(ROUTINGS):
+        yield make_case(seed, *SHAPES[shape], routing)
+
+
+@functools.partial(jax.jit, static_argnames=("splits", "name"), compiler_options=QUICK)
+def forward_and_backward(arguments: Any, dy: Any, splits: tuple[int, ...], name: str) -> dict[str, jax.Array]:
+    """Output and gradients of an implementation, named as RESULTS has them."""
+    x, a, b, indices, weights, scale, base = arguments
+
+    def of(x, a, b, weights, scale, base):
+        return apply(x, a, b, indices, weights, scale, base, splits, name)
+
+    y, pull = jax.vjp(of, x, a, b, weights, scale, base)
+    return dict(zip(RESULTS, (y, *pull(dy)), strict=True))
+
+
+def check(case: Case, name: str) -> None:
+    assert_close(forward_and_backward(case.arguments, case.dy, case.splits, name), case)
+
+
 def apply(x, a, b, indices, weights, scale, base, splits, implementation=None):
     """`routed_lora` of a case's arrays."""
     return routed_lora(x, LoraBank(a, b, scale, splits), Routing(indices, weights), base, implementation=implementation)
@@ -102,6 +150,63 @@ def follow_product(x, packed, bank, rule, base, name, gates=None):
     shrink = product[..., first : first + adapters * rank].reshape(*product.shape[:2], adapters, rank)
     y = routed_lora(x, bank, Routing(indices, weights), base, shrink=shrink, implementation=name)
     return y, indices, weights
+
+
+# dtype, rows, adapters, rank, choices, inputs, widths, columns of a null choice: one tile of rows, of columns and of
+# A * R, or several whose last is not full; adapters that fill the gates' padding, and a null choice that is beyond it
+GATED = {
+    "the least": ("float16", 1, 1, 1, 1, 7, (5,), 0),
+    "tiles": ("float32", 40, 9, 8, 3, 32, (130, 48), 1),
+    "tiles in 16 bit": ("bfloat16", 20, 40, 3, 2, 7, (5, 130, 48), 0),
+    "full": ("bfloat16", 16, 32, 8, 4, 32, (128,), 1),
+}
+SEEDS = range(3)  # of each: fewer let a bias slip that one of them forgets
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedCase:
+    """x [M, I], gates and A's packed, the bank, the rule and base, as `follow_product` takes them; expected: the choice
+    in NumPy, and all else that `exact` needs."""
+
+    arguments: tuple[Any, ...]
+    gates: int
+    expected: Case
+
+
+def gated_case(shape: str, seed: int) -> GatedCase:
+    dtype, rows, adapters, rank, top_k, width, splits, null = GATED[shape]
+    rng, kind = np.random.default_rng(seed), DTYPES[dtype]
+    # few distinct values: logits are exact, being sums of small integers, and some are equal
+    gate = rng.integers(-2, 3, (width, len(splits), adapters + null)).astype(np.float32)
+    x = rng.integers(-2, 3, (rows, width)).astype(kind)
+    a, b, base = (
+        rng.standard_normal(shape).astype(kind)
+        for shape in ((len(splits), adapters, rank, width), (adapters, rank, sum(splits)), (rows, sum(splits)))
+    )
+    scale = rng.uniform(0.5, 2, (len(splits), adapters)).astype(np.float32)
+    counts = rng.integers(0, top_k + 1, rows).astype(np.int32)
+    temperatures = rng.uniform(0.5, 20, rows).astype(np.float32)
+    logits = np.einsum("mi,ipa->mpa", np.asarray(x, np.float64), np.asarray(gate, np.float64))
+    order = np.argsort(-logits, axis=-1, kind="stable")[..., :top_k]
+    taken = (np.arange(top_k) < counts[:, None])[:, None, :]
+    values = np.take_along_axis(logits, order, -1) / temperatures.astype(np.float64)[:, None, None]
+    values = np.where(taken, np.exp(values - values[..., :1]), 0)
+    weights = (values / np.maximum(values.sum(-1, keepdims=True), 1e-300)).astype(np.float32)
+    indices = np.where(taken & (order < adapters), order, -1).astype(np.int32)
+    expected = Case(dtype, x, a, b, indices, weights, scale, base, splits, base)
+    bank, rule = LoraBank(a, b, scale, splits), TopK(counts, temperatures, top_k)
+    return GatedCase((x, packing.pack_gates_and_a(jax.numpy.asarray(gate), jax.numpy.asarray(a)), bank, rule, base),
+                     adapters + null, expected)  # fmt: skip
+
+
+def check_gated(shape: str, name: str) -> None:
+    run = jax.jit(follow_product, static_argnames=("name", "gates"))
+    for seed in SEEDS:
+        case = gated_case(shape, seed)
+        y, indices, weights = run(*case.arguments, name=name, gates=case.gates)
+        np.testing.assert_array_equal(indices, case.expected.indices)
+        np.testing.assert_allclose(weights, case.expected.weights, atol=1e-6)
+        assert_close({"y": y}, case.expected)
 
 
 @st.composite

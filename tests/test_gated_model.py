@@ -183,7 +183,7 @@ def prompt_hidden(model: mj.Meteora, router: Any = None) -> np.ndarray:
     step = StepTokens(positions, *(jnp.asarray(z, jnp.int32) for z in (tables, runs, lengths)))
     bound = model.bind(router, 4)
 
-    def call(weights: Any) -> jax.Array:
+    def hidden_states(weights: Any) -> jax.Array:
         module = nnx.merge(model.graph, weights)
         at = step.rows()
         each = jax.tree.map(lambda z: z[at], bound)
@@ -191,7 +191,7 @@ def prompt_hidden(model: mj.Meteora, router: Any = None) -> np.ndarray:
         cache = module.new_cache(16, 16)
         return module(flat[:, None], positions[:, None], each, cache=cache, step=step).hidden[4:, 0]
 
-    return np.asarray(Jit(call)(model.weights), np.float64) * real[:, None]
+    return np.asarray(Jit(hidden_states)(model.weights), np.float64) * real[:, None]
 
 
 def run_as(model: mj.Meteora, execution: ExecutionConfig) -> mj.Meteora:

@@ -170,8 +170,7 @@ PROGRAMS = [
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_that_tests_start_begins_without_torch(name: str):
     """Seven seconds of a core each time: torch and transformers are imported in the functions that need them."""
-    slow = {"transformers", "peft"} if name == "triton_on_cpu" else {"torch", "transformers", "peft"}
-    assert not slow & eager_in_tests(name, set())
+    assert not {"torch", "transformers", "peft"} & eager_in_tests(name, set())
 
 
 def sources() -> list[str]:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from extent import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from routed_cases import DTYPES, Case, apply, assert_close, cases, make_case
+from routed_cases import (
+    GATED,
+    PACKED,
+    QUICK,
+    SHAPES,
+    Case,
+    apply,
+    assert_close,
+    cases,
+    cases_of,
+    check,
+    check_gated,
+    make_case,
+)
 
 from pallas_kernels.routed_lora import api, reference
 from pallas_kernels.routed_lora.api import Shape, choose, choose_for_wide_bank
@@ -21,48 +32,34 @@ from pallas_kernels.routed_lora.gradients import grouped_gradients
 from pallas_kernels.routed_lora.xla import Buckets, block_rows
 
 XLA = ("reference", "gathered", "grouped")
-# most of a case's time is compiling its shape; XLA's optimiser would double it
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@functools.partial(jax.jit, static_argnames=("splits", "names"), compiler_options=QUICK)
-def run(arguments: Any, dy: jax.Array, splits: tuple[int, ...], names: tuple[str, ...]) -> dict[str, Any]:
-    """Output and gradients of each implementation; "sorted": the other form of the backward pass."""
-    x, a, b, indices, weights, scale, base = arguments
-    results = {}
-    for name in names:
-
-        def of(x, a, b, weights, scale, base, name=name):
-            return apply(x, a, b, indices, weights, scale, base, splits, name)
-
-        y, pull = jax.vjp(of, x, a, b, weights, scale, base)
-        results[name] = dict(zip(("y", "x", "a", "b", "weights", "scale", "base"), (y, *pull(dy)), strict=True))
-    return results
 
 
 once = jax.jit(apply, static_argnames=("splits", "implementation"), compiler_options=QUICK)
 
 
-@settings(max_examples=examples(12, 40), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("name", [*XLA, "masked"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_gradients(shape: str, name: str):
+    for case in cases_of(shape):
+        check(case, name)
+
+
+@pytest.mark.exhaustive("a compile an example, of what SHAPES has")
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases(), name=st.sampled_from(XLA))
 def test_forward_and_gradients_of_random_shapes(case: Case, name: str):
-    (found,) = run(case.arguments, case.dy, case.splits, (name,)).values()
-    assert_close(found, case)
+    check(case, name)
+
+
+@pytest.mark.parametrize("name", PACKED[:2])
+@pytest.mark.parametrize("shape", GATED)
+def test_what_follows_a_packed_product(shape: str, name: str):
+    check_gated(shape, name)
 
 
 @pytest.mark.parametrize("name", XLA)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_adapters_with_the_other_backward_form(name: str, dtype: str):
-    case = make_case(3, dtype, 64, 1, 256, 64, 2, 24, (16, 40), "any")
-    assert api.DENSE_GRADIENTS_WIDTH < 256 * 64
-    (found,) = run(case.arguments, case.dy, case.splits, (name,)).values()
-    assert_close(found, case)
-
-
-def test_many_tokens():
-    case = make_case(4, "float32", 4096, 1, 7, 3, 2, 9, (8,), "any")
-    for found in run(case.arguments, case.dy, case.splits, XLA).values():
-        assert_close(found, case)
+def test_many_tokens(name: str):
+    check(make_case(4, "float32", 4096, 1, 7, 3, 2, 9, (8,), "any"), name)
 
 
 def test_sorted_gradients_are_deterministic_and_exact():
@@ -71,7 +68,7 @@ def test_sorted_gradients_are_deterministic_and_exact():
     own = jnp.arange(2)[None, :, None]
     scaled = jnp.where(indices < 0, 0, weights * case.scale[own, jnp.maximum(indices, 0)])
     arguments = (case.x[:, None], case.a, case.b, indices, scaled, case.dy[:, None])
-    of = jax.jit(grouped_gradients, static_argnums=6)
+    of = jax.jit(grouped_gradients, static_argnums=6, compiler_options=QUICK)
     first, again = (of(*map(jnp.asarray, arguments), case.splits) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -145,15 +142,20 @@ def test_an_adapter_that_nobody_chose_may_hold_anything_but_is_not_read():
         assert_close({"y": y}, case)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=QUICK)
+def sorted_rows(chosen: jax.Array, adapters: int, block: int) -> tuple[jax.Array, ...]:
+    buckets = Buckets.sort(chosen, adapters, block)
+    return buckets.source, buckets.filled, buckets.adapter, buckets.place
+
+
 @pytest.mark.parametrize(("rows", "adapters"), [(1, 1), (7, 3), (100, 4), (64, 256), (5, 40)])
 def test_buckets_hold_every_row_once_beside_its_own_adapter(rows: int, adapters: int):
     chosen = np.random.default_rng(rows).integers(-1, adapters, rows).astype(np.int32)
     for block in (8, block_rows(rows, adapters)):
-        buckets = Buckets.sort(jnp.asarray(chosen), adapters, block)
-        source, filled, adapter = map(np.asarray, (buckets.source, buckets.filled, buckets.adapter))
+        source, filled, adapter, place = jax.device_get(sorted_rows(chosen, adapters, block))
         assert sorted(source[filled]) == sorted(np.flatnonzero(chosen >= 0))
         np.testing.assert_array_equal(chosen[source[filled]], np.repeat(adapter, block).reshape(filled.shape)[filled])
-        places = np.asarray(buckets.place)[chosen >= 0]
+        places = place[chosen >= 0]
         np.testing.assert_array_equal(source.reshape(-1)[places], np.flatnonzero(chosen >= 0))
 
 
