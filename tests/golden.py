@@ -1,9 +1,8 @@
 """What transformers and peft compute of the real SmolLM2-135M-Instruct, in float64; `python tests/golden.py` writes it.
 
 `fixtures/golden/real_model.json` has the packages' versions, the prompts' tokens and transformers' 64 greedy ones after
-each; `real_model.npz` the last hidden states of every token, of which lm_head makes its logits. So every logit of
-transformers is known, within 1e-5, from 576 numbers a token: `logits` multiplies them by the embedding, as the package
-`gguf` reads it.
+each; `real_model.npz` the last hidden states of every token. lm_head is the embedding, known by its SHA-256 as
+the package `gguf` reads it; so every logit of transformers is known, within 1e-5, from 576 numbers a token.
 """
 
 from __future__ import annotations
@@ -43,9 +42,14 @@ PACKAGES = ("transformers", "peft", "torch", "gguf", "numpy")
 
 
 def embedding() -> np.ndarray:
-    """[V, D] float64, by `gguf`: the model's lm_head as well."""
+    """float32 [V, D], by `gguf`, which takes seconds to read the file's tokens: the model's lm_head as well."""
     (tensor,) = (t for t in gguf.GGUFReader(GGUF).tensors if t.name == "token_embd.weight")
-    return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+    return gguf.dequantize(tensor.data, tensor.tensor_type)
+
+
+def logits_of(hidden: np.ndarray, head: np.ndarray) -> np.ndarray:
+    """float64 [T, V] of float32 [T, D] and [V, D]."""
+    return hidden.astype(np.float64) @ head.astype(np.float64).T
 
 
 def from_gguf() -> Any:
@@ -111,10 +115,11 @@ def write() -> None:
     tokenizer = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
     single = from_gguf()
     double, head, hidden = copy.deepcopy(single).double(), embedding(), {}
+    assert head.dtype == np.float32
 
     def keep(key: str, states: np.ndarray, logits: np.ndarray) -> None:
         hidden[key] = states.astype(np.float32)
-        assert np.abs(hidden[key].astype(np.float64) @ head.T - logits).max() < 1e-5
+        assert np.abs(logits_of(hidden[key], head) - logits).max() < 1e-5
 
     rows = [tokenizer(p)["input_ids"] for p in PROMPTS]
     prompts = []
@@ -136,6 +141,7 @@ def write() -> None:
     content = {
         "made_by": "python tests/golden.py",
         "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "embedding_sha256": hashlib.sha256(head.tobytes()).hexdigest(),
         "gguf_sha256": hashlib.sha256(GGUF.read_bytes()).hexdigest(),
         "prompts": prompts,
         "adapters": adapters,

@@ -5,6 +5,7 @@ scripts/test.sh fetches the file; where it is not (no network), these tests are 
 """
 
 import copy
+import hashlib
 
 import compiling
 import golden
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from extent import ALL
+from safetensors import safe_open
 
 import converters
 import meteora_jax as mj
@@ -44,11 +46,13 @@ def model(base):
 
 
 @pytest.fixture(scope="module")
-def known():
+def known(base):
     """The golden file, and its float64 logits of each prompt, {number or adapter: [T, V]}."""
     content, hidden = golden.read()
-    head = golden.embedding()
-    return content, {key: states.astype(np.float64) @ head.T for key, states in hidden.items()}
+    with safe_open(base / "weights.safetensors", "numpy") as weights:
+        head = weights.get_tensor("embed.embedding")
+    assert hashlib.sha256(head.tobytes()).hexdigest() == content["embedding_sha256"]
+    return content, {key: golden.logits_of(states, head) for key, states in hidden.items()}
 
 
 @pytest.fixture(scope="module")
