@@ -91,23 +91,29 @@ def _open_tensor(path: Path, info: _TensorInfo, data_start: int, file_size: int)
         raise InputError(
             f"{path.name}: {info.key}: expected data up to byte {end}, found {file_size} bytes (truncated?)"
         )
-
-    row_shape = info.shape[1:]
-    row_bytes = math.prod(row_shape) * block_bytes // block
     float_type = _FLOATS.get(kind)
-
-    def rows(first: int, last: int) -> np.ndarray:
-        if not row_shape:  # one-dimensional: a "row" is a value, and a block of values cannot be split
-            data = read_bytes(path, start, end - start)
-            values = data.view(float_type) if float_type else gguf.dequantize(data, qtype)
-            return values[first:last]
-        data = read_bytes(path, start + first * row_bytes, (last - first) * row_bytes)
-        if float_type is not None:
-            return data.view(float_type).reshape(last - first, *row_shape)
-        with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite are refused by name later
-            return gguf.dequantize(data.reshape(last - first, -1), qtype).reshape(last - first, *row_shape)
-
+    rows = functools.partial(_read_rows, path, start, end, info.shape[1:], qtype, float_type)  # not nested either
     return SourceTensor(path.name, info.key, float_type or np.dtype(np.float32), info.shape, rows, stored=kind)
+
+
+def _read_rows(
+    path: Path, start: int, end: int, row_shape: tuple[int, ...], qtype: Any, float_type: np.dtype | None,
+    first: int, last: int,
+) -> np.ndarray:  # fmt: skip
+    """`SourceTensor.rows` of the bytes from `start` to `end`: of `float_type` as they are, or else dequantised."""
+    import gguf
+
+    if not row_shape:  # one-dimensional: a "row" is a value, and a block of values cannot be split
+        data = read_bytes(path, start, end - start)
+        values = data.view(float_type) if float_type else gguf.dequantize(data, qtype)
+        return values[first:last]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
+    row_bytes = math.prod(row_shape) * block_bytes // block
+    data = read_bytes(path, start + first * row_bytes, (last - first) * row_bytes)
+    if float_type is not None:
+        return data.view(float_type).reshape(last - first, *row_shape)
+    with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite are refused by name later
+        return gguf.dequantize(data.reshape(last - first, -1), qtype).reshape(last - first, *row_shape)
 
 
 @functools.cache

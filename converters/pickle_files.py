@@ -9,6 +9,7 @@ name and replaced. It imports nothing, so there is nothing it could execute.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import pickletools
@@ -21,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.tensor_files import SourceTensor, read_bytes
+from converters.tensor_files import SourceTensor, read_bytes, read_rows
 from meteora_jax.config import InputError
 
 _STORAGES = {
@@ -327,11 +328,5 @@ def _open_tensor(path: Path, file: str, key: str, tensor: _Tensor, data: Mapping
     if tensor.offset < 0 or (tensor.offset + math.prod(shape)) * dtype.itemsize > size:
         raise InputError(f"{file}: {key}: expected {dtype} {shape} at {tensor.offset}, found {size} bytes (truncated?)")
     first_byte = start + tensor.offset * dtype.itemsize
-    row_shape = shape[1:]
-    row_bytes = math.prod(row_shape) * dtype.itemsize
-
-    def rows(first: int, last: int) -> np.ndarray:
-        raw = read_bytes(path, first_byte + first * row_bytes, (last - first) * row_bytes)
-        return raw.view(dtype).reshape(last - first, *row_shape)
-
+    rows = functools.partial(read_rows, path, first_byte, dtype, shape[1:])
     return SourceTensor(file, key, dtype, shape, rows, first_byte)

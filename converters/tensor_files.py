@@ -8,6 +8,7 @@ as this process's memory for as long as they are mapped.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -195,14 +196,16 @@ def _read_entry(path: Path, file: str, data_start: int, key: str, entry: Any) ->
             f"{file}: {key}: data_offsets: expected {expected} bytes for {name} {tuple(shape)}, found {stop - start}"
         )
 
-    row_shape = tuple(shape[1:])
-    row_bytes = math.prod(row_shape) * dtype.itemsize
-
-    def rows(first: int, last: int) -> np.ndarray:
-        data = read_bytes(path, data_start + start + first * row_bytes, (last - first) * row_bytes)
-        return data.view(dtype).reshape(last - first, *row_shape)
-
+    # no nested function: tests' type checker would decorate it anew for every tensor of every file
+    rows = functools.partial(read_rows, path, data_start + start, dtype, tuple(shape[1:]))
     return start, stop, SourceTensor(file, key, dtype, tuple(shape), rows, data_start + start)
+
+
+def read_rows(path: Path, start: int, dtype: np.dtype, row_shape: tuple[int, ...], first: int, last: int) -> np.ndarray:
+    """`SourceTensor.rows` of values that lie in a file as they are, from `start` on."""
+    row_bytes = math.prod(row_shape) * dtype.itemsize
+    data = read_bytes(path, start + first * row_bytes, (last - first) * row_bytes)
+    return data.view(dtype).reshape(last - first, *row_shape)
 
 
 class TensorReader:
