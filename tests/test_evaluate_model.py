@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from extent import parameters
 from flax import nnx
-from test_sharding import devices
+from meshes import environment
 from tiny import edit_json
 from worlds import NAMES
 
@@ -224,7 +224,7 @@ def test_two_hosts_of_two_devices_write_one_hosts_table(folders, whole, tmp_path
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = devices(2)
+    env = environment(2)
     command = arguments(folders, tmp_path / "run", *COMPOSITE, "--mesh", *mesh.split())
     kept = (whole / "records.jsonl").read_text().splitlines(keepends=True)[:2]
     alone = tmp_path / "run" / "records.jsonl"

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from extent import examples
 from flat_settings import flat
+from meshes import environment
 from safetensors.numpy import load_file
-from test_sharding import devices
 from test_training_mesh import free_port, together
 from worlds import NAMES
 
@@ -78,7 +78,7 @@ def place(world, tmp_path_factory) -> tuple[Path, list[str], dict[str, str]]:
         (folder / "tasks" / name).mkdir(parents=True)
         lines = [json.dumps({"prompt": f"[INST] {name} {i} [/INST]\n", "response": f"{i}"}) for i in range(20)]
         (folder / "tasks" / name / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder, [str(world["base"]), str(world["bank"]), str(folder / "tasks")], devices(1)
+    return folder, [str(world["base"]), str(world["bank"]), str(folder / "tasks")], environment(1)
 
 
 def training(place, name: str, run: str, kill_at: int = 0, delay: float = 0.0, mesh="", env=None):
@@ -160,7 +160,7 @@ def test_a_finished_run_writes_its_gates_again(place, whole):
 def test_a_run_goes_on_on_another_mesh(place, whole):
     killed = training(place, "moved", "moved-run", kill_at=2 * EVERY + 2, delay=0.0)
     assert killed.returncode == -signal.SIGKILL
-    done = training(place, "moved", "moved-run", mesh="[2, 2, 2]", env=devices(8) | {"JAX_LOG_COMPILES": "1"})
+    done = training(place, "moved", "moved-run", mesh="[2, 2, 2]", env=environment(8) | {"JAX_LOG_COMPILES": "1"})
     final = finished(done)
     assert len(re.findall(r"Compiling jit\(step\)", done.stderr)) == 1  # once a run, whatever the batches hold
     assert EVERY <= final["resumed_at"] <= 2 * EVERY + 2
@@ -175,7 +175,7 @@ def test_two_hosts_train_and_one_goes_on(place):
     folder, start, own = place
     address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, __file__, *start, str(folder / "pair"), str(folder / "pair-run"), "0", "0", "[4, 1, 1]"]
-    together([[*command, address, str(i)] for i in range(2)], own | devices(2))
+    together([[*command, address, str(i)] for i in range(2)], own | environment(2))
     expected = load_file(folder / "pair" / "weights.safetensors")
     shutil.rmtree(folder / "pair-run" / "checkpoints" / str(STEPS))
     assert finished(training(place, "pair", "pair-run"))["resumed_at"] == STEPS - EVERY
