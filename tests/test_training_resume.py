@@ -113,12 +113,16 @@ def test_a_run_leaves_curves_scalars_and_a_map(place, whole):
     assert found == sorted([str(STEPS - EVERY), str(STEPS)])
 
 
-def test_killed_runs_end_bit_for_bit_as_the_whole_one(place, whole):
+def test_killed_runs_end_bit_for_bit_as_the_whole_one(place, whole, caplog):
     folder = place[0]
     rng, reached, resumed = random.Random(KILLS), 0, []
 
     def end() -> None:
-        resumed.append(train(*in_folder(place, "killed"))["resumed_at"])
+        caplog.clear()
+        with jax.log_compiles():
+            resumed.append(train(*in_folder(place, "killed"))["resumed_at"])
+        if jax.config.jax_compilation_cache_dir:  # what comes back is the step of what began
+            assert "Persistent compilation cache hit for 'jit_step'" in caplog.text
         assert resumed[-1] >= reached
         assert (folder / "killed" / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
         found, expected = (
