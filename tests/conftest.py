@@ -1,4 +1,4 @@
-"""What holds for every test: no network, one CPU device, strict shapes, strict types, strict dtypes."""
+"""What holds for every test: no network, one CPU device unless it makes a mesh, strict shapes, types and dtypes."""
 
 import gc
 import itertools
@@ -23,6 +23,7 @@ from typing import Any
 
 import beartype
 import jax
+import meshes
 import pytest
 from jaxtyping import install_import_hook
 
@@ -54,9 +55,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--all"):
         os.environ[EVERYTHING] = "1"
-    if jax.default_backend() == "cpu" and (
-        hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
-    ):
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        meshes.use()
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
+    if jax.default_backend() == "cpu" and runs_tests:
         import program_cache  # here, as meteora_jax is imported after the import hook, and by processes that run tests
 
         program_cache.use(config)

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
-from jax._src import compilation_cache as programs  # JAX has no public interface of a cache's files
+from jax._src import cache_key  # JAX has no public interface of a cache's keys and files
+from jax._src import compilation_cache as programs
+from jax._src.lib import xla_client
 from jax._src.lru_cache import LRUCache
 
 from meteora_jax import compilation_cache
@@ -47,6 +50,7 @@ def use(config: pytest.Config) -> None:
         os.environ[name.upper()] = str(value)
     LRUCache.get, LRUCache.put = read, write
     programs.is_cache_used = of_this_machine(programs.is_cache_used)
+    cache_key._hash_accelerator_config = as_alone(cache_key._hash_accelerator_config)
 
 
 def remove_old(folder: Path, before: float) -> None:
@@ -63,6 +67,19 @@ def of_this_machine(is_used: Callable[[Any], bool]) -> Callable[[Any], bool]:
         return backend is jax.devices()[0].client and is_used(backend)
 
     return used
+
+
+def as_alone(hash_devices: Callable[[Any, np.ndarray], None]) -> Callable[[Any, np.ndarray], None]:
+    """A key says how many devices its process has. Here programs of one device have the key of a process with one, as
+    those that tests start."""
+    client = xla_client.make_cpu_client(num_devices=1)
+    alone = np.asarray(client.devices())
+
+    def hashed(hash_object: Any, devices: np.ndarray) -> None:
+        cpu = devices.size == 1 and devices.flat[0].platform == "cpu"
+        hash_devices(hash_object, alone if cpu else devices)
+
+    return hashed
 
 
 def read(cache: LRUCache, key: str) -> bytes | None:

@@ -1,9 +1,6 @@
 """Adapters on the embedding and the head: peft's logits and tokens, round trips, routing by request, refusals."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -13,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from extent import parameters
+from meshes import mesh_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_sharding import devices
 from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama, tiny_peft
 from transformers import LlamaForCausalLM
 
@@ -195,27 +192,13 @@ def test_every_prompt_has_its_own(world: dict[str, Any]):
     assert len({t.tobytes() for t in together[::2]}) == 3
 
 
-ON_A_MESH = """
-import sys
-import numpy as np
-import meteora_jax as mj
-from meteora_jax.sharding import make_mesh
-
-model = mj.load(sys.argv[1], sys.argv[2], mesh=make_mesh(1, 2, 2), dtype="float32")
-assert "tensor" in str(model.weights["head_adapters"]["lora_b"][...].sharding.spec)
-routers = [mj.Fixed("a"), mj.Fixed({"b": 0.5, "rows": 0.5})]
-np.save(sys.argv[3], np.asarray(model.logits([[5, 6, 7, 8, 9, 300, 17], [7, 7, 40, 41, 319, 5, 0]], routers)))
-"""
-
-
-@pytest.mark.exhaustive("a mesh of eight devices once more; test_sharding has one")
-def test_a_mesh_gives_the_same(world: dict[str, Any], tmp_path: Path):
-    base, bank = (str(world["folder"] / name) for name in ("base", "bank"))
-    command = [sys.executable, "-c", ON_A_MESH, base, bank, str(tmp_path / "logits.npy")]
-    environment = {**devices(4), "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, env=environment, check=True, timeout=300)
-    want = np.asarray(world["model"].logits(ROWS, [mj.Fixed("a"), mj.Fixed({"b": 0.5, "rows": 0.5})]))
-    assert np.abs(np.load(tmp_path / "logits.npy") - want).max() <= 1e-4
+@pytest.mark.exhaustive("a mesh once more; test_sharding has one")
+def test_a_mesh_gives_the_same(world: dict[str, Any]):
+    folder, routers = world["folder"], [mj.Fixed("a"), mj.Fixed({"b": 0.5, "rows": 0.5})]
+    model = mj.load(folder / "base", folder / "bank", mesh=mesh_of(1, 2, 2), dtype="float32")
+    assert "tensor" in str(model.weights["head_adapters"]["lora_b"][...].sharding.spec)
+    found, want = (np.asarray(m.logits(ROWS, routers)) for m in (model, world["model"]))
+    assert np.abs(found - want).max() <= 1e-4
 
 
 def test_half_precision(world: dict[str, Any]):

@@ -1,21 +1,14 @@
-"""The bytes that are counted beforehand are those that an engine allocates; too little memory is said in a line.
-
-Run as a script it is the process that has the devices.
-"""
+"""The bytes that are counted beforehand are those that an engine allocates; too little memory is said in a line."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sharding import devices
+from meshes import mesh_of
 from test_token_router import FORM, arrays_of
 from worlds import NAMES
 
@@ -29,7 +22,6 @@ from meteora_jax.io.gates import save_gates
 from meteora_jax.model import attention as model_attention
 from meteora_jax.model.attention import attend
 from meteora_jax.routing import Routing
-from meteora_jax.sharding import make_mesh
 from pallas_kernels.paged_attention import StepTokens, reference
 from pallas_kernels.routed_lora import api as routed_lora
 
@@ -53,11 +45,6 @@ def counted_and_found(base: Any, bank: Any, gates: Any, mesh: Any = None) -> tup
     return BLOCKS * memory.block_bytes(model.graph, model.weights, SIZE, mesh), found
 
 
-def main(dest: str, *folders: str) -> None:
-    found = {"x".join(map(str, axes)): counted_and_found(*folders, make_mesh(*axes)) for axes in ((1, 1, 2), (2, 1, 1))}
-    Path(dest).write_text(json.dumps(found))
-
-
 def test_a_block_is_what_an_engine_allocates(world, router):
     of = world["base"], world["bank"]
     counted, found = {}, {}
@@ -71,13 +58,11 @@ def test_a_block_is_what_an_engine_allocates(world, router):
     assert counted["router"] == BLOCKS * (keys_and_values + SIZE * own * 4)
 
 
-def test_on_a_mesh_each_device_has_its_heads(world, router, tmp_path):
-    command = [sys.executable, __file__, str(tmp_path / "found"), str(world["base"]), str(world["bank"]), str(router)]
-    done = subprocess.run(command, env=devices(2), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((tmp_path / "found").read_text())
-    assert all(counted == there for counted, there in found.values())
-    assert found["1x1x2"][0] < found["2x1x1"][0], "two devices share the heads"
+def test_on_a_mesh_each_device_has_its_heads(world, router):
+    of = world["base"], world["bank"], router
+    (counted, found), (whole, whole_found) = (counted_and_found(*of, mesh_of(*axes)) for axes in ((1, 1, 2), (2, 1, 1)))
+    assert (counted, whole) == (found, whole_found)
+    assert counted < whole, "two devices share the heads"
 
 
 def test_what_is_left_decides_over_tokens_and_blocks(world, monkeypatch):
@@ -132,9 +117,3 @@ def test_in_pieces_it_is_the_same(monkeypatch):
     monkeypatch.setattr(routed_lora, "GATHERED", 2 * 4 * 2 * (2 * 2 * 8 + 2 * 10))  # two tokens
     for alike, z in zip(both(), whole, strict=True):
         np.testing.assert_allclose(alike, z, atol=1e-6)
-
-
-if __name__ == "__main__":
-    import without_torch  # noqa: F401  (begins sooner)
-
-    main(*sys.argv[1:])

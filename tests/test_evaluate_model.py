@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from extent import parameters
 from flax import nnx
-from test_sharding import devices
+from meshes import environment
 from tiny import edit_json
 from worlds import NAMES
 
@@ -30,6 +31,7 @@ from meteora_jax.routing import adapter_share
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 
+METEORA = (sys.executable, str(Path(__file__).with_name("command.py")))
 TASKS = ("winowhy", "object_counting")
 
 
@@ -145,9 +147,7 @@ def test_a_killed_process_goes_on_to_the_same_table(folders, tmp_path):
     command = arguments(folders, tmp_path / "killed", *options, systems=systems)
     chance = random.SystemRandom()
     lines, delay = chance.randrange(1, 40), chance.random() * 0.02
-    process = subprocess.Popen(
-        [sys.executable, "-m", "meteora_jax.cli", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*METEORA, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = tmp_path / "killed" / "records.jsonl"
     while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < lines):
         time.sleep(0.001)
@@ -224,7 +224,7 @@ def test_two_hosts_of_two_devices_write_one_hosts_table(folders, whole, tmp_path
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = devices(2)
+    env = environment(2)
     command = arguments(folders, tmp_path / "run", *COMPOSITE, "--mesh", *mesh.split())
     kept = (whole / "records.jsonl").read_text().splitlines(keepends=True)[:2]
     alone = tmp_path / "run" / "records.jsonl"
@@ -232,7 +232,7 @@ def test_two_hosts_of_two_devices_write_one_hosts_table(folders, whole, tmp_path
     alone.write_text("".join(kept))
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "meteora_jax.cli", *command, "--distributed", address, "2", str(i)],
+            [*METEORA, *command, "--distributed", address, "2", str(i)],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(2)

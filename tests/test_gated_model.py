@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +13,6 @@ import pytest
 from batches import answer
 from extent import parameters
 from flax import nnx
-from test_sharding import devices
 
 import meteora_jax as mj
 from meteora_jax import execution
@@ -329,13 +325,6 @@ def test_packed_attention_with_a_stand_in_for_cudnn(monkeypatch):
         monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *z, mask, **more: stand_in(*z, mask=None, **more))
         with pytest.raises(AssertionError, match="y: "):
             compare_packed_attention()
-
-
-@pytest.mark.exhaustive("sixteen programs on meshes; one device has the stand-in above")
-def test_fused_attention_on_meshes():
-    program = Path(__file__).with_name("fused_on_mesh.py")
-    done = subprocess.run([sys.executable, str(program)], env=devices(8), capture_output=True, text=True, timeout=300)
-    assert done.stdout == "equal\n", done.stderr[-3000:]
 
 
 @pytest.mark.gpu

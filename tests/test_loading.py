@@ -1,62 +1,50 @@
 """Bases go from disk to their devices part by part: nothing is read twice, and no more than one part is in memory."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from meshes import mesh_of
 from safetensors.numpy import save_file
-from test_sharding import devices
 from tiny import tiny_llama
 
 from converters import import_base
 from meteora_jax.io.base import load_base
+from meteora_jax.io.model_state import assemble
 from meteora_jax.io.tensors import StoredArray, open_tensors
 
-PARTS = """
-import sys
-import jax
-import numpy as np
-from flax import nnx
-from meteora_jax.io import base, model_state, tensors
-from meteora_jax.sharding import make_mesh
 
-read, largest = [], []
-whole = tensors.StoredArray.__getitem__
-
-def spy(self, part):
-    out = whole(self, part)
-    read.append(out.size)
-    largest.append(out.nbytes)
-    return out
-
-tensors.StoredArray.__getitem__ = spy
-config, weights = base.load_base(sys.argv[1], np.float32)
-assert not read
-mesh = make_mesh(*map(int, sys.argv[2].split("x")))
-_, state = model_state.assemble(config, weights, None, None, np.float32, mesh)
-leaves = [leaf[...] for _, leaf in nnx.to_flat_state(state)]
-total = sum(leaf.size for leaf in leaves)
-held = {(i, str(s.index)): s.data.size for i, leaf in enumerate(leaves) for s in leaf.addressable_shards}
-print(sum(read), sum(held.values()), total, max(largest), max(leaf.nbytes for leaf in leaves))
-"""
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loading")
+    _, hf = tiny_llama(folder, hidden_size=64, intermediate_size=128, num_key_value_heads=4)
+    import_base(hf, folder / "base")
+    return folder / "base"
 
 
-@pytest.mark.parametrize("mesh", ["1x4x1", "1x1x4", "1x2x2"])
-def test_every_part_is_read_for_its_own_devices(tmp_path: Path, mesh: str):
-    _, hf = tiny_llama(tmp_path, hidden_size=64, intermediate_size=128, num_key_value_heads=4)
-    import_base(hf, tmp_path / "base")
-    environment = {**devices(4), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", PARTS, str(tmp_path / "base"), mesh]
-    out = subprocess.run(command, env=environment, check=True, timeout=300, stdout=subprocess.PIPE, text=True).stdout
-    read, held, total, largest_part, largest_leaf = map(int, out.split())
-    assert held == total  # every value lies on some device
+@pytest.mark.parametrize("axes", [(1, 4, 1), (1, 1, 4), (1, 2, 2)])
+def test_every_part_is_read_for_its_own_devices(base: Path, axes: tuple[int, int, int], monkeypatch):
+    whole, read = StoredArray.__getitem__, []
+
+    def spy(self: StoredArray, part: Any) -> np.ndarray:
+        read.append(whole(self, part))
+        return read[-1]
+
+    monkeypatch.setattr(StoredArray, "__getitem__", spy)
+    config, weights = load_base(base, jnp.float32)
+    assert not read
+    _, state = assemble(config, weights, None, None, jnp.float32, mesh_of(*axes))
+    leaves = [leaf[...] for _, leaf in nnx.to_flat_state(state)]
+    total = sum(leaf.size for leaf in leaves)
+    held = {(i, str(s.index)): s.data.size for i, leaf in enumerate(leaves) for s in leaf.addressable_shards}
+    assert sum(held.values()) == total  # every value lies on some device
     # What a device shares with others is read once for each of them: norms, and what a mesh axis does not split.
-    assert read <= (1.05 if mesh.endswith("1") or mesh.startswith("1x1") else 2.05) * total
-    assert largest_part <= largest_leaf / (4 if "4" in mesh else 2)
+    assert sum(part.size for part in read) <= (2.05 if axes == (1, 2, 2) else 1.05) * total
+    largest_part, largest_leaf = (max(x.nbytes for x in arrays) for arrays in (read, leaves))
+    assert largest_part <= largest_leaf / (2 if axes == (1, 2, 2) else 4)
 
 
 def test_any_part_of_joined_columns(tmp_path: Path):

@@ -1,12 +1,6 @@
-"""A base in 8 or 4 bits: what is written, what it computes, and who refuses it.
+"""A base in 8 or 4 bits: what is written, what it computes, and who refuses it."""
 
-Run as a script it is the process that has several devices.
-"""
-
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +11,8 @@ import numpy as np
 import pytest
 from extent import parameters
 from flax import nnx
+from meshes import mesh_of
 from safetensors.numpy import load_file, save_file
-from test_sharding import devices
 from tiny import assert_refused, edit_json, tiny_llama, tiny_peft
 
 import meteora_jax as mj
@@ -35,25 +29,6 @@ ROWS = [[5, 6, 7, 8, 9, 300, 17], [7, 7, 40, 41, 319, 5, 0]]
 NAMES = ("one", "two")
 OPTIONS = {"int8": ("--head", "--embedding"), "fp8": (), "int4": ("--head",)}
 NAME_OF = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
-
-
-# In the process with the devices
-
-
-def main_with_devices(folder: Path) -> None:
-    """Logits, tokens and where scales lie, of the int4 base on four devices."""
-    from meteora_jax.sharding import make_mesh
-
-    model = mj.load(folder / "int4", folder / "bank", folder / "gates", mesh=make_mesh(1, 2, 2), dtype="float32")
-    logits = np.stack([np.asarray(row) for row in model.logits(ROWS, mj.Gates(2))])
-    said = np.asarray([c.token_ids for c in model.generate(ROWS, mj.Gates(2), 6)])
-    np.savez(folder / "answers.npz", logits=logits, said=said)
-    leaves = {".".join(map(str, path[1:])): leaf[...] for path, leaf in nnx.to_flat_state(model.weights)}
-    shapes = {name: x.sharding.shard_shape(x.shape) for name, x in leaves.items() if "kernel" in name}
-    (folder / "parts.json").write_text(json.dumps(shapes))
-
-
-# In the tests
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +170,16 @@ def gate_gradients(model: Any) -> Any:
 
 
 def test_several_devices(folder: Path):
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=devices(4), capture_output=True, text=True, timeout=300
+    one, mesh = (
+        mj.load(folder / "int4", folder / "bank", folder / "gates", mesh=mesh, dtype="float32")
+        for mesh in (None, mesh_of(1, 2, 2))
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    model = mj.load(folder / "int4", folder / "bank", folder / "gates", dtype="float32")
-    found = np.load(folder / "answers.npz")
-    assert np.abs(np.stack(model.logits(ROWS, mj.Gates(2))) - found["logits"]).max() < 1e-4
-    assert found["said"].tolist() == [list(c.token_ids) for c in model.generate(ROWS, mj.Gates(2), 6)]
-    parts = read_json(folder / "parts.json")
+    logits = [np.stack(model.logits(ROWS, mj.Gates(2))) for model in (one, mesh)]
+    assert np.abs(logits[0] - logits[1]).max() < 1e-4
+    said = [[c.token_ids for c in model.generate(ROWS, mj.Gates(2), 6)] for model in (one, mesh)]
+    assert said[0] == said[1]
+    leaves = {".".join(map(str, path[1:])): leaf[...] for path, leaf in nnx.to_flat_state(mesh.weights)}
+    parts = {name: list(x.sharding.shard_shape(x.shape)) for name, x in leaves.items() if "kernel" in name}
     # of [L, I / 2, O] and [L, groups, O]: columns by tensor, inputs by fsdp; of o and down the other way round
     assert parts["qkv.kernel"] == [2, 64, 256]
     assert parts["qkv.kernel_scale"] == parts["qkv.kernel_zero"] == [2, 1, 256]
@@ -328,9 +304,3 @@ def test_a_plan_shows_the_memory():
     matrices = 8 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     assert held[None] - held["int8"] == pytest.approx(matrices, rel=1e-3)  # of 2 bytes a weight 1 remains,
     assert held[None] - held["int4"] == pytest.approx(matrices * (1.5 - 5 / 128), rel=1e-3)  # or half of one
-
-
-if __name__ == "__main__":
-    import without_torch  # noqa: F401  (begins sooner)
-
-    main_with_devices(Path(sys.argv[1]))

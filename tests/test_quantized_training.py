@@ -1,19 +1,32 @@
-"""Gates train over an int4 base on two devices as on one, and a plan's bytes are those that are allocated there.
+"""Gates train over an int4 base on two devices as on one, and a plan's bytes are those that are allocated there."""
 
-Run as a script it is the process with the devices.
-"""
-
-import json
-import subprocess
-import sys
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_banks import random_bank
-from test_sharding import devices
+from flax import nnx
+from meshes import mesh_of
 from worlds import random_gates
+
+import meteora_jax as mj
+from converters import quantize_base
+from meteora_jax.config import read_json
+from meteora_jax.gate_config import GateConfig
+from meteora_jax.io import hf_config
+from meteora_jax.io.bank import save_bank
+from meteora_jax.io.gates import save_gates
+from meteora_jax.planning import plan_training, weight_parts
+from meteora_jax.routing.gates import GateParam
+from meteora_jax.sharding import place_rows, use_mesh
+from meteora_jax.training.data import Batch
+from meteora_jax.training.gate_loss import gate_loss
+from meteora_jax.training.recipes import RECIPES
+from meteora_jax.training.step import initial_state, make_step, optimizer
 
 ADAPTERS, RANK, ROWS, WIDTH, STEPS = 4, 8, 2, 32, 3
 MESHES = {"fsdp": (1, 2, 1), "tensor": (1, 1, 2)}
@@ -21,19 +34,6 @@ MESHES = {"fsdp": (1, 2, 1), "tensor": (1, 1, 2)}
 
 def trained(folder: Path, mesh: Any, dtype: str, steps: int) -> dict[str, Any]:
     """The losses of some steps, and the bytes on the first device; without steps those that the program has there."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    import meteora_jax as mj
-    from meteora_jax.planning import weight_parts
-    from meteora_jax.routing.gates import GateParam
-    from meteora_jax.sharding import place_rows, use_mesh
-    from meteora_jax.training.data import Batch
-    from meteora_jax.training.gate_loss import gate_loss
-    from meteora_jax.training.recipes import RECIPES
-    from meteora_jax.training.step import initial_state, make_step, optimizer
-
     model = mj.load(folder / "int4", folder / "bank", folder / "gates", mesh=mesh, dtype=dtype)
     graph, params, frozen = nnx.split(nnx.merge(model.graph, model.weights), GateParam, ...)
     recipe = RECIPES["meteora"]
@@ -64,49 +64,25 @@ def trained(folder: Path, mesh: Any, dtype: str, steps: int) -> dict[str, Any]:
 
 def _bytes(tree: Any) -> int:
     """What the first device holds of arrays."""
-    import jax
-
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
-
-
-def main(folder: Path) -> None:
-    import dataclasses
-
-    import jax
-
-    from meteora_jax.config import read_json
-    from meteora_jax.io import hf_config
-    from meteora_jax.planning import plan_training
-    from meteora_jax.sharding import make_mesh
-
-    config = hf_config.from_hf(read_json(folder / "int4" / "config.json"))
-    found: dict[str, Any] = {"one": trained(folder, None, "float32", STEPS)}
-    for name, shape in MESHES.items():
-        found[name] = trained(folder, make_mesh(*shape), "float32", STEPS)
-    mesh = make_mesh(*MESHES["fsdp"], jax.devices())
-    found["bfloat16"] = trained(folder, mesh, "bfloat16", 0)
-    plan = plan_training(config, ADAPTERS, RANK, mesh, rows=ROWS, width=WIDTH, mfu=0.4)
-    found["plan"] = dataclasses.asdict(plan)
-    (folder / "found.json").write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
 def found(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from converters import quantize_base
-    from meteora_jax.gate_config import GateConfig
-    from meteora_jax.io.bank import save_bank
-    from meteora_jax.io.gates import save_gates
-
     folder, config = tmp_path_factory.mktemp("trained"), world["model"].config
     quantize_base(world["base"], folder / "int4", "int4")
     names = tuple(f"adapter {i}" for i in range(ADAPTERS))
     save_bank(folder / "bank", random_bank(config, names, 1, RANK))
     small = {p: 0.1 * g for p, g in random_gates(config, ADAPTERS).items()}
     save_gates(folder / "gates", GateConfig(names, 2, 1.0), small)
-    command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, env=devices(2), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "found.json").read_text())
+    fsdp, quantised = mesh_of(*MESHES["fsdp"]), hf_config.from_hf(read_json(folder / "int4" / "config.json"))
+    plan = plan_training(quantised, ADAPTERS, RANK, fsdp, rows=ROWS, width=WIDTH, mfu=0.4)
+    return {
+        "one": trained(folder, None, "float32", STEPS),
+        **{name: trained(folder, mesh_of(*shape), "float32", STEPS) for name, shape in MESHES.items()},
+        "bfloat16": trained(folder, fsdp, "bfloat16", 0),
+        "plan": dataclasses.asdict(plan),
+    }
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -132,10 +108,3 @@ def test_a_plan_s_bytes_are_those_that_are_allocated(found: dict[str, Any]):
     assert plan["temporary"] == pytest.approx(real["temporary"], rel=0.02)
     base, scales = plan["parts"]["base"], plan["parts"]["scales"]
     assert 0 < scales < base
-
-
-if __name__ == "__main__":
-    import conftest  # noqa: F401  (the same strictness as in every test)
-    import without_torch  # noqa: F401  (begins sooner)
-
-    main(Path(sys.argv[1]))

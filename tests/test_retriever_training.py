@@ -2,16 +2,14 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from meshes import every_device
 from test_encoder import sentence_folder
-from test_sharding import devices
 
 from converters.hf_encoder import import_encoder
 from meteora_jax.cli.train_retriever import cut_line
@@ -134,37 +132,22 @@ def test_inputs_that_are_not_read_to_their_end_are_counted(tmp_path, encoder):
     assert cut_line({}, long, 32) == ""
 
 
-PROGRAM = """
-import json, sys
-from pathlib import Path
-import jax
-from meteora_jax.retriever.encoder import TextEncoder
-from meteora_jax.retriever.settings import RetrieverTraining
-from meteora_jax.retriever.training import train_retriever
-assert jax.device_count() == 4
-folder, out, profiles, settings = sys.argv[1:]
-encoder, profiles = TextEncoder.load(folder), json.loads(profiles)
-vectors = encoder.encode([t for inputs in profiles.values() for t in inputs])
-report = train_retriever(encoder, profiles, out, RetrieverTraining(**json.loads(settings)), Path(out) / "checkpoints")
-print(json.dumps([vectors.tolist(), [r["loss"] for r in report["steps"]]]))
-"""
-
-
 @pytest.mark.exhaustive("a mesh once more; test_training_mesh has one")
-def test_four_devices_compute_what_one_does(tmp_path, encoder):
+def test_four_devices_compute_what_one_does(tmp_path, encoder, monkeypatch):
     """Rows split over the devices: the same vectors, and every anchor meets the negatives of all devices."""
     settings = dataclasses.replace(SETTINGS, batch_size=4, steps=3)  # with hard negatives 4 + 4 + 4 texts
-    arguments = json.dumps(PROFILES), json.dumps(dataclasses.asdict(settings))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "start"), str(tmp_path / "four"), *arguments],
-        env=devices(4), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    vectors, losses = json.loads(done.stdout.splitlines()[-1])
-    ours = encoder.encode([t for inputs in PROFILES.values() for t in inputs])
-    assert np.abs(ours - np.asarray(vectors)).max() < 1e-5
-    report = train_retriever(encoder, PROFILES, tmp_path / "one", settings, tmp_path / "checkpoints")
-    assert np.allclose(losses, [r["loss"] for r in report["steps"]], atol=1e-3)
+    texts = [t for inputs in PROFILES.values() for t in inputs]
+
+    def computed(name: str) -> tuple[np.ndarray, list[float]]:
+        report = train_retriever(encoder, PROFILES, tmp_path / name, settings, tmp_path / f"{name}-checkpoints")
+        return encoder.encode(texts), [r["loss"] for r in report["steps"]]
+
+    vectors, losses = computed("one")
+    monkeypatch.setattr(jax, "devices", lambda: every_device()[:4])  # of which it makes its mesh itself
+    monkeypatch.setattr(jax, "local_devices", jax.devices)
+    found, found_losses = computed("four")
+    assert np.abs(found - vectors).max() < 1e-5
+    assert np.allclose(found_losses, losses, atol=1e-3)
 
 
 @pytest.mark.exhaustive("the encoder's resume; test_training_resume has that of gates")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from adapter_banks import NAMES
+from meshes import mesh_of
 from test_adapter_pool import banks, fresh  # noqa: F401
-from test_sharding import devices
 
 import meteora_jax as mj
 from meteora_jax.config import InputError
@@ -81,19 +78,9 @@ def answers(model: mj.Meteora) -> dict[str, np.ndarray]:
     return {"logits": np.concatenate(logits_of(model, ROWS, routers)), "tokens": np.stack([c.token_ids for c in said])}
 
 
-def main_with_devices(base: str, bank: str, dest: str) -> None:
-    from meteora_jax.sharding import make_mesh
-
-    model = mj.load(base, bank, mesh=make_mesh(1, 2, 2), dtype="float32", adapter_slots=2)
-    np.savez(dest, **answers(model))
-
-
-def test_slots_on_the_mesh_of_a_host(world: dict[str, Any], tmp_path: Path):
-    dest = tmp_path / "answers.npz"
-    command = [sys.executable, __file__, str(world["base"]), str(world["bank"]), str(dest)]
-    done = subprocess.run(command, env=devices(4), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found, right = np.load(dest), answers(world["model"])
+def test_slots_on_the_mesh_of_a_host(world: dict[str, Any]):
+    model = mj.load(world["base"], world["bank"], mesh=mesh_of(1, 2, 2), dtype="float32", adapter_slots=2)
+    found, right = answers(model), answers(world["model"])
     np.testing.assert_allclose(found["logits"], right["logits"], atol=1e-4)
     np.testing.assert_array_equal(found["tokens"], right["tokens"])
 
@@ -104,9 +91,3 @@ def test_slots_over_several_hosts_are_refused(world: dict[str, Any], monkeypatch
     with pytest.raises(InputError) as refused:
         mj.load(world["base"], world["bank"], adapter_slots=2)
     assert refused.value.problems == (line,)
-
-
-if __name__ == "__main__":
-    import without_torch  # noqa: F401  (begins sooner)
-
-    main_with_devices(*sys.argv[1:])

@@ -274,7 +274,7 @@ def test_a_warm_server_compiles_no_more(world):
 
 
 def test_sigterm_lets_what_is_under_way_finish(world):
-    command = [sys.executable, "-m", "meteora_jax.cli", "serve", "--base", str(world["base"]), "--name", "tiny"]
+    command = [sys.executable, str(ROOT / "tests/command.py"), "serve", "--base", str(world["base"]), "--name", "tiny"]
     command += ["--port", "0", "--max-rows", "1", "--max-tokens", "64", "--warm-up"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "METEORA_CACHE": ""}
     asked = LONG | {"model": "tiny", "stream": True}

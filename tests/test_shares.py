@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import pytest
 from extent import ALL
 from jax.sharding import PartitionSpec
+from meshes import environment
 from test_gated_model import small
-from test_sharding import devices
 
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.io import model_state
@@ -32,7 +32,7 @@ def test_steps_by_the_kernels_on_a_tensor_axis_say_what_one_device_says():
     router's; with --all a wide bank, fusion and routers that XLA asks, too."""
     result = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "kernels_on_mesh.py"), *["all"] * ALL],
-        env=os.environ | devices(2) | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1200,
+        env=os.environ | environment(2) | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert result.stdout == "the same\n"

@@ -1,13 +1,7 @@
-"""Tensor parallelism: what crosses devices, and that nothing of the layout shows in results or files.
-
-Run as a script it is the process that has the devices.
-"""
+"""Tensor parallelism: what crosses devices, and that nothing of the layout shows in results or files."""
 
 import dataclasses
-import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,8 +10,8 @@ import numpy as np
 import pytest
 from extent import ALL
 from flat_settings import flat
+from meshes import mesh_of
 from safetensors.numpy import load_file
-from test_sharding import devices
 from tiny import tiny_llama, tiny_peft
 
 import meteora_jax as mj
@@ -50,9 +44,6 @@ def test_columns_are_dealt_out_to_the_parts():
     cuts = {t: [column_shards(config, group, t) for group in ("qkv", "o", "gate_up", "down")] for t in (1, 2, 4, 8, 5)}
     # eight devices would share four kv heads; five divide nothing
     assert cuts == {1: [1] * 4, 2: [2, 1, 2, 1], 4: [4, 1, 4, 1], 8: [1, 1, 8, 1], 5: [1] * 4}
-
-
-# In the process with the devices
 
 
 def answers(folder: Path, mesh: Any) -> dict[str, np.ndarray]:
@@ -123,31 +114,9 @@ def counts(mesh: Any) -> dict[str, dict[str, list[int]]]:
     return dict(zip(("training", "prefill", "decoding"), seen, strict=True))
 
 
-def main(folder: Path, what: str) -> None:
-    import jax
-
-    from meteora_jax.sharding import make_mesh
-
-    meshes = {name: make_mesh(*shape, devices=jax.devices()[:4]) for name, shape in MESHES.items()}
-    if what == "train":
-        return train(folder, meshes["1x1x4"], folder / "trained", folder / "run")
-    (folder / "counts.json").write_text(json.dumps({name: counts(mesh) for name, mesh in meshes.items()}))
-    np.savez(folder / "answers.npz", **answers(folder, meshes["1x1x4"]))
-
-
-# In the tests
-
-
-def with_devices(folder: Path, what: str) -> None:
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder), what], env=devices(4), capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose heads four devices share, two banks, gates, and what `main` wrote beside them."""
+    """A base whose heads four devices share, two banks and gates."""
     folder = tmp_path_factory.mktemp("parallel")
     hf = tiny_llama(folder, attention_bias=True, **SHAPE)[1]
     import_base(hf, folder / "base")
@@ -164,19 +133,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = lambda p: (3, config.projection_shape(p)[0], 3)  # noqa: E731
     gates = {p: (0.2 * rng.standard_normal(shape(p))).astype(np.float32) for p in PROJECTIONS}
     save_gates(folder / "gates", GateConfig(BANK, 2, 1.0), gates)
-    with_devices(folder, "compute")
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
     """What training on the tensor axis wrote."""
-    with_devices(folder, "train")
+    train(folder, mesh_of(1, 1, 4), folder / "trained", folder / "run")
     return folder / "trained"
 
 
 def test_a_tensor_axis_computes_what_one_device_does(folder: Path):
-    found = np.load(folder / "answers.npz")
+    found = answers(folder, mesh_of(1, 1, 4))
     for name, want in answers(folder, None).items():
         if name in ("said", "asked"):
             assert np.array_equal(found[name], want)
@@ -187,10 +155,9 @@ def test_a_tensor_axis_computes_what_one_device_does(folder: Path):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_what_crosses_devices(folder: Path, mesh: str):
+def test_what_crosses_devices(mesh: str):
     """One all-reduce a row-parallel group forward, one a column-parallel group backward; nothing is moved about."""
-    found = json.loads((folder / "counts.json").read_text())[mesh]
-    for what, crossings in found.items():
+    for what, crossings in counts(mesh_of(*MESHES[mesh])).items():
         if mesh == "2x1x2" and what != "training":
             continue  # an engine is split along the tensor axis alone: its rows share one cache
         assert crossings["all-to-all"] == crossings["collective-permute"] == crossings["reduce-scatter"] == [0, 0, 0]
@@ -223,10 +190,3 @@ def test_a_run_goes_on_without_the_tensor_axis(folder: Path, trained: Path, tmp_
     train(folder, None, tmp_path, folder / "run")
     ours, want = (load_file(f / "bank" / "weights.safetensors") for f in (tmp_path, trained))
     assert all(np.abs(ours[key] - want[key]).max() <= 1e-5 for key in want)
-
-
-if __name__ == "__main__":
-    import conftest  # noqa: F401  (the same strictness as in every test)
-    import without_torch  # noqa: F401  (begins sooner)
-
-    main(Path(sys.argv[1]), sys.argv[2])

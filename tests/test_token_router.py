@@ -1,15 +1,10 @@
-"""The token router: against torch in float64, packed, ragged, cached and on a mesh; its files; what its training needs.
-Run as a script it is a process with the devices.
-"""
+"""The token router: against torch in float64, packed, ragged, cached, on a mesh; its files; what its training needs."""
 
 import dataclasses
 import functools
 import itertools
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +14,7 @@ from extent import parameters
 from flat_settings import changed, flat
 from flax import nnx
 from gate_gradients import loss_and_gradients
-from test_sharding import devices
+from meshes import mesh_of
 from test_training import TASKS
 from test_training_mesh import BETA, ROWS, packed, sequences
 from worlds import NAMES
@@ -35,7 +30,7 @@ from meteora_jax.io.bank import load_bank, save_bank
 from meteora_jax.io.gates import fresh_gates, gate_shapes, load_gates, save_gates, split_gates
 from meteora_jax.model.layout import pack, with_execution
 from meteora_jax.routing.gates import BoundGates, GateParam
-from meteora_jax.sharding import fetch, make_mesh, place_rows, use_mesh
+from meteora_jax.sharding import fetch, place_rows, use_mesh
 from meteora_jax.training.data import Mixture
 from meteora_jax.training.gate_loss import gate_loss
 from meteora_jax.training.gates import train_gates
@@ -132,23 +127,14 @@ def test_the_gate_term_alone_and_what_responses_count_in_it(world, routed, how):
     check({**found, "lm": lm}, (lm, gate, grads))
 
 
-def main(base: str, bank: str, gates: str, dest: str) -> None:
-    mesh = make_mesh(2, 2, 2)
-    model = mj.load(base, bank, gates, mesh=mesh, dtype="float32")
-    np.savez(dest, **computed(model, mesh))
-    said = [c.token_ids for c in model.generate(PROMPTS, mj.Gates(2), max_new_tokens=8)]
-    Path(dest).with_suffix(".json").write_text(json.dumps(said))
-
-
 @pytest.mark.exhaustive("a mesh once more; test_training_mesh and test_sharding have one")
-def test_eight_devices_compute_and_generate_as_one(world, routed, expected, tmp_path):
+def test_eight_devices_compute_and_generate_as_one(world, routed, expected):
     folder, _, model = routed
-    command = [sys.executable, __file__, *map(str, (world["base"], world["bank"], folder, tmp_path / "found.npz"))]
-    done = subprocess.run(command, env=devices(8), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    check(np.load(tmp_path / "found.npz"), expected)
-    alone = [c.token_ids for c in model.generate(PROMPTS, mj.Gates(2), max_new_tokens=8)]
-    assert json.loads((tmp_path / "found.json").read_text()) == alone
+    mesh = mesh_of(2, 2, 2)
+    shared = mj.load(world["base"], world["bank"], folder, mesh=mesh, dtype="float32")
+    check(computed(shared, mesh), expected)
+    said = [[c.token_ids for c in m.generate(PROMPTS, mj.Gates(2), max_new_tokens=8)] for m in (shared, model)]
+    assert said[0] == said[1]
 
 
 LONGEST = 48
@@ -356,10 +342,3 @@ def test_a_token_router_chooses_once(monkeypatch, routed):
         graph = with_execution(model.graph, model.weights, execution)
         dataclasses.replace(model, graph=graph).logits(ids, router)
         assert len(calls) == 1, calls
-
-
-if __name__ == "__main__":
-    import conftest  # noqa: F401  (the same strictness as in every test)
-    import without_torch  # noqa: F401  (begins sooner)
-
-    main(*sys.argv[1:])

@@ -1,17 +1,14 @@
-"""Whole runs that train a bank: what they learn, keep and write; as a script, one run on one device and on two."""
+"""Whole runs that train a bank: what they learn, keep and write, on one device and on two."""
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from flat_settings import flat
-from test_sharding import devices
+from meshes import mesh_of
 from test_side_by_side import NAMES, SMALL, TASKS, WORDS, own
 
 import meteora_jax as mj
@@ -161,23 +158,11 @@ def test_some_of_a_banks_adapters_become_a_bank(tmp_path, world):
     assert not (tmp_path / "none").exists()
 
 
-def main(base: str, dest: str) -> None:
-    from meteora_jax.sharding import make_mesh
-
-    for name, mesh in {"one": None, "two": make_mesh(2, 1, 1), "parts": make_mesh(1, 1, 2)}.items():
-        final = trained({"base": base}, Path(dest) / name, mesh=mesh, rows=2)
-        (Path(dest) / f"{name}.json").write_text(json.dumps(final["kept"]))
-
-
 @pytest.mark.exhaustive("a mesh once more; test_training_mesh has one")
 def test_two_devices_train_the_same_bank(tmp_path, world):
-    done = subprocess.run(
-        [sys.executable, __file__, str(world["base"]), str(tmp_path)],
-        env=devices(2), capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    banks = {k: load_bank(tmp_path / k, world["model"].config, np.float32) for k in ("one", "two", "parts")}
-    kept = {k: json.loads((tmp_path / f"{k}.json").read_text()) for k in banks}
+    meshes = {"one": None, "two": mesh_of(2, 1, 1), "parts": mesh_of(1, 1, 2)}
+    kept = {k: trained(world, tmp_path / k, mesh=mesh, rows=2)["kept"] for k, mesh in meshes.items()}
+    banks = {k: load_bank(tmp_path / k, world["model"].config, np.float32) for k in meshes}
     for k in ("two", "parts"):
         for name, best in kept["one"].items():
             assert kept[k][name]["step"] == best["step"]
@@ -187,10 +172,3 @@ def test_two_devices_train_the_same_bank(tmp_path, world):
             off = np.abs(b - banks[k].b[p])  # Adam makes whole steps of gradients that are all rounding
             assert np.median(off) <= 2e-5
             assert np.quantile(off, 0.99) <= 5e-4
-
-
-if __name__ == "__main__":
-    import conftest  # noqa: F401  (the same strictness as in every test)
-    import without_torch  # noqa: F401  (begins sooner)
-
-    main(*sys.argv[1:])

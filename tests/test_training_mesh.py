@@ -1,6 +1,6 @@
 """Training on a mesh, and on two hosts, is training: loss and gradients equal torch's in float64.
 
-Run as a script it is a process with the devices.
+Run as a script it is one of two hosts.
 """
 
 import socket
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from extent import ALL, parameters
+from extent import parameters
 from gate_gradients import loss_and_gradients
-from test_sharding import KEPT, REASON, SHAPES, devices
+from meshes import environment, mesh_of
+from test_sharding import KEPT, REASON, SHAPES
 from worlds import NAMES
 
 BETA = 2.0
 ROWS, WIDTH = 8, 128
+HOSTS = ("2x2x2", "1x1x8")
 
 
 def sequences():
@@ -77,20 +79,17 @@ def computed(base, bank, gates, mesh, accumulate: int = 1, remat=True) -> dict[s
     return {"lm": fetch(losses.lm), "gate": fetch(losses.gate), **split_gates(flat)}
 
 
-def main(base: str, bank: str, gates: str, dest: str, coordinator: str = "", index: str = "0") -> None:
+def main(base: str, bank: str, gates: str, dest: str, coordinator: str, index: str) -> None:
     import jax
 
     from meteora_jax.sharding import initialize_distributed, make_mesh
 
-    shapes = SHAPES if ALL else {name: SHAPES[name] for name in KEPT}
-    if coordinator:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        initialize_distributed(coordinator, 2, int(index))
-        assert len(jax.devices()) == 8
-        assert len(jax.local_devices()) == 4
-        shapes = {f"hosts-{k}": SHAPES[k] for k in ("2x2x2", "1x1x8")}
-    for name, shape in shapes.items():
-        found = computed(base, bank, gates, make_mesh(*shape))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    initialize_distributed(coordinator, 2, int(index))
+    assert len(jax.devices()) == 8
+    assert len(jax.local_devices()) == 4
+    for name in HOSTS:
+        found = computed(base, bank, gates, make_mesh(*SHAPES[name]))
         if index == "0":
             np.savez(Path(dest) / f"{name}.npz", **found)
 
@@ -140,19 +139,9 @@ def test_logits_block_by_block_equal_torch(calm, expected, monkeypatch):
     check(computed(*calm, None), expected)
 
 
-@pytest.fixture(scope="module")
-def meshed(calm, tmp_path_factory) -> Path:
-    dest = tmp_path_factory.mktemp("meshed")
-    done = subprocess.run(
-        [sys.executable, __file__, *calm, str(dest)], env=devices(8), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dest
-
-
 @pytest.mark.parametrize("shape", parameters(SHAPES, KEPT, REASON))
-def test_a_mesh_equals_torch(meshed, expected, shape):
-    check(np.load(meshed / f"{shape}.npz"), expected)
+def test_a_mesh_equals_torch(calm, expected, shape):
+    check(computed(*calm, mesh_of(*SHAPES[shape])), expected)
 
 
 def free_port() -> int:
@@ -171,9 +160,9 @@ def together(commands: list[list[str]], env: dict[str, str]) -> None:
 @pytest.mark.exhaustive("two processes and two meshes; test_training_resume has two hosts")
 def test_two_hosts_of_four_devices_equal_torch(calm, expected, tmp_path):
     address = f"127.0.0.1:{free_port()}"
-    together([[sys.executable, __file__, *calm, str(tmp_path), address, str(i)] for i in range(2)], devices(4))
-    for shape in ("2x2x2", "1x1x8"):
-        check(np.load(tmp_path / f"hosts-{shape}.npz"), expected)
+    together([[sys.executable, __file__, *calm, str(tmp_path), address, str(i)] for i in range(2)], environment(4))
+    for shape in HOSTS:
+        check(np.load(tmp_path / f"{shape}.npz"), expected)
 
 
 if __name__ == "__main__":

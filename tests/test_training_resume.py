@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,84 +22,79 @@ import numpy as np
 import pytest
 from extent import examples
 from flat_settings import flat
+from meshes import environment, mesh_of
 from safetensors.numpy import load_file
-from test_sharding import devices
 from test_training_mesh import free_port, together
 from worlds import NAMES
 
 from meteora_jax.config import InputError, Preempted
+from meteora_jax.evaluation.tasks import load_split
+from meteora_jax.sharding import initialize_distributed, make_mesh
 from meteora_jax.training.checkpoints import Checkpoints
 from meteora_jax.training.data import Layout
+from meteora_jax.training.gates import train_gates
+from meteora_jax.training.settings import Checkpointing, GateTraining
+from meteora_jax.training.trainer import Callbacks
 
 KILLS = int(os.environ.get("METEORA_KILLS", examples(1, 3)))
 STEPS, EVERY = 12, 4
 LAYOUT = Layout(rows=4, width=64, shards=1, packing=True)
 
 
-# Runs in processes of their own
-
-
-def main(
-    base: str, bank: str, tasks: str, dest: str, run: str, kill_at: str, delay: str, mesh: str,
-    coordinator: str = "", process: str = "0",
-) -> None:  # fmt: skip
-    """A run that kills itself `delay` seconds after its step `kill_at` (0: never), perhaps as one of two hosts."""
-    import threading
-
-    from meteora_jax.evaluation.tasks import load_split
-    from meteora_jax.sharding import initialize_distributed, make_mesh
-    from meteora_jax.training.gates import train_gates
-    from meteora_jax.training.settings import Checkpointing, GateTraining
-    from meteora_jax.training.trainer import Callbacks
-
-    if coordinator:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        initialize_distributed(coordinator, 2, int(process))
-
-    def progress(step: int, _: dict) -> None:
-        if step == int(kill_at):
-            threading.Timer(float(delay), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
-
+def train(base: str, bank: str, tasks: str, dest: str, run: str, mesh: Any = None, progress: Any = None) -> Any:
+    """A run's last record."""
     settings = flat(
         GateTraining, steps=STEPS, batch_size=8, learning_rate=2e-3, composite=0.25, max_length=200, rows=4, warmup=0.2
     )
-    final = train_gates(
-        base, bank, {n: load_split(Path(tasks), n, "train") for n in NAMES}, dest, settings, dtype="float32",
-        mesh=make_mesh(*json.loads(mesh)) if mesh else None,
-        checkpointing=Checkpointing(run=Path(run), save_every=EVERY, keep=2),
-        callbacks=Callbacks(progress=progress),
+    return train_gates(
+        base, bank, {n: load_split(Path(tasks), n, "train") for n in NAMES}, dest, settings, dtype="float32", mesh=mesh,
+        checkpointing=Checkpointing(run=Path(run), save_every=EVERY, keep=2), callbacks=Callbacks(progress=progress),
     )  # fmt: skip
-    print(json.dumps(final))
+
+
+def main(*arguments: str) -> None:
+    """A run in a process of its own: one that kills itself DELAY seconds after its step KILL_AT, or one of two hosts
+    (COORDINATOR, INDEX)."""
+    *folders, how, which = arguments
+    if ":" in how:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        initialize_distributed(how, 2, int(which))
+        train(*folders, mesh=make_mesh(4, 1, 1))
+        return
+
+    def progress(step: int, _: dict[str, Any]) -> None:
+        if step == int(how):
+            threading.Timer(float(which), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+
+    train(*folders, progress=progress)
 
 
 @pytest.fixture(scope="module")
-def place(world, tmp_path_factory) -> tuple[Path, list[str], dict[str, str]]:
-    """A folder, the first arguments of `main`, and an environment."""
+def place(world, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A folder, and the first arguments of `train`."""
     folder = tmp_path_factory.mktemp("runs")
     for name in NAMES:
         (folder / "tasks" / name).mkdir(parents=True)
         lines = [json.dumps({"prompt": f"[INST] {name} {i} [/INST]\n", "response": f"{i}"}) for i in range(20)]
         (folder / "tasks" / name / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder, [str(world["base"]), str(world["bank"]), str(folder / "tasks")], devices(1)
+    return folder, [str(world["base"]), str(world["bank"]), str(folder / "tasks")]
 
 
-def training(place, name: str, run: str, kill_at: int = 0, delay: float = 0.0, mesh="", env=None):
-    folder, start, own = place
-    command = [*start, str(folder / name), str(folder / run), str(kill_at), str(delay), mesh]
-    return subprocess.run(
-        [sys.executable, __file__, *command], env=env or own, capture_output=True, text=True, timeout=300
-    )
+def in_folder(place, name: str) -> list[str]:
+    """The arguments of the run of that name."""
+    folder, start = place
+    return [*start, str(folder / name), str(folder / f"{name}-run")]
 
 
-def finished(done) -> dict:
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def killed(place, name: str, kill_at: int, delay: float) -> subprocess.CompletedProcess:
+    command = [sys.executable, __file__, *in_folder(place, name), str(kill_at), str(delay)]
+    return subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def whole(place) -> Path:
     """The gates of a run that nothing interrupted."""
-    assert finished(training(place, "whole", "whole-run"))["step"] == STEPS
+    assert train(*in_folder(place, "whole"))["step"] == STEPS
     return place[0] / "whole"
 
 
@@ -116,19 +113,23 @@ def test_a_run_leaves_curves_scalars_and_a_map(place, whole):
     assert found == sorted([str(STEPS - EVERY), str(STEPS)])
 
 
-def test_killed_runs_end_bit_for_bit_as_the_whole_one(place, whole):
-    folder, _, _ = place
+def test_killed_runs_end_bit_for_bit_as_the_whole_one(place, whole, caplog):
+    folder = place[0]
     rng, reached, resumed = random.Random(KILLS), 0, []
 
     def end() -> None:
-        resumed.append(finished(training(place, "killed", "killed-run"))["resumed_at"])
+        caplog.clear()
+        with jax.log_compiles():
+            resumed.append(train(*in_folder(place, "killed"))["resumed_at"])
+        if jax.config.jax_compilation_cache_dir:  # what comes back is the step of what began
+            assert "Persistent compilation cache hit for 'jit_step'" in caplog.text
         assert resumed[-1] >= reached
         assert (folder / "killed" / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
-        killed, expected = (
+        found, expected = (
             [json.loads(line) for line in (folder / f"{name}-run" / "log.jsonl").read_text().splitlines()]
             for name in ("killed", "whole")
         )
-        assert [(r["step"], r["lm"], r["gate"]) for r in killed] == [(r["step"], r["lm"], r["gate"]) for r in expected]
+        assert [(r["step"], r["lm"], r["gate"]) for r in found] == [(r["step"], r["lm"], r["gate"]) for r in expected]
 
     for _ in range(KILLS):
         if reached >= STEPS - EVERY:  # too near the end to be killed before it; the next one starts over
@@ -137,8 +138,8 @@ def test_killed_runs_end_bit_for_bit_as_the_whole_one(place, whole):
             reached = 0
         first = reached + 1 if KILLS > 1 else 2 * EVERY + 1  # a single one comes after a save
         kill_at = rng.randint(first, min(reached + 2 * EVERY + 2, STEPS - 2))
-        killed = training(place, "killed", "killed-run", kill_at, rng.random() * 0.1)
-        assert killed.returncode in (0, -signal.SIGKILL), killed.stderr[-2000:]  # 0: done before the clock was
+        done = killed(place, "killed", kill_at, rng.random() * 0.1)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]  # 0: done before the clock was
         saved = [int(p.name) for p in (folder / "killed-run" / "checkpoints").iterdir() if p.name.isdigit()]
         reached = max(saved, default=0)
         assert reached >= kill_at - 2 * EVERY  # a save is complete before the next one begins
@@ -151,18 +152,17 @@ def test_a_finished_run_writes_its_gates_again(place, whole):
     """Nothing is trained; not even the log is needed."""
     shutil.copytree(place[0] / "whole-run", place[0] / "again-run")
     (place[0] / "again-run" / "log.jsonl").unlink()
-    final = finished(training(place, "again", "again-run"))
+    final = train(*in_folder(place, "again"))
     assert (final["step"], final["resumed_at"]) == (STEPS, STEPS)
     assert (place[0] / "again" / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
 
 
 @pytest.mark.exhaustive("two trainings on meshes")
-def test_a_run_goes_on_on_another_mesh(place, whole):
-    killed = training(place, "moved", "moved-run", kill_at=2 * EVERY + 2, delay=0.0)
-    assert killed.returncode == -signal.SIGKILL
-    done = training(place, "moved", "moved-run", mesh="[2, 2, 2]", env=devices(8) | {"JAX_LOG_COMPILES": "1"})
-    final = finished(done)
-    assert len(re.findall(r"Compiling jit\(step\)", done.stderr)) == 1  # once a run, whatever the batches hold
+def test_a_run_goes_on_on_another_mesh(place, whole, caplog):
+    assert killed(place, "moved", kill_at=2 * EVERY + 2, delay=0.0).returncode == -signal.SIGKILL
+    with jax.log_compiles():
+        final = train(*in_folder(place, "moved"), mesh=mesh_of(2, 2, 2))
+    assert len(re.findall(r"Compiling jit\(step\)", caplog.text)) == 1  # once a run, whatever the batches hold
     assert EVERY <= final["resumed_at"] <= 2 * EVERY + 2
     expected, found = load_file(whole / "weights.safetensors"), load_file(place[0] / "moved" / "weights.safetensors")
     for p in expected:
@@ -172,13 +172,12 @@ def test_a_run_goes_on_on_another_mesh(place, whole):
 
 def test_two_hosts_train_and_one_goes_on(place):
     """Each host draws half of the rows; the checkpoint holds both positions, and one device alone goes on with both."""
-    folder, start, own = place
-    address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, __file__, *start, str(folder / "pair"), str(folder / "pair-run"), "0", "0", "[4, 1, 1]"]
-    together([[*command, address, str(i)] for i in range(2)], own | devices(2))
+    folder, address = place[0], f"127.0.0.1:{free_port()}"
+    command = [sys.executable, __file__, *in_folder(place, "pair"), address]
+    together([[*command, str(i)] for i in range(2)], environment(2))
     expected = load_file(folder / "pair" / "weights.safetensors")
     shutil.rmtree(folder / "pair-run" / "checkpoints" / str(STEPS))
-    assert finished(training(place, "pair", "pair-run"))["resumed_at"] == STEPS - EVERY
+    assert train(*in_folder(place, "pair"))["resumed_at"] == STEPS - EVERY
     found = load_file(folder / "pair" / "weights.safetensors")
     for p in expected:
         assert np.abs(expected[p]).max() > 1e-3
@@ -186,13 +185,14 @@ def test_two_hosts_train_and_one_goes_on(place):
 
 
 def test_sigterm_saves_and_says_so(place):
-    folder, (base, bank, tasks), env = place
+    folder, (base, bank, tasks) = place
     run = folder / "ended-run"
     command = [
         "train", "gates", "--base", base, "--bank", bank, "--tasks", tasks, "--out", str(folder / "ended"),
         "--recipe", "meteora", "--steps", "5000", "--batch-size", "4", "--max-length", "64",
     ]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "meteora_jax.cli", *command], env=env, stderr=subprocess.PIPE)
+    program = [sys.executable, str(Path(__file__).with_name("command.py")), *command]
+    process = subprocess.Popen(program, env=environment(1), stderr=subprocess.PIPE)
     while not (run / "log.jsonl").is_file() or (run / "log.jsonl").read_bytes().count(b"\n") < 3:
         assert process.poll() is None, process.stderr.read()[-4000:]
         time.sleep(0.05)
@@ -323,6 +323,8 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path):
 
 
 if __name__ == "__main__":
+    import compiling
     import without_torch  # noqa: F401  (begins sooner)
 
+    compiling.use()
     main(*sys.argv[1:])

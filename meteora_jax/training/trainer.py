@@ -187,7 +187,10 @@ class Trainer:
         graph, full = assemble(m.config, m.weights, m.bank, m.gates, self.dtype, self.mesh, m.form)
         graph, params, frozen = nnx.split(nnx.merge(graph, full), m.trained, ...)
         state = initial_state(params, self.optimizer, self.mesh)
-        return graph, frozen, state if self.validation is None else self.validation.first(state, self.mesh)
+        state = state if self.validation is None else self.validation.first(state, self.mesh)
+        if self.mesh is None:  # committed, as what a checkpoint gives back: for what is not, JAX compiles another step
+            state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
+        return graph, frozen, state
 
     def _layout(self, mixture: Mixture, chosen: Chosen, checkpoints: Checkpoints | None) -> Layout:
         """The run's layout: the checkpoint's, or a new one."""

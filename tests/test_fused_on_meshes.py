@@ -1,22 +1,17 @@
-"""Run as a program on eight CPU devices: cuDNN's attention, by a stand-in, on meshes equals XLA's on one device.
-
-XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python tests/fused_on_mesh.py
-"""
+"""cuDNN's attention, by a stand-in, on meshes equals XLA's on one device."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import pytest
+from meshes import mesh_of
 
 from meteora_jax.model import llama
-from meteora_jax.sharding import make_mesh, use_mesh
+from meteora_jax.sharding import use_mesh
 
 B, T, H = 8, 24, 16
 
@@ -42,7 +37,8 @@ def call(mesh: Any, fused: Any, heads: tuple[int, int]) -> list[np.ndarray]:
         return [np.asarray(z) for z in jax.jit(whole)(q, k, v, dy)]
 
 
-def main() -> None:
+@pytest.mark.exhaustive("sixteen programs on meshes; test_gated_model has the stand-in on one device")
+def test_fused_attention_on_meshes(monkeypatch):
     attention, shapes = jax.nn.dot_product_attention, []
 
     def stand_in(q: Any, *rest: Any, implementation: str, **more: Any) -> Any:
@@ -50,20 +46,16 @@ def main() -> None:
         shapes.append(q.shape)
         return attention(q, *rest, implementation="xla", **more)
 
-    jax.nn.dot_product_attention = stand_in
-    for heads in ((4, 2), (3, 1)):
-        for fused in ("packed", "prompt"):
-            wanted = call(None, None if fused == "packed" else "prompt", heads)
-            for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (2, 1, 4)):
-                shapes.clear()
-                found = call(make_mesh(*sizes), fused, heads)
-                for want, got in zip(wanted, found, strict=True):
-                    np.testing.assert_allclose(got, want, atol=2e-6)
-                # each device has its own rows, and its own heads where the mesh divides those of the keys
-                tensor = sizes[2] if heads[1] % sizes[2] == 0 else 1
-                assert set(shapes) == {(B // (sizes[0] * sizes[1]), T, heads[0] // tensor, H)}, (sizes, shapes)
-    print("equal")
-
-
-if __name__ == "__main__":
-    main()
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's own formula is not strict
+        for heads in ((4, 2), (3, 1)):
+            for fused in ("packed", "prompt"):
+                wanted = call(None, None if fused == "packed" else "prompt", heads)
+                for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (2, 1, 4)):
+                    shapes.clear()
+                    found = call(mesh_of(*sizes), fused, heads)
+                    for want, got in zip(wanted, found, strict=True):
+                        np.testing.assert_allclose(got, want, atol=2e-6)
+                    # each device has its own rows, and its own heads where the mesh divides those of the keys
+                    tensor = sizes[2] if heads[1] % sizes[2] == 0 else 1
+                    assert set(shapes) == {(B // (sizes[0] * sizes[1]), T, heads[0] // tensor, H)}, (sizes, shapes)

@@ -1,0 +1,15 @@
+"""`meteora` as a program that begins soon and compiles as tests do: `python tests/command.py serve ...`"""
+
+import sys
+
+if __name__ == "__main__":
+    import compiling
+    import without_torch  # noqa: F401
+    from transformers.utils import is_torch_available
+
+    from meteora_jax.cli import main
+
+    assert not is_torch_available()  # and remembers it
+    del sys.modules["torch"]  # tyro imports what has an entry here
+    compiling.use()
+    main()
