@@ -92,7 +92,7 @@ def _open_tensor(path: Path, info: _TensorInfo, data_start: int, file_size: int)
             f"{path.name}: {info.key}: expected data up to byte {end}, found {file_size} bytes (truncated?)"
         )
     float_type = _FLOATS.get(kind)
-    rows = functools.partial(_read_rows, path, start, end, info.shape[1:], qtype, float_type)  # not nested either
+    rows = functools.partial(_read_rows, path, start, end, info.shape[1:], qtype, float_type)
     return SourceTensor(path.name, info.key, float_type or np.dtype(np.float32), info.shape, rows, stored=kind)
 
 

@@ -2,14 +2,21 @@
 
 import sys
 
-if __name__ == "__main__":
-    import compiling
-    import without_torch  # noqa: F401
+
+def run() -> None:
+    """transformers has to learn that there is no torch before its entry goes: tyro imports what has one."""
     from transformers.utils import is_torch_available
 
     from meteora_jax.cli import main
 
     assert not is_torch_available()  # and remembers it
-    del sys.modules["torch"]  # tyro imports what has an entry here
+    del sys.modules["torch"]
     compiling.use()
     main()
+
+
+if __name__ == "__main__":
+    import compiling
+    import without_torch  # noqa: F401
+
+    run()
