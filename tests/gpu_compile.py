@@ -263,7 +263,7 @@ def main() -> None:
         assert launches == 6 * LAYERS + own, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
         assert rest <= (28 + 16 * (depth + 3) if form else 24), what  # the shifts, and each hop's look-up
-    for router, products in ((None, 4), (mj.Fixed("adapter_3"), 4), (mj.Gates(2), 8)):
+    for router, products in ((None, 4), (mj.Fixed("adapter_3"), 8), (mj.Gates(2), 8)):
         name = "bare" if router is None else type(router).__name__
         readers = readers_of_kernels(prompt(device, router, 2048))
         in_place = sum("calls=%dynamic-slice-fusion" in line for line in readers)

@@ -63,7 +63,7 @@ class Shrinks:
             self.squares, group.scale, arrow, spectr, None if allowed is None else allowed.astype(jnp.int32), candidates
         )  # fmt: skip
         read = (number if z is None else z for z in given)  # an array in the place of one that is not read
-        found = launch(
+        indices, weights = launch(
             "pallas_kernels.decode_step.rank_kernels", "rank_kernel", number, self.product, *read, rule.counts,
             rule.temperatures, out=(shape(out, jnp.int32), shape(out, jnp.float32)), grid=out[:2],
             M=self.rows, I=self.width, P=out[1], NORM=self.squares is not None, EPS=group.eps or 0.0,
@@ -73,7 +73,7 @@ class Shrinks:
             ARROW=arrow is not None, SPECTR=spectr is not None, ALLOWED=allowed is not None,
             BS=max(1, min(power(rank), BLOCK // (power(adapters) * power(rank)))),
         )  # fmt: skip
-        return jax.lax.optimization_barrier(found)  # XLA cannot compile the launch fused with the update of the trace
+        return indices, weights
 
 
 # What makes a choice by rules that epilogues do not have, of a layer, the first projection of one of its groups, the
