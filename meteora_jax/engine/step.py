@@ -165,6 +165,7 @@ def run_steps(
             the likeliest tokens' are wanted. trace: whether the routing is.
     """
     model = nnx.merge(graph, weights)
+    model.prepare()
     run = functools.partial(
         _step, model, rows=rows, prompt=prompt, router=router, end=end, logprobs=logprobs, trace=trace
     )

@@ -225,6 +225,9 @@ class Llama(nnx.Module):
         x, cache, observed = run_shares(*given, run) if self._has_shares(step is not None) else run(*given)
         return LlamaOutput(self.norm(x), cache, observed)
 
+    def prepare(self) -> None:
+        """Makes what all steps of a program share: nothing here."""
+
     def _has_shares(self, step: bool) -> bool:
         """Whether each device of `use_mesh`'s mesh runs its share of the layers: steps of a mesh without a data axis,
         whose rows share one cache, and all that packed weights serve."""

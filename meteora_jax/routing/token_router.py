@@ -26,6 +26,7 @@ from meteora_jax.sharding import partitions
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
 from pallas_kernels.routed_lora.reference import einsum_float32
+from pallas_kernels.token_router import triton_gpu
 
 WIDEST = 128  # head that cuDNN's attention knows
 THETA = 10_000.0  # of the router's rotary embedding, whatever the base's
@@ -130,11 +131,55 @@ class TokenRouter(nnx.Module):
         self.task, self.previous, self.first = weight(e, columns), weight(e, columns), weight(e, 1)
         self.segment, self.lookup = weight(e, SEGMENTS), weight(2)
         self.hop = weight(1 + SHIFTS, e, e)
+        self.ready: Any = None  # GateParam of StepWeights, see `prepare`
 
-    def __call__(
-        self, x: jax.Array, sight: Sight, cache: RouterCache | None
-    ) -> tuple[tuple[Hop, Hop], RouterCache | None]:
-        """Of embeddings x [B, T, D]: both hops, the second of which chooses, and the cache, extended."""
+    def prepare(self, kind: Any) -> None:
+        """Makes what the launch of decoding steps reads, in that type, for all steps of a program."""
+
+        def cast(w: jax.Array) -> jax.Array:
+            return w.astype(kind)
+
+        (d, e), f = self.embed.shape, self.form.depth
+        seen = jnp.moveaxis(self.qkv_embed[...], 0, 1).reshape(d, -1)
+        task, before, segment = (
+            triton_gpu.paired(w, _columns(w), kind) for w in (self.task[...], self._before(), self.segment[...])
+        )
+        made = triton_gpu.StepWeights(
+            cast(jnp.concatenate([self.embed[...], seen], axis=1)), cast(self.shift[...]),
+            cast(self.qkv[...]).reshape(f, e, -1), cast(self.o[...]), cast(self.gate_up[...]).reshape(f, e, -1),
+            cast(self.down[...]), cast(self.hop[...]), task, before, segment, self.lookup[...],
+        )  # fmt: skip
+        self.ready = nnx.data(GateParam(made))
+
+    def step(
+        self, x: jax.Array, positions: jax.Array, step: StepTokens, cache: RouterCache
+    ) -> tuple[jax.Array, RouterCache]:
+        """Logits float32 [B, 1, A] of a step's tokens, embeddings x [B, 1, D] at positions int32 [B, 1], and the cache,
+        extended; by one launch, of what `prepare` made."""
+        kind, weights = x.dtype, self.ready.get_value()
+        x = unit_rms(x[:, 0].astype(jnp.float32)).astype(kind)
+        read = einsum_float32(kind, "bd,dn->bn", x, weights.read)
+        cos, sin = (z[:, 0, 0] for z in angles(frequencies(THETA, HEAD), positions))
+        logits, layers, hops, shifts = triton_gpu.token_router(
+            read, cos, sin, weights, self.task.shape[1], cache.layers.pages, cache.hops.pages, cache.shifts, step
+        )
+        held = dataclasses.replace(cache.layers, pages=layers), dataclasses.replace(cache.hops, pages=hops)
+        return logits[:, None], RouterCache(held[0], held[1], shifts)
+
+    def _before(self) -> jax.Array:
+        """[E, A + 1]: of the logits of the task of the segment before, or of none."""
+        return jnp.concatenate([self.previous[...], self.first[...]], axis=1)
+
+    def __call__(self, x: jax.Array, sight: Sight, cache: RouterCache | None) -> tuple[jax.Array, RouterCache | None]:
+        """Of embeddings x [B, T, D]: the logits float32 [B, T, A] that choose, and the cache, extended."""
+        step = None if self.ready is None or partitions() else sight.step  # made ready, a step is the launch's
+        if cache and step and triton_gpu.serves(self.form.width, step, cache.layers.block_size):
+            return self.step(x, sight.positions, step, cache)
+        hops, cache = self.hops(x, sight, cache)
+        return hops[-1].logits, cache
+
+    def hops(self, x: jax.Array, sight: Sight, cache: RouterCache | None) -> tuple[tuple[Hop, Hop], RouterCache | None]:
+        """The same with both hops; the second one's logits choose."""
         kind, depth = x.dtype, self.form.depth
         turn = angles(frequencies(THETA, HEAD), sight.positions)
 
@@ -192,7 +237,7 @@ class TokenRouter(nnx.Module):
             return einsum_float32(kind, spec, x.astype(kind), w.astype(kind))
 
         tasks, segments = self.task[...], self.segment[...]
-        before = jnp.concatenate([self.previous[...], self.first[...]], axis=1)
+        before = self._before()
         own, previous = product("bte,ea->bta", u, tasks), product("bte,ea->bta", u, before)
         key = product("bta,ea->bte", jax.nn.softmax(previous), _columns(before))
         segment = product("bte,en->btn", u, segments)

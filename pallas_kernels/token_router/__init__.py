@@ -1,0 +1,1 @@
+"""The token router's part of a decoding step in one launch."""
