@@ -16,7 +16,7 @@ from pallas_kernels.routed_lora.triton_gpu import power
 MODULE = "pallas_kernels.token_router.triton_kernels"
 WIDTHS = (32, 64, 128, 256)  # of the stream, which a program holds in registers
 LONGEST = 4096  # slots of a sequence, whose keys one program reads after each other
-WARPS = 8
+WARPS, SLOTS, STAGES = 8, 64, 2  # of a program; slots that it reads at a time, and so many times ahead
 shape = jax.ShapeDtypeStruct
 
 
@@ -84,6 +84,6 @@ def token_router(
         grid=(len(read),), warps=WARPS, aliases={len(given) + i: 1 + i for i in range(3)},
         F=f, E=e, H=width, A=columns, AP=weights.task.shape[2], BP=weights.before.shape[2], S=weights.segment.shape[2],
         SHIFTS=len(weights.shift), W=tokens.tables.shape[1], BLOCK=block_size, BLOCKS=len(layers) // f,
-        BS=32 if layers.dtype.itemsize == 4 else 64,
+        BS=16 if layers.dtype.itemsize == 4 else SLOTS, STAGES=STAGES,
     )  # fmt: skip
     return logits, layers, hops, shifts

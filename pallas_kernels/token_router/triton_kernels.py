@@ -55,7 +55,7 @@ def times_turned(x, w_ptr, rows, columns, STRIDE: tl.constexpr):
 @triton.jit
 def attend(
     q1, q2, k1, k2, v, first, pages_ptr, table_ptr, row, position, E: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr, BS: tl.constexpr,
+    BLOCK: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a token's query, float32 in halves, over the tokens before it, which are in `pages`, and over
     itself, k1, k2 and v; writes its key and value to its slot. H: width of a head. first: of the layer's blocks.
@@ -76,7 +76,7 @@ def attend(
     q2 = q2.to(pages_ptr.dtype.element_ty)
     total = tl.full((16,), 1.0, tl.float32)
     y = tl.zeros((16, E), tl.float32) + v[None, :]
-    for s in tl.range(0, position, BS, num_stages=2):
+    for s in tl.range(0, position, BS, num_stages=STAGES):
         slots = s + tl.arange(0, BS)
         seen = slots < position
         place = slot_places(first, table_ptr, row, slots, position, W, BLOCK, 2 * E)
@@ -100,7 +100,7 @@ def attend(
 @triton.jit
 def run_layer(
     u, f, read_ptr, cos, sin, qkv_ptr, o_ptr, gate_up_ptr, down_ptr, pages_ptr, blocks, table_ptr, row, position,
-    E: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr,
+    E: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The stream u [E] behind layer f. read_ptr: float32, what the embedding gives q, k and v of all layers."""
     column = tl.arange(0, E)
@@ -118,7 +118,7 @@ def run_layer(
     y = attend(
         rounded(q1 * cos - q2 * sin, qkv_ptr), rounded(q2 * cos + q1 * sin, qkv_ptr),
         rounded(k1 * cos - k2 * sin, qkv_ptr), rounded(k2 * cos + k1 * sin, qkv_ptr), v,
-        f * blocks, pages_ptr, table_ptr, row, position, E, H, W, BLOCK, BS,
+        f * blocks, pages_ptr, table_ptr, row, position, E, H, W, BLOCK, BS, STAGES,
     )  # fmt: skip
     u += times(y, o_ptr + f * (E * E), column, column, E)
     h = rounded(unit(u, E), qkv_ptr)
@@ -135,7 +135,7 @@ def run_layer(
 def look_up(
     u, hop, task_ptr, before_ptr, segment_ptr, lookup_ptr, pages_ptr, blocks, table_ptr, row, position,
     E: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, BP: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr, BS: tl.constexpr,
+    BLOCK: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Logits float32 [AP] of a token's task by one look-up, of which the first A count."""
     column = tl.arange(0, E)
@@ -157,7 +157,7 @@ def look_up(
     sharpness = rounded(tl.load(lookup_ptr) * E**0.5, task_ptr)
     read = attend(
         rounded(k1 * sharpness, task_ptr), rounded(k2 * sharpness, task_ptr), k1, k2, v,
-        hop * blocks, pages_ptr, table_ptr, row, position, E, E, W, BLOCK, BS,
+        hop * blocks, pages_ptr, table_ptr, row, position, E, E, W, BLOCK, BS, STAGES,
     )  # fmt: skip
     return own + tl.load(lookup_ptr + 1) * times(read, task_units, column, task, AP)
 
@@ -205,7 +205,7 @@ def token_router_kernel(
     shifts_ptr,  # [2 blocks BLOCK, E]
     F: tl.constexpr, E: tl.constexpr, H: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, BP: tl.constexpr,
     S: tl.constexpr, SHIFTS: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    BS: tl.constexpr,
+    BS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Logits of each row's next token, and the cache with it. Programs: rows."""
     row = tl.program_id(0)
@@ -223,7 +223,7 @@ def token_router_kernel(
         if f == F - 1:  # the last layer reads what the first look-up found
             logits = look_up(
                 u, 0, task_ptr, before_ptr, segment_ptr, lookup_ptr, hops_ptr, BLOCKS, table_ptr, row, position,
-                E, A, AP, BP, S, W, BLOCK, BS,
+                E, A, AP, BP, S, W, BLOCK, BS, STAGES,
             )  # fmt: skip
             p = rounded(softmax(logits, task, A), task_ptr)
             found = rounded(times_turned(p, task_ptr + E * AP, column, task, AP), task_ptr)
@@ -233,10 +233,10 @@ def token_router_kernel(
             )  # fmt: skip
         u = run_layer(
             u, f, read_ptr + E, cos, sin, qkv_ptr, o_ptr, gate_up_ptr, down_ptr, layers_ptr, BLOCKS, table_ptr, row,
-            position, E, H, W, BLOCK, BS,
+            position, E, H, W, BLOCK, BS, STAGES,
         )  # fmt: skip
     logits = look_up(
         u, 1, task_ptr, before_ptr, segment_ptr, lookup_ptr, hops_ptr, BLOCKS, table_ptr, row, position,
-        E, A, AP, BP, S, W, BLOCK, BS,
+        E, A, AP, BP, S, W, BLOCK, BS, STAGES,
     )  # fmt: skip
     tl.store(logits_ptr + row * A + task, logits, mask=task < A)
