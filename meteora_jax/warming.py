@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from meteora_jax.api import Meteora
 from meteora_jax.arguments import Arguments
-from meteora_jax.engine.scheduler import Limits
+from meteora_jax.engine import Sampling
 from meteora_jax.routing import RouterArgument
 
 Progress = Callable[[str, int, int], None]  # (what was just compiled, how many are, how many in all)
@@ -19,16 +18,6 @@ Progress = Callable[[str, int, int], None]  # (what was just compiled, how many 
 def print_progress(note: str, done: int, total: int) -> None:
     """A line on standard error."""
     print(f"warm-up {done}/{total}: {note}", file=sys.stderr)
-
-
-def _unequal(size: int, most: int) -> Iterator[list[int]]:
-    """Lengths of a call's answers by which its steps meet the other programs: answers do not end together."""
-    several = Limits.steps
-    single = most - (most - 2) % several  # what is left behind whole dispatches is little: single steps
-    if 2 <= single < most:
-        yield [single] * size
-    if size > 1 and most > 2:
-        yield [most, *[2] * (size - 1)]  # fewer rows go on, singly at first
 
 
 def warm_up(
@@ -43,7 +32,8 @@ def warm_up(
     routing: bool = True,
     progress: Progress | None = print_progress,
 ) -> float:
-    """Compiles what `generate` and `stream` run for requests to come, and runs each once.
+    """Compiles what `generate` and `stream` run for requests to come, and runs each once; with adapter slots whatever
+    the time at which adapters arrive in them.
 
     A program serves a number of rows (1, 8, 32, 64, 128, 256), a number of prompt tokens in a step (64, 128, 256, ...),
     the kinds of router among its rows, and a way of sampling: whether there are a temperature, top-k or top-p, not
@@ -73,17 +63,16 @@ def warm_up(
             for value in values:
                 given.whole(name, value)
     began = time.perf_counter()
+    sampling = Sampling(temperature, top_k, top_p)
     shapes = list(itertools.product(sorted(set(batch_sizes), reverse=True), sorted(set(prompt_lengths))))
     for done, (size, length) in enumerate(shapes, start=1):  # the largest first: it decides how many blocks there are
         started = time.perf_counter()
-        how: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, routing=routing)
         longest = size
         while longest:  # a call whose other prompts are short has programs of fewer prompt tokens
             prompts = [[0] * length] * longest + [[0]] * (size - longest)
-            model.generate(prompts, router, max_new_tokens, **how)
+            requests, _ = model._requests(prompts, router, max_new_tokens, sampling, (), routing)
+            model._engines.holding(requests).warm(requests)
             longest //= 2
-        for mosts in _unequal(size, max_new_tokens):
-            model.generate([[0] * length] * size, router, mosts, **how)
         if progress is not None:
             took = time.perf_counter() - started
             progress(f"{size} x {length} prompt tokens in {took:.1f} s", done, len(shapes))

@@ -5,6 +5,8 @@
         --batch 64 --json pool.json
 
 Weights are random and nothing ends a response early. bare: no adapter acts. resident: as many slots as adapters.
+Engines have few programs, as `generate` does, and all are compiled before the first round; `compiled` says how many the
+timed round compiled nevertheless: 0, or its figures are the compiler's.
 Without --folder adapters are made in host memory as they are asked for, so that what is timed is the padding, the copy
 to the device and the engine; with it they are read from a BANK folder that is written there first. Each record also has
 what a step of one adapter's way costs while nothing is decoded (`copying`).
@@ -37,6 +39,7 @@ from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, Inp
 from meteora_jax.engine import EngineCore, EngineSize, Request
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.copies import READERS
+from meteora_jax.engine.step import run_steps
 from meteora_jax.execution import ExecutionConfig, default_dtype
 from meteora_jax.io.bank import save_bank
 from meteora_jax.io.stored_bank import StoredBank, empty_slots
@@ -52,6 +55,8 @@ class BenchPool:
 
     shape: Literal["tiny", "smollm2-135m", "llama-3-8b"]
     """Shape of the base."""
+    kinds: tuple[Kind, ...] = ("bare", "slots", "resident")
+    """What is timed."""
     adapters: tuple[int, ...] = (1, 28, 256, 1000)
     """Adapters in the bank."""
     slots: int = 64
@@ -63,7 +68,7 @@ class BenchPool:
     batch: int = 64
     """Rows that decode at once."""
     requests: int = 512
-    """Of each of three rounds, all at once; the last round is timed."""
+    """Of each of two rounds, all at once; the second is timed."""
     prompt: int = 128
     """Tokens of a prompt."""
     new: int = 128
@@ -131,7 +136,8 @@ class Bench:
             self.pool = AdapterPool(bank, described, self.graph, self.weights, config, dtype=dtype)
         blocks = -(-(settings.prompt + settings.new) // 16) * settings.batch + settings.batch
         size = EngineSize(settings.batch, max(1024, settings.batch * 32), blocks)
-        self.engine = EngineCore(self.graph, self.weights, config, size, prefix_cache=False, pool=self.pool)
+        how: dict[str, Any] = dict(prefix_cache=False, pool=self.pool, few_programs=True)
+        self.engine = EngineCore(self.graph, self.weights, config, size, **how)
         self.settings, self.config = settings, config
 
     def request(self, rng: np.random.Generator, chances: np.ndarray) -> Request:
@@ -141,21 +147,30 @@ class Bench:
             wanted = self.pool.want(mj.Fixed(f"adapter{rng.choice(len(chances), p=chances)}"), prompt)
         return Request(prompt, self.settings.new, adapters=wanted)
 
+    def warm(self) -> dict[str, float]:
+        """Compiles all programs that the rounds can meet: how many, and in how many seconds."""
+        before, start = run_steps._cache_size(), time.perf_counter()
+        self.engine.warm([self.request(np.random.default_rng(0), np.ones(1))] * self.settings.requests)
+        return {"programs": run_steps._cache_size() - before, "warm_s": time.perf_counter() - start}
+
     def run(self, adapters: int, zipf: float) -> dict[str, float]:
-        """Three rounds of requests, the last timed: the first two compile, and find out what is asked for often."""
+        """Two rounds of other requests, the second timed: the first finds out what is asked for often."""
         chances = np.arange(1, adapters + 1, dtype=np.float64) ** -zipf
         chances /= chances.sum()
         found: dict[str, float] = {}
-        for seed in (0, 1, 1):
+        for seed in (0, 1):
             rng = np.random.default_rng(seed)
             asked = [self.request(rng, chances) for _ in range(self.settings.requests)]
             before = None if self.pool is None else dataclasses.replace(self.pool.counters)
+            known, did = run_steps._cache_size(), dataclasses.replace(self.engine.counters)
             start = time.perf_counter()
             for request in asked:
                 self.engine.submit(request)
             self.engine.drain()
             spent = time.perf_counter() - start
             found = {"tokens_per_s": self.settings.requests * self.settings.new / spent, "seconds": spent}
+            found |= {k: getattr(self.engine.counters, k) - getattr(did, k) for k in ("dispatches", "steps")}
+            found["compiled"] = run_steps._cache_size() - known
             if self.pool is not None and before is not None:
                 now = self.pool.counters
                 found |= {k: getattr(now, k) - getattr(before, k) for k in ("copies", "hits", "misses", "stalled")}
@@ -211,12 +226,15 @@ def main(settings: BenchPool) -> None:
 
     def measure(kind: Kind, bank: StoredBank | None, adapters: int, slots: int) -> None:
         bench = None
+        if kind not in settings.kinds:
+            return
         try:
             bench = Bench(settings, config, bank, slots)
-            console.print(f"[dim]{kind} {adapters}: {(copying := bench.copying())}", highlight=False)
+            warm, copying = bench.warm(), bench.copying()
+            console.print(f"[dim]{kind} {adapters}: {warm} {copying}", highlight=False)
             for zipf in settings.zipf if bank is not None else (0.0,):
                 case = dict(kind=kind, adapters=adapters, slots=slots, rank=settings.rank, zipf=zipf)
-                records.append({**case, **bench.run(adapters, zipf), **copying})
+                records.append({**case, **warm, **bench.run(adapters, zipf), **copying})
         except Exception as e:  # too little memory: the others are worth their time on the device
             records.append(dict(kind=kind, adapters=adapters, slots=slots, error=f"{type(e).__name__}: {e}"[:300]))
         console.print(f"[dim]{records[-1]}", highlight=False)
@@ -238,7 +256,7 @@ def show(records: list[dict[str, Any]]) -> None:
     """A line a measurement; ratios of time to the bare base, and to all resident (of the most adapters that were)."""
     bare = next((r["tokens_per_s"] for r in records if r["kind"] == "bare" and "error" not in r), None)
     heads = "kind", "adapters", "slots", "zipf", "tokens/s", "x bare", "of resident"
-    table = Table(*heads, "misses", "copies", "stalled s", "host GB")
+    table = Table(*heads, "misses", "copies", "stalled s", "compiled", "host GB")
     for r in records:
         if "error" in r:
             table.add_row(r["kind"], str(r["adapters"]), str(r["slots"]), "", r["error"])
@@ -252,7 +270,7 @@ def show(records: list[dict[str, Any]]) -> None:
             f"{bare / r['tokens_per_s']:.3f}" if bare else "",
             f"{r['tokens_per_s'] / most['tokens_per_s']:.3f} ({most['adapters']})" if most else "",
             str(r.get("misses", "")), str(r.get("copies", "")), f"{r['stalled']:.3f}" if "stalled" in r else "",
-            f"{r['host_gb']:.2f}",
+            str(r["compiled"]), f"{r['host_gb']:.2f}",
         )  # fmt: skip
     console.print(table)
 

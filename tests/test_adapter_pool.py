@@ -162,6 +162,21 @@ def test_no_program_is_compiled_for_another_adapter(banks: dict[str, Any]):
     assert sizes == known
 
 
+def test_a_warm_model_compiles_nothing_whenever_adapters_arrive(banks: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    model, asked = fresh(banks), dict(max_new_tokens=12, routing=False)
+    mj.warm_up(model, [20], [8], router=mj.Fixed(NAMES[0]), progress=None, **asked)
+    programs, rng, arrive = run_steps._cache_size(), np.random.default_rng(0), model.pool._copies.advance
+    for late in (0.0, 0.5, 0.9):
+        monkeypatch.setattr(
+            model.pool._copies, "advance", lambda known, p=late: 0 if rng.random() < p else arrive(known)
+        )
+        for lengths in ([20] * 8, [3] * 7 + [20]):
+            routers = [mj.Fixed(str(n)) for n in rng.choice(NAMES, len(lengths))]
+            model.generate([[5] * n for n in lengths], routers, **asked)
+    assert model.pool.counters.copies > 8
+    assert run_steps._cache_size() == programs
+
+
 def test_a_request_keeps_its_version_and_the_prefix_cache_knows_it(banks: dict[str, Any]):
     """The same prompt before, while and after a name gets another adapter, and the first again."""
     model, whole = fresh(banks), banks["all"]

@@ -10,6 +10,7 @@ from test_gated_model import small
 
 import meteora_jax as mj
 from meteora_jax.engine.replicas import Replicas
+from meteora_jax.engine.step import run_steps
 from meteora_jax.execution import ExecutionConfig
 
 PROMPTS = [[5, 6, 7, 8, 9, 300, 17], [11, 12, 13], [200], [3, 4], [40, 41, 42, 43]]
@@ -33,3 +34,7 @@ def test_each_device_serves_its_share_of_the_requests():
     assert sorted(one.counters.new_tokens for one in engine.engines) == [12, 18]
     assert [sorted(d.id for d in one._state.token.devices()) for one in engine.engines] == [[0], [1]]
     assert [c.token_ids for c in shared.generate(PROMPTS, ROUTERS, 6)] == expected
+    mj.warm_up(shared, [4], [4], 6, "base", routing=False, progress=None)
+    programs = run_steps._cache_size()
+    shared.generate([[7] * 4] * 4, "base", 6, routing=False)
+    assert run_steps._cache_size() == programs

@@ -19,12 +19,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from served import make_core, make_slow, serving, settled
+from served import make_slow, serving, settled
 
 import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
-from meteora_jax.engine import Sampling
+from meteora_jax.engine import EngineCore, EngineSize, Sampling
 from meteora_jax.engine.step import run_steps
 from meteora_jax.serving import driver, run
 from meteora_jax.serving.limits import knows, read_keys
@@ -264,12 +264,16 @@ def test_a_client_that_takes_nothing_is_dropped(world):
 
 def test_a_warm_server_compiles_no_more(world):
     fleet = Fleet(mj.load(world["base"], dtype="float32"), None, "tiny")
-    server = Server(fleet, make_core, Settings())
-    run.warm_up(server, [1], lambda *_: None)
+    size = EngineSize(rows=2, tokens=66, blocks=8)
+    model = fleet.model
+    server = Server(fleet, lambda _: EngineCore(model.graph, model.weights, model.config, size), Settings())
+    run.warm_up(server, [2], lambda *_: None)
     programs, core = run_steps._cache_size(), server.driver.core
     for most, temperature in ((2, 0.0), (5, 0.7), (30, 0.0), (30, 0.7)):
-        core.submit(fleet.model.request([7, 8, 9], None, most, Sampling(temperature)))
-        core.drain()
+        for count in (2, 1):  # programs of one row, too
+            for _ in range(count):
+                core.submit(model.request([7, 8, 9], None, most, Sampling(temperature)))
+            core.drain()
     assert run_steps._cache_size() == programs
 
 

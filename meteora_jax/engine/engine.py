@@ -25,7 +25,8 @@ from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes
 from meteora_jax.engine.job import Job
 from meteora_jax.engine.prefix_cache import PrefixCache
-from meteora_jax.engine.request import FinishReason, Progress, Request, check_prompts
+from meteora_jax.engine.programs import Sizes, idle, programs
+from meteora_jax.engine.request import BoundRow, FinishReason, Progress, Request, check_prompts
 from meteora_jax.engine.scheduler import Limits, Plan, Scheduler
 from meteora_jax.engine.step import EngineState, StepResult, new_state, run_steps
 from meteora_jax.routing import NO_ADAPTER
@@ -262,6 +263,22 @@ class EngineCore:
         while self.busy:
             self.step()
 
+    def warm(self, requests: Sequence[Request]) -> None:
+        """Serves requests, which are alike in router, sampling, log probabilities and trace, and then runs, for nobody,
+        every program that the same together can meet whenever their adapters arrive and their responses end."""
+        handles = [self.submit(request) for request in requests]
+        self.drain()
+        for handle in handles:
+            handle.check()
+        one = handles[0].progress
+        with self._lock, self._exclusive():
+            sizes, kinds = self._sizes()
+            kinds = kinds or (() if one.router is None else (one.router,))
+            for program in programs(requests, sizes, self.size.block_size, self.scheduler.limits.steps):
+                how = one.request, self.size.rows, self.config.vocab_size, kinds, self._routers
+                result = self._run(idle(program, *how), one.request.logprobs, one.request.trace)
+                jax.block_until_ready(result)
+
     def _tell(self) -> None:
         with self._news:
             self._news.notify_all()
@@ -273,19 +290,12 @@ class EngineCore:
             for p in (*plan.decoding, *(c.progress for c in plan.chunks)):
                 if (wanted := p.request.adapters) is not None and wanted.every and p.placed_at != self.pool.changes:
                     p.placed, p.placed_at = self.pool.place(wanted), self.pool.changes
-        sizes, kinds = (self.row_sizes, self.prompt_sizes, self.table_sizes), ()
-        if (job := self._job) is not None:
-            tables = job.tables(self.table_sizes, self.size.block_size)
-            sizes, kinds = (job.rows(self.row_sizes), job.prompts(self.prompt_sizes), tables), job.kinds.values()
-        work = dispatch_of(plan, *sizes, self.config.vocab_size, kinds, self._routers)
+        sizes, kinds = self._sizes()
+        work = dispatch_of(
+            plan, sizes.rows, sizes.prompts, sizes.tables, self.config.vocab_size, kinds, self._routers
+        )  # fmt: skip
         asked = [p.request.logprobs for p in work.owners if p.request.logprobs is not None]
-        traced = any(p.request.trace for p in work.owners)
-        rows, prompt = place_whole((work.rows, work.prompt), self.mesh)
-        with use_mesh(self.mesh):
-            self._state, result = run_steps(
-                self.graph, self.weights, self._state, rows, prompt, work.router, self._end, steps=work.steps,
-                logprobs=max(asked) if asked else None, trace=traced,
-            )  # fmt: skip
+        result = self._run(work, max(asked) if asked else None, any(p.request.trace for p in work.owners))
         for leaf in jax.tree.leaves(result):
             if leaf.is_fully_addressable:
                 leaf.copy_to_host_async()
@@ -293,6 +303,23 @@ class EngineCore:
         self.counters.dispatches += 1
         self.counters.steps += work.steps
         self.counters.prompt_tokens += sum(c.stop - c.start for c, _ in work.chunks)
+
+    def _sizes(self) -> tuple[Sizes, Sequence[BoundRow]]:
+        """Of the programs in use, and the routers whose kinds are among every dispatch's."""
+        if (job := self._job) is None:
+            return Sizes(self.row_sizes, self.prompt_sizes, self.table_sizes), ()
+        tables = job.tables(self.table_sizes, self.size.block_size)
+        return Sizes(job.rows(self.row_sizes), job.prompts(self.prompt_sizes), tables), tuple(job.kinds.values())
+
+    def _run(self, work: Dispatch, logprobs: int | None, trace: bool) -> StepResult:
+        """Gives a dispatch to the device."""
+        rows, prompt = place_whole((work.rows, work.prompt), self.mesh)
+        with use_mesh(self.mesh):
+            self._state, result = run_steps(
+                self.graph, self.weights, self._state, rows, prompt, work.router, self._end, steps=work.steps,
+                logprobs=logprobs, trace=trace,
+            )  # fmt: skip
+        return result
 
     def _read(self) -> None:
         """Waits for the oldest dispatch and gives everyone what is theirs."""

@@ -74,6 +74,11 @@ class Replicas:
         self._given[least] += len(request.prompt) + request.max_new_tokens
         return handle
 
+    def warm(self, requests: Sequence[Request]) -> None:
+        """As `EngineCore.warm`, of equal requests: each engine is given its share."""
+        for i, engine in enumerate(self.engines[: len(requests)]):
+            engine.warm(requests[i :: len(self.engines)])
+
     def advance(self, handle: Handle) -> None:
         """One round of every engine for the sake of a request."""
         for engine in self.engines:

@@ -45,9 +45,9 @@ def engine_maker(
 
 def warm_up(server: Server, rows: Sequence[int], progress: Progress, page: bool = False) -> float:
     """Compiles what the first requests need: the base, an adapter and the routers that gates and index are loaded for,
-    greedy and sampled, by `rows` requests at once. Routers of the bank alone compile when they are first asked for.
-    page: in place of these, what the page asks at first: greedy, with the routing of every token. Returns the seconds
-    it took.
+    greedy and sampled, by up to so many requests as `rows` says, whenever each of them comes. Routers of the bank alone
+    compile when they are first asked for. page: in place of these, what the page asks at first: greedy, with the
+    routing of every token. Returns the seconds it took.
 
     Raises:
         InputError: numbers of requests that are none.
@@ -73,9 +73,7 @@ def warm_up(server: Server, rows: Sequence[int], progress: Progress, page: bool 
         # a token behind the prompt, several steps in one dispatch, and single ones as before every end
         most = min(1 + Limits.steps + Limits.steps // 2, server.positions - len(ids))
         asked = fleet.model.request(ids, own, most, Sampling(temperature), trace=page)
-        for _ in range(count):
-            core.submit(asked)
-        core.drain()
+        core.warm([asked] * count)
         progress(done, len(todo), f"{name}, {count} at once")
     return time.perf_counter() - began
 

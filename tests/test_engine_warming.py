@@ -1,0 +1,54 @@
+"""Programs that are compiled ahead: which ones requests can meet, and that running them for nobody changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import meteora_jax as mj
+from meteora_jax.engine import EngineCore, EngineSize, Request
+from meteora_jax.engine.programs import Program, Sizes, programs
+from meteora_jax.engine.step import run_steps
+
+SIZES = Sizes((1, 8, 32), (64, 128, 256), (8, 32))
+
+
+@pytest.mark.parametrize(
+    ("count", "prompt", "most", "expected"),
+    [
+        # a row of 20 to 39 positions: 64 prompt tokens, one step, eight steps; blocks of 8: 3 to 5 columns
+        (1, 20, 20, {(1, 64, 8, 1), (1, 0, 8, 1), (1, 0, 8, 8)}),
+        # five tokens at most: no long dispatch
+        (1, 20, 5, {(1, 64, 8, 1), (1, 0, 8, 1)}),
+        # 60 to 79 positions are 8 to 10 columns
+        (1, 60, 20, {(1, n, w, k) for n, k in ((64, 1), (0, 1), (0, 8)) for w in (8, 32)}),
+        # three, of which only one may be left, or be first to have its adapter: 32 tokens alone, 96 together
+        (3, 20, 5, {(1, 64, 8, 1), (1, 0, 8, 1), (8, 64, 8, 1), (8, 128, 8, 1), (8, 0, 8, 1)}),
+    ],
+)
+def test_programs_that_requests_can_meet(count: int, prompt: int, most: int, expected: set[tuple[int, ...]]):
+    asked = [Request((5,) * prompt, most)] * count
+    found = list(programs(asked, SIZES, 8, 8))
+    assert len(set(found)) == len(found)
+    assert set(found) == {Program(*one) for one in expected}
+
+
+def test_a_warm_engine_compiles_nothing_whenever_requests_come(world: dict[str, Any]):
+    model = world["model"]
+    engine = EngineCore(model.graph, model.weights, model.config, EngineSize(3, 67, 32, 8))
+    known = model.request(list(range(5, 25)), mj.Fixed("cedar"), 7)
+    first = engine.submit(known).wait().tokens
+    other = [model.request([n] * 20, mj.Fixed("cedar"), 7) for n in (30, 31, 32)]
+    engine.warm(other)
+    before = run_steps._cache_size()
+    again = engine.submit(known).wait()
+    assert again.skipped == 16
+    assert again.tokens == first  # read from the cache as it was
+    for pause in range(5):
+        for one in other:
+            engine.submit(one)
+            for _ in range(pause):
+                engine.step()
+        engine.drain()
+    assert run_steps._cache_size() == before
