@@ -191,17 +191,17 @@ def token_routers() -> None:
     """The recipe's, and the widest and narrowest."""
     rows, blocks, shifts = 32, 64, 3
     for e, f, columns, kind in (
-        (128, 4, 28, jnp.bfloat16), (256, 4, 200, jnp.bfloat16), (32, 2, 5, jnp.bfloat16), (64, 4, 28, jnp.float32)
+        (128, 4, 28, jnp.bfloat16), (128, 4, 127, jnp.bfloat16), (32, 2, 5, jnp.bfloat16), (64, 4, 28, jnp.float32)
     ):  # fmt: skip
         print(f"token router {rows} rows, width {e}, {f} layers, {columns} adapters {jnp.dtype(kind).name}")
 
         def array(*shape: int, kind=kind) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, kind)
 
-        pairs = [array(2, e, max(16, router_gpu.power(n))) for n in (columns, columns + 1, 16)]
+        tables = [array(3, max(16, router_gpu.power(n)), e) for n in (columns, columns + 1, 16)]
         weights = router_gpu.StepWeights(
-            None, array(shifts, e, e), array(f, e, 3 * e), array(f, e, e), array(f, e, 4 * e), array(f, 2 * e, e),
-            array(1 + shifts, e, e), *pairs, array(2, kind=jnp.float32),
+            None, array(shifts, e, e), array(f, 3 * e, e), array(f, e, e), array(f, 4 * e, e), array(f, e, 2 * e),
+            array(1 + shifts, e, e), *tables, array(2, kind=jnp.float32),
         )  # fmt: skip
         number, angle = functools.partial(array, kind=jnp.int32), array(rows, 16, kind=jnp.float32)
         tokens = StepTokens(number(rows), number(rows, 36), number(0), number(rows))

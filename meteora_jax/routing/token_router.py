@@ -136,18 +136,20 @@ class TokenRouter(nnx.Module):
     def prepare(self, kind: Any) -> None:
         """Makes what the launch of decoding steps reads, in that type, for all steps of a program."""
 
-        def cast(w: jax.Array) -> jax.Array:
-            return w.astype(kind)
+        def turned(w: jax.Array) -> jax.Array:
+            return triton_gpu.turned(w, kind)
 
-        (d, e), f = self.embed.shape, self.form.depth
-        seen = jnp.moveaxis(self.qkv_embed[...], 0, 1).reshape(d, -1)
+        def joined(w: jax.Array) -> jax.Array:  # [F, E, 3, E], [F, E, 2, 2 E]: outputs side by side
+            return w.reshape(*w.shape[:2], -1)
+
+        seen = jnp.moveaxis(self.qkv_embed[...], 0, 1).reshape(self.embed.shape[0], -1)
         task, before, segment = (
-            triton_gpu.paired(w, _columns(w), kind) for w in (self.task[...], self._before(), self.segment[...])
+            triton_gpu.thrice(w, _columns(w), kind) for w in (self.task[...], self._before(), self.segment[...])
         )
         made = triton_gpu.StepWeights(
-            cast(jnp.concatenate([self.embed[...], seen], axis=1)), cast(self.shift[...]),
-            cast(self.qkv[...]).reshape(f, e, -1), cast(self.o[...]), cast(self.gate_up[...]).reshape(f, e, -1),
-            cast(self.down[...]), cast(self.hop[...]), task, before, segment, self.lookup[...],
+            jnp.concatenate([self.embed[...], seen], axis=1).astype(kind), turned(self.shift[...]),
+            turned(joined(self.qkv[...])), turned(self.o[...]), turned(joined(self.gate_up[...])),
+            turned(self.down[...]), turned(self.hop[...]), task, before, segment, self.lookup[...],
         )  # fmt: skip
         self.ready = nnx.data(GateParam(made))
 
@@ -173,7 +175,8 @@ class TokenRouter(nnx.Module):
     def __call__(self, x: jax.Array, sight: Sight, cache: RouterCache | None) -> tuple[jax.Array, RouterCache | None]:
         """Of embeddings x [B, T, D]: the logits float32 [B, T, A] that choose, and the cache, extended."""
         step = None if self.ready is None or partitions() else sight.step  # made ready, a step is the launch's
-        if cache and step and triton_gpu.serves(self.form.width, step, cache.layers.block_size):
+        sizes = self.form.width, self.task.shape[1]
+        if cache and step and triton_gpu.serves(*sizes, step, cache.layers.block_size):
             return self.step(x, sight.positions, step, cache)
         hops, cache = self.hops(x, sight, cache)
         return hops[-1].logits, cache

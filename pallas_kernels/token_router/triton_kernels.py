@@ -39,17 +39,15 @@ def softmax(x, columns, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def times(x, w_ptr, rows, columns, STRIDE: tl.constexpr):
-    """x [rows] w [rows, columns], float32."""
-    w = tl.load(w_ptr + rows[:, None] * STRIDE + columns[None, :])
-    return tl.sum(x[:, None] * w.to(tl.float32), axis=0)
+def tile(w_ptr, rows, columns, STRIDE: tl.constexpr):
+    """[rows, columns] of w [.., STRIDE]. Asked for well before it is needed, so that no step of the chain waits."""
+    return tl.load(w_ptr + rows[:, None] * STRIDE + columns[None, :])
 
 
 @triton.jit
-def times_turned(x, w_ptr, rows, columns, STRIDE: tl.constexpr):
-    """x [columns] w^T [columns, rows], float32."""
-    w = tl.load(w_ptr + rows[:, None] * STRIDE + columns[None, :])
-    return tl.sum(x[None, :] * w.to(tl.float32), axis=1)
+def product(w, x):
+    """float32 [N], w [N, M] times x float32 [M]: sums within a warp, as a warp holds whole rows."""
+    return tl.sum(w.to(tl.float32) * x[None, :], axis=1)
 
 
 @triton.jit
@@ -109,26 +107,47 @@ def run_layer(
     second = first + H // 2
     read_ptr += f * (3 * E)
     qkv_ptr += f * (3 * E * E)
+    w_q1 = tile(qkv_ptr, first, column, E)
+    w_q2 = tile(qkv_ptr, second, column, E)
+    w_k1 = tile(qkv_ptr, E + first, column, E)
+    w_k2 = tile(qkv_ptr, E + second, column, E)
+    w_v = tile(qkv_ptr, 2 * E + column, column, E)
+    q1 = tl.load(read_ptr + first)
+    q2 = tl.load(read_ptr + second)
+    k1 = tl.load(read_ptr + E + first)
+    k2 = tl.load(read_ptr + E + second)
+    v = tl.load(read_ptr + 2 * E + column)
     h = rounded(unit(u, E), qkv_ptr)
-    q1 = rounded(tl.load(read_ptr + first) + times(h, qkv_ptr, column, first, 3 * E), qkv_ptr)
-    q2 = rounded(tl.load(read_ptr + second) + times(h, qkv_ptr, column, second, 3 * E), qkv_ptr)
-    k1 = rounded(tl.load(read_ptr + E + first) + times(h, qkv_ptr + E, column, first, 3 * E), qkv_ptr)
-    k2 = rounded(tl.load(read_ptr + E + second) + times(h, qkv_ptr + E, column, second, 3 * E), qkv_ptr)
-    v = rounded(tl.load(read_ptr + 2 * E + column) + times(h, qkv_ptr + 2 * E, column, column, 3 * E), qkv_ptr)
+    q1 = rounded(q1 + product(w_q1, h), qkv_ptr)
+    q2 = rounded(q2 + product(w_q2, h), qkv_ptr)
+    k1 = rounded(k1 + product(w_k1, h), qkv_ptr)
+    k2 = rounded(k2 + product(w_k2, h), qkv_ptr)
+    v = rounded(v + product(w_v, h), qkv_ptr)
+    w_o = tile(o_ptr + f * (E * E), column, column, E)
     y = attend(
         rounded(q1 * cos - q2 * sin, qkv_ptr), rounded(q2 * cos + q1 * sin, qkv_ptr),
         rounded(k1 * cos - k2 * sin, qkv_ptr), rounded(k2 * cos + k1 * sin, qkv_ptr), v,
         f * blocks, pages_ptr, table_ptr, row, position, E, H, W, BLOCK, BS, STAGES,
     )  # fmt: skip
-    u += times(y, o_ptr + f * (E * E), column, column, E)
-    h = rounded(unit(u, E), qkv_ptr)
     gate_up_ptr += f * (4 * E * E)
-    for part in range(2):  # of the 2 E units
-        gate = times(h, gate_up_ptr + part * E, column, column, 4 * E)
-        up = times(h, gate_up_ptr + 2 * E + part * E, column, column, 4 * E)
-        act = rounded(gate / (1 + tl.exp(-gate)) * up, qkv_ptr)
-        u += times(act, down_ptr + (2 * f + part) * (E * E), column, column, E)
-    return u
+    down_ptr += f * (2 * E * E)
+    w_gate1 = tile(gate_up_ptr, column, column, E)
+    w_up1 = tile(gate_up_ptr, 2 * E + column, column, E)
+    u += product(w_o, y)
+    w_gate2 = tile(gate_up_ptr, E + column, column, E)
+    w_up2 = tile(gate_up_ptr, 3 * E + column, column, E)
+    h = rounded(unit(u, E), qkv_ptr)
+    act1 = unit_of(product(w_gate1, h), product(w_up1, h), qkv_ptr)
+    w_down1 = tile(down_ptr, column, column, 2 * E)  # where registers are free again
+    w_down2 = tile(down_ptr + E, column, column, 2 * E)
+    act2 = unit_of(product(w_gate2, h), product(w_up2, h), qkv_ptr)
+    return u + product(w_down1, act1) + product(w_down2, act2)
+
+
+@triton.jit
+def unit_of(gate, up, like_ptr):
+    """silu(gate) up, rounded."""
+    return rounded(gate / (1 + tl.exp(-gate)) * up, like_ptr)
 
 
 @triton.jit
@@ -144,22 +163,29 @@ def look_up(
     task = tl.arange(0, AP)
     before = tl.arange(0, BP)
     segment = tl.arange(0, S)
-    task_units, before_units, segment_units = task_ptr + E * AP, before_ptr + E * BP, segment_ptr + E * S
-    h = rounded(unit(u, E), task_ptr)
-    own = times(h, task_ptr, column, task, AP)
-    p = rounded(softmax(times(h, before_ptr, column, before, BP), before, A + 1), task_ptr)
-    s = rounded(softmax(times(h, segment_ptr, column, segment, S), segment, S), task_ptr)
-    k1 = times_turned(p, before_units, first, before, BP) + times_turned(s, segment_units, first, segment, S)
-    k2 = times_turned(p, before_units, second, before, BP) + times_turned(s, segment_units, second, segment, S)
-    k1 = rounded(k1, task_ptr)
-    k2 = rounded(k2, task_ptr)
-    v = rounded(times_turned(rounded(softmax(own, task, A), task_ptr), task_units, column, task, AP), task_ptr)
+    w_task = tile(task_ptr, task, column, E)
+    w_before = tile(before_ptr, before, column, E)
+    w_segment = tile(segment_ptr, segment, column, E)
+    before1 = tile(before_ptr + E * BP, first, before, BP)
+    before2 = tile(before_ptr + E * BP, second, before, BP)
+    segment1 = tile(segment_ptr + E * S, first, segment, S)
+    segment2 = tile(segment_ptr + E * S, second, segment, S)
+    task_units = tile(task_ptr + E * AP, column, task, AP)
     sharpness = rounded(tl.load(lookup_ptr) * E**0.5, task_ptr)
+    weight = tl.load(lookup_ptr + 1)
+    h = rounded(unit(u, E), task_ptr)
+    own = product(w_task, h)
+    p = rounded(softmax(product(w_before, h), before, A + 1), task_ptr)
+    s = rounded(softmax(product(w_segment, h), segment, S), task_ptr)
+    k1 = rounded(product(before1, p) + product(segment1, s), task_ptr)
+    k2 = rounded(product(before2, p) + product(segment2, s), task_ptr)
+    v = rounded(product(task_units, rounded(softmax(own, task, A), task_ptr)), task_ptr)
+    units_turned = tile(task_ptr + 2 * E * AP, task, column, E)
     read = attend(
         rounded(k1 * sharpness, task_ptr), rounded(k2 * sharpness, task_ptr), k1, k2, v,
         hop * blocks, pages_ptr, table_ptr, row, position, E, E, W, BLOCK, BS, STAGES,
     )  # fmt: skip
-    return own + tl.load(lookup_ptr + 1) * times(read, task_units, column, task, AP)
+    return own + weight * product(units_turned, read)
 
 
 @triton.jit
@@ -170,15 +196,15 @@ def shifted(
     """What z [E] of the SHIFTS tokens before gives a token by w [SHIFTS, E, E]; keeps its own z, rounded."""
     column = tl.arange(0, E)
     y = tl.zeros((E,), tl.float32)
-    for n in range(SHIFTS + 1):
+    for n in tl.static_range(SHIFTS + 1):
         at = tl.maximum(position - n, 0)
         block = tl.load(table_ptr + row * W + at // BLOCK)
         place = shifts_ptr + (((block + hop * blocks).to(tl.int64)) * BLOCK + at % BLOCK) * E + column
         if n == 0:
             tl.store(place, z.to(shifts_ptr.dtype.element_ty), mask=position >= 0)
         else:
-            before = tl.load(place, mask=position >= n, other=0.0).to(tl.float32)
-            y += times(before, w_ptr + (n - 1) * (E * E), column, column, E)
+            w = tile(w_ptr + (n - 1) * (E * E), column, column, E)
+            y += product(w, tl.load(place, mask=position >= n, other=0.0).to(tl.float32))
     return y
 
 
@@ -188,15 +214,15 @@ def token_router_kernel(
     cos_ptr, sin_ptr,  # float32 [M, H / 2]
     position_ptr,  # int32 [M], negative for no token
     table_ptr,  # int32 [M, W]
-    shift_ptr,  # [SHIFTS, E, E]
-    qkv_ptr,  # [F, E, 3 E]
+    shift_ptr,  # [SHIFTS, E, E]; this and all that follow have outputs first, then inputs
+    qkv_ptr,  # [F, 3 E, E]
     o_ptr,  # [F, E, E]
-    gate_up_ptr,  # [F, E, 4 E]
-    down_ptr,  # [F, 2 E, E]
+    gate_up_ptr,  # [F, 4 E, E]
+    down_ptr,  # [F, E, 2 E]
     hop_ptr,  # [1 + SHIFTS, E, E]
-    task_ptr,  # [2, E, AP], of which A columns count: as they are, and of length 1; so the next two
-    before_ptr,  # [2, E, BP], A + 1
-    segment_ptr,  # [2, E, S]
+    task_ptr,  # logits' [AP, E], of which A count; [E, AP] of length 1, and these turned, [AP, E]
+    before_ptr,  # the same with BP and A + 1
+    segment_ptr,  # the same with S, all of which count
     lookup_ptr,  # float32 [2]
     layers_in, hops_in, shifts_in,  # the cache before this launch
     logits_ptr,  # float32 [M, A]
@@ -225,9 +251,11 @@ def token_router_kernel(
                 u, 0, task_ptr, before_ptr, segment_ptr, lookup_ptr, hops_ptr, BLOCKS, table_ptr, row, position,
                 E, A, AP, BP, S, W, BLOCK, BS, STAGES,
             )  # fmt: skip
-            p = rounded(softmax(logits, task, A), task_ptr)
-            found = rounded(times_turned(p, task_ptr + E * AP, column, task, AP), task_ptr)
-            u += times(found, hop_ptr, column, column, E)
+            task_units = tile(task_ptr + E * AP, column, task, AP)
+            w_hop = tile(hop_ptr, column, column, E)
+            found = product(task_units, rounded(softmax(logits, task, A), task_ptr))
+            found = rounded(found, task_ptr)
+            u += product(w_hop, found)
             u += shifted(
                 found, 1, hop_ptr + E * E, shifts_ptr, BLOCKS, table_ptr, row, position, E, SHIFTS, W, BLOCK
             )  # fmt: skip
