@@ -177,7 +177,7 @@ class Router(Protocol):
 
     def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
         """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER. Its arrays are
-        NumPy's: what is made on a device is read behind all that the device was given before."""
+        NumPy's: a server binds while the device works, and what is made on the device is read behind all of that."""
         ...
 
 
