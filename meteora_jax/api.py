@@ -72,9 +72,8 @@ class Meteora:
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """The bank's adapters in its order; empty without a bank."""
-        if self.pool is not None:
-            return self.pool.names()
-        return self.bank.names if self.bank else ()
+        own = self.bank.names if self.bank else ()
+        return own if self.pool is None else self.pool.names()
 
     @property
     def dtype(self) -> str:
@@ -98,10 +97,12 @@ class Meteora:
         self, router: RouterArgument, batch: int, prompts: Sequence[Sequence[int]] | None = None
     ) -> BoundRouter | None:
         """A caller's `router=` made ready for a batch. prompts: token ids, for adapters with an invocation."""
+        return jax.tree.map(jnp.asarray, self._bound(router, batch, prompts))
+
+    def _bound(self, router: Any, batch: int, prompts: Sequence[Sequence[int]] | None) -> BoundRouter | None:
         if self.pool is not None:
             raise InputError("adapter_slots: expected all adapters on the device for this, found slots")
-        if prompts is not None:
-            router = self.after_pass(router, prompts)
+        router = router if prompts is None else self.after_pass(router, prompts)
         bound = bind_known(router, self.bank, self.gates, batch, prompts)
         if bound is not None and bound.asks & SHRUNK:
             _ = self._spectra
@@ -350,7 +351,7 @@ class Meteora:
         router, retrieved = self.look_up(router, len(ids), lambda: list(map(self._request_texts, asked)))
         router = self.after_pass(router, ids)
         if self.pool is None:
-            self.bind(router, len(ids), ids)  # refuses all that is wrong at once
+            self._bound(router, len(ids), ids)  # refuses all that is wrong at once
         per_prompt = one_a_row(router, len(ids))
         requests = [
             self.request(row, own, most, dataclasses.replace(sampling, index=i), texts, trace=routing)
@@ -367,8 +368,7 @@ class Meteora:
         if self.pool is not None:
             wanted = self.pool.want(spelled_out(router, self.gates), prompt)
             return Request(prompt, max_new_tokens, None, sampling, tuple(stop), logprobs, trace, wanted)
-        both: Any = [router, None]
-        bound = self.bind(both, 2, [prompt, prompt])
+        bound = self._bound([router, None], 2, [prompt, prompt])  # an array on a device is read behind steps under way
         return Request(prompt, max_new_tokens, bind_row(bound), sampling, tuple(stop), logprobs, trace)
 
     def _completed(self, requests: list[Request], retrieved: list[Found]) -> Iterator[tuple[int, Completion]]:

@@ -12,12 +12,17 @@ from worlds import NAMES
 
 import meteora_jax as mj
 from meteora_jax.cli import main
-from meteora_jax.config import InputError
+from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError
 from meteora_jax.engine import EngineCore, EngineSize
 from meteora_jax.engine.step import run_steps
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import Given, check_routes, make_system
+from meteora_jax.gate_config import GateConfig
+from meteora_jax.routing.alora import Invoked
+from meteora_jax.routing.known import bind_known
 from meteora_jax.routing.named import named_router, read_router
+from meteora_jax.routing.retrieval import Composed
+from meteora_jax.training.own_gate import OwnGate
 
 PROMPTS = [np.random.default_rng(i).integers(3, 300, 9 + 4 * i).tolist() for i in range(8)]
 NEW = 5
@@ -145,3 +150,33 @@ def test_routers_of_the_same_rows_are_joined_once():
         assert found is not first
         same = jax.tree.map(lambda x, y: bool((x == y).all()), found, wanted)
         assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(
+    "routers",
+    [
+        [mj.Gates(2), None],
+        [mj.Gates(1, within=("apple", "cedar")), None],
+        [mj.Fixed({"apple": 0.5, "elm": 1.0}), None],
+        [Composed((("apple", 1.0), ("cedar", 1.0)), True), None],
+        [mj.Arrow(2), mj.Spectr(1)],
+        [mj.Lag(1, k=3), None],
+        [mj.Fixed("apple"), mj.Gates(2)],
+        [mj.Fixed("waits"), None],
+        [OwnGate(), None],
+    ],
+    ids=repr,
+)
+def test_routers_are_bound_on_the_host(routers):
+    """An array made on the device would be read once the device is through with the steps before it."""
+    import jax
+
+    names = (*NAMES, "elm")
+    invoked = [AdapterInfo("waits", 2, PROJECTIONS, "", "", {}, invocation=(7, 8))]
+    infos = [AdapterInfo(name, 2, PROJECTIONS, "", "", {}) for name in names]
+    waits = routers[0] == mj.Fixed("waits")
+    bank = BankConfig(tuple(invoked if waits else infos), dict.fromkeys(PROJECTIONS, 2), 1, {})
+    gates = None if waits else GateConfig(names, 2, 1.0, None)
+    bound = bind_known(routers, bank, gates, 2, [[5, 7, 8], [5]])
+    assert isinstance(bound, Invoked) == waits
+    assert {type(leaf) for leaf in jax.tree.leaves(bound)} == {np.ndarray}

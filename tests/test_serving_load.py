@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +20,8 @@ from served import Served, serving, settled
 from tiny import tiny_peft
 
 import meteora_jax as mj
+from meteora_jax.engine import Handle, Progress, Request
+from meteora_jax.serving.driver import AT_ONCE, Driver, Stream, Watch
 from meteora_jax.serving.settings import Settings
 
 PROMPTS = ("The quick brown fox jumps over the lazy dog, and 24 dogs", "A gate", "How many apples, pears and plums")
@@ -165,3 +168,43 @@ def test_so_for_two_minutes(served):
     assert seen["coming"] > 10
     assert seen["absent"] > 10
     assert grown < 64 << 20
+
+
+def test_first_tokens_and_ends_go_before_the_rest_which_lets_requests_in_between():
+    clients, told = 40, list[int | str]()
+
+    class Noted(asyncio.Event):
+        def __init__(self, number: int):
+            super().__init__()
+            self.number = number
+
+        def set(self) -> None:
+            told.append(self.number)
+            super().set()
+
+    def nobody(numbers):
+        return (), numbers
+
+    async def play() -> None:
+        driver = Driver(lambda: SimpleNamespace(size=None), nobody, list)
+        driver.loop = asyncio.get_running_loop()
+        for i in range(clients):
+            request, handle = Request((1,), 9), object.__new__(Handle)
+            handle.progress = Progress(request, i, [1])
+            stream = Stream(request, None, driver, Noted(i))
+            driver._watched[stream] = watch = Watch(stream, handle, nobody)
+            if i != clients - 2:
+                handle.progress.tokens += [5]
+                watch.news()
+            handle.progress.tokens += [6]
+        list(driver._watched.values())[-1].handle.progress.finish_reason = "length"
+        driver._hand_over()
+        driver.loop.call_soon(told.append, "request")
+        while len(told) <= clients:
+            await asyncio.sleep(0)
+
+    asyncio.run(play())
+    first, last = clients - 2, clients - 1
+    assert told[:2] == [first, last]
+    assert told.index("request") == 2 + AT_ONCE
+    assert [n for n in told[2:] if n != "request"] == list(range(first))

@@ -176,7 +176,8 @@ class Router(Protocol):
         ...
 
     def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundRouter:
-        """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER."""
+        """Binds the rows of a batch that hold this kind of router; None rows must route to NO_ADAPTER. Its arrays are
+        NumPy's: a server binds while the device works, and what is made on the device is read behind all of that."""
         ...
 
 
@@ -278,7 +279,7 @@ def bind(
     if len(bound) == 1:
         return bound[0]
     which = [kinds.index(type(r)) if r is not None else -1 for r in per_prompt]
-    return Mixed(jnp.asarray(which, jnp.int32), tuple(bound))
+    return Mixed(np.asarray(which, np.int32), tuple(bound))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

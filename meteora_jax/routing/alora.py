@@ -100,4 +100,4 @@ def watch(
     starts = np.zeros(chosen.shape, np.int32)
     for row, prompt, invocations in zip(starts, prompts, found, strict=True):
         row[:] = [activation(prompt, invocation) if invocation else 0 for invocation in invocations]
-    return Invoked(routing, jnp.asarray(starts))
+    return Invoked(routing, starts)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.arguments import Arguments
@@ -109,7 +108,7 @@ class Lag(ByScore):
 
     def bind(self, routers: Sequence[Any], names: tuple[str, ...]) -> BoundScores:
         """As `Router`, with each row's number of candidates."""
-        candidates = jnp.asarray([r.k if r is not None else 0 for r in routers], jnp.int32)
+        candidates = np.asarray([r.k if r is not None else 0 for r in routers], np.int32)
         return dataclasses.replace(super().bind(routers, names), candidates=candidates)
 
 

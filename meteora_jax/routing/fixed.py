@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from meteora_jax.arguments import Arguments
@@ -73,5 +72,5 @@ def request_routing(
     for b, row in enumerate(rows):
         for c, (name, weight) in enumerate(row):
             indices[b, 0, 0, c], weights[b, 0, 0, c] = places[name], weight
-    acting = jnp.asarray(fused, bool) if fused is not None and any(fused) else None
-    return Routing(jnp.asarray(indices), jnp.asarray(weights), fused=acting)
+    acting = np.asarray(fused, bool) if fused is not None and any(fused) else None
+    return Routing(indices, weights, fused=acting)

@@ -109,8 +109,8 @@ def bound_choice(routers: Sequence[Choosing | None], names: tuple[str, ...]) -> 
         raise InputError([f"{kind}: within: expected one of {', '.join(names)}, found {n!r}" for n in unknown])
     allowed = None
     if any(row is not names for row in named):
-        allowed = jnp.asarray([[n in row for n in names] for row in map(set, named)])
-    return TopK(jnp.asarray(counts, jnp.int32), jnp.asarray(temperatures, jnp.float32), max(counts)), allowed
+        allowed = np.asarray([[n in row for n in names] for row in map(set, named)])
+    return TopK(np.asarray(counts, np.int32), np.asarray(temperatures, np.float32), max(counts)), allowed
 
 
 @dataclasses.dataclass(frozen=True)

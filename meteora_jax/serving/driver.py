@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ SHOWN = 4  # of a token's adapters
 # Seconds that tokens behind a response's first may wait for each other: an event a token for each of many clients takes
 # the interpreter from the engine's thread for longer than a step of the device.
 GATHER = 0.025
+# Streams that are told in one round of the loop of tokens nobody presses for: between two rounds it reads requests,
+# which would wait until all of many clients are written to.
+AT_ONCE = 8
 # Numbers of adapters in a trace -> the names among them, and for each number its place in these.
 Named = Callable[[np.ndarray], tuple[Sequence[str], np.ndarray]]
 
@@ -86,12 +90,16 @@ class Stream:
         if not self.done:
             self._driver.cancel(self)
 
-    def _take(self, piece: Piece | ApiError) -> None:
+    def take(self, piece: Piece | ApiError) -> None:
+        """Adds what came; whoever waits for it is woken by `wake`."""
         if isinstance(piece, ApiError):
             self.error, self.done = piece, True
         else:
             self._pieces.append(piece)
             self.done = piece.finish_reason is not None
+
+    def wake(self) -> None:
+        """Lets whoever waits look at what came."""
         self._news.set()
 
 
@@ -170,6 +178,7 @@ class Driver:
         self.step_seconds = 0.0
         self._handed_over = 0.0  # when everything was, last
         self.skipped = 0  # prompt tokens that the prefix cache had, of finished requests
+        self._late: deque[Stream] = deque()  # the loop's: streams that are woken next
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._watched: dict[Stream, Watch] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -288,17 +297,19 @@ class Driver:
         self.loop.call_soon_threadsafe(settle)
 
     def _hand_over(self) -> None:
-        news: list[tuple[Stream, Piece | ApiError]] = []
+        pressing: list[tuple[Stream, Piece | ApiError]] = []
+        others: list[tuple[Stream, Piece | ApiError]] = []
         now = time.perf_counter()
         if due := now - self._handed_over >= GATHER:
             self._handed_over = now
         for stream, watch in list(self._watched.items()):
-            if (due or watch.pressing) and (piece := watch.news()) is not None:
-                news.append((stream, piece))
+            first = watch.pressing
+            if (due or first) and (piece := watch.news()) is not None:
+                (pressing if first else others).append((stream, piece))
                 if isinstance(piece, ApiError) or piece.finish_reason is not None:
                     self.skipped += watch.handle.progress.skipped
                     del self._watched[stream]
-        self._tell(news)
+        self._tell(pressing, others)
 
     def _failed(self, error: Exception) -> None:
         """Ends everything that was under way, and begins again with a new engine, once."""
@@ -333,19 +344,35 @@ class Driver:
 
     def _end(self) -> None:
         for stream in list(self.live):  # submitted while the thread ended
-            stream._take(EngineFailed())
+            stream.take(EngineFailed())
+            stream.wake()
         self.live.clear()
         self._gone()
 
-    def _tell(self, news: list[tuple[Stream, Any]]) -> None:
-        if news and self.loop is not None:
-            self.loop.call_soon_threadsafe(self._deliver, news)
+    def _tell(self, pressing: Sequence[tuple[Stream, Any]], others: Sequence[tuple[Stream, Any]] = ()) -> None:
+        if (pressing or others) and self.loop is not None:
+            self.loop.call_soon_threadsafe(self._deliver, pressing, others)
 
-    def _deliver(self, news: list[tuple[Stream, Any]]) -> None:
-        for stream, piece in news:
-            stream._take(piece)
+    def _deliver(self, pressing: Sequence[tuple[Stream, Any]], others: Sequence[tuple[Stream, Any]]) -> None:
+        for stream, piece in (*pressing, *others):
+            stream.take(piece)
             if stream.done:
                 self.live.discard(stream)
+        for stream, _ in pressing:
+            stream.wake()
+        if others:
+            resting = not self._late
+            self._late.extend(stream for stream, _ in others)
+            if resting:
+                self._wake()
+
+    def _wake(self) -> None:
+        """Wakes the next streams, and in the loop's next round those behind them."""
+        assert self.loop is not None
+        for _ in range(min(AT_ONCE, len(self._late))):
+            self._late.popleft().wake()
+        if self._late:
+            self.loop.call_soon(self._wake)
 
 
 def _refuse() -> None:

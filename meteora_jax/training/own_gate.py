@@ -37,7 +37,7 @@ class OwnGate:
     needs_gates = False
 
     def bind(self, routers: Sequence[OwnGate | None], names: tuple[str, ...]) -> BoundOwnGate:
-        return BoundOwnGate(jnp.asarray([r is not None for r in routers]))
+        return BoundOwnGate(np.asarray([r is not None for r in routers]))
 
 
 @jax.tree_util.register_dataclass
