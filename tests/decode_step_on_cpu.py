@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from batches import answer
 from ranking_on_cpu import one_ranking
 from test_gated_model import small
-from token_router_on_cpu import one_router
 from triton_interpreter import LAUNCHES, RAN, interpret
 
 import meteora_jax as mj
@@ -330,9 +329,6 @@ def main(examples: int) -> None:
     for seed in range(12):
         one_ranking(seed)
     print("rankings: 12 cases")
-    for seed in range(examples // 2 + 1):
-        one_router(seed)
-    print(f"token routers: {examples // 2 + 1} cases")
     for rows, seed in MANY[:examples]:
         one_case(seed, LAUNCHES, rows)
     print(f"many rows: {len(MANY[:examples])} cases")

@@ -52,7 +52,6 @@ from pallas_kernels.paged_attention import QUERY_BLOCK
 from pallas_kernels.paged_attention import triton_gpu as attention_gpu
 from pallas_kernels.quantized_matmul import triton_gpu as quantised_gpu
 from pallas_kernels.routed_lora import triton_gpu as routed_gpu
-from pallas_kernels.token_router import triton_gpu as router_gpu
 
 # What the compiler asks of a GPU; source: the vendor's data sheet and CUDA's device properties.
 H200 = """
@@ -235,7 +234,7 @@ def main() -> None:
     quantised_gpu.launch = stand_in
     jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
     (device,) = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
-    triton_gpu.launch = attention_gpu.launch = choosing.launch = router_gpu.launch = stand_in
+    triton_gpu.launch = attention_gpu.launch = choosing.launch = stand_in
     routed_gpu.launch = functools.partial(stand_in, "")
     for router, rows, form in (
         (None, 1, None),
@@ -250,6 +249,7 @@ def main() -> None:
         names = re.findall(r" (fusion|copy|while|custom-call)\(", body)
         launches = len(re.findall('custom_call_target="triton_kernel_call"', body))
         products = len(re.findall(r"calls=%dynamic-slice-fusion", body))
+        depth = form.depth if form else 0
         scored = isinstance(router, mj.Spectr)
         kind = "SpectR" if scored else "bare" if router is None else "adapted"
         what = f"{kind}{', token router' if form else ''}, {rows} rows"
@@ -257,12 +257,12 @@ def main() -> None:
         print(
             f"{what}: {launches / LAYERS:g} launches a layer, {products / LAYERS:g} products, {rest} beside the layers"
         )
-        assert products == 4 * LAYERS, f"{what}: products that do not read their layer in place"
-        own = 1 if form else 0  # the token router's
+        assert products == 4 * (LAYERS + depth), f"{what}: products that do not read their layer in place"
+        own = 2 * (depth + 2) if form else 0  # attention of the token router and of its two hops
         own += 4 * LAYERS if scored else 0  # a group's ranking
         assert launches == 6 * LAYERS + own, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
-        assert rest <= 28, what
+        assert rest <= (28 + 16 * (depth + 3) if form else 24), what  # the shifts, and each hop's look-up
     for router, products in ((None, 4), (mj.Fixed("adapter_3"), 8), (mj.Gates(2), 8)):
         name = "bare" if router is None else type(router).__name__
         readers = readers_of_kernels(prompt(device, router, 2048))

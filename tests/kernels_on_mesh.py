@@ -81,13 +81,12 @@ def main(everything: bool) -> None:
     mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
     named = mj.Fixed({"cedar": 0.7, "apple": 0.4})
     epilogues = {*triton_gpu.KERNELS.values(), "decode_kernel"}
-    router = epilogues | {"token_router_kernel"}
 
     model = small("float32", layers=1, null=True, smaller=True)
     held = on_mesh(model, mesh, FEW)
     agree(model, held, [None, named, mj.Gates(2)], epilogues)
     routed = small("float32", TokenRouterForm(width=64, depth=2), layers=1, null=True, smaller=True)
-    agree(routed, on_mesh(routed, mesh, FEW), [mj.Gates(1, 3.0), None, mj.Fixed("birch")], router)
+    agree(routed, on_mesh(routed, mesh, FEW), [mj.Gates(1, 3.0), None, mj.Fixed("birch")], epilogues)
     half = small("float16", layers=1, null=True, smaller=True)  # a prompt's, of each device's half of the columns
     prompts = on_mesh(half, mesh, ExecutionConfig(epilogue_tokens=8, shares=True))
     RAN.clear()

@@ -29,7 +29,6 @@ from pallas_kernels.decode_step import triton_gpu as step_gpu
 from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 from pallas_kernels.quantized_matmul import triton_gpu as quantized_gpu
 from pallas_kernels.routed_lora import triton_gpu as routed_gpu
-from pallas_kernels.token_router import triton_gpu as router_gpu
 
 LAUNCHES: list[str] = []  # the kernels that were launched, or traced in a program
 RAN: list[str] = []  # the kernels whose results were needed; one traced before runs without being launched again
@@ -41,7 +40,6 @@ def interpret() -> None:
     compiling.use()
     correct_interpreter()
     step_gpu.launch = choosing.launch = paged_gpu.launch = quantized_gpu.launch = launch
-    router_gpu.launch = launch
     routed_gpu.launch = functools.partial(launch, "pallas_kernels.routed_lora.triton_kernels")
 
 

@@ -33,7 +33,6 @@ from pallas_kernels.quantized_matmul import QuantizedWeight
 from pallas_kernels.quantized_matmul import triton_gpu as quantised_gpu
 from pallas_kernels.routed_lora import LoraBank
 from pallas_kernels.routed_lora.triton_gpu import add_lora, silu_lora, topk_gated_lora
-from pallas_kernels.token_router import triton_gpu as router_gpu
 from pallas_kernels.topk_gating import TopK
 
 HOPPER = 90
@@ -65,8 +64,8 @@ jax_triton.triton_call = functools.partial(jax_triton.triton_call, compute_capab
 QKV, GATE_UP, DOWN = (4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,))
 
 
-def lower(f, *arguments, **named) -> None:
-    text = jax.jit(f).trace(*arguments, **named).lower(lowering_platforms=("cuda",)).as_text()
+def lower(f, *arguments) -> None:
+    text = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "triton_kernel_call" in text, "no Triton kernel in the program"
 
 
@@ -92,7 +91,6 @@ def main() -> None:
     attentions()
     decode_steps()
     rankings()
-    token_routers()
     quantised_products()
 
 
@@ -185,30 +183,6 @@ def rankings() -> None:
         squares = array((rows, 128), jnp.float32) if p > 1 else None
         given = (None if rule == "spectr" else vectors), (None if rule == "arrow" else matrices)
         lower(run, product, squares, group, *own, *given, *limits)
-
-
-def token_routers() -> None:
-    """The recipe's, and the widest and narrowest."""
-    rows, blocks, shifts = 32, 64, 3
-    for e, f, columns, kind in (
-        (128, 4, 28, jnp.bfloat16), (128, 4, 127, jnp.bfloat16), (32, 2, 5, jnp.bfloat16), (64, 4, 28, jnp.float32)
-    ):  # fmt: skip
-        print(f"token router {rows} rows, width {e}, {f} layers, {columns} adapters {jnp.dtype(kind).name}")
-
-        def array(*shape: int, kind=kind) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, kind)
-
-        tables = [array(3, max(16, router_gpu.power(n)), e) for n in (columns, columns + 1, 16)]
-        weights = router_gpu.StepWeights(
-            None, array(shifts, e, e), array(f, 3 * e, e), array(f, e, e), array(f, 4 * e, e), array(f, e, 2 * e),
-            array(1 + shifts, e, e), *tables, array(2, kind=jnp.float32),
-        )  # fmt: skip
-        number, angle = functools.partial(array, kind=jnp.int32), array(rows, 16, kind=jnp.float32)
-        tokens = StepTokens(number(rows), number(rows, 36), number(0), number(rows))
-        cache = array(f * blocks, 16, e // 16, 32), array(2 * blocks, 16, 2, e), array(2 * blocks * 16, e)
-        run = functools.partial(router_gpu.token_router, columns=columns)
-        named = dict(zip(("layers", "hops", "shifts"), cache, strict=True))
-        lower(run, array(rows, (1 + 3 * f) * e, kind=jnp.float32), angle, angle, weights, **named, tokens=tokens)
 
 
 def quantised_products() -> None:

@@ -82,9 +82,9 @@ class RoutedLlama(Llama):
                 sight = Sight(positions, step=step, slots=step.slots(cache.block_size), execution=self.execution)
             x = self.embedded(tokens)
             given = x, sight, None if cache is None else cache.router
-            apart = step is not None and self._has_shares(True)  # what it launches, no partitioner splits
-            logits, own = run_alike(self.token_router, *given) if apart else self.token_router(*given)
-            left = router
+            apart = step is not None and self._has_shares(True)  # its attention may be a launch
+            hops, own = run_alike(self.token_router, *given) if apart else self.token_router(*given)
+            logits, left = hops[-1].logits, router
             if router.asks == GATES:
                 left = choose(router, x, logits)
             else:  # others wait for the projections
@@ -96,12 +96,11 @@ class RoutedLlama(Llama):
         """Both hops of the token router in packed sequences; no layer of the model runs."""
         with matmul_precision(self.dtype):
             x = self.embedded(tokens)
-            return self.token_router.hops(x, Sight(positions, *self.visible(positions, segments)), None)[0]
+            return self.token_router(x, Sight(positions, *self.visible(positions, segments)), None)[0]
 
     def prepare(self) -> None:
-        """As `Llama.prepare`: what the launch of a step's routing reads."""
-        if self.execution.step is not None:
-            self.token_router.prepare(self.dtype)
+        """As `Llama.prepare`: the token router's weights, which are float32, in the model's type."""
+        self.token_router.prepare(self.dtype)
 
     def new_cache(self, blocks: int, block_size: int) -> RoutedCache:
         """As `Llama.new_cache`."""

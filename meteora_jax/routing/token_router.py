@@ -26,7 +26,6 @@ from meteora_jax.sharding import partitions
 from pallas_kernels.paged_attention import EMPTY, StepTokens
 from pallas_kernels.paged_attention.api import choose as choose_attention
 from pallas_kernels.routed_lora.reference import einsum_float32
-from pallas_kernels.token_router import triton_gpu
 
 WIDEST = 128  # head that cuDNN's attention knows
 THETA = 10_000.0  # of the router's rotary embedding, whatever the base's
@@ -90,6 +89,30 @@ class Sight:
         return cache.attend(layer, q[:, 0], self.step, None, how)[:, None], cache
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterWeights:
+    """A token router's weights as its products read them, of the model's type; names and shapes are `TokenRouter`'s.
+
+    read [D, (1 + 3 F) E]: `embed`, and queries, keys and values of every layer, side by side: one product of the
+    embedding. before [E, A + 1]: `previous` and `first`. *_units: columns of length 1.
+    """
+
+    read: Any
+    shift: Any
+    qkv: Any
+    o: Any
+    gate_up: Any
+    down: Any
+    hop: Any
+    task: Any
+    before: Any
+    segment: Any
+    task_units: Any
+    before_units: Any
+    segment_units: Any
+
+
 def choose(router: BoundRouter, x: jax.Array, logits: jax.Array) -> Routing:
     """What a router makes of the token router's logits, once for all layers: Routing [B, T, 1, C].
 
@@ -131,103 +154,76 @@ class TokenRouter(nnx.Module):
         self.task, self.previous, self.first = weight(e, columns), weight(e, columns), weight(e, 1)
         self.segment, self.lookup = weight(e, SEGMENTS), weight(2)
         self.hop = weight(1 + SHIFTS, e, e)
-        self.ready: Any = None  # GateParam of StepWeights, see `prepare`
+        self.ready: Any = None  # GateParam of RouterWeights, see `prepare`
 
     def prepare(self, kind: Any) -> None:
-        """Makes what the launch of decoding steps reads, in that type, for all steps of a program."""
+        """Makes the weights of that type once, for all calls of a program: 38 MB less to move in each (D 4096, E 128,
+        F 4)."""
+        self.ready = nnx.data(GateParam(self.weights(kind)))
 
-        def turned(w: jax.Array) -> jax.Array:
-            return triton_gpu.turned(w, kind)
-
-        def joined(w: jax.Array) -> jax.Array:  # [F, E, 3, E], [F, E, 2, 2 E]: outputs side by side
-            return w.reshape(*w.shape[:2], -1)
-
+    def weights(self, kind: Any) -> RouterWeights:
+        """Of that type."""
         seen = jnp.moveaxis(self.qkv_embed[...], 0, 1).reshape(self.embed.shape[0], -1)
-        task, before, segment = (
-            triton_gpu.thrice(w, _columns(w), kind) for w in (self.task[...], self._before(), self.segment[...])
-        )
-        made = triton_gpu.StepWeights(
-            jnp.concatenate([self.embed[...], seen], axis=1).astype(kind), turned(self.shift[...]),
-            turned(joined(self.qkv[...])), turned(self.o[...]), turned(joined(self.gate_up[...])),
-            turned(self.down[...]), turned(self.hop[...]), task, before, segment, self.lookup[...],
+        before = jnp.concatenate([self.previous[...], self.first[...]], axis=1)
+        ends = self.task[...], before, self.segment[...]
+        made = RouterWeights(
+            jnp.concatenate([self.embed[...], seen], axis=1), self.shift[...], self.qkv[...], self.o[...],
+            self.gate_up[...], self.down[...], self.hop[...], *ends, *map(_columns, ends)
         )  # fmt: skip
-        self.ready = nnx.data(GateParam(made))
+        return jax.tree.map(lambda z: z.astype(kind), made)
 
-    def step(
-        self, x: jax.Array, positions: jax.Array, step: StepTokens, cache: RouterCache
-    ) -> tuple[jax.Array, RouterCache]:
-        """Logits float32 [B, 1, A] of a step's tokens, embeddings x [B, 1, D] at positions int32 [B, 1], and the cache,
-        extended; by one launch, of what `prepare` made."""
-        kind, weights = x.dtype, self.ready.get_value()
-        x = unit_rms(x[:, 0].astype(jnp.float32)).astype(kind)
-        read = einsum_float32(kind, "bd,dn->bn", x, weights.read)
-        cos, sin = (z[:, 0, 0] for z in angles(frequencies(THETA, HEAD), positions))
-        logits, layers, hops, shifts = triton_gpu.token_router(
-            read, cos, sin, weights, self.task.shape[1], cache.layers.pages, cache.hops.pages, cache.shifts, step
-        )
-        held = dataclasses.replace(cache.layers, pages=layers), dataclasses.replace(cache.hops, pages=hops)
-        return logits[:, None], RouterCache(held[0], held[1], shifts)
-
-    def _before(self) -> jax.Array:
-        """[E, A + 1]: of the logits of the task of the segment before, or of none."""
-        return jnp.concatenate([self.previous[...], self.first[...]], axis=1)
-
-    def __call__(self, x: jax.Array, sight: Sight, cache: RouterCache | None) -> tuple[jax.Array, RouterCache | None]:
-        """Of embeddings x [B, T, D]: the logits float32 [B, T, A] that choose, and the cache, extended."""
-        step = None if self.ready is None or partitions() else sight.step  # made ready, a step is the launch's
-        sizes = self.form.width, self.task.shape[1]
-        if cache and step and triton_gpu.serves(*sizes, step, cache.layers.block_size):
-            return self.step(x, sight.positions, step, cache)
-        hops, cache = self.hops(x, sight, cache)
-        return hops[-1].logits, cache
-
-    def hops(self, x: jax.Array, sight: Sight, cache: RouterCache | None) -> tuple[tuple[Hop, Hop], RouterCache | None]:
-        """The same with both hops; the second one's logits choose."""
-        kind, depth = x.dtype, self.form.depth
+    def __call__(
+        self, x: jax.Array, sight: Sight, cache: RouterCache | None
+    ) -> tuple[tuple[Hop, Hop], RouterCache | None]:
+        """Of embeddings x [B, T, D]: both hops, the second of which chooses, and the cache, extended."""
+        kind, (depth, e) = x.dtype, (self.form.depth, self.form.width)
         turn = angles(frequencies(THETA, HEAD), sight.positions)
+        w: RouterWeights = self.weights(kind) if self.ready is None else self.ready.get_value()
 
         def heads(z):
             return z.astype(kind).reshape(*z.shape[:2], -1, HEAD)
 
         def product(spec, x, w):
-            return einsum_float32(kind, spec, x, w.astype(kind))
+            return einsum_float32(kind, spec, x, w)
 
         def unit(u):
             return unit_rms(u.astype(jnp.float32)).astype(kind)
 
-        x = unit(x)
+        read = product("btd,dn->btn", unit(x), w.read)
+        seen = jnp.moveaxis(read[..., e:].reshape(*x.shape[:2], depth, 3, e), 2, 0)
 
-        def layer(carry: tuple[jax.Array, jax.Array, PagedCache | None], weights: tuple[jax.Array, ...]) -> Any:
+        def layer(carry: tuple[jax.Array, jax.Array, PagedCache | None], own: tuple[jax.Array, ...]) -> Any:
             index, u, held = carry
-            qkv_embed, qkv, o, gate_up, down = weights
-            seen = product("btd,dpe->btpe", x, qkv_embed) + product("bte,epf->btpf", unit(u), qkv)
-            q, k, v = (heads(z) for z in jnp.moveaxis(seen, 2, 0))
+            seen, qkv, o, gate_up, down = own
+            q, k, v = map(heads, jnp.moveaxis(seen + product("bte,epf->btpf", unit(u), qkv), 2, 0))
             y, held = sight.read(rotate(q, *turn), rotate(k, *turn), v, held, index)
             u = u + product("bte,ef->btf", y, o)
             gate, up = jnp.moveaxis(product("bte,epf->btpf", unit(u), gate_up), 2, 0)
             return (index + 1, u + product("btf,fe->bte", (jax.nn.silu(gate) * up).astype(kind), down), held), None
 
-        weights = tuple(w[...] for w in (self.qkv_embed, self.qkv, self.o, self.gate_up, self.down))
+        layers = seen, w.qkv, w.o, w.gate_up, w.down
         unroll = depth if x.shape[1] == 1 else 1  # a step of the engine has no use for a loop
 
-        def run(state, weights):
-            return jax.lax.scan(layer, state, weights, unroll=unroll)[0]
+        def run(state, layers):
+            return jax.lax.scan(layer, state, layers, unroll=unroll)[0]
 
         held, hops, shifts = (None, None, None) if cache is None else (cache.layers, cache.hops, cache.shifts)
-        read = product("btd,de->bte", x, self.embed[...])
-        before, shifts = self._shifted(read.astype(kind), 0, sight, shifts, cache)
-        u = read + product("nbte,nef->btf", before, self.shift[...])
-        index, u, held = run((jnp.zeros((), jnp.int32), u, held), tuple(w[: 1 - HOPS] for w in weights))
-        first, hops = self._look_up(unit(u), 0, sight, hops)
-        found = product("bta,ea->bte", jax.nn.softmax(first.logits).astype(kind), _columns(self.task[...])).astype(kind)
+        u = read[..., :e]
+        before, shifts = self._shifted(u.astype(kind), 0, sight, shifts, cache)
+        u = u + product("nbte,nef->btf", before, w.shift)
+        index, u, held = run((jnp.zeros((), jnp.int32), u, held), tuple(z[: 1 - HOPS] for z in layers))
+        first, hops = self._look_up(unit(u), 0, w, sight, hops)
+        found = product("bta,ea->bte", jax.nn.softmax(first.logits).astype(kind), w.task_units).astype(kind)
         before, shifts = self._shifted(found, 1, sight, shifts, cache)
-        u = u + product("nbte,nef->btf", jnp.concatenate([found[None], before]), self.hop[...])
-        _, u, held = run((index, u, held), tuple(w[1 - HOPS :] for w in weights))
-        second, hops = self._look_up(unit(u), 1, sight, hops)
+        u = u + product("nbte,nef->btf", jnp.concatenate([found[None], before]), w.hop)
+        _, u, held = run((index, u, held), tuple(z[1 - HOPS :] for z in layers))
+        second, hops = self._look_up(unit(u), 1, w, sight, hops)
         extended = None if held is None or hops is None else RouterCache(held, hops, shifts)
         return (first, second), extended
 
-    def _look_up(self, u: jax.Array, hop: int, sight: Sight, cache: PagedCache | None) -> tuple[Hop, PagedCache | None]:
+    def _look_up(
+        self, u: jax.Array, hop: int, w: RouterWeights, sight: Sight, cache: PagedCache | None
+    ) -> tuple[Hop, PagedCache | None]:
         """Tokens read the task of those that agree with them in the previous segment's task and in their own segment's
         index; u [B, T, E], the cache keeps keys and values of that hop.
 
@@ -237,19 +233,17 @@ class TokenRouter(nnx.Module):
         kind = u.dtype
 
         def product(spec, x, w):
-            return einsum_float32(kind, spec, x.astype(kind), w.astype(kind))
+            return einsum_float32(kind, spec, x.astype(kind), w)
 
-        tasks, segments = self.task[...], self.segment[...]
-        before = self._before()
-        own, previous = product("bte,ea->bta", u, tasks), product("bte,ea->bta", u, before)
-        key = product("bta,ea->bte", jax.nn.softmax(previous), _columns(before))
-        segment = product("bte,en->btn", u, segments)
-        key = (key + product("btn,en->bte", jax.nn.softmax(segment), _columns(segments))).astype(kind)
-        value = product("bta,ea->bte", jax.nn.softmax(own), _columns(tasks)).astype(kind)
+        own, previous = product("bte,ea->bta", u, w.task), product("bte,ea->bta", u, w.before)
+        key = product("bta,ea->bte", jax.nn.softmax(previous), w.before_units)
+        segment = product("bte,en->btn", u, w.segment)
+        key = (key + product("btn,en->bte", jax.nn.softmax(segment), w.segment_units)).astype(kind)
+        value = product("bta,ea->bte", jax.nn.softmax(own), w.task_units).astype(kind)
         e, (sharpness, weight) = u.shape[-1], self.lookup[...]
         query = key * (sharpness * e**0.5).astype(kind)
         read, cache = sight.read(query[:, :, None], key[:, :, None], value[:, :, None], cache, hop)  # one head
-        return Hop(own + weight * product("bte,ea->bta", read, _columns(tasks)), previous, segment), cache
+        return Hop(own + weight * product("bte,ea->bta", read, w.task_units), previous, segment), cache
 
     def _shifted(
         self, z: jax.Array, hop: int, sight: Sight, shifts: jax.Array | None, cache: RouterCache | None

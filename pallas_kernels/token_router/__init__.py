@@ -1,1 +1,0 @@
-"""The token router's part of a decoding step in one launch."""
