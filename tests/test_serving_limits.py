@@ -53,8 +53,9 @@ def test_who_stops_reading_is_cancelled(served):
     assert served.server.driver.core.counters.new_tokens < 150
 
 
-def test_tokens_behind_the_first_wait_for_each_other(served, monkeypatch):
-    monkeypatch.setattr(driver, "GATHER", 3600.0)
+@pytest.mark.parametrize("wait", ["GATHER", "EACH"])
+def test_tokens_behind_the_first_wait_for_each_other(served, monkeypatch, wait):
+    monkeypatch.setattr(driver, wait, 3600.0)
     served.server.driver._handed_over = time.perf_counter()
     stream = served.client().completions.create(**LONG | {"max_tokens": 9}, stream=True)
     first, *others = [chunk.choices[0] for chunk in stream]
