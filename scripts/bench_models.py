@@ -32,6 +32,7 @@ from meteora_jax.execution import platform
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.model.routed_llama import gated_llama
 from meteora_jax.routing import BoundRouter
+from pallas_kernels.paged_attention import QUERY_BLOCK
 
 
 def random_bank(config: LlamaConfig, adapters: int, rank: int, own_gate: bool = False) -> BankConfig:
@@ -74,6 +75,8 @@ def plausible(weights: Any) -> Any:
 def bench_model(bench: Bench, config: LlamaConfig, dtype: jnp.dtype, rates: Work) -> Iterator[dict[str, Any]]:
     """The whole model: prompts, decoding steps, training steps."""
     size = jnp.dtype(dtype).itemsize
+    if odd := [n for n in bench.sequence if n % QUERY_BLOCK and {"prefill", "decode"} & set(bench.what)]:
+        raise InputError(f"--sequence: expected a multiple of {QUERY_BLOCK} with prefill and decode, found {odd[0]}")
     for adapters, rank in ((a, r) for a in bench.adapters for r in bench.rank):
         model, names = random_model(config, adapters, rank, dtype, bench.form)
         settings = executions("train", dtype)

@@ -25,8 +25,7 @@ def call(mesh: Any, fused: Any, heads: tuple[int, int]) -> list[np.ndarray]:
     segments = jnp.asarray(rng.integers(1, 3, (B, T)).cumsum(1) // 9)
     place = jnp.arange(T)
     mask = (place[None, :] <= place[:, None])[None]
-    if fused != "prompt":
-        mask = mask & (segments[:, None, :] == segments[:, :, None])
+    mask = mask & (segments[:, None, :] == segments[:, :, None])
     mask = jnp.broadcast_to(mask, (B, T, T))[:, None]
 
     def whole(q: Any, k: Any, v: Any, dy: Any) -> Any:
@@ -37,7 +36,7 @@ def call(mesh: Any, fused: Any, heads: tuple[int, int]) -> list[np.ndarray]:
         return [np.asarray(z) for z in jax.jit(whole)(q, k, v, dy)]
 
 
-@pytest.mark.exhaustive("sixteen programs on meshes; test_gated_model has the stand-in on one device")
+@pytest.mark.exhaustive("eight programs on meshes; test_gated_model has the stand-in on one device")
 def test_fused_attention_on_meshes(monkeypatch):
     attention, shapes = jax.nn.dot_product_attention, []
 
@@ -49,13 +48,12 @@ def test_fused_attention_on_meshes(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's own formula is not strict
         for heads in ((4, 2), (3, 1)):
-            for fused in ("packed", "prompt"):
-                wanted = call(None, None if fused == "packed" else "prompt", heads)
-                for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (2, 1, 4)):
-                    shapes.clear()
-                    found = call(mesh_of(*sizes), fused, heads)
-                    for want, got in zip(wanted, found, strict=True):
-                        np.testing.assert_allclose(got, want, atol=2e-6)
-                    # each device has its own rows, and its own heads where the mesh divides those of the keys
-                    tensor = sizes[2] if heads[1] % sizes[2] == 0 else 1
-                    assert set(shapes) == {(B // (sizes[0] * sizes[1]), T, heads[0] // tensor, H)}, (sizes, shapes)
+            wanted = call(None, None, heads)
+            for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (2, 1, 4)):
+                shapes.clear()
+                found = call(mesh_of(*sizes), "packed", heads)
+                for want, got in zip(wanted, found, strict=True):
+                    np.testing.assert_allclose(got, want, atol=2e-6)
+                # each device has its own rows, and its own heads where the mesh divides those of the keys
+                tensor = sizes[2] if heads[1] % sizes[2] == 0 else 1
+                assert set(shapes) == {(B // (sizes[0] * sizes[1]), T, heads[0] // tensor, H)}, (sizes, shapes)

@@ -25,12 +25,19 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.exhaustive("runs a benchmark")
 def test_records_and_picture(tmp_path: Path):
     records, picture = tmp_path / "records.json", tmp_path / "picture.png"
-    small = ("--batch", "2", "--sequence", "8", "--adapters", "3", "--group", "o")
+    small = ("--batch", "2", "--sequence", "16", "--adapters", "3", "--group", "o")
     result = bench("--what", "kernel", "decode", *small, "--json", str(records), "--picture", str(picture))
     assert result.returncode == 0, result.stderr
     assert "fastest for o 2x1, 3 of rank 8, top-2" in result.stdout
     found = json.loads(records.read_text())
-    assert [r.get("implementation") for r in found] == ["reference", "gathered", "grouped", "gated_reference", None]
+    assert [r.get("implementation") for r in found] == [
+        "reference",
+        "masked",
+        "gathered",
+        "grouped",
+        "packed_reference",
+        None,
+    ]
     for record in found:
         assert FIELDS | {"date", "command", "roofline", "gb_per_s", "tflop_per_s"} <= set(record)
         assert record["ms"] > 0
@@ -42,7 +49,7 @@ def test_records_and_picture(tmp_path: Path):
 @pytest.mark.exhaustive("runs a benchmark")
 def test_settings_side_by_side(tmp_path: Path):
     records = tmp_path / "records.json"
-    small = ("--batch", "2", "--sequence", "8", "--adapters", "3", "--json", str(records), "--profile")
+    small = ("--batch", "2", "--sequence", "16", "--adapters", "3", "--json", str(records), "--profile")
     result = bench("--what", "prefill", "decode", "--settings", "xla", "plain", *small)
     assert result.returncode == 0, result.stderr
     assert "fastest adapted by " in result.stdout
@@ -55,7 +62,7 @@ def test_settings_side_by_side(tmp_path: Path):
 @pytest.mark.exhaustive("runs a benchmark")
 def test_mixtures_side_by_side(tmp_path: Path):
     records = tmp_path / "records.json"
-    small = ("--batch", "2", "--sequence", "8", "--adapters", "6", "--json", str(records))
+    small = ("--batch", "2", "--sequence", "16", "--adapters", "6", "--json", str(records))
     result = bench("--what", "decode", "--routing", "request", "--top-k", "3", "1", *small)
     assert result.returncode == 0, result.stderr
     three, one = json.loads(records.read_text())
@@ -68,6 +75,13 @@ def test_a_setting_that_there_is_not_is_refused_in_a_line():
     result = bench("--what", "decode", "--settings", "step")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: --settings: expected all or some of today")
+
+
+def test_prompts_that_are_no_whole_runs_are_refused_in_a_line():
+    result = bench("--what", "decode", "--sequence", "8")
+    assert result.returncode == 1
+    wanted = "error: --sequence: expected a multiple of 16 with prefill and decode, found 8"
+    assert result.stderr.strip().splitlines()[-1] == wanted
 
 
 def test_an_implementation_of_another_device_is_refused_in_a_line():

@@ -23,9 +23,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 VERSION = PROJECT["version"]
 
 
-def said_by(*command: object, cwd: Path) -> str:
+def run_in(cwd: Path, *command: object) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=environment)
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def said_by(*command: object, cwd: Path) -> str:
+    done = run_in(cwd, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -189,7 +193,7 @@ def test_the_wheel_runs_in_an_empty_environment(archives, tmp_path):
     for data in ("routing_page.html", "py.typed", "serving/page/index.html"):
         assert (own / "meteora_jax" / data).exists(), data
 
-    missing = subprocess.run([meteora, "demo"], cwd=tmp_path, capture_output=True, text=True)
+    missing = run_in(tmp_path, meteora, "demo")
     assert missing.returncode == 1
     assert "--assets names scripts/demo of a checkout" in missing.stderr
     gguf = ROOT / "runs" / "demo" / "download" / "smollm2-135m-instruct-q4_1.gguf"
