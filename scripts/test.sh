@@ -14,9 +14,12 @@ say "ruff"
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
 
-say "pyright"
+say "pyright, beside the tests: it runs on one core; what it says comes after them"
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1  # it would look for a newer version of itself
-"$PY" -m pyright --pythonpath "$PY"
+types=$(mktemp)
+"$PY" -m pyright --pythonpath "$PY" > "$types" 2>&1 &
+checking=$!
+trap 'kill "$checking" 2> /dev/null || true; rm -f "$types"' EXIT
 
 say "base model"
 # the parity tests read the real file; without a network they are skipped
@@ -27,4 +30,6 @@ say "pytest"
 unset PYTHONDONTWRITEBYTECODE  # every worker and child would compile the package and rewrite the tests again
 # files in the order that tests/conftest.py gives them: the longest first
 "$PY" -m pytest -n "${WORKERS:-logical}" --maxprocesses 8 --dist loadscope --no-loadscope-reorder --durations 15 "$@"
+wait "$checking" || { cat "$types"; exit 1; }
+cat "$types"
 say "all passed in $((SECONDS / 60)) min $((SECONDS % 60)) s"

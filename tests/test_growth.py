@@ -96,6 +96,7 @@ def test_it_chooses_old_and_new_adapters_by_a_sample_of_the_old_tasks(world, new
         assert (dominant(done.routing)[: done.prompt_length] == i).mean() > 0.5
 
 
+@pytest.mark.exhaustive("runs a script of scripts/paper, which no command needs")
 def test_a_script_says_how_often_the_own_adapter_leads(tmp_path, world, new):
     """All answers of a router that has learnt them; of one whose columns are exchanged none. A turn of a conversation
     has one answer, a message of two tasks two."""
