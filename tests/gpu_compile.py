@@ -262,7 +262,7 @@ def main() -> None:
         own += 4 * LAYERS if scored else 0  # a group's ranking
         assert launches == 6 * LAYERS + own, what
         assert collections.Counter(names)["copy"] == 0, f"{what}: a copy of what a launch changes in place"
-        assert rest <= (90 if form else 24), what  # most are the router's; its weights are no step's to cast
+        assert rest <= (90 if form else 24), what  # most are the router's, whose weights are cast before the loop
     for router, products in ((None, 4), (mj.Fixed("adapter_3"), 8), (mj.Gates(2), 8)):
         name = "bare" if router is None else type(router).__name__
         readers = readers_of_kernels(prompt(device, router, 2048))

@@ -30,7 +30,7 @@ SHOWN = 4  # of a token's adapters
 # Seconds that tokens behind a response's first may wait for each other: an event a token for each of many clients takes
 # the interpreter from the engine's thread for longer than a step of the device.
 GATHER = 0.025
-EACH = 0.0004  # of these for each stream where there are more than 62: writing an event takes 0.08 ms, a fifth of that
+EACH = 0.0004  # the same a stream, if that is more: an event takes 0.08 ms to write, so a fifth of a core at most
 # Streams that are told in one round of the loop of tokens nobody presses for: between two rounds it reads requests,
 # which would wait until all of many clients are written to.
 AT_ONCE = 8
