@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool
+from meteora_jax.engine.ahead import AheadCompiler, abstract, signature
 from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes
 from meteora_jax.engine.job import Job
 from meteora_jax.engine.prefix_cache import PrefixCache
@@ -29,6 +30,7 @@ from meteora_jax.engine.programs import Sizes, idle, programs
 from meteora_jax.engine.request import BoundRow, FinishReason, Progress, Request, check_prompts
 from meteora_jax.engine.scheduler import Limits, Plan, Scheduler
 from meteora_jax.engine.step import EngineState, StepResult, new_state, run_steps
+from meteora_jax.execution import platform
 from meteora_jax.routing import NO_ADAPTER
 from meteora_jax.sharding import Params, fetch, place_whole, use_mesh
 from meteora_jax.text import TextStream
@@ -144,6 +146,7 @@ class EngineCore:
         self._end = place_whole(jnp.asarray(config.eos_token_ids or (-1,), jnp.int32), mesh)
         self._job = Job(nnx.merge(graph, weights).execution.step is not None) if few_programs else None
         self._routers = JoinedRouters(mesh)
+        self._ahead = AheadCompiler()
         self._handles: dict[int, Handle] = {}
         self._numbers = 0
         self._in_flight: deque[tuple[Dispatch, StepResult, np.ndarray | None]] = deque()  # and what lay in the slots
@@ -226,6 +229,12 @@ class EngineCore:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed") from self._failure
             try:
+                job = self._job
+                if job is not None and job.changed:
+                    job.changed = False
+                    # on a CPU the compiler's cores are the model's
+                    if platform() != "cpu" and self.pool is None and job.alike():
+                        self._compile(job.requests, None)
                 with self._exclusive():
                     if self.pool is not None:
                         self.pool.advance()
@@ -267,17 +276,28 @@ class EngineCore:
         """Serves requests, which are alike in router, sampling, log probabilities and trace, and then runs, for nobody,
         every program that the same together can meet whenever their adapters arrive and their responses end."""
         handles = [self.submit(request) for request in requests]
+        if self.pool is None:  # else its router is known when it has slots
+            self._compile(requests, handles[0].progress.router)
         self.drain()
         for handle in handles:
             handle.check()
-        one = handles[0].progress
         with self._lock, self._exclusive():
-            sizes, kinds = self._sizes()
-            kinds = kinds or (() if one.router is None else (one.router,))
-            for program in programs(requests, sizes, self.size.block_size, self.scheduler.limits.steps):
-                how = one.request, self.size.rows, self.config.vocab_size, kinds, self._routers
-                result = self._run(idle(program, *how), one.request.logprobs, one.request.trace)
-                jax.block_until_ready(result)
+            for work in self._compile(requests, handles[0].progress.router):
+                jax.block_until_ready(self._run(work, requests[0].logprobs, requests[0].trace))
+
+    def _compile(self, requests: Sequence[Request], router: BoundRow | None) -> Iterator[Dispatch]:
+        """Begins to compile the programs that requests can meet, alike but for their lengths; of each a dispatch for
+        nobody."""
+        with self._lock:
+            (sizes, kinds), one = self._sizes(), requests[0]
+            kinds = kinds or (() if router is None else (router,))
+            found = list(programs(requests, sizes, self.size.block_size, self.scheduler.limits.steps))
+            args = one, self.size.rows, self.config.vocab_size, kinds, self._routers
+            how = abstract(self._state), one.logprobs, one.trace
+            self._ahead.begin(
+                found, one, kinds, lambda p: idle(p, *args), lambda work: self._call(run_steps.lower, work, *how)
+            )
+        return (idle(program, *args) for program in found)
 
     def _tell(self) -> None:
         with self._news:
@@ -313,13 +333,17 @@ class EngineCore:
 
     def _run(self, work: Dispatch, logprobs: int | None, trace: bool) -> StepResult:
         """Gives a dispatch to the device."""
+        self._ahead.wait(lambda: signature(work, logprobs, trace))
+        self._state, result = self._call(run_steps, work, self._state, logprobs, trace)
+        return result
+
+    def _call(self, function: Any, work: Dispatch, state: EngineState, logprobs: int | None, trace: bool) -> Any:
         rows, prompt = place_whole((work.rows, work.prompt), self.mesh)
         with use_mesh(self.mesh):
-            self._state, result = run_steps(
-                self.graph, self.weights, self._state, rows, prompt, work.router, self._end, steps=work.steps,
+            return function(
+                self.graph, self.weights, state, rows, prompt, work.router, self._end, steps=work.steps,
                 logprobs=logprobs, trace=trace,
             )  # fmt: skip
-        return result
 
     def _read(self) -> None:
         """Waits for the oldest dispatch and gives everyone what is theirs."""

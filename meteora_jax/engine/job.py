@@ -30,19 +30,27 @@ class Job:
     def clear(self) -> None:
         """Forgets the requests."""
         self.kinds: dict[Any, BoundRow] = {}
-        self._requests = self._tokens = self._longest = 0
+        self.requests: list[Request] = []
+        self.changed = False  # since its programs were last asked for
+        self._tokens = self._longest = 0
 
     def add(self, request: Request) -> None:
         """Counts a request."""
         if request.router is not None:
             self.kinds[request.router.kind] = request.router
-        self._requests += 1
+        self.requests.append(request)
+        self.changed = True
         self._tokens += -(-len(request.prompt) // QUERY_BLOCK) * QUERY_BLOCK
         self._longest = max(self._longest, len(request.prompt) + request.max_new_tokens)
 
+    def alike(self) -> bool:
+        """Whether all requests take the same programs but for their lengths."""
+        ways = {(r.sampling.temperature > 0, r.logprobs, r.trace, r.guide is None) for r in self.requests}
+        return len(ways) == 1 and next(iter(ways))[-1]
+
     def rows(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Those of the engine's numbers of rows that its steps use, ascending."""
-        return thinned(sizes, self._requests, FEWER_ROWS)
+        return thinned(sizes, len(self.requests), FEWER_ROWS)
 
     def prompts(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Those of its numbers of prompt tokens."""

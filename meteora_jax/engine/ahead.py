@@ -1,0 +1,78 @@
+"""Programs that are compiled before a dispatch needs them, several at once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from meteora_jax.engine.batch import Dispatch
+from meteora_jax.engine.programs import Program
+from meteora_jax.engine.request import BoundRow, Request
+
+THREADS = 16  # at most
+# Tracing is Python's, which threads take turns in anyhow; what traces has state that is shared.
+_TRACING = threading.Lock()
+
+
+class AheadCompiler:
+    """Compiles programs in threads of its own. A call of the same program then finds it compiled: JAX keeps what it
+    lowers by function and types of the arguments, and with it what was compiled of it."""
+
+    def __init__(self) -> None:
+        self._threads: concurrent.futures.ThreadPoolExecutor | None = None
+        self._begun: set[Hashable] = set()
+        self._pending: dict[Hashable, concurrent.futures.Future[None]] = {}
+
+    def begin(
+        self, programs: Iterable[Program], like: Request, kinds: Sequence[BoundRow],
+        idle: Callable[[Program], Dispatch], lower: Callable[[Dispatch], Any],
+    ) -> None:  # fmt: skip
+        """Begins to compile programs that it has not begun before, those of most rows first.
+
+        Args:
+            like: a request that they serve. kinds: of their routers. lower: a dispatch -> `jax.stages.Lowered`.
+        """
+        if self._threads is None:
+            self._threads = concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "compiler")
+        drawn = dataclasses.replace(like.sampling, seed=0, index=0)
+        how = drawn, like.logprobs, like.trace, tuple(k.kind for k in kinds)
+        for program in sorted(programs, key=lambda p: (-p.rows, -p.prompt)):
+            if (program, how) not in self._begun:
+                self._begun.add((program, how))
+                work = idle(program)
+                key = signature(work, like.logprobs, like.trace)
+                self._pending[key] = self._threads.submit(_compile, functools.partial(lower, work))
+
+    def wait(self, key: Callable[[], Hashable]) -> None:
+        """Waits for a program if it is being compiled: a call would compile it once more. An error is left to the call,
+        which meets it again."""
+        if self._pending and (found := self._pending.pop(key(), None)) is not None:
+            concurrent.futures.wait([found])
+
+
+def _compile(lower: Callable[[], Any]) -> None:
+    with _TRACING:
+        lowered = lower()
+    lowered.compile()
+
+
+def signature(work: Dispatch, logprobs: int | None, trace: bool) -> Hashable:
+    """What tells the programs of an engine apart."""
+    leaves, structure = jax.tree.flatten((work.rows, work.prompt, work.router))
+    return structure, tuple((z.shape, z.dtype.str) for z in leaves), work.steps, logprobs, trace
+
+
+def abstract(tree: Any) -> Any:
+    """Arrays by their types alone, with the devices of those that are bound to theirs."""
+
+    def of(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None)
+
+    return jax.tree.map(of, tree)
