@@ -22,7 +22,7 @@ from meteora_jax.completion import Completion, Delta
 from meteora_jax.config import PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import Progress, Request, Sampling, bind_row
 from meteora_jax.engine.adapter_pool import AdapterPool
-from meteora_jax.engine.request import GREEDY, check_prompts, check_token_ids
+from meteora_jax.engine.request import GREEDY, Trace, check_prompts, check_token_ids
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.generation import Ended, Engines, pieces, routing_of
 from meteora_jax.io.adapter_change import AdapterChange
@@ -279,7 +279,7 @@ class Meteora:
         top_p: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
-        routing: bool = True,
+        routing: Trace = True,
     ) -> list[Completion]:
         """Answers a batch of prompts (text, messages, or token ids), one `Completion` each; greedy at temperature 0.
 
@@ -292,7 +292,8 @@ class Meteora:
             top_k, top_p: draws from so many of the likeliest tokens, or from the fewest with this probability, only.
             seed: of the draws; a row's draws depend on it, its place in the batch and the step alone.
             stop: texts that end a response, or one text.
-            routing: whether completions say what routed each token; beginnings that were read are read again for it.
+            routing: whether completions say what routed each token (beginnings that were read are read again for it);
+                "response": each of the response's tokens, as if there were no prompt.
 
         Raises:
             InputError: empty prompt, prompt beyond the context, messages that the chat template refuses, text that
@@ -309,19 +310,17 @@ class Meteora:
     def completions(
         self, prompts: Sequence[Prompt | Sequence[int]], router: RouterArgument = "gates if loaded",
         max_new_tokens: int | Sequence[int] = 64, stop: Sequence[str] | Sequence[Sequence[str]] = (),
+        routing: Trace = True,
     ) -> Iterator[tuple[int, Completion]]:  # fmt: skip
         """As `generate`, greedy: (place in the list, completion) as each ends, so that none waits for a longer one.
-
-        Args:
-            max_new_tokens, stop: the same for all, or a list, one a prompt.
-        """
-        asked = self._requests(prompts, router, max_new_tokens, GREEDY, stop, True)
+        max_new_tokens, stop: the same for all, or a list, one a prompt."""
+        asked = self._requests(prompts, router, max_new_tokens, GREEDY, stop, routing)
         return self._as_it_is()._completed(*asked)
 
     def stream(
         self, prompts: Sequence[Prompt | Sequence[int]], router: RouterArgument = "gates if loaded",
         max_new_tokens: int | Sequence[int] = 64, temperature: float = 0.0, top_k: int | None = None,
-        top_p: float | None = None, seed: int = 0, stop: str | Sequence[str] = (), routing: bool = True,
+        top_p: float | None = None, seed: int = 0, stop: str | Sequence[str] = (), routing: Trace = True,
     ) -> Iterator[Delta | list[Completion]]:  # fmt: skip
         """As `generate`, in pieces: `Delta`s as text becomes certain, then the completions.
 
@@ -337,8 +336,8 @@ class Meteora:
         """What the engine is asked, and what was retrieved for each prompt."""
         with Arguments() as given:
             mosts_of, stops_of = given.ends(max_new_tokens, stop)
-            if not isinstance(routing, bool):
-                given.refuse("routing", "true or false", routing)
+            if not isinstance(routing, bool) and routing != "response":
+                given.refuse("routing", "true, false or 'response'", routing)
         asked, ids, problems = read_prompts(prompts), [], []
         for i, prompt in enumerate(asked):
             try:
@@ -361,7 +360,7 @@ class Meteora:
 
     def request(
         self, token_ids: Sequence[int], router: RouterArgument, max_new_tokens: int, sampling: Sampling = GREEDY,
-        stop: Sequence[str] = (), logprobs: int | None = None, trace: bool = False,
+        stop: Sequence[str] = (), logprobs: int | None = None, trace: Trace = False,
     ) -> Request:  # fmt: skip
         """What the engine is asked for one prompt; a router that reads text has been replaced by what it found."""
         prompt = tuple(token_ids)
@@ -387,14 +386,15 @@ class Meteora:
 
     def completion(self, progress: Progress, text: str, retrieved: Found) -> Completion:
         """What became of a request, with its text."""
-        prompt, tokens = list(progress.request.prompt), progress.tokens
+        prompt, tokens = progress.request.prompt, progress.tokens
         assert progress.finish_reason is not None
         routing, trace = routing_of(progress), None
         if routing is not None:
-            shown = tuple(self.tokenizer.decode([t]) for t in prompt + tokens)
-            names, (indices, weights) = self.adapter_names, routing
+            names, (read, indices, weights) = self.adapter_names, routing
+            shown = tuple(self.tokenizer.decode([t]) for t in read)
             if self.pool is not None:
                 names, indices = self.pool.versions.named_choices(indices)
-            trace = RoutingTrace(names, PROJECTIONS, shown, len(prompt), indices, weights, retrieved, self._adapted)
+            first = len(read) - len(tokens)
+            trace = RoutingTrace(names, PROJECTIONS, shown, first, indices, weights, retrieved, self._adapted)
         own = tuple((value, tuple(best)) for value, best in progress.logprobs)
         return Completion(text, tokens, progress.finish_reason, len(prompt), trace, own)

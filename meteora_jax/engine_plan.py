@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine.memory import USABLE, block_bytes, state_bytes
+from meteora_jax.engine.request import Trace
 from meteora_jax.engine.step import EngineState, PromptTokens, StepRows, new_state, run_steps
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.io.model_state import execution_on
@@ -50,7 +51,7 @@ class EnginePrograms:
 
     def __init__(
         self, config: LlamaConfig, adapters: int, rank: int, mesh: Mesh, *, rows: int, top_k: int = 2,
-        form: TokenRouterForm | None = None, trace: bool = False,
+        form: TokenRouterForm | None = None, trace: Trace = False,
     ):  # fmt: skip
         """Raises InputError: rows that a mesh cannot share evenly."""
         if rows % rows_multiple(mesh):
@@ -123,7 +124,7 @@ def plan_generation(
 ) -> tuple[Plan, ...]:  # fmt: skip
     """Compiles what evaluation runs, in bfloat16 with routing traces: a step of the engine that reads `rows` prompts of
     `width` tokens, as many as go into its budget; and, if that fits, the loop that decodes `new_tokens` more."""
-    programs = EnginePrograms(config, adapters, rank, mesh, rows=rows, top_k=top_k, form=form, trace=True)
+    programs = EnginePrograms(config, adapters, rank, mesh, rows=rows, top_k=top_k, form=form, trace="response")
     table = -(-(width + new_tokens) // BLOCK_SIZE)
     read = min(rows * width, BUDGET) // QUERY_BLOCK * QUERY_BLOCK
     first, held = programs.compiled(rows * table, table, read)

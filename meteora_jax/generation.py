@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from meteora_jax.completion import Delta
-from meteora_jax.config import LlamaConfig
+from meteora_jax.config import PROJECTIONS, LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Handle, Progress, Request
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.memory import fitting
@@ -117,18 +117,24 @@ def pieces(
             h.cancel()
 
 
-def routing_of(progress: Progress) -> tuple[np.ndarray, np.ndarray] | None:
-    """(indices, weights) [T, L, P, C] of prompt and response; the last token of a response was not read unless its end
-    token followed. None where no router acted."""
-    if not progress.routing:
+def routing_of(progress: Progress) -> tuple[list[int], np.ndarray, np.ndarray] | None:
+    """(tokens, indices and weights [T, L, P, C]) of prompt and response, or of the response alone as the request says.
+
+    The last token of a response was not read unless its end token followed. None where no router acted.
+    """
+    own = progress.request.trace == "response"
+    if not progress.routing and not (own and progress.router is not None):
         return None
+    if not progress.routing:  # a response whose tokens were never read
+        shape = (0, 1, len(PROJECTIONS), 1)
+        progress.routing.append((np.zeros(shape, np.int32), np.zeros(shape, np.float32)))
     width = max(indices.shape[-1] for indices, _ in progress.routing)
-    read = len(progress.request.prompt) + len(progress.tokens) - (progress.finish_reason != "end")
+    tokens = [*(() if own else progress.request.prompt), *progress.tokens]
+    read = len(tokens) - (progress.finish_reason != "end")
     out = []
     for part, fill in ((0, NO_ADAPTER), (1, 0.0)):
         arrays = [piece[part] for piece in progress.routing]
         pads = [np.pad(z, [(0, 0)] * 3 + [(0, width - z.shape[-1])], constant_values=fill) for z in arrays]
         joined = np.concatenate(pads)[:read]
-        missing = len(progress.request.prompt) + len(progress.tokens) - len(joined)
-        out.append(np.pad(joined, [(0, missing)] + [(0, 0)] * 3, constant_values=fill))
-    return out[0], out[1]
+        out.append(np.pad(joined, [(0, len(tokens) - len(joined))] + [(0, 0)] * 3, constant_values=fill))
+    return tokens, out[0], out[1]

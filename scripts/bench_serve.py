@@ -42,6 +42,7 @@ from rich.table import Table
 import meteora_jax as mj
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Handle, Request
+from meteora_jax.engine.engine import Counters
 from meteora_jax.engine.step import run_steps
 from meteora_jax.execution import ExecutionConfig, default_dtype, platform
 from meteora_jax.gate_config import FormName, GateConfig
@@ -226,6 +227,11 @@ def figures(answered: Sequence[Answered]) -> dict[str, float]:
     return {**found, "tokens": float(tokens), "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
+def since(before: Counters, core: EngineCore) -> dict[str, float]:
+    """Steps and dispatches of an engine since then."""
+    return {k: float(getattr(core.counters, k) - getattr(before, k)) for k in ("steps", "dispatches")}
+
+
 def measure(settings: BenchServe, fleet: Fleet, users: int) -> list[dict[str, Any]]:
     """The engine alone and the server, each with an engine of its own and the second of two runs."""
     model, vocabulary = fleet.model, fleet.model.config.vocab_size
@@ -243,7 +249,8 @@ def measure(settings: BenchServe, fleet: Fleet, users: int) -> list[dict[str, An
     core = make_engine(settings, fleet, users)
     warm(core, [own[0] for own in requests])
     play_engine(core, requests)
-    alone = figures(play_engine(core, requests))
+    began = dataclasses.replace(core.counters)
+    alone = figures(play_engine(core, requests)) | since(began, core)
     del core
     server = Server(fleet, lambda fleet: make_engine(settings, fleet, users), Settings(grace=1, timeout=3600))
     with in_thread(server) as url:
@@ -252,8 +259,10 @@ def measure(settings: BenchServe, fleet: Fleet, users: int) -> list[dict[str, An
         (loop,) = [thread.ident for thread in threading.enumerate() if thread.name == "http"]
         clock = time.pthread_getcpuclockid(loop or 0)
         before = time.clock_gettime(clock)
+        core = server.driver.core
+        began = dataclasses.replace(core.counters)
         with profiled(server, settings.profile):
-            served = figures(play_http(url, asked, settings.processes))
+            served = figures(play_http(url, asked, settings.processes)) | since(began, core)
         case["loop_us"] = 1e6 * (time.clock_gettime(clock) - before) / served["tokens"]
         case["compiled"] = run_steps._cache_size() - known  # 0, or the figures are not of serving alone
     ratios = {f"{k}_ratio": served[k] / alone[k] for k in served if k.endswith(("_50", "_99"))}

@@ -26,5 +26,5 @@ def answer(
     handles = [engine.submit(model.request(p, r, steps, trace=True)) for p, r in own]
     engine.drain()
     found = [routing_of(h.progress) for h in handles]
-    routings: Any = None if all(r is None for r in found) else found
+    routings: Any = None if all(r is None for r in found) else [None if r is None else r[1:] for r in found]
     return [h.progress.tokens for h in handles], routings, engine

@@ -247,7 +247,7 @@ def test_what_runs_follows_platform_dtype_and_mesh(monkeypatch):
     assert of("tpu", "bfloat16") == ExecutionConfig("tpu", ragged=True)
     gpu = of("gpu", "bfloat16")
     assert gpu == ExecutionConfig(
-        "gpu", StepLimits(512, 8, 4096), ("packed",), triton=True, epilogue_tokens=128, fp8_tokens=512
+        "gpu", StepLimits(512, 8, 2048), ("packed",), triton=True, epilogue_tokens=128, fp8_tokens=512
     )
     assert of("gpu", "float32") == dataclasses.replace(gpu, fused_attention=(), fp8_tokens=None)
     assert of("gpu", "bfloat16", triton=False) == dataclasses.replace(

@@ -170,18 +170,24 @@ def test_log_probabilities_are_those_of_the_logits(world):
         assert [p for _, p in best] == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
 
 
-def test_a_trace_is_whole_after_a_preemption(world):
+@pytest.mark.parametrize("trace", [True, "response"])
+def test_a_trace_is_whole_after_a_preemption(trace, world):
     model = world["model"]
     used = engine(model)
     texts = [np.random.default_rng(i).integers(3, 300, 30).tolist() for i in range(5)]
-    handles = [used.submit(request(model, text, mj.Gates(2), 40, trace=True)) for text in texts]
+    handles = [used.submit(request(model, text, mj.Gates(2), 40, trace=trace)) for text in texts]
     used.drain()
     assert used.scheduler.preemptions > 0
     for text, handle in zip(texts, handles, strict=True):
         (expected,) = model.generate([text], mj.Gates(2), max_new_tokens=40)
         found = routing_of(handle.progress)
         assert found is not None
-        np.testing.assert_array_equal(found[0], expected.routing.indices)
+        first = 0 if trace is True else len(text)
+        assert found[0] == [*text, *expected.token_ids][first:]
+        np.testing.assert_array_equal(found[1], expected.routing.indices[first:])
+    _, again = (used.submit(request(model, texts[0], mj.Gates(2), 40, trace=trace)).wait() for _ in range(2))
+    assert bool(again.skipped) == (trace == "response")  # of a whole trace everything is read again
+    np.testing.assert_array_equal(routing_of(again)[1], routing_of(handles[0].progress)[1])
 
 
 def test_stop_strings_end_a_request_and_give_its_row_back(world):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
+from meshes import mesh_of
 
 import meteora_jax as mj
 from meteora_jax.engine import EngineCore, EngineSize, Request
 from meteora_jax.engine.programs import Program, Sizes, programs
 from meteora_jax.engine.step import run_steps
 
-SIZES = Sizes((1, 8, 32), (64, 128, 256), (8, 32))
+SIZES = Sizes((1, 8, 32), (64, 128, 256), (8, 32), (1, 8, 32))
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,50 @@ def test_a_warm_engine_compiles_nothing_whenever_requests_come(world: dict[str, 
                 engine.step()
         engine.drain()
     assert run_steps._cache_size() == before
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The threads in which steps are compiled meanwhile, a name a program."""
+    found: list[str] = []
+
+    def heard(event: str, _seconds: float, **what: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and what["fun_name"] == "jit(run_steps)":
+            found.append(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 1, 2)])
+def test_a_job_compiles_in_threads_and_nothing_twice(
+    mesh: tuple[int, int, int] | None, world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("meteora_jax.engine.engine.platform", lambda: "gpu")  # on a CPU nothing is compiled ahead
+    model = world["model"]
+    if mesh is not None:
+        model = mj.load(world["base"], world["bank"], world["gates"], dtype="float32", mesh=mesh_of(*mesh))
+    size = EngineSize(5, 77, 33, 8)  # no other test's
+    engine = EngineCore(model.graph, model.weights, model.config, size, mesh=model.mesh, few_programs=True)
+    asked = [model.request([n] * 20, mj.Fixed("cedar"), 12) for n in (30, 31, 32)]
+    asked[0] = model.request([30] * 20, None, 12)
+    with compilations() as threads:
+        handles = [engine.submit(request) for request in asked]
+        engine.drain()
+        wanted = engine._ahead._begun
+        assert len(wanted) >= 3
+        for future in [*engine._ahead._pending.values()]:
+            future.result()
+    assert len(threads) == len(wanted)
+    assert all(name.startswith("compiler") for name in threads)
+    tokens = [handle.progress.tokens for handle in handles]
+    with compilations() as threads:
+        again = [engine.submit(request) for request in asked]
+        engine.drain()
+    assert not threads
+    assert tokens == [handle.progress.tokens for handle in again]
+    alone = EngineCore(model.graph, model.weights, model.config, size, mesh=model.mesh)
+    assert tokens[1] == alone.submit(asked[1]).wait().tokens

@@ -99,6 +99,7 @@ def _answer(systems: Sequence[System], command: Evaluate) -> runner.Answer:
             [routes[system](p) for system, p in asked],
             max_new_tokens=[p.new_tokens(command.max_new_tokens) for p in problems],
             stop=[p.stop for p in problems],
+            routing="response",
         )
         for place, c in completions:
             record: dict[str, Any] = {"answer": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason}

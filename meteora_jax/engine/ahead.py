@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -14,11 +13,9 @@ import jax
 
 from meteora_jax.engine.batch import Dispatch
 from meteora_jax.engine.programs import Program
-from meteora_jax.engine.request import BoundRow, Request
+from meteora_jax.engine.request import BoundRow, Request, Trace
 
 THREADS = 16  # at most
-# Tracing is Python's, which threads take turns in anyhow; what traces has state that is shared.
-_TRACING = threading.Lock()
 
 
 class AheadCompiler:
@@ -58,12 +55,10 @@ class AheadCompiler:
 
 
 def _compile(lower: Callable[[], Any]) -> None:
-    with _TRACING:
-        lowered = lower()
-    lowered.compile()
+    lower().compile()  # on a GPU half of the time is Triton's, within lowering; it gives the interpreter away
 
 
-def signature(work: Dispatch, logprobs: int | None, trace: bool) -> Hashable:
+def signature(work: Dispatch, logprobs: int | None, trace: Trace) -> Hashable:
     """What tells the programs of an engine apart."""
     leaves, structure = jax.tree.flatten((work.rows, work.prompt, work.router))
     return structure, tuple((z.shape, z.dtype.str) for z in leaves), work.steps, logprobs, trace

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from meteora_jax.engine.request import BoundRow, Progress
+from meteora_jax.engine.request import BoundRow, Progress, Trace
 from meteora_jax.engine.sampling import SamplingRows
 from meteora_jax.engine.scheduler import Chunk, Plan
 from meteora_jax.engine.step import PromptTokens, StepRows
@@ -176,3 +176,10 @@ def dispatch_of(
         at += padded
     prompt = PromptTokens(tokens, positions, runs, last, drawn, left)
     return Dispatch(rows, prompt, router, 1, owners, tuple(chunks))
+
+
+def traced(work: Dispatch) -> Trace:
+    """What of a dispatch its owners want traced. A response that is read again after a preemption is among prompts."""
+    asked = [p.request.trace for p in work.owners]
+    again = any(chunk.progress.request.trace and chunk.progress.tokens for chunk, _ in work.chunks)
+    return True if again or any(t is True for t in asked) else "response" if any(asked) else False

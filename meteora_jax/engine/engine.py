@@ -23,11 +23,11 @@ from jax.sharding import Mesh
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.ahead import AheadCompiler, abstract, signature
-from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes
+from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes, traced
 from meteora_jax.engine.job import Job
 from meteora_jax.engine.prefix_cache import PrefixCache
 from meteora_jax.engine.programs import Sizes, idle, programs
-from meteora_jax.engine.request import BoundRow, FinishReason, Progress, Request, check_prompts
+from meteora_jax.engine.request import BoundRow, FinishReason, Progress, Request, Trace, check_prompts
 from meteora_jax.engine.scheduler import Limits, Plan, Scheduler
 from meteora_jax.engine.step import EngineState, StepResult, new_state, run_steps
 from meteora_jax.execution import platform
@@ -229,8 +229,7 @@ class EngineCore:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed") from self._failure
             try:
-                job = self._job
-                if job is not None and job.changed:
+                if (job := self._job) is not None and job.changed:
                     job.changed = False
                     # on a CPU the compiler's cores are the model's
                     if platform() != "cpu" and self.pool is None and job.alike():
@@ -273,8 +272,8 @@ class EngineCore:
             self.step()
 
     def warm(self, requests: Sequence[Request]) -> None:
-        """Serves requests, which are alike in router, sampling, log probabilities and trace, and then runs, for nobody,
-        every program that the same together can meet whenever their adapters arrive and their responses end."""
+        """Serves requests, which differ in their lengths alone, and then runs, for nobody, every program that the same
+        together can meet whenever their adapters arrive and their responses end."""
         handles = [self.submit(request) for request in requests]
         if self.pool is None:  # else its router is known when it has slots
             self._compile(requests, handles[0].progress.router)
@@ -311,11 +310,10 @@ class EngineCore:
                 if (wanted := p.request.adapters) is not None and wanted.every and p.placed_at != self.pool.changes:
                     p.placed, p.placed_at = self.pool.place(wanted), self.pool.changes
         sizes, kinds = self._sizes()
-        work = dispatch_of(
-            plan, sizes.rows, sizes.prompts, sizes.tables, self.config.vocab_size, kinds, self._routers
-        )  # fmt: skip
+        rows, vocabulary = sizes.reading if plan.chunks else sizes.rows, self.config.vocab_size
+        work = dispatch_of(plan, rows, sizes.prompts, sizes.tables, vocabulary, kinds, self._routers)
         asked = [p.request.logprobs for p in work.owners if p.request.logprobs is not None]
-        result = self._run(work, max(asked) if asked else None, any(p.request.trace for p in work.owners))
+        result = self._run(work, max(asked) if asked else None, traced(work))
         for leaf in jax.tree.leaves(result):
             if leaf.is_fully_addressable:
                 leaf.copy_to_host_async()
@@ -326,18 +324,18 @@ class EngineCore:
 
     def _sizes(self) -> tuple[Sizes, Sequence[BoundRow]]:
         """Of the programs in use, and the routers whose kinds are among every dispatch's."""
-        if (job := self._job) is None:
-            return Sizes(self.row_sizes, self.prompt_sizes, self.table_sizes), ()
-        tables = job.tables(self.table_sizes, self.size.block_size)
-        return Sizes(job.rows(self.row_sizes), job.prompts(self.prompt_sizes), tables), tuple(job.kinds.values())
+        every = Sizes(self.row_sizes, self.prompt_sizes, self.table_sizes, self.row_sizes)
+        if self._job is None:
+            return every, ()
+        return self._job.sizes(every, self.size.block_size), tuple(self._job.kinds.values())
 
-    def _run(self, work: Dispatch, logprobs: int | None, trace: bool) -> StepResult:
+    def _run(self, work: Dispatch, logprobs: int | None, trace: Trace) -> StepResult:
         """Gives a dispatch to the device."""
         self._ahead.wait(lambda: signature(work, logprobs, trace))
         self._state, result = self._call(run_steps, work, self._state, logprobs, trace)
         return result
 
-    def _call(self, function: Any, work: Dispatch, state: EngineState, logprobs: int | None, trace: bool) -> Any:
+    def _call(self, function: Any, work: Dispatch, state: EngineState, logprobs: int | None, trace: Trace) -> Any:
         rows, prompt = place_whole((work.rows, work.prompt), self.mesh)
         with use_mesh(self.mesh):
             return function(
@@ -359,9 +357,10 @@ class EngineCore:
             indices = np.where(trace[0] == NO_ADAPTER, NO_ADAPTER, slots[trace[0]])
             trace = indices, np.where((indices == NO_ADAPTER) & (trace[0] != NO_ADAPTER), 0, trace[1])
         for chunk, first in work.chunks:
-            if trace is not None and chunk.progress.request.trace and chunk.progress.router is not None:
-                stop = first + chunk.stop - chunk.start
-                self._traced(chunk.progress, *(np.moveaxis(z[0, :, first:stop], 1, 0) for z in trace))
+            p, at = chunk.progress, first - chunk.start
+            start = chunk.start if p.request.trace is True else max(chunk.start, len(p.request.prompt))
+            if trace is not None and p.request.trace and p.router is not None and start < chunk.stop:
+                self._traced(p, *(np.moveaxis(z[0, :, at + start : at + chunk.stop], 1, 0) for z in trace))
         read = len(work.owners) - len(work.chunks)  # rows that read a token of their own
         for b, p in enumerate(work.owners):
             handle = self._handles.get(p.number)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from meteora_jax.engine.programs import Sizes
 from meteora_jax.engine.request import BoundRow, Request
 from pallas_kernels.paged_attention import QUERY_BLOCK
 
@@ -48,13 +49,18 @@ class Job:
         ways = {(r.sampling.temperature > 0, r.logprobs, r.trace, r.guide is None) for r in self.requests}
         return len(ways) == 1 and next(iter(ways))[-1]
 
-    def rows(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Those of the engine's numbers of rows that its steps use, ascending."""
-        return thinned(sizes, len(self.requests), FEWER_ROWS)
+    def sizes(self, every: Sizes, block_size: int) -> Sizes:
+        """Those of the engine's that its steps use. One with prompt tokens has few rows at the beginning alone, and
+        takes about as long with all of them."""
+        rows = thinned(every.rows, len(self.requests), FEWER_ROWS)
+        reading = [n for n in every.rows if n >= len(self.requests)] or every.rows[-1:]
+        return Sizes(rows, self.prompts(every.prompts), self.tables(every.tables, block_size), reading)
 
     def prompts(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Those of its numbers of prompt tokens."""
-        return thinned(sizes, self._tokens, FEWER_TOKENS)
+        """Those of its numbers of prompt tokens: three, or fewer, up to the one that holds all."""
+        found = thinned(sizes, self._tokens, FEWER_TOKENS)
+        top = next((n for n in found if n >= self._tokens), found[-1])
+        return tuple(n for n in found if n * FEWER_TOKENS**2 >= top)
 
     def tables(self, sizes: Sequence[int], block_size: int) -> tuple[int, ...]:
         """Those of its numbers of table columns: with `any_table` none that the longest request would outgrow."""

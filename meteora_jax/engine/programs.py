@@ -20,11 +20,13 @@ from pallas_kernels.paged_attention import EMPTY, QUERY_BLOCK
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The numbers of rows, of prompt tokens and of table columns that an engine's programs have, each ascending."""
+    """The numbers of rows, of prompt tokens and of table columns that an engine's programs have, each ascending;
+    reading: those of rows that programs with prompt tokens have, the last ones of `rows`."""
 
     rows: Sequence[int]
     prompts: Sequence[int]
     tables: Sequence[int]
+    reading: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,8 @@ def programs(requests: Sequence[Request], sizes: Sizes, block_size: int, steps: 
     several = max(r.max_new_tokens for r in requests) - 1 > steps // 2
     for rows in sizes.rows:
         most = round_up(min(sum(prompts[:rows]), sizes.prompts[-1]), sizes.prompts)
-        kinds = [(0, 1), *([(0, steps)] if several else ()), *((n, 1) for n in sizes.prompts if n <= most)]
+        reading = [n for n in sizes.prompts if n <= most] if rows in sizes.reading else []
+        kinds = [(0, 1), *([(0, steps)] if several else ()), *((n, 1) for n in reading)]
         for (prompt, count), table in itertools.product(kinds, tables):
             yield Program(rows, prompt, table, count)
         if rows >= len(requests):

@@ -14,6 +14,7 @@ from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.routing import Movable
 
 FinishReason = Literal["end", "stop", "length", "cancelled"]
+Trace = bool | Literal["response"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Request:
 
     router: None is the base alone. adapters: of a pool, in the router's place. stop: texts that end the response.
     logprobs: so many of the likeliest tokens' log probabilities at every token beside its own; None: nobody's. trace:
-    whether the routing is recorded. guide: of this one response; such a request decodes one token in a dispatch, once
-    the host has seen the one before.
+    whether the routing is recorded, of the whole or of the response's tokens alone. guide: of this one response; such a
+    request decodes one token in a dispatch, once the host has seen the one before.
     """
 
     prompt: tuple[int, ...]
@@ -112,7 +113,7 @@ class Request:
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    trace: bool = False
+    trace: Trace = False
     adapters: WantedAdapters | None = None
     guide: Guide | None = dataclasses.field(default=None, compare=False)
 

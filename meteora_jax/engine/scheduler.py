@@ -239,7 +239,9 @@ class Scheduler:
                 return
             self._place(p)
             p.keys = self.cache.keys(p.todo, p.identity)
-            shared = [] if p.request.trace else self.cache.match(p.keys, len(p.todo))
+            traced = p.request.trace  # what is traced must be read: all, or all behind the prompt
+            own = [] if traced is True else p.keys[: len(p.request.prompt) // size] if traced else p.keys
+            shared = self.cache.match(own, len(p.todo))
             need = -(-min(len(p.todo) + 1, p.most_slots) // size) - len(shared)
             # one block a running sequence is left to it, so that who is let in is not thrown out at once
             if need > pool.available - len(self.running) and (self.running or need > pool.available):

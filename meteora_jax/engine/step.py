@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meteora_jax.config import GROUPS
+from meteora_jax.engine.request import Trace
 from meteora_jax.engine.sampling import SamplingRows, only, sample
 from meteora_jax.execution import jit
 from meteora_jax.routing import BoundRouter, Routing
@@ -72,8 +73,8 @@ class StepResult:
     """What the host reads, N steps of B rows.
 
     tokens int32 [N, B], EMPTY where none was drawn. logprob float32 [N, B], of these; likely (int32 and float32
-    [N, B, n]): the likeliest tokens and theirs; trace (int32 and float32 [N, L, M, P, C]): of each token of a step;
-    None where nobody asked.
+    [N, B, n]): the likeliest tokens and theirs; trace (int32 and float32 [N, L, M, P, C]): of each token of a step, or
+    of its B rows' alone; None where nobody asked.
     """
 
     tokens: Any
@@ -82,15 +83,17 @@ class StepResult:
     trace: Any = None
 
 
-def observe_routing(routings: tuple[Routing, ...]) -> tuple[jax.Array, jax.Array]:
-    """A layer's routing with its projections side by side: indices int32 and weights float32 [B, T or 1, P, C]."""
+def observe_routing(routings: tuple[Routing, ...], count: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """A layer's routing with its projections side by side: indices int32 and weights float32 [B, T or 1, P, C]; count:
+    of the first so many of B."""
     spread = [r.spread(len(ps)) for r, ps in zip(routings, GROUPS.values(), strict=True)]
-    return jnp.concatenate([r.indices for r in spread], axis=2), jnp.concatenate([r.weights for r in spread], axis=2)
+    both = [r.indices[:count] for r in spread], [r.weights[:count] for r in spread]
+    return jnp.concatenate(both[0], axis=2), jnp.concatenate(both[1], axis=2)
 
 
 def _step(
     model: Any, state: EngineState, rows: StepRows, prompt: PromptTokens | None, router: BoundRouter | None,
-    end: jax.Array, logprobs: int | None, trace: bool,
+    end: jax.Array, logprobs: int | None, trace: Trace,
 ) -> tuple[EngineState, StepResult]:  # fmt: skip
     """One step: every row's next token through the model, the prompts' tokens beside them."""
 
@@ -110,7 +113,9 @@ def _step(
     if router is not None and prompt is not None:
         at = where.rows()
         each = jax.tree.map(lambda z: z[at], router)
-    observe = observe_routing if trace and router is not None else None
+    observe = None
+    if trace and router is not None:
+        observe = observe_routing if trace is True else functools.partial(observe_routing, count=len(token))
     out = model(tokens[:, None], positions[:, None], each, cache=state.cache, step=where, observe=observe)
     hidden, draws = out.hidden[:, 0], position != EMPTY
     if prompt is not None:
@@ -154,7 +159,7 @@ def run_steps(
     *,
     steps: int,
     logprobs: int | None,
-    trace: bool,
+    trace: Trace,
 ) -> tuple[EngineState, StepResult]:
     """`steps` decoding steps; or, with `prompt`, one step that reads it too.
 
@@ -162,7 +167,7 @@ def run_steps(
 
     Args:
         router: of the B rows, its leaves [B, ..]. end: int32 [E], the tokens that end a response. logprobs: how many of
-            the likeliest tokens' are wanted. trace: whether the routing is.
+            the likeliest tokens' are wanted. trace: whether the routing is, and of which tokens.
     """
     model = nnx.merge(graph, weights)
     model.prepare()

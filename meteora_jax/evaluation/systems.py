@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from meteora_jax.config import BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import Request
+from meteora_jax.engine.request import Trace
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.prompts import Prompt
@@ -79,7 +80,13 @@ class Model(Protocol):
     def encode(self, prompt: Prompt) -> list[int]: ...
     def request(self, token_ids: Sequence[int], router: Any, max_new_tokens: int) -> Request: ...
     def completions(
-        self, prompts: Sequence[Prompt], router: Any, *, max_new_tokens: Sequence[int], stop: Sequence[Sequence[str]]
+        self,
+        prompts: Sequence[Prompt],
+        router: Any,
+        *,
+        max_new_tokens: Sequence[int],
+        stop: Sequence[Sequence[str]],
+        routing: Trace,
     ) -> Iterator[tuple[int, Response]]: ...
 
 

@@ -8,6 +8,7 @@ makes one for each projection group from what the gates say, by `route`. A `Rout
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
@@ -342,9 +343,9 @@ def null_share(trace: RoutingTrace) -> np.ndarray:
     """float32 [T]: the share of a token's total weight, over all layers and projections, that went to the null choice:
     1 where the base answered alone; 0 where nothing routed."""
     rows = len(trace.indices)
-    weights = np.abs(trace.weights).reshape(rows, -1)
+    weights = np.abs(trace.weights).reshape(rows, math.prod(trace.weights.shape[1:]))
     total = weights.sum(axis=1)
-    null = np.where(trace.indices.reshape(rows, -1) == NO_ADAPTER, weights, 0).sum(axis=1)
+    null = np.where(trace.indices.reshape(weights.shape) == NO_ADAPTER, weights, 0).sum(axis=1)
     return np.divide(null, total, out=np.zeros(rows, np.float32), where=total > 0)
 
 
@@ -352,7 +353,8 @@ def weight_share(indices: np.ndarray, weights: np.ndarray, num_adapters: int) ->
     """float32 [rows, A]: each adapter's share of a row's absolute weight, of which null choices have their part;
     `indices` and `weights` are [rows, ..]."""
     rows = len(indices)
-    indices, weights = indices.reshape(rows, -1), np.abs(weights).reshape(rows, -1)
+    shape = rows, math.prod(indices.shape[1:])
+    indices, weights = indices.reshape(shape), np.abs(weights).reshape(shape)
     acting = indices != NO_ADAPTER
     slots = (np.arange(rows)[:, None] * num_adapters + indices)[acting]
     summed = np.bincount(slots, weights[acting], minlength=rows * num_adapters).reshape(rows, num_adapters)

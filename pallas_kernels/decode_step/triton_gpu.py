@@ -61,14 +61,14 @@ class StepLimits:
     gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, and
         where matrices are averaged, tiles of rows read the B's that they use once each, behind `weigh_kernel`. One
         H200, 64 rows of two adapters among 28 each: a step takes 7.2 ms gathered, 7.6 weighed.
-    programs: epilogues of chosen rows have so many at most, as far as blocks of WIDEST columns go: a chip holds 32 of
-        one warp a multiprocessor, and a second wave waits for the whole chain again. One H100, 32 rows: an epilogue
-        takes 8.9 us with narrow blocks, 6.5 so, and 6.1 with half as many, which no requests were timed with.
+    programs: epilogues of chosen rows have so many at most, as far as blocks of WIDEST columns go: half of what a chip
+        holds of one warp each. Beyond that a second wave waits for the whole chip again. One H200, a token router, 32
+        rows: a step takes 6.20 ms so, 6.27 with twice as many; 8 rows: 5.30 and 5.33.
     """
 
     rows: int = MAX_ROWS
     gather: int = 8
-    programs: int = 32 * PROGRAMS
+    programs: int = 16 * PROGRAMS
 
 
 def divisor(total: int, *candidates: int) -> int:
