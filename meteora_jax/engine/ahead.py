@@ -13,7 +13,7 @@ import jax
 
 from meteora_jax.engine.batch import Dispatch
 from meteora_jax.engine.programs import Program
-from meteora_jax.engine.request import BoundRow, Request, Trace
+from meteora_jax.engine.request import BoundRow, Request
 
 THREADS = 16  # at most
 
@@ -25,7 +25,7 @@ class AheadCompiler:
     def __init__(self) -> None:
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
         self._begun: set[Hashable] = set()
-        self._pending: dict[Hashable, concurrent.futures.Future[None]] = {}
+        self._pending: list[concurrent.futures.Future[None]] = []
 
     def begin(
         self, programs: Iterable[Program], like: Request, kinds: Sequence[BoundRow],
@@ -43,25 +43,23 @@ class AheadCompiler:
         for program in sorted(programs, key=lambda p: (-p.rows, -p.prompt)):
             if (program, how) not in self._begun:
                 self._begun.add((program, how))
-                work = idle(program)
-                key = signature(work, like.logprobs, like.trace)
-                self._pending[key] = self._threads.submit(_compile, functools.partial(lower, work))
+                self._pending.append(self._threads.submit(_compile, functools.partial(lower, idle(program))))
 
-    def wait(self, key: Callable[[], Hashable]) -> None:
-        """Waits for a program if it is being compiled: a call would compile it once more. An error is left to the call,
-        which meets it again."""
-        if self._pending and (found := self._pending.pop(key(), None)) is not None:
-            concurrent.futures.wait([found])
+    def wait(self) -> None:
+        """Waits for all of them: a GPU's compiler times products, which steps would disturb. An error is left to the
+        call that meets it again."""
+        if self._pending:
+            concurrent.futures.wait(self._pending)
+            self._pending.clear()
+
+    def stop(self) -> None:
+        """Gives up what no thread has begun: a process would compile it before it ends."""
+        for future in self._pending:
+            future.cancel()
 
 
 def _compile(lower: Callable[[], Any]) -> None:
     lower().compile()  # on a GPU half of the time is Triton's, within lowering; it gives the interpreter away
-
-
-def signature(work: Dispatch, logprobs: int | None, trace: Trace) -> Hashable:
-    """What tells the programs of an engine apart."""
-    leaves, structure = jax.tree.flatten((work.rows, work.prompt, work.router))
-    return structure, tuple((z.shape, z.dtype.str) for z in leaves), work.steps, logprobs, trace
 
 
 def abstract(tree: Any) -> Any:

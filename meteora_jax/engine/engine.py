@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool
-from meteora_jax.engine.ahead import AheadCompiler, abstract, signature
+from meteora_jax.engine.ahead import AheadCompiler, abstract
 from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes, traced
 from meteora_jax.engine.job import Job
 from meteora_jax.engine.prefix_cache import PrefixCache
@@ -249,6 +249,7 @@ class EngineCore:
                     self.pool.wait()
             except BaseException as e:
                 self._failure = e
+                self._ahead.stop()
                 for handle in self._handles.values():
                     self.scheduler.release(handle.progress)  # others share the pool
                 raise
@@ -331,7 +332,7 @@ class EngineCore:
 
     def _run(self, work: Dispatch, logprobs: int | None, trace: Trace) -> StepResult:
         """Gives a dispatch to the device."""
-        self._ahead.wait(lambda: signature(work, logprobs, trace))
+        self._ahead.wait()
         self._state, result = self._call(run_steps, work, self._state, logprobs, trace)
         return result
 
