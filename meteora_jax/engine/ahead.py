@@ -31,7 +31,7 @@ class AheadCompiler:
         self, programs: Iterable[Program], like: Request, kinds: Sequence[BoundRow],
         idle: Callable[[Program], Dispatch], lower: Callable[[Dispatch], Any],
     ) -> None:  # fmt: skip
-        """Begins to compile programs that it has not begun before, those of most rows first.
+        """Begins to compile programs that it has not begun before.
 
         Args:
             like: a request that they serve. kinds: of their routers. lower: a dispatch -> `jax.stages.Lowered`.
@@ -40,7 +40,7 @@ class AheadCompiler:
             self._threads = concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "compiler")
         drawn = dataclasses.replace(like.sampling, seed=0, index=0)
         how = drawn, like.logprobs, like.trace, tuple(k.kind for k in kinds)
-        for program in sorted(programs, key=lambda p: (-p.rows, -p.prompt)):
+        for program in programs:
             if (program, how) not in self._begun:
                 self._begun.add((program, how))
                 self._pending.append(self._threads.submit(_compile, functools.partial(lower, idle(program))))
