@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
+import threading
 from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 
+# Of a kernel, by what it is compiled from: threads that compile programs of the same kernels would each compile them.
+_COMPILING: collections.defaultdict[Hashable, threading.Lock] = collections.defaultdict(threading.Lock)
+# What of a launch is no part of the kernel.
+_PLACES = frozenset(("grid", "out_shapes", "input_output_aliases", "zeroed_outputs", "serialized_metadata"))
 CAPTURABLE = "triton_kernel_call_ffi"  # jaxlib's second entry to the same launcher, the one that may be captured
 
 
@@ -61,7 +67,9 @@ def _lower_capturable() -> None:
     lower = functools.partial(triton_lib.triton_kernel_call_lowering, triton_lib.get_cuda_backend)
 
     def rule(ctx: Any, *arguments: Any, **params: Any) -> Any:
-        results = lower(ctx, *arguments, **params)
+        types = tuple(str(aval.dtype) for aval in (*ctx.avals_in, *ctx.avals_out))
+        with _COMPILING[types, tuple((k, v) for k, v in sorted(params.items()) if k not in _PLACES)]:
+            results = lower(ctx, *arguments, **params)
         if params["custom_call_target_name"] == CAPTURABLE:
             first = results[0]
             call = (first[0] if isinstance(first, list | tuple) else first).owner

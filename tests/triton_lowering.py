@@ -11,12 +11,15 @@ starts it where the extra `gpu` is installed.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import itertools
 import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -92,6 +95,33 @@ def main() -> None:
     decode_steps()
     rankings()
     quantised_products()
+    once_in_threads()
+
+
+def once_in_threads() -> None:
+    """Threads that lower programs of one kernel compile it once."""
+    found: list[int] = []
+
+    def counting(*arguments):
+        found.append(threading.get_ident())
+        time.sleep(0.2)  # the others come meanwhile
+        return compile_ptx(*arguments)
+
+    array, before = jax.ShapeDtypeStruct, len(triton_lib._COMPILED_KERNEL_CACHE)
+    tokens = StepTokens(*(array(s, jnp.int32) for s in ((3,), (3, 512), (0,), (3,))))
+    pages, heads = array((64, 16, 4, 128), jnp.bfloat16), array((3, 4, 128), jnp.bfloat16)
+    triton_lib.compile_ttir_to_ptx_inplace = counting
+    futures: list[concurrent.futures.Future[None]] = []
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        for first in range(3):  # not the same program, or JAX lowers it once
+            attend = functools.partial(paged_attention, first_block=first, implementation="triton")
+            futures.append(threads.submit(lower, attend, heads, pages, tokens))
+    triton_lib.compile_ttir_to_ptx_inplace = ptxas
+    for future in futures:
+        future.result()
+    kernels = len(triton_lib._COMPILED_KERNEL_CACHE) - before
+    print(f"three programs of {kernels} kernels in three threads: {len(found)} compiled")
+    assert len(found) == kernels > 0, "a kernel was compiled more than once"
 
 
 def many_tokens() -> None:
