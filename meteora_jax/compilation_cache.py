@@ -2,6 +2,7 @@
 
 It is in the user's cache folder, in `METEORA_CACHE` if that is set, and off where that is empty. Who has given JAX a
 folder already (`JAX_COMPILATION_CACHE_DIR`) keeps it. Programs that compile in less than a second are not kept.
+Triton's kernels lie beside them (`pallas_kernels.kernel_cache`).
 """
 
 from __future__ import annotations

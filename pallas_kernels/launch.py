@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.kernel_cache import kept
+
 # Of a kernel, by what it is compiled from: threads that compile programs of the same kernels would each compile them.
 _COMPILING: collections.defaultdict[Hashable, threading.Lock] = collections.defaultdict(threading.Lock)
 # What of a launch is no part of the kernel.
@@ -60,10 +62,14 @@ def _lower_capturable() -> None:
 
     Source of the attributes: jaxlib's own use of the entry (jax/_src/pallas/triton/pallas_call_registration.py).
     """
+    import jax_triton  # pyright: ignore[reportMissingImports]
+    import triton  # pyright: ignore[reportMissingImports]
     from jax.interpreters import mlir
     from jax_triton import triton_lib  # pyright: ignore[reportMissingImports]
 
     ir: Any = importlib.import_module("jaxlib.mlir.ir")
+    versions = f"{triton.__version__} {jax_triton.__version__}"
+    triton_lib.compile_ttir_inplace = kept(triton_lib.compile_ttir_inplace, triton_lib.CompilationResult, versions)
     lower = functools.partial(triton_lib.triton_kernel_call_lowering, triton_lib.get_cuda_backend)
 
     def rule(ctx: Any, *arguments: Any, **params: Any) -> Any:

@@ -96,6 +96,33 @@ def main() -> None:
     rankings()
     quantised_products()
     once_in_threads()
+    kept_on_disk()
+
+
+def kept_on_disk() -> None:
+    """A process that finds a kernel in JAX's compilation cache does not compile it, and lowers the same program."""
+    array, found = jax.ShapeDtypeStruct, []
+    tokens = StepTokens(*(array(s, jnp.int32) for s in ((5,), (5, 512), (0,), (5,))))
+    given = array((5, 4, 128), jnp.bfloat16), array((64, 16, 4, 128), jnp.bfloat16), tokens
+    attend = functools.partial(paged_attention, first_block=7, implementation="triton")
+
+    def counting(*arguments):
+        found.append(arguments)
+        return compile_ptx(*arguments)
+
+    triton_lib.compile_ttir_to_ptx_inplace = counting
+    texts = []
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        for _ in range(2):
+            triton_lib._COMPILED_KERNEL_CACHE.clear()  # as another process begins
+            jax.clear_caches()
+            texts.append(jax.jit(attend).trace(*given).lower(lowering_platforms=("cuda",)).as_text())
+            print(f"kept on disk: {len(found)} kernels compiled")
+        jax.config.update("jax_compilation_cache_dir", None)
+    triton_lib.compile_ttir_to_ptx_inplace = ptxas
+    assert len(found) == len(triton_lib._COMPILED_KERNEL_CACHE) == 2, "a kernel on disk was compiled again"
+    assert texts[0] == texts[1]
 
 
 def once_in_threads() -> None:
