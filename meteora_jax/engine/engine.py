@@ -294,9 +294,10 @@ class EngineCore:
             found = list(programs(requests, sizes, self.size.block_size, self.scheduler.limits.steps))
             args = one, self.size.rows, self.config.vocab_size, kinds, self._routers
             how = abstract(self._state), one.logprobs, one.trace
-            self._ahead.begin(
-                found, one, kinds, lambda p: idle(p, *args), lambda work: self._call(run_steps.lower, work, *how)
-            )
+            if self.mesh is None or not self.mesh.is_multi_process:  # hosts compile in one order
+                self._ahead.begin(
+                    found, one, kinds, lambda p: idle(p, *args), lambda work: self._call(run_steps.lower, work, *how)
+                )
         return (idle(program, *args) for program in found)
 
     def _tell(self) -> None:
