@@ -286,7 +286,7 @@ class EngineCore:
                 jax.block_until_ready(self._run(work, requests[0].logprobs, requests[0].trace))
 
     def _compile(self, requests: Sequence[Request], router: BoundRow | None) -> Iterator[Dispatch]:
-        """Begins to compile what requests can meet that differ in their lengths alone; of each a dispatch for nobody."""
+        """Begins to compile what requests that differ in their lengths can meet; of each a dispatch for nobody."""
         with self._lock:
             (sizes, kinds), one = self._sizes(), requests[0]
             kinds = kinds or (() if router is None else (router,))
