@@ -13,6 +13,7 @@ from meshes import mesh_of
 
 import meteora_jax as mj
 from meteora_jax.engine import EngineCore, EngineSize, Request
+from meteora_jax.engine.job import Job
 from meteora_jax.engine.programs import Program, Sizes, programs
 from meteora_jax.engine.step import run_steps
 
@@ -37,6 +38,25 @@ def test_programs_that_requests_can_meet(count: int, prompt: int, most: int, exp
     found = list(programs(asked, SIZES, 8, 8))
     assert len(set(found)) == len(found)
     assert set(found) == {Program(*one) for one in expected}
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        # more tokens and rows than a step has: three sizes of prompts, which all rows read, few or all rows that decode
+        (300, Sizes((8, 256), (512, 2048, 8192), (128,), (256,))),
+        # those above the request's own are for requests that join it
+        (1, Sizes((1, 8, 256), (128, 512, 1024, 2048, 4096, 8192), (128,), (1, 8, 256))),
+    ],
+)
+def test_a_job_uses_few_sizes(count: int, expected: Sizes):
+    job = Job(any_table=True)
+    for _ in range(count):
+        job.add(Request((5,) * 500, 20))
+    prompts = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    found = job.sizes(Sizes((1, 8, 256), prompts, (8, 32, 128), (1, 8, 256)), 16)
+    for name in ("rows", "prompts", "tables", "reading"):
+        assert tuple(getattr(found, name)) == getattr(expected, name)
 
 
 def test_a_warm_engine_compiles_nothing_whenever_requests_come(world: dict[str, Any]):
