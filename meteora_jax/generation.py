@@ -123,17 +123,18 @@ def routing_of(progress: Progress) -> tuple[list[int], np.ndarray, np.ndarray] |
     The last token of a response was not read unless its end token followed. None where no router acted.
     """
     own = progress.request.trace == "response"
-    if not progress.routing and not (own and progress.router is not None):
-        return None
-    if not progress.routing:  # a response whose tokens were never read
+    recorded = progress.routing
+    if not recorded and own and progress.router is not None:  # a response whose tokens were never read
         shape = (0, 1, len(PROJECTIONS), 1)
-        progress.routing.append((np.zeros(shape, np.int32), np.zeros(shape, np.float32)))
-    width = max(indices.shape[-1] for indices, _ in progress.routing)
+        recorded = [(np.zeros(shape, np.int32), np.zeros(shape, np.float32))]
+    if not recorded:
+        return None
+    width = max(indices.shape[-1] for indices, _ in recorded)
     tokens = [*(() if own else progress.request.prompt), *progress.tokens]
     read = len(tokens) - (progress.finish_reason != "end")
     out = []
     for part, fill in ((0, NO_ADAPTER), (1, 0.0)):
-        arrays = [piece[part] for piece in progress.routing]
+        arrays = [piece[part] for piece in recorded]
         pads = [np.pad(z, [(0, 0)] * 3 + [(0, width - z.shape[-1])], constant_values=fill) for z in arrays]
         joined = np.concatenate(pads)[:read]
         out.append(np.pad(joined, [(0, len(tokens) - len(joined))] + [(0, 0)] * 3, constant_values=fill))

@@ -34,9 +34,10 @@ def kept(compile_kernel: Callable[..., Any], result: Callable[..., Any], version
     def own(module: Any, backend: Any, options: Any, compute_capability: Any, platform: str) -> Any:
         given = module, backend, options, compute_capability, platform
         folder = getattr(jax.config, "jax_compilation_cache_dir", None)
-        if platform != "cuda" or not folder:
+        if platform != "cuda" or not folder or os.environ.get("JAX_TRITON_DUMP_DIR"):  # who dumps wants each stage
             return compile_kernel(*given)
-        said = "\n".join((versions, str(compute_capability), repr(options), str(module)))
+        # backend.hash(): the assembler's version, which the version of PTX follows
+        said = "\n".join((versions, backend.hash(), str(compute_capability), repr(options), str(module)))
         file = Path(folder) / FOLDER / f"{hashlib.sha256(said.encode()).hexdigest()}.json"
         found = _read(file)
         if found is not None:

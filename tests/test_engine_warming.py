@@ -13,6 +13,7 @@ from meshes import mesh_of
 
 import meteora_jax as mj
 from meteora_jax.engine import EngineCore, EngineSize, Request
+from meteora_jax.engine.ahead import AheadCompiler
 from meteora_jax.engine.job import Job
 from meteora_jax.engine.programs import Program, Sizes, programs
 from meteora_jax.engine.step import run_steps
@@ -122,3 +123,21 @@ def test_a_job_compiles_in_threads_and_nothing_twice(
     assert tokens == [handle.progress.tokens for handle in again]
     alone = EngineCore(model.graph, model.weights, model.config, size, mesh=model.mesh)
     assert tokens[1] == alone.submit(asked[1]).wait().tokens
+
+
+def test_what_no_thread_has_begun_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    """So that an interrupted command ends soon."""
+    monkeypatch.setattr("meteora_jax.engine.ahead.THREADS", 1)
+    compiler, go, lowered = AheadCompiler(), threading.Event(), []
+
+    def lower(work: Any) -> Any:
+        lowered.append(work)
+        go.wait(10)
+        raise RuntimeError("an error is left to the call that meets it again")
+
+    found = [Program(rows, 0, 8, 1) for rows in (1, 8, 32)]
+    compiler.begin(found, Request((5,), 1), (), lambda program: program, lower)  # pyright: ignore[reportArgumentType]
+    compiler.stop()
+    go.set()
+    compiler.wait()
+    assert len(lowered) <= 1

@@ -42,7 +42,18 @@ def folder(tmp_path: Path):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-ONE = "module", object(), "warps=4", 90, "cuda"
+class Backend:
+    """As Triton's, of one assembler."""
+
+    def __init__(self, assembler: str):
+        self.assembler = assembler
+
+    def hash(self) -> str:
+        return self.assembler
+
+
+NEW = Backend("ptxas 13.0")
+ONE = "module", NEW, "warps=4", 90, "cuda"
 
 
 def test_a_kernel_is_compiled_once_for_all_processes(folder: Path):
@@ -58,9 +69,10 @@ def test_a_kernel_is_compiled_once_for_all_processes(folder: Path):
 @pytest.mark.parametrize(
     ("given", "versions"),
     [
-        (("other", object(), "warps=4", 90, "cuda"), "3.6"),
-        (("module", object(), "warps=8", 90, "cuda"), "3.6"),
-        (("module", object(), "warps=4", 80, "cuda"), "3.6"),
+        (("other", NEW, "warps=4", 90, "cuda"), "3.6"),
+        (("module", NEW, "warps=8", 90, "cuda"), "3.6"),
+        (("module", NEW, "warps=4", 80, "cuda"), "3.6"),
+        (("module", Backend("ptxas 12.8"), "warps=4", 90, "cuda"), "3.6"),
         (ONE, "3.7"),
     ],
 )
@@ -82,6 +94,12 @@ def test_a_torn_file_is_compiled_again(torn: str, folder: Path):
     assert kept(again, Kernel, "3.6")(*ONE).binary == ".ptx of module"
     assert len(again.asked) == 1
     assert file.read_text() == whole
+
+
+def test_who_dumps_every_stage_has_each_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    kept(Compiler(), Kernel, "3.6")(*ONE)
+    monkeypatch.setenv("JAX_TRITON_DUMP_DIR", str(folder))
+    assert kept(Compiler(), Kernel, "3.6")(*ONE).llir == "llir"
 
 
 def test_nothing_is_kept_without_a_folder(folder: Path):

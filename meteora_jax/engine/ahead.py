@@ -59,7 +59,7 @@ class AheadCompiler:
 
 
 def _compile(lower: Callable[[], Any]) -> None:
-    lower().compile()  # on a GPU half of the time is Triton's, within lowering; it gives the interpreter away
+    lower().compile()  # both let other threads run: XLA's compiler, and on a GPU Triton's, which lowering calls
 
 
 def abstract(tree: Any) -> Any:
