@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from meteora_jax.config import InputError
+from meteora_jax.config import InputError, read_json
 
 WINDOW = 16  # tokens of a response that are decoded again to see what the next ones add
 REPLACEMENT = "\ufffd"  # what a tokenizer prints for bytes that are not yet a whole character
+# {model_type of config.json: {tokenizer_class of tokenizer_config.json, without "Fast": class that AutoTokenizer of
+# transformers 5.3 to 5.24 chooses}}: bases, then encoders. The plain class does what tokenizer.json says, nothing more.
+PLAIN = dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend"), "PreTrainedTokenizerFast")
+CLASSES = {
+    "llama": {**PLAIN, "LlamaTokenizer": "LlamaTokenizer"},
+    "mistral": {**PLAIN, "LlamaTokenizer": "PreTrainedTokenizerFast"},
+    "qwen2": {"Qwen2Tokenizer": "Qwen2Tokenizer"},
+    "qwen3": {**PLAIN, "Qwen2Tokenizer": "Qwen2Tokenizer"},
+    "bert": {"BertTokenizer": "BertTokenizer"},
+    "roberta": {"RobertaTokenizer": "RobertaTokenizer"},
+    "xlm-roberta": {"XLMRobertaTokenizer": "XLMRobertaTokenizer"},
+    "mpnet": {"MPNetTokenizer": "MPNetTokenizer"},
+    "t5": {"T5Tokenizer": "T5Tokenizer"},
+}
 
 
 def check_text(text: str, where: str) -> None:
@@ -93,12 +108,31 @@ class TextStream:
 
 def load_tokenizer(base: str | os.PathLike[str]) -> Any:
     """The tokenizer saved in BASE; a tokenizer's own code is neither run nor asked about."""
-    from transformers import AutoTokenizer  # slow to import, and logits need no tokenizer
+    import transformers  # slow to import, and logits need no tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(Path(base), local_files_only=True, trust_remote_code=False)
+        kind = getattr(transformers, _class_name(Path(base)))
+        return kind.from_pretrained(Path(base), local_files_only=True, trust_remote_code=False)
     except Exception as e:  # what tokenizers and transformers raise at damaged files is of no one kind
         said = (
             "ones that need code of their own, which is not run" if "custom code" in str(e) else f"none that load ({e})"
         )
         raise InputError(f"{base}: expected a tokenizer's files, found {said}") from None
+
+
+def _class_name(base: Path) -> str:
+    """The class of transformers that `AutoTokenizer` chooses for BASE; "AutoTokenizer" where it has to choose itself.
+
+    AutoTokenizer imports PyTorch where it is installed, with all configurations of models: up to 11 s. The classes do not.
+    """
+    try:
+        family = read_json(base / "config.json")["model_type"]
+        settings = read_json(base / "tokenizer_config.json")
+        chosen = CLASSES[family][settings["tokenizer_class"].removesuffix("Fast")]
+        if "auto_map" in settings or (family == "mistral" and find_spec("mistral_common")):  # which has a class as well
+            return "AutoTokenizer"
+        if chosen == "LlamaTokenizer" and '"ByteLevel"' in (base / "tokenizer.json").read_text(encoding="utf-8"):
+            return "AutoTokenizer"  # some versions of transformers choose another class for such a file
+    except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "AutoTokenizer"  # files are missing, or say something else: it knows, or says what is wrong
+    return chosen
