@@ -123,14 +123,15 @@ def load_tokenizer(base: str | os.PathLike[str]) -> Any:
 def _class_name(base: Path) -> str:
     """The class of transformers that `AutoTokenizer` chooses for BASE; "AutoTokenizer" where it has to choose itself.
 
-    AutoTokenizer imports PyTorch where it is installed, with all configurations of models: up to 11 s. The classes do not.
+    AutoTokenizer imports the configurations of models, and they PyTorch where it is installed, which took 11 s on a
+    machine with GPUs. The classes import neither.
     """
     try:
         family = read_json(base / "config.json")["model_type"]
         settings = read_json(base / "tokenizer_config.json")
         chosen = CLASSES[family][settings["tokenizer_class"].removesuffix("Fast")]
-        if "auto_map" in settings or (family == "mistral" and find_spec("mistral_common")):  # which has a class as well
-            return "AutoTokenizer"
+        if "auto_map" in settings or (family == "mistral" and find_spec("mistral_common")):
+            return "AutoTokenizer"  # a class of one's own, or of Mistral's package
         if chosen == "LlamaTokenizer" and '"ByteLevel"' in (base / "tokenizer.json").read_text(encoding="utf-8"):
             return "AutoTokenizer"  # some versions of transformers choose another class for such a file
     except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):

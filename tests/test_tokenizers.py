@@ -22,7 +22,19 @@ CHAT = [{"role": "user", "content": "Is 7 odd?"}, {"role": "assistant", "content
 BASES = ("llama", "mistral", "qwen2", "qwen3")
 NAMES = ("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer")
 HEAVY = {
-    *("torch", "tensorflow", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "datasets", "nltk", "grain", "orbax"),
+    *(
+        "torch",
+        "tensorflow",
+        "accelerate",
+        "sklearn",
+        "scipy",
+        "pandas",
+        "pyarrow",
+        "datasets",
+        "nltk",
+        "grain",
+        "orbax",
+    ),
     *("matplotlib", "fastapi", "sympy"),
 }
 
@@ -107,6 +119,13 @@ def test_what_is_not_plain_is_left_to_autotokenizer(tmp_path, settings, config):
     else:
         edit_json(tmp_path / "config.json", **config)
     assert not sooner(tmp_path)
+
+
+def test_mistral_s_own_package_is_left_to_autotokenizer(tmp_path, monkeypatch):
+    folder = write(tmp_path, "pieces", "mistral")
+    for installed in (False, True):
+        monkeypatch.setattr(text, "find_spec", lambda name, found=installed: found and name == "mistral_common")
+        assert sooner(folder) is not installed
 
 
 COMMAND = """
