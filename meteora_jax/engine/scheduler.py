@@ -2,7 +2,8 @@
 
 A request waits, then has a row and blocks, reads its prompt in chunks, and decodes. Every step serves all rows that
 decode, and gives what is left of its budget to prompts in the order of their arrival. When blocks run out, the request
-that came last gives its own back and waits again, in front; its response so far is read again like a prompt.
+that came last gives its own back and waits again, in front; its response so far is read again like a prompt. A row is
+free for who waits as soon as its request's last token is promised by the dispatches that the device was given.
 
 With an adapter pool a request is ready once its adapters lie in slots. One that is not is passed by those behind it
 that are; what it needs is kept for it in the order of the queue (`slots`). It keeps its slots until its end, also while
