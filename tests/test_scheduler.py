@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 
 import pytest
@@ -234,3 +235,60 @@ def test_after_an_end_the_next_request_need_not_wait_for_a_long_dispatch():
         for p, most in clock.in_flight.popleft()[1]:
             clock.carry_out(p, most)
     assert alone[:3] == [1, 8, 8]
+
+
+def test_who_waits_gets_the_row_of_one_whose_last_token_is_promised():
+    """Its row and blocks are given away before the host knows that token, and it still ends with all its tokens."""
+    scheduler = Scheduler(Limits(2, 2 + 4 * QUERY_BLOCK, 8), PrefixCache(64, 8))
+    clock = Clock(scheduler, dict.fromkeys(range(3), 100))
+    first, second, third = (new(i, 8, most) for i, most in enumerate((1 + 8, 60, 5)))
+    for p in (first, second, third):
+        scheduler.add(p)
+    for _ in range(2):  # the prompts, and eight steps
+        clock.round()
+    assert third.row is None
+    assert len(first.tokens) == 1
+    clock.round()
+    assert [c.progress for c in clock.in_flight[-1][0].chunks] == [third]
+    while scheduler.busy or clock.in_flight:
+        clock.round()
+    assert [len(p.tokens) for p in (first, second, third)] == [9, 60, 5]
+    assert [p.finish_reason for p in (first, second, third)] == ["length"] * 3
+    assert scheduler.cache.pool.available == 64
+
+
+def test_a_row_given_away_leaves_a_request_that_can_be_cancelled():
+    scheduler = Scheduler(Limits(1, 1 + QUERY_BLOCK, 8), PrefixCache(64, 8))
+    first, second = new(0, 8, 1), new(1, 8, 1)
+    for p in (first, second):
+        scheduler.add(p)
+    for _ in range(2):
+        assert scheduler.plan(True) is not None
+    assert (first.row, second.row) == (None, 0)
+    scheduler.release(first)
+    scheduler.release(second)
+    assert not scheduler.busy
+    assert scheduler.cache.pool.available == 64
+    scheduler.cache.pool.check()
+
+
+@pytest.mark.parametrize(("waiting", "gathers"), [(40, True), (2, False)])
+def test_in_a_crowd_a_long_dispatch_follows_every_step_with_prompts(waiting, gathers):
+    """So those whose rows become free one after the other are let in together; where few wait, each at once."""
+    rows = 16
+    scheduler = Scheduler(Limits(rows, rows + 64 * QUERY_BLOCK, 8), PrefixCache(400, 16))
+    clock = Clock(scheduler, {})
+    for i in range(rows + waiting):
+        clock.lengths[i] = 100
+        scheduler.add(new(i, 16, 20 + 3 * (i % rows)))
+    plans = []
+    while scheduler.waiting:
+        crowd = len(scheduler.waiting) > len(scheduler._rows) + rows // 8
+        clock.round()
+        plans.append((crowd, clock.in_flight[-1][0]))
+    behind = [plan.steps for (_, before), (crowd, plan) in itertools.pairwise(plans) if before.chunks and crowd]
+    assert bool(behind) == gathers
+    assert set(behind) <= {8}
+    while scheduler.busy or clock.in_flight:
+        clock.round()
+    assert sorted(clock.done) == list(range(rows + waiting))

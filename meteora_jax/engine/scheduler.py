@@ -2,7 +2,8 @@
 
 A request waits, then has a row and blocks, reads its prompt in chunks, and decodes. Every step serves all rows that
 decode, and gives what is left of its budget to prompts in the order of their arrival. When blocks run out, the request
-that came last gives its own back and waits again, in front; its response so far is read again like a prompt.
+that came last gives its own back and waits again, in front; its response so far is read again like a prompt. A row is
+free for who waits as soon as its request's last token is promised by the dispatches that the device was given.
 
 With an adapter pool a request is ready once its adapters lie in slots. One that is not is passed by those behind it
 that are; what it needs is kept for it in the order of the queue (`slots`). It keeps its slots until its end, also while
@@ -24,6 +25,7 @@ from pallas_kernels.paged_attention import QUERY_BLOCK
 
 PASSING = 4  # times the rows: how far back in the queue somebody is looked for whose adapters are there
 SOON = 6  # steps after an end in which its user's next request is expected
+SHARE = 8  # a crowd waits: more than an eighth of the rows beyond those that are free; and fewer than that idle
 SPARE = 256  # tokens that take about as long as reading all weights once
 
 
@@ -103,11 +105,13 @@ class Scheduler:
         self._rows = list(range(limits.rows - 1, -1, -1))
         self.preemptions = 0
         self._expecting = 0  # steps in which somebody whose request ended may ask again
+        self._ending: set[Progress] = set()  # without a row by now, their last tokens not known yet
+        self._read = False  # whether the last dispatch read prompts
 
     @property
     def busy(self) -> bool:
         """Whether a request is left."""
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self._ending)
 
     def capacity(self) -> int:
         """Positions that one request can have."""
@@ -125,6 +129,9 @@ class Scheduler:
             self.running.remove(progress)
             self._give_back(progress)
             self._expecting = SOON
+        elif progress in self._ending:
+            self._ending.remove(progress)
+            self._expecting = SOON
         elif progress in self.waiting:
             self.waiting.remove(progress)
         else:
@@ -137,12 +144,18 @@ class Scheduler:
 
         in_flight: whether results are outstanding. A request is preempted only when all its tokens are known.
         """
-        self._admit()
-        chunks, decoding = [], [p for p in self.running if not p.prefilling and p.left > 0 and not p.awaited]
+        if self.waiting:
+            self._make_room()
+        decoding = [p for p in self.running if not p.prefilling and p.left > 0 and not p.awaited]
+        # in a crowd a long dispatch follows each step with prompts, and the next reads all that came together meanwhile
+        pause = self._read and self._crowded(len(decoding))
+        if not pause:
+            self._admit()
+        chunks, reads = [], not pause and any(p.prefilling for p in self.running)
         # A guide has to see a token before the next is drawn: its row sits out the dispatch behind its own, and others
         # go on. A longer dispatch of these alone would make it wait for all its steps, to spare them a host that is not
         # in the way as long as a step takes longer than planning one: it plans while the device works.
-        if any(p.prefilling for p in self.running) or any(p.request.guide is not None for p in self.running):
+        if reads or any(p.request.guide is not None for p in self.running):
             steps = 1
         elif not decoding:
             return None
@@ -160,16 +173,18 @@ class Scheduler:
                     victim = self.running[-1]
                     self._preempt(victim)
                     decoding = [p for p in decoding if p is not victim]
-        left = (-(-(len(p.todo) - p.read) // QUERY_BLOCK) * QUERY_BLOCK for p in self.running if p.prefilling)
+        reading = [p for p in self.running if p.prefilling] if reads else []
+        left = (-(-(len(p.todo) - p.read) // QUERY_BLOCK) * QUERY_BLOCK for p in reading)
         budget = self.limits.prompt_tokens(min(self.limits.tokens - len(decoding), sum(left)))
-        for p in self.running:
-            if not p.prefilling or budget < QUERY_BLOCK:
-                continue
+        for p in reading:
+            if budget < QUERY_BLOCK:
+                break
             stop = min(len(p.todo), p.read + budget // QUERY_BLOCK * QUERY_BLOCK)
             chunks.append(Chunk(p, p.read, stop, stop == len(p.todo)))
             budget -= -(-(stop - p.read) // QUERY_BLOCK) * QUERY_BLOCK
         if not chunks and not decoding:
             return None
+        self._read = bool(chunks)
         for p in decoding:
             p.promised += min(steps, p.left)
         for chunk in chunks:
@@ -177,6 +192,22 @@ class Scheduler:
             chunk.progress.promised += chunk.last
             self._publish(chunk.progress, chunk.stop)
         return Plan(tuple(decoding), tuple(chunks), steps)
+
+    def _make_room(self) -> None:
+        """Takes rows and blocks from those who have been promised all their tokens: the device writes what others put
+        there behind these."""
+        for p in [p for p in self.running if not p.prefilling and p.left <= 0]:
+            self.running.remove(p)
+            self._give_back(p)
+            self._ending.add(p)
+
+    def _crowded(self, decoding: int) -> bool:
+        """Whether rows are so well used, and so many wait, that fewer steps with prompts serve those who wait sooner:
+        each of these takes about as long as a decoding step and its prompts' tokens together."""
+        share = self.limits.rows // SHARE
+        if len(self.waiting) <= len(self._rows) + share or self.limits.rows - decoding > share:
+            return False
+        return not self.copying and all(p.request.guide is None for p in self.running)
 
     def learned(self, progress: Progress) -> None:
         """Makes blocks findable that are full of tokens which the host knows by now."""
