@@ -113,13 +113,10 @@ def load_shrink(
     shrink_ptr: float32 [M, A R], or of the choices alone and in parts to be added (compact), [parts, M, C R].
     """
     if ADAPTERS.compact:
-        RP: tl.constexpr = ADAPTERS.RP
-        PARTS: tl.constexpr = ADAPTERS.parts
-        ranks = tl.arange(0, RP)
-        h = tl.zeros((RP,), tl.float32)
-        for part in tl.static_range(PARTS):
-            place = shrink_ptr + (part * M + row) * ADAPTERS.row + c * ADAPTERS.R + ranks
-            h += tl.load(place, mask=real, other=0.0)
+        parts = tl.arange(0, ADAPTERS.parts)  # a power of two
+        ranks = tl.arange(0, ADAPTERS.RP)
+        place = (parts * M + row)[:, None] * ADAPTERS.row + (c * ADAPTERS.R + ranks)[None, :]
+        h = tl.sum(tl.load(shrink_ptr + place, mask=real[None, :] & (parts >= 0)[:, None], other=0.0), axis=0)
     else:
         h = load_sum(shrink_ptr + row * ADAPTERS.row + source, real, M, ADAPTERS.row, ADAPTERS.splits)
     return (h * weight)[:, None]
