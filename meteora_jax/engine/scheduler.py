@@ -105,13 +105,13 @@ class Scheduler:
         self._rows = list(range(limits.rows - 1, -1, -1))
         self.preemptions = 0
         self._expecting = 0  # steps in which somebody whose request ended may ask again
-        self._ending: set[Progress] = set()  # without a row by now, their last tokens not known yet
+        self.ending: set[Progress] = set()  # without a row by now, their last tokens not known yet
         self._read = False  # whether the last dispatch read prompts
 
     @property
     def busy(self) -> bool:
         """Whether a request is left."""
-        return bool(self.waiting or self.running or self._ending)
+        return bool(self.waiting or self.running or self.ending)
 
     def capacity(self) -> int:
         """Positions that one request can have."""
@@ -129,8 +129,8 @@ class Scheduler:
             self.running.remove(progress)
             self._give_back(progress)
             self._expecting = SOON
-        elif progress in self._ending:
-            self._ending.remove(progress)
+        elif progress in self.ending:
+            self.ending.remove(progress)
             self._expecting = SOON
         elif progress in self.waiting:
             self.waiting.remove(progress)
@@ -199,7 +199,7 @@ class Scheduler:
         for p in [p for p in self.running if not p.prefilling and p.left <= 0]:
             self.running.remove(p)
             self._give_back(p)
-            self._ending.add(p)
+            self.ending.add(p)
 
     def _crowded(self, decoding: int) -> bool:
         """Whether rows are so well used, and so many wait, that fewer steps with prompts serve those who wait sooner:

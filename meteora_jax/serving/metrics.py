@@ -75,7 +75,7 @@ class EngineState:
         used = pool.count - pool.available
         gauges = (
             ("vllm:num_requests_running", "Requests that have a row", running),
-            ("vllm:num_requests_waiting", "Requests without one", max(0, live - running)),
+            ("vllm:num_requests_waiting", "Requests that wait for one", max(0, live - running - len(scheduler.ending))),
             (
                 "vllm:kv_cache_usage_perc",
                 "Share of the cache's blocks that requests hold, from 0 to 1",
