@@ -33,8 +33,9 @@ from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.quantized_matmul import QuantizedWeight, triton_gpu
 from pallas_kernels.quantized_matmul.weight import turn, turn_zero
 
-# rows, inputs, columns, groups in 4 bit: a row alone; more than a tile; few inputs
-SHAPES = [(1, 512, 16, 4), (19, 128, 32, 1), (3, 256, 16, 8)]
+# rows, inputs, columns, groups in 4 bit, rows behind: a row alone; more than a tile; few inputs; wider blocks of what
+# is behind
+SHAPES = [(1, 512, 16, 4, 32), (19, 128, 32, 1, 32), (3, 256, 16, 8, 0), (33, 128, 16, 1, 32), (64, 128, 16, 1, 64)]
 
 # how adapters are chosen, whether the bank is wide, up to how many rows gather
 SUMMANDS = [
@@ -143,14 +144,15 @@ def main() -> None:
     count = 0
     for kind in ("int8", "fp8", "int4"):
         for i, shape in enumerate(SHAPES):
-            product(kind, ("bfloat16", "float32")[(i + (kind == "fp8")) % 2], *shape, behind=32 * (i < 2))
+            product(kind, ("bfloat16", "float32")[(i + (kind == "fp8")) % 2], *shape)
             count += 1
     print(f"products: {count} cases")
 
     def wide(rows: int, width: int, total: int, group: int) -> dict[str, int]:
         return chosen(rows, width, total, group) | {"BN": 64, "SPLITS": 3 if width == 192 else 1}
 
-    steps.packing.ROWS = triton_gpu.BEHIND = 64  # fewer rows of zeros, and fewer programs, to interpret
+    steps.packing.ROWS = 64  # fewer rows of zeros, and fewer programs, to interpret
+    triton_gpu.behind_block = lambda *_: 64
     triton_gpu.tiles = wide
     chosen_here, triton_gpu.tiles = triton_gpu.tiles, lambda *_: dict(BM=16, BN=64, J=16, SPLITS=2, STAGES=2, warps=4)
     for seed, case in enumerate(SUMMANDS):

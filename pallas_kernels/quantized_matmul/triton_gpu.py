@@ -12,7 +12,6 @@ from pallas_kernels.launch import launch
 from pallas_kernels.quantized_matmul.weight import QuantizedWeight, word_block
 
 MODULE = "pallas_kernels.quantized_matmul.triton_kernels"
-BEHIND = 16  # rows of a block of what is behind
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 shape = jax.ShapeDtypeStruct
 
@@ -21,7 +20,8 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
     """Tiles of a product: BM rows, BN columns, J words a step, SPLITS shares of the inputs, STAGES of loads, warps.
 
     A program reads its rows of x anew: from L2, which gives little more than memory, so that many rows want many
-    columns, and the inputs are shared out where few programs are left. group: of `QuantizedWeight`.
+    columns (also of what is behind, see `behind_block`), and the inputs are shared out where few programs are left.
+    group: of `QuantizedWeight`.
 
     Raises:
         NotImplementedError: no tile divides the matrix.
@@ -41,6 +41,11 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
     words = min(block // (8 if group else 4), 64 if rows <= 16 else 32)
     stages = 2 if group and rows > 16 else 3 if rows <= 16 or rows > 64 else 4
     return dict(BM=bm, BN=bn, J=words, SPLITS=splits, STAGES=stages, warps=8 if bn > 64 else 4)
+
+
+def behind_block(rows: int, behind: int) -> int:
+    """Of how many rows a program multiplies what is behind a matrix; 0 if none divides them."""
+    return next((n for n in (64, 32, 16) if (n <= 16 or n <= rows) and behind % n == 0), 0)
 
 
 def summands(weight: QuantizedWeight | jax.Array, rows: int) -> int:
@@ -86,12 +91,13 @@ def product(
     warps, splits = size.pop("warps"), size["SPLITS"]
     number = jnp.full((1,), layer, jnp.int32)
     n = 0 if behind is None else behind.shape[1]
+    block = behind_block(count, n)
     given = (weight.scale, number if weight.zero is None else weight.zero, number if behind is None else behind)
     (y,) = launch(
         MODULE, "product_kernel", number, x, weight.values, *given,
         out=(shape((splits, count, total + n), jnp.float32),),
-        grid=(n // BEHIND + total // size["BN"], math.ceil(count / size["BM"]), splits), warps=warps, aliases={},
-        M=count, I=width, O=total, N=n, S=weight.group, B=word_block(width, weight.group), BEHIND=BEHIND,
+        grid=(n // block + total // size["BN"], math.ceil(count / size["BM"]), splits), warps=warps, aliases={},
+        M=count, I=width, O=total, N=n, S=weight.group, B=word_block(width, weight.group), BEHIND=block,
         ASM=x.dtype == jnp.bfloat16, **size,
     )  # fmt: skip
     return y

@@ -117,8 +117,16 @@ def product_kernel(
         store(y_ptr, y, rows, columns, M, O + N)
     elif N > 0:
         behind = block * BEHIND + tl.arange(0, BEHIND)
-        z = plain(x_ptr, behind_ptr + layer * N * I, rows, behind, split, M, I, I // SPLITS, 4, BM, BEHIND, 64, STAGES)
-        store(y_ptr, tl.sum(z, axis=0), rows, O + behind, M, O + N)
+        behind_ptr += layer * N * I
+        if BEHIND == 64:
+            z = plain(x_ptr, behind_ptr, rows, behind, split, M, I, I // SPLITS, BM, BEHIND, 64, STAGES)
+        else:
+            PARTS: tl.constexpr = 64 // BEHIND
+            parts = plain_in_parts(
+                x_ptr, behind_ptr, rows, behind, split, M, I, I // SPLITS, PARTS, BM, BEHIND, 64, STAGES
+            )
+            z = tl.sum(parts, axis=0)
+        store(y_ptr, z, rows, O + behind, M, O + N)
 
 
 @triton.jit
@@ -129,11 +137,28 @@ def store(y_ptr, y, rows, columns, M: tl.constexpr, ROW: tl.constexpr):
 
 @triton.jit
 def plain(
+    x_ptr, w_ptr, rows, columns, split, M: tl.constexpr, I: tl.constexpr, SHARE: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """float32 [BN, BM]: a split's SHARE of x's inputs through rows of w [N, I] in its own type."""
+    ks = tl.arange(0, BK)
+    place = w_ptr + split * SHARE + columns[:, None] * I + ks[None, :]
+    x_place = x_ptr + split * SHARE + rows[None, :] * I + ks[:, None]
+    acc = tl.zeros((BN, BM), tl.float32)
+    for k in tl.range(0, SHARE, BK, num_stages=STAGES):
+        w = tl.load(place + k, mask=(ks + k < SHARE)[None, :], other=0.0)
+        x = tl.load(x_place + k, mask=(rows < M)[None, :] & (ks + k < SHARE)[:, None], other=0.0)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def plain_in_parts(
     x_ptr, w_ptr, rows, columns, split, M: tl.constexpr, I: tl.constexpr, SHARE: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """float32 [PARTS, BN, BM]: a split's SHARE of x's inputs through rows of w [N, I] in its own type; PARTS groups of
-    warps share them once more, so that few columns keep a program's warps busy."""
+    """float32 [PARTS, BN, BM], whose sum is `plain`: groups of warps share the inputs once more, so that few columns
+    keep a program's warps busy."""
     x_ptr += split * SHARE
     w_ptr += split * SHARE
     ks = tl.arange(0, PARTS)[:, None] * BK + tl.arange(0, BK)[None, :]
