@@ -29,7 +29,7 @@ from meteora_jax.io.adapter_change import AdapterChange
 from meteora_jax.io.model_bank import fill_spectra, rank_in
 from meteora_jax.padding import fill_rows, pad_prompts
 from meteora_jax.probing import probed
-from meteora_jax.prompts import Prompt, is_messages, read_prompt, read_prompts, read_token_ids, render_chat, user_texts
+from meteora_jax.prompts import Prompt, encode, is_messages, read_prompt, read_prompts, read_token_ids, user_texts
 from meteora_jax.routing import BoundRouter, RouterArgument, RoutingTrace
 from meteora_jax.routing.known import bind_known, within_known
 from meteora_jax.routing.named import one_a_row, spelled_out
@@ -249,15 +249,7 @@ class Meteora:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids as the tokenizer does by itself; a list of messages goes through the chat template."""
-        return self._encode(read_prompt(prompt, "prompt"), "prompt")
-
-    def _encode(self, prompt: Any, where: str) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if not is_messages(prompt):
-            return prompt
-        rendered = render_chat(self.tokenizer, prompt, where, add_generation_prompt=True)
-        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return encode(self.tokenizer, read_prompt(prompt, "prompt"), "prompt")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Token ids -> text, special tokens left out."""
@@ -339,9 +331,11 @@ class Meteora:
             if not isinstance(routing, bool) and routing != "response":
                 given.refuse("routing", "true, false or 'response'", routing)
         asked, ids, problems = read_prompts(prompts), [], []
+        once = functools.cache(functools.partial(encode, self.tokenizer, where=""))  # a text may be there several times
         for i, prompt in enumerate(asked):
             try:
-                ids.append(self._encode(prompt, f"prompt {i}"))
+                text = isinstance(prompt, str)
+                ids.append(once(prompt) if text else encode(self.tokenizer, prompt, f"prompt {i}"))
             except InputError as e:
                 problems += e.problems
         if problems:

@@ -110,6 +110,20 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], where: str, **optio
     return text
 
 
+def encode(tokenizer: Any, prompt: Any, where: str) -> list[int]:
+    """A prompt of `read_prompt` -> token ids: text as the tokenizer does by itself, messages by the chat template.
+
+    Raises:
+        InputError: as `render_chat`.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if not is_messages(prompt):
+        return prompt
+    rendered = render_chat(tokenizer, prompt, where, add_generation_prompt=True)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
 def _read_list(name: str, value: Any, expected: str) -> list[Any]:
     rows = _as_list(value)
     if isinstance(value, str):

@@ -77,6 +77,26 @@ def test_a_second_call_compiles_nothing(world):
     assert run_steps._cache_size() == compiled
 
 
+def test_a_text_that_is_asked_several_times_is_encoded_once(world, monkeypatch):
+    model, seen = world["model"], []
+    encode = model.tokenizer
+
+    def spy(text, **options):
+        seen.append(text)
+        return encode(text, **options)
+
+    texts = ["a b c", "a", "a b c", [1, 2], "a b c"]
+    whole = model.generate(texts, None, max_new_tokens=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "tokenizer", spy)
+        requests, _ = model._requests(texts, None, 2, mj.Sampling(), (), False)
+    assert seen == ["a b c", "a"]
+    assert [list(r.prompt) for r in requests] == [
+        text if isinstance(text, list) else model.encode(text) for text in texts
+    ]
+    assert whole[0].token_ids == whole[2].token_ids == whole[4].token_ids
+
+
 def test_stop_string_ends_text_and_tokens(world):
     model = world["model"]
     (free,) = model.generate([ROWS[0]], max_new_tokens=30)

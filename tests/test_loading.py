@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from meshes import mesh_of
 from safetensors.numpy import save_file
 from tiny import tiny_llama
 
+import meteora_jax as mj
 from converters import import_base
 from meteora_jax.io.base import load_base
 from meteora_jax.io.model_state import assemble
@@ -72,3 +74,20 @@ def test_nothing_is_read_before_it_is_placed(tmp_path: Path):
         int(np.prod(shape)) for shape in config.weight_shapes().values()
     )
     assert all(isinstance(w, StoredArray) for w in weights.values())
+
+
+def test_to_fill_a_model_compiles_nothing(tmp_path: Path):
+    _, hf = tiny_llama(tmp_path, hidden_size=56, intermediate_size=72)  # shapes that no other test has
+    import_base(hf, tmp_path / "base")
+    compiled: list[str] = []
+
+    def heard(event: str, _seconds: float, **what: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(what["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        mj.load(tmp_path / "base", dtype="bfloat16")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert not compiled

@@ -30,6 +30,7 @@ from meteora_jax.sharding import Params, place, shard_order, sharding, tensor_sh
 from meteora_jax.spectra import SPECTRA
 
 LOG = logging.getLogger(__name__)
+SMALL = 1 << 20  # elements of a leaf that is filled on the host
 
 
 def split_bank(
@@ -136,15 +137,18 @@ def assemble(
 
 
 def _empty(leaf: Any, path: tuple[str, ...], config: LlamaConfig, mesh: Mesh | None) -> jax.Array:
-    """A leaf of empty slots, made on its devices."""
+    """A leaf of empty slots, made on its devices; a small one is sent there: a program of its own takes longer."""
     where = None if mesh is None else sharding(mesh, leaf.get_metadata("axes"), leaf.shape)
-    return jnp.full(leaf.shape, config.vocab_size if path[-1] == "ids" else 0, leaf.dtype, device=where)
+    value = config.vocab_size if path[-1] == "ids" else 0
+    if mesh is None and leaf.size <= SMALL:
+        return jax.device_put(np.full(leaf.shape, value, leaf.dtype))
+    return jnp.full(leaf.shape, value, leaf.dtype, device=where)
 
 
 def _placed(path: Any, leaf: Any, value: Any, mesh: Mesh | None) -> jax.Array:
     assert leaf.shape == value.shape, f"{path}: {leaf.shape} != {value.shape}"
-    if mesh is None:
-        return jnp.asarray(value, leaf.dtype)
+    if mesh is None:  # NumPy casts, which takes no program
+        return jnp.asarray(value if isinstance(value, jax.Array) else np.asarray(value, leaf.dtype), leaf.dtype)
     where = sharding(mesh, leaf.get_metadata("axes"), leaf.shape)
     if isinstance(value, jax.Array) and value.sharding == where and value.dtype == leaf.dtype:
         return value  # another model's, shared
