@@ -124,7 +124,7 @@ def _class_name(base: Path) -> str:
     """The class of transformers that `AutoTokenizer` chooses for BASE; "AutoTokenizer" where it has to choose itself.
 
     AutoTokenizer imports the configurations of models, and they PyTorch where it is installed, which took 11 s on a
-    machine with GPUs. The classes import neither.
+    machine with GPUs. The classes import no configurations, and from transformers 5.18 on no PyTorch.
     """
     try:
         family = read_json(base / "config.json")["model_type"]
