@@ -104,9 +104,9 @@ class GateLogits(Protocol):
         """float32 [B, T, P, A] of x [B, T, I], a null choice behind the adapters."""
         ...
 
-    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
-        """Another score than the gates', float32 [B, T, P, A], -inf where an adapter has no part; with tokens int32 [B]
-        of that token of each row alone, [B, 1, P, A]. Only scores that the router `asks` for are there."""
+    def score(self, score: Score) -> jax.Array:
+        """Another score than the gates', float32 [B, T, P, A], -inf where an adapter has no part. Only scores that the
+        router `asks` for are there."""
         ...
 
     def choose(
