@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,16 +16,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from meteora_jax.execution import jit
+from meteora_jax.execution import jit, platform
 from meteora_jax.model.rope import sequence_positions
 from meteora_jax.padding import fill_rows
 from meteora_jax.routing import RouterArgument, Score
 from meteora_jax.routing.logo import Probe, asking, observe_scores
 from meteora_jax.sharding import Params, fetch, place_rows, use_mesh
 
-ROWS, TOKENS = 32, 8192  # of a pass, at most: prompts, and tokens with their padding
-SHORTEST = 64  # tokens of a row
-LONG = 256  # from here on lengths are twice, below four times as long as the one before: padding costs more there
+ROWS, TOKENS = 32, 2048  # of a pass, at most: prompts, and tokens with their padding, unless one prompt has more
+SHORTEST = 64  # tokens of a row; the next lengths are 128, 256, ..
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def passes(lengths: Sequence[int]) -> Iterator[Pass]:
     while order:
         length = SHORTEST
         while length < lengths[order[0]]:
-            length *= 4 if length < LONG else 2
+            length *= 2
         rows, most = 1, max(1, min(ROWS, TOKENS // length))
         while rows < min(len(order), most):
             rows = min(4 * rows, most)
@@ -82,17 +82,25 @@ def _scores(
     score: Score, prompts: Sequence[Sequence[int]], graph: nnx.GraphDef, weights: Params, mesh: Mesh | None
 ) -> list[np.ndarray]:
     """Of each prompt float32 [L, P, A] at its last token."""
-    begun: list[tuple[Pass, jax.Array]] = []
-    for one in passes([len(prompt) for prompt in prompts]):  # the device works on them while others are prepared
+    planned = list(passes([len(prompt) for prompt in prompts]))
+
+    def call(function: Callable[..., Any], one: Pass) -> Any:
         tokens, lengths = np.zeros((one.rows, one.length), np.int32), np.zeros((one.rows,), np.int32)
         for b, place in enumerate(one.places):
             tokens[b, : len(prompts[place])], lengths[b] = prompts[place], len(prompts[place])
         probe = Probe(score, jnp.asarray(np.maximum(lengths - 1, 0)))
         batch, probe = fill_rows((tokens, lengths), probe, mesh)
         with use_mesh(mesh):
-            begun.append((one, _pass(graph, weights, *place_rows(batch, mesh), probe)))
+            return function(graph, weights, *place_rows(batch, mesh), probe)
+
+    shapes = {(one.rows, one.length): one for one in planned}
+    # on a CPU the compiler's cores are the model's, and hosts compile in one order
+    if platform() != "cpu" and len(shapes) > 1 and (mesh is None or not mesh.is_multi_process):
+        with ThreadPoolExecutor(len(shapes)) as threads:
+            list(threads.map(lambda one: call(_pass.lower, one).compile(), shapes.values()))
+    begun = [call(_pass, one) for one in planned]  # the device works on some while others are prepared
     found: dict[int, np.ndarray] = {}
-    for one, scores in begun:
+    for one, scores in zip(planned, begun, strict=True):
         found |= zip(one.places, np.moveaxis(fetch(scores), 1, 0), strict=False)  # rows behind them are padding
     return [found[place] for place in range(len(prompts))]
 
