@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from meteora_jax import probing
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import System, routing_kind
+from meteora_jax.model import layout
 from meteora_jax.model.rope import sequence_positions
 from meteora_jax.routing.logo import Probe, observe_scores
 
@@ -101,6 +104,18 @@ def test_a_pass_is_full_but_for_the_last():
     ]  # fmt: skip
     assert sorted(place for p in found for place in p.places) == list(range(46))
     assert next(probing.passes([1] * 5)).rows == 16
+
+
+def test_a_packed_model_says_the_same(world):
+    """As accelerators have it: A's are rows behind the base's kernel."""
+    model = mj.load(world["base"], world["bank"], world["gates"], dtype="float32")
+    routers = [mj.Logo(2), mj.Logo(2, "inverse-entropy", "down_proj", 1)]
+    plain = model.after_pass(routers, PROMPTS)
+    graph, weights = layout.pack(model.graph, model._spectra)
+    packed = dataclasses.replace(model, graph=graph, weights=weights).after_pass(routers, PROMPTS)
+    for one, other in zip(plain, packed, strict=True):
+        assert [n for n, _ in one.adapters] == [n for n, _ in other.adapters]
+        np.testing.assert_allclose(*([w for _, w in r.adapters] for r in (one, other)), atol=1e-5)
 
 
 def test_a_pass_reads_adapters_at_one_token(world):
