@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 import meteora_jax as mj
 from meteora_jax import probing
 from meteora_jax.config import InputError
+from meteora_jax.engine import EngineCore
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import System, routing_kind
 from meteora_jax.model import layout
@@ -154,3 +155,19 @@ def test_bad_arguments_are_refused(world):
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             world["model"].logits(PROMPTS, router)
+
+
+def test_a_choice_of_a_whole_request_comes_to_the_host_once_a_token(world, monkeypatch):
+    """Not for every layer and projection: of 20 adapters in 30 layers that is 34 KB a token."""
+    model, run, shapes = world["model"], EngineCore._run, []
+
+    def running(self, *given):
+        result = run(self, *given)
+        shapes.append(result.trace[0].shape)
+        return result
+
+    monkeypatch.setattr(EngineCore, "_run", running)
+    for trace in (True, "response"):
+        for completion in model.generate(PROMPTS, mj.Logo(2), max_new_tokens=3, routing=trace):
+            assert completion.routing.indices.shape[1:] == (3, 7, 2)
+    assert shapes and {(layers, projections) for _, layers, _, projections, _ in shapes} == {(1, 1)}

@@ -62,8 +62,9 @@ class StepLimits:
 
     rows: a step of at most so many.
     gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, with
-        more than WRITTEN_OUT choices, and where matrices are averaged, tiles of rows read the B's that they use once each, behind `weigh_kernel`. One
-        H200, 64 rows of two adapters among 28 each: a step takes 7.2 ms gathered, 7.6 weighed.
+        more than WRITTEN_OUT choices, and where matrices are averaged, tiles of rows read the B's that they use once
+        each, behind `weigh_kernel`. One H200, 64 rows of two adapters among 28 each: a step takes 7.2 ms gathered, 7.6
+        weighed.
     programs: epilogues of chosen rows have so many at most, as far as blocks of WIDEST columns go: half of what a chip
         holds of one warp each. Beyond that a second wave waits for the whole chip again. One H200, a token router, 32
         rows: a step takes 6.20 ms so, 6.27 with twice as many; 8 rows: 5.30 and 5.33. 64 rows were not timed so.
