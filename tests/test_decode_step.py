@@ -31,6 +31,7 @@ from meteora_jax.routing.mixed import Mixed
 from meteora_jax.routing.retrieval import Composed
 from meteora_jax.routing.token_router import choose
 from pallas_kernels.decode_step import triton_gpu
+from pallas_kernels.decode_step.operands import Choice, Group, StepState
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.paged_attention import triton_gpu as paged_gpu
 
@@ -347,3 +348,21 @@ def test_groups_on_a_gpu(monkeypatch, first):
             cases.one_case(seed, launches)
         for rows, seed in cases.MANY[first % 18 // 9 :: 2]:
             cases.one_case(seed, launches, rows)
+
+
+def test_many_choices_are_not_written_out():
+    """A program of one row's choices is written out for each: of twenty the compiler would take ten times as long."""
+    b = jnp.zeros((2, 28, 4, 96), jnp.bfloat16)
+    group = Group(
+        jnp.zeros((2, 96 + 3 * 128, 32), jnp.bfloat16), None, b, jnp.zeros((2, 3, 28)), (32, 32, 32), 1e-5, 128, 28, 0
+    )
+    state = StepState(jnp.zeros((2, 1, 2, 32)), jnp.zeros((1,), jnp.int32), jnp.zeros((1,)), 1)
+
+    def gathers(choices: int, rows: int = 8) -> bool:
+        own = jnp.zeros((rows, choices), jnp.int32), jnp.zeros((rows, choices))
+        layout = triton_gpu.adapter_layout(group, rows, state, Choice(choices, None, None, *own), StepLimits())
+        assert layout is not None
+        return layout.gather
+
+    assert [gathers(n) for n in (1, 2, triton_gpu.WRITTEN_OUT, 9, 20)] == [True, True, True, False, False]
+    assert not gathers(2, rows=256)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from meteora_jax.config import InputError, LlamaConfig
+from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.ahead import AheadCompiler, abstract
 from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes, traced
@@ -338,11 +338,9 @@ class EngineCore:
 
     def _call(self, function: Any, work: Dispatch, state: EngineState, logprobs: int | None, trace: Trace) -> Any:
         rows, prompt = place_whole((work.rows, work.prompt), self.mesh)
+        given = self.graph, self.weights, state, rows, prompt, work.router, self._end
         with use_mesh(self.mesh):
-            return function(
-                self.graph, self.weights, state, rows, prompt, work.router, self._end, steps=work.steps,
-                logprobs=logprobs, trace=trace,
-            )  # fmt: skip
+            return function(*given, steps=work.steps, logprobs=logprobs, trace=trace)
 
     def _read(self) -> None:
         """Waits for the oldest dispatch and gives everyone what is theirs."""
@@ -389,10 +387,11 @@ class EngineCore:
             elif len(p.tokens) >= p.request.max_new_tokens:
                 self._finish(handle, "length")
 
-    @staticmethod
-    def _traced(progress: Progress, indices: np.ndarray, weights: np.ndarray) -> None:
-        """Adds the routing [T, L, P, C] of tokens; a choice that waits for its invocation is no adapter yet."""
-        progress.routing.append((np.where(weights == 0, NO_ADAPTER, indices), weights))
+    def _traced(self, progress: Progress, indices: np.ndarray, weights: np.ndarray) -> None:
+        """Adds the routing of tokens as [T, L, P, C]; a choice that waits for its invocation is no adapter yet."""
+        shape = len(indices), self.config.num_layers, len(PROJECTIONS), indices.shape[-1]
+        chosen = np.where(weights == 0, NO_ADAPTER, indices)
+        progress.routing.append((np.broadcast_to(chosen, shape), np.broadcast_to(weights, shape)))
 
     def _finish(self, handle: Handle, reason: FinishReason) -> None:
         self.scheduler.release(handle.progress)

@@ -74,7 +74,7 @@ class StepResult:
 
     tokens int32 [N, B], EMPTY where none was drawn. logprob float32 [N, B], of these; likely (int32 and float32
     [N, B, n]): the likeliest tokens and theirs; trace (int32 and float32 [N, L, M, P, C]): of each token of a step, or
-    of its B rows' alone; None where nobody asked.
+    of its B rows' alone; L and P are 1 where one choice serves all of a request; None where nobody asked.
     """
 
     tokens: Any
@@ -114,7 +114,8 @@ def _step(
         at = where.rows()
         each = jax.tree.map(lambda z: z[at], router)
     observe = None
-    if trace and router is not None:
+    alike = isinstance(each, Routing) and each.per_request
+    if trace and router is not None and not alike:
         observe = observe_routing if trace is True else functools.partial(observe_routing, count=len(token))
     out = model(tokens[:, None], positions[:, None], each, cache=state.cache, step=where, observe=observe)
     hidden, draws = out.hidden[:, 0], position != EMPTY
@@ -144,6 +145,9 @@ def _step(
         values, indices = jax.lax.top_k(normed, logprobs)
         likely = indices.astype(jnp.int32), values
     routing = None if observe is None else tuple(z[:, :, 0] for z in out.observed)
+    if trace and isinstance(each, Routing) and alike:
+        count = len(token) if trace == "response" else None
+        routing = tuple(z[None, :count, 0] for z in (each.indices, each.weights))
     return state, StepResult(jnp.where(draws, new, EMPTY), logprob, likely, routing)
 
 

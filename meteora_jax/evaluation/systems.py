@@ -23,6 +23,7 @@ from meteora_jax.retriever.ranking import Ranking
 from meteora_jax.routing import AnyRouter, RoutingTrace
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Choosing, Gates
+from meteora_jax.routing.logo import Logo
 from meteora_jax.routing.named import BY_TOKEN, named_router
 from meteora_jax.routing.retrieval import COMPOSITIONS, Compose, GatesWithin, Retrieval
 from meteora_jax.routing.task_retrieval import TaskRetrieval
@@ -323,8 +324,8 @@ def routing_kind(system: System, problem: Problem) -> tuple[Any, ...]:
     router = system.route(problem)
     if isinstance(router, Retrieval):
         return ("given", 1 if router.compose == "selection" else (router.compose, router.k))
-    if isinstance(router, TaskRetrieval):
-        return ("task retrieval", router.k)
+    if isinstance(router, TaskRetrieval | Logo):
+        return (type(router).__name__, router.k)
     if router is None or isinstance(router, Fixed):
         return ("given", 1 if router is None else len(router.weights()))
     return (type(router).__name__,)

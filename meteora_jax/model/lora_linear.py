@@ -13,7 +13,7 @@ from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam, OwnGatePa
 from meteora_jax.config import GROUPS, BankConfig, LlamaConfig
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.numerics import contract, cpu_block
-from meteora_jax.routing import BoundRouter, GateLogits, Routing
+from meteora_jax.routing import BoundRouter, GateLogits, Onlooker, Routing
 from meteora_jax.routing.gates import GATES, GateParam, KnownLogits, ProjectionGates
 from meteora_jax.routing.scores import SHRUNK, GroupScores
 from meteora_jax.sharding import constrain, splits_inner, sum_shares
@@ -159,7 +159,11 @@ class LoRALinear(nnx.Module):
 
     def shrink(self, x: jax.Array) -> jax.Array | None:
         """x [B, T, I] through every A, float32 [B, T, P, A, R]; None where no adapter has a part."""
-        return None if self.lora_a is None else self._whole(shrink(x, self.lora_a[...]))
+        return None if self.lora_a is None else self._shrink(x)
+
+    def _shrink(self, x: jax.Array) -> jax.Array:
+        assert self.lora_a is not None
+        return self._whole(shrink(x, self.lora_a[...]))
 
     def _whole(self, x: jax.Array) -> jax.Array:
         """A sum over the group's inputs, of all devices that hold a share of them."""
@@ -194,6 +198,8 @@ class LoRALinear(nnx.Module):
         routing = None
         if router is None:
             y = self._whole(y)
+        elif isinstance(router, Onlooker):
+            y, routing = self._whole(y), router.look(self, x, self._shrink)
         else:
             # without gates here the router is a routing, which asks for no logits
             gates: GateLogits = KnownLogits(None) if self.gate is None else ProjectionGates(self.gate[...])

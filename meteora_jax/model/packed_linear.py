@@ -17,7 +17,7 @@ from meteora_jax.bank import AdapterConstant, AdapterParam, BaseParam
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model.lora_linear import End, LoRALinear, Share, ended
 from meteora_jax.numerics import contract, cpu_block
-from meteora_jax.routing import BoundRouter, GateLogits, Routing
+from meteora_jax.routing import BoundRouter, GateLogits, Onlooker, Routing
 from meteora_jax.routing.gates import GATES, KnownLogits
 from meteora_jax.routing.scores import SHRUNK, GroupScores
 from meteora_jax.sharding import sharding, sum_shares
@@ -157,6 +157,8 @@ class PackedLinear(nnx.Module):
             y = self._with_bias(self._whole(self._base(x, layer, execution)))
             if router is None:
                 return y, None, False
+            if isinstance(router, Onlooker):
+                return y, router.look(self, x, self._shrink), False
             nothing: GateLogits = KnownLogits(None)
             nothing = nothing if router.asks <= GATES else GroupScores.of(self, x, nothing, None)
             return y, router.route(x, nothing), False
@@ -166,12 +168,14 @@ class PackedLinear(nnx.Module):
 
         given = None if router is None or router.asks else router.known(None)
         requests = given is not None and (given.fused is not None or self._few_choices(given))
-        if router is None or requests:
+        if router is None or requests or isinstance(router, Onlooker):
             y = self._base(x, layer, execution)
             y = y if self.share == "inputs" else self._with_bias(y)
             if given is not None:
                 y = routed_lora(x, bank, given, y, platform=execution.platform)
             y = self._with_bias(self._whole(y)) if self.share == "inputs" else y
+            if isinstance(router, Onlooker):
+                given = router.look(self, x, self._shrink)
             return y.astype(x.dtype), given, False
 
         few = batch * tokens <= FEW_ROWS
@@ -198,7 +202,7 @@ class PackedLinear(nnx.Module):
             shrunk = product[..., first : first + adapters * rank].reshape(batch, tokens, projections, adapters, rank)
         gates: GateLogits = KnownLogits(product[..., : self.gate_columns])
         if not router.asks <= GATES:
-            all_shrunk = self._whole(shrink(x, bank.a)) if self.wide and router.asks & SHRUNK else shrunk
+            all_shrunk = self._shrink(x) if self.wide and router.asks & SHRUNK else shrunk
             gates = GroupScores.of(self, x, gates, all_shrunk)
         routing = router.route(x, gates)
         if self.wide or routing.fused is not None:
@@ -220,6 +224,11 @@ class PackedLinear(nnx.Module):
         else:
             y = routed_lora(x, bank, routing, y, shrink=shrunk, platform=execution.platform)
         return y, routing, False
+
+    def _shrink(self, x: jax.Array) -> jax.Array:
+        """x [B, T, I] through every A, float32 [B, T, P, A, R]."""
+        assert self.lora_a is not None
+        return self._whole(shrink(x, self.lora_a[...]))
 
     def _whole(self, x: jax.Array) -> jax.Array:
         """A sum over the group's inputs, of all devices that hold a share of them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
 import jax
@@ -104,9 +104,9 @@ class GateLogits(Protocol):
         """float32 [B, T, P, A] of x [B, T, I], a null choice behind the adapters."""
         ...
 
-    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
-        """Another score than the gates', float32 [B, T, P, A], -inf where an adapter has no part; with tokens int32 [B]
-        of that token of each row alone, [B, 1, P, A]. Only scores that the router `asks` for are there."""
+    def score(self, score: Score) -> jax.Array:
+        """Another score than the gates', float32 [B, T, P, A], -inf where an adapter has no part. Only scores that the
+        router `asks` for are there."""
         ...
 
     def choose(
@@ -118,6 +118,16 @@ class GateLogits(Protocol):
             allowed: bool [B, A], the adapters that each row may choose; None: all.
             candidates: int32 [B], how many of them Arrow's score lets through; None: all.
         """
+        ...
+
+
+@runtime_checkable
+class Onlooker(Protocol):
+    """A bound router by which no adapter acts: a projection group runs the base alone, and is asked of its input."""
+
+    def look(self, group: Any, x: jax.Array, shrink: Callable[[jax.Array], jax.Array]) -> Routing:
+        """What is to be known of a group (a `scores.AdaptedGroup`) with the input x [B, T, I]: a routing of no adapter,
+        whose `logits` say it. shrink: what takes a part of x through every A, where the group has any."""
         ...
 
 

@@ -28,7 +28,7 @@ class GateParam(nnx.Param):
 class LogitsAlone:
     """Who knows no score but the gates' logits."""
 
-    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
+    def score(self, score: Score) -> jax.Array:
         """None."""
         raise NotImplementedError(f"{type(self).__name__}: no score {score!r}")
 

@@ -7,7 +7,7 @@ for routers that read a request's text.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,7 +17,9 @@ import numpy as np
 from meteora_jax.arguments import Arguments
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.routing import NO_ADAPTER, GateLogits, PassRouter, Routing, Score
+from meteora_jax.routing.gates import KnownLogits
 from meteora_jax.routing.retrieval import Composed
+from meteora_jax.routing.scores import AdaptedGroup, GroupScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Logo:
 class Probe:
     """Nothing acts, and every projection group says a score of all adapters at one token of each row.
 
-    last: int32 [B], which token. The scores leave as the routing's `logits`, [B, 1, P, A].
+    last: int32 [B], which token. The scores leave as the routing's `logits`, [B, 1, P, A]. A group runs the base alone
+    and asks `look` of its input: adapters then cost what one token costs.
     """
 
     score: Score = dataclasses.field(metadata={"static": True})
@@ -99,8 +102,14 @@ class Probe:
         return self
 
     def route(self, x: jax.Array, gates: GateLogits) -> Routing:
-        """Nothing, with the scores."""
-        return dataclasses.replace(self._nothing(), logits=gates.score(self.score, self.last))
+        """Nothing, with the scores of x [B, 1, I], the one token of each row."""
+        return dataclasses.replace(self._nothing(), logits=gates.score(self.score))
+
+    def look(self, group: AdaptedGroup, x: jax.Array, shrink: Callable[[jax.Array], jax.Array]) -> Routing:
+        """`route` of a group whose input is x [B, T, I]; shrink: x through every A of a group that has any."""
+        x = jnp.take_along_axis(x, self.last[:, None, None], axis=1)
+        shrunk = None if group.lora_scale is None else shrink(x)
+        return self.route(x, GroupScores.of(group, x, KnownLogits(None), shrunk))
 
     def _nothing(self) -> Routing:
         shape = len(self.last), 1, 1, 1

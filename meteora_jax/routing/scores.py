@@ -88,11 +88,9 @@ class GroupScores:
         """The gates'."""
         return self.gates.logits(x)
 
-    def score(self, score: Score, tokens: jax.Array | None = None) -> jax.Array:
-        """float32 [B, T or 1, P, A], -inf where an adapter has no part."""
+    def score(self, score: Score) -> jax.Array:
+        """float32 [B, T, P, A], -inf where an adapter has no part."""
         x, h = self.x, self.shrink
-        if tokens is not None:
-            x, h = _of_token(x, tokens), None if h is None else _of_token(h, tokens)
         part, own = self.part, score in ("phatgoose", "own-gate")
         if own and self.own_gates is not None:
             gates = self.own_gates
@@ -141,11 +139,6 @@ class GroupScores:
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST)
-
-
-def _of_token(z: jax.Array, tokens: jax.Array) -> jax.Array:
-    """z [B, T, ..] at one token of each row, [B, 1, ..]."""
-    return jnp.take_along_axis(z, tokens.reshape(-1, *(1,) * (z.ndim - 1)), axis=1)
 
 
 def _logits(x: jax.Array, own_gates: jax.Array) -> jax.Array:

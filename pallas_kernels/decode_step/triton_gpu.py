@@ -50,6 +50,9 @@ MAX_ROWS = 512
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 WIDEST = 128  # columns of a block
 ONE_WARP = 1024  # values of B in a block of one warp
+# Choices that a program of chosen rows has written out, at most: of 20 Triton compiled three epilogues in 10 s where 2
+# took 1, and matrix products 3 with either.
+WRITTEN_OUT = 8
 shape = jax.ShapeDtypeStruct
 
 
@@ -58,9 +61,10 @@ class StepLimits:
     """Which decoding steps the kernels serve, and how.
 
     rows: a step of at most so many.
-    gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, and
-        where matrices are averaged, tiles of rows read the B's that they use once each, behind `weigh_kernel`. One
-        H200, 64 rows of two adapters among 28 each: a step takes 7.2 ms gathered, 7.6 weighed.
+    gather: a row reads its own adapters' rows of B while there are at most so many times those of all; beyond, with
+        more than WRITTEN_OUT choices, and where matrices are averaged, tiles of rows read the B's that they use once
+        each, behind `weigh_kernel`. One H200, 64 rows of two adapters among 28 each: a step takes 7.2 ms gathered, 7.6
+        weighed.
     programs: epilogues of chosen rows have so many at most, as far as blocks of WIDEST columns go: half of what a chip
         holds of one warp each. Beyond that a second wave waits for the whole chip again. One H200, a token router, 32
         rows: a step takes 6.20 ms so, 6.27 with twice as many; 8 rows: 5.30 and 5.33. 64 rows were not timed so.
@@ -233,7 +237,7 @@ def adapter_layout(
     each = choice.indices is not None and choice.indices.ndim == 3  # a routing of its own for each projection
     return AdapterLayout(
         A=adapters, G=group.gates, R=rank, C=c, gates=gates and not compact,
-        gather=compact or (choice.fused is None and rows * c <= limits.gather * adapters),
+        gather=compact or (choice.fused is None and c <= WRITTEN_OUT and rows * c <= limits.gather * adapters),
         fused=choice.fused is not None, splits=quantized_gpu.summands(group.w, rows), compact=compact,
         parts=shrink_parts(group, rows, c), **place,
         routing_layer=rows * traced, routing_row=traced or (p * c if each else c),
