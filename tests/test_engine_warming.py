@@ -18,20 +18,20 @@ from meteora_jax.engine.job import Job
 from meteora_jax.engine.programs import Program, Sizes, programs
 from meteora_jax.engine.step import run_steps
 
-SIZES = Sizes((1, 8, 32), (64, 128, 256), (8, 32), (1, 8, 32))
+SIZES = Sizes.of((1, 8, 32), (64, 128, 256), (8, 32))
 
 
 @pytest.mark.parametrize(
     ("count", "prompt", "most", "expected"),
     [
         # a row of 20 to 39 positions: 64 prompt tokens, one step, eight steps; blocks of 8: 3 to 5 columns
-        (1, 20, 20, {(1, 64, 8, 1), (1, 0, 8, 1), (1, 0, 8, 8)}),
+        (1, 20, 20, {(8, 64, 8, 1), (1, 0, 8, 1), (1, 0, 8, 8)}),
         # five tokens at most: no long dispatch
-        (1, 20, 5, {(1, 64, 8, 1), (1, 0, 8, 1)}),
+        (1, 20, 5, {(8, 64, 8, 1), (1, 0, 8, 1)}),
         # 60 to 79 positions are 8 to 10 columns
-        (1, 60, 20, {(1, n, w, k) for n, k in ((64, 1), (0, 1), (0, 8)) for w in (8, 32)}),
+        (1, 60, 20, {(r, n, w, k) for r, n, k in ((8, 64, 1), (1, 0, 1), (1, 0, 8)) for w in (8, 32)}),
         # three, of which only one may be left, or be first to have its adapter: 32 tokens alone, 96 together
-        (3, 20, 5, {(1, 64, 8, 1), (1, 0, 8, 1), (8, 64, 8, 1), (8, 128, 8, 1), (8, 0, 8, 1)}),
+        (3, 20, 5, {(1, 0, 8, 1), (8, 64, 8, 1), (8, 128, 8, 1), (8, 0, 8, 1)}),
     ],
 )
 def test_programs_that_requests_can_meet(count: int, prompt: int, most: int, expected: set[tuple[int, ...]]):
@@ -47,7 +47,7 @@ def test_programs_that_requests_can_meet(count: int, prompt: int, most: int, exp
         # more tokens and rows than a step has: three sizes of prompts, which all rows read, few or all rows that decode
         (300, Sizes((8, 256), (512, 2048, 8192), (128,), (256,))),
         # those above the request's own are for requests that join it
-        (1, Sizes((1, 8, 256), (128, 512, 1024, 2048, 4096, 8192), (128,), (1, 8, 256))),
+        (1, Sizes((1, 8, 256), (128, 512, 1024, 2048, 4096, 8192), (128,), (8, 256))),
     ],
 )
 def test_a_job_uses_few_sizes(count: int, expected: Sizes):
@@ -55,9 +55,30 @@ def test_a_job_uses_few_sizes(count: int, expected: Sizes):
     for _ in range(count):
         job.add(Request((5,) * 500, 20))
     prompts = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    found = job.sizes(Sizes((1, 8, 256), prompts, (8, 32, 128), (1, 8, 256)), 16)
+    found = job.sizes(Sizes.of((1, 8, 256), prompts, (8, 32, 128)), 16)
     for name in ("rows", "prompts", "tables", "reading"):
         assert tuple(getattr(found, name)) == getattr(expected, name)
+
+
+def test_programs_that_read_prompts_have_a_multiple_of_8_rows(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Whatever the engine's: XLA pads a GPU's products else, and copies what goes in and out of each."""
+    shapes, run = [], EngineCore._run
+
+    def spy(self: EngineCore, work: Any, *rest: Any) -> Any:
+        if work.prompt is not None:
+            shapes.append((work.rows.order.shape[0], work.prompt.tokens.shape[0]))
+        return run(self, work, *rest)
+
+    monkeypatch.setattr(EngineCore, "_run", spy)
+    model = world["model"]
+    engine = EngineCore(model.graph, model.weights, model.config, EngineSize(3, 67, 32, 8))
+    for count in (1, 3):
+        handles = [engine.submit(model.request([n] * 20, mj.Fixed("cedar"), 4)) for n in range(30, 30 + count)]
+        engine.drain()
+        assert all(len(h.progress.tokens) == 4 for h in handles)
+    assert shapes
+    assert {rows for rows, _ in shapes} == {8}
+    assert Sizes.of((1, 8, 100), (64,), (8,)).reading == (8, 104)
 
 
 def test_a_warm_engine_compiles_nothing_whenever_requests_come(world: dict[str, Any]):

@@ -325,7 +325,7 @@ class EngineCore:
 
     def _sizes(self) -> tuple[Sizes, Sequence[BoundRow]]:
         """Of the programs in use, and the routers whose kinds are among every dispatch's."""
-        every = Sizes(self.row_sizes, self.prompt_sizes, self.table_sizes, self.row_sizes)
+        every = Sizes.of(self.row_sizes, self.prompt_sizes, self.table_sizes)
         if self._job is None:
             return every, ()
         return self._job.sizes(every, self.size.block_size), tuple(self._job.kinds.values())

@@ -53,7 +53,7 @@ class Job:
         """Those of the engine's that its steps use. One with prompt tokens has few rows at the beginning alone, and
         takes about as long with all of them."""
         rows = thinned(every.rows, len(self.requests), FEWER_ROWS)
-        reading = [n for n in every.rows if n >= len(self.requests)] or every.rows[-1:]
+        reading = [n for n in every.reading if n >= len(self.requests)] or every.reading[-1:]
         return Sizes(rows, self.prompts(every.prompts), self.tables(every.tables, block_size), reading)
 
     def prompts(self, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -17,16 +17,24 @@ from meteora_jax.engine.sampling import SamplingRows
 from meteora_jax.engine.step import PromptTokens, StepRows
 from pallas_kernels.paged_attention import EMPTY, QUERY_BLOCK
 
+ALIGNED = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """The numbers of rows, of prompt tokens and of table columns that an engine's programs have, each ascending;
-    reading: those of rows that programs with prompt tokens have, the last ones of `rows`."""
+    reading: those of rows that programs with prompt tokens have."""
 
     rows: Sequence[int]
     prompts: Sequence[int]
     tables: Sequence[int]
     reading: Sequence[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[int], prompts: Sequence[int], tables: Sequence[int]) -> Sizes:
+        """Those of an engine. XLA for GPUs pads products whose rows are no multiple of 8, so that one request alone
+        would have a layer's inputs and results copied: programs with prompt tokens have such numbers of rows."""
+        return cls(rows, prompts, tables, tuple(sorted({-(-n // ALIGNED) * ALIGNED for n in rows})))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +55,18 @@ def programs(requests: Sequence[Request], sizes: Sizes, block_size: int, steps: 
     tables = [n for n in sizes.tables if fewest <= n <= widest]
     prompts = sorted((-(-len(r.prompt) // QUERY_BLOCK) * QUERY_BLOCK for r in requests), reverse=True)
     several = max(r.max_new_tokens for r in requests) - 1 > steps // 2
-    for rows in sizes.rows:
+    for rows in up_to(len(requests), sizes.rows):
+        for count, table in itertools.product((1, steps) if several else (1,), tables):
+            yield Program(rows, 0, table, count)
+    for rows in up_to(len(requests), sizes.reading):
         most = round_up(min(sum(prompts[:rows]), sizes.prompts[-1]), sizes.prompts)
-        reading = [n for n in sizes.prompts if n <= most] if rows in sizes.reading else []
-        kinds = [(0, 1), *([(0, steps)] if several else ()), *((n, 1) for n in reading)]
-        for (prompt, count), table in itertools.product(kinds, tables):
-            yield Program(rows, prompt, table, count)
-        if rows >= len(requests):
-            return
+        for prompt, table in itertools.product((n for n in sizes.prompts if n <= most), tables):
+            yield Program(rows, prompt, table, 1)
+
+
+def up_to(count: int, sizes: Sequence[int]) -> list[int]:
+    """The sizes that serve so many requests or fewer."""
+    return [n for i, n in enumerate(sizes) if i == 0 or sizes[i - 1] < count]
 
 
 def idle(
