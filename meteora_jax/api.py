@@ -334,8 +334,7 @@ class Meteora:
         once = functools.cache(functools.partial(encode, self.tokenizer, where=""))  # a text may be there several times
         for i, prompt in enumerate(asked):
             try:
-                text = isinstance(prompt, str)
-                ids.append(once(prompt) if text else encode(self.tokenizer, prompt, f"prompt {i}"))
+                ids.append(once(prompt) if isinstance(prompt, str) else encode(self.tokenizer, prompt, f"prompt {i}"))
             except InputError as e:
                 problems += e.problems
         if problems:

@@ -45,14 +45,13 @@ class BenchSchedule:
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A dispatch: its decoding steps, rows that decode and rows of its program, prompt tokens and those of its
-    program, and how many requests wait behind it."""
+    program."""
 
     steps: int
     decoding: int
     rows: int
     prompt: int
     padded: int
-    waiting: int
 
     def parts(self) -> tuple[float, float]:
         """Milliseconds of its prompts and of decoding."""
@@ -82,8 +81,7 @@ def schedule(settings: BenchSchedule) -> tuple[list[Step], list[float]]:
             blocks = sum(-(-(c.stop - c.start) // QUERY_BLOCK) for c in plan.chunks)
             read, used = sum(c.stop - c.start for c in plan.chunks), len(plan.decoding) + len(plan.chunks)
             padded = round_up(blocks * QUERY_BLOCK, prompts) if blocks else 0
-            waiting = len(scheduler.waiting)
-            steps.append(Step(plan.steps, len(plan.decoding), round_up(used, rows), read, padded, waiting))
+            steps.append(Step(plan.steps, len(plan.decoding), round_up(used, rows), read, padded))
             now += sum(steps[-1].parts())
             in_flight.append((plan, now))
         if in_flight and (plan is None or len(in_flight) == IN_FLIGHT):

@@ -22,21 +22,9 @@ CHAT = [{"role": "user", "content": "Is 7 odd?"}, {"role": "assistant", "content
 BASES = ("llama", "mistral", "qwen2", "qwen3")
 NAMES = ("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer")
 HEAVY = {
-    *(
-        "torch",
-        "tensorflow",
-        "accelerate",
-        "sklearn",
-        "scipy",
-        "pandas",
-        "pyarrow",
-        "datasets",
-        "nltk",
-        "grain",
-        "orbax",
-    ),
-    *("matplotlib", "fastapi", "sympy"),
-}
+    "torch", "tensorflow", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "datasets", "nltk", "grain", "orbax",
+    "matplotlib", "fastapi", "sympy",
+}  # fmt: skip
 
 
 def write(folder: Path, kind: str, family: str, **settings: Any) -> Path:

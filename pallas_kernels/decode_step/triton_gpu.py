@@ -50,9 +50,7 @@ MAX_ROWS = 512
 PROGRAMS = 128  # of an H200's 132 multiprocessors
 WIDEST = 128  # columns of a block
 ONE_WARP = 1024  # values of B in a block of one warp
-# Choices that a program of chosen rows has written out, at most: of 20 Triton compiled three epilogues in 10 s where 2
-# took 1, and matrix products 3 with either.
-WRITTEN_OUT = 8
+WRITTEN_OUT = 8  # choices of a row that a program goes through one by one, at most: of many the compiler takes long
 shape = jax.ShapeDtypeStruct
 
 
@@ -67,7 +65,7 @@ class StepLimits:
         weighed.
     programs: epilogues of chosen rows have so many at most, as far as blocks of WIDEST columns go: half of what a chip
         holds of one warp each. Beyond that a second wave waits for the whole chip again. One H200, a token router, 32
-        rows: a step takes 6.20 ms so, 6.27 with twice as many; 8 rows: 5.30 and 5.33. 64 rows were not timed so.
+        rows: a step takes 6.20 ms so, 6.27 with twice as many; 8 rows: 5.30 and 5.33. 64 rows were timed so alone.
     """
 
     rows: int = MAX_ROWS

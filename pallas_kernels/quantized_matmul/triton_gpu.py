@@ -43,9 +43,9 @@ def tiles(rows: int, width: int, total: int, group: int) -> dict[str, int]:
     return dict(BM=bm, BN=bn, J=words, SPLITS=splits, STAGES=stages, warps=8 if bn > 64 else 4)
 
 
-def behind_block(rows: int, behind: int) -> int:
-    """Of how many rows a program multiplies what is behind a matrix; 0 if none divides them."""
-    return next((n for n in (64, 32, 16) if (n <= 16 or n <= rows) and behind % n == 0), 0)
+def behind_block(rows: int) -> int:
+    """Of how many rows a program multiplies what is behind a matrix, whose rows are a multiple (`packing.ROWS`)."""
+    return max(16, min(64, 1 << (rows.bit_length() - 1)))
 
 
 def summands(weight: QuantizedWeight | jax.Array, rows: int) -> int:
@@ -91,7 +91,8 @@ def product(
     warps, splits = size.pop("warps"), size["SPLITS"]
     number = jnp.full((1,), layer, jnp.int32)
     n = 0 if behind is None else behind.shape[1]
-    block = behind_block(count, n)
+    block = behind_block(count)
+    assert n % block == 0, f"quantised products: {n} rows behind, in blocks of {block}"
     given = (weight.scale, number if weight.zero is None else weight.zero, number if behind is None else behind)
     (y,) = launch(
         MODULE, "product_kernel", number, x, weight.values, *given,
