@@ -32,6 +32,8 @@ SIZES = Sizes.of((1, 8, 32), (64, 128, 256), (8, 32))
         (1, 60, 20, {(r, n, w, k) for r, n, k in ((8, 64, 1), (1, 0, 1), (1, 0, 8)) for w in (8, 32)}),
         # three, of which only one may be left, or be first to have its adapter: 32 tokens alone, 96 together
         (3, 20, 5, {(1, 0, 8, 1), (8, 64, 8, 1), (8, 128, 8, 1), (8, 0, 8, 1)}),
+        # nine: 256 tokens of eight together, and as many of all
+        (9, 20, 5, {(n, p, 8, 1) for n in (8, 32) for p in (0, 64, 128, 256)} | {(1, 0, 8, 1)}),
     ],
 )
 def test_programs_that_requests_can_meet(count: int, prompt: int, most: int, expected: set[tuple[int, ...]]):
