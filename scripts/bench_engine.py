@@ -27,6 +27,7 @@ import tyro
 from bench_models import random_bank, random_model
 from bench_programs import kernels_of, prepared, run_as
 from bench_scaling import random_on
+from bench_schedule import schedule
 from bench_settings import llama
 from bench_timing import console
 from flax import nnx
@@ -35,6 +36,8 @@ from rich.table import Table
 import meteora_jax as mj
 from meteora_jax.config import GROUPS, InputError, LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Request, bind_row
+from meteora_jax.engine.batch import round_up
+from meteora_jax.engine.programs import Program
 from meteora_jax.execution import ExecutionConfig, default_dtype, platform
 from meteora_jax.gate_config import FormName
 from meteora_jax.io.model_state import execution_on
@@ -141,14 +144,25 @@ class Bench:
         return Request(tuple(tokens), new, bind_row(bound))
 
 
+def compile_planned(engine: EngineCore, asked: Sequence[Request]) -> None:
+    """Begins to compile, several at once, what requests that come all at once meet: plans do not depend on time."""
+    steps, _ = schedule(
+        [(len(r.prompt), r.max_new_tokens) for r in asked], engine.size.rows, engine.size.tokens - engine.size.rows
+    )
+    found = {Program(s.rows, s.padded, round_up(s.blocks, engine.table_sizes), s.steps) for s in steps}
+    engine.compile([*found], asked[0], asked[0].router)
+
+
 def time_rows(bench: Bench, kind: Kind, rows: int) -> dict[str, float]:
     """Milliseconds of a step with so many rows, and of the prompts; the third round: in the second, too, programs are
     compiled (single steps behind the first round's ends)."""
     new, prompt = bench.settings.new, bench.settings.prompt
     engine = bench.engine(rows, rows * (prompt + new))
+    asked = [bench.request(kind, i, prompt, new) for i in range(rows)]
+    compile_planned(engine, asked)
     found: dict[str, float] = {}
     for _ in range(3):
-        handles = [engine.submit(bench.request(kind, i, prompt, new)) for i in range(rows)]
+        handles = [engine.submit(request) for request in asked]
         start = time.perf_counter()
         while not all(h.progress.tokens for h in handles):
             engine.step()
@@ -194,6 +208,7 @@ def time_requests(bench: Bench, kind: Kind, count: int) -> dict[str, float]:
     rows = min(128, count)
     engine = bench.engine(rows, rows * (max(p for p, _ in lengths) + 257))
     asked = [bench.request(kind, i, p, n) for i, (p, n) in enumerate(lengths)]
+    compile_planned(engine, asked)
     spent = 0.0
     for _ in range(3):
         for request in asked:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import tyro
@@ -19,6 +20,7 @@ from bench_timing import console
 
 from meteora_jax.engine.batch import prompt_sizes, round_up, row_sizes
 from meteora_jax.engine.prefix_cache import PrefixCache
+from meteora_jax.engine.programs import Sizes
 from meteora_jax.engine.request import Progress, Request
 from meteora_jax.engine.scheduler import Limits, Plan, Scheduler
 from pallas_kernels.paged_attention import QUERY_BLOCK
@@ -45,13 +47,14 @@ class BenchSchedule:
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A dispatch: its decoding steps, rows that decode and rows of its program, prompt tokens and those of its
-    program."""
+    program, and the most blocks of a row."""
 
     steps: int
     decoding: int
     rows: int
     prompt: int
     padded: int
+    blocks: int
 
     def parts(self) -> tuple[float, float]:
         """Milliseconds of its prompts and of decoding."""
@@ -67,21 +70,32 @@ def lengths(settings: BenchSchedule) -> list[tuple[int, int]]:
     return list(zip(draw.integers(64, 1025, count).tolist(), draw.integers(16, 257, count).tolist(), strict=True))
 
 
-def schedule(settings: BenchSchedule) -> tuple[list[Step], list[float]]:
-    """The dispatches, and when the first token of each request is known, in ms."""
-    rows, most = row_sizes(settings.rows), settings.budget + settings.rows
-    prompts = prompt_sizes(most)
-    scheduler = Scheduler(Limits(settings.rows, most, prompt_sizes=prompts), PrefixCache(settings.rows * 82, 16, False))
-    for i, (prompt, new) in enumerate(lengths(settings)):
+def schedule(asked: Sequence[tuple[int, int]], most: int, budget: int) -> tuple[list[Step], list[float]]:
+    """The dispatches, and when the first token of each request is known, in ms.
+
+    Args:
+        asked: tokens of each prompt and of its response. most: rows at once. budget: prompt tokens in a step.
+    """
+    rows, prompts = row_sizes(most), prompt_sizes(budget + most)
+    reading, blocks = Sizes.of(rows, prompts, ()).reading, most * (sum(map(max, zip(*asked, strict=True))) // 16 + 2)
+    scheduler = Scheduler(Limits(most, budget + most, prompt_sizes=prompts), PrefixCache(blocks, 16, False))
+    for i, (prompt, new) in enumerate(asked):
         scheduler.add(Progress(Request((7,) * prompt, new), i, [7] * prompt))
     steps, first, now = list[Step](), dict[int, float](), 0.0
     in_flight: deque[tuple[Plan, float]] = deque()
     while scheduler.busy or in_flight:
         if (plan := scheduler.plan(bool(in_flight))) is not None:
-            blocks = sum(-(-(c.stop - c.start) // QUERY_BLOCK) for c in plan.chunks)
-            read, used = sum(c.stop - c.start for c in plan.chunks), len(plan.decoding) + len(plan.chunks)
-            padded = round_up(blocks * QUERY_BLOCK, prompts) if blocks else 0
-            steps.append(Step(plan.steps, len(plan.decoding), round_up(used, rows), read, padded))
+            runs = sum(-(-(c.stop - c.start) // QUERY_BLOCK) for c in plan.chunks)
+            read, owners = (
+                sum(c.stop - c.start for c in plan.chunks),
+                [*plan.decoding, *(c.progress for c in plan.chunks)],
+            )
+            padded, used = (
+                round_up(runs * QUERY_BLOCK, prompts) if runs else 0,
+                round_up(len(owners), reading if runs else rows),
+            )
+            widest = max(len(p.blocks) for p in owners)
+            steps.append(Step(plan.steps, len(plan.decoding), used, read, padded, widest))
             now += sum(steps[-1].parts())
             in_flight.append((plan, now))
         if in_flight and (plan is None or len(in_flight) == IN_FLIGHT):
@@ -97,7 +111,7 @@ def schedule(settings: BenchSchedule) -> tuple[list[Step], list[float]]:
 
 def main(settings: BenchSchedule) -> None:
     """Prints the sum and its parts."""
-    steps, first = schedule(settings)
+    steps, first = schedule(lengths(settings), settings.rows, settings.budget)
     prompts, decoding = (sum(part) for part in zip(*(s.parts() for s in steps), strict=True))
     new = sum(n for _, n in lengths(settings))
     last = max(i for i, s in enumerate(steps) if s.padded)

@@ -26,7 +26,7 @@ from meteora_jax.engine.ahead import AheadCompiler, abstract
 from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes, traced
 from meteora_jax.engine.job import Job
 from meteora_jax.engine.prefix_cache import PrefixCache
-from meteora_jax.engine.programs import Sizes, idle, programs
+from meteora_jax.engine.programs import Program, Sizes, idle, programs
 from meteora_jax.engine.request import BoundRow, FinishReason, Progress, Request, Trace, check_prompts
 from meteora_jax.engine.scheduler import Limits, Plan, Scheduler
 from meteora_jax.engine.step import EngineState, StepResult, new_state, run_steps
@@ -288,9 +288,17 @@ class EngineCore:
     def _compile(self, requests: Sequence[Request], router: BoundRow | None) -> Iterator[Dispatch]:
         """Begins to compile what requests that differ in their lengths can meet; of each a dispatch for nobody."""
         with self._lock:
-            (sizes, kinds), one = self._sizes(), requests[0]
-            kinds = kinds or (() if router is None else (router,))
-            found = list(programs(requests, sizes, self.size.block_size, self.scheduler.limits.steps))
+            found = programs(requests, self._sizes()[0], self.size.block_size, self.scheduler.limits.steps)
+            return self.compile(list(found), requests[0], router)
+
+    def compile(self, found: Sequence[Program], one: Request, router: BoundRow | None) -> Iterator[Dispatch]:
+        """Begins to compile programs, which the next dispatch waits for; of each a dispatch for nobody.
+
+        Args:
+            one: a request that they serve. router: its router, where no other has been submitted.
+        """
+        with self._lock:
+            kinds = self._sizes()[1] or (() if router is None else (router,))
             args = one, self.size.rows, self.config.vocab_size, kinds, self._routers
             how = abstract(self._state), one.logprobs, one.trace
             if self.mesh is None or not self.mesh.is_multi_process:  # hosts compile in one order
