@@ -2,6 +2,8 @@
 
 import json
 import logging
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +187,32 @@ def test_a_frame_is_what_most_texts_of_every_source_have():
     frame = Frame("<s>", "</s>")
     assert [frame.inside(t) for t in ("<s>a</s>", "<s>a", "<s></s>", "a")] == ["a", "<s>a", "<s></s>", "a"]
     assert [frame.around(t) for t in (" a\n", "<s>a</s>")] == ["<s>a</s>", "<s>a</s>"]
+
+
+def test_what_a_threshold_tells_apart(tmp_path, monkeypatch, capsys):
+    """scripts/paper/similarities.py, against the index asked one text at a time."""
+    tasks, names = tmp_path / "tasks", sorted(POOL)
+    for name in names:
+        (tasks / name).mkdir(parents=True)
+        for split, texts in (("train", POOL[name][:3]), ("test", POOL[name][3:])):
+            lines = [json.dumps({"prompt": text, "response": "so"}) for text in texts]
+            (tasks / name / f"{split}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "general.txt").write_text("Why not?\nA 22 tells nothing\n")
+    assert run(capsys, "index", "build", tmp_path / "index", "--tasks", tasks)[0] == 0
+    index = mj.Index.load(tmp_path / "index")
+    asked = [(name, text) for name in names for text in POOL[name][3:]]
+    scores = {text: index.scores([text])[0] for _, text in asked}
+    general = [index.scores([text])[0].max() for text in ("Why not?", "A 22 tells nothing")]
+    hidden = [np.delete(scores[text], index.names.index(name)).max() for name, text in asked]
+    more = np.mean([[(h > g) + (h == g) / 2 for g in general] for h in hidden])
+    refused = np.mean([scores[text].max() < index.threshold for _, text in asked])
+    file = Path(__file__).parents[1] / "scripts/paper/similarities.py"
+    monkeypatch.setattr(
+        "sys.argv",
+        [str(file), str(tmp_path / "index"), "--tasks", str(tasks), "--general", str(tmp_path / "general.txt")],
+    )
+    runpy.run_path(str(file), run_name="__main__")
+    said = capsys.readouterr().out
+    assert f"own adapter hidden: more similar than a general request {more:.3f}" in said
+    assert f"below the threshold: {refused:.2%} of the problems" in said
+    assert "6 problems, 2 general requests" in said

@@ -113,13 +113,16 @@ def test_encoder_training_and_an_index_with_vectors(tmp_path, capsys, profiles):
 
 
 ASKED = {
-    "mixture": ((), lambda index: mj.Retrieval(index, 3)),
+    "the best alone": ((), lambda index: mj.Retrieval(index, 1)),
+    "mixture": (("--compose", "mixture"), lambda index: mj.Retrieval(index, 3)),
     "fusion": (("--compose", "fusion", "--retrieve", 2), lambda index: mj.Retrieval(index, 2, "fusion")),
     "gates": (("--gates", "GATES"), lambda index: mj.GatesWithin(index, 3)),
 }
 
 
-@pytest.mark.parametrize("asked", parameters(ASKED, ["fusion", "gates"], "the defaults of what fusion is given"))
+@pytest.mark.parametrize(
+    "asked", parameters(ASKED, ["the best alone", "fusion", "gates"], "the default of what fusion is given")
+)
 def test_generate_by_retrieval(tmp_path, capsys, world, profiles, asked):
     index = tmp_path / "index"
     assert run(capsys, "index", "build", index, "--profiles", profiles)[0] == 0

@@ -19,10 +19,11 @@ from extent import parameters
 from served import PROFILES, Alone, Served, make_core, serving, settled
 
 import meteora_jax as mj
+from meteora_jax.config import InputError
 from meteora_jax.routing import adapter_share
 from meteora_jax.serving import replies
 from meteora_jax.serving.answers import token_bytes
-from meteora_jax.serving.models import Fleet
+from meteora_jax.serving.models import Fleet, resolve
 
 ROOT = Path(__file__).parents[1]
 JSON = {"content-type": "application/json"}
@@ -92,7 +93,7 @@ def test_an_adapter_by_its_name_with_log_probabilities(client, model, alone):
     "name", parameters(["retrieve:2", "gates-within:3", "retrieve"], ["retrieve:2"], "other programs, the same path")
 )
 def test_what_was_retrieved_acts_and_is_named(client, index, alone, name):
-    k = int(name.partition(":")[2] or 3)
+    k = int(name.partition(":")[2] or 1)  # the best alone where nobody says how many
     router = mj.GatesWithin(index, k, 2, 1.0) if name.startswith("gates") else mj.Retrieval(index, k)
     want = alone(ASK, router, trace=True)
     how = dict(model=name, messages=ASK, temperature=0, max_tokens=12)
@@ -101,6 +102,28 @@ def test_what_was_retrieved_acts_and_is_named(client, index, alone, name):
     found = got.choices[0].meteora["retrieved"]
     assert [one["adapter"] for one in found] == [name for name, _ in want.routing.retrieved]
     assert np.allclose([one["similarity"] for one in found], [like for _, like in want.routing.retrieved])
+
+
+def test_a_ranked_index_retrieves_by_tasks_unless_a_number_is_named(model, index):
+    ranking = {name: (name, "apple") for name in index.names[:-1]}
+    fleet = Fleet(model, index, "tiny", ranking)
+    found = resolve(fleet, "retrieve")
+    assert isinstance(found, mj.TaskRetrieval)
+    assert found.ranking == ranking | {index.names[-1]: (index.names[-1],)}, "who joined later serves its own task"
+    ways = (fleet, "retrieve:2", 2), (Fleet(model, index, "tiny"), "retrieve", 1)
+    for these, name, k in ways:
+        found = resolve(these, name)
+        assert isinstance(found, mj.Retrieval)
+        assert found.k == k
+    with pytest.raises(InputError, match=r"expected ranking\.json of the bank's adapters alone, found elder"):
+        Fleet(model, index, "tiny", {"apple": ("elder",)})
+    tasks = mj.Index.build(PROFILES | {"sums": ["How many are 3 and 4?", "How many are 2 and 9?"]})
+    with pytest.raises(InputError, match="expected profiles of the bank's adapters alone, found sums"):
+        Fleet(model, tasks, "tiny")
+    fleet = Fleet(model, tasks, "tiny", {"sums": ("cedar", "apple")})
+    found, named = resolve(fleet, "retrieve"), resolve(fleet, "retrieve:2")
+    assert found.router((("sums", 1e3),)).adapters == (("cedar", 1.0),)
+    assert (named.exclude, found.hidden) == (("sums",), ())
 
 
 def test_routers_of_the_bank_alone_are_models(client, alone):

@@ -20,6 +20,7 @@ from meteora_jax.evaluation.systems import Given, make_system
 from meteora_jax.examples import Example
 from meteora_jax.retriever.ranking import read_ranking
 from meteora_jax.routing.retrieval import NOBODY
+from meteora_jax.routing.task_retrieval import default_retrieval
 
 TASKS = {  # none has the name of an adapter
     "sums": [("How many are 3 and 4?", "7"), ("How many are 2 and 9?", "11"), ("How many are 1 and 1?", "2")],
@@ -86,6 +87,43 @@ def test_tasks_bring_their_best_adapters(ranked):
     expected = dict(zip(("birch", "apple"), shares / shares.sum(), strict=True))
     assert dict(router.router(found).adapters) == pytest.approx(expected)
     assert mj.TaskRetrieval(index, ranking, min_similarity=2.0).router(found) is NOBODY
+
+
+def test_a_task_whose_adapters_are_all_excluded_is_not_found(world, ranked):
+    index = mj.Index.load(ranked)
+    router = mj.TaskRetrieval(index, {"sums": ("cedar",), "moods": ("birch", "cedar")}, 2, exclude=("cedar",))
+    (composed,), (found,) = world["model"].look_up([router], 1, lambda: ["How many are 5 and 6?"])
+    assert [task for task, _ in found] == ["moods"]
+    assert composed.named() in ((), ("birch",))
+
+
+def test_what_retrieves_by_default(ranked):
+    index, ranking = mj.Index.load(ranked), read_ranking(ranked)
+    alone, by_task = default_retrieval(index, None), default_retrieval(index, ranking)
+    assert isinstance(alone, mj.Retrieval)
+    assert alone.router((("apple", 1e3),)).adapters == (("apple", 1.0),)
+    assert index.threshold is not None
+    assert alone.router((("apple", index.threshold - 1e-3),)) is NOBODY
+    assert isinstance(by_task, mj.TaskRetrieval)
+    assert by_task.k == len(ranking) == 2
+    below = (index.threshold or 0.0) - 1e-3
+    assert by_task.router((("sums", below),)) is NOBODY, "a request that is nobody's stays the base's"
+    joined = default_retrieval(index, {"sums": ranking["sums"]})
+    assert joined.ranking == {"sums": ranking["sums"], "moods": ("moods",)}
+
+
+def test_generate_takes_the_ranking_of_the_index(world, ranked, tmp_path, capsys):
+    asked, out = "How many are 5 and 6?", tmp_path / "out.json"
+    command = ["generate", asked, "--base", world["base"], "--bank", world["bank"], "--index", ranked, "--json", out]
+    command = [*map(str, command), "--max-new-tokens", "3"]
+    main(command)
+    router = default_retrieval(mj.Index.load(ranked), read_ranking(ranked))
+    (want,) = world["model"].generate([asked], router, max_new_tokens=3)
+    (wrote,) = json.loads(out.read_text())
+    assert (wrote["token_ids"], wrote["retrieved"]) == (want.token_ids, dict(want.routing.retrieved))
+    with pytest.raises(SystemExit):  # named: adapters, which the tasks of this index are not
+        main([*command, "--retrieve", "1"])
+    assert "expected adapters of the bank, found 'sums'" in capsys.readouterr().err
 
 
 def test_a_model_answers_by_it(world, ranked):

@@ -34,12 +34,13 @@ class Generate:
     NAME=WEIGHT,NAME=WEIGHT; of a bank alone "arrow", "spectr", "lag", "logo" (which read the adapters' matrices),
     "phatgoose" (their own gates) and "uniform" (all of them alike); by default what is given: gates within retrieval,
     retrieval, gates, else none: a bank alone does nothing."""
-    retrieve: int = 3
-    """Adapters that the index finds for a prompt."""
-    compose: Literal["selection", "mixture", "fusion"] = "mixture"
-    """How retrieved adapters act together."""
-    weights: Literal["uniform", "similarity"] = "uniform"
-    """Of the retrieved adapters."""
+    retrieve: int | None = None
+    """Adapters that the index finds for a prompt, 3 with --compose, --weights or gates unless given. Without any of
+    these: three tasks with their best adapters where INDEX is ranked (meteora index rank), else the best adapter."""
+    compose: Literal["selection", "mixture", "fusion"] | None = None
+    """How retrieved adapters act together, a mixture unless given."""
+    weights: Literal["uniform", "similarity"] | None = None
+    """Of the retrieved adapters, uniform unless given."""
     gate_top_k: int | None = None
     """Adapters a token, by default as the gates were trained; of logo adapters a prompt."""
     gate_temperature: float | None = None
@@ -80,17 +81,23 @@ def parse_router(command: Generate, model: Any) -> Any:
     if text not in ("retrieval", "gates-within"):
         return read_router(text, model.gates, model.adapter_names, *options)
     from meteora_jax.retriever.index import Index
-    from meteora_jax.routing.retrieval import GatesWithin, Retrieval
+    from meteora_jax.retriever.ranking import read_ranking
+    from meteora_jax.routing.retrieval import RETRIEVED, GatesWithin, Retrieval
+    from meteora_jax.routing.task_retrieval import default_retrieval
 
+    count = RETRIEVED if command.retrieve is None else command.retrieve
     if command.index is None:
         raise InputError(f"--router: expected --index beside {text!r}, found none")
     if text == "gates-within":
         if model.gates is None:
             raise InputError("--router: expected --gates beside 'gates-within', found none")
-        return GatesWithin(Index.load(command.index), command.retrieve, *gate_options(model.gates, *options))
+        return GatesWithin(Index.load(command.index), count, *gate_options(model.gates, *options))
     if options != (None, None):
         raise InputError(f"--gate-top-k, --gate-temperature: expected --router gates, found {text!r}")
-    return Retrieval(Index.load(command.index), command.retrieve, command.compose, command.weights)
+    if (command.retrieve, command.compose, command.weights) == (None, None, None):
+        return default_retrieval(Index.load(command.index), read_ranking(command.index))
+    how = command.compose or "mixture", command.weights or "uniform"
+    return Retrieval(Index.load(command.index), count, *how)
 
 
 def read_stdin() -> str:

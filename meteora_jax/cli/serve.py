@@ -81,6 +81,7 @@ def load_fleet(command: Serve) -> Any:
     """The model and index of the command's folders."""
     from meteora_jax.loading import load
     from meteora_jax.retriever.index import Index
+    from meteora_jax.retriever.ranking import read_ranking
     from meteora_jax.serving.models import Fleet
     from meteora_jax.serving.run import base_name
 
@@ -92,7 +93,8 @@ def load_fleet(command: Serve) -> Any:
         index = None if command.index is None else Index.load(command.index)
         if index is not None:
             index.query(["warm up"], 1)  # what it has to learn, it learns now
-    return Fleet(model, index, base_name(command.base, command.name))
+        ranking = None if command.index is None else read_ranking(command.index)
+    return Fleet(model, index, base_name(command.base, command.name), ranking)
 
 
 def make_server(command: Serve) -> Any:

@@ -25,14 +25,13 @@ from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Choosing, Gates
 from meteora_jax.routing.logo import Logo
 from meteora_jax.routing.named import BY_TOKEN, named_router
-from meteora_jax.routing.retrieval import COMPOSITIONS, Compose, GatesWithin, Retrieval
+from meteora_jax.routing.retrieval import COMPOSITIONS, RETRIEVED, Compose, GatesWithin, Retrieval
 from meteora_jax.routing.task_retrieval import TaskRetrieval
 
 Route = Callable[[Problem], AnyRouter | None]  # a problem -> the router of its answer
 
 # Temperature of the gates on MeteoRA's composite-n problems, by n.
 COMPOSITE_TEMPERATURES = {3: 15.0, 5: 20.0, 10: 30.0}
-RETRIEVED = 3  # adapters that an index finds for a problem where the system's name has no -kN
 
 UNSEEN = "-unseen"  # ends the name of a system that gets no adapter of a problem's own tasks
 _SUFFIXES = {

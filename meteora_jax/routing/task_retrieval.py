@@ -13,7 +13,17 @@ from meteora_jax.arguments import Arguments
 from meteora_jax.config import InputError
 from meteora_jax.retriever.index import Index
 from meteora_jax.retriever.ranking import FILE, Ranking, read_ranking
-from meteora_jax.routing.retrieval import NOBODY, Composed, Found, MinSimilarity, Reading, check_query, is_nobodys
+from meteora_jax.routing.retrieval import (
+    NOBODY,
+    RETRIEVED,
+    Composed,
+    Found,
+    MinSimilarity,
+    Reading,
+    Retrieval,
+    check_query,
+    is_nobodys,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,7 +32,7 @@ class TaskRetrieval:
 
     Weights are the softmax of the tasks' similarities over a temperature; two tasks of one adapter add up. ranking: of
     every task of the index its adapters, best first. exclude: adapters that this request must not get: a task then
-    brings its next best. min_similarity, read: as `Retrieval` has them.
+    brings its next best, and one that has no other is not found. min_similarity, read: as `Retrieval` has them.
 
     Raises:
         InputError: as `Retrieval`; a temperature that is not positive, a task of the index without adapters.
@@ -34,7 +44,7 @@ class TaskRetrieval:
 
     index: Index
     ranking: Ranking
-    k: int = 3
+    k: int = RETRIEVED
     temperature: float = 0.2
     exclude: tuple[str, ...] = ()
     min_similarity: MinSimilarity = "calibrated"
@@ -48,7 +58,7 @@ class TaskRetrieval:
             raise InputError(f"TaskRetrieval: ranking: expected adapters of every task, found none of {missing[0]}")
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], k: int = 3) -> TaskRetrieval:
+    def load(cls, folder: str | os.PathLike[str], k: int = RETRIEVED) -> TaskRetrieval:
         """Of an INDEX folder that `meteora index rank` has ranked adapters for."""
         ranking = read_ranking(folder)
         if ranking is None:
@@ -57,8 +67,8 @@ class TaskRetrieval:
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """Tasks that the index must not find: none, as it is adapters that are excluded."""
-        return ()
+        """Tasks that the index must not find: those whose adapters are all excluded."""
+        return tuple(task for task in self.index.names if set(self.ranking[task]) <= set(self.exclude))
 
     def router(self, found: Found) -> Composed:
         """The router of a request for which these tasks were retrieved."""
@@ -68,8 +78,22 @@ class TaskRetrieval:
         shares = np.exp(similarities - similarities.max())
         adapters: dict[str, float] = {}
         for (task, _), share in zip(found, shares / shares.sum(), strict=True):
-            best = next((name for name in self.ranking[task] if name not in self.exclude), None)
-            if best is None:
-                raise InputError(f"TaskRetrieval: exclude: expected an adapter of {task} that stays, found none")
+            best = next(name for name in self.ranking[task] if name not in self.exclude)
             adapters[best] = adapters.get(best, 0.0) + float(share)
         return Composed(tuple(adapters.items()), False)
+
+
+def default_retrieval(
+    index: Index, ranking: Ranking | None, exclude: tuple[str, ...] = ()
+) -> Retrieval | TaskRetrieval:
+    """What retrieves where nobody says how, by the table of docs/results.md: with a ranking tasks, which are level with
+    the best adapter alone where a task has its own and help those that have none; else the best adapter alone.
+
+    Args:
+        ranking: of the index's tasks; one that it does not have, as it joined later, is the adapter's of its name.
+        exclude: adapters that no request gets.
+    """
+    if ranking is None:
+        return Retrieval(index, exclude=exclude)
+    ranking = {task: ranking.get(task, (task,)) for task in index.names}
+    return TaskRetrieval(index, ranking, min(RETRIEVED, len(ranking)), exclude=exclude)

@@ -10,30 +10,35 @@ from typing import Any, Literal
 from meteora_jax.api import Meteora
 from meteora_jax.config import InputError
 from meteora_jax.retriever.index import Index
+from meteora_jax.retriever.ranking import Ranking
 from meteora_jax.routing import RouterArgument
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.routing.gates import Gates
 from meteora_jax.routing.named import BY_TOKEN, NAMED, gate_options, named_router
-from meteora_jax.routing.retrieval import GatesWithin, Retrieval
+from meteora_jax.routing.retrieval import RETRIEVED, GatesWithin, Retrieval
+from meteora_jax.routing.task_retrieval import default_retrieval
 from meteora_jax.serving.driver import Named
 from meteora_jax.serving.errors import ApiError, unknown_model
-
-DEFAULT_K = 3  # adapters that "retrieve" finds; "retrieve:5" finds five
 
 
 @dataclasses.dataclass(frozen=True)
 class Fleet:
-    """What is served: a model, and the index of its adapters if one is loaded. base: the name of the bare base."""
+    """What is served: a model, and the index of its adapters if one is loaded. base: the name of the bare base.
+    ranking: of the index's tasks, if it has one, the adapters that serve each best, whatever their names."""
 
     model: Meteora
     index: Index | None
     base: str
+    ranking: Ranking | None = None
 
     def __post_init__(self):
-        strangers = set(self.index.names) - set(self.model.adapter_names) if self.index else set()
+        where, wanted = "profiles of ", set(self.index.names) - set(self.ranking or ()) if self.index else set()
+        if not (strangers := wanted - set(self.model.adapter_names)):
+            where, wanted = "ranking.json of ", {name for own in (self.ranking or {}).values() for name in own}
+            strangers = wanted - set(self.model.adapter_names)
         if strangers:
             found = ", ".join(sorted(strangers)[:5])
-            raise InputError(f"--index: expected profiles of the bank's adapters alone, found {found}")
+            raise InputError(f"--index: expected {where}the bank's adapters alone, found {found}")
 
 
 def named(fleet: Fleet) -> Named:
@@ -45,25 +50,29 @@ def named(fleet: Fleet) -> Named:
 
 
 def _absent(fleet: Fleet) -> tuple[str, ...]:
-    """Adapters that the index knows and that are not loaded any more."""
+    """What the index knows and is no loaded adapter: one that was unloaded, or a task without its own."""
     assert fleet.index is not None
     known = set(fleet.model.adapter_names)
     return tuple(name for name in fleet.index.names if name not in known)
 
 
-def _gates(fleet: Fleet, k: int) -> RouterArgument:
+def _gates(fleet: Fleet, k: int | None) -> RouterArgument:
     assert fleet.model.gates is not None
     return Gates(*gate_options(fleet.model.gates, None, None))
 
 
-def _retrieval(fleet: Fleet, k: int) -> RouterArgument:
+def _retrieval(fleet: Fleet, k: int | None) -> RouterArgument:
     assert fleet.index is not None
-    router: Any = Retrieval(fleet.index, k, exclude=_absent(fleet))
+    gone = _absent(fleet)
+    router: Any = (
+        default_retrieval(fleet.index, fleet.ranking, gone) if k is None else Retrieval(fleet.index, k, exclude=gone)
+    )
     return router
 
 
-def _gates_within(fleet: Fleet, k: int) -> RouterArgument:
+def _gates_within(fleet: Fleet, k: int | None) -> RouterArgument:
     assert fleet.index is not None
+    k = max(1, min(RETRIEVED, len(fleet.index.names))) if k is None else k
     assert fleet.model.gates is not None
     top_k, temperature = gate_options(fleet.model.gates, None, None)
     router: Any = GatesWithin(fleet.index, k, top_k, temperature, exclude=_absent(fleet))
@@ -90,7 +99,7 @@ def _has_bank(word: str, fleet: Fleet) -> bool:
     return bool(bank.own_gates) if word == "phatgoose" else bool(bank.adapters)
 
 
-def _of_bank(word: str, fleet: Fleet, k: int) -> RouterArgument:
+def _of_bank(word: str, fleet: Fleet, k: int | None) -> RouterArgument:
     router: Any = named_router(word, fleet.model.adapter_names)
     return router
 
@@ -100,7 +109,7 @@ class Virtual:
     """A router as a model: how it is made of a fleet, whether a fleet has what it needs, and whether ":K" may follow
     its name."""
 
-    make: Callable[[Fleet, int], RouterArgument]
+    make: Callable[[Fleet, int | None], RouterArgument]
     loaded: Callable[[Fleet], bool]
     counts: bool = False
 
@@ -145,13 +154,11 @@ def resolve(fleet: Fleet, name: str) -> RouterArgument:
     router = VIRTUAL.get(word)
     if router is None or not router.loaded(fleet) or (colon and not router.counts):
         raise unknown_model(name)
-    k = DEFAULT_K
+    k = None
     if colon:
         if not count.isdecimal() or not count.isascii() or not 1 <= int(count[:9]) <= len(fleet.model.adapter_names):
             raise unknown_model(name)
         k = int(count)
-    elif fleet.index is not None:
-        k = max(1, min(DEFAULT_K, len(fleet.index.names)))
     return router.make(fleet, k)
 
 
