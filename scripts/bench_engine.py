@@ -48,7 +48,7 @@ from meteora_jax.quantization import Quantization
 from meteora_jax.sharding import make_mesh
 from meteora_jax.training.recipes import RECIPES
 
-Kind = Literal["bare", "gates", "adapter", "mixture", "arrow", "spectr", "lag", "phatgoose"]
+Kind = Literal["bare", "gates", "adapter", "mixture", "logo", "arrow", "spectr", "lag", "phatgoose"]
 Weights = Literal["bf16", "int8", "fp8", "int4"]
 
 
@@ -63,8 +63,9 @@ class BenchEngine:
     gates: tuple[FormName, ...] = ("token-router", "meteora")
     """What routes, top-2."""
     kinds: tuple[Kind, ...] = ("bare", "gates", "adapter")
-    """bare: no adapter acts; gates; adapter: one of its own for each request; mixture: three for each; the others: that
-    router, with its choices as docs/python.md has them."""
+    """bare: no adapter acts; gates; adapter: one of its own for each request; mixture: three for each; logo: twenty, as
+    `mj.Logo` chooses them once a further pass of the bare base has read the prompt, which is not in the figures; the
+    others: that router, with its choices as docs/python.md has them."""
     weights: tuple[Weights, ...] = ("bf16",)
     """How the base is stored, one after the other. bf16: unquantised (on a CPU float32)."""
     head: bool = False
@@ -133,11 +134,13 @@ class Bench:
 
     def request(self, kind: Kind, number: int, prompt: int, new: int) -> Request:
         tokens = np.random.default_rng(number).integers(0, self.config.vocab_size, prompt).tolist()
-        own = [self.names[(number + i) % len(self.names)] for i in range(min(3, len(self.names)))]
+        count = min(mj.Logo().k if kind == "logo" else 3, len(self.names))
+        own = [self.names[(number + i) % len(self.names)] for i in range(count)]
+        mixture = mj.Fixed(dict.fromkeys(own, 1 / count))
         router: dict[str, Any] = {
             "bare": None, "gates": mj.Gates(2), "adapter": mj.Fixed(own[0]),
-            "mixture": mj.Fixed({name: 1 / len(own) for name in own}), "arrow": mj.Arrow(), "spectr": mj.Spectr(),
-            "lag": mj.Lag(), "phatgoose": mj.Phatgoose(),
+            "mixture": mixture, "logo": mixture, "arrow": mj.Arrow(), "spectr": mj.Spectr(), "lag": mj.Lag(),
+            "phatgoose": mj.Phatgoose(),
         }  # fmt: skip
         chosen = router[kind]
         bound = None if chosen is None else chosen.bind([chosen, None], self.names)

@@ -10,6 +10,7 @@ larger mesh does more work in the same time: weak scaling, as gate training is r
 
 import dataclasses
 import datetime
+import functools
 import json
 import shlex
 import shutil
@@ -32,6 +33,7 @@ from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.io import hf_config
 from meteora_jax.model.layout import lay_out
 from meteora_jax.planning import SHAPES, abstract_model, collectives, shape_of, spread
+from meteora_jax.quantization import Quantization
 from meteora_jax.routing.gates import GateParam, Gates
 from meteora_jax.sharding import make_mesh, place_rows, rows_multiple, use_mesh
 from meteora_jax.training.checkpoints import Checkpoints
@@ -59,6 +61,10 @@ class Scaling:
     """Sequences a share of the batch."""
     width: int = 1024
     """Tokens of each."""
+    layers: int | None = None
+    """Of the model, all of the shape's unless given."""
+    weights: Literal["bf16", "int8", "fp8", "int4"] = "bf16"
+    """How the base is stored; bf16: unquantised."""
     adapters: int = 28
     rank: int = 8
     top_k: int = 2
@@ -84,16 +90,18 @@ class Trained:
 
 
 def random_on(abstract: Any, seed: int) -> Any:
-    """Small normal values on the devices that an abstract state names."""
+    """Small normal values on the devices that an abstract state names; of whole numbers any that the type has."""
+
+    def draw(key: jax.Array, x: Any) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, x.shape, unsigned), x.dtype)
+        return (0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)).astype(x.dtype)
+
     leaves, tree = jax.tree.flatten(abstract)
-    filled = []
-    for i, x in enumerate(leaves):
-        draw = jax.jit(
-            lambda key, x=x: (0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)).astype(x.dtype),
-            out_shardings=x.sharding,
-        )
-        filled.append(draw(jax.random.fold_in(jax.random.key(seed), i)))
-    return jax.tree.unflatten(tree, filled)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    jitted = (jax.jit(functools.partial(draw, x=x), out_shardings=x.sharding) for x in leaves)
+    return jax.tree.unflatten(tree, [f(key) for f, key in zip(jitted, keys, strict=True)])
 
 
 def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: Path) -> Trained:
@@ -164,6 +172,10 @@ def main(s: Scaling) -> None:
     if not known:
         raise InputError(f"--shape: expected tiny or one of {', '.join(SHAPES)}, found {s.shape}")
     config = hf_config.from_hf(TINY, "tiny") if s.shape == "tiny" else shape_of(s.shape)
+    if s.layers is not None:
+        config = dataclasses.replace(config, num_layers=s.layers)
+    if s.weights != "bf16":
+        config = dataclasses.replace(config, quantization=Quantization.of(s.weights, False))
     _, bank = abstract_model(config, s.adapters, s.rank)
     per_token = flops_per_token(config, bank, chosen=s.top_k, gates="meteora", train_adapters=False)
     per_token += flops_per_pair(config) * (s.width + 1) / 2
@@ -184,7 +196,8 @@ def main(s: Scaling) -> None:
             devices, rows = int(np.prod(sizes)), s.rows * sizes[0] * sizes[1]
             speed = rows * s.width / done.seconds
             records.append({
-                "what": "train gates", "shape": s.shape, "adapters": s.adapters, "rank": s.rank, "top_k": s.top_k,
+                "what": "train gates", "shape": s.shape, "layers": config.num_layers, "weights": s.weights,
+                "adapters": s.adapters, "rank": s.rank, "top_k": s.top_k,
                 "mesh": name, "devices": devices, "rows": rows, "width": s.width, "remat": s.remat,
                 "ms": 1e3 * done.seconds, "tokens_per_second": speed,
                 "mfu": speed * per_token / (devices * peak) if peak else None,

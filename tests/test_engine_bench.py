@@ -64,3 +64,40 @@ def test_http_beside_the_engine_alone(tmp_path: Path):
     found = records(tmp_path, "bench_serve.py", *options)
     assert [r["what"] for r in found] == ["engine", "http"]
     assert found[0]["tokens"] == found[1]["tokens"] > 0
+
+
+@pytest.mark.exhaustive("runs a benchmark")
+def test_what_is_compiled_before_the_rounds_is_what_they_meet(monkeypatch):
+    """Each program once, of steps of one request, of several, and of requests of all lengths."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import bench_engine
+
+    from meteora_jax.engine.ahead import AheadCompiler
+
+    begun, met, run_it = [set()], [set()], bench_engine.EngineCore._run
+
+    def begin(self: Any, programs: Any, *rest: Any) -> None:
+        begun.append(set(programs))
+        met.append(set())
+
+    def note(self: Any, work: Any, *rest: Any) -> Any:
+        prompt = 0 if work.prompt is None else len(work.prompt.tokens)
+        met[-1].add(bench_engine.Program(*work.rows.tables.shape[:1], prompt, work.rows.tables.shape[1], work.steps))
+        return run_it(self, work, *rest)
+
+    monkeypatch.setattr(AheadCompiler, "begin", begin)
+    monkeypatch.setattr(bench_engine.EngineCore, "_run", note)
+    settings = bench_engine.BenchEngine(
+        "tiny",
+        rows=(1, 4),
+        prompt=32,
+        new=24,
+        budget=128,
+        requests=24,
+        gates=("token-router",),
+        kinds=("bare",),
+        layers=1,
+    )
+    bench_engine.main(settings)
+    assert begun[1:] == met[1:]
+    assert [len(programs) for programs in begun[1:]] == [2, 2, 5]
