@@ -90,13 +90,15 @@ class Trained:
 
 
 def random_on(abstract: Any, seed: int) -> Any:
-    """Small normal values on the devices that an abstract state names; of whole numbers any that the type has."""
+    """Small normal values on the devices that an abstract state names; of whole numbers any that the type has. The same
+    million again and again: drawing a large matrix would take several times its memory."""
+    some = (1 << 20) - 3  # no multiple of a width, so that rows differ
 
     def draw(key: jax.Array, x: Any) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.integer):
             unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-            return jax.lax.bitcast_convert_type(jax.random.bits(key, x.shape, unsigned), x.dtype)
-        return (0.02 * jax.random.normal(key, x.shape, jnp.bfloat16)).astype(x.dtype)
+            return jnp.resize(jax.lax.bitcast_convert_type(jax.random.bits(key, (some,), unsigned), x.dtype), x.shape)
+        return jnp.resize((0.02 * jax.random.normal(key, (some,), jnp.bfloat16)).astype(x.dtype), x.shape)
 
     leaves, tree = jax.tree.flatten(abstract)
     keys = jax.random.split(jax.random.key(seed), len(leaves))

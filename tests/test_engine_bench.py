@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from meteora_jax.engine.ahead import AheadCompiler
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -70,10 +73,7 @@ def test_http_beside_the_engine_alone(tmp_path: Path):
 def test_what_is_compiled_before_the_rounds_is_what_they_meet(monkeypatch):
     """Each program once, of steps of one request, of several, and of requests of all lengths."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    import bench_engine
-
-    from meteora_jax.engine.ahead import AheadCompiler
-
+    bench_engine = importlib.import_module("bench_engine")
     begun, met, run_it = [set()], [set()], bench_engine.EngineCore._run
 
     def begin(self: Any, programs: Any, *rest: Any) -> None:
