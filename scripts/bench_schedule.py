@@ -86,15 +86,10 @@ def schedule(asked: Sequence[tuple[int, int]], most: int, budget: int) -> tuple[
     while scheduler.busy or in_flight:
         if (plan := scheduler.plan(bool(in_flight))) is not None:
             runs = sum(-(-(c.stop - c.start) // QUERY_BLOCK) for c in plan.chunks)
-            read, owners = (
-                sum(c.stop - c.start for c in plan.chunks),
-                [*plan.decoding, *(c.progress for c in plan.chunks)],
-            )
-            padded, used = (
-                round_up(runs * QUERY_BLOCK, prompts) if runs else 0,
-                round_up(len(owners), reading if runs else rows),
-            )
-            widest = max(len(p.blocks) for p in owners)
+            read = sum(c.stop - c.start for c in plan.chunks)
+            padded = round_up(runs * QUERY_BLOCK, prompts) if runs else 0
+            owners = [*plan.decoding, *(c.progress for c in plan.chunks)]
+            used, widest = round_up(len(owners), reading if runs else rows), max(len(p.blocks) for p in owners)
             steps.append(Step(plan.steps, len(plan.decoding), used, read, padded, widest))
             now += sum(steps[-1].parts())
             in_flight.append((plan, now))
