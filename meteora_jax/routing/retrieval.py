@@ -26,7 +26,7 @@ COMPOSITIONS: tuple[Compose, ...] = ("selection", "mixture", "fusion")
 MinSimilarity = float | Literal["calibrated"] | None
 Reading = Literal["last", "all", "weighted"]
 READINGS: tuple[Reading, ...] = ("last", "all", "weighted")
-RETRIEVED = 3  # adapters that gates choose among, or tasks, where nobody says how many
+RETRIEVED = 3  # adapters or tasks, where nobody says how many
 FADING = 0.5  # what the message before weighs of the next, where all are weighted
 Found = tuple[tuple[str, float], ...]  # (adapter, similarity), best first
 Said = str | Sequence[str]  # a request: its text, or the user's messages of a conversation one by one
@@ -65,10 +65,11 @@ def is_nobodys(index: Index, found: Found, min_similarity: MinSimilarity) -> boo
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Retrieval:
-    """The k adapters whose profiles are most like the request, acting together: by default the best one alone.
+    """The k adapters whose profiles are most like the request, acting together.
 
-    On 28 tasks the best one alone is level with each task's own adapter named; three together, LoraRetriever's default,
-    lose a quarter of its accuracy (docs/results.md).
+    Three are LoraRetriever's default. On 28 tasks the best one alone, k=1, is level with each task's own adapter named,
+    and three lose a quarter of its accuracy (docs/results.md): where a name is all that is said, as of the server's
+    `retrieve`, it is `default_retrieval`.
     selection: the best one alone. mixture: their outputs averaged. fusion: their matrices averaged, so that one
     adapter's A meets another's B. weights "uniform" is the paper's; "similarity" divides one among the retrieved in
     proportion to their similarities, those below zero counting as zero (uniform where all are).
@@ -90,7 +91,7 @@ class Retrieval:
     """
 
     index: Index
-    k: int = 1
+    k: int = RETRIEVED
     compose: Compose = "mixture"
     weights: Literal["uniform", "similarity"] = "uniform"
     exclude: tuple[str, ...] = ()

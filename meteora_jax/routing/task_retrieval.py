@@ -94,6 +94,6 @@ def default_retrieval(
         exclude: adapters that no request gets.
     """
     if ranking is None:
-        return Retrieval(index, exclude=exclude)
+        return Retrieval(index, 1, exclude=exclude)
     ranking = {task: ranking.get(task, (task,)) for task in index.names}
     return TaskRetrieval(index, ranking, min(RETRIEVED, len(ranking)), exclude=exclude)
