@@ -170,12 +170,7 @@ def given(world, tasks, tmp_path_factory):
     edit_json(root / "base" / "config.json", max_position_embeddings=1024)
     index = mj.Index.build({t: [VERBS[t], f"{VERBS[t]} number"] for t in NAMES})
     index.save(root / "index")
-    words = [
-        "evaluate",
-        "--base",
-        str(root / "base"),
-        *(w for k in ("bank", "gates") for w in (f"--{k}", str(world[k]))),
-    ]
+    words = ["evaluate", "--base", str(root / "base"), "--bank", str(world["bank"]), "--gates", str(world["gates"])]
     words += ["--tasks", str(tasks), "--index", str(root / "index"), "--composite", "conversations,own-conversations"]
     return [*words, "--limit", "4", "--max-new-tokens", "6", "--systems", "oracle,gates-top2,retrieval-selection-k1"]
 
@@ -202,18 +197,16 @@ def test_a_command_asks_turns_behind_own_answers(given, tasks, tmp_path, capsys)
         if system == "oracle":
             assert r["routing"] == {r["asks"]: 1.0}
     assert differ == len(later)
-    for system, router in (
-        ("oracle", mj.Fixed(turns[long]["asks"])),
-        ("gates-top2", mj.Gates(2, model.gates.temperature)),
-    ):
+    routers = {"oracle": mj.Fixed(turns[long]["asks"]), "gates-top2": mj.Gates(2, model.gates.temperature)}
+    for system, router in routers.items():
         r = turns[system, long[1]]
         (said,) = model.generate([r["asked"]], router, max_new_tokens=r["tokens"] or 1)
         assert said.text == r["answer"]
     table = json.loads((tmp_path / "run" / "table.json").read_text())["tasks"]
-    assert {row: cells["oracle"]["problems"] for row, cells in table.items()} == {
-        CONVERSATIONS: 4,
-        OWN_CONVERSATIONS: 4,
-    }
+    counts = {row: cells["oracle"]["problems"] for row, cells in table.items()}
+    assert counts == {CONVERSATIONS: 4, OWN_CONVERSATIONS: 4}
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert set(settings["new_tokens"]) == {r["asks"] for r in turns.values()}
     lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "records.jsonl").write_text("".join(lines[: len(lines) * 2 // 3]))
     main([*given, "--out", str(tmp_path / "run")])
@@ -230,17 +223,17 @@ def test_answers_beyond_the_context_and_without_text(given, world, tasks):
     system = make_system("base", Given(base))
     command = Evaluate(base=world["base"], tasks=tasks, out=tasks, max_new_tokens=4)
     turns = [p for p in load_conversations(tasks, OWN_CONVERSATIONS, NAMES, None, 4) if p.turn == 2][:4]
-    said = ["", "</s><s>[INST] <|endoftext|>", "\ufffd\u0000", "too long " * 300]
+    said = ["", "too long " * 300, "</s><s>[INST] <|endoftext|>", "\ufffd\u0000"]
     asked = [("base", p.after([text])) for p, text in zip(turns, said, strict=True)]
     answer = answering([system], turns, set(), command)["base"]
     found = dict(answer(asked))
     assert sorted(found) == [0, 1, 2, 3]
-    assert found[3] == {"answer": "", "tokens": 0, "finish_reason": "context"}
-    for place in range(3):
+    assert found[1] == {"answer": "", "tokens": 0, "finish_reason": "context"}
+    for place in (0, 2, 3):
         (alone,) = base.generate([asked[place][1].asked], "base", max_new_tokens=4)
         assert found[place]["answer"] == alone.text
         assert found[place]["finish_reason"] != "context"
-    assert dict(answer(asked[3:])) == {0: found[3]}
+    assert dict(answer(asked[1:2])) == {0: found[1]}
 
 
 ALONE, TOGETHER = "-1 1 1", "1 4 1"

@@ -187,8 +187,8 @@ def load_conversations(
     whose answers are right where they say the response.
 
     OWN_CONVERSATIONS are the same turns with all `earlier` ones, which are asked as well but are no problems of the row
-    where `limit` left them out. Conversations are drawn, and turns chosen, with the right answers: what a system says
-    may be longer, and who asks refuses a turn that is beyond the context then.
+    where `limit` left them out. Conversations are drawn, and turns chosen, with the right answers, so that both rows
+    have the same: a turn that a system's own answers made too long for the context gets an empty answer.
 
     Args:
         limit: at most so many turns or messages. new_tokens: of an answer whose task does not say how many it takes.
