@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import tyro
 
 from meteora_jax.config import InputError
@@ -91,14 +90,3 @@ def is_first_process() -> bool:
     import jax
 
     return jax.process_index() == 0
-
-
-def as_the_first_says(choices: Sequence[bool]) -> list[bool]:
-    """Process 0's choices, in every process."""
-    import jax
-
-    if jax.process_count() == 1:
-        return list(choices)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(choices, bool))).tolist()

@@ -19,7 +19,7 @@ from meteora_jax.cli.comparison import (
     load_systems,
     named_problems,
 )
-from meteora_jax.cli.devices import as_the_first_says, is_first_process, make_replica_mesh
+from meteora_jax.cli.devices import is_first_process, make_replica_mesh
 from meteora_jax.cli.report import default_dtype, print_tables, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation import runner
@@ -32,9 +32,9 @@ from meteora_jax.evaluation.composite import (
     tasks_of,
     template_mark,
 )
-from meteora_jax.evaluation.conversations import CONVERSATIONS, UNNUMBERED, load_conversations
+from meteora_jax.evaluation.conversations import ROWS, load_conversations
 from meteora_jax.evaluation.dealing import exchange
-from meteora_jax.evaluation.problems import Problem, load_composites, longest_response
+from meteora_jax.evaluation.problems import Problem, load_composites, longest_response, with_earlier
 from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, routing_kind, skipped
 from meteora_jax.evaluation.wordings import WORDINGS, Wording
@@ -54,7 +54,8 @@ class Evaluate(Comparison):
     composite: str | None = None
     """Composite problems, separated by commas: 3, 5, 10 for MeteoRA's or tasks joined by +, drawn into TASKS if they
     are not there; a folder of TASKS that `meteora compose` wrote; or .jsonl files. A response has at most n times
-    --max-new-tokens. conversations: turns of other tasks each, of the bank's (conversations=a+b+c: of these);
+    --max-new-tokens. conversations: turns of other tasks each, of the bank's (conversations=a+b+c: of these),
+    after the right earlier answers; own-conversations: the same turns after the system's own earlier answers;
     unnumbered: two tasks in one sentence, of the same tasks. lettered=3 and reversed=3 (or of tasks joined by +): the
     same layout with other answer lines."""
     metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -93,10 +94,16 @@ def _answer(systems: Sequence[System], command: Evaluate) -> runner.Answer:
     routes, model = {s.name: s.route for s in systems}, systems[0].model
 
     def answer(asked: Sequence[tuple[str, Problem]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        problems = [p for _, p in asked]
+        # a turn that a system's own answers made too long is not asked: it has no answer, and the run goes on
+        short = [i for i, (_, p) in enumerate(asked) if not p.earlier or _fits(model, p, command.max_new_tokens)]
+        for i in sorted({*range(len(asked))} - {*short}):
+            yield i, {"answer": "", "tokens": 0, "finish_reason": "context"}
+        if not short:
+            return
+        problems = [asked[i][1] for i in short]
         completions = model.completions(
             [p.asked for p in problems],
-            [routes[system](p) for system, p in asked],
+            [routes[system](p) for system, p in (asked[i] for i in short)],
             max_new_tokens=[p.new_tokens(command.max_new_tokens) for p in problems],
             stop=[p.stop for p in problems],
             routing="response",
@@ -107,9 +114,14 @@ def _answer(systems: Sequence[System], command: Evaluate) -> runner.Answer:
                 record["routing"] = response_routing(c.routing)
                 if c.routing.retrieved:
                     record["retrieved"] = {name: round(similarity, 4) for name, similarity in c.routing.retrieved}
-            yield place, record
+            yield short[place], record
 
     return answer
+
+
+def _fits(model: Model, problem: Problem, new_tokens: int) -> bool:
+    most = longest_prompt(model.config, problem.new_tokens(new_tokens))
+    return most is None or len(model.encode(problem.asked)) <= most
 
 
 # What is asked
@@ -125,7 +137,7 @@ def gather_problems(command: Evaluate, model: Model) -> list[Problem]:
     metrics = named_metrics(command.metric)
     rows, problems = named_problems(command, model, only, metrics)
     for what in filter(None, (command.composite or "").split(",")):
-        if what.partition("=")[0] in (CONVERSATIONS, UNNUMBERED):
+        if what.partition("=")[0] in ROWS:
             rows.append(what.partition("=")[0])
             problems += conversations(command, model, what, metrics)
             continue
@@ -223,24 +235,26 @@ def evaluate(command: Evaluate) -> None:
         loaded = load_systems(command, mesh, dtype)
         model, systems = loaded.model, loaded.systems
         problems = gather_problems(command, model)
-        check_routes(systems, problems)
-        check_lengths(command, model, problems)
+        asked = with_earlier(problems)
+        check_routes(systems, asked)
+        check_lengths(command, model, asked)
     settings: dict[str, Any] = {
         "base": fingerprint(command.base), "bank": fingerprint(command.bank), "gates": fingerprint(command.gates),
         "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype,
         "system banks": loaded.banks, "index": fingerprint(command.index, "index.json"),
-        "new_tokens": {p.asks or p.task: p.new_tokens(command.max_new_tokens) for p in problems},
+        "new_tokens": {p.asks or p.task: p.new_tokens(command.max_new_tokens) for p in asked},
     }  # fmt: skip
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None
-    leave = skipped(systems, problems)
-    answers = answering(systems, problems, leave, command)
-    others = exchange() if shared_out else None
-    if others is not None:
+    leave = skipped(systems, asked)
+    answers = answering(systems, asked, leave, command)
+    others = exchange()
+    if others is not None and shared_out:
         dealt = {id(answer): others.dealt(answer) for answer in answers.values()}
         answers = {name: dealt[id(answer)] for name, answer in answers.items()}
     with progress_bar("evaluate", shown=first) as progress:
-        runner.run(problems, answers, records, progress, leave, as_the_first_says)
+        agree = list if others is None else others.as_the_first_says
+        runner.run(asked, answers, records, progress, leave, agree)
     if others is not None:
         others.finish()
     if records:

@@ -1,7 +1,8 @@
 """Conversations that change their task at every turn, and single messages that ask two tasks in one sentence.
 
 Both are drawn from TASKS' test split, never from another, and from the small talk and system prompts below. The turns
-before the one that is asked have the right answers, so that every turn is judged by itself.
+before the one that is asked have the right answers, so that every turn is judged by itself, or those of the system that
+is asked, as its users would see them. Both rows have the same turns, and small talk is answered as it was drawn.
 
 A task's example stands in a conversation as the user's message: a prompt that is text without outer whitespace, of
 messages the example's own; a system message of the task's own becomes the beginning of its first user message, as chat
@@ -30,7 +31,9 @@ from meteora_jax.evaluation.tasks.settings import read_settings
 from meteora_jax.examples import ANSWERS, Example, turn_messages
 from meteora_jax.prompts import Message, user_text
 
-CONVERSATIONS, UNNUMBERED = "conversations", "unnumbered"  # the rows' names, and how a command asks for them
+# the rows' names, and how a command asks for them
+CONVERSATIONS, OWN_CONVERSATIONS, UNNUMBERED = "conversations", "own-conversations", "unnumbered"
+ROWS = (CONVERSATIONS, OWN_CONVERSATIONS, UNNUMBERED)
 COUNT = 100  # conversations, and messages of two tasks
 SEED = 0
 TURNS = (3, 6)  # the fewest and the most
@@ -183,6 +186,10 @@ def load_conversations(
     """The problems of the row `what`: the turns of CONVERSATIONS, each scored by its own task's metric, or UNNUMBERED,
     whose answers are right where they say the response.
 
+    OWN_CONVERSATIONS are the same turns with all `earlier` ones, which are asked as well but are no problems of the row
+    where `limit` left them out. Conversations are drawn, and turns chosen, with the right answers, so that both rows
+    have the same: a turn that a system's own answers made too long for the context gets an empty answer.
+
     Args:
         limit: at most so many turns or messages. new_tokens: of an answer whose task does not say how many it takes.
         named: metrics by task. max_tokens: of a prompt by `count_tokens` and the longest response; None: any.
@@ -218,13 +225,16 @@ def load_conversations(
     def fits(messages: Sequence[Message]) -> bool:
         return max_tokens is None or count_tokens(messages) <= most
 
-    problems = [
-        Problem(
-            f"{what}/{t.conversation}/{t.place}", what, user_text(t.messages), t.response, asks=t.task, turn=t.place,
-            messages=t.messages, metrics=(metrics[t.task],), max_new_tokens=own_tokens[t.task],
-        )
-        for t in draw_conversations(examples, fits=fits)
-    ]  # fmt: skip
+    problems: list[Problem] = []
+    for t in draw_conversations(examples, fits=fits):
+        before = t.place - 1 if what == OWN_CONVERSATIONS else 0
+        problems.append(
+            Problem(
+                f"{what}/{t.conversation}/{t.place}", what, user_text(t.messages), t.response, asks=t.task,
+                turn=t.place, messages=t.messages, metrics=(metrics[t.task],), max_new_tokens=own_tokens[t.task],
+                earlier=tuple(problems[len(problems) - before :]),
+            )
+        )  # fmt: skip
     return limited(problems, limit)
 
 

@@ -1,7 +1,8 @@
-"""Problems dealt out among processes that share nothing else; the first one is told what the others answered.
+"""Problems dealt out among processes that share nothing else; the first one is told what the others answered, and
+tells them what it knows alone.
 
-Answers travel through the key-value store of the coordinator that `jax.distributed` starts with the first process: no
-device takes part, nobody waits for anybody, and hosts need no common disk.
+All of it travels through the key-value store of the coordinator that `jax.distributed` starts with the first process:
+no device takes part, nobody waits but for what the first one knows alone, and hosts need no common disk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.runner import KEPT, Answer
 
 POLL = 0.2  # seconds between two looks for others' answers
-LONGEST = 7 * 24 * 3600 * 1000  # milliseconds that a process waits for the others' end
+LONGEST = 7 * 24 * 3600 * 1000  # milliseconds that a process waits for another
 
 
 class Exchange:
@@ -29,7 +30,7 @@ class Exchange:
 
         self.index, self.count = index, count
         self._store: Any = distributed.global_state.client
-        self._rounds, self._sent = itertools.count(), itertools.count()
+        self._rounds, self._sent, self._asked = itertools.count(), itertools.count(), itertools.count()
 
     def dealt(self, answer: Answer) -> Answer:
         """`answer` of this process' share of what it is asked; in the first process of all of it, as it ends.
@@ -47,6 +48,14 @@ class Exchange:
                 yield from self._told(key, own, places)
 
         return deal
+
+    def as_the_first_says(self, said: list[Any]) -> list[Any]:
+        """What the first process says, in every process: a list of what JSON has. What the others say is dropped."""
+        key = f"meteora/said/{next(self._asked)}"
+        if self.index == 0:
+            self._store.key_value_set(key, json.dumps(said))
+            return said
+        return json.loads(self._store.blocking_key_value_get(key, LONGEST))
 
     def finish(self) -> None:
         """Waits until every process has come to this: the store ends with the first one."""
@@ -89,6 +98,6 @@ class Exchange:
             yield from json.loads(told)
 
 
-def exchange() -> Exchange:
-    """This process' side of all of a run's."""
-    return Exchange(jax.process_index(), jax.process_count())
+def exchange() -> Exchange | None:
+    """This process' side of all of a run's; None where it is alone."""
+    return Exchange(jax.process_index(), jax.process_count()) if jax.process_count() > 1 else None

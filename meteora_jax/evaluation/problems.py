@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from meteora_jax.config import InputError, read_json
@@ -14,7 +14,7 @@ from meteora_jax.evaluation.named_metrics import metric_for
 from meteora_jax.evaluation.tasks import load_splits
 from meteora_jax.evaluation.tasks.settings import read_settings
 from meteora_jax.evaluation.wordings import Wording, read_answers, stops
-from meteora_jax.examples import Example
+from meteora_jax.examples import ANSWERS, Example
 from meteora_jax.prompts import Message, last_text
 from meteora_jax.text import check_text
 
@@ -32,6 +32,8 @@ class Problem:
     A turn of a conversation `asks` of one task, while `task` is the row of all turns; `turn` counts from 1. A composite
     that is not `numbered` asks in one sentence: each answer is looked for in all that was said; one that is may have
     another `wording` than MeteoRA's.
+    `earlier` are the turns before one, in order, where what a system said to them takes the place of the right answers
+    that `messages` have: such a turn is asked after them.
     """
 
     id: str
@@ -49,6 +51,14 @@ class Problem:
     turn: int = 0
     numbered: bool = True
     wording: Wording = "numbered"
+    earlier: tuple[Problem, ...] = field(default=(), hash=False, repr=False)
+
+    def after(self, answers: Sequence[str]) -> Problem:
+        """The turn as a system is asked that gave these answers to the `earlier` ones."""
+        messages = list(self.messages)
+        for turn, answer in zip(self.earlier, answers, strict=True):
+            messages[len(turn.messages)] = {"role": ANSWERS, "content": answer}  # behind the turn's own question
+        return replace(self, messages=tuple(messages))
 
     @property
     def asked(self) -> str | list[Message]:
@@ -87,6 +97,11 @@ class Problem:
     def answers_in(self, text: str) -> list[str]:
         """What was said to each part of a composite problem."""
         return read_answers(text, self.parts, self.wording) if self.numbered else [text] * self.parts
+
+
+def with_earlier(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, and before each the earlier turns that it needs and that are not among them."""
+    return list({p.id: p for last in problems for p in (*last.earlier, last)}.values())
 
 
 def load_problems(

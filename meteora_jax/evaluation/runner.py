@@ -6,6 +6,7 @@ end; whatever stands there is not done again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.table import score_row
 from meteora_jax.io.files import write_json
+from meteora_jax.prompts import Message
 
 RUN, RECORDS = "run.json", "records.jsonl"
 
@@ -98,17 +100,19 @@ def run(
     records: Records | None,
     progress: Callable[[int, int, str], None],
     skipped: Collection[tuple[str, str]] = (),
-    agree: Callable[[Sequence[bool]], list[bool]] = list,
+    agree: Callable[[list[Any]], list[Any]] = list,
 ) -> None:
     """Answers every problem by every system, except those that `records` already has.
 
     A system is asked all that is left at once, and so are systems that have one `Answer`; answers are recorded as they
-    end, KEPT at a time. Over several hosts each calls this with the same problems and systems; the first host has the
+    end, KEPT at a time. Problems with `earlier` turns follow in rounds, those with one first, each with what its own
+    system said to them. Over several hosts each calls this with the same problems and systems; the first host has the
     records, the others None.
 
     Args:
-        progress: called with (done, all, system). skipped: (system, row) not to be asked.
-        agree: which problems are to be answered -> what the first host says of them.
+        problems: with all their earlier ones (`with_earlier`). progress: called with (done, all, system).
+        skipped: (system, row) not to be asked.
+        agree: which problems are to be answered, and what was said to earlier ones -> what the first host says of it.
 
     Raises:
         InputError: a record's problem is no longer the task file's.
@@ -124,16 +128,23 @@ def run(
     every = [(system, p) for system, own in asked.items() for p in own]
     wanted = agree([(system, p.id) not in done for system, p in every])
     count = len(every) - sum(wanted)
-    for answer in dict.fromkeys(systems.values()):
-        left = [pair for pair, want in zip(every, wanted, strict=True) if want and systems[pair[0]] is answer]
+    pairs = [pair for pair, want in zip(every, wanted, strict=True) if want]
+    for answer, turn in itertools.product(dict.fromkeys(systems.values()), sorted({len(p.earlier) for _, p in pairs})):
+        left = [(s, p) for s, p in pairs if systems[s] is answer and len(p.earlier) == turn]
+        if not left:
+            continue
         # the longest first: none is waited for at the end
         left.sort(key=lambda pair: (len(pair[1].prompt), pair[1].id), reverse=True)
+        asking = left
+        if turn:
+            said_before = agree([[done[s, e.id]["answer"] for e in p.earlier] for s, p in left] if records else [])
+            asking = [(s, p.after(answers)) for (s, p), answers in zip(left, said_before, strict=True)]
         ended: list[dict[str, Any]] = []
-        for place, said in answer(left) if left else ():
+        for place, said in answer(asking):
             count += 1
             system, problem = left[place]
             if records:
-                ended.append(_record(system, problem, said))
+                ended.append(_record(system, problem, said, asking[place][1].messages))
                 if len(ended) == KEPT:
                     records.add(ended)
                     ended = []
@@ -142,15 +153,18 @@ def run(
             records.add(ended)
 
 
-def _record(system: str, problem: Problem, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the file: the problem, what was said, a composite's answers one by one, and the scores, none where a
-    user's metric refuses the answer: what was said is kept, and the table says what is wrong."""
+def _record(system: str, problem: Problem, said: Mapping[str, Any], asked: Sequence[Message]) -> dict[str, Any]:
+    """A line of the file: the problem, what was `asked` if answers of the system's own stood in it, what was said, a
+    composite's answers one by one, and the scores, none where a user's metric refuses the answer: what was said is
+    kept, and the table says what is wrong."""
     known: dict[str, Any] = {"system": system, "id": problem.id, "task": problem.task}
     known |= {"prompt": problem.prompt, "response": problem.response}
     if problem.messages:
         known["messages"] = problem.messages
     if problem.asks:
         known |= {"asks": problem.asks, "turn": problem.turn}
+    if problem.earlier:
+        known["asked"] = asked
     known |= said
     if names := [metric.name for metric in problem.metrics if metric.name]:
         known["metric"] = ", ".join(names)

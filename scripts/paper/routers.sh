@@ -33,7 +33,7 @@ meteora evaluate "${single[@]}" --bank "$OUT/bank" --gates "$OUT/gates-meteora" 
 meteora evaluate "${single[@]}" --bank "$OUT/bank-own" --out "$OUT/evaluation/routers-own" \
     --systems phatgoose-top2,phatgoose-top2-unseen
 several=(--base "$BASE" --tasks "$TASKS" --index "$OUT/index" --limit "${LIMIT:-100}"
-    --composite "${COMPOSITE:-3,5,10},lettered=3,lettered=5,reversed=3,reversed=5,conversations,unnumbered")
+    --composite "${COMPOSITE:-3,5,10},lettered=3,lettered=5,reversed=3,reversed=5,conversations,own-conversations,unnumbered")
 meteora evaluate "${several[@]}" --bank "$OUT/bank" --gates "$OUT/gates" --out "$OUT/evaluation/routers-several" \
     --systems "base,gates-top2-t1,$others,$found"
 meteora evaluate "${several[@]}" --bank "$OUT/bank" --gates "$OUT/gates-meteora" \
