@@ -153,7 +153,7 @@ def compile_planned(engine: EngineCore, asked: Sequence[Request]) -> None:
         [(len(r.prompt), r.max_new_tokens) for r in asked], engine.size.rows, engine.size.tokens - engine.size.rows
     )
     found = {Program(s.rows, s.padded, round_up(s.blocks, engine.table_sizes), s.steps) for s in steps}
-    engine.compile([*found], asked[0], asked[0].router)
+    engine.compile(asked, asked[0].router, [*found])
 
 
 def time_rows(bench: Bench, kind: Kind, rows: int) -> dict[str, float]:

@@ -141,8 +141,7 @@ class EngineCore:
         self.row_sizes, self.prompt_sizes = row_sizes(size.rows), prompt_sizes(size.tokens)
         self.scheduler = Scheduler(Limits(size.rows, size.tokens, prompt_sizes=self.prompt_sizes), cache, pool)
         self._decode = decode
-        most = size.blocks
-        self.table_sizes = (*(8 << 2 * i for i in range(12) if 8 << 2 * i < most), most)
+        self.table_sizes = (*(8 << 2 * i for i in range(12) if 8 << 2 * i < size.blocks), size.blocks)
         self._end = place_whole(jnp.asarray(config.eos_token_ids or (-1,), jnp.int32), mesh)
         self._job = Job(nnx.merge(graph, weights).execution.step is not None) if few_programs else None
         self._routers = JoinedRouters(mesh)
@@ -233,7 +232,7 @@ class EngineCore:
                     job.changed = False
                     # on a CPU the compiler's cores are the model's
                     if platform() != "cpu" and self.pool is None and job.alike():
-                        self._compile(job.requests, None)
+                        self.compile(job.requests, None)
                 with self._exclusive():
                     if self.pool is not None:
                         self.pool.advance()
@@ -277,28 +276,23 @@ class EngineCore:
         together can meet whenever their adapters arrive and their responses end."""
         handles = [self.submit(request) for request in requests]
         if self.pool is None:  # else its router is known when it has slots
-            self._compile(requests, handles[0].progress.router)
+            self.compile(requests, handles[0].progress.router)
         self.drain()
         for handle in handles:
             handle.check()
         with self._lock, self._exclusive():
-            for work in self._compile(requests, handles[0].progress.router):
+            for work in self.compile(requests, handles[0].progress.router):
                 jax.block_until_ready(self._run(work, requests[0].logprobs, requests[0].trace))
 
-    def _compile(self, requests: Sequence[Request], router: BoundRow | None) -> Iterator[Dispatch]:
-        """Begins to compile what requests that differ in their lengths can meet; of each a dispatch for nobody."""
+    def compile(
+        self, requests: Sequence[Request], router: BoundRow | None, found: Sequence[Program] = ()
+    ) -> Iterator[Dispatch]:
+        """Begins to compile programs: those `found`, or all that requests which differ in their lengths can meet. The
+        next dispatch waits for them. Of each a dispatch for nobody."""
         with self._lock:
-            found = programs(requests, self._sizes()[0], self.size.block_size, self.scheduler.limits.steps)
-            return self.compile(list(found), requests[0], router)
-
-    def compile(self, found: Sequence[Program], one: Request, router: BoundRow | None) -> Iterator[Dispatch]:
-        """Begins to compile programs, which the next dispatch waits for; of each a dispatch for nobody.
-
-        Args:
-            one: a request that they serve. router: its router, where no other has been submitted.
-        """
-        with self._lock:
-            kinds = self._sizes()[1] or (() if router is None else (router,))
+            (sizes, kinds), one = self._sizes(), requests[0]
+            kinds = kinds or (() if router is None else (router,))
+            found = found or [*programs(requests, sizes, self.size.block_size, self.scheduler.limits.steps)]
             args = one, self.size.rows, self.config.vocab_size, kinds, self._routers
             how = abstract(self._state), one.logprobs, one.trace
             if self.mesh is None or not self.mesh.is_multi_process:  # hosts compile in one order
@@ -370,16 +364,14 @@ class EngineCore:
                 self._traced(p, *(np.moveaxis(z[0, :, at + start : at + chunk.stop], 1, 0) for z in trace))
         read = len(work.owners) - len(work.chunks)  # rows that read a token of their own
         for b, p in enumerate(work.owners):
-            handle = self._handles.get(p.number)
-            if handle is None:
+            if (handle := self._handles.get(p.number)) is None:
                 continue
             drawn = tokens[b][: counts[b]]
             if trace is not None and p.request.trace and p.router is not None and b < read:
                 self._traced(p, *(z[: len(drawn), :, b] for z in trace))
             if not drawn:
                 continue
-            end = ends[b]
-            kept = drawn if end < 0 else drawn[:end]
+            kept = drawn if (end := ends[b]) < 0 else drawn[:end]
             before = len(p.tokens)
             stopped = handle._take(kept)
             if logprob is not None and p.request.logprobs is not None:
