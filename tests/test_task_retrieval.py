@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.ranking import rank_adapters
 from meteora_jax.evaluation.systems import Given, make_system
 from meteora_jax.examples import Example
-from meteora_jax.retriever.ranking import read_ranking
+from meteora_jax.retriever.ranking import read_ranking, write_ranking
 from meteora_jax.routing.retrieval import NOBODY
 from meteora_jax.routing.task_retrieval import default_retrieval
 
@@ -108,6 +109,9 @@ def test_what_retrieves_by_default(ranked):
     assert by_task.k == len(ranking) == 2
     below = (index.threshold or 0.0) - 1e-3
     assert by_task.router((("sums", below),)) is NOBODY, "a request that is nobody's stays the base's"
+    few = default_retrieval(index, ranking, most=1)
+    assert isinstance(few, mj.TaskRetrieval)
+    assert few.k == 1, "as many as slots hold"
     joined = default_retrieval(index, {"sums": ranking["sums"]})
     assert joined.ranking == {"sums": ranking["sums"], "moods": ("moods",)}
 
@@ -124,6 +128,16 @@ def test_generate_takes_the_ranking_of_the_index(world, ranked, tmp_path, capsys
     with pytest.raises(SystemExit):  # named: adapters, which the tasks of this index are not
         main([*command, "--retrieve", "1"])
     assert "expected adapters of the bank, found 'sums'" in capsys.readouterr().err
+
+
+def test_slots_hold_what_is_retrieved_by_default(world, ranked, tmp_path):
+    index, out, asked = tmp_path / "index", tmp_path / "out.json", "How many are 5 and 6?"
+    shutil.copytree(ranked, index)
+    write_ranking(index, {"sums": {"apple": 0.1}, "moods": {"birch": 0.1}})  # together more than the one slot
+    command = ["generate", asked, "--base", world["base"], "--bank", world["bank"], "--index", index, "--json", out]
+    main([*map(str, command), "--adapter-slots", "1", "--max-new-tokens", "3"])
+    (want,) = world["model"].generate([asked], mj.Fixed("apple"), max_new_tokens=3)
+    assert json.loads(out.read_text())[0]["token_ids"] == want.token_ids
 
 
 def test_a_model_answers_by_it(world, ranked):

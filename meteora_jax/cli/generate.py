@@ -95,7 +95,8 @@ def parse_router(command: Generate, model: Any) -> Any:
     if options != (None, None):
         raise InputError(f"--gate-top-k, --gate-temperature: expected --router gates, found {text!r}")
     if (command.retrieve, command.compose, command.weights) == (None, None, None):
-        return default_retrieval(Index.load(command.index), read_ranking(command.index))
+        most = model.pool.table.count if model.pool else RETRIEVED
+        return default_retrieval(Index.load(command.index), read_ranking(command.index), most=most)
     how = command.compose or "mixture", command.weights or "uniform"
     return Retrieval(Index.load(command.index), count, *how)
 

@@ -84,16 +84,16 @@ class TaskRetrieval:
 
 
 def default_retrieval(
-    index: Index, ranking: Ranking | None, exclude: tuple[str, ...] = ()
+    index: Index, ranking: Ranking | None, exclude: tuple[str, ...] = (), most: int = RETRIEVED
 ) -> Retrieval | TaskRetrieval:
     """What retrieves where nobody says how, by the table of docs/results.md: with a ranking tasks, which are level with
     the best adapter alone where a task has its own and help those that have none; else the best adapter alone.
 
     Args:
         ranking: of the index's tasks; one that it does not have, as it joined later, is the adapter's of its name.
-        exclude: adapters that no request gets.
+        exclude: adapters that no request gets. most: adapters that there is room for, as in slots.
     """
     if ranking is None:
         return Retrieval(index, 1, exclude=exclude)
     ranking = {task: ranking.get(task, (task,)) for task in index.names}
-    return TaskRetrieval(index, ranking, min(RETRIEVED, len(ranking)), exclude=exclude)
+    return TaskRetrieval(index, ranking, min(RETRIEVED, most, len(ranking)), exclude=exclude)

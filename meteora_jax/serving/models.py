@@ -63,10 +63,10 @@ def _gates(fleet: Fleet, k: int | None) -> RouterArgument:
 
 def _retrieval(fleet: Fleet, k: int | None) -> RouterArgument:
     assert fleet.index is not None
-    gone = _absent(fleet)
-    router: Any = (
-        default_retrieval(fleet.index, fleet.ranking, gone) if k is None else Retrieval(fleet.index, k, exclude=gone)
-    )
+    gone, pool = _absent(fleet), fleet.model.pool
+    router: Any = Retrieval(fleet.index, k or 1, exclude=gone)
+    if k is None:
+        router = default_retrieval(fleet.index, fleet.ranking, gone, pool.table.count if pool else RETRIEVED)
     return router
 
 
