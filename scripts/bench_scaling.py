@@ -90,20 +90,23 @@ class Trained:
 
 
 def random_on(abstract: Any, seed: int) -> Any:
-    """Small normal values on the devices that an abstract state names; of whole numbers any that the type has. The same
-    million again and again: drawing a large matrix would take several times its memory."""
-    some = (1 << 20) - 3  # no multiple of a width, so that rows differ
+    """Small values, evenly spread, on the devices that an abstract state names; of whole numbers any that the type has.
+    Each is a hash of its place: `jax.random` takes several times a large matrix's memory."""
 
-    def draw(key: jax.Array, x: Any) -> jax.Array:
+    def draw(seed: jax.Array, x: Any) -> jax.Array:
+        bits = jnp.broadcast_to(seed, x.shape)
+        for axis in range(x.ndim):  # murmur3's finaliser
+            bits = (bits ^ jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)) * jnp.uint32(0x85EBCA6B)
+            bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+            bits = bits ^ (bits >> 16)
         if jnp.issubdtype(x.dtype, jnp.integer):
             unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-            return jnp.resize(jax.lax.bitcast_convert_type(jax.random.bits(key, (some,), unsigned), x.dtype), x.shape)
-        return jnp.resize((0.02 * jax.random.normal(key, (some,), jnp.bfloat16)).astype(x.dtype), x.shape)
+            return jax.lax.bitcast_convert_type(bits.astype(unsigned), x.dtype)
+        return (0.07 * ((bits >> 8).astype(jnp.float32) / (1 << 24) - 0.5)).astype(x.dtype)
 
     leaves, tree = jax.tree.flatten(abstract)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
     jitted = (jax.jit(functools.partial(draw, x=x), out_shardings=x.sharding) for x in leaves)
-    return jax.tree.unflatten(tree, [f(key) for f, key in zip(jitted, keys, strict=True)])
+    return jax.tree.unflatten(tree, [f(np.uint32(1000 * seed + i)) for i, f in enumerate(jitted)])
 
 
 def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: Path) -> Trained:

@@ -5,6 +5,7 @@ Programs take most of the time: one way of asking (log probabilities, traces, sa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -116,14 +117,21 @@ def test_a_ranked_index_retrieves_by_tasks_unless_a_number_is_named(model, index
         assert isinstance(found, mj.Retrieval)
         assert found.k == k
     with pytest.raises(InputError, match=r"expected ranking\.json of the bank's adapters alone, found elder"):
-        Fleet(model, index, "tiny", {"apple": ("elder",)})
+        Fleet(model, index, "tiny", {"apple": ("elder",)}).checked()
     tasks = mj.Index.build(PROFILES | {"sums": ["How many are 3 and 4?", "How many are 2 and 9?"]})
     with pytest.raises(InputError, match="expected profiles of the bank's adapters alone, found sums"):
-        Fleet(model, tasks, "tiny")
-    fleet = Fleet(model, tasks, "tiny", {"sums": ("cedar", "apple")})
+        Fleet(model, tasks, "tiny").checked()
+    fleet = Fleet(model, tasks, "tiny", {"sums": ("cedar", "apple")}).checked()
     found, named = resolve(fleet, "retrieve"), resolve(fleet, "retrieve:2")
     assert found.router((("sums", 1e3),)).adapters == (("cedar", 1.0),)
     assert (named.exclude, found.hidden) == (("sums",), ())
+    model = dataclasses.replace(model)
+    tasks.remove(["cedar"])  # ranked, and no name of the index
+    fleet = Fleet(model, tasks, "tiny", {"sums": ("cedar", "apple"), tasks.names[0]: ("cedar",)}).checked()
+    model.remove_adapter("cedar")
+    found = resolve(fleet, "retrieve")
+    assert found.router((("sums", 1e3),)).adapters == (("apple", 1.0),), "the next best of those that are loaded"
+    assert found.hidden == tasks.names[:1]
 
 
 def test_routers_of_the_bank_alone_are_models(client, alone):

@@ -126,18 +126,21 @@ def loaded_while_read(served: Any, folder: Any) -> None:
 def test_without_slots_another_engine_takes_over(world, root):
     settings = Settings(grace=2, adapter_root=root, adapter_updates=True)
     want = [wanted(world["model"], root / name) for name in ("elm", "elm2")]
-    with serving(world["model"], settings) as served:
+    with serving(world["model"], settings, index=mj.Index.build(PROFILES)) as served:
         before = served.server.driver.core
-        answer = update(served, "load", lora_name="elm", lora_path="elm").json()
-        assert answer["reachable_by"] == ["name"]
+        answer = update(served, "load", lora_name="elm", lora_path="elm", profiles=["Write a poem about elms"]).json()
+        assert answer["reachable_by"] == ["name", "retrieve"]
         assert "extend" in answer["note"][0]
         assert served.server.driver.core is not before
         assert said(served, "elm") == want[0]
         assert update(served, "load", lora_name="elm", lora_path="elm2").status_code == 200
         assert said(served, "elm") == want[1]
-        assert update(served, "unload", lora_name="elm").status_code == 200
+        poem = [{"role": "user", "content": "A poem about elms"}]
+        assert said(served, "retrieve", poem) == said(served, "elm", poem)
+        assert update(served, "unload", lora_name="elm").status_code == 200  # its profile stays, and is not found
         with pytest.raises(openai.NotFoundError):
             said(served, "elm")
+        assert said(served, "retrieve", poem)
         settled(served)
 
 

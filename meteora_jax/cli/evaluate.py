@@ -95,15 +95,16 @@ def _answer(systems: Sequence[System], command: Evaluate) -> runner.Answer:
 
     def answer(asked: Sequence[tuple[str, Problem]]) -> Iterator[tuple[int, dict[str, Any]]]:
         # a turn that a system's own answers made too long is not asked: it has no answer, and the run goes on
-        short = [i for i, (_, p) in enumerate(asked) if not p.earlier or _fits(model, p, command.max_new_tokens)]
-        for i in sorted({*range(len(asked))} - {*short}):
-            yield i, {"answer": "", "tokens": 0, "finish_reason": "context"}
-        if not short:
+        fits = [not p.earlier or _fits(model, p, command.max_new_tokens) for _, p in asked]
+        for place in (i for i, does in enumerate(fits) if not does):
+            yield place, {"answer": "", "tokens": 0, "finish_reason": "context"}
+        places = [i for i, does in enumerate(fits) if does]
+        if not places:
             return
-        problems = [asked[i][1] for i in short]
+        problems = [asked[i][1] for i in places]
         completions = model.completions(
             [p.asked for p in problems],
-            [routes[system](p) for system, p in (asked[i] for i in short)],
+            [routes[system](p) for system, p in (asked[i] for i in places)],
             max_new_tokens=[p.new_tokens(command.max_new_tokens) for p in problems],
             stop=[p.stop for p in problems],
             routing="response",
@@ -114,7 +115,7 @@ def _answer(systems: Sequence[System], command: Evaluate) -> runner.Answer:
                 record["routing"] = response_routing(c.routing)
                 if c.routing.retrieved:
                     record["retrieved"] = {name: round(similarity, 4) for name, similarity in c.routing.retrieved}
-            yield short[place], record
+            yield places[place], record
 
     return answer
 

@@ -94,7 +94,7 @@ def load_fleet(command: Serve) -> Any:
         if index is not None:
             index.query(["warm up"], 1)  # what it has to learn, it learns now
         ranking = None if command.index is None else read_ranking(command.index)
-    return Fleet(model, index, base_name(command.base, command.name), ranking)
+    return Fleet(model, index, base_name(command.base, command.name), ranking).checked()
 
 
 def make_server(command: Serve) -> Any:

@@ -68,8 +68,9 @@ class Retrieval:
     """The k adapters whose profiles are most like the request, acting together.
 
     Three are LoraRetriever's default. On 28 tasks the best one alone, k=1, is level with each task's own adapter named,
-    and three lose a quarter of its accuracy (docs/results.md): where a name is all that is said, as of the server's
-    `retrieve`, it is `default_retrieval`.
+    and three lose a quarter of its accuracy (docs/results.md). So the server's `retrieve` and `meteora generate
+    --router retrieval` are not this but `task_retrieval.default_retrieval`.
+
     selection: the best one alone. mixture: their outputs averaged. fusion: their matrices averaged, so that one
     adapter's A meets another's B. weights "uniform" is the paper's; "similarity" divides one among the retrieved in
     proportion to their similarities, those below zero counting as zero (uniform where all are).

@@ -68,7 +68,8 @@ class TaskRetrieval:
     @property
     def hidden(self) -> tuple[str, ...]:
         """Tasks that the index must not find: those whose adapters are all excluded."""
-        return tuple(task for task in self.index.names if set(self.ranking[task]) <= set(self.exclude))
+        gone = frozenset(self.exclude)
+        return tuple(task for task in self.index.names if all(name in gone for name in self.ranking[task]))
 
     def router(self, found: Found) -> Composed:
         """The router of a request for which these tasks were retrieved."""

@@ -31,14 +31,23 @@ class Fleet:
     base: str
     ranking: Ranking | None = None
 
-    def __post_init__(self):
-        where, wanted = "profiles of ", set(self.index.names) - set(self.ranking or ()) if self.index else set()
-        if not (strangers := wanted - set(self.model.adapter_names)):
-            where, wanted = "ranking.json of ", {name for own in (self.ranking or {}).values() for name in own}
-            strangers = wanted - set(self.model.adapter_names)
-        if strangers:
-            found = ", ".join(sorted(strangers)[:5])
-            raise InputError(f"--index: expected {where}the bank's adapters alone, found {found}")
+    def checked(self) -> Fleet:
+        """Itself, as it is loaded; adapters that are unloaded later stay in the index.
+
+        Raises:
+            InputError: the index or its ranking names adapters that the bank does not have.
+        """
+        unranked = set(self.index.names) - set(self.ranking or ()) if self.index else set()
+        for what, named in (("profiles", unranked), ("ranking.json", self.ranked)):
+            if strangers := named - set(self.model.adapter_names):
+                found = ", ".join(sorted(strangers)[:5])
+                raise InputError(f"--index: expected {what} of the bank's adapters alone, found {found}")
+        return self
+
+    @functools.cached_property
+    def ranked(self) -> frozenset[str]:
+        """The adapters that the ranking names."""
+        return frozenset(name for own in (self.ranking or {}).values() for name in own)
 
 
 def named(fleet: Fleet) -> Named:
@@ -64,9 +73,12 @@ def _gates(fleet: Fleet, k: int | None) -> RouterArgument:
 def _retrieval(fleet: Fleet, k: int | None) -> RouterArgument:
     assert fleet.index is not None
     gone, pool = _absent(fleet), fleet.model.pool
-    router: Any = Retrieval(fleet.index, k or 1, exclude=gone)
+    router: Any
     if k is None:
+        gone = (*gone, *fleet.ranked.difference(gone, fleet.model.adapter_names))  # ranked, and unloaded since
         router = default_retrieval(fleet.index, fleet.ranking, gone, pool.table.count if pool else RETRIEVED)
+    else:
+        router = Retrieval(fleet.index, k, exclude=gone)
     return router
 
 
