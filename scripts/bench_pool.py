@@ -8,14 +8,18 @@ Weights are random and nothing ends a response early. bare: no adapter acts. res
 Engines have few programs, as `generate` does, and all are compiled before the first round; `compiled` says how many the
 timed round compiled nevertheless: 0, or its figures are the compiler's.
 Without --folder adapters are made in host memory as they are asked for, so that what is timed is the padding, the copy
-to the device and the engine; with it they are read from a BANK folder that is written there first. Each record also has
-what a step of one adapter's way costs while nothing is decoded (`copying`).
+to the device and the engine; with it they are read from a BANK folder that is written there first, and the system has
+forgotten the file when the timed round begins. Each record also has what a step of one adapter's way costs while
+nothing is decoded (`copying`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import mmap
+import os
 import re
 import sys
 import time
@@ -34,6 +38,7 @@ from flax import nnx
 from rich.table import Table
 
 import meteora_jax as mj
+from converters.peft_lora import bank_writer
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import GROUPS, PROJECTIONS, AdapterInfo, BankConfig, InputError, LlamaConfig
 from meteora_jax.engine import EngineCore, EngineSize, Request
@@ -41,8 +46,9 @@ from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.copies import READERS
 from meteora_jax.engine.step import run_steps
 from meteora_jax.execution import ExecutionConfig, default_dtype
-from meteora_jax.io.bank import save_bank
+from meteora_jax.io.files import whole_folder, write_json
 from meteora_jax.io.stored_bank import StoredBank, empty_slots
+from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.model.layout import pack
 from meteora_jax.model.llama import Llama
 
@@ -107,16 +113,27 @@ class RandomBank(StoredBank):
 
 
 def written(folder: Path, bank: RandomBank, config: LlamaConfig, dtype: np.dtype) -> StoredBank:
-    """The same adapters in a BANK folder."""
-    count = len(bank.config.adapters)
-    if not (folder / "bank.json").exists():
-        one = bank.adapter(0)
-
-        def all_of_them(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return {p: np.repeat(np.asarray(z, np.float32), count, axis=1) for p, z in parts.items()}
-
-        save_bank(folder, AdapterBank(*map(all_of_them, (one.a, one.b, one.scale)), bank.config))
+    """The same adapters in a BANK folder, in the type that they have here."""
+    if not folder.exists():
+        with whole_folder(folder) as partial:
+            writer = bank_writer(partial, bank.config, dtype)
+            parts = {kind: getattr(bank.adapter(0), kind) for kind in ("a", "b", "scale")}
+            for kind, p in itertools.product(parts, PROJECTIONS):
+                for layer in range(config.num_layers):
+                    writer.slice(f"{p}.{kind}", layer)[:] = parts[kind][p][layer]
+            writer.sync()  # only what is on disk can be forgotten
+            write_json(partial / "bank.json", bank.config.to_json())
     return StoredBank(folder, config, dtype)
+
+
+def forget(bank: StoredBank) -> None:
+    """Has the system forget what it keeps of a bank's file, so that it is read from the disk again."""
+    mapped: Any = next(iter(bank._tensors.values()))
+    while isinstance(mapped, np.ndarray):
+        mapped = mapped.base
+    mapped.madvise(mmap.MADV_DONTNEED)  # pages that are mapped would stay
+    with (bank.folder / WEIGHTS).open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Bench:
@@ -132,6 +149,7 @@ class Bench:
         if execution.packs(dtype, None):
             self.graph, self.weights = pack(self.graph, self.weights, release=GROUPS)
         self.pool = None
+        self.stored = None if isinstance(bank, RandomBank) else bank
         if bank is not None and described is not None:
             self.pool = AdapterPool(bank, described, self.graph, self.weights, config, dtype=dtype)
         blocks = -(-(settings.prompt + settings.new) // 16) * settings.batch + settings.batch
@@ -162,6 +180,8 @@ class Bench:
             rng = np.random.default_rng(seed)
             asked = [self.request(rng, chances) for _ in range(self.settings.requests)]
             before = None if self.pool is None else dataclasses.replace(self.pool.counters)
+            if self.stored is not None:
+                forget(self.stored)
             known, did = run_steps._cache_size(), dataclasses.replace(self.engine.counters)
             start = time.perf_counter()
             for request in asked:
@@ -178,8 +198,9 @@ class Bench:
         return found
 
     def copying(self) -> dict[str, float]:
-        """Milliseconds of an adapter's way: read_ms, from where it is stored; copy_ms, that and to the device, alone;
-        copies_ms, of each where all readers are at it; write_ms, from there into its slot."""
+        """Milliseconds of an adapter's way: disk_ms, from a file that the system has forgotten; read_ms, from where it
+        is stored; copy_ms, that and to the device, alone; copies_ms, of each where all readers are at it; write_ms,
+        from there into its slot."""
         if (pool := self.pool) is None:
             return {}
         numbers = [v.number for v in pool.versions.find(pool.names())]
@@ -201,6 +222,13 @@ class Bench:
         with ThreadPoolExecutor(READERS) as readers, pool.lock:
             version = pool.versions[number := next(n for n in numbers if pool.table.slots(n))]
             slots, staged = pool.table.slots(number) or (), pool._stage(number, False)
+            if self.stored is not None:
+                places = dict.fromkeys(pool.versions[n].place for n in some)
+                forget(self.stored)
+                start = time.perf_counter()
+                for place in places:
+                    self.stored.adapter(place)  # looks at every value
+                found["disk_ms"] = (time.perf_counter() - start) / len(places) * 1e3
             timed("read_ms", len(some), lambda: [version.bank.adapter(pool.versions[n].place) for n in some])
             timed("copy_ms", len(some), lambda: [pool._stage(n, False) for n in some])
             timed("copies_ms", len(some), lambda: list(readers.map(lambda n: pool._stage(n, False), some)))
@@ -230,8 +258,9 @@ def main(settings: BenchPool) -> None:
             return
         try:
             bench = Bench(settings, config, bank, slots)
-            warm, copying = bench.warm(), bench.copying()
-            console.print(f"[dim]{kind} {adapters}: {warm} {copying}", highlight=False)
+            warm = bench.warm()
+            console.print(f"[dim]{kind} {adapters}: {warm}", highlight=False)
+            copying = bench.copying()
             for zipf in settings.zipf if bank is not None else (0.0,):
                 case = dict(kind=kind, adapters=adapters, slots=slots, rank=settings.rank, zipf=zipf)
                 records.append({**case, **warm, **bench.run(adapters, zipf), **copying})

@@ -150,6 +150,7 @@ def train(s: Scaling, config: LlamaConfig, sizes: tuple[int, int, int], store: P
         began = time.perf_counter()
         compiled = step.lower(frozen, train_state, batch, router).compile()
         compiling = time.perf_counter() - began
+        print(f"{sizes}: compiled in {compiling:.0f} s", flush=True)
         loss = np.nan
         for _ in range(3 + s.steps):
             began = time.perf_counter()

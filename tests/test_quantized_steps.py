@@ -23,7 +23,7 @@ from test_quantized_matmul import made
 import meteora_jax as mj
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.model import decoding, llama
-from meteora_jax.model.layout import base_arrays, pack
+from meteora_jax.model.layout import base_arrays, pack, with_execution
 from meteora_jax.quantization import Quantization
 from pallas_kernels.decode_step.triton_gpu import StepLimits
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul, triton_gpu
@@ -184,4 +184,4 @@ def test_decoding_on_a_gpu(kind, router):
 
 
 def model_of(model: mj.Meteora, execution: ExecutionConfig) -> mj.Meteora:
-    return dataclasses.replace(model, graph=llama.with_execution(model.graph, model.weights, execution))
+    return dataclasses.replace(model, graph=with_execution(model.graph, model.weights, execution))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import re
 from pathlib import Path
@@ -17,9 +18,10 @@ from safetensors.numpy import save_file
 import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.engine.adapter_versions import AdapterVersions
+from meteora_jax.io import stored_bank
 from meteora_jax.io.bank import load_bank, save_bank
 from meteora_jax.io.stored_bank import StoredBank
-from meteora_jax.io.tensors import FLOATS, all_finite, map_tensors
+from meteora_jax.io.tensors import FLOATS, all_finite, map_tensors, read_ahead
 
 
 def test_a_bank_of_a_thousand_is_not_read_into_memory(world: dict[str, Any], tmp_path: Path):
@@ -107,3 +109,32 @@ def test_a_scratch_folder_goes_with_who_knew_it(world: dict[str, Any], tmp_path:
     del versions
     gc.collect()
     assert not scratch.exists()
+
+
+def test_all_of_an_adapter_is_asked_for_before_it_is_looked_at(world: dict[str, Any], tmp_path: Path, monkeypatch):
+    asked, looked = [], []
+    monkeypatch.setattr(stored_bank, "read_ahead", lambda part: asked.append(part))
+    monkeypatch.setattr(stored_bank, "all_finite", lambda part: looked.append(len(asked)) or True)
+    save_bank(tmp_path / "bank", random_bank(world["model"].config, NAMES, 1))
+    one = StoredBank(tmp_path / "bank", world["model"].config, np.float32).adapter(1)
+    wanted = [*one.a.values(), *one.b.values(), *one.scale.values()]
+    assert len(asked) == len(wanted)
+    assert set(looked) == {len(wanted)}
+    assert sum(part.nbytes for part in asked) == sum(part.nbytes for part in wanted)
+
+
+def test_of_a_mapped_part_its_pieces_are_asked_for_and_no_more(tmp_path: Path):
+    class Told(mmap.mmap):
+        def madvise(self, *given: int) -> None:
+            told.append(given)
+
+    told: list[tuple[int, ...]] = []
+    values = np.arange(3 * 4 * 5 * 1000, dtype=np.float32)
+    (tmp_path / "file").write_bytes(bytes(24) + values.tobytes())
+    with (tmp_path / "file").open("rb") as file:
+        mapped = Told(file.fileno(), 0, access=mmap.ACCESS_READ)
+    whole = np.ndarray(24 + values.nbytes, np.uint8, mapped)[24:].view(np.float32).reshape(3, 4, 5, 1000)
+    read_ahead(whole[:, 2:3, :2])
+    page = mmap.PAGESIZE
+    firsts = [24 + 4 * 1000 * (5 * (4 * layer + 2)) for layer in range(3)]
+    assert told == [(mmap.MADV_WILLNEED, first - first % page, 8000 + first % page) for first in firsts]

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import AdapterInfo, BankConfig, InputError, LlamaConfig, VocabAdapterConfig, read_json
 from meteora_jax.io.provenance import BaseOrigin, misfits
-from meteora_jax.io.tensors import WEIGHTS, all_finite, map_tensors, open_tensors
+from meteora_jax.io.tensors import WEIGHTS, all_finite, map_tensors, open_tensors, read_ahead
 
 
 class StoredBank:
@@ -44,6 +44,8 @@ class StoredBank:
         """
         info = self.config.adapters[at]
         tensors = {key: self._read(key, at, info.rank) for key in self._shapes}
+        for values in tensors.values():
+            read_ahead(values)
         unfit = [key for key, t in tensors.items() if not all_finite(t)]
         if unfit:
             raise InputError(

@@ -5,6 +5,7 @@ description implies; anything else is refused, all problems at once.
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -70,6 +71,22 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
         first, end = held["data_offsets"]
         found[key] = whole[start + first : start + end].view(FLOATS[held["dtype"]]).reshape(held["shape"])
     return found
+
+
+def read_ahead(values: np.ndarray) -> None:
+    """Begins to read a mapped tensor's part from the disk, where the system can: all pieces along the first axis, which
+    lie apart in the file. Else each piece is waited for before the next is asked for, and what the system reads beyond
+    its end belongs to other parts."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    whole: Any = values
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    start = np.frombuffer(whole.base, np.uint8).__array_interface__["data"][0]
+    for piece in values if values.ndim > 2 else (values,):
+        first = piece.__array_interface__["data"][0] - start
+        page = first % mmap.PAGESIZE
+        whole.base.madvise(mmap.MADV_WILLNEED, first - page, piece.nbytes + page)
 
 
 def all_finite(values: np.ndarray) -> bool:
