@@ -175,12 +175,20 @@ def least_values(kind: str) -> QuantizedWeight | None:
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("router", [None, mj.Gates(2), mj.Fixed("cedar")])
 def test_decoding_on_a_gpu(kind, router):
-    """The engine by Triton says what it says by XLA, float32."""
-    model = quantized_model(kind, "float32", head=True)
+    """The engine by Triton says what it says by XLA, float32; adapters say something else than the base."""
+    model = loud(quantized_model(kind, "float32", head=True))
+    plain = model_of(model, ExecutionConfig.of("gpu", "float32", triton=False))
     with jax.default_matmul_precision("highest"):
-        wanted = answer(model_of(model, ExecutionConfig.of("gpu", "float32", triton=False)), ROWS, router, 8)
-        found = answer(stepping(model, ExecutionConfig.of("gpu", "float32").step), ROWS, router, 8)
-    assert found[0] == wanted[0]
+        wanted = answer(plain, ROWS, router, 8)[0]
+        assert answer(stepping(model, ExecutionConfig.of("gpu", "float32").step), ROWS, router, 8)[0] == wanted
+        assert router is None or answer(plain, ROWS, None, 8)[0] != wanted
+
+
+def loud(model: mj.Meteora) -> mj.Meteora:
+    """With adapters a hundred times as strong, so that they change tokens."""
+    flat = nnx.to_flat_state(model.weights)
+    leaves = [(path, leaf.replace(100 * leaf[...]) if path[-1] == "lora_scale" else leaf) for path, leaf in flat]
+    return dataclasses.replace(model, weights=nnx.from_flat_state(leaves))
 
 
 def model_of(model: mj.Meteora, execution: ExecutionConfig) -> mj.Meteora:
