@@ -179,8 +179,8 @@ def time_rows(bench: Bench, kind: Kind, rows: int) -> dict[str, float]:
 
 def profile_rows(bench: Bench, kind: Kind, rows: int) -> None:
     """Prints the kernels of the prompts and of a decoding step, as `time_rows` has just compiled them."""
-    new, prompt = 17, bench.settings.prompt
-    engine = bench.engine(rows, rows * (prompt + bench.settings.new))
+    new, prompt = bench.settings.new, bench.settings.prompt
+    engine = bench.engine(rows, rows * (prompt + new))
     handles = [engine.submit(bench.request(kind, i, prompt, new)) for i in range(rows)]
 
     def prompts() -> Any:
