@@ -52,13 +52,15 @@ def test_steps_and_requests_bare_and_by_gates(tmp_path: Path):
 
 
 @pytest.mark.exhaustive("runs a benchmark")
-def test_more_adapters_than_slots_compile_nothing_while_they_are_timed(tmp_path: Path):
+@pytest.mark.parametrize("stored", [False, True])
+def test_more_adapters_than_slots_compile_nothing_while_they_are_timed(tmp_path: Path, stored: bool):
     options = ["--adapters", "6", "--slots", "2", "--rank", "2", "--batch", "2", "--prompt", "16", "--new", "4"]
     options += ["--requests", "8", "--zipf", "1.0", "--kinds", "bare", "slots", "--layers", "1"]
-    found = records(tmp_path, "bench_pool.py", *options)
+    found = records(tmp_path, "bench_pool.py", *options, *(["--folder", str(tmp_path / "banks")] if stored else []))
     assert [r["kind"] for r in found] == ["bare", "slots"]
     assert [r["compiled"] for r in found] == [0, 0]
     assert found[1]["misses"] > 0
+    assert ("disk_ms" in found[1]) == stored
 
 
 @pytest.mark.exhaustive("runs a benchmark")
