@@ -135,6 +135,7 @@ def test_of_a_mapped_part_its_pieces_are_asked_for_and_no_more(tmp_path: Path):
         mapped = Told(file.fileno(), 0, access=mmap.ACCESS_READ)
     whole = np.ndarray(24 + values.nbytes, np.uint8, mapped)[24:].view(np.float32).reshape(3, 4, 5, 1000)
     read_ahead(whole[:, 2:3, :2])
+    read_ahead(whole[0, 0, 5:])
     page = mmap.PAGESIZE
     firsts = [24 + 4 * 1000 * (5 * (4 * layer + 2)) for layer in range(3)]
     assert told == [(mmap.MADV_WILLNEED, first - first % page, 8000 + first % page) for first in firsts]

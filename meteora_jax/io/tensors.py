@@ -77,7 +77,7 @@ def read_ahead(values: np.ndarray) -> None:
     """Begins to read a mapped tensor's part from the disk, where the system can: all pieces along the first axis, which
     lie apart in the file. Else each piece is waited for before the next is asked for, and what the system reads beyond
     its end belongs to other parts."""
-    if not hasattr(mmap, "MADV_WILLNEED"):
+    if not (hasattr(mmap, "MADV_WILLNEED") and values.size):
         return
     whole: Any = values
     while isinstance(whole.base, np.ndarray):
