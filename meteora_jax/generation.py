@@ -16,13 +16,11 @@ from meteora_jax.engine import EngineCore, EngineSize, Handle, Progress, Request
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.memory import fitting
 from meteora_jax.engine.replicas import Replicas
-from meteora_jax.execution import platform
 from meteora_jax.routing import NO_ADAPTER
 from meteora_jax.sharding import Params, data_parts
 from meteora_jax.text import TextStream
 
 ROWS = 256  # sequences at once
-CPU_ROWS = 64  # there: from 32 rows on each takes as long as the others, and nothing is won by more
 BLOCK_SIZE = 16
 LEAST_BLOCKS = 128
 
@@ -41,15 +39,14 @@ class Engines:
         self._parts = () if mesh is None or pool is not None else data_parts(mesh)
 
     def holding(self, requests: Sequence[Request]) -> EngineCore | Replicas:
-        """An engine in which the longest of these requests have room together, up to ROWS (CPU_ROWS) and the device's
-        memory; on a mesh with a data axis as many engines, each with room for its share of the longest.
+        """An engine in which the longest of these requests have room together, up to ROWS and the device's memory; on a
+        mesh with a data axis as many engines, each with room for its share of the longest.
 
         Raises:
             InputError: the longest alone does not fit.
         """
         slots = sorted((len(r.prompt) + r.max_new_tokens for r in requests), reverse=True)
-        rows = CPU_ROWS if platform() == "cpu" else ROWS
-        slots = slots[:: max(1, len(self._parts))][:rows]
+        slots = slots[:: max(1, len(self._parts))][:ROWS]
         wanted = [-(-n // BLOCK_SIZE) for n in slots]
         blocks = LEAST_BLOCKS
         while blocks < sum(wanted):
@@ -64,8 +61,8 @@ class Engines:
         graph, weights = self._model
 
         def made(weights: Params, mesh: Mesh | None) -> EngineCore:
-            tokens, most = fitting(graph, weights, self._config, rows, BLOCK_SIZE, wanted[0], mesh)
-            size = EngineSize(rows, tokens, min(blocks, most), BLOCK_SIZE)
+            tokens, most = fitting(graph, weights, self._config, ROWS, BLOCK_SIZE, wanted[0], mesh)
+            size = EngineSize(ROWS, tokens, min(blocks, most), BLOCK_SIZE)
             return EngineCore(
                 graph, weights, self._config, size, mesh=mesh, decode=self._decode, pool=self._pool, few_programs=True
             )

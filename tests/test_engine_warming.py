@@ -44,18 +44,16 @@ def test_programs_that_requests_can_meet(count: int, prompt: int, most: int, exp
 
 
 @pytest.mark.parametrize(
-    ("count", "any_rows", "expected"),
+    ("count", "expected"),
     [
         # more tokens and rows than a step has: three sizes of prompts, which all rows read, few or all rows that decode
-        (300, True, Sizes((8, 256), (512, 2048, 8192), (128,), (256,))),
+        (300, Sizes((8, 256), (512, 2048, 8192), (128,), (256,))),
         # those above the request's own are for requests that join it
-        (1, True, Sizes((1, 8, 256), (128, 512, 1024, 2048, 4096, 8192), (128,), (8, 256))),
-        # a CPU, where rows that are none cost what others do
-        (300, False, Sizes((8, 256), (512, 2048, 8192), (128,), (8, 256))),
+        (1, Sizes((1, 8, 256), (128, 512, 1024, 2048, 4096, 8192), (128,), (8, 256))),
     ],
 )
-def test_a_job_uses_few_sizes(count: int, any_rows: bool, expected: Sizes):
-    job = Job(any_table=True, any_rows=any_rows)
+def test_a_job_uses_few_sizes(count: int, expected: Sizes):
+    job = Job(any_table=True)
     for _ in range(count):
         job.add(Request((5,) * 500, 20))
     prompts = (64, 128, 256, 512, 1024, 2048, 4096, 8192)

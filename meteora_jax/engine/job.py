@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from meteora_jax.engine.programs import ALIGNED, Sizes
+from meteora_jax.engine.programs import Sizes
 from meteora_jax.engine.request import BoundRow, Request
 from pallas_kernels.paged_attention import QUERY_BLOCK
 
 FEWER_ROWS = 16  # sizes that are used differ by this factor: a step of 8 rows takes about as long as one of 64
-FEWER_DEAR_ROWS = 8  # where a step of 64 rows takes several times as long as one of 8
 FEWER_TOKENS = 4  # likewise; less, as prompt tokens that are padding cost what real ones do
 
 
@@ -23,11 +22,10 @@ class Job:
     """The requests that were submitted since the engine last had nothing to do, as far as programs depend on them.
 
     any_table: whether attention reads no more of a table than a row has filled, so that one width serves all.
-    any_rows: whether rows that are none cost little, as on accelerators; a CPU computes them like others.
     """
 
-    def __init__(self, any_table: bool, any_rows: bool = True):
-        self.any_table, self.any_rows = any_table, any_rows
+    def __init__(self, any_table: bool):
+        self.any_table = any_table
         self.clear()
 
     def clear(self) -> None:
@@ -54,11 +52,6 @@ class Job:
     def sizes(self, every: Sizes, block_size: int) -> Sizes:
         """Those of the engine's that its steps use. One with prompt tokens has few rows at the beginning alone, and
         takes about as long with all of them."""
-        if not self.any_rows:
-            wide = [n for n in every.rows if n >= ALIGNED] or every.rows
-            rows = thinned(wide, len(self.requests), FEWER_DEAR_ROWS)
-            reading = thinned(every.reading, len(self.requests), FEWER_DEAR_ROWS)
-            return Sizes(rows, self.prompts(every.prompts), self.tables(every.tables, block_size), reading)
         rows = thinned(every.rows, len(self.requests), FEWER_ROWS)
         reading = [n for n in every.reading if n >= len(self.requests)] or every.reading[-1:]
         return Sizes(rows, self.prompts(every.prompts), self.tables(every.tables, block_size), reading)
