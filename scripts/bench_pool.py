@@ -48,7 +48,7 @@ from meteora_jax.engine.step import run_steps
 from meteora_jax.execution import ExecutionConfig, default_dtype
 from meteora_jax.io.files import whole_folder, write_json
 from meteora_jax.io.stored_bank import StoredBank, empty_slots
-from meteora_jax.io.tensors import WEIGHTS
+from meteora_jax.io.tensors import WEIGHTS, mapping_of
 from meteora_jax.model.layout import pack
 from meteora_jax.model.llama import Llama
 
@@ -128,10 +128,7 @@ def written(folder: Path, bank: RandomBank, config: LlamaConfig, dtype: np.dtype
 
 def forget(bank: StoredBank) -> None:
     """Has the system forget what it keeps of a bank's file, so that it is read from the disk again."""
-    mapped: Any = next(iter(bank._tensors.values()))
-    while isinstance(mapped, np.ndarray):
-        mapped = mapped.base
-    mapped.madvise(mmap.MADV_DONTNEED)  # pages that are mapped would stay
+    mapping_of(next(iter(bank._tensors.values()))).madvise(mmap.MADV_DONTNEED)  # pages that are mapped would stay
     with (bank.folder / WEIGHTS).open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

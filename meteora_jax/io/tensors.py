@@ -73,20 +73,26 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def mapping_of(values: np.ndarray) -> mmap.mmap:
+    """The mapped file that a tensor of `map_tensors`, or a part of one, is a view of."""
+    mapped: Any = values
+    while isinstance(mapped, np.ndarray):
+        mapped = mapped.base
+    return mapped
+
+
 def read_ahead(values: np.ndarray) -> None:
     """Begins to read a mapped tensor's part from the disk, where the system can: all pieces along the first axis, which
     lie apart in the file. Else each piece is waited for before the next is asked for, and what the system reads beyond
     its end belongs to other parts."""
     if not (hasattr(mmap, "MADV_WILLNEED") and values.size):
         return
-    whole: Any = values
-    while isinstance(whole.base, np.ndarray):
-        whole = whole.base
-    start = np.frombuffer(whole.base, np.uint8).__array_interface__["data"][0]
+    file = mapping_of(values)
+    start = np.frombuffer(file, np.uint8).__array_interface__["data"][0]
     for piece in values if values.ndim > 2 else (values,):
         first = piece.__array_interface__["data"][0] - start
         page = first % mmap.PAGESIZE
-        whole.base.madvise(mmap.MADV_WILLNEED, first - page, piece.nbytes + page)
+        file.madvise(mmap.MADV_WILLNEED, first - page, piece.nbytes + page)
 
 
 def all_finite(values: np.ndarray) -> bool:
