@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -88,6 +89,20 @@ def test_tasks_bring_their_best_adapters(ranked):
     expected = dict(zip(("birch", "apple"), shares / shares.sum(), strict=True))
     assert dict(router.router(found).adapters) == pytest.approx(expected)
     assert mj.TaskRetrieval(index, ranking, min_similarity=2.0).router(found) is NOBODY
+
+
+def test_a_tasks_own_adapter_answers_alone():
+    index = mj.Index.build({"apple": ["How many are 3 and 4?"], "moods": ["Good or bad?"], "cedar": ["Is it green?"]})
+    ranking = {"apple": ("cedar", "apple"), "moods": ("birch", "apple"), "cedar": ("cedar", "birch")}
+    router = mj.TaskRetrieval(index, ranking, 3, min_similarity=None)
+    found = (("apple", 0.9), ("moods", 0.8), ("cedar", 0.1))
+    assert router.router(found).adapters == (("apple", 1.0),), "whatever serves its examples as well by chance"
+    assert router.router((found[2], found[0], found[1])).adapters == (("cedar", 1.0),)
+    mixed = dict(router.router((found[1], found[0], found[2])).adapters)
+    assert mixed.keys() == {"birch", "cedar"}, "a task without its own: all three by what serves them best"
+    hidden = dataclasses.replace(router, exclude=("apple",))
+    assert dict(hidden.router(found).adapters).keys() == {"cedar", "birch"}
+    assert router.router((("apple", 0.2),)).adapters == (("apple", 1.0),)
 
 
 def test_a_task_whose_adapters_are_all_excluded_is_not_found(world, ranked):

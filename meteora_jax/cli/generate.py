@@ -36,7 +36,8 @@ class Generate:
     retrieval, gates, else none: a bank alone does nothing."""
     retrieve: int | None = None
     """Adapters that the index finds for a prompt, 3 with --compose, --weights or gates unless given. Without any of
-    these: three tasks with their best adapters where INDEX is ranked (meteora index rank), else the best adapter."""
+    these: the best adapter or, where INDEX is ranked (meteora index rank), for a task without its own what serves three
+    similar tasks best."""
     compose: Literal["selection", "mixture", "fusion"] | None = None
     """How retrieved adapters act together, a mixture unless given."""
     weights: Literal["uniform", "similarity"] | None = None

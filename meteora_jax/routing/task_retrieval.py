@@ -1,5 +1,5 @@
-"""Request-level routing by task (LORAUTER, Dhasade et al., arXiv 2601.21795): the request's text finds tasks, and each
-task brings the adapter that serves its examples best, whoever that adapter was trained for.
+"""Request-level routing by task (after LORAUTER, Dhasade et al., arXiv 2601.21795): the request's text finds tasks. A
+task's own adapter answers alone; for a task without one, tasks bring the adapters that serve their examples best.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from meteora_jax.routing.retrieval import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskRetrieval:
-    """The k tasks most like the request, each by its best adapter, acting together as a mixture.
+    """The adapter of the task most like the request, if it has its own; else the k tasks most like it, each by its best
+    adapter, acting together as a mixture.
 
-    Weights are the softmax of the tasks' similarities over a temperature; two tasks of one adapter add up. ranking: of
-    every task of the index its adapters, best first. exclude: adapters that this request must not get: a task then
-    brings its next best, and one that has no other is not found. min_similarity, read: as `Retrieval` has them.
+    A task's own adapter has the task's name. LORAUTER mixes in both cases, which loses a point where the task has its
+    own (docs/results.md). Weights are the softmax of the tasks' similarities over a temperature; two tasks of one
+    adapter add up. ranking: of every task of the index its adapters, best first. exclude: adapters that this request
+    must not get: a task then brings its next best, and one that has no other is not found. min_similarity, read: as
+    `Retrieval` has them.
 
     Raises:
         InputError: as `Retrieval`; a temperature that is not positive, a task of the index without adapters.
@@ -75,6 +78,9 @@ class TaskRetrieval:
         """The router of a request for which these tasks were retrieved."""
         if is_nobodys(self.index, found, self.min_similarity):
             return NOBODY
+        first = found[0][0]
+        if first in self.ranking[first] and first not in self.exclude:
+            return Composed(((first, 1.0),), False)
         similarities = np.asarray([similarity for _, similarity in found]) / self.temperature
         shares = np.exp(similarities - similarities.max())
         adapters: dict[str, float] = {}
@@ -87,8 +93,8 @@ class TaskRetrieval:
 def default_retrieval(
     index: Index, ranking: Ranking | None, exclude: tuple[str, ...] = (), most: int = RETRIEVED
 ) -> Retrieval | TaskRetrieval:
-    """What retrieves where nobody says how, by the table of docs/results.md: with a ranking tasks, which are level with
-    the best adapter alone where a task has its own and help those that have none; else the best adapter alone.
+    """What retrieves where nobody says how, by the table of docs/results.md: with a ranking tasks, which helps
+    those that have no adapter of their own; else the best adapter alone.
 
     Args:
         ranking: of the index's tasks; one that it does not have, as it joined later, is the adapter's of its name.
