@@ -76,8 +76,12 @@ class ExecutionConfig:
 
     @property
     def kernels(self) -> bool:
-        """Whether attention of a step may be a kernel."""
-        return self.step is not None or self.ragged
+        """Whether attention of a step may be what the partitioner of a mesh cannot split."""
+        return self.step is not None or self.ragged or self.platform == "cpu"
+
+    def reads_filled(self, mesh: Mesh | AbstractMesh | None) -> bool:
+        """Whether attention of a step reads no more of a table than is filled: then one width of tables serves all."""
+        return self.step is not None or (self.platform == "cpu" and mesh is None)
 
     @classmethod
     def of(

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
+from meteora_jax.execution import ExecutionConfig
+from meteora_jax.sharding import make_mesh
 from pallas_kernels.paged_attention import (
     EMPTY,
     QUERY_BLOCK,
     StepTokens,
+    filled_cpu,
     paged_attention,
     ragged_tpu,
     triton_gpu,
@@ -81,14 +84,32 @@ class Case:
         return out
 
 
+@pytest.mark.parametrize("slots", [filled_cpu.SLOTS, 12, 4])
 @pytest.mark.parametrize("window", [None, 5])
-def test_every_token_sees_its_own_sequence(window: int | None):
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_every_token_sees_its_own_sequence(implementation: str, window: int | None, slots: int, monkeypatch):
+    monkeypatch.setattr(filled_cpu, "SLOTS", slots)  # so that sequences are read in one, four and ten parts
     case = Case(0)
     found = paged_attention(
         jnp.asarray(case.q, jnp.float32), jnp.asarray(case.pages, jnp.float32), case.tokens,
-        case.layer * case.blocks, window=window,
+        case.layer * case.blocks, window=window, implementation=implementation,
     )  # fmt: skip
     np.testing.assert_allclose(found, case.expected(window), atol=2e-6)
+
+
+def test_a_cpu_reads_no_more_of_a_table_than_is_filled():
+    """Behind what the longest sequence needs stand blocks of NaN, which nothing times zero would hide."""
+    case = Case(0)
+    pages = jnp.pad(jnp.asarray(case.pages, jnp.float32), ((0, 1), (0, 0), (0, 0), (0, 0)), constant_values=jnp.nan)
+    behind = np.full((len(case.tokens.tables), 2 * filled_cpu.SLOTS), len(pages) - 1 - case.layer * case.blocks)
+    near = np.pad(
+        np.asarray(case.tokens.tables), ((0, 0), (0, filled_cpu.SLOTS // BLOCK - case.tokens.tables.shape[1]))
+    )
+    tokens = dataclasses.replace(case.tokens, tables=jnp.asarray(np.concatenate([near, behind], axis=1), jnp.int32))
+    found = paged_attention(
+        jnp.asarray(case.q, jnp.float32), pages, tokens, case.layer * case.blocks, implementation="cpu"
+    )
+    np.testing.assert_allclose(found, case.expected(None), atol=2e-6)
 
 
 def test_what_is_written_is_what_attention_reads():
@@ -138,6 +159,15 @@ def test_sequences_are_what_the_tpu_s_kernel_reads(window: int | None):
     np.testing.assert_allclose(
         np.asarray(found).reshape(read, -1)[real], case.expected(window)[real], atol=2e-6, rtol=1e-5
     )
+
+
+def test_a_cpu_reads_what_is_filled_unless_a_mesh_splits_the_model():
+    alone, float32 = ExecutionConfig.of("cpu", "float32"), jnp.dtype("float32")
+    assert alone.reads_filled(None)
+    assert choose("cpu", alone.kernels, 9, 3, 64, float32, 4096) == "cpu"
+    assert choose("cpu", False, 9, 3, 64, float32, None) == "reference"
+    assert not alone.reads_filled(make_mesh(1))
+    assert not ExecutionConfig.of("gpu", "bfloat16", triton=False).reads_filled(None)
 
 
 def test_heads_that_the_tpu_s_kernel_serves():

@@ -143,7 +143,7 @@ class EngineCore:
         self._decode = decode
         self.table_sizes = (*(8 << 2 * i for i in range(12) if 8 << 2 * i < size.blocks), size.blocks)
         self._end = place_whole(jnp.asarray(config.eos_token_ids or (-1,), jnp.int32), mesh)
-        self._job = Job(nnx.merge(graph, weights).execution.step is not None) if few_programs else None
+        self._job = Job(nnx.merge(graph, weights).execution.reads_filled(mesh)) if few_programs else None
         self._routers = JoinedRouters(mesh)
         self._ahead = AheadCompiler()
         self._handles: dict[int, Handle] = {}

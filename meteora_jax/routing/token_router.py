@@ -84,8 +84,8 @@ class Sight:
             return attend(q, k, v, self.mask, self.how if self.how != "packed" or q.shape[-1] <= WIDEST else None), None
         cache = cache.write(layer, k[:, 0], v[:, 0], self.slots)
         heads = q.shape[2], k.shape[2], q.shape[3], cache.pages.dtype
-        launch = self.execution.step is not None and not partitions()  # on TPUs heads this narrow are no kernel's
-        how = choose_attention(self.execution.platform, launch, *heads, None)
+        may = self.execution.kernels and not partitions()  # on TPUs heads this narrow are no kernel's
+        how = choose_attention(self.execution.platform, may, *heads, None)
         return cache.attend(layer, q[:, 0], self.step, None, how)[:, None], cache
 
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.paged_attention import ragged_tpu, reference
+from pallas_kernels.paged_attention import filled_cpu, ragged_tpu, reference
 
 EMPTY = -1  # position of a token that is none
 QUERY_BLOCK = 16  # prompt tokens come in runs of so many, each run of one sequence
-Implementation = Literal["reference", "triton", "tpu"]
+Implementation = Literal["reference", "cpu", "triton", "tpu"]
 
 
 def choose(
@@ -29,6 +29,8 @@ def choose(
     it may be one, which a mesh's partitioner cannot split."""
     if platform == "tpu" and kernels and ragged_tpu.refusal(heads, kv, head_dim, dtype) is None:
         return "tpu"
+    if platform == "cpu" and kernels:
+        return "cpu"
     fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
     return "triton" if platform == "gpu" and kernels and fits and window is None else "reference"
 
@@ -97,6 +99,8 @@ def paged_attention(
         return triton_gpu.paged_attention(q, pages, tokens, first_block, window)
     if implementation == "tpu":
         return ragged_tpu.paged_attention(q, pages, tokens, first_block, window, QUERY_BLOCK)
+    if implementation == "cpu":
+        return filled_cpu.paged_attention(q, pages, tokens, first_block, window)
     return reference.paged_attention(q, pages, tokens, first_block, window)
 
 
