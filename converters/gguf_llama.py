@@ -59,7 +59,8 @@ def open_base(src: Path) -> OpenedBase:
     file, files = read_split(src)
     config = read_config(file)
     tokenizer = build_tokenizer(file.metadata, file.path.name, config.vocab_size, config.max_position_embeddings)
-    return OpenedBase(config, gguf_rules(config), file.tensors, files, tokenizer.write, *_names(file))
+    rules, remarks = gguf_rules(config), list(tokenizer.remarks)
+    return OpenedBase(config, rules, file.tensors, files, tokenizer.write, *_names(file), remarks=remarks)
 
 
 def _names(file: GgufFile) -> tuple[dict[str, str], str | None]:
@@ -224,11 +225,18 @@ class _MetadataReader:
     def eos_ids(self) -> list[int] | None:
         """End of text, of turn and of message: each stops a generation, as in llama.cpp."""
         keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-        found = [self.metadata[f"tokenizer.ggml.{k}"] for k in keys if f"tokenizer.ggml.{k}" in self.metadata]
+        found = []
+        for key in (f"tokenizer.ggml.{k}" for k in keys if f"tokenizer.ggml.{k}" in self.metadata):
+            value = self.metadata[key]
+            if not isinstance(value, int) or isinstance(value, bool):
+                self.refuse(key, "a token id", value)
+            else:
+                found.append(value)
         return list(dict.fromkeys(found)) or None
 
     def rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        kind = self.get("rope.scaling.type", str, "linear" if self.has("rope.scale_linear") else "none")
+        scaled = self.has("rope.scale_linear") or self.has("rope.scaling.factor")  # linear unless said, as in llama.cpp
+        kind = self.get("rope.scaling.type", str, "linear" if scaled else "none")
         factors = self.tensors.get(ROPE_FACTORS)
         if kind == "linear" and factors is None:
             key = "rope.scale_linear" if self.has("rope.scale_linear") else "rope.scaling.factor"

@@ -25,6 +25,7 @@ _SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_LLAMA3_TOKENS = 128_256
 _PLAIN = ("default", "gpt-2")
 _QWEN2 = "qwen2"
 _PRE_TOKENIZERS = (*_PLAIN, "smollm", *_LLAMA3, _QWEN2)
@@ -38,6 +39,7 @@ class TokenizerFiles:
     tokenizer: Tokenizer
     settings: dict[str, Any]  # tokenizer_config.json
     chat_template: str | None
+    remarks: tuple[str, ...]
 
     def write(self, folder: Path) -> None:
         self.tokenizer.save(str(folder / "tokenizer.json"))
@@ -87,7 +89,11 @@ def build_tokenizer(metadata: Mapping[str, Any], file: str, vocab_size: int, con
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise InputError(f"{file}: tokenizer.chat_template: expected a string, found {type(template).__name__}")
-    return TokenizerFiles(tokenizer, settings, template)
+    remarks: tuple[str, ...] = ()
+    if vocabulary.kind == "gpt2" and "tokenizer.ggml.pre" not in metadata:
+        said = f"{file}: expected tokenizer.ggml.pre, found none; text is split as {vocabulary.pre} files have it"
+        remarks = (f"{said}: compare some token ids with the original's",)
+    return TokenizerFiles(tokenizer, settings, template, remarks)
 
 
 def _read_vocabulary(metadata: Mapping[str, Any], file: str, vocab_size: int) -> _Vocabulary:
@@ -100,7 +106,8 @@ def _read_vocabulary(metadata: Mapping[str, Any], file: str, vocab_size: int) ->
             return default
         return value
 
-    kind, pre = get("model", str), get("pre", str, "default")
+    kind = get("model", str)
+    pre = get("pre", str, _implied_pre(metadata))
     tokens = get("tokens", list, [])
     types = get("token_type", list) or [1] * len(tokens)
     scores, merges = get("scores", list, []), get("merges", list, [])
@@ -108,6 +115,9 @@ def _read_vocabulary(metadata: Mapping[str, Any], file: str, vocab_size: int) ->
         problems.append(f"{file}: tokenizer.ggml.model: expected 'gpt2' or 'llama', found {kind!r}")
     if kind == "gpt2" and pre not in _PRE_TOKENIZERS:
         problems.append(f"{file}: tokenizer.ggml.pre: expected {', '.join(_PRE_TOKENIZERS)}, found {pre!r}")
+    for key, values in (("tokens", tokens), ("merges", merges)):
+        if odd := [value for value in values if not isinstance(value, str)]:
+            raise InputError(f"{file}: tokenizer.ggml.{key}: expected strings, found {odd[0]!r:.60}")
     if not 0 < len(tokens) <= vocab_size:
         problems.append(f"{file}: tokenizer.ggml.tokens: expected 1 to {vocab_size} tokens, found {len(tokens)}")
     if len(set(tokens)) != len(tokens):
@@ -136,6 +146,14 @@ def _read_vocabulary(metadata: Mapping[str, Any], file: str, vocab_size: int) ->
     if kind == "llama" and "unk" not in roles and _UNKNOWN in types:
         roles["unk"] = tokens[types.index(_UNKNOWN)]
     return _Vocabulary(kind, pre, tokens, types, scores, merges, roles, add_bos, add_eos, prefix_space)
+
+
+def _implied_pre(metadata: Mapping[str, Any]) -> str:
+    """Of files older than the key `pre`, by what else they say: Llama 3's and Qwen's have their own, others GPT-2's."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if str(metadata.get("general.architecture")).startswith("qwen"):
+        return _QWEN2
+    return _LLAMA3[0] if isinstance(tokens, list) and len(tokens) == _LLAMA3_TOKENS else _PLAIN[0]
 
 
 def _byte_level(vocabulary: _Vocabulary, file: str) -> Tokenizer:

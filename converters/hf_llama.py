@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from converters.base_folder import OpenedBase, own_names
-from converters.hf_quantized import Method, rules_of, written_out
+from converters.hf_quantized import Method, folded, rules_of, without_zero_biases, written_out
 from converters.pickle_files import read_pickle
 from converters.rules import TRANSPOSE, Rule, same_values
 from converters.tensor_files import SourceTensor, read_safetensors
@@ -58,12 +58,17 @@ def open_base(src: Path) -> OpenedBase:
         said = "are read as what they stand for, or with --weights taken over where that format allows"
         remarks = [*remarks, f"{src}: weights quantised by {method.name} {said}"]
     config, untied = untie(config, tensors)
-    rules = llama_rules(config) if method is None else rules_of(method, llama_rules(config), tensors)
+    rules = llama_rules(config)
+    if method is not None:
+        rules = rules_of(method, rules)
+        tensors = without_zero_biases(rules, tensors)
     said = {"config.json _name_or_path": raw.get("_name_or_path")}
     names, revision = own_names(src, **said)
-    if method is not None and method.name == "awq":
-        names = {where: name if "awq" in name.lower() else f"{name}-AWQ" for where, name in names.items()}
-        remarks = [*remarks, f"{src}: AWQ's norms hold scales: adapters of the unquantised model do not fit this base"]
+    if method is not None:
+        way, said_of = folded(method, src, tensors)
+        remarks = [*remarks, *said_of]
+        if way is not None:
+            names = {where: n if way.lower() in n.lower() else f"{n}-{way}" for where, n in names.items()}
     return OpenedBase(
         config,
         rules,
@@ -80,6 +85,7 @@ def untie(config: LlamaConfig, tensors: Sequence[SourceTensor], prefix: str = ""
     """The configuration, untied where the weights hold a head of their own, as in transformers, and that in words."""
     by_key = {tensor.key: tensor for tensor in tensors}
     embedding, head = by_key.get(f"{prefix}model.embed_tokens.weight"), by_key.get(f"{prefix}lm_head.weight")
+    head = head or by_key.get(f"{prefix}lm_head.qweight")
     if not config.tie_word_embeddings or embedding is None or head is None or same_values(embedding, head):
         return config, []
     said = f"{head.where}: differs from {embedding.key}, so the head is its own although config.json ties the two"

@@ -8,21 +8,24 @@
     awq ("gemm")        scales[g] * (qweight - qzeros[g]), 4 bits in int32, both along O: the eight columns of a word
                         lie in the order 0, 2, 4, 6, 1, 3, 5, 7
 
-AWQ folds scales into norms and the rows of earlier matrices. As a model of its own it is whole, but adapters of the
-unquantised model do not fit it: its names say AWQ (see `io.provenance`). SmoothQuant's are refused.
+AWQ and SmoothQuant fold scales into norms and the rows of earlier matrices. As a model of its own it is whole, but
+adapters of the unquantised model do not fit it: its names say AWQ or SmoothQuant (see `io.provenance`). Of a
+compressed-tensors folder the `recipe.yaml` that llm-compressor writes says whether it was done.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.rules import AS_IS, Rule
-from converters.tensor_files import PackedMatrix, SourceTensor, dtype_name
+from converters.rules import AS_IS, Rule, find_rule
+from converters.tensor_files import FLOATS, PackedMatrix, SourceTensor, dtype_name
 from meteora_jax.config import InputError
 
 METHODS = ("fp8", "compressed-tensors", "gptq", "awq")
@@ -35,7 +38,8 @@ PARTS = {  # what a module has beside its bias, the matrix first
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
 }
-TURNED = ("gptq", "awq")  # whose matrices lie as [I, O], as this project's do
+TURNED = ("gptq", "awq")  # whose matrices lie as [I, O], as this project's do; they keep their key, qweight
+_FOLDING = {"AWQModifier": "AWQ", "SmoothQuantModifier": "SmoothQuant"}  # in a recipe, what makes another model
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of each of eight columns, which four bits of a word are its
 Rows = Callable[[int, int], np.ndarray]
 
@@ -88,7 +92,8 @@ def _is_size(value: object) -> bool:
 
 
 def written_out(method: Method, tensors: Sequence[SourceTensor]) -> list[SourceTensor]:
-    """The tensors with `weight` float32 in the place of each quantised module's parts: [O, I], of `TURNED` [I, O].
+    """The tensors with one float32 matrix in the place of each quantised module's parts: weight [O, I], or of `TURNED`
+    qweight [I, O].
 
     Raises:
         InputError: parts that are missing, or of another shape or type; all of them.
@@ -107,7 +112,8 @@ def written_out(method: Method, tensors: Sequence[SourceTensor]) -> list[SourceT
         used.update(keys)
         try:
             parts = [_part(by_key, key, tensor) for key in keys]
-            found.append(_module(method, name, f"{module}.weight", parts))
+            key = tensor.key if method.name in TURNED else f"{module}.weight"
+            found.append(_module(method, name, key, parts))
         except InputError as e:
             problems += e.problems
     if problems:
@@ -127,6 +133,8 @@ def _module(method: Method, name: str, key: str, parts: Sequence[SourceTensor]) 
     if (kind := dtype_name(matrix.dtype)) not in kinds or len(matrix.shape) != 2:
         expected = f"a matrix of {' or '.join(kinds)}"
         raise InputError(f"{matrix.where}: expected {expected}, found {kind} {matrix.shape}")
+    for part in parts[1:]:
+        _check_part(name, part)
     if name == "gptq":
         shape, rows, packed = _gptq(method, parts)
         stored = f"INT{method.bits}"
@@ -140,6 +148,16 @@ def _module(method: Method, name: str, key: str, parts: Sequence[SourceTensor]) 
         shape, rows, packed = matrix.shape, _scaled(method, *parts), _eight_bit(method, *parts)
         stored = "INT8" if kind == "I8" else "FP8"
     return SourceTensor(matrix.file, key, np.dtype(np.float32), shape, rows, stored=stored, packed=packed)
+
+
+def _check_part(name: str, part: SourceTensor) -> None:
+    which = part.key.rpartition(".")[2]
+    types = {"qzeros": ("I32",), "g_idx": ("I32", "I64")}.get(which, FLOATS)
+    axes = 1 if which == "g_idx" else 2
+    kind = dtype_name(part.dtype)
+    if kind not in types or (name in TURNED and len(part.shape) != axes):
+        expected = f"{' or '.join(types)}{f' of {axes} axes' if name in TURNED else ''}"
+        raise InputError(f"{part.where}: expected {expected}, found {kind} {part.shape}")
 
 
 def _eight_bit(method: Method, matrix: SourceTensor, scale: SourceTensor) -> PackedMatrix | None:
@@ -159,21 +177,31 @@ def _eight_bit(method: Method, matrix: SourceTensor, scale: SourceTensor) -> Pac
 
 def _scales(scale: SourceTensor, shape: tuple[int, ...], block: tuple[int, int] | None) -> Rows:
     """float32 [rows, I], or what broadcasts to it: the scales of some rows of a matrix of that shape."""
-    values = scale.read().astype(np.float32)
     outputs, inputs = shape
-    if values.size == 1:
-        one = values.reshape(1, 1)
-        return lambda start, stop: one
+    if math.prod(scale.shape) == 1:
+        return lambda start, stop: scale.read().astype(np.float32).reshape(1, 1)
     if block is not None:
-        expected = (-(-outputs // block[0]), -(-inputs // block[1]))
-        if values.shape != expected:
-            raise InputError(f"{scale.where}: expected shape {expected}, found {values.shape}")
-        return lambda start, stop: np.repeat(values, block[1], 1)[np.arange(start, stop) // block[0], :inputs]
-    values = values[:, None] if values.ndim == 1 else values
-    if values.ndim != 2 or values.shape[0] != outputs or inputs % values.shape[1]:
+        high, wide = block
+        expected = (-(-outputs // high), -(-inputs // wide))
+        if scale.shape != expected:
+            raise InputError(f"{scale.where}: expected shape {expected}, found {scale.shape}")
+
+        def of_blocks(start: int, stop: int) -> np.ndarray:
+            first = start // high
+            values = scale.rows(first, -(-stop // high)).astype(np.float32)
+            return np.repeat(values, wide, 1)[np.arange(start, stop) // high - first, :inputs]
+
+        return of_blocks
+    groups = scale.shape[1] if len(scale.shape) == 2 else 1
+    if len(scale.shape) not in (1, 2) or scale.shape[0] != outputs or not groups or inputs % groups:
         expected = f"({outputs}, a divisor of {inputs})"
         raise InputError(f"{scale.where}: expected shape {expected}, found {scale.shape}")
-    return lambda start, stop: np.repeat(values[start:stop], inputs // values.shape[1], 1)
+
+    def of_groups(start: int, stop: int) -> np.ndarray:
+        values = scale.rows(start, stop).astype(np.float32).reshape(stop - start, groups)
+        return np.repeat(values, inputs // groups, 1)
+
+    return of_groups
 
 
 def _scaled(method: Method, matrix: SourceTensor, scale: SourceTensor) -> Rows:
@@ -210,19 +238,25 @@ def _gptq(method: Method, parts: Sequence[SourceTensor]) -> tuple[tuple[int, int
     group = index.read().astype(np.int64)
     if group.min() < 0 or group.max() >= groups:
         raise InputError(f"{index.where}: expected groups 0 to {groups - 1}, found {group.min()} to {group.max()}")
-    zero = unpacked(zeros.read(), method.bits, axis=1).astype(np.float32) + method.offset
-    scale = scales.read().astype(np.float32)
+    in_order = inputs % groups == 0 and np.array_equal(group, np.arange(inputs) // (inputs // groups))
+
+    def zeros_of(first: int, last: int) -> np.ndarray:
+        """uint8 of some groups; what is stored lacks the offset in so many bits."""
+        stored = unpacked(zeros.rows(first, last), method.bits, axis=1).astype(np.int32)
+        return ((stored + method.offset) & (2**method.bits - 1)).astype(np.uint8)
 
     def rows(start: int, stop: int) -> np.ndarray:
         first, last = start // per, -(-stop // per)
         q = unpacked(matrix.rows(first, last), method.bits, axis=0)[start - first * per : stop - first * per]
-        own = group[start:stop]
-        return (q.astype(np.float32) - zero[own]) * scale[own]
+        own = index.rows(start, stop).astype(np.int64)
+        low, high = int(own.min()), int(own.max()) + 1
+        zero, scale = (z.astype(np.float32)[own - low] for z in (zeros_of(low, high), scales.rows(low, high)))
+        return (q.astype(np.float32) - zero) * scale
 
     def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return unpacked(matrix.read(), method.bits, axis=0), scale, zero.astype(np.uint8)
+        q = unpacked(matrix.read(), method.bits, axis=0)
+        return q, scales.read().astype(np.float32), zeros_of(0, groups)
 
-    in_order = inputs % groups == 0 and np.array_equal(group, np.arange(inputs) // (inputs // groups))
     return shape, rows, PackedMatrix("int4", inputs // groups, read) if method.bits == 4 and in_order else None
 
 
@@ -264,11 +298,45 @@ def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     return parts.astype(np.uint8).reshape(shape)
 
 
-def rules_of(method: Method, rules: Sequence[Rule], tensors: Sequence[SourceTensor]) -> list[Rule]:
-    """The table for tensors that `written_out` gave."""
+def rules_of(method: Method, rules: Sequence[Rule]) -> list[Rule]:
+    """The table for tensors that `written_out` gave: each may be quantised or left in floating point."""
     if method.name not in TURNED:
         return list(rules)
-    turned = {t.key for t in tensors if t.stored is not None}
-    return [
-        dataclasses.replace(rule, transform=AS_IS) if any(rule.match(key) for key in turned) else rule for rule in rules
+    turned = [
+        dataclasses.replace(rule, pattern=f"{rule.pattern.removesuffix('.weight')}.qweight", transform=AS_IS)
+        for rule in rules
+        if rule.transform.transpose
     ]
+    return [*turned, *rules]
+
+
+def without_zero_biases(rules: Sequence[Rule], tensors: Sequence[SourceTensor]) -> list[SourceTensor]:
+    """The tensors but for biases of quantised modules that the model does not have and that are zero, as AutoGPTQ
+    writes them."""
+    quantized = {t.key.rpartition(".")[0] for t in tensors if t.stored is not None}
+
+    def is_none(tensor: SourceTensor) -> bool:
+        module, _, part = tensor.key.rpartition(".")
+        there = part == "bias" and module in quantized and find_rule(rules, tensor.key)[0] is None
+        return there and dtype_name(tensor.dtype) in FLOATS and not tensor.read().any()
+
+    return [tensor for tensor in tensors if not is_none(tensor)]
+
+
+def folded(method: Method, src: Path, tensors: Sequence[SourceTensor]) -> tuple[str | None, list[str]]:
+    """(AWQ or SmoothQuant where the norms hold scales, remarks): adapters of the unquantised model do not fit then."""
+    if method.name == "awq":
+        return "AWQ", [f"{src}: AWQ's norms hold scales: adapters of the unquantised model do not fit this base"]
+    integers = any(t.stored in ("INT8", "INT4") for t in tensors)
+    if method.name != "compressed-tensors" or not integers:
+        return None, []
+    recipe = src / "recipe.yaml"
+    if not recipe.exists():
+        said = "no recipe.yaml says how it was quantised: by AWQ or SmoothQuant its norms would hold scales"
+        return None, [f"{src}: {said}, and adapters of the unquantised model would not fit"]
+    text = recipe.read_text(encoding="utf-8", errors="replace")
+    names = [name for modifier, name in _FOLDING.items() if re.search(rf"\b{modifier}\b", text)]
+    if not names:
+        return None, []
+    said = f"{names[0]}'s norms hold scales: adapters of the unquantised model do not fit this base"
+    return names[0], [f"{recipe}: {said}"]

@@ -1,7 +1,8 @@
 """One adapter of a BANK -> a PEFT folder that `peft` loads: the way back from `peft_lora`.
 
 The tensors lose the zero rows that the bank's common rank added, and `adapter_config.json` is the one that came in;
-for an adapter that had none it is derived from the tensors, with rank and alpha patterns where modules differ.
+for an adapter that had none it is derived from the tensors, with rank and alpha patterns where modules differ. An
+embedding or head that the adapter saved (`modules_to_save`) is the base's: a bank has none.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import numpy as np
 
 from converters.folders import new_folder, write_json
 from converters.hf_llama import module_name
-from converters.own_folders import read_bank
+from converters.own_folders import read_bank, read_base, read_origin
 from converters.peft_settings import read_settings
 from converters.rules import Progress
 from converters.tensor_files import DTYPES, TensorReader, TensorWriter
 from meteora_jax.config import ENDS, PROJECTIONS, AdapterInfo, BankConfig, InputError
-from meteora_jax.io.provenance import BaseOrigin
+from meteora_jax.io.provenance import BaseOrigin, misfits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _VOCAB_TENSORS = {
@@ -95,6 +96,7 @@ def export_adapter(
     dest: str | os.PathLike[str],
     overwrite: bool = False,
     progress: Progress | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Writes one adapter as a PEFT folder.
 
@@ -104,12 +106,14 @@ def export_adapter(
         dest: the folder to make.
         overwrite: replace a `dest` that holds something, once the new one is complete.
         progress: called after each tensor with (key, done, total).
+        base: the BASE folder, of adapters with `modules_to_save` alone.
 
     Returns:
         What `adapter_config.json` holds.
 
     Raises:
-        InputError: no such adapter, or a bank whose settings and tensors contradict each other.
+        InputError: no such adapter, a bank whose settings and tensors contradict each other, or no base where the
+            adapter saved modules of it.
     """
     adapter = open_adapter(bank, name)
     modules = list_modules(adapter)
@@ -117,8 +121,11 @@ def export_adapter(
     dtype = DTYPES[adapter.info.dtype] if adapter.info.dtype else None
     wanted = {_key(module, part): _read(adapter, module, part) for module in modules for part in module.parts}
     wanted |= _read_vocab_adapters(adapter)
+    saved = _read_saved(adapter, None if base is None else Path(base))
     with new_folder(dest, overwrite, [adapter.folder / "bank.json"]) as partial:
         specs = {key: (dtype or values.dtype, values.shape) for key, values in wanted.items()}
+        specs |= {key: (values.dtype, values.shape) for key, values in saved.items()}
+        wanted |= saved
         writer = TensorWriter(partial / WEIGHTS, specs)
         for done, (key, values) in enumerate(wanted.items(), start=1):
             out = writer.slice(key)
@@ -132,6 +139,27 @@ def export_adapter(
                 progress(key, done, len(wanted))
         write_json(partial / CONFIG, raw)
     return raw
+
+
+def _read_saved(adapter: BankAdapter, base: Path | None) -> dict[str, np.ndarray]:
+    """{key: values} of the modules that the adapter saved, as the base has them."""
+    where = f"{adapter.folder / 'bank.json'}: {adapter.info.name}: peft_config"
+    raw = adapter.info.peft_config
+    modules = read_settings(raw, where).saved if raw else ()
+    if not modules:
+        return {}
+    if base is None:
+        names = ", ".join(module.rpartition(".")[2] for module in modules)
+        raise InputError(f"{where}: modules_to_save: expected --base with the base whose {names} it saved, found none")
+    config, weights = read_base(base)
+    if problems := misfits(adapter.bank, config, read_origin(base), str(adapter.folder / "bank.json")):
+        raise InputError(problems)
+    found = {}
+    for module in modules:
+        embedding = module == ENDS["embed"] or config.tie_word_embeddings
+        own = weights.slice("embed.embedding") if embedding else weights.slice("lm_head.kernel").T
+        found[f"base_model.model.{module}.weight"] = own
+    return found
 
 
 def _key(module: Module, part: str) -> str:

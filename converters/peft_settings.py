@@ -75,13 +75,16 @@ class LoraSettings:
 
     def selects(self, module: str) -> bool:
         """Whether peft would put an adapter on this module (`check_target_module_exists`)."""
-        if _names(self.exclude, module):
+        saved = [name.rpartition(".")[2] for name in self.saved]
+        if _names(self.exclude, module) or module.rpartition(".")[2] in saved:
             return False
         if self.target == "all-linear":
             return True
         if not _names(self.target, module):
             return False
-        return self.layers is None or self._layer_of(module) in self.layers
+        # the layers do not choose among modules that are listed by their whole names, nor among a pattern's
+        whole = isinstance(self.target, str) or module in self.target
+        return whole or self.layers is None or self._layer_of(module) in self.layers
 
     def adapts(self, matrix: str) -> bool:
         """Whether peft would put LoRA on the embedding or the head; all-linear leaves both out."""

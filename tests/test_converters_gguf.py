@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import BOS, CHAT_TEMPLATE, EOS, assert_refused, hf_weights, tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from converters import import_base
+from converters import gguf_tokenizer, import_base
 from converters.gguf_file import read_gguf
 from converters.gguf_llama import llama3_factors
 from meteora_jax.config import InputError, RopeScaling, read_json
@@ -89,7 +89,9 @@ def test_a_mix_of_types_in_one_stack(tmp_path: Path):
 def test_byte_level_tokenizer(tmp_path: Path, pre: str | None, added: dict[str, bool]):
     model, _ = tiny_llama(tmp_path)
     path = write_gguf(tmp_path / "m.gguf", model, tokenizer=byte_level_metadata(pre, **added))
-    import_base(path, tmp_path / "base")
+    remarks: list[str] = []
+    import_base(path, tmp_path / "base", on_remark=remarks.append)
+    assert any("expected tokenizer.ggml.pre, found none" in line for line in remarks) == (pre is None)
     ours = AutoTokenizer.from_pretrained(tmp_path / "base")
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     if pre == "smollm":  # transformers leaves the digits of "smollm" together
@@ -199,6 +201,8 @@ SETTINGS = {
     "pre": ({"tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre: expected default", "found 'viking'"),
     "model": ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model: expected 'gpt2' or 'llama', found 't5'"),
     "merges": ({"tokenizer.ggml.merges": ["a b c"]}, "tokenizer.ggml.merges: expected two tokens", "'a b c'"),
+    "merge numbers": ({"tokenizer.ggml.merges": [1, 2]}, "tokenizer.ggml.merges: expected strings, found 1"),
+    "end ids": ({"tokenizer.ggml.eot_token_id": [2, 3]}, "tokenizer.ggml.eot_token_id: expected a token id", "[2, 3]"),
     "merge": ({"tokenizer.ggml.merges": ["zz yy"]}, "tokenizer.ggml.merges: expected merges of known tokens"),
     "no merges": ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges: expected a list, found none"),
     "types": ({"tokenizer.ggml.token_type": [1]}, "tokenizer.ggml.token_type: expected", "found 1"),
@@ -206,6 +210,26 @@ SETTINGS = {
     "twice": ({"tokenizer.ggml.tokens": ["a", "a"]}, "tokenizer.ggml.tokens: expected different tokens"),
     "many": ({"tokenizer.ggml.tokens": [str(i) for i in range(400)]}, "expected 1 to 320 tokens, found 400"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("said", [{}, {"llama.rope.scaling.type": "none"}])
+def test_a_factor_alone_scales_linearly(tmp_path: Path, said: dict[str, str]):
+    model, _ = tiny_llama(tmp_path)
+    changes = {"llama.rope.scaling.factor": 4.0, **said}
+    path = write_gguf(tmp_path / "m.gguf", model, edit=lambda metadata, _: metadata.update(changes))
+    import_base(path, tmp_path / "base")
+    scaling = json.loads((tmp_path / "base" / "config.json").read_text())["rope_scaling"]
+    assert (scaling is None) == bool(said)
+    assert said or (scaling["rope_type"], scaling["factor"]) == ("linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count", "expected"),
+    [("qwen2", 9, "qwen2"), ("llama", 128_256, "llama-bpe"), ("llama", 9, "default")],
+)
+def test_files_without_a_pre_tokenizer(architecture: str, count: int, expected: str):
+    metadata = {"general.architecture": architecture, "tokenizer.ggml.tokens": [""] * count}
+    assert gguf_tokenizer._implied_pre(metadata) == expected
 
 
 @pytest.mark.parametrize("case", SETTINGS)

@@ -35,6 +35,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "exclude_list": {"exclude_modules": ["o_proj", "model.layers.0.mlp.up_proj"]},
     "exclude_regex": {"exclude_modules": r".*layers\.1\..*"},
     "layers": {"layers_to_transform": [0, 2]},
+    "layers_beside_whole_names": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj", "lm_head"],
+        "layers_to_transform": [1],
+    },
+    "saved_and_targeted": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
     "one_layer": {"layers_to_transform": 1, "layers_pattern": "layers"},
     "dropout": {"lora_dropout": 0.1},
     "gaussian": {"init_lora_weights": "gaussian"},
@@ -64,6 +69,7 @@ def folder(plain: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_deltas_equal_pefts(tmp_path: Path, hf: Path, base: Path, plain: Path, option: str):
     adapter = tiny_peft(tmp_path, hf, option, seed=5, **OPTIONS[option])

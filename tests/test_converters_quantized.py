@@ -64,7 +64,8 @@ def gptq(bits: int, offset: int) -> Callable[[np.random.Generator, int, int], tu
             "qweight": words(q.T, bits).T.contiguous(), "qzeros": words(zero, bits),
             "scales": torch.from_numpy(scale), "g_idx": torch.from_numpy(groups.astype(np.int32)),
         }  # fmt: skip
-        return tensors, (scale[groups].astype(np.float64) * (q - zero[groups] - offset)).T
+        meant = (zero + offset) % 2**bits  # AutoGPTQ masks what it read and added one to
+        return tensors, (scale[groups].astype(np.float64) * (q - meant[groups])).T
 
     return write
 
@@ -121,7 +122,8 @@ def test_matrices_are_read_as_what_they_stand_for(tmp_path: Path, case: str):
         layer, name = int(module.split(".")[2]), module.split(".")[-1]
         assert np.allclose(found[f"layers.{name}.kernel"][layer], matrix.T, rtol=1e-6, atol=0), module
     assert "are read as what they stand for" in remarks[0]
-    assert ("adapters of the unquantised model do not fit" in remarks[-1]) == (case == "awq")
+    assert ("adapters of the unquantised model do not fit this base" in remarks[-1]) == (case == "awq")
+    assert ("no recipe.yaml says how" in remarks[-1]) == (case in ("int8", "packed"))
     said = describe(hf)["about"]
     weights = sum(matrix.size for matrix in exact.values())
     size = weights // 2 if CASES[case][2] == "INT4" else weights
@@ -158,19 +160,74 @@ def test_scales_of_another_shape_are_refused(tmp_path: Path):
     assert_refused(lambda: plan_base(hf), tmp_path / "none", f"{key}: expected shape (3, 2), found (1, 2)")
 
 
-def test_awq_is_a_model_of_its_own_for_adapters(tmp_path: Path):
-    """Its norms hold scales: who names the unquantised model is refused, who names the AWQ one is taken."""
-    hf, _ = quantized_folder(tmp_path, "awq")
+@pytest.mark.parametrize(
+    ("case", "recipe", "way"),
+    [
+        ("awq", None, "AWQ"),
+        ("packed", "AWQModifier: {ignore: [lm_head]}", "AWQ"),
+        ("int8", "SmoothQuantModifier: {smoothing_strength: 0.8}\n GPTQModifier: {}", "SmoothQuant"),
+        ("int8", "GPTQModifier: {ignore: [lm_head]}", None),
+        ("int8", None, None),
+    ],
+)
+def test_who_folds_scales_into_norms_is_a_model_of_its_own(
+    tmp_path: Path, case: str, recipe: str | None, way: str | None
+):
+    """Who names the unquantised model is refused then, who names the folded one is taken."""
+    hf, _ = quantized_folder(tmp_path, case)
+    if recipe is not None:
+        (hf / "recipe.yaml").write_text(f"default_stage:\n  default_modifiers:\n    {recipe}\n")
     folder = tiny_peft(tmp_path, tiny_llama(tmp_path / "plain", **SHAPE)[1], "one")
     named = hf.rename(tmp_path / "Tiny-1M-Chat")
     import_base(named, tmp_path / "base")
-    for name, taken in (("someone/Tiny-1M-Chat-AWQ", True), ("someone/Tiny-1M-Chat", False)):
+    for name, taken in ((f"someone/Tiny-1M-Chat-{way}", way is not None), ("someone/Tiny-1M-Chat", way is None)):
         edit_json(folder / "adapter_config.json", base_model_name_or_path=name)
         if taken:
             import_adapters(tmp_path / "bank", tmp_path / "base", {"one": folder})
-        else:
-            dest, said = tmp_path / "none", f"expected Tiny-1M-Chat-AWQ (this base), found {name}"
+        elif way is not None:
+            dest, said = tmp_path / "none", f"expected Tiny-1M-Chat-{way} (this base), found {name}"
             assert_refused(lambda to=dest: import_adapters(to, tmp_path / "base", {"one": folder}), dest, said)
+
+
+@pytest.mark.parametrize("case", ["gptq-4", "awq"])
+def test_modules_left_in_floating_point_are_read_as_they_lie(tmp_path: Path, case: str):
+    """Square ones too, whose shape does not tell how they lie; and AutoGPTQ's biases that are zero mean none."""
+    hf, exact = quantized_folder(tmp_path, case)
+    plain = torch.randn((64, 64), generator=torch.Generator().manual_seed(1))
+    first, other = MODULES[0], MODULES[1]
+    assert first.endswith("layers.0.self_attn.q_proj")
+
+    def edit(tensors: Tensors) -> None:
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors.pop(f"{first}.{part}", None)
+        tensors[f"{first}.weight"] = plain
+        tensors[f"{other}.bias"] = torch.zeros(exact[other].shape[0], dtype=torch.float16)
+
+    edit_safetensors(hf / "model.safetensors", edit)
+    import_base(hf, tmp_path / "base")
+    found = load_file(tmp_path / "base" / "weights.safetensors")["layers.q_proj.kernel"]
+    assert np.array_equal(found[0], plain.numpy().T)
+    again = next(m for m in MODULES if m.endswith("layers.1.self_attn.q_proj"))
+    assert np.allclose(found[1], exact[again].T, rtol=1e-6, atol=0)
+    edit_safetensors(hf / "model.safetensors", lambda t: t[f"{other}.bias"].add_(1))
+    assert_refused(lambda: plan_base(hf), tmp_path / "none", f"{other}.bias: expected no such tensor")
+
+
+@pytest.mark.parametrize(
+    ("case", "part", "change", "said"),
+    [
+        ("gptq-4", "scales", lambda t: t[0, 0], "expected F32 or F16 or BF16 of 2 axes, found F16 ()"),
+        ("gptq-4", "qzeros", lambda t: t.to(torch.float16), "expected I32 of 2 axes, found F16"),
+        ("gptq-4", "g_idx", lambda t: t.to(torch.float32), "expected I32 or I64 of 1 axes, found F32"),
+        ("awq", "qzeros", lambda t: t.to(torch.float32), "expected I32 of 2 axes, found F32"),
+        ("fp8", "weight_scale_inv", lambda t: t.to(torch.int32), "expected F32 or F16 or BF16, found I32"),
+    ],
+)
+def test_parts_of_other_types_are_refused(tmp_path: Path, case: str, part: str, change: Any, said: str):
+    hf, _ = quantized_folder(tmp_path, case)
+    key = f"{MODULES[4]}.{part}"
+    edit_safetensors(hf / "model.safetensors", lambda t: t.update({key: change(t[key]).clone()}))
+    assert_refused(lambda: plan_base(hf), tmp_path / "none", f"{key}: {said}")
 
 
 def test_awq_parts_of_another_shape_are_refused(tmp_path: Path):

@@ -148,8 +148,12 @@ def test_a_base_takes_what_an_adapter_saved(tmp_path: Path, modules: list[str], 
     assert changed == {{"embed_tokens": "embed.embedding", "lm_head": "lm_head.kernel"}[m] for m in modules}
     sources = json.loads((base / "config.json").read_text())["meteora"]["source"]
     assert WEIGHTS in [s["file"] for s in sources]
-    raw = export_adapter(bank, "a", tmp_path / "out")
-    assert raw["modules_to_save"] == modules
+    names = ", ".join(modules)
+    refused = f"modules_to_save: expected --base with the base whose {names} it saved, found none"
+    assert_refused(lambda: export_adapter(bank, "a", tmp_path / "out"), tmp_path / "out", refused)
+    main(["export", "adapter", str(bank), "a", str(tmp_path / "out"), "--base", str(base)])
+    again = LlamaForCausalLM.from_pretrained(hf, attn_implementation="eager")
+    assert np.array_equal(logits_of(PeftModel.from_pretrained(again, tmp_path / "out").eval()), want)
 
 
 def test_a_tied_base_takes_the_embedding_once(tmp_path: Path):

@@ -23,13 +23,16 @@ class ExportAdapter(Conversion):
     """The adapter."""
     dest: tyro.conf.Positional[Path]
     """Folder to make."""
+    base: Path | None = None
+    """BASE folder, for an adapter that saved its embedding or head (PEFT's modules_to_save)."""
 
 
 def export_adapter(command: ExportAdapter) -> None:
     """Runs `meteora export adapter`."""
     import converters
 
-    raw = command.run("export adapter", partial(converters.export_adapter, command.bank, command.name, command.dest))
+    export = partial(converters.export_adapter, command.bank, command.name, command.dest, base=command.base)
+    raw = command.run("export adapter", export)
     lines = [f"{command.dest}: {command.name}, rank {raw['r']}, alpha {raw['lora_alpha']}"]
     file = command.bank / "bank.json"
     bank = BankConfig.from_json(read_json(file), str(file))

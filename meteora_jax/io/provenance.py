@@ -4,8 +4,8 @@ A name is compared without its organisation or folder, case, separators, and wha
 `unsloth/Meta-Llama-3-8B-bnb-4bit`, `meta-llama/Llama-3-8B` and `Llama-3-8B.Q4_K_M.gguf` are one model. Only names with
 a size in them (8B, 135M) are known to be of different models where they differ: a folder `llama3` may hold any, and
 `unsloth/zephyr-sft-bnb-4bit` is `HuggingFaceH4/mistral-7b-sft-beta`. Where the weights that an adapter names lie on
-this machine their norms decide what names cannot. AWQ makes another model of it: norms hold scales that adapters of the
-unquantised one do not know, so `-AWQ` is part of a name.
+this machine their norms decide what names cannot. AWQ and SmoothQuant make another model of it: norms hold scales that
+adapters of the unquantised one do not know, so `-AWQ` and `-SmoothQuant` are part of a name.
 """
 
 from __future__ import annotations
