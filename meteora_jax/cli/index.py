@@ -14,6 +14,7 @@ from rich.table import Table
 from meteora_jax.cli.index_rank import IndexRank
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
+from meteora_jax.io.files import refuse_foreign
 
 if TYPE_CHECKING:
     from meteora_jax.retriever.evaluation import Query
@@ -181,17 +182,25 @@ def report(index: Index, folder: Path, path: Path | None, added: Mapping[str, Se
     how = f"{index.scoring} (means: too many inputs for a regression)" if index.large else index.scoring
     console.print(f"{folder}: {len(index.names)} adapters, {count} inputs, scoring {how}", highlight=False)
     if line := cut_line(cut, added or {}, None):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     sizes = {name: len(inputs) for name, inputs in index.profiles.items()}
     write_json(
         path, {"index": str(folder), "scoring": index.scoring, "large": index.large, "inputs": sizes, "cut": cut}
     )
 
 
+def _check_replaced(index: Path) -> None:
+    from meteora_jax.retriever.index import ENCODER, FIT, VECTORS
+    from meteora_jax.retriever.ranking import FILE
+
+    refuse_foreign(index, "index.json", ENCODER, FIT, VECTORS, FILE)
+
+
 def index_build(command: IndexBuild) -> None:
     """Runs `meteora index build`."""
     from meteora_jax.retriever.index import Index
 
+    _check_replaced(command.dest)
     profiles = read_sources(command)
     encoder = None
     if command.encoder is not None:
@@ -209,6 +218,7 @@ def index_add(command: IndexAdd) -> None:
     """Runs `meteora index add`."""
     from meteora_jax.retriever.index import Index
 
+    _check_replaced(command.index)
     profiles = read_sources(command)
     index = Index.load(command.index)
     index.add(profiles)
@@ -220,6 +230,7 @@ def index_remove(command: IndexRemove) -> None:
     """Runs `meteora index remove`."""
     from meteora_jax.retriever.index import Index
 
+    _check_replaced(command.index)
     index = Index.load(command.index)
     index.remove(command.names)
     index.save(command.index)

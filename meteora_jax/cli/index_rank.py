@@ -54,5 +54,5 @@ def index_rank(command: IndexRank) -> None:
     write_ranking(command.index, losses)
     for task, adapters in ranked(losses).items():
         best = ", ".join(f"{name} {losses[task][name]:.3f}" for name in adapters[:3])
-        console.print(f"{task}: {best}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{task}: {best}", highlight=False, soft_wrap=True)
     write_json(command.json, losses)

@@ -49,7 +49,7 @@ def inspect(command: Inspect) -> None:
         console.print(listing)
     for row in found.get("tensors", ()) if command.tensors else ():
         to = f" -> {row['to']}" if row.get("to") else ""
-        console.print(f"{row['key']} {row['dtype']} {row['shape']}{to}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{row['key']} {row['dtype']} {row['shape']}{to}", highlight=False, soft_wrap=True)
     write_json(command.json, found)
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
-from rich.markup import escape
 from rich.table import Column, Table
 
 from meteora_jax.cli.report import console, progress_bar, write_json
@@ -59,7 +58,7 @@ def prepare(command: Prepare) -> None:
         console.print(reproduction_table(reproductions))
     for row in reproductions:
         for prompt in row.different:
-            console.print(f"not reproduced, {row.task}: {escape(repr(prompt))}", highlight=False)
+            console.print(f"not reproduced, {row.task}: {prompt!r}", highlight=False)
 
     report = {"tasks": [asdict(row) for row in counts], "reproduction": [asdict(row) for row in reproductions]}
     write_json(command.json, report)
@@ -72,7 +71,7 @@ def prepare(command: Prepare) -> None:
 def write_tasks(command: Prepare, tasks: Sequence[str]) -> list[TaskCounts]:
     """Writes the tasks' folders from the command's source."""
     pinned = read_test_inputs(command.test_inputs) if command.test_inputs else None
-    with progress_bar(f"prepare from {escape(command.source)}") as bar:
+    with progress_bar(f"prepare from {command.source}") as bar:
 
         def progress(task: str, done: int, total: int) -> None:
             bar(done, total, task)

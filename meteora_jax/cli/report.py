@@ -21,8 +21,9 @@ from meteora_jax.io import files
 
 T = TypeVar("T")
 LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
-console = Console()
-status = Console(stderr=True)  # progress and remarks stay out of what a pipe reads
+# What is printed are prompts, names and paths: "[/INST]" and ":x:" in them mean nothing to the console.
+console = Console(markup=False, emoji=False)
+status = Console(stderr=True, markup=False, emoji=False)  # progress and remarks stay out of what a pipe reads
 
 
 def write_json(path: Path | None, value: Any) -> None:
@@ -74,8 +75,8 @@ def progress_bar(what: str, shown: bool = True) -> Iterator[Callable[..., None]]
             lines.end()
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=status) as bar:
         task = bar.add_task(what, total=None, note="")
@@ -116,7 +117,7 @@ class ProgressLines:
             self._say(self._now())
 
     def _say(self, now: float) -> None:
-        status.print(self._unsaid, highlight=False, markup=False, soft_wrap=True)
+        status.print(self._unsaid, highlight=False, soft_wrap=True)
         self._said_at, self._unsaid = now, ""
 
 
@@ -143,5 +144,5 @@ class Conversion:
     def tell(self, lines: str | list[str], report: Any) -> None:
         """Prints whole lines, however long, and writes the report to `json`."""
         for line in [lines] if isinstance(lines, str) else lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=True)
         write_json(self.json, report)

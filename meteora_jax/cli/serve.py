@@ -137,7 +137,7 @@ def serve(command: Serve) -> None:
         server = make_server(command)
         host, port = bound.getsockname()[:2]
         listed = ", ".join(name for name, _ in names(server.fleet))
-        status.print(f"serving http://{host}:{port} (models: {listed})", highlight=False, markup=False, soft_wrap=True)
+        status.print(f"serving http://{host}:{port} (models: {listed})", highlight=False, soft_wrap=True)
         served = run.run(server, bound)
     finally:
         bound.close()

@@ -89,18 +89,18 @@ def tasks_check(command: TasksCheck) -> None:
         if (shown := sample(task)) is not None:
             asked, answer = shown
             console.rule(Text(f"{task.task}: what the model reads"), align="left")
-            console.print(_shortened(asked), highlight=False, markup=False, soft_wrap=True)
+            console.print(_shortened(asked), highlight=False, soft_wrap=True)
             console.rule(Text(f"{task.task}: what it should write"), align="left")
-            console.print(_shortened(answer), highlight=False, markup=False, soft_wrap=True)
+            console.print(_shortened(answer), highlight=False, soft_wrap=True)
     for task in found:
         for remark in task.remarks:
-            status.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
+            status.print(f"note: {remark}", highlight=False, soft_wrap=True)
     problems = [problem for task in found for problem in task.problems]
     write_json(command.json, {"tasks": [_record(task, sample(task)) for task in found], "problems": problems})
     if len(problems) == 1:
         raise InputError(problems)
     for problem in problems:
-        status.print(f"wrong: {' '.join(problem.split())}", highlight=False, markup=False, soft_wrap=True)
+        status.print(f"wrong: {' '.join(problem.split())}", highlight=False, soft_wrap=True)
     if problems:
         raise InputError(f"{command.tasks}: expected nothing wrong, found the {len(problems)} faults above")
 

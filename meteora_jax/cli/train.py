@@ -16,6 +16,8 @@ from meteora_jax.cli.devices import Devices, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
 from meteora_jax.config import BankConfig, InputError, read_json
 from meteora_jax.gate_config import FormName, GateConfig
+from meteora_jax.io.files import refuse_foreign
+from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.training.recipes import RECIPES, recipe_of, settled
 from meteora_jax.training.settings import AdapterTraining, BankTraining, Checkpointing, GateTraining, Training
 
@@ -125,6 +127,7 @@ def train_gates(command: TrainGates) -> None:
     from meteora_jax.training.gates import train_gates as train
 
     settings = settled(command.settings, recipe_of(command.recipe, command.extend))
+    _check_replaced(command, "gates.json", command.new_bank)
     mesh = make_devices_mesh(command)
     names = BankConfig.from_json(read_json(command.bank / "bank.json"), str(command.bank / "bank.json")).names
     tasks = _gate_tasks(command, names)
@@ -165,6 +168,7 @@ def train_adapter(command: TrainAdapter) -> None:
     from meteora_jax.training.own_gate import train_own_gate
 
     settings = command.settings
+    _check_replaced(command, "bank.json")
     mesh = make_devices_mesh(command)
     tasks = load_splits(command.tasks, command.task, "train")
     with _callbacks(f"train {settings.name}", settings) as callbacks:
@@ -184,6 +188,7 @@ def train_bank(command: TrainBank) -> None:
     from meteora_jax.training.bank import train_bank as train
 
     settings = command.settings
+    _check_replaced(command, "bank.json")
     mesh = make_devices_mesh(command)
     names = command.task or tuple(sorted(file.parent.name for file in command.tasks.glob("*/train.jsonl")))
     if not names or len(set(names)) < len(names):
@@ -201,6 +206,20 @@ def train_bank(command: TrainBank) -> None:
     _report(command, settings, final, {"bank": str(command.out), "tasks": list(names)})
 
 
+def _check_replaced(command: _Run, description: str, new_bank: Path | None = None) -> None:
+    """Refuses, before anything is trained, folders to write that hold what their replacement would delete."""
+    refuse_foreign(command.out, description, WEIGHTS)
+    places = {"--out": command.out, "--run": _checkpointing(command).run, "--new-bank": new_bank}
+    if new_bank is not None:
+        refuse_foreign(new_bank, "bank.json", WEIGHTS)
+    for option, folder in (("--out", command.out), ("--new-bank", new_bank)):
+        for other, inside in places.items():
+            if folder and inside and other != option and inside.resolve().is_relative_to(folder.resolve()):
+                raise InputError(
+                    f"{other}: expected a folder outside {option}, which is replaced whole, found {inside}"
+                )
+
+
 def _checkpointing(command: _Run) -> Checkpointing:
     found = command.checkpointing
     return found if found.run else dataclasses.replace(found, run=command.out.with_name(f"{command.out.name}-run"))
@@ -215,7 +234,7 @@ def _callbacks(what: str, settings: Training) -> Iterator[Callbacks]:
 
     def begun(lost: Unused) -> None:
         for line in unused_lines(lost.record()) if is_first_process() else ():
-            status.print(f"{what}: {line}", highlight=False, markup=False, soft_wrap=True)
+            status.print(f"{what}: {line}", highlight=False, soft_wrap=True)
 
     def validated(record: dict[str, Any]) -> None:
         if is_first_process():
@@ -276,5 +295,5 @@ def _report(command: _Run, settings: Training, final: Mapping[str, Any], what: M
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for line in unused_lines(final["unused"]):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     write_json(command.json, {**what, "settings": settings.record(), **final})

@@ -54,7 +54,7 @@ def train_retriever(command: TrainRetriever) -> None:
 
         def begun(cut: dict[str, int]) -> None:
             if line := cut_line(cut, profiles, settings.max_length):
-                status.print(f"train retriever: {line}", highlight=False, markup=False, soft_wrap=True)
+                status.print(f"train retriever: {line}", highlight=False, soft_wrap=True)
 
         encoder = TextEncoder.load(command.encoder)
         report = training.train_retriever(encoder, profiles, command.out, settings, checkpoints, progress, begun)
@@ -65,7 +65,7 @@ def train_retriever(command: TrainRetriever) -> None:
         f"loss {last['loss']:.4f}, accuracy {last['accuracy']:.3f}", highlight=False
     )  # fmt: skip
     if line := cut_line(report["cut"], profiles, settings.max_length):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     about = {"encoder": str(command.out), "trained": report["trained"], "cut": report["cut"]}
     write_json(command.json, {**about, **last})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import shutil
@@ -42,6 +43,26 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int = 1) -> Non
         partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def refuse_foreign(folder: str | os.PathLike[str], description: str, *others: str) -> None:
+    """Refuses to replace a folder that somebody may miss: one without its `description`, or with files that are none
+    of its own, which are `others`. Ask before any work.
+
+    Raises:
+        InputError: so it is, or a file is there.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder or nothing, found a file")
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if found and description not in found:
+        raise InputError(f"{folder}: expected {description} in what is replaced, found {found[0]} and no {description}")
+    if foreign := [name for name in found if name not in (description, *others)]:
+        own = ", ".join((description, *others))
+        raise InputError(f"{folder}: expected nothing but {own} in what is replaced, found {foreign[0]}")
+
+
 @contextlib.contextmanager
 def whole_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
     """A hidden folder beside `dest` to write into; it takes its place, and that of what was there, when the block ends
@@ -66,17 +87,22 @@ def put_in_place(new: Path, dest: Path) -> None:
     if not dest.exists() or not any(dest.iterdir()):
         os.rename(new, dest)
     else:
-        old = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
-        os.rename(new, old / "new")
-        if not _swap(old / "new", dest):
-            os.rename(dest, old / "old")
+        old = new  # gets the hidden name, which the next conversion to the same place clears if this one is killed
+        held = os.open(dest, os.O_RDONLY)  # locked, so that nobody begins to write into what is being deleted
+        with contextlib.suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _swap(new, dest):
+            old = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent)) / "old"
+            os.rename(dest, old)
             try:
-                os.rename(old / "new", dest)
+                os.rename(new, dest)
             except BaseException:
-                os.rename(old / "old", dest)
-                shutil.rmtree(old)
+                os.rename(old, dest)
+                old.parent.rmdir()
                 raise
+            old = old.parent
         shutil.rmtree(old)
+        os.close(held)
     parent = os.open(dest.parent, os.O_RDONLY)
     try:
         os.fsync(parent)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meteora_jax.config import InputError
-from meteora_jax.io.files import whole_folder, write_json
+from meteora_jax.io.files import refuse_foreign, whole_folder, write_json
 
 WEIGHTS = "weights.safetensors"
 FLOATS = {  # as the format calls them
@@ -161,7 +161,12 @@ class StoredArray:
 
 def write_folder(folder: Path, name: str, description: Any, tensors: dict[str, np.ndarray]) -> None:
     """Writes `weights.safetensors` and the description `name`, whole or not at all; an existing folder is replaced
-    only once the new one is complete."""
+    only once the new one is complete.
+
+    Raises:
+        InputError: the existing one has no such description, or holds other files.
+    """
+    refuse_foreign(folder, name, WEIGHTS)
     with whole_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS)
         (partial / WEIGHTS).chmod(0o644)  # safetensors keeps others from reading
