@@ -33,6 +33,7 @@ def test_reversed_answers_come_last_question_first():
         ("numbered", "1. blue\n2. yes", ["blue", "yes"]),
         ("lettered", "Sure.\na. blue\n or so\nb. yes", ["blue\n or so", "yes"]),
         ("lettered", "b. yes\nc. no", ["", "yes\nc. no"]),
+        ("lettered", "a. 5 steps:\n2. turn left\nb. no", ["5 steps:\n2. turn left", "no"]),
         ("lettered", "1. blue\n2. yes", ["blue", "yes"]),  # the letters' order tells, whatever their look
         ("reversed", "Sure.\n2. yes\n and so on\n1. blue", ["blue", "yes\n and so on"]),
         ("reversed", "1. blue\n2. yes", ["blue\n2. yes", ""]),

@@ -48,7 +48,7 @@ def _loss(model: Model, rows: Sequence[tuple[list[int], int]], router: Fixed) ->
         together = rows_within(TOKENS, len(ordered[0][0]), ROWS)
         some, ordered = ordered[:together], ordered[together:]
         total += float(np.sum(_losses(model, some + some[-1:] * (together - len(some)), router)[: len(some)]))
-        count += sum(len(row) - first for row, first in some)
+        count += sum(max(len(row) - first, 0) for row, first in some)  # a prompt may fill the context
     return total / max(count, 1)
 
 

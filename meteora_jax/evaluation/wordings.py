@@ -89,8 +89,7 @@ def read_answers(text: str, n: int, wording: Wording) -> list[str]:
     if wording == "numbered":
         return read_composite(text, n)
     if wording == "lettered":
-        last = chr(ord("a") + n - 1)
-        return read_composite(re.sub(rf"(?m)^\s*([a-{last}])\.(?=\s)", lambda m: f"{ord(m[1]) - 96}.", text), n)
+        return _read_lettered(text, n)
     answers, current = [""] * (n + 1), n + 1
     for line in text.strip().split("\n"):
         found = re.match(r"\s*([1-9][0-9]{0,3})\.(?![0-9])", line)
@@ -99,6 +98,15 @@ def read_answers(text: str, n: int, wording: Wording) -> list[str]:
         if current <= n:
             answers[current] += f"{line}\n"
     return [answer.strip() for answer in answers[1:]]
+
+
+def _read_lettered(text: str, n: int) -> list[str]:
+    """Where letters begin lines, numbers at others' beginnings belong to the answers; alone they count as letters."""
+    mark = re.compile(rf"(?m)^\s*([a-{chr(ord('a') + n - 1)}])\.(?=\s)")
+    if mark.search(text):
+        text = re.sub(r"(?m)^([ \t]*)(?=[0-9]+\.)", r"\1\0", text)
+    text = mark.sub(lambda m: f"{ord(m[1]) - 96}.", text)
+    return [answer.replace("\0", "") for answer in read_composite(text, n)]
 
 
 def _dedented(prompt: str) -> str:

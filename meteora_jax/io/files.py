@@ -55,7 +55,7 @@ def refuse_foreign(folder: str | os.PathLike[str], description: str, *others: st
         return
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder or nothing, found a file")
-    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    found = sorted(p.name for p in folder.iterdir() if not (p.name.startswith(".") and p.suffix == ".partial"))
     if found and description not in found:
         raise InputError(f"{folder}: expected {description} in what is replaced, found {found[0]} and no {description}")
     if foreign := [name for name in found if name not in (description, *others)]:
@@ -67,7 +67,7 @@ def refuse_foreign(folder: str | os.PathLike[str], description: str, *others: st
 def whole_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
     """A hidden folder beside `dest` to write into; it takes its place, and that of what was there, when the block ends
     without an exception."""
-    dest = Path(dest)
+    dest = Path(os.path.realpath(dest))
     dest.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
     try:
@@ -91,18 +91,20 @@ def put_in_place(new: Path, dest: Path) -> None:
         held = os.open(dest, os.O_RDONLY)  # locked, so that nobody begins to write into what is being deleted
         with contextlib.suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _swap(new, dest):
-            old = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent)) / "old"
-            os.rename(dest, old)
-            try:
-                os.rename(new, dest)
-            except BaseException:
-                os.rename(old, dest)
-                old.parent.rmdir()
-                raise
-            old = old.parent
-        shutil.rmtree(old)
-        os.close(held)
+        try:
+            if not _swap(new, dest):
+                old = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent)) / "old"
+                os.rename(dest, old)
+                try:
+                    os.rename(new, dest)
+                except BaseException:
+                    os.rename(old, dest)
+                    old.parent.rmdir()
+                    raise
+                old = old.parent
+            shutil.rmtree(old)
+        finally:
+            os.close(held)
     parent = os.open(dest.parent, os.O_RDONLY)
     try:
         os.fsync(parent)

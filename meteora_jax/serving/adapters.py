@@ -54,6 +54,8 @@ async def add(server: Server, asked: LoadAdapterRequest) -> dict[str, Any]:
     index, version = server.fleet.index, None
     if asked.profiles is not None and index is None:
         raise ApiError(400, "profiles: expected a server with an index, found one without", param="profiles")
+    if asked.profiles is not None and (problems := check_profile(name, asked.profiles)):
+        raise ApiError(400, "; ".join(problems)[:1000], param="profiles")  # before the adapter is there
     async with server.changes:
         if (pool := server.fleet.model.pool) is not None:
             version = await _refusing(server, lambda: pool.load(folder, name))

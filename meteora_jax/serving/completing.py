@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from meteora_jax.config import InputError
 from meteora_jax.likelihood import prompt_logprobs
 from meteora_jax.serving.answers import Answer, chat_logprobs, pieces, text_logprobs
 from meteora_jax.serving.asking import LIKELY, Work, chat_work, text_work
@@ -75,8 +76,11 @@ class Completing:
         except ApiError as e:
             self._note(e.status)
             raise
-        except BaseException:
-            self._note(499)
+        except InputError:
+            self._note(400)
+            raise
+        except BaseException as e:
+            self._note(500 if isinstance(e, Exception) else 499)
             raise
 
     async def _submit(self) -> tuple[Work, list[Stream], asyncio.Event]:
@@ -162,13 +166,18 @@ class Chat(Completing):
             return None
         return chat_logprobs(self.server.fleet.model.tokenizer, tokens, likely, self.body.top_logprobs or 0)
 
+    def _calls(self, answer: Answer, notation: Notation) -> tuple[str, list[dict[str, Any]]]:
+        """The text and the tool calls of a response, one at most where the client wants no parallel ones."""
+        text, calls = read_calls(answer.text.text, notation, self.names)
+        return text, calls[:1] if self.body.parallel_tool_calls is False else calls
+
     async def _choices(self, work: Work, traced: list[list[Any]]) -> list[dict[str, Any]]:
         found = []
         for i, answer in enumerate(self.answers):
             message: dict[str, Any] = {"role": "assistant", "content": answer.text.text, "refusal": None}
             reason = answer.finish_reason
             if self.notation is not None:
-                text, calls = read_calls(answer.text.text, self.notation, self.names)
+                text, calls = self._calls(answer, self.notation)
                 if calls:
                     message |= {"content": text or None, "tool_calls": calls}
                     reason = "tool_calls"
@@ -186,7 +195,7 @@ class Chat(Completing):
         if self.notation is not None:  # a call is known as one at its end: nothing is sent before
             delta = {}
             if reason is not None:
-                said, calls = read_calls(answer.text.text, self.notation, self.names)
+                said, calls = self._calls(answer, self.notation)
                 delta = {"content": said} if said or not calls else {}
                 if calls:
                     delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]

@@ -64,7 +64,11 @@ class Grammars:
             if kind == "json_object":
                 grammar = LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=ONE_LINE)
             elif kind == "json_schema":
-                schema = (response_format.get("json_schema") or {}).get("schema", {"type": "object"})
+                named = response_format.get("json_schema") or {}
+                if not isinstance(named, dict):
+                    found = f"expected an object with a schema, found {named!r:.100}"
+                    raise ApiError(400, f"response_format.json_schema: {found}", param="response_format")
+                schema = named.get("schema", {"type": "object"})
                 _limit(json.dumps(schema))
                 grammar = LLMatcher.grammar_from_json_schema(schema, overrides=ONE_LINE)
             elif kind == "regex":

@@ -84,7 +84,7 @@ def _retrieval(fleet: Fleet, k: int | None) -> RouterArgument:
 
 def _gates_within(fleet: Fleet, k: int | None) -> RouterArgument:
     assert fleet.index is not None
-    k = max(1, min(RETRIEVED, len(fleet.index.names))) if k is None else k
+    k = max(1, min(RETRIEVED, len(fleet.index.names), _room(fleet))) if k is None else k
     assert fleet.model.gates is not None
     top_k, temperature = gate_options(fleet.model.gates, None, None)
     router: Any = GatesWithin(fleet.index, k, top_k, temperature, exclude=_absent(fleet))
@@ -149,7 +149,22 @@ def kind(fleet: Fleet, name: str) -> Literal["base", "adapter", "router"]:
 def most_k(fleet: Fleet, name: str) -> int | None:
     """The largest K of ":K" behind a router's name; None where none may follow."""
     counts = kind(fleet, name) == "router" and name in VIRTUAL and VIRTUAL[name].counts
-    return len(fleet.model.adapter_names) if counts else None
+    return _room(fleet) if counts else None
+
+
+def _room(fleet: Fleet) -> int:
+    """How many adapters a request may have at once: all, or as many as there are slots."""
+    count, pool = len(fleet.model.adapter_names), fleet.model.pool
+    return count if pool is None else min(count, pool.table.count)
+
+
+def is_model(fleet: Fleet, name: str) -> bool:
+    """Whether `resolve` knows a name."""
+    try:
+        resolve(fleet, name)
+    except (ApiError, InputError):
+        return False
+    return True
 
 
 def resolve(fleet: Fleet, name: str) -> RouterArgument:
@@ -168,7 +183,7 @@ def resolve(fleet: Fleet, name: str) -> RouterArgument:
         raise unknown_model(name)
     k = None
     if colon:
-        if not count.isdecimal() or not count.isascii() or not 1 <= int(count[:9]) <= len(fleet.model.adapter_names):
+        if not count.isdecimal() or not count.isascii() or not 1 <= int(count[:9]) <= _room(fleet):
             raise unknown_model(name)
         k = int(count)
     return router.make(fleet, k)

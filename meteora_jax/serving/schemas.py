@@ -6,6 +6,7 @@ read and dropped (`Labels`).
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -115,7 +116,21 @@ class Message(BaseModel):
         for key in ("name", "tool_calls", "tool_call_id"):
             if (value := getattr(self, key)) is not None:
                 message[key] = value
+        if self.tool_calls is not None:
+            message["tool_calls"] = [_with_arguments(call) for call in self.tool_calls]
         return message
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as an object, as templates write them; clients send its JSON as a text."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 class ToolFunction(BaseModel):

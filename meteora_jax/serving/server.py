@@ -22,7 +22,7 @@ from meteora_jax.serving.driver import Driver, Stream
 from meteora_jax.serving.errors import ApiError, dump
 from meteora_jax.serving.guides import Grammars
 from meteora_jax.serving.metrics import Metrics
-from meteora_jax.serving.models import Fleet, named
+from meteora_jax.serving.models import Fleet, is_model, named
 from meteora_jax.serving.schemas import Asked
 from meteora_jax.serving.settings import Settings
 
@@ -143,7 +143,7 @@ class Server:
     def note(self, route: str, body: Asked, status: int, began: float, answers: list[Answer], prompts: Any) -> None:
         """Counts a request, and writes its line into the log."""
         seconds = time.perf_counter() - began
-        known = status != 404  # names that nobody has are no labels
+        known = is_model(self.fleet, body.model)  # names that nobody has are no labels
         self.metrics.requests.labels(route, body.model if known else "", str(status)).inc()
         if status == 200:
             self.metrics.seconds.observe(seconds)
@@ -169,8 +169,13 @@ def reply_id(kind: str) -> str:
 def usage_of(work: Work, answers: list[Answer]) -> dict[str, Any]:
     """`replies.Usage`."""
     read, written = sum(map(len, work.prompts)), sum(len(answer.tokens) for answer in answers)
-    cached = sum(a.stream.progress.skipped for a in answers if a.stream.progress is not None)
-    details = {"cached_tokens": cached}
+    cached: dict[int, int] = {}  # of a prompt, which counts once however many responses it has
+    for i, answer in enumerate(answers):
+        if answer.stream.progress is not None:
+            at = work.owner(i)
+            found = min(answer.stream.progress.skipped, len(work.prompts[at]))  # after a preemption a response's too
+            cached[at] = min(cached.get(at, found), found)
+    details = {"cached_tokens": sum(cached.values())}
     return {
         "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
         "prompt_tokens_details": details,

@@ -17,8 +17,10 @@ from meteora_jax.config import PROJECTIONS, AdapterInfo, BankConfig, InputError,
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.io.bank import save_bank
 from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.files import refuse_foreign
 from meteora_jax.io.model_state import split_bank
 from meteora_jax.io.provenance import BaseOrigin
+from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.routing.fixed import Fixed
 from meteora_jax.training.settings import AdapterTraining, Checkpointing
 from meteora_jax.training.step import optimizer
@@ -100,6 +102,7 @@ def train_adapter(
     callbacks: Callbacks = Callbacks(),
 ) -> dict[str, Any]:
     """Trains one adapter on all `tasks` and writes it to `dest` as a BANK of one. Otherwise as `gates.train_gates`."""
+    refuse_foreign(dest, "bank.json", WEIGHTS)
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)
     shape = settings.lora.rank, settings.lora.numerator, settings.lora.targets, settings.seed

@@ -15,7 +15,9 @@ from meteora_jax.bank import AdapterParam
 from meteora_jax.examples import Example, end_token
 from meteora_jax.io.bank import save_bank
 from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.files import refuse_foreign
 from meteora_jax.io.model_state import split_bank
+from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.adapter import fresh_bank
 from meteora_jax.training.settings import BankTraining, Checkpointing
@@ -42,6 +44,7 @@ def train_bank(
     As `gates.train_gates`; the result also has `kept`, {task: step, exact and loss of what the bank holds}.
     """
     kind = jnp.dtype(dtype)
+    refuse_foreign(dest, "bank.json", WEIGHTS)
     config, weights = load_base(base, kind)
     shape = settings.lora.rank, settings.lora.numerator, settings.lora.targets, settings.seed
     bank = fresh_bank(config, list(tasks), *shape, read_origin(base))

@@ -19,8 +19,10 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.gate_config import GateConfig, TokenRouterForm
 from meteora_jax.io.bank import load_bank, save_bank
 from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.files import refuse_foreign
 from meteora_jax.io.gates import SHARED_BY_ADAPTERS, fresh_gates, load_gates, save_gates, split_gates
 from meteora_jax.io.model_state import split_bank
+from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.routing.gates import GateParam, Gates
 from meteora_jax.text import load_tokenizer
 from meteora_jax.training.background import NULL, in_frames, with_background
@@ -65,6 +67,9 @@ def train_gates(
     Raises:
         Preempted: SIGTERM came and the run was saved.
     """
+    refuse_foreign(dest, "gates.json", WEIGHTS)
+    if new_bank is not None:
+        refuse_foreign(new_bank, "bank.json", WEIGHTS)
     both, form, objective = new_bank is not None, settings.form, settings.objective
     kind = jnp.dtype(dtype)
     config, weights = load_base(base, kind)

@@ -22,6 +22,7 @@ from meteora_jax.config import GROUPS, BankConfig, InputError, read_json
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import load_base, read_origin
+from meteora_jax.io.files import refuse_foreign
 from meteora_jax.io.tensors import WEIGHTS, read_tensors, write_folder
 from meteora_jax.routing import GateLogits, Routing, Score
 from meteora_jax.training.settings import AdapterTraining, Checkpointing
@@ -88,6 +89,7 @@ def train_own_gate(
         InputError: no such adapter, or one that changes the vocabulary or waits for its invocation.
     """
     kind = jnp.dtype(dtype)
+    refuse_foreign(dest, "bank.json", WEIGHTS)
     config, weights = load_base(base, kind)
     whole = load_bank(bank, config, kind, read_origin(base))
     i = _place(whole.config, settings.name, str(bank))

@@ -13,7 +13,7 @@ cd "$(dirname "$0")" && here=$PWD && cd - > /dev/null
     meteora index rank "$OUT/index" --base "$BASE" --bank "$OUT/bank" --tasks "$TASKS" --limit 10
 }
 mapfile -t tasks < <(cd "$TASKS" && ls -d -- */train.jsonl | xargs -n 1 dirname)
-[ -d "$OUT/bank-own" ] || cp -r "$OUT/bank" "$OUT/bank-own"
+[ -d "$OUT/bank-own" ] || { rm -rf "$OUT/bank-own.new"; cp -r "$OUT/bank" "$OUT/bank-own.new"; mv "$OUT/bank-own.new" "$OUT/bank-own"; }
 for task in "${tasks[@]}"; do
     [ -f "$OUT/own-gates/$task" ] || meteora train adapter --base "$BASE" --tasks "$TASKS" --task "$task" --name "$task" \
         --own-gate "$OUT/bank-own" --out "$OUT/bank-own" --run "$OUT/own-gates/$task-run" \

@@ -1,0 +1,107 @@
+"""What is refused, noted and counted of a server's requests, as clients and those who watch its metrics see it."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import httpx
+import pytest
+from served import PROFILES, serving, settled
+from test_serving import ASK
+from tiny import tiny_peft
+
+import meteora_jax as mj
+from meteora_jax.serving.answers import Answer
+from meteora_jax.serving.asking import Work
+from meteora_jax.serving.models import Fleet, most_k, resolve
+from meteora_jax.serving.schemas import ChatRequest, Message
+from meteora_jax.serving.server import usage_of
+from meteora_jax.serving.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def served(world, tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    shutil.copytree(tiny_peft(root, world["hf_folder"], "made", seed=7, r=4), root / "elm")
+    settings = Settings(adapter_root=root, adapter_updates=True)
+    with serving(world["model"], settings, index=mj.Index.build(PROFILES)) as found:
+        yield found
+
+
+def post(served: Any, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{served.url}/v1/{path}", json=body, timeout=60)
+
+
+@pytest.mark.parametrize("schema", ["x", ["x"]])
+def test_a_format_that_is_none_is_the_client_s_fault(served, schema):
+    response = {"type": "json_schema", "json_schema": schema}
+    got = post(served, "chat/completions", model="tiny", messages=ASK, response_format=response)
+    assert got.status_code == 400
+    assert "response_format.json_schema: expected an object" in got.json()["error"]["message"]
+    assert got.json()["error"]["param"] == "response_format"
+
+
+def test_refusals_are_counted_as_such_and_unknown_names_are_no_labels(served):
+    assert post(served, "completions", model="tiny", prompt="").status_code == 400
+    assert post(served, "completions", model="arbitrary-1", prompt=[99_999_999]).status_code in (400, 404)
+    text = httpx.get(f"{served.url}/metrics", timeout=60).text
+    counted = [line for line in text.splitlines() if line.startswith("meteora_requests_total{")]
+    assert any('model="tiny"' in line and 'status="400"' in line for line in counted)
+    assert not any('status="499"' in line or "arbitrary" in line for line in counted)
+
+
+def test_a_load_with_a_bad_profile_loads_nothing(served):
+    got = post(served, "load_lora_adapter", lora_name="elm", lora_path="elm", profiles=["  "])
+    assert got.status_code == 400
+    assert "input 0: expected a text" in got.json()["error"]["message"]
+    assert "elm" not in [m["id"] for m in httpx.get(f"{served.url}/v1/models", timeout=60).json()["data"]]
+
+
+def test_cached_tokens_are_of_the_prompt_once(served):
+    for n in (1, 3):
+        asked = dict(model="tiny", messages=ASK, max_tokens=4, n=n, temperature=1.0)
+        usage = post(served, "chat/completions", **asked).json()["usage"]
+        settled(served)
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < cached <= usage["prompt_tokens"]
+
+
+def test_what_a_preemption_read_again_is_not_the_prompt_s():
+    answers = []
+    for skipped in (9, 16):
+        progress = SimpleNamespace(skipped=skipped)
+        answers.append(Mock(spec=Answer, tokens=[1], stream=SimpleNamespace(progress=progress)))
+    work = Mock(spec=Work, prompts=[(1,) * 5, (2,) * 20], owner=lambda i: i)
+    assert usage_of(work, answers)["prompt_tokens_details"]["cached_tokens"] == 5 + 16
+
+
+def test_no_more_adapters_a_request_than_there_are_slots(world):
+    model = mj.load(world["base"], world["bank"], world["gates"], dtype="float32", adapter_slots=2)
+    fleet = Fleet(model, mj.Index.build(PROFILES), "tiny")
+    assert most_k(fleet, "retrieve") == 2
+    assert resolve(fleet, "retrieve:2").k == 2
+    with pytest.raises(Exception, match="retrieve:3"):
+        resolve(fleet, "retrieve:3")
+    assert resolve(fleet, "gates-within").k == 2
+
+
+def test_templates_read_the_arguments_of_earlier_calls_as_objects():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"n": 3}'}}
+    odd = {"id": "2", "type": "function", "function": {"name": "f", "arguments": "no json"}}
+    message = Message(role="assistant", tool_calls=[call, odd]).plain()
+    assert [c["function"]["arguments"] for c in message["tool_calls"]] == [{"n": 3}, "no json"]
+    assert call["function"]["arguments"] == '{"n": 3}'
+
+
+def test_one_call_where_no_parallel_ones_are_wanted(monkeypatch):
+    from meteora_jax.serving import completing
+
+    monkeypatch.setattr(completing, "read_calls", lambda *_: ("so", [{"id": "1"}, {"id": "2"}]))
+    for wanted, count in ((None, 2), (True, 2), (False, 1)):
+        body = ChatRequest(model="tiny", messages=ASK, parallel_tool_calls=wanted)
+        chat = Mock(spec=completing.Chat, body=body, names=set())
+        answer = Mock(spec=Answer, text=SimpleNamespace(text=""))
+        assert completing.Chat._calls(chat, answer, "tags") == ("so", [{"id": "1"}, {"id": "2"}][:count])
