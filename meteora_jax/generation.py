@@ -93,7 +93,8 @@ def pieces(
     """`Delta`s as text becomes certain, if `stream`; and each request as it ends."""
     handles: list[Handle] = []
     try:
-        handles += [engine.submit(request) for request in requests]
+        for request in requests:  # one by one, so that those before a refusal are cancelled
+            handles.append(engine.submit(request))
         texts = [TextStream(decode, r.stop) for r in requests]
         seen = [0] * len(requests)
         left = list(range(len(requests)))

@@ -130,6 +130,9 @@ def test_what_retrieves_by_default(ranked):
     assert few.k == 1, "as many as slots hold"
     joined = default_retrieval(index, {"sums": ranking["sums"]})
     assert joined.ranking == {"sums": ranking["sums"], "moods": ("moods",)}
+    later = default_retrieval(index, ranking, names=("sums", "apple"))
+    assert later.ranking == {"sums": ("sums", *ranking["sums"]), "moods": ranking["moods"]}
+    assert later.router((("sums", 1e3),)).adapters == (("sums", 1.0),)
 
 
 def test_generate_takes_the_ranking_of_the_index(world, ranked, tmp_path, capsys):

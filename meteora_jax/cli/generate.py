@@ -122,7 +122,8 @@ def parse_router(command: Generate, model: Any) -> Any:
         raise InputError(f"--gate-top-k, --gate-temperature: expected --router gates, found {text!r}")
     if (command.retrieve, command.compose, command.weights) == (None, None, None):
         most = model.pool.table.count if model.pool else RETRIEVED
-        return default_retrieval(Index.load(command.index), read_ranking(command.index), most=most)
+        how_ranked = Index.load(command.index), read_ranking(command.index)
+        return default_retrieval(*how_ranked, most=most, names=model.adapter_names)
     how = command.compose or "mixture", command.weights or "uniform"
     return Retrieval(Index.load(command.index), count, *how)
 

@@ -218,7 +218,8 @@ class AdapterPool:
         assert bound is not None
         scored = not bound.asks <= GATES
         if scored:
-            self._score(self.versions.find(known_names) if every else versions, router)
+            with self.lock:
+                self._score(self.versions.find(known_names) if every else versions, router)
         return WantedAdapters(tuple(v.number for v in versions), row, every, gated, scored)
 
     # what a scheduler asks, under `lock`

@@ -73,14 +73,14 @@ class Copies:
         for n, coming in list(self._coming.items()):
             if not coming.staged.done():
                 continue
+            del self._coming[n]
             try:
                 staged = coming.staged.result()
-            except InputError as e:
+            except Exception as e:  # of a reader: that adapter's requests are refused, and nobody else's
                 if known(n):
-                    self.failed[n] = e
-                del self._coming[n]
+                    found = f"adapter: expected one that can be copied, found {type(e).__name__}: {e}"
+                    self.failed[n] = e if isinstance(e, InputError) else InputError(found)
                 continue
-            del self._coming[n]
             if self._table.slots(n) == coming.slots:
                 for part, slot in zip(staged, coming.slots, strict=True):
                     self._weights.write(part, slot)

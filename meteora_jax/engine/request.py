@@ -43,6 +43,7 @@ class Sampling:
             if self.top_p is not None:
                 given.number("top_p", self.top_p, "a number in (0, 1]", lambda p: 0 < p <= 1)
             given.whole("seed", self.seed, least=-MOST - 1)
+            given.whole("index", self.index, least=0)
 
 
 GREEDY = Sampling()

@@ -26,6 +26,7 @@ from pallas_kernels.topk_gating import TopK, topk_gating
 SHRUNK: frozenset[Score] = frozenset({"arrow", "spectr", "inverse-entropy"})  # made of the shrink
 LEAST = -3e38  # of what must not be chosen: finite, for a softmax over it alone
 LEAST_DEVIATION = 1e-6  # of what is standardised
+CERTAIN = 1e-20  # least entropy in nats: of a distribution of one value float32 has 0
 
 
 @runtime_checkable
@@ -133,7 +134,8 @@ class GroupScores:
             own = b[..., start:stop].reshape(*b.shape[:2], -1)
             output = _product("btar,aro->btao", h[:, :, p] * self.scale[p][None, None, :, None], own)
             log = jax.nn.log_softmax(output)
-            found.append(1 / -jnp.sum(jnp.exp(log) * log, axis=-1))
+            entropy = -jnp.sum(jnp.exp(log) * log, axis=-1)
+            found.append(1 / jnp.maximum(entropy, CERTAIN))
         return jnp.stack(found, axis=2)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection
 
 import numpy as np
 
@@ -91,16 +92,23 @@ class TaskRetrieval:
 
 
 def default_retrieval(
-    index: Index, ranking: Ranking | None, exclude: tuple[str, ...] = (), most: int = RETRIEVED
+    index: Index,
+    ranking: Ranking | None,
+    exclude: tuple[str, ...] = (),
+    most: int = RETRIEVED,
+    names: Collection[str] = (),
 ) -> Retrieval | TaskRetrieval:
     """What retrieves where nobody says how, by the table of docs/results.md: with a ranking tasks, which helps
     those that have no adapter of their own; else the best adapter alone.
 
     Args:
         ranking: of the index's tasks; one that it does not have, as it joined later, is the adapter's of its name.
+        names: of the adapters that there are: a task whose own joined after the ranking has it as its best.
         exclude: adapters that no request gets. most: adapters that there is room for, as in slots.
     """
     if ranking is None:
         return Retrieval(index, 1, exclude=exclude)
     ranking = {task: ranking.get(task, (task,)) for task in index.names}
+    joined = {task for task, best in ranking.items() if task in names and task not in best}
+    ranking = {task: (task, *best) if task in joined else best for task, best in ranking.items()}
     return TaskRetrieval(index, ranking, min(RETRIEVED, most, len(ranking)), exclude=exclude)

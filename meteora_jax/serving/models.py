@@ -76,7 +76,8 @@ def _retrieval(fleet: Fleet, k: int | None) -> RouterArgument:
     router: Any
     if k is None:
         gone = (*gone, *fleet.ranked.difference(gone, fleet.model.adapter_names))  # ranked, and unloaded since
-        router = default_retrieval(fleet.index, fleet.ranking, gone, pool.table.count if pool else RETRIEVED)
+        most = pool.table.count if pool else RETRIEVED
+        router = default_retrieval(fleet.index, fleet.ranking, gone, most, fleet.model.adapter_names)
     else:
         router = Retrieval(fleet.index, k, exclude=gone)
     return router

@@ -51,7 +51,10 @@ def attend(
         higher = jnp.maximum(highest, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
         kept = jnp.exp(highest - higher)
-        more = einsum_float32(q.dtype, "btkgs,bskh->btkgh", weights.astype(pages.dtype), held[:, :, 1::2])
+        # behind a sequence's end stands what others wrote there, and zero times their infinity is no number
+        own = (slots[0] <= positions.max(-1, keepdims=True))[..., None, None]
+        values = jnp.where(own, held[:, :, 1::2], 0)
+        more = einsum_float32(q.dtype, "btkgs,bskh->btkgh", weights.astype(pages.dtype), values)
         return higher, total * kept + weights.sum(-1), mixed * kept[..., None] + more
 
     start = (

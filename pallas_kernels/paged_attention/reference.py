@@ -28,6 +28,8 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Arra
     scores = einsum_float32(q.dtype, "tkgh,skh->tkgs", grouped, keys) * width**-0.5
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.where(seen[:, None, None], jax.nn.softmax(scores, axis=-1), 0.0).astype(values.dtype)
+    # behind the sequence's end stands what others wrote there, and zero times their infinity is no number
+    values = jnp.where((slots[0] <= positions.max())[:, None, None], values, 0)
     return jnp.einsum("tkgs,skh->tkgh", weights, values).reshape(count, heads * width)
 
 
