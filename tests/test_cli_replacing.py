@@ -45,7 +45,7 @@ def commands(world, tasks: Path, dest: Path) -> dict[str, tuple[str, list]]:
         "export bank": ("bank", ["export", "bank", world["bank"], dest, "apple"]),
         "train gates": ("gates", ["train", "gates", *train, *bank]),
         "train adapter": ("bank", ["train", "adapter", *train, *own]),
-        "own gate": ("bank", ["train", "adapter", *train, *own, "--own-gate", world["bank"]]),
+        "own gate": ("bank", ["train", "adapter", *train, *own[:4], "--own-gate", world["bank"]]),
         "train bank": ("bank", ["train", "bank", *train, "--task", "apple"]),
         "new bank": ("bank", ["train", "gates", *shared, *bank, "--out", dest.parent / "g", "--new-bank", dest]),
         "index build": ("index", ["index", "build", dest, "--profiles", dest.parent / "profiles.json"]),
@@ -116,3 +116,8 @@ def test_a_run_inside_what_is_replaced_is_refused(tmp_path, capsys, world, tasks
     line = refused(capsys, *words, "--new-bank", tmp_path / "bank", "--run", tmp_path / "bank" / "run")
     assert "--run: expected a folder outside --new-bank" in line
     assert [path.name for path in tmp_path.iterdir()] == ["tasks"]
+
+
+def test_an_own_gate_takes_no_settings_of_an_adapter(tmp_path, capsys, world, tasks):
+    words = commands(world, tasks, tmp_path / "bank")["own gate"][1]
+    assert "--rank, --alpha, --targets: expected none beside --own-gate" in refused(capsys, *words, "--rank", 64)

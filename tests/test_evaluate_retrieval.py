@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
@@ -18,6 +19,7 @@ from meteora_jax.evaluation.tasks import Example, write_splits
 from meteora_jax.evaluation.throughput import choose_prompts, measure, throughput_markdown, time_generation
 from meteora_jax.generation import Engines
 from meteora_jax.retriever.evaluation import Query, judge
+from meteora_jax.retriever.ranking import write_ranking
 from meteora_jax.routing.gates import Gates
 
 CLUSTERS = {"apple": "fruit", "birch": "trees", "cedar": "trees", "daisy": "fruit"}
@@ -266,3 +268,16 @@ def test_a_run_goes_on_with_its_index_or_not_at_all(folders, tmp_path):
     edit_json(out / "run.json", index="another")
     with pytest.raises(SystemExit):
         evaluate(folders, out, "--systems", "retrieval-selection-k1", "--limit", "1")
+
+
+def test_a_run_goes_on_with_its_ranking_or_not_at_all(folders, tmp_path, capsys):
+    index, names = tmp_path / "index", folders["index"].names
+    shutil.copytree(folders["root"] / "index", index)
+    options = ["--systems", "task-retrieval-k1", "--limit", "1", "--index", str(index)]
+    for loss in (0.5, 0.5, 0.25):
+        write_ranking(index, {name: {name: loss} for name in names})
+        if loss == 0.5:
+            evaluate(folders, tmp_path / "run", *options)
+    with pytest.raises(SystemExit):
+        evaluate(folders, tmp_path / "run", *options)
+    assert "ranking: expected" in capsys.readouterr().err

@@ -38,6 +38,7 @@ from meteora_jax.evaluation.problems import Problem, load_composites, longest_re
 from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, routing_kind, skipped
 from meteora_jax.evaluation.wordings import WORDINGS, Wording
+from meteora_jax.retriever.ranking import FILE as RANKING
 from meteora_jax.routing import RoutingTrace, adapter_share, null_share
 
 
@@ -245,6 +246,8 @@ def evaluate(command: Evaluate) -> None:
         "system banks": loaded.banks, "index": fingerprint(command.index, "index.json"),
         "new_tokens": {p.asks or p.task: p.new_tokens(command.max_new_tokens) for p in asked},
     }  # fmt: skip
+    if command.index is not None and (command.index / RANKING).exists():  # another ranking gives other answers
+        settings["ranking"] = fingerprint(command.index, RANKING)
     first = is_first_process()
     records = runner.Records(command.out, settings) if first else None
     leave = skipped(systems, asked)

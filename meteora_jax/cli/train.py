@@ -19,7 +19,7 @@ from meteora_jax.gate_config import FormName, GateConfig
 from meteora_jax.io.files import refuse_foreign
 from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.training.recipes import RECIPES, recipe_of, settled
-from meteora_jax.training.settings import AdapterTraining, BankTraining, Checkpointing, GateTraining, Training
+from meteora_jax.training.settings import AdapterTraining, BankTraining, Checkpointing, GateTraining, LoRA, Training
 
 if TYPE_CHECKING:
     from meteora_jax.examples import Example
@@ -168,6 +168,8 @@ def train_adapter(command: TrainAdapter) -> None:
     from meteora_jax.training.own_gate import train_own_gate
 
     settings = command.settings
+    if command.own_gate is not None and settings.lora != LoRA():
+        raise InputError("--rank, --alpha, --targets: expected none beside --own-gate, found some")
     _check_replaced(command, "bank.json")
     mesh = make_devices_mesh(command)
     tasks = load_splits(command.tasks, command.task, "train")
