@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,6 @@ import meteora_jax as mj
 from meteora_jax.config import PROJECTIONS, InputError
 from meteora_jax.engine import EngineCore, Handle
 from meteora_jax.engine.adapter_pool import AdapterPool
-from meteora_jax.engine.copies import Coming, Copies
 from meteora_jax.engine.slot_weights import write_slot
 from meteora_jax.engine.step import run_steps
 from meteora_jax.gate_config import GateConfig
@@ -393,15 +390,3 @@ def test_what_slots_cannot_do_is_refused(banks: dict[str, Any]):
     ):
         with pytest.raises(InputError, match=expected):
             call()
-
-
-@pytest.mark.parametrize("error", [KeyError(7), MemoryError("no room"), InputError("damaged")])
-def test_a_copy_that_fails_is_its_own_adapter_s_failure(error: Exception):
-    """Unloaded meanwhile, or whatever happens to a reader: the pool goes on."""
-    for known in (True, False):
-        failed: Future[Any] = Future()
-        failed.set_exception(error)
-        copies: Any = SimpleNamespace(_coming={7: Coming((0,), False, failed)}, failed={})
-        assert Copies.advance(copies, lambda n, known=known: known) == 0
-        assert copies._coming == {}
-        assert [type(e) for e in copies.failed.values()] == [InputError] * known
