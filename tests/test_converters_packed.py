@@ -29,7 +29,7 @@ def gptq_in_order(rng: np.random.Generator, o: int, i: int) -> tuple[Tensors, np
         "qweight": words(q.T, 4).T.contiguous(), "qzeros": words(zero, 4), "scales": torch.from_numpy(scale),
         "g_idx": torch.arange(i, dtype=torch.int32) // 32,
     }  # fmt: skip
-    return tensors, (np.repeat(scale.astype(np.float64), 32, 0) * (q - np.repeat(zero, 32, 0) - 1)).T
+    return tensors, (np.repeat(scale.astype(np.float64), 32, 0) * (q - np.repeat((zero + 1) % 16, 32, 0))).T
 
 
 def fp8_rows(rng: np.random.Generator, o: int, i: int) -> tuple[Tensors, np.ndarray]:
