@@ -35,7 +35,7 @@ def post(served: Any, path: str, **body: Any) -> httpx.Response:
     return httpx.post(f"{served.url}/v1/{path}", json=body, timeout=60)
 
 
-@pytest.mark.parametrize("schema", ["x", ["x"]])
+@pytest.mark.parametrize("schema", ["x", ["x"], "", []])
 def test_a_format_that_is_none_is_the_client_s_fault(served, schema):
     response = {"type": "json_schema", "json_schema": schema}
     got = post(served, "chat/completions", model="tiny", messages=ASK, response_format=response)
@@ -51,6 +51,24 @@ def test_refusals_are_counted_as_such_and_unknown_names_are_no_labels(served):
     counted = [line for line in text.splitlines() if line.startswith("meteora_requests_total{")]
     assert any('model="tiny"' in line and 'status="400"' in line for line in counted)
     assert not any('status="499"' in line or "arbitrary" in line for line in counted)
+
+
+def test_a_stream_that_fails_is_no_client_that_left(served, monkeypatch):
+    take = Answer.take
+
+    def fail(answer: Answer, piece: Any) -> str:
+        if answer.tokens:
+            raise ValueError("a fault of the server")
+        return take(answer, piece)
+
+    monkeypatch.setattr(Answer, "take", fail)
+    asked = dict(model="birch", prompt="A", stream=True, max_tokens=40, temperature=0)
+    with pytest.raises(httpx.RemoteProtocolError):
+        post(served, "completions", **asked)
+    text = httpx.get(f"{served.url}/metrics", timeout=60).text
+    (counted,) = [line for line in text.splitlines() if line.startswith("meteora_requests_total{") and "birch" in line]
+    assert 'status="500"' in counted
+    settled(served)
 
 
 def test_a_load_with_a_bad_profile_loads_nothing(served):
@@ -83,16 +101,18 @@ def test_no_more_adapters_a_request_than_there_are_slots(world):
     fleet = Fleet(model, mj.Index.build(PROFILES), "tiny")
     assert most_k(fleet, "retrieve") == 2
     assert resolve(fleet, "retrieve:2").k == 2
-    with pytest.raises(Exception, match="retrieve:3"):
-        resolve(fleet, "retrieve:3")
+    for name in ("retrieve:3", "retrieve:01", "retrieve:0000000019"):
+        with pytest.raises(Exception, match=f"{name}' does not exist"):
+            resolve(fleet, name)
     assert resolve(fleet, "gates-within").k == 2
 
 
 def test_templates_read_the_arguments_of_earlier_calls_as_objects():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"n": 3}'}}
-    odd = {"id": "2", "type": "function", "function": {"name": "f", "arguments": "no json"}}
-    message = Message(role="assistant", tool_calls=[call, odd]).plain()
-    assert [c["function"]["arguments"] for c in message["tool_calls"]] == [{"n": 3}, "no json"]
+    texts = ["no json", "[1]", '{"a":' * 10**5]
+    odd = [{"id": "2", "type": "function", "function": {"name": "f", "arguments": text}} for text in texts]
+    message = Message(role="assistant", tool_calls=[call, *odd]).plain()
+    assert [c["function"]["arguments"] for c in message["tool_calls"]] == [{"n": 3}, *texts]
     assert call["function"]["arguments"] == '{"n": 3}'
 
 

@@ -17,7 +17,8 @@ from meteora_jax.serving.driver import Piece, Stream, TokenShares
 from meteora_jax.serving.errors import ApiError
 from meteora_jax.serving.guides import GrammarGuide
 from meteora_jax.serving.metrics import Metrics
-from meteora_jax.text import REPLACEMENT, TextStream
+from meteora_jax.serving.spelling import Place, Spelling, Spelt
+from meteora_jax.text import TextStream
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}
 Likely = tuple[float, Sequence[tuple[int, float]]]  # a token's log probability, and the likeliest tokens' with theirs
@@ -57,72 +58,35 @@ async def pieces(
             stream.cancel()
 
 
-def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """What a token stands for; of one that is part of a character only, its bytes."""
-    text = tokenizer.decode([token])
-    if REPLACEMENT not in text:
-        return text.encode("utf-8", "replace")
-    name = tokenizer.convert_ids_to_tokens(token)
-    if len(name) == 6 and name.startswith("<0x"):
-        return bytes([int(name[3:5], 16)])
-    try:
-        return bytes(BYTES[character] for character in name)
-    except KeyError:
-        return text.encode()
+def chat_logprobs(place: Place, tokens: Sequence[int], likely: Sequence[Likely], top: int) -> dict[str, Any]:
+    """OpenAI's `logprobs` of a chat choice. place: of the first token, then of what follows the last."""
 
+    def entry(spelt: Spelt, logprob: float) -> dict[str, Any]:
+        return {"token": spelt.shown, "logprob": logprob, "bytes": list(spelt.raw)}
 
-def _byte_characters() -> dict[str, int]:
-    """The characters that stand for bytes in byte-level vocabularies: printable ones for themselves, others above."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTES = _byte_characters()
-
-
-def token_text(tokenizer: Any, token: int) -> str:
-    """A token as logprobs show it; parts of characters as OpenAI writes them, "bytes:\\xe6"."""
-    raw = token_bytes(tokenizer, token)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def chat_logprobs(tokenizer: Any, tokens: Sequence[int], likely: Sequence[Likely], top: int) -> dict[str, Any]:
-    """OpenAI's `logprobs` of a chat choice."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": token_text(tokenizer, token), "logprob": logprob, "bytes": list(token_bytes(tokenizer, token)),
-        }  # fmt: skip
-
-    content = [
-        {**entry(token, own), "top_logprobs": [entry(*one) for one in best[:top]]}
-        for token, (own, best) in zip(tokens, likely, strict=False)
-    ]
+    content = []
+    for token, (own, best) in zip(tokens, likely, strict=False):
+        begins, (spelt, _) = place.begins, place.take(token)
+        others = [entry(place.spelling.of(other, begins), logprob) for other, logprob in best[:top]]
+        content.append({**entry(spelt, own), "top_logprobs": others})
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(
-    tokenizer: Any, tokens: Sequence[int], likely: Sequence[Likely | None], top: int, offset: int
-) -> dict[str, Any]:
-    """OpenAI's `logprobs` of a text choice; offset: of the first token's text. A prompt's first token has none."""
+def text_logprobs(place: Place, tokens: Sequence[int], likely: Sequence[Likely | None], top: int) -> dict[str, Any]:
+    """OpenAI's `logprobs` of a text choice. place: as `chat_logprobs`. A prompt's first token has none."""
     found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, said in zip(tokens, likely, strict=False):
-        text = token_text(tokenizer, token)
-        found["tokens"].append(text)
+        begins, (spelt, offset) = place.begins, place.take(token)
+        found["tokens"].append(spelt.shown)
         found["text_offset"].append(offset)
-        offset += len(tokenizer.decode([token]))
         found["token_logprobs"].append(None if said is None else said[0])
         if said is None:
             found["top_logprobs"].append(None)
             continue
         best: dict[str, float] = {}
         for other, logprob in said[1][:top]:
-            best.setdefault(token_text(tokenizer, other), logprob)
-        best.setdefault(text, said[0])
+            best.setdefault(place.spelling.of(other, begins).shown, logprob)
+        best.setdefault(spelt.shown, said[0])
         found["top_logprobs"].append(best)
     return found
 
@@ -130,8 +94,11 @@ def text_logprobs(
 class Answer:
     """One response as it comes: its text, log probabilities, and who wrote it."""
 
-    def __init__(self, model: Meteora, stream: Stream, found: Found, metrics: Metrics, began: float):
+    def __init__(
+        self, model: Meteora, stream: Stream, found: Found, metrics: Metrics, began: float, spelling: Spelling
+    ):
         self.model, self.stream, self.found = model, stream, found
+        self.place = Place(spelling)  # of the next token that log probabilities are told of
         self.text = TextStream(model.decode_tokens, stream.request.stop)
         self.tokens: list[int] = []
         self.logprobs: list[Likely] = []

@@ -19,6 +19,7 @@ from meteora_jax.serving.driver import Piece, Stream
 from meteora_jax.serving.errors import AdapterChanged, ApiError, json_response
 from meteora_jax.serving.schemas import Asked, ChatRequest, CompletionRequest
 from meteora_jax.serving.server import DONE, EventStream, Server, event, reply_id, usage_of
+from meteora_jax.serving.spelling import Place
 from meteora_jax.serving.tools import Notation, notation_of, read_calls
 
 READINGS = 3  # of a request whose adapter changes while it is read
@@ -119,6 +120,9 @@ class Completing:
         except ApiError as e:
             status = e.status
             yield event(e.body())
+        except Exception:
+            status = 500
+            raise
         finally:
             self._note(status)
 
@@ -161,10 +165,10 @@ class Chat(Completing):
 
         return await server.work(self.body.n, make)
 
-    def _logprobs(self, tokens: list[int], likely: list[Any]) -> dict[str, Any] | None:
+    def _logprobs(self, answer: Answer, tokens: list[int], likely: list[Any]) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
-        return chat_logprobs(self.server.fleet.model.tokenizer, tokens, likely, self.body.top_logprobs or 0)
+        return chat_logprobs(answer.place, tokens, likely, self.body.top_logprobs or 0)
 
     def _calls(self, answer: Answer, notation: Notation) -> tuple[str, list[dict[str, Any]]]:
         """The text and the tool calls of a response, one at most where the client wants no parallel ones."""
@@ -182,7 +186,7 @@ class Chat(Completing):
                     message |= {"content": text or None, "tool_calls": calls}
                     reason = "tool_calls"
             own = {"index": i, "message": message, "finish_reason": reason}
-            own["logprobs"] = self._logprobs(answer.tokens, answer.logprobs)
+            own["logprobs"] = self._logprobs(answer, answer.tokens, answer.logprobs)
             found.append({**own, **self._meteora(answer, traced[i])})
         return found
 
@@ -200,7 +204,7 @@ class Chat(Completing):
                 if calls:
                     delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
                     reason = "tool_calls"
-        more = {"delta": delta, "logprobs": self._logprobs(piece.tokens, piece.logprobs)}
+        more = {"delta": delta, "logprobs": self._logprobs(answer, piece.tokens, piece.logprobs)}
         chunks.append({**base, **more, **self._meteora(answer, answer.routing)})
         if reason is not None:
             chunks[-1]["finish_reason"] = reason
@@ -220,22 +224,24 @@ class Text(Completing):
         return await server.work(count, lambda: text_work(server.fleet, server.grammars, server.positions, body))
 
     async def _choices(self, work: Work, traced: list[list[Any]]) -> list[dict[str, Any]]:
-        model, body, found = work.model, self.body, []
+        model, body, found, spelling = work.model, self.body, [], self.server.spelling
         for p, prompt in enumerate(work.prompts):
-            echoed, before = "", None
+            echoed, before = "", []
             if body.echo:
-                echoed = model.decode_tokens(prompt)
+                given = body.prompt if isinstance(body.prompt, str) else body.prompt[p]
+                echoed = given if isinstance(given, str) else model.decode_tokens(prompt)
                 if body.logprobs is not None:
                     top = next(n for n in LIKELY if n >= body.logprobs)
                     scored = functools.partial(prompt_logprobs, model, prompt, work.routers[p], top)
                     before = [None, *await self.server.score(scored)]
+            read = text_logprobs(Place(spelling, 0, echoed), prompt, before, body.logprobs or 0)
             for i in range(p * body.n, (p + 1) * body.n):
                 answer = self.answers[i] if work.requests else None
-                written = ([], []) if answer is None else (answer.tokens, answer.logprobs)
-                logprobs = None
-                if body.logprobs is not None:
-                    tokens, likely = [*(prompt if before else []), *written[0]], [*(before or []), *written[1]]
-                    logprobs = text_logprobs(model.tokenizer, tokens, likely, body.logprobs, 0)
+                logprobs = None if body.logprobs is None else read
+                if body.logprobs is not None and answer is not None:
+                    place = Place(spelling, len(echoed))
+                    written = text_logprobs(place, answer.tokens, answer.logprobs, body.logprobs)
+                    logprobs = {key: said + written[key] for key, said in read.items()}
                 choice = {
                     "index": i, "text": echoed + ("" if answer is None else answer.text.text), "logprobs": logprobs,
                     "finish_reason": "length" if answer is None else answer.finish_reason,
@@ -246,7 +252,6 @@ class Text(Completing):
     def _chunk(self, i: int, text: str, piece: Piece, first: bool) -> list[dict[str, Any]]:
         answer, logprobs = self.answers[i], None
         if self.body.logprobs is not None:
-            tokenizer, offset = self.server.fleet.model.tokenizer, len(answer.text.text) - len(text)
-            logprobs = text_logprobs(tokenizer, piece.tokens, piece.logprobs, self.body.logprobs, offset)
+            logprobs = text_logprobs(answer.place, piece.tokens, piece.logprobs, self.body.logprobs)
         more = self._meteora(answer, answer.routing)
         return [{"index": i, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason, **more}]

@@ -64,7 +64,8 @@ class Grammars:
             if kind == "json_object":
                 grammar = LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=ONE_LINE)
             elif kind == "json_schema":
-                named = response_format.get("json_schema") or {}
+                named = response_format.get("json_schema")
+                named = {} if named is None else named
                 if not isinstance(named, dict):
                     found = f"expected an object with a schema, found {named!r:.100}"
                     raise ApiError(400, f"response_format.json_schema: {found}", param="response_format")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -182,12 +183,12 @@ def resolve(fleet: Fleet, name: str) -> RouterArgument:
     router = VIRTUAL.get(word)
     if router is None or not router.loaded(fleet) or (colon and not router.counts):
         raise unknown_model(name)
-    k = None
-    if colon:
-        if not count.isdecimal() or not count.isascii() or not 1 <= int(count[:9]) <= _room(fleet):
-            raise unknown_model(name)
-        k = int(count)
-    return router.make(fleet, k)
+    if not colon:
+        return router.make(fleet, None)
+    # one spelling each: 01 would be another label of the metrics
+    if not re.fullmatch("[1-9][0-9]{0,8}", count) or int(count) > _room(fleet):
+        raise unknown_model(name)
+    return router.make(fleet, int(count))
 
 
 def mixture(fleet: Fleet, name: str, weights: Mapping[str, Any] | None) -> RouterArgument:

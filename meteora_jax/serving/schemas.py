@@ -128,7 +128,7 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
     return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 

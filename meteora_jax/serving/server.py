@@ -25,6 +25,7 @@ from meteora_jax.serving.metrics import Metrics
 from meteora_jax.serving.models import Fleet, is_model, named
 from meteora_jax.serving.schemas import Asked
 from meteora_jax.serving.settings import Settings
+from meteora_jax.serving.spelling import Spelling
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class Server:
         self.metrics = Metrics()
         config = fleet.model.config
         self.grammars = Grammars(fleet.model.tokenizer, config.vocab_size, config.eos_token_ids)
+        self.spelling = Spelling(fleet.model.tokenizer)
         self.driver = Driver(lambda: make(self.fleet), named(fleet), self._engine_gone)
         self.metrics.watch(self)
         self.on_gone: Callable[[], None] = _nothing  # told when nothing can be served any more
@@ -138,7 +140,10 @@ class Server:
 
     def answers(self, work: Work, streams: list[Stream], began: float) -> list[Answer]:
         """The responses to come."""
-        return [Answer(work.model, s, work.found[work.owner(i)], self.metrics, began) for i, s in enumerate(streams)]
+        return [
+            Answer(work.model, s, work.found[work.owner(i)], self.metrics, began, self.spelling)
+            for i, s in enumerate(streams)
+        ]
 
     def note(self, route: str, body: Asked, status: int, began: float, answers: list[Answer], prompts: Any) -> None:
         """Counts a request, and writes its line into the log."""
