@@ -75,8 +75,7 @@ class LoraSettings:
 
     def selects(self, module: str) -> bool:
         """Whether peft would put an adapter on this module (`check_target_module_exists`)."""
-        saved = [name.rpartition(".")[2] for name in self.saved]
-        if _names(self.exclude, module) or module.rpartition(".")[2] in saved:
+        if _names(self.exclude, module) or module in self.saved:
             return False
         if self.target == "all-linear":
             return True

@@ -35,6 +35,9 @@ json.dump(said, sys.stdout)
 """
 
 REFUSED = {
+    # what a step could not take any more
+    'mj.Sampling(1.0, index=2**40)': "index: expected at most 2147483647, found 1099511627776",
+    'mj.Engine(model).submit([5], router=None, logprobs=10**6)': "logprobs: expected at most 320, found 1000000",
     # prompts
     'model.generate(None)': "prompts: expected a list of prompts, found None",
     'model.generate(3)': "prompts: expected a list of prompts, found 3",

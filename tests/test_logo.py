@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from meteora_jax.evaluation.systems import System, routing_kind
 from meteora_jax.model import layout
 from meteora_jax.model.rope import sequence_positions
 from meteora_jax.routing.logo import Probe, observe_scores
+from meteora_jax.routing.scores import GroupScores
 
 PROMPTS = [np.random.default_rng(i).integers(3, 300, n).tolist() for i, n in enumerate((11, 7))]
 
@@ -174,3 +177,12 @@ def test_a_choice_of_a_whole_request_comes_to_the_host_once_a_token(world, monke
             assert {tokens for _, _, tokens, _, _ in shapes} <= {2, 8}  # of rows, not of prompts
         assert {(layers, projections) for _, layers, _, projections, _ in shapes} == {(1, 1)}
         shapes.clear()
+
+
+def test_the_most_certain_adapter_has_the_highest_inverse_entropy():
+    """Outputs so far apart that float32 finds no entropy at all."""
+    outputs = jnp.asarray([[[200.0, 0.0, 0.0]], [[1.0, 0.0, 0.0]]])  # [A, R, O]
+    group: Any = SimpleNamespace(b=outputs, splits=(3,), share=None, scale=jnp.ones((1, 2)))
+    found = GroupScores._inverse_entropy(group, jnp.ones((1, 1, 1, 2, 1)))[0, 0, 0]
+    assert np.isfinite(found).all()
+    assert found[0] > found[1] > 0

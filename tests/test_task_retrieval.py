@@ -78,6 +78,12 @@ def test_losses_of_small_batches_are_the_same(world, monkeypatch):
     assert len({*alone.values()}) == len(NAMES)
 
 
+def test_a_prompt_that_fills_the_context_adds_no_tokens(world, monkeypatch):
+    monkeypatch.setattr(ranking, "_losses", lambda model, rows, router: np.array([3.0, 0.0][: len(rows)] + [0.0] * 8))
+    rows = [([1, 2, 3, 4, 5], 2), ([1, 2, 3], 9)]  # three tokens of a response, and none
+    assert ranking._loss(world["model"], rows, mj.Fixed("apple")) == 1.0
+
+
 def test_tasks_bring_their_best_adapters(ranked):
     index = mj.Index.load(ranked)
     ranking = {"sums": ("cedar", "apple", "birch"), "moods": ("cedar", "birch", "apple")}

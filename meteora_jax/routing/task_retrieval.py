@@ -108,7 +108,8 @@ def default_retrieval(
     """
     if ranking is None:
         return Retrieval(index, 1, exclude=exclude)
-    ranking = {task: ranking.get(task, (task,)) for task in index.names}
-    joined = {task for task, best in ranking.items() if task in names and task not in best}
-    ranking = {task: (task, *best) if task in joined else best for task, best in ranking.items()}
-    return TaskRetrieval(index, ranking, min(RETRIEVED, most, len(ranking)), exclude=exclude)
+    known, whole = frozenset(names), {}
+    for task in index.names:
+        best = ranking.get(task, (task,))
+        whole[task] = (task, *best) if task in known and task not in best else best
+    return TaskRetrieval(index, whole, min(RETRIEVED, most, len(whole)), exclude=exclude)

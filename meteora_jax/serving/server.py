@@ -148,7 +148,7 @@ class Server:
     def note(self, route: str, body: Asked, status: int, began: float, answers: list[Answer], prompts: Any) -> None:
         """Counts a request, and writes its line into the log."""
         seconds = time.perf_counter() - began
-        known = is_model(self.fleet, body.model)  # names that nobody has are no labels
+        known = status == 200 or is_model(self.fleet, body.model)  # names that nobody has are no labels
         self.metrics.requests.labels(route, body.model if known else "", str(status)).inc()
         if status == 200:
             self.metrics.seconds.observe(seconds)
