@@ -245,7 +245,7 @@ class Meteora:
             return run(*arrays, self.bind(router, len(rows), rows))
         own = one_a_row(router, len(rows))
         wanted = [self.pool.want(spelled_out(r, self.gates), row) for r, row in zip(own, rows, strict=True)]
-        return in_parts(self.pool, wanted, arrays, run, self._engines.step)
+        return in_parts(self.pool, wanted, arrays, run)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text -> token ids as the tokenizer does by itself; a list of messages goes through the chat template."""

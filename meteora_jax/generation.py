@@ -72,11 +72,6 @@ class Engines:
             self._engine = engine
         return engine
 
-    def step(self) -> bool:
-        """Moves on what is under way in the engine that calls share; False: nothing is."""
-        found = self._engine
-        return found is not None and not found.failed and found.step()
-
 
 @dataclasses.dataclass(frozen=True)
 class Ended:

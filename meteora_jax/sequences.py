@@ -48,17 +48,13 @@ def parts_of(wanted: Sequence[WantedAdapters | None], pool: AdapterPool) -> list
     return [rows for _, rows in parts]
 
 
-def in_parts(
-    pool: AdapterPool, wanted: Sequence[WantedAdapters | None], arrays: Sequence[np.ndarray], run: Run,
-    meanwhile: Callable[[], bool],
-) -> Any:  # fmt: skip
+def in_parts(pool: AdapterPool, wanted: Sequence[WantedAdapters | None], arrays: Sequence[np.ndarray], run: Run) -> Any:
     """What `run` gives of all rows, each part given to the device once its adapters lie in slots.
 
     A part is padded with rows of zeros to few sizes, as each is a program.
 
     Args:
         wanted: of each row what it asks of the pool; None: nothing. arrays: [B, ...], of the rows.
-        meanwhile: moves on who may hold the slots that are waited for; False: it had nothing to do.
 
     Raises:
         InputError: an adapter cannot be read, or was unloaded since the row was asked for.
@@ -73,7 +69,7 @@ def in_parts(
         for rows in parts:
             count = len(wanted) if len(parts) == 1 else min(1 << (len(rows) - 1).bit_length(), len(wanted))
             given = [np.pad(z[rows], [(0, count - len(rows))] + [(0, 0)] * (z.ndim - 1)) for z in arrays]
-            out = _ready(pool, [wanted[row] for row in rows], count, given, run, meanwhile)
+            out = _ready(pool, [wanted[row] for row in rows], count, given, run)
             found.append(jax.tree.map(operator.itemgetter(slice(len(rows))), out))
     if len(parts) == 1:
         return found[0]
@@ -82,9 +78,8 @@ def in_parts(
 
 
 def _ready(
-    pool: AdapterPool, wanted: Sequence[WantedAdapters | None], count: int, given: Sequence[np.ndarray], run: Run,
-    meanwhile: Callable[[], bool],
-) -> Any:  # fmt: skip
+    pool: AdapterPool, wanted: Sequence[WantedAdapters | None], count: int, given: Sequence[np.ndarray], run: Run
+) -> Any:
     """`run` of one part, once its adapters lie in slots; the devices work in order, so others may have these then."""
     asked = [w for w in wanted if w is not None]
     if not asked:
@@ -100,8 +95,7 @@ def _ready(
                 if pool.reserve(owner, together, drain=True) == "ready":
                     router = join_routers([None if w is None else pool.place(w) for w in wanted], count)
                     return run(*given, router)
-            if not meanwhile():
-                pool.wait()
+            pool.wait()
     finally:
         with pool.lock:
             pool.table.release(owner)

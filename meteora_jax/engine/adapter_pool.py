@@ -47,6 +47,7 @@ from meteora_jax.engine.adapter_versions import AdapterVersion, AdapterVersions
 from meteora_jax.engine.batch import bind_row
 from meteora_jax.engine.copies import READERS, Copies, wait_for
 from meteora_jax.engine.request import BoundRow, WantedAdapters
+from meteora_jax.engine.sharing import Member, Sharing
 from meteora_jax.engine.slot_weights import SlotWeights
 from meteora_jax.engine.slots import SlotTable
 from meteora_jax.engine.staging import Staged
@@ -94,7 +95,7 @@ class AdapterPool:
         """
         self.slots, self.config, self.gates, self.dtype, self.origin = slots, config, gates, dtype, origin
         self.lock = threading.RLock()  # of all below, and of the weights: whoever gives them to a program holds it
-        self.counters = PoolCounters()
+        self.counters, self.sharing = PoolCounters(), Sharing()
         self.table = SlotTable(len(slots.adapters), self._slots_of)
         self.changes = 0  # of what lies in the slots, or of what a name stands for
         self._columns = columns or {}
@@ -151,7 +152,7 @@ class AdapterPool:
                 self._importer(path, scratch / "bank", name, any_base)
                 path, adapter = scratch / "bank", name
             bank = StoredBank(path, self.config, self.dtype, self.origin)
-            place = _place(bank, adapter, name)
+            place = bank.place(adapter, name)
             read = bank.adapter(place)
             count = slots_for(read.config.adapters[0].rank, self.slots)
             if problems := misfits_slots(read.config, self.slots, str(path)):
@@ -286,16 +287,19 @@ class AdapterPool:
 
     def advance(self) -> bool:
         """Writes what has arrived into its slots; whether anything is on its way still."""
+        self.sharing.bury()
         written = self._copies.advance(self.versions.__contains__)
         self.changes += written
         self.counters.copies += written
         return len(self._copies) > 0
 
-    def wait(self) -> None:
-        """Until the next adapter has arrived, if one is on its way; not under `lock`."""
+    def wait(self, asking: Member | None = None) -> None:
+        """Until the next adapter has arrived; where none is on its way, a round of the engines that may hold the slots,
+        or a moment. Not under `lock`. asking: the engine that waits."""
         with self.lock:
             coming = self._copies.first()
-        self.counters.stalled += wait_for(coming)
+        if coming is not None or not self.sharing.move_on(asking):
+            self.counters.stalled += wait_for(coming)
 
     def numbers(self) -> np.ndarray:
         """int32 [slots]: which version lies in each slot, -1: none, or one that begins in another."""
@@ -390,11 +394,3 @@ class AdapterPool:
         for failure in self._copies.failed.values():
             raise failure
         self.counters = PoolCounters()
-
-
-def _place(bank: StoredBank, adapter: str | None, name: str) -> int:
-    names = bank.config.names
-    wanted = adapter or (name if name in names or len(names) != 1 else names[0])
-    if wanted not in names:
-        raise InputError(f"{bank.folder}: expected an adapter's name ({', '.join(names[:8])}), found {wanted!r}")
-    return names.index(wanted)

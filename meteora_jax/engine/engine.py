@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.ahead import AheadCompiler, abstract
 from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes, traced
+from meteora_jax.engine.handle import Decode, Handle
 from meteora_jax.engine.job import Job
 from meteora_jax.engine.prefix_cache import PrefixCache
 from meteora_jax.engine.programs import Program, Sizes, idle, programs
@@ -33,10 +34,8 @@ from meteora_jax.engine.step import EngineState, StepResult, new_state, run_step
 from meteora_jax.execution import platform
 from meteora_jax.routing import NO_ADAPTER
 from meteora_jax.sharding import Params, fetch, place_whole, use_mesh
-from meteora_jax.text import TextStream
 from pallas_kernels.paged_attention import EMPTY, QUERY_BLOCK
 
-Decode = Callable[[Sequence[int]], str]
 IN_FLIGHT = 2  # dispatches: one that the device works on, one behind it
 
 
@@ -67,59 +66,6 @@ class Counters:
     steps: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
-
-
-class Handle:
-    """A request that was submitted: its tokens as they come, and its end."""
-
-    def __init__(self, engine: EngineCore, progress: Progress, decode: Decode | None):
-        self.engine, self.progress = engine, progress
-        self._stops = TextStream(decode, progress.request.stop) if progress.request.stop and decode else None
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more will come."""
-        return self.progress.finish_reason is not None
-
-    def tokens(self) -> Iterator[list[int]]:
-        """The response's new tokens, piece by piece, until its end."""
-        seen = 0
-        while True:
-            done = self.done
-            if len(self.progress.tokens) > seen:
-                piece = self.progress.tokens[seen:]
-                seen += len(piece)
-                yield piece
-            elif done:
-                self.check()
-                return
-            else:
-                self.engine.advance(self)
-
-    def wait(self) -> Progress:
-        """The finished request."""
-        while not self.done:
-            self.engine.advance(self)
-        self.check()
-        return self.progress
-
-    def check(self) -> None:
-        """Raises InputError: the request's adapters could not be read."""
-        if self.progress.failure is not None:
-            raise self.progress.failure
-
-    def cancel(self) -> None:
-        """Ends the request; what it has said stays."""
-        self.engine.cancel(self)
-
-    def _take(self, tokens: list[int]) -> bool:
-        """Adds tokens, as far as no stop string ends the response in them; whether one did."""
-        if self._stops is None:
-            self.progress.tokens += tokens
-            return False
-        self._stops.push(tokens)
-        self.progress.tokens = list(self._stops.tokens)
-        return self._stops.stopped
 
 
 class EngineCore:
@@ -154,6 +100,8 @@ class EngineCore:
         self._failure: BaseException | None = None
         with self._exclusive(), use_mesh(mesh):
             self._state: EngineState = new_state(graph, weights, size.blocks, size.block_size, size.rows)
+        if pool is not None:
+            pool.sharing.join(self, self.scheduler)
         if pool is not None and mesh is None:  # bound to its device as steps leave it: else the next compiles anew
             self._state = jax.device_put(self._state, jax.devices()[0])
 
@@ -225,34 +173,52 @@ class EngineCore:
             RuntimeError: what the device raised, here and from every request that was under way.
         """
         with self._lock:
-            if self._failure is not None:
-                raise RuntimeError("the engine has failed") from self._failure
-            try:
-                if (job := self._job) is not None and job.changed:
-                    job.changed = False
-                    # on a CPU the compiler's cores are the model's
-                    if platform() != "cpu" and self.pool is None and job.alike():
-                        self.compile(job.requests, None)
-                with self._exclusive():
-                    if self.pool is not None:
-                        self.pool.advance()
-                    plan = self.scheduler.plan(in_flight=bool(self._in_flight))
-                    if plan is not None:
-                        self._dispatch(plan)
-                refused = self._refuse()
-                if self._in_flight and (plan is None or len(self._in_flight) >= IN_FLIGHT):
-                    self._read()
-                elif plan is None and not refused:
-                    if self.pool is None or not self.scheduler.busy:
-                        return False
-                    self.pool.wait()
-            except BaseException as e:
-                self._failure = e
-                self._ahead.stop()
-                for handle in self._handles.values():
-                    self.scheduler.release(handle.progress)  # others share the pool
-                raise
+            if (found := self._round()) is None:  # its requests wait for slots alone
+                assert self.pool is not None
+                self.pool.wait(self)
         self._tell()
+        return found is not False
+
+    def lend_a_hand(self) -> bool:
+        """One round for the sake of another engine, which waits for slots that requests of this one hold; False: there
+        was none, or another thread is at it."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return not self.failed and self.busy and self._round() is True
+        except Exception:
+            return True  # those who wait here are told so; the slots are free
+        finally:
+            self._lock.release()
+            self._tell()
+
+    def _round(self) -> bool | None:
+        """One round, as `step` says; None: there is nothing to do before somebody gives slots back or copies arrive."""
+        if self._failure is not None:
+            raise RuntimeError("the engine has failed") from self._failure
+        try:
+            if (job := self._job) is not None and job.changed:
+                job.changed = False
+                # on a CPU the compiler's cores are the model's
+                if platform() != "cpu" and self.pool is None and job.alike():
+                    self.compile(job.requests, None)
+            with self._exclusive():
+                if self.pool is not None:
+                    self.pool.advance()
+                plan = self.scheduler.plan(in_flight=bool(self._in_flight))
+                if plan is not None:
+                    self._dispatch(plan)
+            refused = self._refuse()
+            if self._in_flight and (plan is None or len(self._in_flight) >= IN_FLIGHT):
+                self._read()
+            elif plan is None and not refused:
+                return None if self.pool is not None and self.scheduler.busy else False
+        except BaseException as e:
+            self._failure = e
+            self._ahead.stop()
+            for handle in self._handles.values():
+                self.scheduler.release(handle.progress)  # others share the pool
+            raise
         return True
 
     def _exclusive(self) -> contextlib.AbstractContextManager[Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from meteora_jax.engine.engine import EngineCore, EngineSize, Handle
+from meteora_jax.engine.engine import EngineCore, EngineSize
+from meteora_jax.engine.handle import Handle
 from meteora_jax.engine.request import Request
 from meteora_jax.sharding import Params
 

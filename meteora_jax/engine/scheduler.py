@@ -139,6 +139,11 @@ class Scheduler:
         if self.adapters is not None and progress.request.adapters is not None:
             self.adapters.dismiss(progress, progress.request.adapters)
 
+    def release_all(self) -> None:
+        """Takes out every request."""
+        for progress in (*self.running, *self.ending, *self.waiting):
+            self.release(progress)
+
     def plan(self, in_flight: bool) -> Plan | None:
         """The next dispatch; None: there is nothing to do, or its results must be awaited first.
 

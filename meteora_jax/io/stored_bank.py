@@ -35,6 +35,18 @@ class StoredBank:
         open_tensors(self.folder / WEIGHTS, self._shapes)
         self._tensors = map_tensors(self.folder / WEIGHTS)
 
+    def place(self, adapter: str | None, name: str) -> int:
+        """The number of an adapter; None: of the one called `name`, or of its only one.
+
+        Raises:
+            InputError: it has none.
+        """
+        names = self.config.names
+        wanted = adapter or (name if name in names or len(names) != 1 else names[0])
+        if wanted not in names:
+            raise InputError(f"{self.folder}: expected an adapter's name ({', '.join(names[:8])}), found {wanted!r}")
+        return names.index(wanted)
+
     def adapter(self, at: int) -> AdapterBank:
         """The bank of its adapter number `at` alone, padded to no more than its own rank; its matrices are the mapped
         file's, in the type that they have there.
