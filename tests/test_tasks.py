@@ -161,6 +161,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tasks_dir):
 
 # --- refusals: one line each ---
 
+SOUND = {"examples": [{"input": "x", "target_scores": {"a": 1, "b": 0}}]}
+
+
+def sample(**fields):
+    """A task file with one example."""
+    return {"examples": [{"input": "x", **fields}]}
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -184,12 +191,40 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tasks_dir):
             "example 0: target_scores: expected a JSON object, found list",
         ),
         (["x"], "winowhy/task.json: expected a JSON object, found list"),
+        ({"examples": None}, "winowhy/task.json: examples: expected a list, found NoneType"),
+        ({"examples": [{"input": 5, "target": "a"}]}, "example 0: input: expected a string, found int"),
+        ({"task_prefix": None, **SOUND}, "winowhy/task.json: task_prefix: expected a string, found NoneType"),
+        ({"example_input_prefix": 5, **SOUND}, "example_input_prefix: expected a string, found int"),
+        ({"example_output_prefix": ["A: "], **SOUND}, "example_output_prefix: expected a string, found list"),
+        ({"choice_prefix": None, **SOUND}, "choice_prefix: expected a string, found NoneType"),
+        (sample(target=None), "example 0: target: expected a string or a list of strings, found NoneType"),
+        (sample(target={"a": 1}), "example 0: target: expected a string or a list of strings, found dict"),
+        (sample(target=[None, "a"]), "target: expected a string or a list of strings, found a list with NoneType"),
+        (sample(target_scores=None), "example 0: target_scores: expected a JSON object, found NoneType"),
+        (sample(target="a", target_scores=None), "target_scores: expected a JSON object, found NoneType"),
+        (sample(target="a", target_scores=5), "target_scores: expected a JSON object, found int"),
+        (sample(target_scores={"a": 1, "b": None}), "expected a number for each choice, found NoneType for 'b'"),
+        (sample(target_scores={"a": "1"}), "target_scores: expected a number for each choice, found str for 'a'"),
+        (sample(target_scores={"a": float("nan")}), "expected a number for each choice, found NaN for 'a'"),
     ],
 )
 def test_malformed_task_files_are_refused(tmp_path, content, message):
     write_task(tmp_path, "winowhy", content)
     with pytest.raises(InputError, match=message):
         prepare(tmp_path, tmp_path / "tasks", ["winowhy"])
+
+
+def test_all_that_is_wrong_with_an_example_is_said_at_once(tmp_path):
+    write_task(tmp_path, "winowhy", {"examples": [{"input": None, "target": 0.5, "target_scores": 1}]})
+    with pytest.raises(InputError) as refusal:
+        prepare(tmp_path, tmp_path / "tasks", ["winowhy"])
+    assert [line.split(": ")[2] for line in refusal.value.problems] == ["input", "target_scores"]
+
+
+def test_a_number_is_a_target_as_it_is_written(tmp_path):
+    write_task(tmp_path, "winowhy", {"examples": [{"input": "1 + 1", "target": 2}, {"input": "0 / 1", "target": [0]}]})
+    prepare(tmp_path, tmp_path / "tasks", ["winowhy"])
+    assert {example.response for example in all_examples(tmp_path / "tasks", "winowhy")} == {"2", "0"}
 
 
 @pytest.mark.parametrize("content", [b"{", b'"\xff"'])

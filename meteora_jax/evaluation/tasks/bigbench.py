@@ -151,6 +151,7 @@ def read_examples(task: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, 
         content = _parse_task_file(files[subtask], file)
         if not isinstance(content.get("examples"), list):
             raise InputError(f"{file}: examples: expected a list, found {type(content.get('examples')).__name__}")
+        _check_prefixes(content, file)
         distinct = {json.dumps(sample): sample for sample in content["examples"]}
         for number, sample in enumerate(distinct.values()):
             where = f"{file}: example {number}"
@@ -171,16 +172,45 @@ def _parse_task_file(content: bytes, file: str) -> dict:
     return parsed
 
 
+def _check_prefixes(content: Mapping, file: str) -> None:
+    problems = [
+        f"{file}: {key}: expected a string, found {_kind(content[key])}"
+        for key in ("task_prefix", "example_input_prefix", "example_output_prefix", "choice_prefix")
+        if key in content and not isinstance(content[key], str)
+    ]
+    if problems:
+        raise InputError(problems)
+
+
 def _check_sample(sample: object, where: str) -> None:
     if not isinstance(sample, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(sample).__name__}")
+        raise InputError(f"{where}: expected a JSON object, found {_kind(sample)}")
+    problems = []
     if not isinstance(sample.get("input"), str):
-        raise InputError(f"{where}: input: expected a string, found {type(sample.get('input')).__name__}")
-    if not (sample.get("target") or sample.get("target_scores")):
-        raise InputError(f"{where}: target: expected target or target_scores, found only {sorted(sample)}")
-    if not sample.get("target") and not isinstance(sample["target_scores"], dict):
-        found = type(sample["target_scores"]).__name__
-        raise InputError(f"{where}: target_scores: expected a JSON object, found {found}")
+        problems.append(f"{where}: input: expected a string, found {_kind(sample.get('input'))}")
+    target, scores = sample.get("target", ""), sample.get("target_scores", {})
+    first = target[0] if isinstance(target, list) and target else target
+    # A number is a target, too: the answer is how it is written.
+    if isinstance(first, bool) or not (isinstance(first, str | int | float) or first == []):
+        found = _kind(target) if first is target else f"a list with {_kind(first)}"
+        problems.append(f"{where}: target: expected a string or a list of strings, found {found}")
+    if not isinstance(scores, dict):
+        problems.append(f"{where}: target_scores: expected a JSON object, found {_kind(scores)}")
+    elif strange := [choice for choice, score in scores.items() if not _is_number(score)]:
+        found = f"{_kind(scores[strange[0]])} for {strange[0]!r:.60}"
+        problems.append(f"{where}: target_scores: expected a number for each choice, found {found}")
+    if not (problems or target or scores):
+        problems.append(f"{where}: target: expected target or target_scores, found only {sorted(sample)}")
+    if problems:
+        raise InputError(problems)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and value == value  # JSON of Python's has NaN, which is above nothing
+
+
+def _kind(value: object) -> str:
+    return "NaN" if value != value else type(value).__name__
 
 
 # --- The text of a prompt ---
