@@ -158,10 +158,24 @@ def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
         Index.build({"other": ["x y z"]}).save(tmp_path / "index")
     assert Index.load(tmp_path / "index").names == tuple(PROFILES)
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
-    (tmp_path / "file").mkdir()
-    (tmp_path / "file" / "thesis.tex").write_text("precious")
-    with pytest.raises(InputError, match="found something else"):
-        Index.build(PROFILES).save(tmp_path / "file")
+
+
+def test_save_refuses_somebody_s_folder(tmp_path, monkeypatch):
+    folder, index = tmp_path / "folder", Index.build(PROFILES)
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match=r"expected index\.json in what is replaced, found thesis\.tex and no index"):
+        index.save(folder)
+    (folder / "index.json").write_text("{}")
+    monkeypatch.setattr(Index, "fit", lambda self: 1 / 0)  # refused before any work
+    with pytest.raises(InputError, match=r"expected nothing but index\.json, .*ranking\.json in .*, found thesis\.tex"):
+        index.save(folder)
+    assert (folder / "thesis.tex").read_text() == "precious"
+    monkeypatch.undo()
+    (folder / "thesis.tex").unlink()
+    (folder / "ranking.json").write_text("{}")
+    index.save(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["fit.safetensors", "index.json"]
 
 
 def test_ten_thousand_adapters_cost_one_matmul():

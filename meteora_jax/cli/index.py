@@ -14,7 +14,6 @@ from rich.table import Table
 from meteora_jax.cli.index_rank import IndexRank
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
-from meteora_jax.io.files import refuse_foreign
 
 if TYPE_CHECKING:
     from meteora_jax.retriever.evaluation import Query
@@ -189,18 +188,11 @@ def report(index: Index, folder: Path, path: Path | None, added: Mapping[str, Se
     )
 
 
-def _check_replaced(index: Path) -> None:
-    from meteora_jax.retriever.index import ENCODER, FIT, VECTORS
-    from meteora_jax.retriever.ranking import FILE
-
-    refuse_foreign(index, "index.json", ENCODER, FIT, VECTORS, FILE)
-
-
 def index_build(command: IndexBuild) -> None:
     """Runs `meteora index build`."""
-    from meteora_jax.retriever.index import Index
+    from meteora_jax.retriever.index import Index, check_replaced
 
-    _check_replaced(command.dest)
+    check_replaced(command.dest)
     profiles = read_sources(command)
     encoder = None
     if command.encoder is not None:
@@ -216,9 +208,9 @@ def index_build(command: IndexBuild) -> None:
 
 def index_add(command: IndexAdd) -> None:
     """Runs `meteora index add`."""
-    from meteora_jax.retriever.index import Index
+    from meteora_jax.retriever.index import Index, check_replaced
 
-    _check_replaced(command.index)
+    check_replaced(command.index)
     profiles = read_sources(command)
     index = Index.load(command.index)
     index.add(profiles)
@@ -228,9 +220,9 @@ def index_add(command: IndexAdd) -> None:
 
 def index_remove(command: IndexRemove) -> None:
     """Runs `meteora index remove`."""
-    from meteora_jax.retriever.index import Index
+    from meteora_jax.retriever.index import Index, check_replaced
 
-    _check_replaced(command.index)
+    check_replaced(command.index)
     index = Index.load(command.index)
     index.remove(command.names)
     index.save(command.index)

@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from meteora_jax.config import InputError, read_json
-from meteora_jax.io.files import whole_folder, write_json
+from meteora_jax.io.files import refuse_foreign, whole_folder, write_json
 from meteora_jax.retriever.calibration import calibrate
 from meteora_jax.retriever.features import SKETCH, Encoder, Features
 from meteora_jax.retriever.named_scorings import make_scoring
+from meteora_jax.retriever.ranking import FILE as RANKING
 from meteora_jax.retriever.scoring import Profile, is_large
 from meteora_jax.retriever.wording import NO_FRAME, Frame, Wording, shared_frame
 from meteora_jax.text import check_text
@@ -34,6 +35,11 @@ class Retrieved(NamedTuple):
 
     names: list[tuple[str, ...]]
     similarities: np.ndarray
+
+
+def check_replaced(folder: str | os.PathLike[str]) -> None:
+    """Refuses to replace a folder that is no index or holds other files than an index's. Raises InputError so."""
+    refuse_foreign(folder, "index.json", ENCODER, FIT, VECTORS, RANKING)
 
 
 def check_profile(name: object, inputs: object) -> list[str]:
@@ -256,8 +262,14 @@ class Index:
         return top(self.scores(texts), self.names, k, exclude)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes INDEX/, fitted, whole or not at all; an existing one is replaced only once the new one is complete."""
+        """Writes INDEX/, fitted, whole or not at all; an existing one, its ranking included, is replaced only once the
+        new one is complete.
+
+        Raises:
+            InputError: what is there is no index, or holds other files than an index's.
+        """
         folder = Path(folder)
+        check_replaced(folder)
         profiles = self._profiles.items()
         description = {
             "format": FORMAT, "scoring": self.scoring, "instruction": self.instruction,
@@ -266,9 +278,6 @@ class Index:
         }  # fmt: skip
         if self._profiles:
             self.fit()
-        there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        if there and not (folder / "index.json").exists():
-            raise InputError(f"{folder}: expected an index folder or nothing, found something else")
         with whole_folder(folder) as new:
             write_json(new / "index.json", description)
             if self.encoder is not None:
