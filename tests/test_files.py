@@ -1,5 +1,6 @@
 """Folders that are written whole: what a killed process leaves, and what nobody replaces."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 
 from converters.folders import new_folder
 from meteora_jax.config import InputError
-from meteora_jax.io.files import refuse_foreign
+from meteora_jax.io import files
+from meteora_jax.io.files import refuse_foreign, whole_folder
 
 # Replaces what stands at argv[1] and is killed there.
 SCRIPT = """
@@ -43,6 +45,78 @@ def test_what_a_killed_replacement_leaves_the_next_one_removes(tmp_path: Path, k
         (folder / "newer").write_text("x")
     assert os.listdir(dest) == ["newer"]
     assert os.listdir(tmp_path) == ["dest"]
+
+
+# The same without a conversion: killed while it writes, or while it deletes what it has replaced.
+WRITES = """
+import os, shutil, signal, sys
+from meteora_jax.io.files import whole_folder
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with whole_folder(sys.argv[1]) as folder:
+    (folder / "new").write_text("x")
+    {kill}
+"""
+
+
+@pytest.mark.parametrize("kill", ["kill()", "shutil.rmtree = kill"])
+def test_what_a_killed_writer_leaves_the_next_one_removes(tmp_path: Path, kill: str):
+    if kill != "kill()" and sys.platform != "linux":
+        pytest.skip("swaps two folders in one call")
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    (dest / "old").write_text("x")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WRITES.format(kill=kill), dest]
+    assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 2
+    with whole_folder(dest) as folder:
+        assert sorted(os.listdir(tmp_path)) == sorted(["dest", folder.name])
+        (folder / "newer").write_text("x")
+    assert os.listdir(dest) == ["newer"]
+    assert os.listdir(tmp_path) == ["dest"]
+
+
+def test_what_another_may_be_writing_stays(tmp_path: Path, monkeypatch):
+    dest, mark = tmp_path / "dest", files._mark()
+    others = ["dest.more", ".dest.settings", ".dest.partial", ".dest.abcdefgh", f".dest.more.abcdefgh{mark}"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with whole_folder(dest) as mine:
+        with whole_folder(dest):  # another writer of the same folder
+            pass
+        (mine / "file").write_text("x")
+    assert os.listdir(dest) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == sorted(["dest", *others])
+    monkeypatch.setattr(files, "_mark", lambda: ".01234567.partial")  # of another host, whose locks are not seen here
+    abandoned = tmp_path / f".dest.abcdefgh{mark}"
+    abandoned.mkdir()
+    with whole_folder(dest):
+        pass
+    assert abandoned.exists()
+    monkeypatch.undo()
+    with whole_folder(dest):
+        pass
+    assert not abandoned.exists()
+
+
+def test_where_folders_cannot_be_locked_nothing_is_taken_for_a_leftover(tmp_path: Path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    abandoned = tmp_path / f".dest.abcdefgh{files._mark()}"
+    abandoned.mkdir()
+    with whole_folder(tmp_path / "dest") as mine:
+        assert not mine.name.endswith(".partial")
+        (mine / "file").write_text("x")
+    assert os.listdir(tmp_path / "dest") == ["file"]
+    monkeypatch.undo()
+    with whole_folder(tmp_path / "dest"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["dest"]
 
 
 def test_what_is_not_ones_own_is_not_replaced(tmp_path: Path):

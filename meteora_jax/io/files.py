@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -66,16 +68,60 @@ def refuse_foreign(folder: str | os.PathLike[str], description: str, *others: st
 @contextlib.contextmanager
 def whole_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
     """A hidden folder beside `dest` to write into; it takes its place, and that of what was there, when the block ends
-    without an exception."""
+    without an exception.
+
+    What a killed process of this host left beside `dest` is removed first. What another host may be writing stays:
+    on a shared disk a lock of its process may not be seen from here.
+    """
     dest = Path(os.path.realpath(dest))
     dest.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    _remove_leftovers(dest)
+    partial, held = _hidden_folder(dest)
     try:
         yield partial
         os.chmod(partial, 0o755)
         put_in_place(partial, dest)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(held)
+
+
+def _mark() -> str:
+    """The end of the name of a hidden folder that a process of this host has locked."""
+    return f".{hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]}.partial"
+
+
+def _hidden_folder(dest: Path) -> tuple[Path, int]:
+    """A new folder beside `dest`, and what holds its lock until that is closed or the process ends.
+
+    It has this host's mark only once it is locked, so that nobody takes it for a leftover. Where folders cannot be
+    locked it has none and stays if the process is killed.
+    """
+    new = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    held = os.open(new, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return new, held
+    return new.rename(f"{new}{_mark()}"), held
+
+
+def _remove_leftovers(dest: Path) -> None:
+    """Removes the hidden folders of `dest` that have this host's mark and that no process holds."""
+    name = re.compile(rf"{re.escape(f'.{dest.name}.')}[a-z0-9_]{{8}}{re.escape(_mark())}")
+    siblings: list[Path] = []
+    with contextlib.suppress(PermissionError):  # a folder may be written to and not be listed
+        siblings += [path for path in dest.parent.iterdir() if name.fullmatch(path.name)]
+    for found in siblings:
+        with contextlib.suppress(OSError):  # gone by now, locked by its writer, or not ours to remove
+            held = os.open(found, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The lock may be on a folder that its writer has just renamed to `dest`.
+                if os.path.samestat(os.fstat(held), os.lstat(found)):
+                    shutil.rmtree(found, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def put_in_place(new: Path, dest: Path) -> None:
@@ -87,7 +133,7 @@ def put_in_place(new: Path, dest: Path) -> None:
     if not dest.exists() or not any(dest.iterdir()):
         os.rename(new, dest)
     else:
-        old = new  # gets the hidden name, which the next conversion to the same place clears if this one is killed
+        old = new  # gets the hidden name, which the next writer of the same place clears if this one is killed
         held = os.open(dest, os.O_RDONLY)  # locked, so that nobody begins to write into what is being deleted
         with contextlib.suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
