@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "scripts" / "tpu_pod"
 SCRIPTS = sorted([*FOLDER.glob("*.sh"), FOLDER / "slurm.sbatch"])
 COMMAND = ["evaluate", "--base", "inputs/base", "--systems", 'base,it\'s "two" words', "--out", "runs/x y"]
+TRAIN = ["train", "gates", "--base", "inputs/base", "--out", "runs/x y"]
 
 # Records each call; plays the bucket gs:// by a folder, and two hosts one after another.
 STAND_IN = """#!/usr/bin/env python3
@@ -20,23 +21,45 @@ name, args = os.path.basename(sys.argv[0]), sys.argv[1:]
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps([name, *args]) + "\\n")
 place = lambda a: a.replace("gs://", os.environ["BUCKETS"] + "/")
+paths = [place(a) for a in args if not a.startswith("--")][2:]
 if name == "meteora":
     out = pathlib.Path(args[args.index("--out") + 1])
     out.mkdir(parents=True, exist_ok=True)
     earlier = (out / "records.jsonl").read_text() if (out / "records.jsonl").exists() else ""
     if os.environ.get("HOST", "0") == "0":  # process 0 writes the results
         (out / "records.jsonl").write_text(earlier + "line\\n")
+        written = out.with_name(".table")  # comes whole into its place, as old as it is by then
+        written.write_text("{}")
         if "SLOW" in os.environ:
             import time; time.sleep(float(os.environ["SLOW"]))
-        (out / "table.json").write_text("{}")
+        written.rename(out / "table.json")
+        if args[0] == "train":  # goes on from the newest checkpoint: two steps more, the newest two kept
+            from time import sleep
+            run = pathlib.Path(args[args.index("--run") + 1] if "--run" in args else f"{out}-run")
+            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            step = max([int(p.name) for p in (run / "checkpoints").iterdir()], default=0)
+            for step in (step + 1, step + 2):
+                part = run / "checkpoints" / f"{step}.orbax-checkpoint-tmp"
+                part.mkdir()
+                (part / "weights").write_text(f"step {step}")
+                sleep(float(os.environ.get("SLOW", 0)))
+                part.rename(run / "checkpoints" / str(step))
+                shutil.rmtree(run / "checkpoints" / str(step - 2), ignore_errors=True)
+                with (run / "log.jsonl").open("a") as file:
+                    file.write(f"{step}\\n")
+                sleep(float(os.environ.get("SLOW", 0)))
     sys.exit(int(os.environ.get("STATUS", 0)))
 if args[:2] == ["storage", "ls"]:
     sys.exit(not os.path.exists(place(args[2])))
 if args[:2] == ["storage", "rsync"]:
-    shutil.copytree(place(args[3]), place(args[4]), dirs_exist_ok=True)
+    if "--delete-unmatched-destination-objects" in args:
+        shutil.rmtree(paths[1], ignore_errors=True)
+    shutil.copytree(*paths, dirs_exist_ok=True)
 if args[:2] == ["storage", "cp"]:
-    os.makedirs(os.path.dirname(place(args[3])), exist_ok=True)
-    shutil.copy(place(args[2]), place(args[3]))
+    os.makedirs(os.path.dirname(paths[1]), exist_ok=True)
+    shutil.copy(*paths)
+if args[:2] == ["storage", "rm"]:
+    shutil.rmtree(paths[0])
 if name == "srun":
     for host in ("0", "1"):
         subprocess.run(args[1:], check=True, env={**os.environ, "HOST": host})
@@ -123,6 +146,48 @@ def test_results_are_sent_while_the_command_runs(checkout):
     assert sent.count("runs/x y/table.json") == 1
 
 
+def test_a_training_that_lost_its_disk_goes_on_from_the_checkpoints_in_the_store(checkout):
+    store, runs = checkout / "buckets" / "bucket" / "x-run", checkout / "checkout" / "runs"
+    where = {"STORE": "gs://bucket/x/", "SYNC": "1"}
+    calls, _ = run(checkout, "on_host.sh", *TRAIN, SLOW="1.2", **where)
+    assert not [c for c in calls if "orbax-checkpoint-tmp" in c[-1]]
+    kept = store / "checkpoints"
+    assert sorted(os.listdir(kept)) == ["1", "2"]
+    assert {p.read_text() for p in kept.glob("*/weights")} == {"step 1", "step 2"}
+    (kept / "2" / ".whole").unlink()  # the host went while it sent this one
+    for folder in (runs / "x y", runs / "x y-run"):
+        shutil.rmtree(folder)
+    (checkout / "calls").unlink()
+    calls, _ = run(checkout, "on_host.sh", *TRAIN, HOST="1", **where)
+    assert os.listdir(runs / "x y-run" / "checkpoints") == ["1"]
+    assert (runs / "x y-run" / "log.jsonl").read_text() == "1\n2\n"
+    assert not [c for c in calls if c[1:3] in (["storage", "cp"], ["storage", "rm"])]  # its copies are not sent
+    run(checkout, "on_host.sh", *TRAIN, **where)
+    assert sorted(os.listdir(kept)) == ["2", "3"]  # steps 2 and 3: the training removed the first
+    assert all((kept / step / ".whole").exists() for step in "23")
+    assert not list(runs.glob("**/.whole"))
+    assert (store / "log.jsonl").read_text() == "1\n2\n2\n3\n"
+
+
+def test_a_run_folder_of_another_name_is_kept_beside_the_results(checkout):
+    run(checkout, "on_host.sh", *TRAIN, "--run", "runs/other", STORE="gs://bucket/x")
+    assert (checkout / "buckets" / "bucket" / "x-run" / "checkpoints" / "2" / "weights").read_text() == "step 2"
+
+
+def test_what_could_not_be_sent_is_sent_the_next_time_and_at_last_an_error(checkout):
+    name, fails = checkout / "bin" / "gcloud", 'if args[:2] == ["storage", "cp"] and {}:\n    sys.exit(1)\n'
+    where = {"STORE": "gs://bucket/x", "SYNC": "1"}
+    before, paths, after = name.read_text().partition("paths =")
+    mark = 'os.environ["HOME"] + "/failed"'
+    once = f'not os.path.exists({mark}) and not open({mark}, "w").close()'
+    name.write_text(before + fails.format(once) + paths + after)
+    _, done = run(checkout, "on_host.sh", *COMMAND, SLOW="2", **where)
+    assert "not all could be sent" in done.stderr
+    assert (checkout / "buckets" / "bucket" / "x" / "records.jsonl").read_text() == "line\n"
+    name.write_text(before + fails.format(True) + paths + after)
+    run(checkout, "on_host.sh", *COMMAND, status=1, **where)
+
+
 def spoken(text, checkout, **environment):
     """What bash makes of a command that was handed to it as text: the arguments of meteora."""
     (checkout / "calls").unlink(missing_ok=True)
@@ -139,7 +204,8 @@ def spoken(text, checkout, **environment):
 
 
 def test_gcloud_gives_every_worker_the_same_command(checkout):
-    (checkout / "buckets" / "bucket" / "x").mkdir(parents=True)
+    for folder in ("x", "x-run"):
+        (checkout / "buckets" / "bucket" / folder).mkdir(parents=True)
     calls, done = run(
         checkout,
         "gcloud.sh",
@@ -155,6 +221,7 @@ def test_gcloud_gives_every_worker_the_same_command(checkout):
     assert ssh[0][ssh[0].index("--worker") + 1] == "all"
     assert "results: runs/x" in done.stdout
     assert calls[-1][1:] == ["storage", "rsync", "--recursive", "gs://bucket/x", "runs/x"]
+    assert ["gcloud", "storage", "rsync", "--recursive", "gs://bucket/x-run", "runs/x-run"] in calls
     text = ssh[0][ssh[0].index("--command") + 1]
     assert spoken(text, checkout) == ["meteora", *COMMAND, "--distributed"]
     _, done = run(checkout, "gcloud.sh", *COMMAND, TPU="slice", ZONE="zone", status=1)

@@ -33,5 +33,9 @@ fi
 
 everywhere "cd meteora-jax && STORE=${STORE@Q} INPUTS=${inputs@Q} JAX_PLATFORMS=tpu,cpu scripts/tpu_pod/on_host.sh ${*@Q}"
 
+run=${STORE%/}-run # of a training: log, curves, checkpoints
+if gcloud storage ls "$run" >/dev/null 2>&1; then
+    gcloud storage rsync --recursive "$run" "runs/$(basename "$run")"
+fi
 gcloud storage rsync --recursive "$STORE" "runs/$(basename "$STORE")"
 echo "results: runs/$(basename "$STORE")"

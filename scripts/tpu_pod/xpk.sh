@@ -16,3 +16,4 @@ xpk workload create --cluster "$CLUSTER" --workload "$WORKLOAD" --tpu-type "$TYP
     --docker-image "$IMAGE" --max-restarts "${RESTARTS:-3}" ${flags[@]+"${flags[@]}"} \
     --command "STORE=${STORE@Q} INPUTS=${inputs@Q} JAX_PLATFORMS=tpu,cpu /meteora-jax/scripts/tpu_pod/on_host.sh ${*@Q}"
 echo "when it is done: gcloud storage rsync --recursive $STORE runs/$(basename "$STORE")"
+echo "the checkpoints and curves of a training: ${STORE%/}-run"
