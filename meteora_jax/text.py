@@ -10,6 +10,7 @@ from typing import Any
 
 from meteora_jax.config import InputError, read_json
 
+Decode = Callable[[Sequence[int]], str]
 WINDOW = 16  # tokens of a response that are decoded again to see what the next ones add
 REPLACEMENT = "\ufffd"  # what a tokenizer prints for bytes that are not yet a whole character
 # {model_type of config.json: {tokenizer_class of tokenizer_config.json, without "Fast": class that AutoTokenizer of
@@ -49,7 +50,7 @@ class TextStream:
     become a stop string, waits. What `push` and `finish` return adds up to `text`.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]):
+    def __init__(self, decode: Decode, stop: Sequence[str]):
         self._decode, self._stop = decode, tuple(s for s in stop if s)
         self.tokens: list[int] = []
         self.text = ""

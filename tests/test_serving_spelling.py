@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -11,6 +12,7 @@ from gguf_files import sentencepiece_metadata
 from served import serving
 from tiny import EOS, tiny_tokenizer
 from transformers import LlamaTokenizer
+from worlds import make_world
 
 from converters.gguf_tokenizer import build_tokenizer
 from meteora_jax.serving.answers import chat_logprobs, text_logprobs
@@ -108,3 +110,41 @@ def test_a_prompt_is_echoed_as_it_was_sent(client, world):
     assert both.choices[0].text == prompt + alone.text
     ids = client.completions.create(**how, prompt=world["model"].encode(prompt)).choices[0]
     assert ids.text == prompt.replace(EOS, "") + alone.text
+
+
+@pytest.fixture(scope="module")
+def pieces_client(tmp_path_factory):
+    """Of a base whose decoder leaves out the space that a text begins with."""
+    folder = tmp_path_factory.mktemp("pieces")
+    world = make_world(folder, vocab_size=480)
+    build_tokenizer(sentencepiece_metadata(), "x", 480, 100).write(folder)
+    model = dataclasses.replace(world["model"], tokenizer=LlamaTokenizer.from_pretrained(folder))
+    with serving(model) as found:
+        yield found.client(), model
+
+
+def test_a_completion_keeps_the_space_between_it_and_its_prompt(pieces_client):
+    client, _ = pieces_client
+    first = dict(model="apple", prompt="The quick", max_tokens=1, temperature=1.5, logprobs=1)
+    seeds = [n for n in range(100) if client.completions.create(**first, seed=n).choices[0].text.startswith(" ")]
+    assert len(seeds) > 2
+    for seed in seeds[:4]:
+        how = first | {"max_tokens": 8, "seed": seed}
+        said = client.completions.create(**how).choices[0]
+        found = said.logprobs
+        both = client.completions.create(**how, echo=True).choices[0]
+        assert both.text == "The quick" + said.text
+        assert [at - len("The quick") for at in both.logprobs.text_offset[-len(found.tokens) :]] == found.text_offset
+        assert "".join(chunk.choices[0].text for chunk in client.completions.create(**how, stream=True)) == said.text
+        assert said.text.startswith(found.tokens[0])
+        if "\ufffd" not in said.text:
+            assert "".join(found.tokens) == said.text
+        stopped = client.completions.create(**how, stop=[found.tokens[0]]).choices[0]  # begins with that space
+        assert (stopped.text, stopped.finish_reason) == ("", "stop")
+
+
+def test_a_text_without_a_prompt_s_begins_itself(pieces_client):
+    client, model = pieces_client
+    how = dict(model="apple", prompt=[model.tokenizer.bos_token_id], max_tokens=6, temperature=1.0)
+    texts = [client.completions.create(**how, seed=seed).choices[0].text for seed in range(8)]
+    assert not any(text.startswith(" ") for text in texts)

@@ -24,7 +24,7 @@ from meteora_jax.config import PROJECTIONS, InputError, LlamaConfig
 from meteora_jax.engine.adapter_pool import AdapterPool
 from meteora_jax.engine.ahead import AheadCompiler, abstract
 from meteora_jax.engine.batch import Dispatch, JoinedRouters, dispatch_of, prompt_sizes, row_sizes, traced
-from meteora_jax.engine.handle import Decode, Handle
+from meteora_jax.engine.handle import Handle
 from meteora_jax.engine.job import Job
 from meteora_jax.engine.prefix_cache import PrefixCache
 from meteora_jax.engine.programs import Program, Sizes, idle, programs
@@ -34,6 +34,7 @@ from meteora_jax.engine.step import EngineState, StepResult, new_state, run_step
 from meteora_jax.execution import platform
 from meteora_jax.routing import NO_ADAPTER
 from meteora_jax.sharding import Params, fetch, place_whole, use_mesh
+from meteora_jax.text import Decode
 from pallas_kernels.paged_attention import EMPTY, QUERY_BLOCK
 
 IN_FLIGHT = 2  # dispatches: one that the device works on, one behind it

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 from meteora_jax.engine.request import Progress
-from meteora_jax.text import TextStream
-
-Decode = Callable[[Sequence[int]], str]
+from meteora_jax.text import Decode, TextStream
 
 
 class Serving(Protocol):
@@ -28,6 +26,7 @@ class Handle:
 
     def __init__(self, engine: Serving, progress: Progress, decode: Decode | None):
         self.engine, self.progress = engine, progress
+        decode = progress.request.decode or decode
         self._stops = TextStream(decode, progress.request.stop) if progress.request.stop and decode else None
 
     @property

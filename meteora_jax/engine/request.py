@@ -12,6 +12,7 @@ import numpy as np
 from meteora_jax.arguments import MOST, Arguments
 from meteora_jax.config import InputError, LlamaConfig
 from meteora_jax.routing import Movable
+from meteora_jax.text import Decode
 
 FinishReason = Literal["end", "stop", "length", "cancelled"]
 Trace = bool | Literal["response"]
@@ -105,7 +106,8 @@ class Request:
     router: None is the base alone. adapters: of a pool, in the router's place. stop: texts that end the response.
     logprobs: so many of the likeliest tokens' log probabilities at every token beside its own; None: nobody's. trace:
     whether the routing is recorded, of the whole or of the response's tokens alone. guide: of this one response; such a
-    request decodes one token in a dispatch, once the host has seen the one before.
+    request decodes one token in a dispatch, once the host has seen the one before. decode: tokens -> text, in which
+    stop strings are looked for; None: as the engine does.
     """
 
     prompt: tuple[int, ...]
@@ -117,6 +119,7 @@ class Request:
     trace: Trace = False
     adapters: WantedAdapters | None = None
     guide: Guide | None = dataclasses.field(default=None, compare=False)
+    decode: Decode | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(eq=False)

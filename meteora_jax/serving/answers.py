@@ -98,8 +98,9 @@ class Answer:
         self, model: Meteora, stream: Stream, found: Found, metrics: Metrics, began: float, spelling: Spelling
     ):
         self.model, self.stream, self.found = model, stream, found
-        self.place = Place(spelling)  # of the next token that log probabilities are told of
-        self.text = TextStream(model.decode_tokens, stream.request.stop)
+        self.begins = stream.request.decode is None  # whether its text continues no prompt's
+        self.place = Place(spelling, begins=self.begins)  # of the next token that log probabilities are told of
+        self.text = TextStream(stream.request.decode or model.decode_tokens, stream.request.stop)
         self.tokens: list[int] = []
         self.logprobs: list[Likely] = []
         self.finish_reason: str | None = None

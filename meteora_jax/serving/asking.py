@@ -18,6 +18,7 @@ from meteora_jax.serving.errors import ApiError
 from meteora_jax.serving.guides import Grammars
 from meteora_jax.serving.models import Fleet, mixture
 from meteora_jax.serving.schemas import MOST_TOP, Asked, ChatRequest, CompletionRequest
+from meteora_jax.serving.spelling import Spelling
 
 LIKELY = (1, 5, MOST_TOP)  # of likeliest tokens in programs: each number is a program of its own
 
@@ -54,8 +55,8 @@ def chat_work(fleet: Fleet, grammars: Grammars, positions: int, body: ChatReques
     return _work(fleet, grammars, positions, body, [ids], [user_texts(messages)], body.most, top)
 
 
-def text_work(fleet: Fleet, grammars: Grammars, positions: int, body: CompletionRequest) -> Work:
-    """Of `/v1/completions`."""
+def text_work(fleet: Fleet, grammars: Grammars, positions: int, spelling: Spelling, body: CompletionRequest) -> Work:
+    """Of `/v1/completions`, whose texts continue the prompts'."""
     model, prompts, said = fleet.model, [], list[Said]()
     one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     given: Sequence[Any] = [body.prompt] if one else body.prompt
@@ -66,7 +67,11 @@ def text_work(fleet: Fleet, grammars: Grammars, positions: int, body: Completion
         prompts.append(ids)
         said.append(read if isinstance(read, str) else model.decode_tokens(ids))
     most = 16 if body.max_tokens is None else body.max_tokens
-    return _work(fleet, grammars, positions, body, prompts, said, most, body.logprobs)
+    work = _work(fleet, grammars, positions, body, prompts, said, most, body.logprobs)
+    for i, request in enumerate(work.requests):
+        if said[work.owner(i)]:
+            work.requests[i] = dataclasses.replace(request, decode=spelling.behind)
+    return work
 
 
 def _work(

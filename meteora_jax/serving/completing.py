@@ -221,7 +221,9 @@ class Text(Completing):
         server, body = self.server, self.body
         one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         count = (1 if one else len(body.prompt)) * body.n
-        return await server.work(count, lambda: text_work(server.fleet, server.grammars, server.positions, body))
+        return await server.work(
+            count, lambda: text_work(server.fleet, server.grammars, server.positions, server.spelling, body)
+        )
 
     async def _choices(self, work: Work, traced: list[list[Any]]) -> list[dict[str, Any]]:
         model, body, found, spelling = work.model, self.body, [], self.server.spelling
@@ -239,7 +241,7 @@ class Text(Completing):
                 answer = self.answers[i] if work.requests else None
                 logprobs = None if body.logprobs is None else read
                 if body.logprobs is not None and answer is not None:
-                    place = Place(spelling, len(echoed))
+                    place = Place(spelling, len(echoed), begins=answer.begins)
                     written = text_logprobs(place, answer.tokens, answer.logprobs, body.logprobs)
                     logprobs = {key: said + written[key] for key, said in read.items()}
                 choice = {

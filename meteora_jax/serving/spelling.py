@@ -37,6 +37,10 @@ class Spelling:
         before = [] if begins else self._before
         return self._decode([*before, *tokens])[len(self._decode(before)) :]
 
+    def behind(self, tokens: Sequence[int]) -> str:
+        """What tokens add to a text that they continue: its first space stays."""
+        return self.added(tokens, begins=False)
+
     def of(self, token: int, begins: bool = False) -> Spelt:
         """One token; begins: the text."""
         if (known := self._known.get((token, begins))) is None:
@@ -88,8 +92,9 @@ class Place:
     that stand there have their names' length.
     """
 
-    def __init__(self, spelling: Spelling, offset: int = 0, text: str | None = None):
-        self.spelling, self.begins = spelling, True
+    def __init__(self, spelling: Spelling, offset: int = 0, text: str | None = None, begins: bool = True):
+        """offset: of the first token. begins: whether it is a text's first."""
+        self.spelling, self.begins = spelling, begins
         self._text, self._whole, self._certain = text, offset, offset  # _whole: where the open tokens begin
         self._open: list[int] = []  # tokens since the last that ended with a whole character
 
