@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 from tiny import assert_refused, edit_json, edit_safetensors, tiny_llama, tiny_peft
 
-from converters import import_adapters, import_base, plan_base
+from converters import import_adapters, import_base, open_base, plan_base
 from meteora_jax.cli.inspect import describe
 
 SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
@@ -128,6 +128,18 @@ def test_matrices_are_read_as_what_they_stand_for(tmp_path: Path, case: str):
     weights = sum(matrix.size for matrix in exact.values())
     size = weights // 2 if CASES[case][2] == "INT4" else weights
     assert said["stored as"][CASES[case][2]] == f"{len(MODULES)} tensors, {size:,} bytes"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_some_rows_are_those_of_the_whole(tmp_path: Path, case: str):
+    """A large matrix is read piece by piece."""
+    hf, exact = quantized_folder(tmp_path, case)
+    by_key = {tensor.key.rpartition(".")[0]: tensor for tensor in open_base(hf).tensors}
+    for module, matrix in exact.items():
+        tensor = by_key[module]
+        whole = matrix.T if tensor.key.endswith("qweight") else matrix
+        for start, stop in ((0, 1), (9, 30), (len(whole) - 17, len(whole))):
+            assert np.allclose(tensor.rows(start, stop), whole[start:stop], rtol=1e-6, atol=0), module
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path):
