@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import meteora_jax as mj
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.tasks import Example
 from meteora_jax.evaluation.wordings import format_prompt
+from meteora_jax.examples import turn_messages
 from meteora_jax.training.data import Batches, Mixture, collate, plan
 from meteora_jax.training.sequences import NO_TASK, SYSTEM_PROMPTS, Tokenized, compose, converse, takes
 from meteora_jax.training.unused import TRIED, shared_prefix, unused
@@ -71,6 +73,32 @@ def test_conversations_label_every_turn(world, system):
         assert own == question["content"] + between + answer["content"]
     assert tokenizer.decode(s.tokens[:-1][s.loss[:-1]]) == "".join(m["content"] for m in messages[-5::2])
     assert (s.tokens[-1], s.tasks[-1], s.loss[-1], s.loss[0]) == (2, 1, True, False)
+
+
+@pytest.mark.parametrize("template", ["own", "stripped", "unstripped"])
+@pytest.mark.parametrize("answers", [["a"], ["is", "a"], ["assistant", "user", "s"], ["im_start", "\n|>"], ["a", "a"]])
+def test_short_answers_are_not_looked_for_in_the_template_s_words(world, template, answers):
+    tokenizer = copy.deepcopy(world["model"].tokenizer)
+    if template != "own":
+        content = "message['content'] | trim" if template == "stripped" else "message['content']"
+        start, end = "'<|start|>' + message['role'] + ': '", "'</s>\\n'"
+        tokenizer.chat_template = (
+            f"{{% for message in messages %}}{{{{ {start} + ({content}) + {end} }}}}{{% endfor %}}"
+        )
+    parts = [(Example("", answer, messages=({"role": "user", "content": f" Which is it, user {i}? "},)), i)
+             for i, answer in enumerate(answers)]  # fmt: skip
+    s = converse(parts, tokenizer, 2, prompt_loss=False)
+    said = [answer.strip() for answer in answers]
+    learnt = tokenizer.decode(s.tokens[:-1][s.loss[:-1]])
+    assert learnt.replace(" ", "") == "".join(said)  # the space before an answer is part of its first token
+    messages: list[Any] = []
+    for (example, _), answer in zip(parts, said, strict=True):
+        messages += [*turn_messages(example), {"role": "assistant", "content": answer}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    read = tokenizer.decode(s.tokens[:-1])
+    assert whole.startswith(read)
+    assert read.endswith(said[-1])
+    assert len(read) > len(whole) - 20  # all but what stands behind the last answer
 
 
 def test_conversations_are_drawn_where_the_template_takes_them(world):

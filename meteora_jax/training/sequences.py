@@ -128,12 +128,10 @@ def converse(
     text = render_chat(tokenizer, messages, parts[0][0].where or "messages")
     spans: list[tuple[int, int, bool]] = []  # of the messages: where each ends, its task, and whether it is an answer
     starts, place = [], 0
-    for message, owner in zip(messages, owners, strict=True):
-        said = message["content"].strip()  # as many templates have it
-        start = text.find(said, place)
-        if start >= 0:
-            place = start + len(said)
-            starts.append(start)
+    for message, owner, at in zip(messages, owners, _places(tokenizer, messages, text), strict=True):
+        if at is not None:
+            starts.append(at[0])
+            place = at[1]
             spans.append((place, owner, message["role"] == ANSWERS))
     # without what the template writes behind the last answer: the end token stands for it
     read = tokenizer(text[:place], return_offsets_mapping=True, add_special_tokens=False)
@@ -148,6 +146,44 @@ def converse(
     loss[0] = False
     ids = np.asarray([*read["input_ids"], end], np.int32)
     return Tokenized(ids, np.asarray([*loss, True]), np.asarray([*tasks, parts[-1][1]], np.int32))
+
+
+def _places(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple[int, int] | None]:
+    """Where each message stands in the rendered text, from its first character that is no space to its last."""
+    own = [message["content"].strip() for message in messages]  # as many templates have it
+    frame = _frame(tokenizer, tuple(message["role"] for message in messages))
+    for contents in (own, [message["content"] for message in messages]):
+        places, built = [], frame[0] if frame else ""
+        for content, stripped, after in zip(contents, own, frame[1:], strict=False):
+            start = len(built) + content.find(stripped)
+            places.append((start, start + len(stripped)))
+            built += content + after
+        if frame and built == text:
+            return places
+    # a template that writes messages otherwise: each is looked for behind the one before
+    found: list[tuple[int, int] | None] = []
+    place = 0
+    for said in own:
+        start = text.find(said, place)
+        found.append(None if start < 0 else (start, place := start + len(said)))
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _frame(tokenizer: Any, roles: tuple[str, ...]) -> tuple[str, ...]:
+    """What the chat template writes before, between and behind messages of these roles; empty: no such text."""
+    marks = [f"\ue000{i}\ue000" for i in range(len(roles))]
+    try:
+        rest = render_chat(tokenizer, [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)], "frame")
+    except InputError:
+        return ()
+    pieces = []
+    for mark in marks:
+        before, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            return ()
+        pieces.append(before)
+    return (*pieces, rest)
 
 
 def shortened(example: Example) -> Example:
