@@ -18,12 +18,14 @@ from converters.rules import Progress, copy_tensor
 from converters.tensor_files import dtype_name
 from meteora_jax.config import (
     ENDS,
+    NAME,
     PROJECTIONS,
     AdapterInfo,
     BankConfig,
     InputError,
     LlamaConfig,
     VocabAdapterConfig,
+    is_name,
     read_json,
 )
 from meteora_jax.io import hf_config
@@ -168,8 +170,8 @@ def check_names(names: Sequence[str]) -> list[str]:
     """What is wrong with the names of a bank's adapters, a line each."""
     problems = [] if names else ["adapters: expected at least one, found none"]
     for name in dict.fromkeys(names):
-        if not name or name != name.strip() or not name.isprintable() or any(c in name for c in "/\\="):
-            problems.append(f"adapter {name!r}: expected a printable name without '/', '\\' or '=', found {name!r}")
+        if not is_name(name):
+            problems.append(f"adapter {name!r}: expected {NAME}, found {name!r}")
         if (count := names.count(name)) > 1:
             problems.append(f"adapter {name!r}: expected once, found {count} times")
     return problems

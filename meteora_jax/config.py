@@ -28,6 +28,11 @@ class InputError(Exception):
         super().__init__("; ".join(shown) + (f"; and {rest} more problems" if rest else ""))
 
 
+def is_name(name: str) -> bool:
+    """Whether an adapter may be called so; otherwise `NAME` is what was expected."""
+    return bool(name) and name == name.strip() and name.isprintable() and not any(c in name for c in "/\\=")
+
+
 class Preempted(Exception):
     """SIGTERM came: the run saved its state after `step` in `folder` and ended. The CLI exits with `status`."""
 
@@ -47,6 +52,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "down": ("down_proj",),
 }
 PROJECTIONS: tuple[str, ...] = tuple(p for group in GROUPS.values() for p in group)
+NAME = "a printable name without '/', '\\' or '='"  # of an adapter
 # Where token ids become vectors and vectors logits; adapters may act there too.
 ENDS: dict[str, str] = {"embed": "model.embed_tokens", "head": "lm_head"}
 

@@ -114,13 +114,55 @@ def test_qwen3_norms_are_of_the_heads(tmp_path: Path):
         assert torch.equal(tensors[f"layers.{x}_norm.scale"], want)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "window"),
+    [
+        ("mistral", {"layer_types": ["full_attention"] * 3}, None),
+        ("mistral", {"layer_types": ["sliding_attention"] * 3}, 8),
+        ("mistral", {"layer_types": None}, 8),
+        ("mistral", {"attention_bias": True}, 8),
+        ("qwen2_window", {"sliding_window": None, "layer_types": None}, None),
+        ("qwen2_window", {"layer_types": None, "max_window_layers": 0}, 8),
+    ],
+)
+def test_a_window_is_what_transformers_takes_it_for(tmp_path: Path, kind: str, changes: dict[str, Any], window: int):
+    _, folder = tiny_model(tmp_path, kind)
+    edit_json(folder / "config.json", **{"sliding_window": 8} | changes)
+    converters.import_base(folder, tmp_path / "base")
+    model = mj.load(tmp_path / "base", dtype="float32")
+    assert model.config.sliding_window == window
+    tokens = [*range(3, 40)]
+    want = hf_logits(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval(), tokens)
+    assert np.abs(np.asarray(model.logits([tokens]))[0] - want).max() <= 1e-4
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("mistral", (1, (2,))), ("qwen3", (None, ()))])
+def test_absent_ends_are_what_the_format_documents(tmp_path: Path, kind: str, ends: Any):
+    _, folder = tiny_model(tmp_path, kind)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    edit_json(folder / "config.json", bos_token_id=..., eos_token_id=...)
+    converters.import_base(folder, tmp_path / "base")
+    config = mj.load(tmp_path / "base", dtype="float32").config
+    assert (config.bos_token_id, config.eos_token_ids) == ends
+    edit_json(folder / "config.json", bos_token_id=None, eos_token_id=None)
+    converters.import_base(folder, tmp_path / "none")
+    config = mj.load(tmp_path / "none", dtype="float32").config
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+
+
 def test_differences_that_are_not_supported_are_named(tmp_path: Path):
     _, folder = tiny_model(tmp_path, "qwen2_window")
     dest = tmp_path / "base"
     call = partial(converters.import_base, folder, dest)
     good = json.loads((folder / "config.json").read_text())
     for changes, said in (
-        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types: expected the same"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "the same for every layer"),
+        ({"layer_types": ["chunked_attention"] * 3}, "layer_types: expected full_attention or sliding_attention"),
+        ({"layer_types": "full_attention"}, "layer_types: expected full_attention or sliding_attention"),
+        ({"layer_types": ["full_attention"]}, "layer_types: expected 3 (the layers), found 1"),
+        ({"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}, "expected a window beside"),
+        ({"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, "expected a window beside"),
+        ({"is_causal": False}, "is_causal: expected true, found False"),
         ({"layer_types": ..., "max_window_layers": 1}, "max_window_layers: expected 0 or at least 3"),
         ({"layer_types": ..., "sliding_window": 0}, "sliding_window: expected a number of at least 1, found 0"),
         ({"num_key_value_heads": ...}, "num_key_value_heads: expected int, found nothing"),

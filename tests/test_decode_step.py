@@ -23,6 +23,7 @@ from test_gated_model import ROWS, small
 
 import meteora_jax as mj
 from meteora_jax import execution
+from meteora_jax.config import PROJECTIONS
 from meteora_jax.execution import ExecutionConfig
 from meteora_jax.gate_config import TokenRouterForm
 from meteora_jax.model import decoding, layout
@@ -179,6 +180,7 @@ def test_a_wide_bank_takes_another_launch_in_each_group(monkeypatch):
         ({}, [mj.Gates(1), Composed((("cedar", 1.0),), True)], None),
         ({"sliding_window": 8}, None, "sliding window"),
         ({"head_dim": 96}, None, "heads"),
+        ({"head_dim": 512}, None, "heads"),
     ],
 )
 def test_who_is_served(change, router, reason):
@@ -208,6 +210,23 @@ def test_what_a_token_router_chose_is_served(routers):
     mixed = packed_model().bind([mj.Gates(1), Composed((("cedar", 1.0),), True)], 2)
     for router in (fused, mixed):
         assert decoding.refusal(module.layers, model.config, router, 2, wide) == "fusion in a wide bank"
+
+
+@pytest.mark.parametrize(
+    "change", [{"dora": PROJECTIONS}, {"lora_bias": PROJECTIONS[6:]}, {}], ids=["dora", "bias", "none"]
+)
+@pytest.mark.parametrize("wide", [True, False])
+def test_dora_and_biases_of_adapters_are_left_to_xla(change, wide):
+    """In a wide bank, whose A's are not packed, too: the kernels would compute the rest without them."""
+    model = small("float32", layers=1, smaller=True, **change)
+    graph = layout.with_execution(
+        model.graph, model.weights, dataclasses.replace(STEPS, dense_width=8 if wide else 512)
+    )
+    layers = nnx.merge(*layout.pack(graph, model.weights)).layers
+    how = dataclasses.replace(STEPS, dense_width=8 if wide else 512)
+    found = decoding.refusal(layers, model.config, model.bind(mj.Fixed("cedar"), 2), 2, how)
+    assert found == ("DoRA or biases of adapters" if change else None)
+    assert decoding.refusal(layers, model.config, None, 2, how) is None
 
 
 def test_fusion_of_adapters_in_several_slots_is_left_to_xla():

@@ -144,10 +144,11 @@ def test_two_executions_are_two_programs():
 
 @functools.cache  # nothing changes a model in its place
 def small(
-    dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null: bool = False, smaller: bool = False
-) -> mj.Meteora:
+    dtype: str, form: TokenRouterForm | None = None, layers: int = 3, null: bool = False, smaller: bool = False,
+    **of_bank: Any,
+) -> mj.Meteora:  # fmt: skip
     """A random model with four adapters and gates, with `null` of a null choice too; its weights do not depend on the
-    dtype but for their rounding."""
+    dtype but for their rounding. of_bank: more of `BankConfig`."""
     config = LlamaConfig(
         vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=layers, num_heads=4, num_kv_heads=2,
         head_dim=64, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=256,
@@ -157,7 +158,7 @@ def small(
         config = dataclasses.replace(config, hidden_size=64, intermediate_size=64, num_heads=2, head_dim=32)
     infos = tuple(AdapterInfo(name, 8, PROJECTIONS, "", "", {}) for name in NAMES)
     shapes = {p: config.projection_shape(p) for p in PROJECTIONS}
-    bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes)
+    bank = BankConfig(infos, dict.fromkeys(PROJECTIONS, 8), config.num_layers, shapes, **of_bank)
     made = nnx.eval_shape(lambda: gated_llama(config, bank, form, jnp.dtype(dtype), nnx.Rngs(0), null=null))
     graph, shapes = nnx.split(made)
     rng = np.random.default_rng(1)  # JAX's own draws are a program that takes longer to compile than the model's

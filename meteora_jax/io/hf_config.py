@@ -152,22 +152,35 @@ class _Reader:
         return {name: value for name, (_, value) in said.items()}
 
     def window(self, model_type: str) -> int | None:
-        """The sliding window that all layers share; 4096 is the format's documented default."""
-        if model_type == "mistral":
-            present = self.raw.get("sliding_window", 4096) is not None
-            return self.get("sliding_window", int, default=4096, low=1) if present else None
-        kinds = self.raw.get("layer_types")
-        if kinds is not None and (not isinstance(kinds, list) or len(set(map(str, kinds))) > 1):
-            self.problems.append(f"{self.source}: layer_types: expected the same for every layer, found {kinds!r:.200}")
-        if not self.get("use_sliding_window", bool, default=False):
+        """The sliding window that all layers share; 4096 is the format's documented default, and null is none."""
+        kinds, layers = self.raw.get("layer_types"), self.raw.get("num_hidden_layers")
+        if kinds is not None and kinds not in [[kind] * len(kinds) for kind in ("full_attention", "sliding_attention")]:
+            wanted = "full_attention or sliding_attention, the same for every layer"
+            self.problems.append(f"{self.source}: layer_types: expected {wanted}, found {kinds!r:.200}")
             return None
-        first, layers = self.get("max_window_layers", int, default=28), self.get("num_hidden_layers", int)
-        if kinds is None and first and layers and 0 < first < layers:
+        if kinds is not None and isinstance(layers, int) and len(kinds) != layers:
+            self.problems.append(f"{self.source}: layer_types: expected {layers} (the layers), found {len(kinds)}")
+            return None
+        slides = model_type == "mistral" or self.get("use_sliding_window", bool, default=False)
+        slides = slides and self.raw.get("sliding_window", 4096) is not None
+        if kinds and kinds[0] == "sliding_attention" and not slides:
+            found = f"sliding_window {self.raw.get('sliding_window')!r:.200}"
+            found += "" if model_type == "mistral" else f", use_sliding_window {self.raw.get('use_sliding_window')!r}"
+            self.problems.append(
+                f"{self.source}: layer_types: expected a window beside sliding_attention, found {found}"
+            )
+        if not slides:
+            return None
+        if model_type == "mistral":
+            full = bool(kinds) and kinds[0] == "full_attention"
+            return None if full else self.get("sliding_window", int, default=4096, low=1)
+        first = self.get("max_window_layers", int, default=28)
+        if kinds is None and first and isinstance(layers, int) and 0 < first < layers:
             self.problems.append(
                 f"{self.source}: max_window_layers: expected 0 or at least {layers} (a window in every layer or in "
                 f"none), found {first}"
             )
-        full = kinds[0] == "full_attention" if isinstance(kinds, list) and kinds else bool(first)
+        full = kinds[0] == "full_attention" if kinds else bool(first)
         return None if full else self.get("sliding_window", int, default=4096, low=1)
 
     def quantization(self) -> Quantization | None:
@@ -187,9 +200,11 @@ class _Reader:
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             known = ", ".join(MODEL_TYPES)
             raise InputError(f"{self.source}: model_type: expected {known}, found {model_type!r:.200}")
-        llama = model_type == "llama"
+        llama, biased = model_type == "llama", model_type in ("llama", "qwen3")  # Mistral's have none, whatever it says
         if self.raw.get("quantization_config") is not None:
             self.problems.append(f"{self.source}: quantization_config: expected none, found a quantized checkpoint")
+        if not self.raw.get("is_causal", True):  # transformers lets every token see all others then
+            self.problems.append(f"{self.source}: is_causal: expected true, found {self.raw['is_causal']!r:.200}")
         act = self.raw.get("hidden_act", "silu")
         if act != "silu":
             self.problems.append(f"{self.source}: hidden_act: expected 'silu', found {act!r}")
@@ -208,8 +223,9 @@ class _Reader:
             self.problems.append(f"{self.source}: head_dim: expected an even number, found {head_dim}")
         max_positions = self.get("max_position_embeddings", int, default=2048 if llama else _REQUIRED, low=1)
         theta, scaling = self.rope(max_positions)
-        bos = self.raw.get("bos_token_id")
-        eos = self.raw.get("eos_token_id")
+        documented = (1, 2) if model_type in ("llama", "mistral") else (None, None)  # where the keys are absent
+        bos = self.raw.get("bos_token_id", documented[0])
+        eos = self.raw.get("eos_token_id", documented[1])
         eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         bos = bos[0] if isinstance(bos, list) and bos else bos
         for key, ids in (("bos_token_id", () if bos is None else (bos,)), ("eos_token_id", eos)):
@@ -228,7 +244,7 @@ class _Reader:
             rope_scaling=scaling,
             max_position_embeddings=max_positions,
             tie_word_embeddings=self.get("tie_word_embeddings", bool, default=False),
-            attention_bias=model_type == "qwen2" or self.get("attention_bias", bool, default=False),
+            attention_bias=model_type == "qwen2" or (biased and self.get("attention_bias", bool, default=False)),
             mlp_bias=self.get("mlp_bias", bool, default=False) if llama else False,
             bos_token_id=bos,
             eos_token_ids=eos,

@@ -40,7 +40,7 @@ def refusal(
         return "no steps by Triton"
     if config.qk_norm or config.sliding_window is not None:
         return "head norms or a sliding window"
-    if rows > execution.step.rows or config.head_dim < 32 or config.head_dim & (config.head_dim - 1):
+    if rows > execution.step.rows or config.head_dim not in (32, 64, 128, 256):
         return "rows or heads that no tile has"
     linears: list[LoRALinear | PackedLinear] = [getattr(layers, name) for name in GROUPS]
     for linear, epilogue in zip(linears, EPILOGUES.values(), strict=True):
@@ -59,6 +59,8 @@ def refusal(
         return None
     if any(linear.lora_b is None for linear in linears):
         return "a group without adapters"
+    if any(isinstance(x, LoRALinear) and (x.lora_dora is not None or x.lora_bias is not None) for x in linears):
+        return "DoRA or biases of adapters"
     given = router.known(None)
     acting = _routing_shapes(router, layers, rows) if given is None and router.gating is None else given
     fuses = acting is not None and acting.fused is not None

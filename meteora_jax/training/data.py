@@ -36,6 +36,7 @@ WIDTH_STEP = 64  # a row's width is a multiple of this
 FILL = 0.95  # the share of a row that packing fills, measured on the BIG-bench tasks; a guess good enough for `rows`
 THREADS = 8  # that draw sequences; the tokenizer lets others work meanwhile
 DRAWS = 100  # composites drawn before none is said to fit
+MORE_DRAWS = 100_000  # once some are known to fit, so that no run ends because many in a row do not
 
 
 @jax.tree_util.register_dataclass
@@ -146,17 +147,22 @@ class Mixture:
         return chosen
 
     def draw_composite(
-        self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any, limit: int
+        self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any, limit: int, draws: int = DRAWS
     ) -> Tokenized:
-        """A `composite_of`, or `conversation_of`, at most `limit` tokens; longer ones are drawn again."""
+        """A `composite_of`, or `conversation_of`, at most `limit` tokens; longer ones are drawn again.
+
+        Raises:
+            InputError: so many draws in a row were longer.
+        """
         talks = self.conversations if takes(self.tokenizer, *(["user", "assistant"] * 2)) else 0.0
-        for _ in range(DRAWS):
+        for _ in range(draws):
             one = self.conversation_of if talks and rng.random() < talks else self.composite_of
             s = one(chosen, rng)
             if len(s.tokens) <= limit:
                 return s
         low = self.composite_sizes[0]
-        raise InputError(f"max_length: expected room for {low} tasks in one sequence, found none in {limit}")
+        wanted = f"expected room for {low} tasks or more in one sequence of {limit} tokens"
+        raise InputError(f"max_length: {wanted}, found none among {draws} drawn")
 
     def composite_of(self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any) -> Tokenized:
         """Several tasks (fewer if there are fewer) in one sequence, however long."""
@@ -306,7 +312,7 @@ def _stream(
         limit = min(mixture.max_length, layout.width)
 
         def draw(_: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-            return _features(mixture.draw_composite(chosen, rng, limit))
+            return _features(mixture.draw_composite(chosen, rng, limit, MORE_DRAWS))
 
         composites = grain.MapDataset.range(1 << 30).seed(first).random_map(draw)
         share = mixture.composite

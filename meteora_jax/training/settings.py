@@ -6,13 +6,14 @@ recipe: a program may set it, the command line does not ask.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
-from meteora_jax.config import PROJECTIONS, InputError
+from meteora_jax.config import NAME, PROJECTIONS, InputError, is_name
 from meteora_jax.gate_config import TokenRouterForm
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ RECOMPUTED: dict[str, Remat] = {"all": True, "dots": "dots", "none": False}
 def at_least(lowest: int, **values: int | None) -> list[str]:
     """What is wrong with some settings, which are numbers from `lowest` on (or None)."""
     return [f"{k}: expected at least {lowest}, found {x}" for k, x in values.items() if x is not None and x < lowest]
+
+
+def above_0(**values: float | None) -> list[str]:
+    """What is wrong with some settings, which are finite numbers above 0 (or None)."""
+    wrong = {k: x for k, x in values.items() if x is not None and not 0 < x < math.inf}
+    return [f"{k}: expected a number above 0, found {x}" for k, x in wrong.items()]
 
 
 def refuse(problems: list[str]) -> None:
@@ -90,7 +97,8 @@ class Optimization:
     the results of its matmuls (dots), or nothing."""
 
     def __post_init__(self):
-        refuse(at_least(1, steps=self.steps, accumulate=self.accumulate))
+        problems = at_least(1, steps=self.steps, accumulate=self.accumulate)
+        refuse(problems + above_0(learning_rate=self.learning_rate))
 
     @property
     def recomputed(self) -> Remat:
@@ -105,7 +113,15 @@ class Schedule:
     warmup: float = 0.005
     """Share of the steps that warm up."""
     clip: float = 0.3
-    """Largest gradient norm."""
+    """Largest gradient norm; inf: any."""
+
+    def __post_init__(self):
+        problems = []
+        if not 0 <= self.warmup <= 1:
+            problems.append(f"warmup: expected a share from 0 to 1, found {self.warmup}")
+        if not self.clip > 0:
+            problems.append(f"clip: expected a norm above 0 (inf: any), found {self.clip}")
+        refuse(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +148,9 @@ class Objective:
             problems.append(f"start_weight: expected a share from 0 to 1, found {self.start_weight}")
         if self.start_weight and self.response_weight is None:
             problems.append(f"start_weight: expected 0 without a response_weight, found {self.start_weight}")
-        if self.segment_weight < 0:
-            problems.append(f"segment_weight: expected 0 or more, found {self.segment_weight}")
+        for name, value in (("beta", self.beta), ("segment_weight", self.segment_weight)):
+            if not 0 <= value < math.inf:
+                problems.append(f"{name}: expected 0 or more, found {value}")
         refuse(problems)
 
 
@@ -147,6 +164,9 @@ class LoRA:
     """The scale is alpha / rank; twice the rank unless given."""
     targets: tuple[str, ...] = PROJECTIONS
     """Projections that an adapter touches."""
+
+    def __post_init__(self):
+        refuse(above_0(alpha=self.alpha))
 
     @property
     def numerator(self) -> float:
@@ -188,6 +208,9 @@ class Training:
     seed: int = 0
     """Of the data's order, and of the weights that training begins with."""
 
+    def __post_init__(self):
+        refuse(at_least(0, seed=self.seed))
+
     def record(self) -> dict[str, Any]:
         """All settings by their names alone, as reports and checkpoints hold them."""
         found: dict[str, Any] = {}
@@ -219,7 +242,9 @@ class GateTraining(Training):
     """Adapters a token."""
 
     def __post_init__(self):
-        problems, objective = [], self.objective
+        super().__post_init__()
+        problems, objective = above_0(temperature=self.temperature), self.objective
+        problems += above_0(adapter_learning_rate=self.adapter_learning_rate)
         if not objective.lm_loss and self.form is None:
             problems.append("lm_loss: expected a token router to go without it, found MeteoRA's own gates")
         if objective.response_weight is not None and self.drawing.prompt_loss:
@@ -246,6 +271,10 @@ class AdapterTraining(Training):
     """The adapter's name."""
     mixture: Literal["balanced", "natural"] = "natural"
     """Every task equally often, or as often as it has examples."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse([] if is_name(self.name) else [f"name: expected {NAME}, found {self.name!r:.200}"])
 
     def record(self) -> dict[str, Any]:
         return super().record() | {"alpha": self.lora.numerator}
@@ -294,13 +323,12 @@ class BankTraining(Training):
     """... none more than so many times over. Shares only: --steps says how long the run is."""
 
     def __post_init__(self):
+        super().__post_init__()
         problems, composites = at_least(1, tokens=self.tokens), self.validating.validation_composites
         if composites < 0 or (composites and not self.data.composite):
             wanted = "0 or more" if self.data.composite else "0 where composite is 0"
             problems.append(f"validation_composites: expected {wanted}, found {composites}")
-        if self.epochs <= 0:
-            problems.append(f"epochs: expected more than 0, found {self.epochs}")
-        refuse(problems)
+        refuse(problems + above_0(epochs=self.epochs))
 
     def record(self) -> dict[str, Any]:
         return super().record() | {"alpha": self.lora.numerator, "mixture": "balanced"}

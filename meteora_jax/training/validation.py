@@ -159,8 +159,8 @@ class Validation:
         self._sequences = [*(s for sequences in split.values() for s in sequences), *composites]
         self._alone = len(self._sequences) - len(composites)
         steps = settings.optimization.steps
-        every = -(-steps // settings.validating.validations)
-        self._due = {*range(every, steps + 1, every), steps}
+        count = settings.validating.validations
+        self._due = {max(1, round(steps * k / count)) for k in range(1, count + 1)}
         self.records: list[dict[str, Any]] = []
         self._file: Path | None = None
 
@@ -241,7 +241,7 @@ class Validation:
             kinds = self.scores(frozen, current)
             exact, loss = (np.nanmean(x, axis=0) for x in kinds)
             old_exact, old_loss = fetch(best.exact), fetch(best.loss)
-            better = (exact > old_exact) | ((exact == old_exact) & (loss < old_loss))
+            better = np.isfinite(loss) & ((exact > old_exact) | ((exact == old_exact) & (loss < old_loss)))
             params = self._keep(current, best.params, place_whole(jnp.asarray(better), self._mesh))
         pairs = (np.int32(step), best.step), (exact, best.exact), (loss, best.loss)
         scores = tuple(np.where(better, new, fetch(old)).astype(old.dtype) for new, old in pairs)
