@@ -254,11 +254,15 @@ def test_rewording(tmp_path):
         (("index", "build", "OUT", "a=missing.jsonl"), "missing.jsonl"),
         (("index", "build", "OUT", "--describe", "a=b", "--describe", "a=c"), "expected once, found twice"),
         (("index", "build", "OUT", "--describe", "a=b", "--scoring", "cosine"), "expected an encoder"),
+        (("index", "build", "OUT", "--tasks", "no_such"), "--tasks: no_such: expected a folder of TASK/train.jsonl"),
+        (("index", "build", "OUT", "--tasks", "no_such"), "found no such folder"),
+        (("index", "build", "OUT", "a=missing.jsonl", "--tasks", "HERE"), "found a folder without one"),
         (("index", "query", "OUT", "text"), "expected a file, found none"),
         (("import", "encoder", "OUT", "ELSE"), "modules.json"),
     ],
 )
 def test_refusals_are_one_line(tmp_path, capsys, arguments, said):
-    line = refused(capsys, *(str(tmp_path / a) if a in ("OUT", "ELSE") else a for a in arguments))
+    places = {"OUT": str(tmp_path / "OUT"), "ELSE": str(tmp_path / "ELSE"), "HERE": str(tmp_path)}
+    line = refused(capsys, *(places.get(a, a) for a in arguments))
     assert said in line
     assert not (tmp_path / "OUT").exists()

@@ -142,11 +142,19 @@ def _pairs(option: str, pairs: Sequence[str], right: str) -> list[tuple[str, str
     return [(name, rest) for _, name, rest in split]
 
 
+def _training_files(tasks: Path) -> list[tuple[str, Path]]:
+    """(task, its training file) of a TASKS folder. Raises InputError: there is none."""
+    if found := [(path.parent.name, path) for path in sorted(tasks.glob("*/train.jsonl"))]:
+        return found
+    there = "a folder without one" if tasks.is_dir() else "a file" if tasks.exists() else "no such folder"
+    raise InputError(f"--tasks: {tasks}: expected a folder of TASK/train.jsonl, found {there}")
+
+
 def read_sources(command: IndexBuild | IndexAdd) -> dict[str, list[str]]:
     """{adapter: inputs} from everything that a command names.
 
     Raises:
-        InputError: an adapter named twice, a file that is refused, or no adapter at all.
+        InputError: an adapter named twice, a file or folder that is refused, or no adapter at all.
     """
     from meteora_jax.retriever.profiles import read_profiles, read_training_file
 
@@ -155,7 +163,7 @@ def read_sources(command: IndexBuild | IndexAdd) -> dict[str, list[str]]:
         found += read_profiles(command.profiles).items()
     files = [(name, Path(file)) for name, file in _pairs("files", command.files, "FILE")]
     if command.tasks is not None:
-        files += [(path.parent.name, path) for path in sorted(command.tasks.glob("*/train.jsonl"))]
+        files += _training_files(command.tasks)
     wanted = set(command.only)
     found += [(name, read_training_file(file)) for name, file in files if not wanted or name in wanted]
     found += [(name, [sentence]) for name, sentence in _pairs("--describe", command.describe, "SENTENCE")]
