@@ -17,6 +17,7 @@ from meteora_jax.evaluation.tasks import (
     bigbench,
     hub,
     load_split,
+    load_splits,
     read_test_inputs,
     split_of,
     write_splits,
@@ -310,6 +311,17 @@ def test_verify_refuses_another_layout(tmp_path, tasks_dir):
     reference.write_text("[]\n")
     with pytest.raises(InputError, match=r"composite.jsonl:1: expected a JSON object, found \[\]"):
         verify(reference, tasks_dir, ("strategyqa",))
+
+
+@pytest.mark.parametrize("found", ["no such folder", "a file"])
+def test_a_folder_that_is_missing_is_named_once(tmp_path, found):
+    folder = tmp_path / "nowhere"
+    if found == "a file":
+        folder.touch()
+    for load in (lambda: load_splits(folder, ["winowhy", "strategyqa"], "test"), lambda: load_split(folder, "a", "b")):
+        with pytest.raises(InputError) as refusal:
+            load()
+        assert refusal.value.problems == (f"{folder}: expected a TASKS folder, found {found}",)
 
 
 # --- the hub's six tasks ---

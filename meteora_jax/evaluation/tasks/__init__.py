@@ -136,8 +136,15 @@ def write_splits(
             file.writelines(lines)
 
 
+def _check_folder(tasks_dir: Path) -> None:
+    if not tasks_dir.is_dir():
+        found = "a file" if tasks_dir.exists() else "no such folder"
+        raise InputError(f"{tasks_dir}: expected a TASKS folder, found {found}")
+
+
 def load_split(tasks_dir: Path, task: str, split: str) -> list[Example]:
     """Examples of `<tasks_dir>/<task>/<split>.jsonl`, in file order; bad lines raise `InputError`, all together."""
+    _check_folder(tasks_dir)
     path = tasks_dir / task / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: expected the {split} split of {task}, found no file")
@@ -156,8 +163,9 @@ def load_splits(tasks_dir: Path, tasks: Sequence[str], split: str) -> dict[str, 
     """Every task's examples of a split; what is wrong with any of them is said together.
 
     Raises:
-        InputError: a task is named twice, or a file is missing, empty or malformed.
+        InputError: there is no such folder, a task is named twice, or a file is missing, empty or malformed.
     """
+    _check_folder(tasks_dir)  # once, not for every task
     problems = [f"{tasks_dir / task}: expected a task once, found it twice" for task in _repeated(tasks)]
     loaded = {}
     for task in dict.fromkeys(tasks):
