@@ -7,6 +7,7 @@ from pathlib import Path
 from converters.tensor_files import TensorReader
 from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.io import hf_config
+from meteora_jax.io.files import refuse_unimported_bank, refuse_unimported_base
 from meteora_jax.io.provenance import BaseOrigin
 
 
@@ -19,6 +20,7 @@ def read_base(folder: Path, quantized: bool = False, unless: str = "") -> tuple[
     Raises:
         InputError: a missing or damaged file, tensors other than those of config.json, or a quantised base.
     """
+    refuse_unimported_base(folder)
     config = hf_config.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if config.quantization is not None and not quantized:
         expected = f"a base whose weights are not quantised{unless}"
@@ -35,5 +37,6 @@ def read_origin(folder: Path) -> BaseOrigin | None:
 
 def read_bank(folder: Path) -> tuple[BankConfig, TensorReader]:
     """A BANK folder. Raises InputError: a missing or damaged file, or tensors other than those of bank.json."""
+    refuse_unimported_bank(folder)
     bank = BankConfig.from_json(read_json(folder / "bank.json"), str(folder / "bank.json"))
     return bank, TensorReader(folder / "weights.safetensors", bank.weight_shapes())

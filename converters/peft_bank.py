@@ -29,6 +29,7 @@ from meteora_jax.config import (
     read_json,
 )
 from meteora_jax.io import hf_config
+from meteora_jax.io.files import refuse_unimported_base
 from meteora_jax.io.provenance import BaseOrigin, compare
 
 Adapters: TypeAlias = Iterable[tuple[str, str | os.PathLike[str]]]  # (name, PEFT folder)
@@ -103,6 +104,7 @@ def plan_adapters(
         InputError: everything that is wrong with the names, settings and tensors of all folders.
     """
     config_file = Path(base) / "config.json"
+    refuse_unimported_base(base)
     raw = read_json(config_file)
     config = hf_config.from_hf(raw, str(config_file))
     origin = BaseOrigin.of_base(raw, str(config_file))

@@ -9,6 +9,8 @@ from test_cli import refused, run
 from tiny import edit_json, tiny_llama
 
 import converters
+import meteora_jax as mj
+from meteora_jax.config import InputError
 
 
 def broken(world, tmp_path, kind, change):
@@ -84,6 +86,45 @@ def test_missing_input_is_refused(tmp_path, capsys, monkeypatch, args, said):
     monkeypatch.chdir(tmp_path)
     assert said in refused(capsys, *args)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_was_not_imported_is_told_the_import(tmp_path, capsys, world):
+    hf, gguf, several = world["hf_folder"], tmp_path / "my model.gguf", tmp_path / "several"
+    gguf.touch()
+    several.mkdir()
+    (several / "model-Q4.gguf").touch()
+    for folder, found, source in (
+        (hf, "a Hugging Face model", hf),
+        (gguf, "a .gguf file", f"'{gguf}'"),
+        (several, "model-Q4.gguf", several / "model-Q4.gguf"),
+    ):
+        said = f"{folder}: expected a BASE folder, found {found}: make one with `meteora import base {source} BASE`"
+        assert refused(capsys, "generate", "x", "--base", folder) == f"error: {said}"
+        assert refused(capsys, "import", "adapters", tmp_path / "new", "a=b", "--base", folder) == f"error: {said}"
+        with pytest.raises(InputError) as refusal:
+            mj.load(folder)
+        assert str(refusal.value) == said
+    damaged = broken(world, tmp_path, "base", lambda f: (f / "weights.safetensors").unlink())
+    assert "weights.safetensors: expected a file, found none" in refused(capsys, "generate", "x", "--base", damaged)
+
+
+def test_adapters_that_were_not_imported_are_told_the_import(tmp_path, capsys, world):
+    adapter = tmp_path / "my-adapters" / "poems"
+    shutil.copytree(world["peft"]["apple"], adapter)
+    for folder, found in ((adapter, "a PEFT adapter"), (adapter.parent, "a folder of PEFT adapters")):
+        command = f"meteora import adapters BANK poems={adapter} --base BASE"
+        said = f"{folder}: expected a BANK folder, found {found}: make one with `{command}`"
+        for words in (
+            ["generate", "x", "--base", world["base"], "--bank", folder],
+            ["bank", "list", folder],
+            ["export", "adapter", folder, "apple", tmp_path / "out"],
+            ["train", "gates", "--base", world["base"], "--bank", folder, "--tasks", tmp_path, "--out", tmp_path / "g"],
+        ):
+            assert refused(capsys, *words) == f"error: {said}"
+        for slots in (None, 2):
+            with pytest.raises(InputError) as refusal:
+                mj.load(world["base"], folder, adapter_slots=slots)
+            assert str(refusal.value) == said
 
 
 def test_bad_prompts_are_refused(capsys, world):

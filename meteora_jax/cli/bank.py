@@ -14,7 +14,7 @@ from meteora_jax.cli.importing import parse_adapters, say
 from meteora_jax.cli.report import console, progress_bar, write_json
 from meteora_jax.config import BankConfig, InputError, read_json
 from meteora_jax.gate_config import GateConfig
-from meteora_jax.io.files import refuse_foreign
+from meteora_jax.io.files import refuse_foreign, refuse_unimported_bank
 from meteora_jax.io.tensors import WEIGHTS
 
 
@@ -108,6 +108,7 @@ class BankCommand:
 
 def read_description(bank: Path) -> BankConfig:
     """A BANK folder's description. Raises InputError."""
+    refuse_unimported_bank(bank)
     return BankConfig.from_json(read_json(bank / "bank.json"), str(bank / "bank.json"))
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from meteora_jax.cli.bank import read_description
 from meteora_jax.cli.devices import Devices, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
-from meteora_jax.config import BankConfig, InputError, read_json
+from meteora_jax.config import InputError, read_json
 from meteora_jax.gate_config import FormName, GateConfig
 from meteora_jax.io.files import refuse_foreign
 from meteora_jax.io.tensors import WEIGHTS
@@ -129,7 +130,7 @@ def train_gates(command: TrainGates) -> None:
     settings = settled(command.settings, recipe_of(command.recipe, command.extend))
     _check_replaced(command, "gates.json", command.new_bank)
     mesh = make_devices_mesh(command)
-    names = BankConfig.from_json(read_json(command.bank / "bank.json"), str(command.bank / "bank.json")).names
+    names = read_description(command.bank).names
     tasks = _gate_tasks(command, names)
     checkpointing, dtype = _checkpointing(command), default_dtype(command.dtype)
     kept = checkpointing.in_run("background.jsonl")

@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import BankConfig, InputError, LlamaConfig, read_json
+from meteora_jax.io.files import refuse_unimported_bank
 from meteora_jax.io.provenance import BaseOrigin, misfits
 from meteora_jax.io.tensors import WEIGHTS, read_tensors, write_folder
 
@@ -22,6 +23,7 @@ def load_bank(
 ) -> AdapterBank:
     """BANK/ -> the bank, refused if it was imported for a base of another shape, or other norms than `origin`'s."""
     folder = Path(folder)
+    refuse_unimported_bank(folder)
     source = str(folder / "bank.json")
     config = BankConfig.from_json(read_json(folder / "bank.json"), source)
     if problems := misfits(config, base, origin, source):

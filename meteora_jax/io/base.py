@@ -9,6 +9,7 @@ from numpy.typing import DTypeLike
 
 from meteora_jax.config import GROUPS, LlamaConfig, read_json
 from meteora_jax.io import hf_config
+from meteora_jax.io.files import refuse_unimported_base
 from meteora_jax.io.provenance import BaseOrigin
 from meteora_jax.io.tensors import WEIGHTS, StoredArray, open_tensors
 
@@ -21,6 +22,7 @@ def load_base(
     dtype: of all that is not quantised, which stays as it is stored.
     """
     folder = Path(folder)
+    refuse_unimported_base(folder)
     config = hf_config.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     shapes, types = config.weight_shapes(), {path: kind for path, (_, kind) in config.quantized_tensors().items()}
     file = open_tensors(folder / WEIGHTS, shapes, config.stored_types())

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import uuid
@@ -63,6 +64,50 @@ def refuse_foreign(folder: str | os.PathLike[str], description: str, *others: st
     if foreign := [name for name in found if name not in (description, *others)]:
         own = ", ".join((description, *others))
         raise InputError(f"{folder}: expected nothing but {own} in what is replaced, found {foreign[0]}")
+
+
+def refuse_unimported_base(path: str | os.PathLike[str]) -> None:
+    """Refuses, in place of a BASE folder, what `meteora import base` makes one of: a .gguf file, a folder of them, or a
+    model of Hugging Face or Meta. Whatever else may be wrong with a folder is left to its reader.
+
+    Raises:
+        InputError: a line that has the command.
+    """
+    path = Path(path)
+    if (path / "weights.safetensors").exists():
+        return
+    source, found = path, ""
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        found = "a .gguf file"
+    elif (path / "config.json").is_file():
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            if isinstance(config, dict) and "model_type" in config and "meteora" not in config:
+                found = "a Hugging Face model"
+    elif (path / "params.json").is_file():
+        found = "a model in Meta's own format"
+    elif files := sorted(path.glob("*.gguf")):
+        source, found = files[0], f"{files[0].name}"
+    if found:
+        command = f"meteora import base {shlex.quote(str(source))} BASE"
+        raise InputError(f"{path}: expected a BASE folder, found {found}: make one with `{command}`")
+
+
+def refuse_unimported_bank(folder: str | os.PathLike[str]) -> None:
+    """Refuses, in place of a BANK folder, a PEFT folder or one that holds some, of which `meteora import adapters`
+    makes one. Raises InputError: a line that has the command."""
+    folder = Path(folder)
+    if (folder / "bank.json").exists():
+        return
+    if (folder / "adapter_config.json").is_file():
+        found, adapters = "a PEFT adapter", [folder]
+    else:
+        adapters = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+        found = "a folder of PEFT adapters"
+    if adapters:
+        pairs = [shlex.quote(f"{path.resolve().name}={path}") for path in adapters[:8]]
+        command = f"meteora import adapters BANK {' '.join(pairs)}{' ...' * (len(adapters) > 8)} --base BASE"
+        raise InputError(f"{folder}: expected a BANK folder, found {found}: make one with `{command}`")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from meteora_jax.bank import AdapterBank
 from meteora_jax.config import AdapterInfo, BankConfig, InputError, LlamaConfig, VocabAdapterConfig, read_json
+from meteora_jax.io.files import refuse_unimported_bank
 from meteora_jax.io.provenance import BaseOrigin, misfits
 from meteora_jax.io.tensors import WEIGHTS, all_finite, map_tensors, open_tensors, read_ahead
 
@@ -27,6 +28,7 @@ class StoredBank:
             InputError: as `load_bank`.
         """
         self.folder, self.dtype = Path(folder), dtype
+        refuse_unimported_bank(self.folder)
         source = str(self.folder / "bank.json")
         self.config = BankConfig.from_json(read_json(self.folder / "bank.json"), source)
         if problems := misfits(self.config, base, origin, source):
