@@ -117,7 +117,10 @@ REFUSED = {
     'model.add_adapter("x", 3)': "add_adapter: name 0: expected a text, found 3",
     'model.remove_adapter(3)': "remove_adapter: name: expected an adapter's (apple, birch, cedar, daisy), found 3",
     # routers
-    'ask(router=3)': "router: expected Gates, Fixed, Retrieval, None or a list of them, found 3",
+    'ask(router=3)': "Arrow, Spectr, Lag, Phatgoose, Logo, None or a list of them, found 3",
+    'ask(router="elm")': "found 'elm'; or 'gates', 'base', 'gates if loaded'",
+    'ask(router="apple")': "or 'gates', 'base', 'gates if loaded'; the adapter of this name is mj.Fixed('apple')",
+    'model.stream(["a"], ["apple"])': "the adapter of this name is mj.Fixed('apple')",
     'ask(router=object())': "router: expected Gates, Fixed",
     'ask(router=[3])': "router: expected Gates, Fixed",
     'ask(router=mj.Gates)': "router: expected Gates, Fixed",

@@ -18,7 +18,7 @@ import meteora_jax as mj
 from meteora_jax.config import GROUPS, PROJECTIONS, InputError
 from meteora_jax.gate_config import GateConfig
 from meteora_jax.io.gates import save_gates
-from meteora_jax.routing import bind
+from meteora_jax.routing import bind, refuse
 from meteora_jax.routing.gates import ProjectionGates
 from pallas_kernels.routed_lora import LoraBank, routed_lora
 from pallas_kernels.topk_gating.api import top_k
@@ -270,7 +270,7 @@ def test_trace_holds_what_the_gates_chose(world):
         (mj.Fixed("elm"), "'elm'"),
         ([mj.Fixed("apple")], "found 1"),
         ("apple", "found 'apple'"),
-        (mj.Fixed, "expected Gates, Fixed, Retrieval, None or a list of them, found <class"),
+        (mj.Fixed, "Phatgoose, Logo, None or a list of them, found <class"),
         (mj.Gates(9), "at most 4"),
     ],
 )
@@ -278,6 +278,16 @@ def test_bad_routers_are_refused(world, router, said):
     with pytest.raises(InputError, match="expected") as refusal:
         world["model"].logits(ROWS, router)
     assert said in str(refusal.value)
+
+
+def test_a_refusal_names_all_routers_that_there_are():
+    kinds = (getattr(mj, name) for name in mj.__all__)
+    methods = "bind", "router", "after_pass"
+    there = {k.__name__ for k in kinds if isinstance(k, type) and any(callable(getattr(k, m, None)) for m in methods)}
+    with pytest.raises(InputError) as refusal:
+        refuse(3)
+    named = str(refusal.value).removeprefix("router: expected ").partition(", None")[0].split(", ")
+    assert set(named) == there - {"Meteora", "Router", "Routing"}  # what has routers, the protocol, and what they make
 
 
 def test_gates_without_gates_are_refused(world):

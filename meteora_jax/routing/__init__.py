@@ -207,10 +207,14 @@ class NamedAdapters(Protocol):
         ...
 
 
-def refuse(router: Any) -> NoReturn:
-    """Raises InputError: what a caller passed is no router."""
-    words = "; or 'gates', 'base', 'gates if loaded'" if isinstance(router, str) else ""
-    raise InputError(f"router: expected Gates, Fixed, Retrieval, None or a list of them, found {router!r:.200}{words}")
+def refuse(router: Any, names: Sequence[str] = ()) -> NoReturn:
+    """Raises InputError: what a caller passed is no router. names: the bank's, which no bare string stands for."""
+    taken = "Gates, Fixed, Retrieval, GatesWithin, TaskRetrieval, Arrow, Spectr, Lag, Phatgoose, Logo, None or a list"
+    words = ""
+    if isinstance(router, str):
+        own = f"; the adapter of this name is mj.Fixed({router!r})" if router in names else ""
+        words = f"; or 'gates', 'base', 'gates if loaded'{own}"
+    raise InputError(f"router: expected {taken} of them, found {router!r:.200}{words}")
 
 
 @runtime_checkable

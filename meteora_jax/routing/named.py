@@ -107,21 +107,21 @@ def read_router(
 WORDS = ("gates", "base", "gates if loaded")  # what `router=` may be called
 
 
-def spelled_out(router: Any, gates: GateConfig | None) -> Any:
+def spelled_out(router: Any, gates: GateConfig | None, names: Sequence[str]) -> Any:
     """A caller's `router=` with routers in the place of words: "gates" as they were trained, "base" (None), and "gates
-    if loaded", which is the one or the other.
+    if loaded", which is the one or the other. names: the bank's.
 
     Raises:
         InputError: another word; adapters and indices are never named by a bare string.
     """
     if isinstance(router, list | tuple):
-        return [spelled_out(r, gates) for r in router]
+        return [spelled_out(r, gates, names) for r in router]
     if not isinstance(router, str):
         return router
     if router == "base" or (router == "gates if loaded" and gates is None):
         return None
     if router not in WORDS:
-        refuse(router)
+        refuse(router, names)
     if gates is None:
         raise InputError("router: expected trained gates beside 'gates', found a model loaded without them")
     return Gates(gates.top_k, gates.temperature)
