@@ -14,7 +14,7 @@ import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.problems import Problem
-from meteora_jax.evaluation.systems import Given, check_routes, make_system
+from meteora_jax.evaluation.systems import Given, check_routes, default_systems, make_system
 from meteora_jax.evaluation.tasks import Example, write_splits
 from meteora_jax.evaluation.throughput import choose_prompts, measure, throughput_markdown, time_generation
 from meteora_jax.generation import Engines
@@ -281,3 +281,32 @@ def test_a_run_goes_on_with_its_ranking_or_not_at_all(folders, tmp_path, capsys)
     with pytest.raises(SystemExit):
         evaluate(folders, tmp_path / "run", *options)
     assert "ranking: expected" in capsys.readouterr().err
+
+
+def test_systems_that_nobody_named_are_of_what_is_given(world, folders):
+    model, index, ranking = world["model"], folders["index"], {name: (name,) for name in NAMES}
+    alone = dataclasses.replace(model, gates=None)
+    bare = dataclasses.replace(alone, bank=None)
+    few, tasks = mj.Index.build(dict(list(INDEX.items())[:2])), mj.Index.build(INDEX | {"sums": ["3 and 4?"]})
+    gates = ["gates-top1", "gates-top2"]
+    for given, systems in (
+        (Given(bare), ["base"]),
+        (Given(alone), ["base", "oracle"]),
+        (Given(model), ["base", "oracle", *gates]),
+        (Given(model, index=index), ["base", "oracle", *gates, "retrieval-selection"]),
+        (Given(alone, index=few), ["base", "oracle", "retrieval-selection-k2"]),
+        (Given(alone, index=index, ranking=ranking), ["base", "oracle", "retrieval-selection", "task-retrieval"]),
+        (Given(alone, index=tasks, ranking=ranking | {"sums": NAMES}), ["base", "oracle", "task-retrieval"]),
+    ):
+        assert default_systems(given) == systems
+        problems = [Problem("a", NAMES[0], "", "")]
+        check_routes([make_system(name, given) for name in systems], problems)
+    one = dataclasses.replace(model.gates, names=NAMES[:1])
+    assert default_systems(Given(dataclasses.replace(model, gates=one))) == ["base", "oracle", "gates-top1"]
+
+
+def test_a_bank_alone_is_evaluated_without_a_word_about_systems(folders, tmp_path):
+    given = [w for k in ("base", "bank") for w in (f"--{k}", str(folders[k]))]
+    given += ["--tasks", str(folders["root"]), "--only", str(folders["root"] / "queries.json"), "--limit", "1"]
+    main(["evaluate", *given, "--max-new-tokens", "2", "--out", str(tmp_path / "run")])
+    assert {r["system"] for r in records_of(tmp_path / "run").values()} == {"base", "oracle"}

@@ -18,7 +18,7 @@ from meteora_jax.cli.report import status
 from meteora_jax.config import InputError
 from meteora_jax.engine.request import check_prompts
 from meteora_jax.evaluation.problems import Problem, load_problems, load_queries
-from meteora_jax.evaluation.systems import Given, Model, System, make_system, of_a_family
+from meteora_jax.evaluation.systems import Given, Model, System, default_systems, make_system, of_a_family
 from meteora_jax.execution import Dtype
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.base import read_origin
@@ -50,13 +50,15 @@ class Comparison(Devices):
     """So many of the bank's adapters are on the device, the others on disk (auto: by the memory); else all."""
     index: Path | None = None
     """INDEX folder, for the systems that retrieve."""
-    systems: str = "base,oracle,gates-top1,gates-top2"
+    systems: str | None = None
     """Separated by commas: base, oracle (the adapter named like the task; not for composites), gates-topN, of the bank
     alone arrow-topN, spectr-topN, lag-topN, logo-kN, phatgoose-topN and uniform (all adapters alike), with --index
     retrieval-selection, -mixture, -fusion, gates-within-topN and (an index of tasks) task-retrieval, an adapter's name,
     or NAME=FOLDER: a BANK of one adapter or a PEFT folder. Suffixes, in this order: -k5 retrieves five adapters (else
     3), -t15 sets the gates' temperature (else as trained; 15, 20, 30 on composite-3, 5, 10; of scores 1), -unseen hides
-    the adapters of a problem's own tasks, as if these were new: gates-within-top2-k5-t15-unseen."""
+    the adapters of a problem's own tasks, as if these were new: gates-within-top2-k5-t15-unseen. By default of what is
+    given: base, with --bank oracle, with --gates gates-top1 and gates-top2, with --index retrieval-selection and, where
+    INDEX is ranked, task-retrieval."""
     only: str | None = None
     """Separated by commas: tasks, "all" for one an adapter of the bank, and .json files of LoraRetriever's queries (a
     list of inputs, targets, task, metric). All unless given."""
@@ -100,14 +102,18 @@ def load_systems(command: Comparison, mesh: Mesh | None, dtype: Dtype) -> Loaded
         InputError: a folder was refused, or a system cannot be made of what is given.
     """
     model = load(command.base, command.bank, command.gates, mesh, dtype, command.adapter_slots)
-    names, folders = read_systems(command.systems, model.adapter_names)
+    index = Index.load(command.index) if command.index else None
+    ranking = read_ranking(command.index) if command.index else None
+    if command.systems is None:
+        names, folders = default_systems(Given(model, index=index, ranking=ranking)), {}
+    else:
+        names, folders = read_systems(command.systems, model.adapter_names)
     arrays = base_arrays(model.graph, model.weights) if folders else {}
     others: dict[str, Model] = {}
     banks: dict[str, str] = {}
     for name, folder in folders.items():
         others[name], banks[name] = other_bank(model, arrays, name, folder, command.base)
-    index = Index.load(command.index) if command.index else None
-    given = Given(model, others, index, read_ranking(command.index) if command.index else None)
+    given = Given(model, others, index, ranking)
     return Loaded(model, [make_system(name, given) for name in names], banks, index)
 
 

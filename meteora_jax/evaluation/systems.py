@@ -292,6 +292,22 @@ def of_a_family(name: str) -> bool:
     return any(re.fullmatch(family.pattern, name) for family in FAMILIES)
 
 
+def default_systems(given: Given) -> list[str]:
+    """The names of the systems where nobody says any: those that what is given can have."""
+    model, index = given.model, given.index
+    found = ["base", "oracle"] if model.adapter_names else ["base"]
+    if model.gates is not None:
+        found += [f"gates-top{n}" for n in (1, 2) if n <= len(model.gates.names)]
+    if index is not None:
+        few = f"-k{len(index.names)}" if len(index.names) < RETRIEVED else ""
+        # the tasks of a ranked index may have no adapters of their own; of any other that is a mistake, which is said
+        if given.ranking is None or set(index.names) <= set(model.adapter_names):
+            found.append(f"retrieval-selection{few}")
+        if given.ranking is not None:
+            found.append(f"task-retrieval{few}")
+    return found
+
+
 def make_system(name: str, given: Given) -> System:
     """The system of that name: of a family, of another bank, or an adapter's of the model's own bank.
 
