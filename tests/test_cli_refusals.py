@@ -173,6 +173,27 @@ def test_a_selection_has_no_weights(capsys, world):
     assert line == "error: --weights: expected --compose mixture or fusion beside it, found 'selection'"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--router", "aple"], "phatgoose, logo, uniform or one of apple, birch, cedar, daisy, found 'aple'"),
+        (["--router", "apple=1,elm=2"], "or one of apple, birch, cedar, daisy, found 'elm'"),
+        (["--router", "gates"], "router: expected gates beside 'gates', found none"),
+        (["--router", "retrieval"], "--router: expected --index beside 'retrieval', found none"),
+        (["--router", "gates-within", *INDEX], "nowhere/index.json: expected a file, found none"),
+        (["--router", "gates-within", "--index", "INDEX"], "expected --gates beside 'gates-within', found none"),
+        (["--index", "INDEX", "--gate-top-k", "2"], "--gate-temperature: expected --router gates, found 'retrieval'"),
+        (["--router", "apple", *GATES], "nowhere/gates.json: expected a file, found none"),
+    ],
+)
+def test_a_router_that_there_is_not_is_refused_before_the_base_is_read(tmp_path, capsys, world, given, said):
+    (tmp_path / "index.json").touch()
+    words = [tmp_path if word == "INDEX" else word for word in given]
+    line = refused(capsys, "generate", "x", "--base", tmp_path / "nothing", "--bank", world["bank"], *words)
+    assert said in line
+    assert "nothing" not in line
+
+
 def test_wrong_usage_is_status_2(capsys):
     assert run(capsys, "generate", "x")[0] == 2
     assert run(capsys, "no-such-command")[0] == 2

@@ -12,6 +12,8 @@ import tyro
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
 
+RETRIEVING = ("retrieval", "gates-within")
+
 
 @dataclass(frozen=True)
 class Generate:
@@ -85,7 +87,7 @@ def check_options(command: Generate) -> None:
     """Refuses options that the router would not heed."""
     name, problems = router_name(command), []
     for option, value, routers in (
-        ("--retrieve", command.retrieve, ("retrieval", "gates-within")),
+        ("--retrieve", command.retrieve, RETRIEVING),
         ("--compose", command.compose, ("retrieval",)),
         ("--weights", command.weights, ("retrieval",)),
     ):
@@ -99,12 +101,36 @@ def check_options(command: Generate) -> None:
         raise InputError(problems)
 
 
+def check_router(command: Generate) -> None:
+    """Refuses, before anything large is read, a `--router` that the folders' descriptions do not have."""
+    from meteora_jax.cli.bank import read_description
+    from meteora_jax.config import read_json
+    from meteora_jax.gate_config import GateConfig
+    from meteora_jax.routing.named import read_router
+
+    names, gates = () if command.bank is None else read_description(command.bank).names, None
+    if command.gates is not None:
+        gates = GateConfig.from_json(read_json(command.gates / "gates.json"), str(command.gates / "gates.json"))
+    text, options = router_name(command), (command.gate_top_k, command.gate_temperature)
+    if text not in RETRIEVING:
+        read_router(text, gates, names, *options)
+        return
+    if command.index is None:
+        raise InputError(f"--router: expected --index beside {text!r}, found none")
+    if not (command.index / "index.json").is_file():
+        raise InputError(f"{command.index / 'index.json'}: expected a file, found none")
+    if text == "gates-within" and gates is None:
+        raise InputError("--router: expected --gates beside 'gates-within', found none")
+    if text == "retrieval" and options != (None, None):
+        raise InputError(f"--gate-top-k, --gate-temperature: expected --router gates, found {text!r}")
+
+
 def parse_router(command: Generate, model: Any) -> Any:
-    """`--router` as a router of the loaded model."""
+    """`--router`, which was checked, as a router of the loaded model."""
     from meteora_jax.routing.named import gate_options, read_router
 
     text, options = router_name(command), (command.gate_top_k, command.gate_temperature)
-    if text not in ("retrieval", "gates-within"):
+    if text not in RETRIEVING:
         return read_router(text, model.gates, model.adapter_names, *options)
     from meteora_jax.retriever.index import Index
     from meteora_jax.retriever.ranking import read_ranking
@@ -112,14 +138,9 @@ def parse_router(command: Generate, model: Any) -> Any:
     from meteora_jax.routing.task_retrieval import default_retrieval
 
     count = RETRIEVED if command.retrieve is None else command.retrieve
-    if command.index is None:
-        raise InputError(f"--router: expected --index beside {text!r}, found none")
+    assert command.index is not None, "as check_router says"
     if text == "gates-within":
-        if model.gates is None:
-            raise InputError("--router: expected --gates beside 'gates-within', found none")
         return GatesWithin(Index.load(command.index), count, *gate_options(model.gates, *options))
-    if options != (None, None):
-        raise InputError(f"--gate-top-k, --gate-temperature: expected --router gates, found {text!r}")
     if (command.retrieve, command.compose, command.weights) == (None, None, None):
         most = model.pool.table.count if model.pool else RETRIEVED
         how_ranked = Index.load(command.index), read_ranking(command.index)
@@ -144,6 +165,7 @@ def generate(command: Generate) -> None:
     if empty := [i for i, p in enumerate(prompts) if not p]:
         raise InputError([f"prompt {i}: expected a text, found an empty one" for i in empty])
     check_options(command)
+    check_router(command)
     with status.status("loading"):
         model = load(
             command.base, command.bank, command.gates, dtype=command.dtype, adapter_slots=command.adapter_slots
