@@ -165,7 +165,12 @@ def test_bad_adapters_are_refused_and_say_no_folder(world, root):
         assert update(served, "load", lora_name="new", lora_path="elm", profiles=["x"]).status_code == 400  # no index
         assert said_models(served) == ["tiny", "apple", "birch", "cedar", "daisy", "gates", *BANK_ALONE]
     with serving(world["model"]) as served:
-        assert update(served, "load", lora_name="elm", lora_path="elm").status_code in (404, 405)
+        for verb in ("load", "unload"):
+            answer = update(served, verb, lora_name="elm")
+            assert answer.status_code == 405
+            assert answer.json()["error"]["message"] == (
+                f"/v1/{verb}_lora_adapter: expected a server started with --allow-adapter-updates, found one without"
+            )
     with pytest.raises(InputError, match="adapter-root"):
         Settings(adapter_updates=True)
 

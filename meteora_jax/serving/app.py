@@ -83,6 +83,8 @@ def make_app(server: Server) -> FastAPI:
     _about(app, server)
     if server.settings.adapter_updates:
         _adapters(app, server)
+    else:
+        _no_adapters(app)
     app.mount("/", Page())
     app.add_middleware(Gatekeeper, settings=server.settings)
     if server.settings.origins:
@@ -218,3 +220,12 @@ def _adapters(app: FastAPI, server: Server) -> None:
     async def unload_lora_adapter(body: UnloadAdapterRequest) -> Response:
         """Takes an adapter away."""
         return json_response(await adapters.remove(server, body.lora_name))
+
+
+def _no_adapters(app: FastAPI) -> None:
+    async def refuse(request: Request) -> Response:
+        option = "a server started with --allow-adapter-updates"
+        raise ApiError(405, f"{request.url.path}: expected {option}, found one without", code="adapter_updates_off")
+
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        app.add_api_route(path, refuse, methods=["POST"], response_model=None, include_in_schema=False)
