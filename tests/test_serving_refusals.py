@@ -44,6 +44,23 @@ def test_a_format_that_is_none_is_the_client_s_fault(served, schema):
     assert got.json()["error"]["param"] == "response_format"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("presence_penalty", 1.5, "expected 0 (not supported by this server), found 1.5"),
+        ("frequency_penalty", -0.5, "expected 0 (not supported by this server), found -0.5"),
+        ("logit_bias", {"5": 1, "6": 2}, "expected {} (not supported by this server), found one of length 2"),
+        ("suffix", "end", "expected '' (not supported by this server), found one of length 3"),
+    ],
+)
+def test_fields_that_are_not_served_are_said_to_be_so(served, field, value, said):
+    got = post(served, "completions", model="tiny", prompt="A", max_tokens=1, **{field: value})
+    assert got.status_code == 400
+    assert got.json()["error"]["message"] == f"{field}: {said}"
+    nothing = {str: "", dict: {}, float: 0}[type(value)]
+    assert post(served, "completions", model="tiny", prompt="A", max_tokens=1, **{field: nothing}).status_code == 200
+
+
 def test_refusals_are_counted_as_such_and_unknown_names_are_no_labels(served):
     assert post(served, "completions", model="tiny", prompt="").status_code == 400
     assert post(served, "completions", model="arbitrary-1", prompt=[99_999_999]).status_code in (400, 404)

@@ -77,14 +77,14 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 def describe(error: RequestValidationError) -> ApiError:
-    """What is wrong with a body, one part a field; nothing of what was sent is repeated."""
+    """What is wrong with a body, one part a field; no text of what was sent is repeated."""
     parts, param = [], None
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"] if part != "body")
         param = param or where or None
         said = problem["msg"] if where else "expected a JSON object (Content-Type: application/json)"
-        if problem["type"] == "value_error":  # of a check over several fields
-            said = problem["msg"]
+        if problem["type"] == "value_error":  # of our own checks, perhaps over several fields
+            said = str(problem["ctx"]["error"])
         parts.append(f"{where or 'body'}: {said}")
     return ApiError(400, "; ".join(dict.fromkeys(parts))[:2000], param=param)
 

@@ -9,13 +9,27 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MOST_CHOICES, MOST_TOP, MOST_STOPS = 128, 20, 16
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
-Nothing = Annotated[Finite | None, Field(ge=0, le=0, description="not served: 0 or absent")]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
+
+
+def _not_served(value: Any) -> Any:
+    """Lets through what asks for nothing: 0, or an empty text or object."""
+    if not value:
+        return value
+    if isinstance(value, float):
+        nothing, found = "0", f"{value:g}"
+    else:
+        nothing, found = "''" if isinstance(value, str) else "{}", f"one of length {len(value)}"
+    raise ValueError(f"expected {nothing} (not supported by this server), found {found}")
+
+
+NotServed = AfterValidator(_not_served)
+Nothing = Annotated[Finite | None, NotServed, Field(description="not served: 0 or absent")]
 
 
 class Labels(BaseModel):
@@ -56,7 +70,7 @@ class Asked(Labels):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     presence_penalty: Nothing = None
     frequency_penalty: Nothing = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, float] | None, NotServed, Field(description="not served: empty or absent")] = None
     response_format: dict[str, Any] | None = None
     router: Annotated[dict[str, Finite], Field(min_length=1, max_length=64)] | None = None
     routing: bool | Literal["full"] = False
@@ -76,7 +90,7 @@ class CompletionRequest(Asked):
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     best_of: int | None = None
-    suffix: Annotated[str, Field(max_length=0)] | None = None
+    suffix: Annotated[str | None, NotServed, Field(description="not served: empty or absent")] = None
 
     @model_validator(mode="after")
     def _served(self) -> CompletionRequest:
