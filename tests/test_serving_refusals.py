@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from tiny import tiny_peft
 import meteora_jax as mj
 from meteora_jax.serving.answers import Answer
 from meteora_jax.serving.asking import Work
-from meteora_jax.serving.models import Fleet, most_k, resolve
+from meteora_jax.serving.errors import ApiError
+from meteora_jax.serving.models import Fleet, mixture, most_k, resolve
 from meteora_jax.serving.schemas import ChatRequest, Message
 from meteora_jax.serving.server import usage_of
 from meteora_jax.serving.settings import Settings
@@ -59,6 +61,50 @@ def test_fields_that_are_not_served_are_said_to_be_so(served, field, value, said
     assert got.json()["error"]["message"] == f"{field}: {said}"
     nothing = {str: "", dict: {}, float: 0}[type(value)]
     assert post(served, "completions", model="tiny", prompt="A", max_tokens=1, **{field: nothing}).status_code == 200
+
+
+ADAPTERS = "apple, birch, cedar, daisy"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("retrieve", "expected a server with --index, found one without"),
+        ("retrieve:2", "expected a server with --index, found one without"),
+        ("gates-within", "expected a server with --gates and --index, found one without"),
+        ("phatgoose", "expected a server with a bank of adapters with their own gates, found one without"),
+        ("arrow:2", "expected nothing behind 'arrow', found ':2'"),
+        ("aple", f"expected tiny, {ADAPTERS}, found none of them"),
+    ],
+)
+def test_a_name_that_is_no_model_is_told_what_is_missing(world, name, said):
+    fleet = Fleet(dataclasses.replace(world["model"], gates=None), None, "tiny")
+    with pytest.raises(ApiError) as refusal:
+        resolve(fleet, name)
+    assert (refusal.value.status, refusal.value.message) == (404, f"the model {name!r} does not exist: {said}")
+
+
+def test_a_number_of_adapters_that_there_are_not_is_told_the_most(world):
+    fleet = Fleet(world["model"], mj.Index.build(PROFILES), "tiny")
+    with pytest.raises(ApiError, match=r"expected retrieve:K with K from 1 to 4 \(the bank's adapters\), found '9'"):
+        resolve(fleet, "retrieve:9")
+
+
+def test_at_most_eight_names_are_listed():
+    names = tuple(f"adapter{i}" for i in range(30))
+    fleet = Fleet(Mock(spec=mj.Meteora, adapter_names=names), None, "tiny")
+    said = f"tiny, {', '.join(names[:7])} or 23 others"
+    with pytest.raises(ApiError, match=f"^the model 'other' does not exist: expected {said}, found none of them$"):
+        resolve(fleet, "other")
+    with pytest.raises(ApiError, match=rf"'other': expected names of the bank \({', '.join(names[:8])}\)$"):
+        mixture(fleet, "tiny", {"adapter3": 1.0, "other": 1.0})
+
+
+def test_an_adapter_to_unload_that_there_is_not_is_told_which_there_are(served):
+    got = post(served, "unload_lora_adapter", lora_name="fig")
+    assert got.status_code == 404
+    message = f"the adapter 'fig' does not exist: expected one of the bank's ({ADAPTERS})"
+    assert got.json()["error"]["message"] == message
 
 
 def test_refusals_are_counted_as_such_and_unknown_names_are_no_labels(served):

@@ -20,7 +20,7 @@ from meteora_jax.api import Meteora
 from meteora_jax.config import InputError
 from meteora_jax.retriever.index import Index, check_profile
 from meteora_jax.serving.errors import ApiError
-from meteora_jax.serving.models import VIRTUAL, named
+from meteora_jax.serving.models import SHOWN, VIRTUAL, named
 from meteora_jax.serving.schemas import LoadAdapterRequest
 from meteora_jax.serving.server import Server
 
@@ -78,7 +78,9 @@ async def remove(server: Server, name: str) -> dict[str, Any]:
     """Takes an adapter away; requests under way keep it."""
     async with server.changes:
         if name not in server.fleet.model.adapter_names:
-            raise ApiError(404, f"the adapter {name!r:.200} does not exist", code="model_not_found", param="lora_name")
+            known = ", ".join(server.fleet.model.adapter_names[:SHOWN]) or "none"
+            said = f"the adapter {name!r:.200} does not exist: expected one of the bank's ({known})"
+            raise ApiError(404, said, code="model_not_found", param="lora_name")
         if (pool := server.fleet.model.pool) is not None:
             await _refusing(server, lambda: pool.unload(name))
         else:

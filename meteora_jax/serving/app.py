@@ -113,7 +113,7 @@ def _inference(app: FastAPI, server: Server) -> None:
         async def embeddings(body: EmbeddingRequest) -> Response:
             """Vectors of texts, by the index' encoder."""
             if body.model != ENCODER:
-                raise errors.unknown_model(body.model)
+                raise errors.unknown_model(body.model, f"expected {ENCODER!r}, found another")
             texts = [body.input] if isinstance(body.input, str) else body.input
             for i, text in enumerate([*texts, body.instruction]):
                 read_prompt(text, f"input {i}")

@@ -57,9 +57,9 @@ def refused(error: InputError) -> ApiError:
     return ApiError(400, "; ".join(error.problems))
 
 
-def unknown_model(name: str) -> ApiError:
-    """No model has the name: never an answer of another one."""
-    return ApiError(404, f"the model {name!r:.200} does not exist", code="model_not_found", param="model")
+def unknown_model(name: str, said: str) -> ApiError:
+    """No model has the name: never an answer of another one. said: what was expected, and what was found."""
+    return ApiError(404, f"the model {name!r:.200} does not exist: {said}", code="model_not_found", param="model")
 
 
 def dump(value: Any) -> bytes:

@@ -21,6 +21,8 @@ from meteora_jax.routing.task_retrieval import default_retrieval
 from meteora_jax.serving.driver import Named
 from meteora_jax.serving.errors import ApiError, unknown_model
 
+SHOWN = 8  # names that a message lists
+
 
 @dataclasses.dataclass(frozen=True)
 class Fleet:
@@ -93,24 +95,26 @@ def _gates_within(fleet: Fleet, k: int | None) -> RouterArgument:
     return router
 
 
-def _has_gates(fleet: Fleet) -> bool:
-    return fleet.model.gates is not None
+def _lacks_gates(fleet: Fleet) -> list[str]:
+    return ["--gates"] if fleet.model.gates is None else []
 
 
-def _has_index(fleet: Fleet) -> bool:
-    return fleet.index is not None
+def _lacks_index(fleet: Fleet) -> list[str]:
+    return ["--index"] if fleet.index is None else []
 
 
-def _has_both(fleet: Fleet) -> bool:
-    return _has_gates(fleet) and _has_index(fleet)
+def _lacks_either(fleet: Fleet) -> list[str]:
+    return _lacks_gates(fleet) + _lacks_index(fleet)
 
 
-def _has_bank(word: str, fleet: Fleet) -> bool:
-    """Whether a router of `NAMED` can choose: among all of a bank, or by score among those that lie in slots."""
+def _lacks_bank(word: str, fleet: Fleet) -> list[str]:
+    """What a router of `NAMED` lacks: it chooses among all of a bank, or by score among those that lie in slots."""
     bank = fleet.model.bank
-    if bank is None or (fleet.model.pool is not None and word not in BY_TOKEN):
-        return False
-    return bool(bank.own_gates) if word == "phatgoose" else bool(bank.adapters)
+    if bank is None or not bank.adapters:
+        return ["--bank"]
+    if fleet.model.pool is not None and word not in BY_TOKEN:
+        return ["all adapters on the device (no --adapter-slots)"]
+    return ["a bank of adapters with their own gates"] if word == "phatgoose" and not bank.own_gates else []
 
 
 def _of_bank(word: str, fleet: Fleet, k: int | None) -> RouterArgument:
@@ -120,26 +124,26 @@ def _of_bank(word: str, fleet: Fleet, k: int | None) -> RouterArgument:
 
 @dataclasses.dataclass(frozen=True)
 class Virtual:
-    """A router as a model: how it is made of a fleet, whether a fleet has what it needs, and whether ":K" may follow
-    its name."""
+    """A router as a model: how it is made of a fleet, what it needs and a fleet does not have, and whether ":K" may
+    follow its name."""
 
     make: Callable[[Fleet, int | None], RouterArgument]
-    loaded: Callable[[Fleet], bool]
+    missing: Callable[[Fleet], list[str]]
     counts: bool = False
 
 
 VIRTUAL: Mapping[str, Virtual] = {
-    "gates": Virtual(_gates, _has_gates),
-    "retrieve": Virtual(_retrieval, _has_index, counts=True),
-    "gates-within": Virtual(_gates_within, _has_both, counts=True),
-    **{word: Virtual(functools.partial(_of_bank, word), functools.partial(_has_bank, word)) for word in NAMED},
+    "gates": Virtual(_gates, _lacks_gates),
+    "retrieve": Virtual(_retrieval, _lacks_index, counts=True),
+    "gates-within": Virtual(_gates_within, _lacks_either, counts=True),
+    **{word: Virtual(functools.partial(_of_bank, word), functools.partial(_lacks_bank, word)) for word in NAMED},
 }
 
 
 def names(fleet: Fleet) -> list[tuple[str, str | None]]:
     """(name, its base; None of the base itself) of everything that can be asked for; an adapter hides a router of the
     same name."""
-    virtual = [name for name, router in VIRTUAL.items() if router.loaded(fleet)]
+    virtual = [name for name, router in VIRTUAL.items() if not router.missing(fleet)]
     return [(fleet.base, None), *((name, fleet.base) for name in dict.fromkeys([*fleet.model.adapter_names, *virtual]))]
 
 
@@ -181,14 +185,25 @@ def resolve(fleet: Fleet, name: str) -> RouterArgument:
         return None
     word, colon, count = name.partition(":")
     router = VIRTUAL.get(word)
-    if router is None or not router.loaded(fleet) or (colon and not router.counts):
-        raise unknown_model(name)
+    if router is None:
+        raise unknown_model(name, f"expected {first_names(fleet)}, found none of them")
+    if missing := router.missing(fleet):
+        raise unknown_model(name, f"expected a server with {' and '.join(missing)}, found one without")
+    if colon and not router.counts:
+        raise unknown_model(name, f"expected nothing behind {word!r}, found {colon + count!r:.50}")
     if not colon:
         return router.make(fleet, None)
     # one spelling each: 01 would be another label of the metrics
     if not re.fullmatch("[1-9][0-9]{0,8}", count) or int(count) > _room(fleet):
-        raise unknown_model(name)
+        most, of = _room(fleet), "the bank's adapters" if fleet.model.pool is None else "adapters at a time"
+        raise unknown_model(name, f"expected {word}:K with K from 1 to {most} ({of}), found {count!r:.50}")
     return router.make(fleet, int(count))
+
+
+def first_names(fleet: Fleet) -> str:
+    """The base and the first adapters, as messages list them."""
+    listed = list(dict.fromkeys((fleet.base, *fleet.model.adapter_names)))
+    return ", ".join(listed[:SHOWN]) + (f" or {len(listed) - SHOWN} others" if len(listed) > SHOWN else "")
 
 
 def mixture(fleet: Fleet, name: str, weights: Mapping[str, Any] | None) -> RouterArgument:
@@ -199,7 +214,7 @@ def mixture(fleet: Fleet, name: str, weights: Mapping[str, Any] | None) -> Route
         resolve(fleet, name)
         raise ApiError(400, f"router: expected the model {fleet.base!r} beside it, found {name!r:.200}", param="router")
     if strangers := [n for n in weights if n not in fleet.model.adapter_names]:
-        raise ApiError(
-            404, f"router: no adapter is called {strangers[0]!r:.200}", code="model_not_found", param="router"
-        )
+        known = ", ".join(fleet.model.adapter_names[:SHOWN]) or "none, as the server has no --bank"
+        said = f"router: no adapter is called {strangers[0]!r:.200}: expected names of the bank ({known})"
+        raise ApiError(404, said, code="model_not_found", param="router")
     return Fixed(dict(weights))
