@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -17,6 +18,7 @@ from tiny import tiny_peft
 import meteora_jax as mj
 from meteora_jax.serving.answers import Answer
 from meteora_jax.serving.asking import Work
+from meteora_jax.serving.driver import TokenShares
 from meteora_jax.serving.errors import ApiError
 from meteora_jax.serving.models import Fleet, mixture, most_k, resolve
 from meteora_jax.serving.schemas import ChatRequest, Message
@@ -105,6 +107,15 @@ def test_an_adapter_to_unload_that_there_is_not_is_told_which_there_are(served):
     assert got.status_code == 404
     message = f"the adapter 'fig' does not exist: expected one of the bank's ({ADAPTERS})"
     assert got.json()["error"]["message"] == message
+
+
+def test_shares_that_round_to_nothing_are_left_out():
+    answer = Mock(spec=Answer, led=Counter(), _metrics=Mock(), model=Mock())
+    shares = TokenShares((("disfl_qa", 4e-5), ("winowhy", 1e-9)), 0.99996)
+    assert Answer._led(answer, 5, shares)["weights"] == []
+    shares = TokenShares((("disfl_qa", 0.75), ("winowhy", 6e-5), ("other", 4e-5)), 0.2)
+    assert Answer._led(answer, 5, shares)["weights"] == [["disfl_qa", 0.75], ["winowhy", 0.0001]]
+    assert answer.led == {None: 1, "disfl_qa": 1}
 
 
 def test_refusals_are_counted_as_such_and_unknown_names_are_no_labels(served):

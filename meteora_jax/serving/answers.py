@@ -143,7 +143,8 @@ class Answer:
         leader = shares.largest[0][0] if shares.largest and shares.largest[0][1] >= shares.base else None
         self.led[leader] += 1
         self._metrics.led.labels(leader or "").inc()
-        weights = [[name, round(share, 4)] for name, share in shares.largest]
+        rounded = ((name, round(share, 4)) for name, share in shares.largest)
+        weights = [[name, share] for name, share in rounded if share]
         return {"text": self.model.tokenizer.decode([token]), "adapter": leader, "weights": weights}
 
     def meteora(self, tokens: list[dict[str, Any]] | None, full: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class TokenRouting(BaseModel):
 
     adapter: the one with the largest share of the weights, over all layers and projections, in the pass that drew the
     token; null where the base's share (what the null choice took, or all of it) is larger. weights: the up to four
-    largest shares, [adapter, share], largest first; with the base's they add up to 1 at most.
+    largest shares above 0, [adapter, share], largest first, in four digits; with the base's they add up to 1 at most.
     """
 
     text: str
