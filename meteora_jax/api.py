@@ -118,7 +118,7 @@ class Meteora:
         self, router: RouterArgument, batch: int, texts: Callable[[], Sequence[Said]]
     ) -> tuple[RouterArgument, list[Found]]:
         """Routers that read the requests' texts, replaced by what they found; and for each request what that was."""
-        routers, found = look_up(spelled_out(router, self.gates, self.adapter_names), batch, texts)
+        routers, found = look_up(spelled_out(router, self.gates, lambda: self.adapter_names), batch, texts)
         return within_known(routers, found, self.adapter_names, self.gates), found
 
     def add_adapter(self, path: str | os.PathLike[str], name: str, *, any_base: bool = False) -> Meteora:
@@ -243,7 +243,7 @@ class Meteora:
         """`run(*arrays, bound)` of token lists and arrays [B, ...] of them; with slots joined of `in_parts`."""
         if self.pool is None:
             return run(*arrays, self.bind(router, len(rows), rows))
-        own = spelled_out(one_a_row(router, len(rows)), self.gates, self.adapter_names)
+        own = spelled_out(one_a_row(router, len(rows)), self.gates, lambda: self.adapter_names)
         wanted = [self.pool.want(r, row) for r, row in zip(own, rows, strict=True)]
         return in_parts(self.pool, wanted, arrays, run)
 
@@ -358,7 +358,7 @@ class Meteora:
         """What the engine is asked for one prompt; a router that reads text has been replaced by what it found."""
         prompt = tuple(token_ids)
         if self.pool is not None:
-            wanted = self.pool.want(spelled_out(router, self.gates, self.adapter_names), prompt)
+            wanted = self.pool.want(spelled_out(router, self.gates, lambda: self.adapter_names), prompt)
             return Request(prompt, max_new_tokens, None, sampling, tuple(stop), logprobs, trace, wanted)
         bound = self._bound([router, None], 2, [prompt, prompt])  # an array on a device is read behind steps under way
         return Request(prompt, max_new_tokens, bind_row(bound), sampling, tuple(stop), logprobs, trace)

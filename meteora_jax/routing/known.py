@@ -33,7 +33,7 @@ def bind_known(
         InputError: as `bind` and `watch`; gates beside a router that names an adapter of the vocabulary.
     """
     names = bank.names if bank else ()
-    router = spelled_out(router, gates, names)
+    router = spelled_out(router, gates, lambda: names)
     if gates is None or bank is None or len(gates.names) == len(names):
         bound = bind(router, names, batch, gates.names if gates else None)
         return watch(_having_scores(bound, bank), bank, prompts)

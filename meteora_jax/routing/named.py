@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from meteora_jax.config import InputError
@@ -107,9 +107,9 @@ def read_router(
 WORDS = ("gates", "base", "gates if loaded")  # what `router=` may be called
 
 
-def spelled_out(router: Any, gates: GateConfig | None, names: Sequence[str]) -> Any:
+def spelled_out(router: Any, gates: GateConfig | None, names: Callable[[], Sequence[str]]) -> Any:
     """A caller's `router=` with routers in the place of words: "gates" as they were trained, "base" (None), and "gates
-    if loaded", which is the one or the other. names: the bank's.
+    if loaded", which is the one or the other. names: the bank's, asked for by a refusal alone: they may be thousands.
 
     Raises:
         InputError: another word; adapters and indices are never named by a bare string.
@@ -121,7 +121,7 @@ def spelled_out(router: Any, gates: GateConfig | None, names: Sequence[str]) -> 
     if router == "base" or (router == "gates if loaded" and gates is None):
         return None
     if router not in WORDS:
-        refuse(router, names)
+        refuse(router, names())
     if gates is None:
         raise InputError("router: expected trained gates beside 'gates', found a model loaded without them")
     return Gates(gates.top_k, gates.temperature)
