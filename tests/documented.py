@@ -153,8 +153,8 @@ def write_tasks(folder: Path) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """What pages suppose to be there, tiny: the demo's base, bank, gates and tasks; a Hugging Face model `my-model` and
-    PEFT adapters `my-adapters/poems` and `sums` of it."""
+    """What pages suppose to be there, tiny: the demo's base, bank, gates, tasks and PEFT adapters; a Hugging Face model
+    `my-model` and PEFT adapters `my-adapters/poems` and `sums` of it."""
     _, source = tiny_llama(
         folder, num_hidden_layers=2, hidden_size=32, intermediate_size=48, max_position_embeddings=1024,
         folder="my-model",
@@ -163,11 +163,13 @@ def make_folders(folder: Path) -> None:
     demo.mkdir(parents=True)
     converters.import_base(source, demo / "base")
     small = dict(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"])
-    peft = {name: tiny_peft(folder / "peft", source, name, seed=i, **small) for i, name in enumerate(DEMO)}
+    adapters = folder / "scripts" / "demo" / "adapters"
+    peft = {name: tiny_peft(adapters, source, name, seed=i, **small) for i, name in enumerate(DEMO)}
     for i, name in enumerate(("poems", "sums")):
         tiny_peft(folder / "my-adapters", source, name, seed=9 + i, **small)
     converters.import_adapters(demo / "bank", demo / "base", peft)
     config = hf_config.from_hf(read_json(demo / "base" / "config.json"))
     form = TokenRouterForm(32, 2)
-    save_gates(demo / "gates", GateConfig(DEMO, 2, 1.0, form), fresh_gates(form, config, len(DEMO), seed=0))
+    for gates in (demo / "gates", folder / "runs" / "try" / "gates"):  # add-adapter.md makes the second; parsing reads it
+        save_gates(gates, GateConfig(DEMO, 2, 1.0, form), fresh_gates(form, config, len(DEMO), seed=0))
     write_tasks(folder / "runs" / "tasks")
