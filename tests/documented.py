@@ -170,6 +170,6 @@ def make_folders(folder: Path) -> None:
     converters.import_adapters(demo / "bank", demo / "base", peft)
     config = hf_config.from_hf(read_json(demo / "base" / "config.json"))
     form = TokenRouterForm(32, 2)
-    for gates in (demo / "gates", folder / "runs" / "try" / "gates"):  # add-adapter.md makes the second; parsing reads it
+    for gates in (demo / "gates", folder / "runs" / "try" / "gates"):  # the second: add-adapter.md makes it
         save_gates(gates, GateConfig(DEMO, 2, 1.0, form), fresh_gates(form, config, len(DEMO), seed=0))
     write_tasks(folder / "runs" / "tasks")
