@@ -294,13 +294,14 @@ def test_systems_that_nobody_named_are_of_what_is_given(world, folders):
         (Given(alone), ["base", "oracle"]),
         (Given(model), ["base", "oracle", *gates]),
         (Given(model, index=index), ["base", "oracle", *gates, "retrieval-selection"]),
-        (Given(alone, index=few), ["base", "oracle", "retrieval-selection-k2"]),
+        (Given(alone, index=few), ["base", "oracle", "retrieval-selection"]),
         (Given(alone, index=index, ranking=ranking), ["base", "oracle", "retrieval-selection", "task-retrieval"]),
         (Given(alone, index=tasks, ranking=ranking | {"sums": NAMES}), ["base", "oracle", "task-retrieval"]),
     ):
         assert default_systems(given) == systems
         problems = [Problem("a", NAMES[0], "", "")]
         check_routes([make_system(name, given) for name in systems], problems)
+    assert make_system("retrieval-mixture", Given(alone, index=few)).route(problems[0]).k == 2  # as many as there are
     one = dataclasses.replace(model.gates, names=NAMES[:1])
     assert default_systems(Given(dataclasses.replace(model, gates=one))) == ["base", "oracle", "gates-top1"]
 

@@ -244,7 +244,7 @@ def _named(name: re.Match[str], given: Given) -> Route:
 def _task_retrieval(name: re.Match[str], given: Given) -> Route:
     if given.index is None or given.ranking is None:
         raise InputError(f"--systems: {name[0]}: expected --index with the ranking of `meteora index rank`, found none")
-    index, ranking, k = given.index, given.ranking, int(name["found"] or RETRIEVED)
+    index, ranking, k = given.index, given.ranking, _count(name, given)
     hidden = _hidden(name, given.model.adapter_names)
 
     def route(problem: Problem) -> TaskRetrieval:
@@ -259,7 +259,7 @@ def _index(name: re.Match[str], given: Given) -> tuple[Index, int]:
         raise InputError(f"--systems: {name[0]}: expected --index, found none")
     if strange := sorted(set(given.index.names) - set(given.model.adapter_names)):
         raise InputError(f"--index: expected adapters of the bank, found {', '.join(strange)}")
-    return given.index, int(name["found"] or RETRIEVED)
+    return given.index, _count(name, given)
 
 
 def _hidden(name: re.Match[str], names: Sequence[str]) -> Callable[[Problem], tuple[str, ...]]:
@@ -287,6 +287,13 @@ FAMILIES = [
 ]
 
 
+def _count(name: re.Match[str], given: Given) -> int:
+    """How many adapters a system retrieves: as its name says, or the usual number as far as there are so many."""
+    if name["found"]:
+        return int(name["found"])
+    return RETRIEVED if given.index is None else max(1, min(RETRIEVED, len(given.index.names)))
+
+
 def of_a_family(name: str) -> bool:
     """Whether a family has a system of this name."""
     return any(re.fullmatch(family.pattern, name) for family in FAMILIES)
@@ -299,12 +306,11 @@ def default_systems(given: Given) -> list[str]:
     if model.gates is not None:
         found += [f"gates-top{n}" for n in (1, 2) if n <= len(model.gates.names)]
     if index is not None:
-        few = f"-k{len(index.names)}" if len(index.names) < RETRIEVED else ""
         # the tasks of a ranked index may have no adapters of their own; of any other that is a mistake, which is said
         if given.ranking is None or set(index.names) <= set(model.adapter_names):
-            found.append(f"retrieval-selection{few}")
+            found.append("retrieval-selection")
         if given.ranking is not None:
-            found.append(f"task-retrieval{few}")
+            found.append("task-retrieval")
     return found
 
 
@@ -316,7 +322,7 @@ def make_system(name: str, given: Given) -> System:
     """
     for family in FAMILIES:
         if match := re.fullmatch(family.pattern, name):
-            k = int(match["found"] or RETRIEVED) if "-kN" in family.suffixes else None
+            k = _count(match, given) if "-kN" in family.suffixes else None
             return System(name, given.model, family.make(match, given), family.composites, k)
     if other := given.others.get(name):
         (alone,) = other.adapter_names
