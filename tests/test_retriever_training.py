@@ -1,5 +1,6 @@
 """Contrastive training: the loss equals its formula in torch, runs repeat and resume, and learning helps."""
 
+import copy
 import dataclasses
 import json
 
@@ -170,10 +171,49 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not(tmp_path, encoder):
     texts = ["What colour is it?", "How many?"]
     ours, want = (TextEncoder.load(tmp_path / f).encode(texts) for f in ("cut", "whole"))
     assert np.array_equal(ours, want)
-    with pytest.raises(InputError, match="found another's"):
+    with pytest.raises(InputError, match=r"run.json: temperature: expected 0.2 \(this run's\), found 0.1"):
         train_retriever(
             encoder, PROFILES, tmp_path / "x", dataclasses.replace(SETTINGS, temperature=0.2), tmp_path / "b"
         )
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path, encoder):
+    """Of another encoder or tokenizer, of other texts or fewer, with a run.json that was cut short or is gone;
+    --no-resume starts over."""
+    settings, points = dataclasses.replace(SETTINGS, steps=1, save_every=1, hard_negatives=0), tmp_path / "points"
+
+    def steps(encoder: TextEncoder, profiles: dict[str, list[str]], **how: bool) -> list[int]:
+        done = []
+        train_retriever(
+            encoder, profiles, tmp_path / "out", settings, points, lambda step, record: done.append(step), **how
+        )
+        return done
+
+    other = dataclasses.replace(encoder, weights=jax.tree.map(lambda x: x + 0.01, encoder.weights))
+    assert steps(encoder, PROFILES) == [1]
+    assert steps(encoder, PROFILES) == []
+    texts = {name: [text.replace("cat", "ant") for text in inputs] for name, inputs in PROFILES.items()}
+    fewer = {name: inputs[:4] for name, inputs in PROFILES.items()}
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.add_tokens(["colour"])
+    read = dataclasses.replace(encoder, tokenizer=tokenizer)
+    said = r"points/run.json: {}: expected '.*' \(this run's\), found '.*'"
+    for key, changed, profiles in (
+        ("encoder", other, PROFILES), ("profiles", encoder, texts), ("profiles", encoder, fewer),
+        ("tokens", read, PROFILES),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said.format(key)) as info:
+            steps(changed, profiles)
+        assert info.value.problems[-1] == "--no-resume starts over, --checkpoints names another folder"
+    for content in ("{", "[]", None):
+        (points / "run.json").unlink()
+        if content is not None:
+            (points / "run.json").write_text(content)
+        with pytest.raises(InputError, match=r"points/run.json: expected .*, found"):
+            steps(encoder, PROFILES)
+        (points / "run.json").touch()
+    assert steps(other, fewer, resume=False) == [1]
+    assert steps(other, fewer) == []
 
 
 @pytest.mark.parametrize(

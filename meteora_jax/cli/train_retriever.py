@@ -28,6 +28,8 @@ class TrainRetriever:
     settings: RetrieverTraining = field(default_factory=RetrieverTraining)
     checkpoints: Path | None = None
     """Orbax folder, OUT-checkpoints unless given; a run that was cut off goes on from there."""
+    resume: bool = True
+    """Go on from the newest checkpoint if there is one; --no-resume removes them and starts over."""
     json: Path | None = None
     """Write the final figures here too."""
 
@@ -57,7 +59,9 @@ def train_retriever(command: TrainRetriever) -> None:
                 status.print(f"train retriever: {line}", highlight=False, soft_wrap=True)
 
         encoder = TextEncoder.load(command.encoder)
-        report = training.train_retriever(encoder, profiles, command.out, settings, checkpoints, progress, begun)
+        report = training.train_retriever(
+            encoder, profiles, command.out, settings, checkpoints, progress, begun, resume=command.resume
+        )
     training.write_curves(report, command.out / "training.png")
     last = report["steps"][-1]
     console.print(

@@ -15,7 +15,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from meteora_jax.config import InputError
 
@@ -44,6 +44,28 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int = 1) -> Non
     """Writes readable JSON, whole or not at all. Raises InputError as `whole_file`."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def train_alone(folder: str | os.PathLike[str]) -> IO[str]:
+    """A folder's lock, this process' until it is closed or the process ends. Two runs that write checkpoints to one
+    folder take each other's halves away, which shows many steps later.
+
+    A process may take it again; whichever of its files is closed first lets go of it.
+
+    Raises:
+        InputError: another process has it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = (folder / ".lock").open("a")
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        held.close()
+        raise InputError(f"{folder}: expected no other process to train here, found one at work") from e
+    except OSError:  # a file system that knows no locks
+        pass
+    return held
 
 
 def refuse_foreign(folder: str | os.PathLike[str], description: str, *others: str) -> None:

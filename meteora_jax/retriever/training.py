@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from meteora_jax.config import InputError
+from meteora_jax.config import InputError, read_json
+from meteora_jax.io.files import train_alone, write_json
 from meteora_jax.retriever.encoder import SentenceEncoder, TextEncoder, pad
 from meteora_jax.retriever.index import check_profile
 from meteora_jax.retriever.settings import RetrieverTraining
@@ -154,6 +157,8 @@ def train_retriever(
     checkpoints: str | os.PathLike[str],
     progress: Callable[[int, dict[str, Any]], None] | None = None,
     begun: Callable[[dict[str, int]], None] | None = None,
+    *,
+    resume: bool = True,
 ) -> dict[str, Any]:
     """Trains an encoder on part of the profiles and writes it to ENCODER folder `dest`, with training.json.
 
@@ -162,13 +167,15 @@ def train_retriever(
         checkpoints: Orbax folder; a run that was cut off goes on from its last checkpoint.
         progress: called after each step with its record.
         begun: called before the first with {adapter: inputs longer than max_length, whose ends are not read}.
+        resume: False removes the checkpoints and starts over.
 
     Returns:
         What training.json holds: "trained" (the adapters trained on), "cut" (what `begun` is given), "settings", and
         "steps" (loss and accuracy of each).
 
     Raises:
-        InputError: bad profiles, an adapter with one input, checkpoints of other settings, a loss that is not finite.
+        InputError: bad profiles, an adapter with one input, checkpoints of another run (its settings, texts or
+            encoder differ), a folder where another process trains, a loss that is not finite.
     """
     trained = chosen_adapters(list(profiles), settings.share, settings.seed)
     problems = [p for name, inputs in profiles.items() for p in check_profile(name, inputs)]
@@ -191,55 +198,85 @@ def train_retriever(
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
     weights = jax.tree.map(jnp.copy, encoder.weights)  # a step donates its weights
     state = tx.init(weights)
-    about = {**dataclasses.asdict(settings), "adapters": list(trained)}
-    keeper = Checkpoints(checkpoints, about)
-    start, records, (weights, state), vectors = keeper.restore((weights, state))
-    if vectors is not None:
-        sampler.search(vectors)
-    mesh, skip = make_mesh(), short.skipped(settings.instruction)
-    started = time.perf_counter()
-    for step in range(start, settings.steps):
-        if settings.hard_negatives and step % settings.refresh == 0:
-            vectors = dataclasses.replace(short, weights=weights).encode(sampler.texts, settings.instruction)
+    inputs = [settings.instruction + text for text in sampler.texts]
+    about = {
+        **dataclasses.asdict(settings), "adapters": list(trained), "profiles": _digest(inputs),
+        "tokens": _digest(short.tokenize(inputs)), "encoder": _encoder_digest(encoder),
+    }  # fmt: skip
+    with closing(Checkpoints(checkpoints, about, resume=resume)) as keeper:
+        start, records, (weights, state), vectors = keeper.restore((weights, state))
+        if vectors is not None:
             sampler.search(vectors)
-        texts, adapters = sampler.batch(step)
-        rows = pad(short.tokenize(texts), len(texts), short.config, skip)
-        placed = place_rows((rows, adapters), mesh)  # over all devices if they divide the batch
-        weights, state, loss, accuracy = train_step(
-            encoder.graph, weights, state, *placed, jnp.float32(settings.temperature), tx=tx, pairs=settings.batch_size
-        )
-        record = {"step": step + 1, "loss": round(float(loss), 5), "accuracy": round(float(accuracy), 4)}
-        record["seconds"] = round(time.perf_counter() - started, 2)
-        if not np.isfinite(record["loss"]):
-            raise InputError(f"step {step + 1}: expected a finite loss, found {record['loss']}")
-        records.append(record)
-        if progress:
-            progress(step + 1, record)
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            keeper.save(step + 1, (weights, state), records, vectors)
-    keeper.close()
+        mesh, skip, temperature = make_mesh(), short.skipped(settings.instruction), jnp.float32(settings.temperature)
+        started = time.perf_counter()
+        for step in range(start, settings.steps):
+            if settings.hard_negatives and step % settings.refresh == 0:
+                vectors = dataclasses.replace(short, weights=weights).encode(sampler.texts, settings.instruction)
+                sampler.search(vectors)
+            texts, adapters = sampler.batch(step)
+            rows = pad(short.tokenize(texts), len(texts), short.config, skip)
+            placed = place_rows((rows, adapters), mesh)  # over all devices if they divide the batch
+            weights, state, loss, accuracy = train_step(
+                encoder.graph, weights, state, *placed, temperature, tx=tx, pairs=settings.batch_size
+            )
+            record = {"step": step + 1, "loss": round(float(loss), 5), "accuracy": round(float(accuracy), 4)}
+            record["seconds"] = round(time.perf_counter() - started, 2)
+            if not np.isfinite(record["loss"]):
+                raise InputError(f"step {step + 1}: expected a finite loss, found {record['loss']}")
+            records.append(record)
+            if progress:
+                progress(step + 1, record)
+            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                keeper.save(step + 1, (weights, state), records, vectors)
     report = {"trained": list(trained), "cut": cut, "settings": dataclasses.asdict(settings), "steps": records}
     dataclasses.replace(encoder, weights=weights).save(dest)
     (Path(dest) / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 
-class Checkpoints:
-    """Orbax checkpoints of a run, and run.json in the same folder, which says which run they belong to."""
+def _digest(value: Any) -> str:
+    """SHA-256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
-    def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any]):
+
+def _encoder_digest(encoder: TextEncoder) -> str:
+    """SHA-256 of an encoder's weights and of its configuration."""
+    digest = hashlib.sha256(json.dumps(encoder.config.to_json()).encode())
+    for path, leaf in nnx.to_flat_state(encoder.weights):
+        digest.update(repr(path).encode())
+        digest.update(np.ascontiguousarray(leaf[...]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Checkpoints:
+    """Orbax checkpoints of a run, and run.json in the same folder, which says which run they belong to.
+
+    Args:
+        about: what a run must have in common with the checkpoints that it goes on from.
+        resume: False removes them.
+
+    Raises:
+        InputError: another process trains here, or the checkpoints are another run's.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any], *, resume: bool = True):
         import orbax.checkpoint as ocp
 
         folder = Path(folder).absolute()
-        record = folder / "run.json"
-        if record.exists() and json.loads(record.read_text()) != json.loads(json.dumps(about)):
-            raise InputError(
-                f"{folder}: expected checkpoints of this run, found another's (settings or adapters differ)"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        self._lock = train_alone(folder)
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(folder / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        about = json.loads(json.dumps(about))
+        try:
+            if not resume:
+                for step in self._manager.all_steps():
+                    self._manager.delete(step)
+            elif self._manager.all_steps():
+                _check(folder / "run.json", about)
+            write_json(folder / "run.json", about)
+        except BaseException:
+            self.close()
+            raise
 
     def restore(self, tree: PyTree) -> tuple[int, list[dict[str, Any]], PyTree, np.ndarray | None]:
         """(steps done, their records, the tree, vectors of the last search) of the newest checkpoint, if any."""
@@ -263,6 +300,22 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+        self._lock.close()
+
+
+def _check(file: Path, about: Mapping[str, Any]) -> None:
+    """Refuses checkpoints whose run.json is of another run, or is none."""
+    advice = "--no-resume starts over, --checkpoints names another folder"
+    try:
+        found = read_json(file)
+    except InputError as e:
+        raise InputError([*e.problems, advice]) from None
+    if not isinstance(found, dict):
+        raise InputError([f"{file}: expected what its checkpoints are of, found {found!r:.60}", advice])
+    differing = [k for k in sorted(found.keys() | about.keys()) if found.get(k) != about.get(k)]
+    if differing:
+        shown = [f"{k}: expected {about.get(k)!r:.200} (this run's), found {found.get(k)!r:.200}" for k in differing]
+        raise InputError([f"{file}: {s}" for s in shown] + [advice])
 
 
 def write_curves(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

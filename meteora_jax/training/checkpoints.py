@@ -7,7 +7,6 @@ and the position.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from meteora_jax.config import InputError
+from meteora_jax.io.files import train_alone
 from meteora_jax.training.data import Layout
 
 POSITION_BYTES = 1 << 14  # room for one shard's position when hosts exchange them
@@ -78,7 +78,7 @@ class Checkpoints:
         self._fingerprints = jax.jit(_prints)
         self._args = ocp.args
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder.parent / ".lock") if jax.process_index() == 0 else None
+        self._lock = train_alone(self.folder.parent) if jax.process_index() == 0 else None
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "run"),
@@ -206,20 +206,6 @@ class Checkpoints:
             os.replace(source, target)
         self._manager.reload()
         return f"{source}: damaged ({' '.join(str(error).split())[:200] or type(error).__name__})"
-
-
-def _locked(file: Path) -> IO[str]:
-    """The file, locked until it is closed or the process ends. Two runs that write checkpoints to one folder take each
-    other's halves away, which shows many steps later."""
-    held = file.open("a")
-    try:
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:
-        held.close()
-        raise InputError(f"{file.parent}: expected no other process to train here, found one at work") from e
-    except OSError:  # a file system that knows no locks
-        pass
-    return held
 
 
 def _keys(tree: Any) -> list[str]:
