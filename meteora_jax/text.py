@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -13,6 +14,10 @@ from meteora_jax.config import InputError, read_json
 Decode = Callable[[Sequence[int]], str]
 WINDOW = 16  # tokens of a response that are decoded again to see what the next ones add
 REPLACEMENT = "\ufffd"  # what a tokenizer prints for bytes that are not yet a whole character
+TOKENIZER_FILES = (  # what of a BASE decides how text and messages become tokens
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 # {model_type of config.json: {tokenizer_class of tokenizer_config.json, without "Fast": class that AutoTokenizer of
 # transformers 5.3 to 5.24 chooses}}: bases, then encoders. The plain class does what tokenizer.json says, nothing more.
 PLAIN = dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend"), "PreTrainedTokenizerFast")
@@ -119,6 +124,25 @@ def load_tokenizer(base: str | os.PathLike[str]) -> Any:
             "ones that need code of their own, which is not run" if "custom code" in str(e) else f"none that load ({e})"
         )
         raise InputError(f"{base}: expected a tokenizer's files, found {said}") from None
+
+
+def tokenizer_digest(base: str | os.PathLike[str]) -> str:
+    """SHA-256 of the tokenizer's files in BASE, its chat template among them. The files and not what they make of a
+    text: some templates write the day's date.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in (Path(base) / name for name in TOKENIZER_FILES):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def _class_name(base: Path) -> str:

@@ -28,12 +28,13 @@ from test_training_mesh import free_port, together
 from worlds import NAMES
 
 from meteora_jax.config import InputError, Preempted
-from meteora_jax.evaluation.tasks import load_split
+from meteora_jax.evaluation.tasks import Example, load_split
 from meteora_jax.sharding import initialize_distributed, make_mesh
+from meteora_jax.training.adapter import train_adapter
 from meteora_jax.training.checkpoints import Checkpoints
 from meteora_jax.training.data import Layout
 from meteora_jax.training.gates import train_gates
-from meteora_jax.training.settings import Checkpointing, GateTraining
+from meteora_jax.training.settings import AdapterTraining, Checkpointing, GateTraining
 from meteora_jax.training.trainer import Callbacks
 
 KILLS = int(os.environ.get("METEORA_KILLS", examples(1, 3)))
@@ -288,6 +289,50 @@ def test_only_damaged_checkpoints_are_refused_all(saved):
         restored(saved)
     for step in (10, 20, 30):
         assert f"{saved / str(step)}: damaged" in str(info.value)
+
+
+def test_a_run_with_another_chat_template_is_another_run(place, tmp_path):
+    """It does not go on, and --no-resume leaves nothing of the run before in TensorBoard's folder."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(place[1][0], base)
+    chats = [Example("q", f"{i}", messages=({"role": "user", "content": f"q {i}"},)) for i in range(4)]
+    settings = flat(AdapterTraining, name="new", steps=1, batch_size=2, rank=2)
+
+    def steps(**how: bool) -> list[int]:
+        done = []
+        train_adapter(
+            base, {"chats": chats}, tmp_path / "new", settings, dtype="float32",
+            checkpointing=Checkpointing(run=run, **how), callbacks=Callbacks(progress=lambda n, _: done.append(n)),
+        )  # fmt: skip
+        return done
+
+    assert (steps(), steps()) == ([1], [])
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# corrected #}")
+    with pytest.raises(InputError, match=r"checkpoints/1: tokenizer: expected '\w+' \(this run's\), found '\w+'"):
+        steps()
+    (said,) = (run / "checkpoints" / "1" / "run").glob("metadata")
+    record = json.loads(said.read_text())
+    del record["identity"]["tokenizer"]  # as before it was said
+    said.write_text(json.dumps(record))
+    assert steps() == []
+    (run / "tensorboard" / "notes.txt").touch()
+    assert steps(resume=False) == [1]
+    assert sorted(p.name.split(".")[0] for p in (run / "tensorboard").iterdir()) == ["events", "notes"]
+
+
+def test_checkpoints_that_lack_a_later_key_go_on(saved):
+    def step(identity: dict[str, Any]) -> int:
+        checkpoints = Checkpoints(saved, 3, identity, later=("tokenizer",))
+        found = checkpoints.restore(state(0.0)).step
+        if found == 30:
+            checkpoints.save(40, state(40.0), LAYOUT, {0: "at 40"})
+        checkpoints.close()
+        return found
+
+    assert (step({"seed": 1, "tokenizer": "a"}), step({"seed": 1, "tokenizer": "a"})) == (30, 40)
+    with pytest.raises(InputError, match=r"40: tokenizer: expected 'b' \(this run's\), found 'a'"):
+        restored(saved, {"seed": 1, "tokenizer": "b"})
 
 
 def test_checkpoints_of_another_run_are_refused(saved):

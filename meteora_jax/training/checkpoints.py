@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Checkpoints:
 
     Args:
         identity: what a run must have in common with the checkpoints that it goes on from.
+        later: keys of it that came after the first checkpoints: those that lack them are this run's, too.
         orders: of the groups whose columns the run's mesh holds in another order than the projections' own
             (`io.model_state.column_orders`); what is saved is in their own, so that another mesh can read it.
 
@@ -70,12 +71,13 @@ class Checkpoints:
         keep: int,
         identity: Mapping[str, Any],
         orders: Mapping[str, np.ndarray] | None = None,
+        later: Collection[str] = (),
     ):
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
         self.folder, self._identity, self._orders = Path(folder).absolute(), dict(identity), dict(orders or {})
-        self._fingerprints = jax.jit(_prints)
+        self._later, self._fingerprints = frozenset(later), jax.jit(_prints)
         self._args = ocp.args
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = train_alone(self.folder.parent) if jax.process_index() == 0 else None
@@ -160,7 +162,8 @@ class Checkpoints:
         return run
 
     def _check(self, step: int, found: Mapping[str, Any]) -> None:
-        differing = [k for k in sorted(found.keys() | self._identity.keys()) if found.get(k) != self._identity.get(k)]
+        keys = found.keys() | (self._identity.keys() - self._later)
+        differing = [k for k in sorted(keys) if found.get(k) != self._identity.get(k)]
         if differing:
             where = self.folder / str(step)
             shown = [f"{k}: expected {self._identity.get(k)!r} (this run's), found {found.get(k)!r}" for k in differing]

@@ -25,7 +25,7 @@ from meteora_jax.io.model_state import assemble, column_orders
 from meteora_jax.io.tensors import StoredArray
 from meteora_jax.routing import BoundRouter, Router
 from meteora_jax.sharding import Params, fetch, place_rows, rows_multiple, tensor_shards, use_mesh
-from meteora_jax.text import load_tokenizer
+from meteora_jax.text import load_tokenizer, tokenizer_digest
 from meteora_jax.training.charts import write_accuracy_map, write_curves
 from meteora_jax.training.checkpoints import Checkpoints, Restored, preemption
 from meteora_jax.training.data import Batches, Layout, Mixture, own_shards, plan
@@ -48,6 +48,7 @@ LATER = {
     "start_weight": 0.0, "segment_weight": 0.0, "composite_cut": 0.0, "ema": 0.0,
     "background_share": 0.25, "conversations": 0.0,
 }  # fmt: skip
+LATER_KEYS = ("tokenizer",)  # what else came after them: checkpoints that do not say it go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +135,16 @@ class Trainer:
             state = restored.state
             batches.seek(restored.position)
         start = restored.step if restored else 0
+        scalars = self.checkpointing.in_run("tensorboard")
+        if start == 0 and scalars is not None and jax.process_index() == 0:
+            for events in scalars.glob("events.out.tfevents*"):  # of a run that this one replaces
+                events.unlink(missing_ok=True)
         step = self._step(graph, state, lost)
         if self.validation is not None:
             self.validation.begin(graph, state, layout, self.dtype, self.mesh, run=self.checkpointing.run, start=start)
         recorder = Recorder(
             self.trainee.bank.names if self.trainee.gates is None else tuple(self.labels),
-            self.checkpointing.log or self.checkpointing.in_run("log.jsonl"), self.checkpointing.in_run("tensorboard"),
+            self.checkpointing.log or self.checkpointing.in_run("log.jsonl"), scalars,
             start=start, progress=self.callbacks.progress, flops=self.trainee.flops,
         )  # fmt: skip
         try:
@@ -176,7 +181,7 @@ class Trainer:
         if folder is None:
             return None
         orders = column_orders(self.trainee.config, tensor_shards(self.mesh))
-        checkpoints = Checkpoints(folder, self.checkpointing.keep, self._identity(), orders)
+        checkpoints = Checkpoints(folder, self.checkpointing.keep, self._identity(), orders, LATER_KEYS)
         if not self.checkpointing.resume:
             checkpoints.clear()
         return checkpoints
@@ -298,7 +303,7 @@ class Trainer:
                 own["stream"] = "trained"  # runs that left what all columns read as it was are other runs
         return {
             **own, **self.identity, "dtype": str(self.dtype), "tasks": digest.hexdigest()[:16],
-            "base": sample.hexdigest()[:16],
+            "base": sample.hexdigest()[:16], "tokenizer": tokenizer_digest(m.base),
             "base_shape": [m.config.num_layers, m.config.hidden_size, m.config.vocab_size],
             "adapters": {a.name: a.sha256[:16] for a in m.bank.config.adapters},
         }  # fmt: skip
