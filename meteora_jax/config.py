@@ -366,10 +366,16 @@ def read_lines(path: str | os.PathLike[str]) -> list[tuple[str, bytes]]:
         InputError: the file cannot be read, or a line before the last is blank.
     """
     try:
-        # by line ends alone: inside a JSON text other separators (U+2028) are legal
-        lines = [line.strip() for line in Path(path).read_bytes().split(b"\n")]
+        content = Path(path).read_bytes()
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    return numbered_lines(content, path)
+
+
+def numbered_lines(content: bytes, path: str | os.PathLike[str]) -> list[tuple[str, bytes]]:
+    """`read_lines` of what a file holds."""
+    # by line ends alone: inside a JSON text other separators (U+2028) are legal
+    lines = [line.strip() for line in content.split(b"\n")]
     while lines and not lines[-1]:
         lines.pop()
     if blank := [n for n, line in enumerate(lines, start=1) if not line]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from meteora_jax.cli.devices import Devices, is_first_process, make_devices_mesh
 from meteora_jax.cli.report import console, default_dtype, progress_bar, status, write_json
 from meteora_jax.config import InputError, read_json
 from meteora_jax.gate_config import FormName, GateConfig
-from meteora_jax.io.files import refuse_foreign
+from meteora_jax.io.files import refuse_foreign, train_alone
 from meteora_jax.io.tensors import WEIGHTS
 from meteora_jax.training.recipes import RECIPES, recipe_of, settled
 from meteora_jax.training.settings import AdapterTraining, BankTraining, Checkpointing, GateTraining, LoRA, Training
@@ -124,7 +124,7 @@ def gates_by_recipe(args: Sequence[str]) -> TrainGates:
 
 def train_gates(command: TrainGates) -> None:
     """Runs `meteora train gates`."""
-    from meteora_jax.training.background import load_background
+    from meteora_jax.training.background import SELF, load_background
     from meteora_jax.training.gates import train_gates as train
 
     settings = settled(command.settings, recipe_of(command.recipe, command.extend))
@@ -133,18 +133,20 @@ def train_gates(command: TrainGates) -> None:
     names = read_description(command.bank).names
     tasks = _gate_tasks(command, names)
     checkpointing, dtype = _checkpointing(command), default_dtype(command.dtype)
-    kept = checkpointing.in_run("background.jsonl")
-    if kept is not None and not checkpointing.resume and is_first_process():
-        kept.unlink(missing_ok=True)
-    background = load_background(
-        command.background, command.base, dtype=dtype, seed=settings.seed, mesh=mesh, kept=kept
-    )
-    with _callbacks("train gates", settings) as callbacks:
-        final = train(
-            command.base, command.bank, tasks, command.out, settings,
-            dtype=dtype, mesh=mesh, checkpointing=checkpointing, callbacks=callbacks, new_bank=command.new_bank,
-            extend=command.extend, background=background,
-        )  # fmt: skip
+    kept = checkpointing.in_run("background.jsonl") if SELF in command.background else None
+    # held until the run is over: what the base writes is part of it
+    with train_alone(kept.parent) if kept is not None and is_first_process() else nullcontext():
+        if kept is not None and not checkpointing.resume and is_first_process():
+            kept.unlink(missing_ok=True)
+        background = load_background(
+            command.background, command.base, dtype=dtype, seed=settings.seed, mesh=mesh, kept=kept
+        )
+        with _callbacks("train gates", settings) as callbacks:
+            final = train(
+                command.base, command.bank, tasks, command.out, settings,
+                dtype=dtype, mesh=mesh, checkpointing=checkpointing, callbacks=callbacks, new_bank=command.new_bank,
+                extend=command.extend, background=background,
+            )  # fmt: skip
     _report(command, settings, final, {"gates": str(command.out)})
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from numpy.typing import DTypeLike
@@ -40,6 +42,14 @@ def load_base(
     }
     paths |= {named.get(key, tuple(key.split("."))): [key] for key in shapes if key not in grouped}
     return config, {path: StoredArray(file, keys, types.get(keys[0], dtype)) for path, keys in paths.items()}
+
+
+def sample_digest(weights: Mapping[tuple[str, ...], StoredArray]) -> str:
+    """SHA-256 of a few rows of each weight, which tells one base from another."""
+    sample = hashlib.sha256()
+    for path in sorted(weights, key=str):
+        sample.update(weights[path].first(4096).tobytes())
+    return sample.hexdigest()[:16]
 
 
 def read_origin(folder: str | os.PathLike[str]) -> BaseOrigin | None:

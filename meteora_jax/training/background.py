@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -11,18 +12,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from meteora_jax.config import InputError, read_lines
+from meteora_jax.config import InputError, numbered_lines, read_lines
 from meteora_jax.engine import Request, Sampling
 from meteora_jax.examples import Example, as_text, of_messages, parse_example, record_of
 from meteora_jax.generation import Engines
-from meteora_jax.io.base import load_base
+from meteora_jax.io.base import load_base, sample_digest
 from meteora_jax.io.files import whole_file
 from meteora_jax.io.model_state import assemble
 from meteora_jax.prompts import is_messages, read_prompt, render_chat
 from meteora_jax.retriever.wording import shared_frame
-from meteora_jax.text import check_text, load_tokenizer
+from meteora_jax.text import check_text, load_tokenizer, tokenizer_digest
 
 NULL = "(no adapter)"  # the name of what is no adapter's task, where tasks are named
 SELF = "self"  # the source that is the base itself
@@ -47,7 +49,8 @@ def load_background(
     """The examples of all sources, files or `SELF`, in their order.
 
     Args:
-        kept: a file that gets what the base wrote; where it is there already, it stands for the base.
+        kept: a file that gets what the base wrote. It stands for the base where the same one wrote it with the same
+            arguments, or where there are checkpoints beside it: these say themselves which run may go on.
 
     Raises:
         InputError: files with bad lines or none, a base without a chat template for `SELF`.
@@ -56,17 +59,59 @@ def load_background(
     for source in sources:
         if str(source) != SELF:
             found += read_background(source, tokenizer)
-        elif kept is not None and kept.is_file():
-            found += read_background(kept, tokenizer)
+        elif kept is None:
+            found += write_background(base, count, dtype=dtype, seed=seed, mesh=mesh)
         else:
-            own = write_background(base, count, dtype=dtype, seed=seed, mesh=mesh)
-            if kept is not None and jax.process_index() == 0:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                lines = (json.dumps(record_of(example), ensure_ascii=False) + "\n" for example in own)
-                with whole_file(kept) as partial, partial.open("w", encoding="utf-8") as file:
-                    file.writelines(lines)
-            found += own
+            config, weights = load_base(base, jnp.dtype(dtype))
+            made = {
+                "base": sample_digest(weights), "config": hashlib.sha256(repr(config).encode()).hexdigest()[:16],
+                "tokenizer": tokenizer_digest(base), "dtype": dtype, "seed": seed, "count": count,
+            }  # fmt: skip
+            lines = _of_first(_kept(kept, made) if jax.process_index() == 0 else None)
+            if lines is None:
+                own = write_background(base, count, dtype=dtype, seed=seed, mesh=mesh)
+                if jax.process_index() == 0:
+                    _keep(kept, made, own)
+                found += own
+            else:
+                found += _examples(numbered_lines(lines, kept), tokenizer)
     return found
+
+
+def _keep(file: Path, made: Mapping[str, Any], examples: Sequence[Example]) -> None:
+    """Writes examples, and into the first one's line what they were made of."""
+    records = [record_of(example) for example in examples]
+    records[0] |= {"made": made}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as partial, partial.open("w", encoding="utf-8") as opened:
+        opened.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _kept(file: Path, made: Mapping[str, Any]) -> bytes | None:
+    """What a file holds, if it was made of that or belongs to the checkpoints beside it."""
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    if content and any(step.name.isdigit() for step in file.parent.glob("checkpoints/*")):
+        return content
+    try:
+        first = json.loads(content.partition(b"\n")[0])
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(first, dict) and first.get("made") == made else None
+
+
+def _of_first(content: bytes | None) -> bytes | None:
+    """The first process' value, on all: they may have no disk in common."""
+    if jax.process_count() == 1:
+        return content
+    from jax.experimental import multihost_utils
+
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if content is None else len(content))))
+    if size < 0:
+        return None
+    own = np.zeros(size, np.uint8) if content is None else np.frombuffer(content, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes()
 
 
 def read_background(path: str | os.PathLike[str], tokenizer: Any) -> list[Example]:
@@ -77,9 +122,7 @@ def read_background(path: str | os.PathLike[str], tokenizer: Any) -> list[Exampl
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        examples = [_of_json(line, where) for where, line in read_lines(path)]
-        for example in examples:
-            as_text(example, tokenizer)  # a chat template may refuse its messages
+        examples = _examples(read_lines(path), tokenizer)
     else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -91,6 +134,13 @@ def read_background(path: str | os.PathLike[str], tokenizer: Any) -> list[Exampl
         examples = [_halves(line.strip()) for line in lines if line.strip()]
     if not examples:
         raise InputError(f"{path}: expected background text, found none")
+    return examples
+
+
+def _examples(lines: Sequence[tuple[str, bytes]], tokenizer: Any) -> list[Example]:
+    examples = [_of_json(line, where) for where, line in lines]
+    for example in examples:
+        as_text(example, tokenizer)  # a chat template may refuse its messages
     return examples
 
 

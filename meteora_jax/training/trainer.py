@@ -21,6 +21,7 @@ from meteora_jax.bank import AdapterBank
 from meteora_jax.config import InputError, LlamaConfig, Preempted
 from meteora_jax.examples import Example, end_token
 from meteora_jax.gate_config import TokenRouterForm
+from meteora_jax.io.base import sample_digest
 from meteora_jax.io.model_state import assemble, column_orders
 from meteora_jax.io.tensors import StoredArray
 from meteora_jax.routing import BoundRouter, Router
@@ -288,12 +289,10 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What decides a run's numbers, the mesh aside: two runs that differ in it must not go on from each other."""
-        m, digest, sample = self.trainee, hashlib.sha256(), hashlib.sha256()
+        m, digest = self.trainee, hashlib.sha256()
         for name, examples in self.tasks.items():
             for e in examples:
                 digest.update(f"{name}\0{e.key}\0{e.response}\0".encode())
-        for path in sorted(m.weights, key=str):  # a few rows of each weight tell one base from another
-            sample.update(m.weights[path].first(4096).tobytes())
         own = {k: v for k, v in self.settings.record().items() if k not in LATER or v != LATER[k]}
         own = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()}
         if m.columns is not None and m.gates is not None:
@@ -303,7 +302,7 @@ class Trainer:
                 own["stream"] = "trained"  # runs that left what all columns read as it was are other runs
         return {
             **own, **self.identity, "dtype": str(self.dtype), "tasks": digest.hexdigest()[:16],
-            "base": sample.hexdigest()[:16], "tokenizer": tokenizer_digest(m.base),
+            "base": sample_digest(m.weights), "tokenizer": tokenizer_digest(m.base),
             "base_shape": [m.config.num_layers, m.config.hidden_size, m.config.vocab_size],
             "adapters": {a.name: a.sha256[:16] for a in m.bank.config.adapters},
         }  # fmt: skip
