@@ -312,7 +312,7 @@ def test_a_token_router_learns_alone_from_what_is_cut_short(tmp_path, world):
     final = train_gates(world["base"], world["bank"], TASKS, tmp_path / "gates", settings, dtype="float32",
                         checkpointing=Checkpointing(log=tmp_path / "log.jsonl"))  # fmt: skip
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    assert first["lm"] == final["lm"] == 0
+    assert "lm" not in {*first, *final}  # a loss that there is not
     assert final["gate"] < 0.7 * first["gate"]
     config, arrays = load_gates(tmp_path / "gates", world["model"].config, NAMES)
     assert config.form == settings.form

@@ -254,7 +254,7 @@ def _callbacks(what: str, settings: Training) -> Iterator[Callbacks]:
 
 def _progress(bar: Callable[..., None], steps: int) -> Callable[[int, dict[str, Any]], None]:
     def show(step: int, record: dict[str, Any]) -> None:
-        parts = [f"lm {record['lm']:.3f}"]
+        parts = [f"lm {record['lm']:.3f}"] if "lm" in record else []
         if "gate" in record:
             parts.append(f"gate {record['gate']:.4f}  accuracy {record['gate_accuracy']:.3f}")
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")

@@ -143,7 +143,9 @@ class Recorder:
         self._times.append((now, tokens, tokens * self._flops.token + pairs * self._flops.pair))
         (first, *_), *later = self._times
         rate, flops = (sum(t[i] for t in later) / max(now - first, 1e-9) for i in (1, 2))
-        record = {"step": step, "lm": round(float(losses.lm), 5)}
+        record: dict[str, Any] = {"step": step}
+        if float(losses.lm) or not losses.gate_accuracy.size:  # a token router may have no such loss
+            record["lm"] = round(float(losses.lm), 5)
         if losses.gate_accuracy.size:
             record["gate"] = round(float(losses.gate), 5)
             record["gate_accuracy"] = round(float(losses.gate_accuracy.mean()), 5)
@@ -156,7 +158,8 @@ class Recorder:
             "mfu": round(flops / self._peak, 4) if self._peak else None,
         }
         if not np.isfinite(losses.loss):
-            raise InputError(f"step {step}: expected a finite loss, found lm {record['lm']}, gate {record.get('gate')}")
+            found = ", ".join(f"{key} {record[key]}" for key in ("lm", "gate") if key in record)
+            raise InputError(f"step {step}: expected a finite loss, found {found}")
         self.records.append(record)
         if self._file:
             self._file.write(json.dumps(record) + "\n")
