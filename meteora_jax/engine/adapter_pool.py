@@ -287,7 +287,7 @@ class AdapterPool:
 
     def advance(self) -> bool:
         """Writes what has arrived into its slots; whether anything is on its way still."""
-        self.sharing.bury()
+        self.sharing.release_gone()
         written = self._copies.advance(self.versions.__contains__)
         self.changes += written
         self.counters.copies += written
@@ -298,7 +298,7 @@ class AdapterPool:
         or a moment. Not under `lock`. asking: the engine that waits."""
         with self.lock:
             coming = self._copies.first()
-        if coming is not None or not self.sharing.move_on(asking):
+        if coming is not None or not self.sharing.step_others(asking):
             self.counters.stalled += wait_for(coming)
 
     def numbers(self) -> np.ndarray:

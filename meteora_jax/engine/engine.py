@@ -102,7 +102,7 @@ class EngineCore:
         with self._exclusive(), use_mesh(mesh):
             self._state: EngineState = new_state(graph, weights, size.blocks, size.block_size, size.rows)
         if pool is not None:
-            pool.sharing.join(self, self.scheduler)
+            pool.sharing.add(self, self.scheduler)
         if pool is not None and mesh is None:  # bound to its device as steps leave it: else the next compiles anew
             self._state = jax.device_put(self._state, jax.devices()[0])
 
@@ -180,7 +180,7 @@ class EngineCore:
         self._tell()
         return found is not False
 
-    def lend_a_hand(self) -> bool:
+    def step_for_others(self) -> bool:
         """One round for the sake of another engine, which waits for slots that requests of this one hold; False: there
         was none, or another thread is at it."""
         if not self._lock.acquire(blocking=False):

@@ -19,7 +19,7 @@ from meteora_jax.engine.scheduler import Scheduler
 class Member(Protocol):
     """What is asked of an engine."""
 
-    def lend_a_hand(self) -> bool:
+    def step_for_others(self) -> bool:
         """One round for another's sake; False: it had nothing to do, or a thread of its own is at it."""
         ...
 
@@ -29,23 +29,23 @@ class Sharing:
 
     def __init__(self) -> None:
         self._members: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._orphaned: deque[Scheduler] = deque()
+        self._gone: deque[Scheduler] = deque()
         self._lock = threading.Lock()  # of the members
 
-    def join(self, engine: Member, scheduler: Scheduler) -> None:
+    def add(self, engine: Member, scheduler: Scheduler) -> None:
         """An engine, and what knows its requests when it is no more."""
         with self._lock:
             self._members.add(engine)
         # the collector calls this wherever a thread happens to be, so it takes no lock and changes no table
-        weakref.finalize(engine, self._orphaned.append, scheduler).atexit = False
+        weakref.finalize(engine, self._gone.append, scheduler).atexit = False
 
-    def bury(self) -> None:
+    def release_gone(self) -> None:
         """Ends the requests of engines that nobody can reach any more; under the pool's lock."""
-        while self._orphaned:
-            self._orphaned.popleft().release_all()
+        while self._gone:
+            self._gone.popleft().release_all()
 
-    def move_on(self, asking: Member | None) -> bool:
+    def step_others(self, asking: Member | None) -> bool:
         """A round of every other engine; whether one had something to do."""
         with self._lock:
             others = [m for m in self._members if m is not asking]
-        return sum(m.lend_a_hand() for m in others) > 0  # `any` would stop at the first
+        return sum(m.step_for_others() for m in others) > 0  # `any` would stop at the first
