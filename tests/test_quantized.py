@@ -237,7 +237,12 @@ def test_what_is_refused(folder: Path, tmp_path: Path):
     assert_refused(lambda: export_merged(base, folder / "bank", "one", dest), dest, again, "--dequantize")
     assert_refused(lambda: export_gates(base, folder / "bank", folder / "gates", dest), dest, again)
     assert_refused(lambda: quantize_base(folder / "base", dest, "int3"), dest, "weights: expected int8, fp8, int4")
-    assert_refused(lambda: quantize_base(folder / "hf", dest, "int8"), dest, "weights.safetensors")
+    assert_refused(
+        lambda: quantize_base(folder / "hf", dest, "int8"),
+        dest,
+        "expected a BASE folder, found a Hugging Face model",
+        "meteora import base",
+    )
     other = tmp_path / "other"
     shutil.copytree(folder / "base", other)
     edit_json(other / "config.json", meteora={"format": "meteora-base-9"})
