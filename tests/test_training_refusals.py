@@ -48,8 +48,10 @@ def test_what_cannot_be_meant_is_refused(make, said):
 
 
 def test_what_can_be_meant_is_taken():
-    Schedule(clip=math.inf, warmup=0.0), Schedule(warmup=1.0), LoRA(alpha=1e-3), Optimization(learning_rate=1e-9)
-    AdapterTraining(name="Ünï 1.5", seed=20251201)
+    assert Schedule(clip=math.inf, warmup=0.0).clip == math.inf
+    assert (Schedule(warmup=1.0).warmup, LoRA(alpha=1e-3).alpha) == (1.0, 1e-3)
+    assert Optimization(learning_rate=1e-9).steps == 1000
+    assert AdapterTraining(name="Ünï 1.5", seed=20251201).name == "Ünï 1.5"
 
 
 @pytest.mark.parametrize(("steps", "count", "due"), [(9, 8, 8), (3, 8, 3), (70, 8, 8), (1, 8, 1), (560, 8, 8)])
