@@ -222,3 +222,19 @@ def test_conversations_are_asked_by_a_command(tasks, world, tmp_path, capsys):
             main([*given, *systems, "--composite", *words])
         assert refusal.value.code == 1
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["conversations", "own-conversations", "unnumbered"])
+def test_a_base_alone_is_asked_the_tasks_that_are_named(what, tasks, world, tmp_path, capsys):
+    given = ["evaluate", "--base", str(world["base"]), "--tasks", str(tasks), "--systems", "base", "--limit", "1"]
+    given += ["--max-new-tokens", "2", "--out", str(tmp_path / "run"), "--composite"]
+    with pytest.raises(SystemExit) as refusal:
+        main([*given, what])
+    assert refusal.value.code == 1
+    assert f"--composite: expected {what}=TASK+TASK with fewer than two adapters" in capsys.readouterr().err
+    base = tmp_path / "base"
+    shutil.copytree(world["base"], base)
+    edit_json(base / "config.json", max_position_embeddings=1024)
+    given[2] = str(base)
+    main([*given, f"{what}={NAMES[0]}+{NAMES[1]}"])
+    assert set(json.loads((tmp_path / "run" / "table.json").read_text())["tasks"]) == {what}

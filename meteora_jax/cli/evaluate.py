@@ -174,6 +174,8 @@ def conversations(command: Evaluate, model: Model, what: str, metrics: dict[str,
         raise InputError(f"--split: expected test with --composite {what}, found {command.split}")
     if equals and len(tasks.split("+")) < 2:
         raise InputError(f"--composite: expected {row}=TASK+TASK, found {what!r}")
+    if not equals and len(model.adapter_names) < 2:
+        raise InputError(f"--composite: expected {row}=TASK+TASK with fewer than two adapters, found {what!r}")
     of = tasks.split("+") if equals else model.adapter_names
     return load_conversations(
         command.tasks, row, of, command.limit, command.max_new_tokens, metrics, longest_prompt(model.config, 0),

@@ -197,6 +197,8 @@ def load_conversations(
     Raises:
         InputError: test files and metrics that `load_problems` refuses; fewer than two tasks.
     """
+    if len(tasks) < 2:
+        raise InputError(f"conversations: expected two tasks or more, found {', '.join(tasks) or 'none'}")
     examples = load_splits(tasks_dir, tasks, "test")
     wrong: list[str] = []
     metrics: dict[str, Metric] = {}
