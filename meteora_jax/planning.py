@@ -250,7 +250,8 @@ def program_figures(
         seen = None
     else:
         memory = compiled.memory_analysis()
-        weights, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        # a program that does not read the model (a token router's training) does not have it among its arguments
+        weights, temporary = max(memory.argument_size_in_bytes, held), memory.temp_size_in_bytes
         available, seen = there, collectives(compiled)
     seconds = flops / (peak * mfu) if peak and mfu else None
     return Plan(

@@ -21,6 +21,7 @@ from meteora_jax.io import hf_config
 from meteora_jax.planning import OutOfMemory, Plan, plan_training, shape_of
 from meteora_jax.sharding import make_mesh
 from meteora_jax.topologies import has_cuda_compiler, topology_devices
+from meteora_jax.training.recipes import RECIPES
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 TINY = hf_config.from_hf(
@@ -38,12 +39,21 @@ def test_memory_and_flops_of_one_device():
     base = sum(2 * inputs[p] * outputs[p] for p in inputs) + 2 * 320 * 64 + 2 * 2 * 64 + 64
     bank = 2 * 4 * 8 * sum(inputs[p] + outputs[p] for p in inputs)
     gates = 2 * 4 * sum(inputs.values())
-    # bfloat16 base and bank; float32 gates with two moments, scales and the batch
-    expected = 2 * (base + bank) + 4 * 3 * gates + 4 * 2 * 7 * 4 + 2 * 64 * (4 * 4 + 1)
+    # bfloat16 base and bank; float32 gates with two moments, scales, what scores are made of, and the batch
+    scores = 4 * 2 * 7 * 4 * (8 + 8 * 8)
+    expected = 2 * (base + bank) + 4 * 3 * gates + 4 * 2 * 7 * 4 + scores + 2 * 64 * (4 * 4 + 1)
     assert expected <= found.weights <= expected + 4096
     assert found.temporary > 0
     assert (found.memory, found.fits, found.seconds, found.devices) == (None, None, None, 1)
     assert set(found.collectives.values()) == {0}
+
+
+def test_training_a_token_router_holds_the_model_that_its_step_does_not_read():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    found = plan_training(TINY, 4, 8, mesh, rows=2, width=64, mfu=0.5, recipe=RECIPES["token-router"])
+    assert found.weights >= sum(found.parts.values())
+    assert found.parts["base"] > 2e5
+    assert found.parts["adapters"] > 1e5
 
 
 def test_generation_holds_weights_and_cache():
@@ -161,6 +171,19 @@ def test_a_plan_refuses_what_it_cannot_compile(capsys):
         shape_of("llama9")
     with pytest.raises(InputError, match="expected a multiple of data x fsdp x accumulate = 3, found 2"):
         plan_training(TINY, 4, 8, make_mesh(devices=jax.devices()[:1]), rows=2, width=64, mfu=0.5, accumulate=3)
+    for option, value, said in (
+        ("--rank", "0", "--rank: expected 1 or more, found 0"),
+        ("--adapters", "-1", "--adapters: expected 1 or more, found -1"),
+        ("--rows", "0", "--rows: expected 1 or more, found 0"),
+        ("--width", "0", "--width: expected 1 or more, found 0"),
+        ("--new-tokens", "0", "--new-tokens: expected 1 or more, found 0"),
+        ("--accumulate", "0", "--accumulate: expected 1 or more, found 0"),
+        ("--top-k", "0", "--top-k: expected 1 or more, found 0"),
+        ("--top-k", "29", "--top-k: expected at most the 28 adapters, found 29"),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            main(["plan", "evaluate", "--base", "llama3-8b", "--topology", "v5e:2x2", option, value])
+        assert said in capsys.readouterr().err
     with pytest.raises(SystemExit, match="1"):
         main(["plan", "train", "--base", "llama3-8b", "--topology", "kitten:2x2"])
     assert "topology: expected one that libtpu describes, found 'kitten:2x2'" in capsys.readouterr().err
@@ -190,7 +213,7 @@ def test_training_over_int4_compiles_for_two_gpus_that_are_not_there(tmp_path, c
     assert found["fits"]
     assert found["collectives"]["all-gather"] > 0
     assert found["parts"]["scales"] > 0
-    # training reads no spectra of adapters, which at this size are a tenth
+    # the batch, and what the compiler pads
     assert found["weights"] == pytest.approx(sum(found["parts"].values()), rel=0.15)
     said = capsys.readouterr().out
     assert "of these: base" in said
@@ -205,6 +228,7 @@ def test_a_tpu_step_compiles_without_a_tpu(tmp_path):
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["devices"], found["device_kind"], found["rows"]) == (4, "TPU v5 lite", 2)
     assert found["fits"]
+    assert found["weights"] >= sum(found["parts"].values())
     assert found["collectives"]["all-gather"] > 0
 
 

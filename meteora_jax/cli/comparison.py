@@ -84,17 +84,6 @@ class Loaded:
     index: Index | None
 
 
-def check_counts(**counts: int | None) -> None:
-    """Refuses options, by name, that are not 1 or more; None is not given.
-
-    Raises:
-        InputError: a line for the first of them.
-    """
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
-
-
 def load_systems(command: Comparison, mesh: Mesh | None, dtype: Dtype) -> Loaded:
     """Loads the model, onto a mesh if there is one, and makes the systems.
 

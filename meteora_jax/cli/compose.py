@@ -10,8 +10,7 @@ from typing import Any
 import tyro
 from rich.text import Text
 
-from meteora_jax.cli.comparison import check_counts
-from meteora_jax.cli.report import console, status, write_json
+from meteora_jax.cli.report import check_counts, console, status, write_json
 from meteora_jax.config import InputError, LlamaConfig, read_json
 from meteora_jax.evaluation.composite import (
     COMPOSITES,

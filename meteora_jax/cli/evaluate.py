@@ -12,7 +12,6 @@ import tyro
 
 from meteora_jax.cli.comparison import (
     Comparison,
-    check_counts,
     check_lengths,
     fingerprint,
     fitting,
@@ -20,7 +19,7 @@ from meteora_jax.cli.comparison import (
     named_problems,
 )
 from meteora_jax.cli.devices import is_first_process, make_replica_mesh
-from meteora_jax.cli.report import default_dtype, print_tables, progress_bar, status, write_json
+from meteora_jax.cli.report import check_counts, default_dtype, print_tables, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation import runner
 from meteora_jax.evaluation.composite import (

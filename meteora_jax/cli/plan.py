@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from meteora_jax.cli.report import console, status, write_json
+from meteora_jax.cli.report import check_counts, console, status, write_json
 from meteora_jax.config import InputError, read_json
 from meteora_jax.gate_config import FormName
 from meteora_jax.io import hf_config
@@ -72,6 +72,12 @@ def plan(command: Plan) -> None:
     from meteora_jax.topologies import GPUS, topology_devices
     from meteora_jax.training.recipes import RECIPES
 
+    check_counts(
+        adapters=command.adapters, rank=command.rank, top_k=command.top_k, rows=command.rows, width=command.width,
+        new_tokens=command.new_tokens, accumulate=command.accumulate,
+    )  # fmt: skip
+    if command.top_k > command.adapters:
+        raise InputError(f"--top-k: expected at most the {command.adapters} adapters, found {command.top_k}")
     if not 0 < command.mfu <= 1:
         raise InputError(f"mfu: expected a share above 0 and at most 1, found {command.mfu}")
     file = Path(command.base) / "config.json"

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from meteora_jax.config import InputError
 from meteora_jax.execution import default_dtype as default_dtype  # for every command
 from meteora_jax.io import files
 
@@ -32,6 +33,17 @@ def write_json(path: Path | None, value: Any) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, value)
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuses options, by name, that are not 1 or more; None is not given.
+
+    Raises:
+        InputError: a line for the first of them.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
 
 
 def print_tables(text: str, to: Console = console) -> None:

@@ -7,9 +7,9 @@ from typing import Literal
 
 import jax
 
-from meteora_jax.cli.comparison import Comparison, check_counts, check_lengths, fitting, load_systems, named_problems
+from meteora_jax.cli.comparison import Comparison, check_lengths, fitting, load_systems, named_problems
 from meteora_jax.cli.devices import is_first_process, make_devices_mesh
-from meteora_jax.cli.report import console, default_dtype, print_tables, progress_bar, status, write_json
+from meteora_jax.cli.report import check_counts, console, default_dtype, print_tables, progress_bar, status, write_json
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.systems import check_routes
 from meteora_jax.evaluation.throughput import measure, throughput_markdown, write_throughput
