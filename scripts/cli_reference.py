@@ -26,6 +26,8 @@ An error is one line that names file, key and reason. The exit status is 0 when 
 2 for wrong usage, 75 for a training that SIGTERM ended after saving (the same command goes on), 130 when interrupted,
 141 where the reader of its output has gone (`meteora --help | head -1`).
 
+`--json FILE` writes a command's report, whole or not at all; with `--json -` it is all that is on standard output.
+
 `python -m meteora_jax.harness run --model meteora ...` runs the tasks of EleutherAI's lm-evaluation-harness with a
 model of this project (install the extra `harness`); its options are the harness's own.
 """

@@ -100,12 +100,16 @@ def test_a_bank_that_nothing_chooses_from_is_remarked_on(capsys, world):
         assert "no adapter acts" not in run(capsys, *words, *chosen)[2]
 
 
-def test_a_reader_that_goes_is_no_error():
+@pytest.mark.parametrize("words", [["--help"], ["inspect", "BANK"], ["inspect", "BANK", "--json", "-"]])
+def test_a_reader_that_goes_is_no_error(world, words):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "meteora_jax.cli", "--help"], stdout=write, stderr=subprocess.PIPE)
+    words = [str(world["bank"]) if word == "BANK" else word for word in words]
+    command = [sys.executable, "-m", "meteora_jax.cli", *words]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120)
     os.close(write)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert b"roken" not in done.stderr
 
 
 def test_one_rule_for_the_dtype(capsys, world):
@@ -191,6 +195,43 @@ def test_inspect_says_what_folders_hold(tmp_path, capsys, world):
         assert status == 0
         assert json.loads((tmp_path / "report.json").read_text())["kind"] == kind
         assert all(w in out for w in words)
+    cut = tmp_path / "gates"
+    shutil.copytree(world["gates"], cut)
+    os.truncate(cut / "weights.safetensors", 100)
+    status, _, err = run(capsys, "inspect", cut)
+    assert status == 1
+    assert f"error: {cut}/weights.safetensors: " in err
+
+
+def test_json_on_standard_output_is_alone_there(capsys, world):
+    run(capsys, "inspect", world["bank"], "--json", "-")
+    status, out, err = run(capsys, "inspect", world["bank"], "--json", "-")
+    assert status == 0
+    assert json.loads(out)["kind"] == "bank"
+    assert NAMES[0] in err
+    status, out, _ = run(capsys, "inspect", world["bank"])
+    assert NAMES[0] in out
+    assert not os.path.exists("-")
+
+
+def test_a_json_file_that_cannot_be_written_is_said_before(tmp_path, capsys, world):
+    (tmp_path / "file").write_text("")
+    status, out, err = run(capsys, "inspect", world["bank"], "--json", tmp_path / "file" / "report.json")
+    assert (status, out) == (1, "")
+    assert f"--json: expected a folder, found the file {tmp_path}/file" in err
+    dest = tmp_path / "bank"
+    pair = f"{NAMES[0]}={world['peft'][NAMES[0]]}"
+    report = dest / "report.json"
+    status, _, err = run(capsys, "import", "adapters", dest, pair, "--base", world["base"], "--json", report)
+    assert status == 1
+    assert f"--json: expected a file outside of {dest}, which is written as a whole, found {report}" in err
+    assert not dest.exists()
+    status, _, err = run(
+        capsys, "generate", "a", "--base", world["base"], "--bank", world["bank"], "--router", "arrow",
+        "--show-routing", "--routing-dir", tmp_path / "file",
+    )  # fmt: skip
+    assert status == 1
+    assert f"--routing-dir: expected a folder, found the file {tmp_path}/file" in err
 
 
 def test_a_bank_s_names_and_paths_are_shown_as_they_are(tmp_path, capsys, world):

@@ -216,5 +216,12 @@ def test_wrong_input_is_refused_at_once(tasks_dir):
     assert [problem.split(":")[0] for problem in refused.value.problems] == [
         *("tasks", "seed", "count", "shots", "max_tokens"),
     ]
+    with pytest.raises(InputError) as refused:
+        draw(tasks_dir, ("birds", f"../{tasks_dir.name}/trees"), seed=2**32, max_tokens=-3, count_tokens=len)
+    assert list(refused.value.problems) == [
+        f"tasks: expected names of folders in TASKS, found '../{tasks_dir.name}/trees'",
+        "seed: expected less than 2**32, found 4294967296",
+        "max_tokens: expected room for a prompt beside its response, found -3",
+    ]
     with pytest.raises(InputError, match=r"birds/train\.jsonl: expected 7 or more different prompts, found 6"):
         draw(tasks_dir, shots=7)

@@ -12,7 +12,7 @@ import pytest
 from converters.folders import new_folder
 from meteora_jax.config import InputError
 from meteora_jax.io import files
-from meteora_jax.io.files import refuse_foreign, whole_folder
+from meteora_jax.io.files import refuse_foreign, refuse_unwritable, whole_file, whole_folder
 
 # Replaces what stands at argv[1] and is killed there.
 SCRIPT = """
@@ -134,3 +134,60 @@ def test_what_is_not_ones_own_is_not_replaced(tmp_path: Path):
     refuse_foreign(folder, "bank.json", "weights.safetensors")
     with pytest.raises(InputError, match="expected a folder or nothing, found a file"):
         refuse_foreign(folder / "bank.json", "bank.json")
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path):
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.parent.mkdir()
+    link.symlink_to("disk/real")
+    for text in ("first", "second"):  # where nothing is yet, and in the place of a file
+        with whole_file(link) as partial:
+            partial.write_text(text)
+        assert link.is_symlink()
+        assert real.read_text() == text
+        real.chmod(0o640)
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert os.listdir(real.parent) == ["real"]
+    with pytest.raises(InputError, match=f"{tmp_path}/disk: expected a file, found a folder"), whole_file(real.parent):
+        pass
+
+
+def test_a_pipe_gets_what_no_file_can_take_the_place_of(tmp_path: Path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with whole_file(pipe) as partial:
+        partial.write_text("all of it")
+    assert os.read(reader, 100) == b"all of it"
+    assert pipe.is_fifo()
+    os.close(reader)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_standard_output_in_a_file_keeps_what_was_said_before(tmp_path: Path):
+    script = """if True:
+        import sys
+        from meteora_jax.io.files import write_json
+        print("before", flush=True)
+        write_json("/dev/stdout", [1])
+        print("after")
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with (tmp_path / "out").open("ab") as out:
+        subprocess.run([sys.executable, "-c", script], env=environment, stdout=out, check=True, timeout=120)
+    assert (tmp_path / "out").read_text().split() == ["before", "[", "1", "]", "after"]
+
+
+def test_what_could_not_be_written_is_refused_before_any_work(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    refuse_unwritable("--json", tmp_path / "new" / "folder" / "x.json")
+    refuse_unwritable("--json", tmp_path / "file")
+    refuse_unwritable("--out", tmp_path / "new" / "folder", folder=True)
+    for path, folder, said in (
+        (tmp_path, False, f"--x: expected a file, found the folder {tmp_path}"),
+        (tmp_path / "file" / "x.json", False, f"--x: expected a folder, found the file {tmp_path}/file"),
+        (tmp_path / "file", True, f"--x: expected a folder, found the file {tmp_path}/file"),
+        (tmp_path / "file" / "below", True, f"--x: expected a folder, found the file {tmp_path}/file"),
+    ):
+        with pytest.raises(InputError, match=said):
+            refuse_unwritable("--x", path, folder=folder)

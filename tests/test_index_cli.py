@@ -99,6 +99,15 @@ def test_a_query_of_a_small_index_finds_all_there_is(tmp_path, capsys, profiles,
     status, _, noted = run(capsys, "index", "query", index, "Translate this", "--k", 5)
     assert status == 0
     assert "--k 5: found all adapters that there are to find, 2" in noted
+    words = ["--exclude", "apple", "--k", 2, "--json", out]
+    status, _, noted = run(capsys, "index", "query", index, "Translate this", "Count that", *words)
+    assert status == 0
+    assert "--k 2: found all adapters that there are to find, 1" in noted
+    assert [(row["names"], len(row["similarities"])) for row in json.loads(out.read_text())] == [(["birch"], 1)] * 2
+    found = mj.Index.load(index).query(["a", "b"], 2, [["apple"], []])
+    assert [len(names) for names in found.names] == [1, 2]
+    said = refused(capsys, "index", "query", index, "x", "--exclude", "apple", "--exclude", "birch")
+    assert "exclude: expected an adapter that text 0 may have, found all excluded" in said
     assert "query: text 0: expected a text, found ''" in refused(capsys, "index", "query", index, "")
     assert "word 1: expected text that UTF-8 can hold" in refused(capsys, "index", "query", index, "x", "y \udcff")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff"), encoding="utf-8"))
@@ -266,3 +275,14 @@ def test_refusals_are_one_line(tmp_path, capsys, arguments, said):
     line = refused(capsys, *(places.get(a, a) for a in arguments))
     assert said in line
     assert not (tmp_path / "OUT").exists()
+
+
+def test_names_are_those_that_there_are_and_each_is_one(tmp_path, capsys, profiles, queries):
+    index = tmp_path / "index"
+    assert run(capsys, "index", "build", index, "--profiles", profiles)[0] == 0
+    said = refused(capsys, "index", "evaluate", index, queries, "--except-for", "elm")
+    assert "--except-for: expected adapters of apple, birch, cedar, daisy, found elm" in said
+    twice = [{"model_name": "apple", "sample": [{"inputs": text}]} for text in ("one", "two")]
+    (tmp_path / "twice.json").write_text(json.dumps(twice))
+    said = refused(capsys, "index", "build", tmp_path / "other", "--profiles", tmp_path / "twice.json")
+    assert "twice.json: expected each model_name once, found twice: apple" in said

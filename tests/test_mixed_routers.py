@@ -101,6 +101,9 @@ def test_a_name_makes_a_router(world):
     assert named_router("logo", names, 2) == mj.Logo(2)
     assert named_router("uniform", names) == mj.Fixed(dict.fromkeys(names, 0.25))
     assert read_router("spectr", None, names, 1) == mj.Spectr(1)
+    for text, said in (("a=1,a=2", "expected each adapter once, found 'a' twice"), ("a,b", "NAME=WEIGHT, found 'a'")):
+        with pytest.raises(InputError, match=said):
+            read_router(text, None, ("a", "b"))
     assert read_router("arrow", None, ("arrow", "b")) == mj.Fixed("arrow"), "an adapter hides a router of its name"
     for arguments, words in (
         (("best", names), "expected one of arrow"), (("arrow", ()), "expected a bank"),

@@ -3,6 +3,7 @@ divided by the rule, whole or not at all."""
 
 import hashlib
 import json
+import os
 
 import pytest
 from test_cli import refused, run
@@ -132,6 +133,7 @@ def test_lines_are_divided_by_the_digest_of_their_own_input(tmp_path, capsys):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in own))
     sources = [f"{name}={tmp_path / name}.jsonl" for name in ("sums", "talks")]
     write(tmp_path / "t" / "sums", {"metric": "contains"})
+    (tmp_path / "t" / "sums" / "notes").symlink_to("../elsewhere/notes")  # kept, wherever it points
     status, out, _ = run(capsys, "tasks", "split", tmp_path / "t", *sources, "--json", tmp_path / "counts.json")
     assert status == 0
     assert "sums" in out
@@ -145,6 +147,7 @@ def test_lines_are_divided_by_the_digest_of_their_own_input(tmp_path, capsys):
             assert found == "".join(json.dumps(x) + "\n" for x in own if rule(text(x)) == split)
             assert next(c[split] for c in counts if c["task"] == name) == found.count("\n")
     assert (tmp_path / "t" / "sums" / "task.json").is_file()
+    assert os.readlink(tmp_path / "t" / "sums" / "notes") == "../elsewhere/notes"
     before = {p: p.read_bytes() for p in (tmp_path / "t").rglob("*") if p.is_file()}
     said = refused(capsys, "tasks", "split", tmp_path / "t", sources[0], f"new={tmp_path / 'sums.jsonl'}")
     assert "sums: expected no train, test or holdout yet, found train.jsonl, test.jsonl, holdout.jsonl" in said
@@ -225,3 +228,12 @@ def test_an_index_and_composites_are_made_of_conversations(tmp_path, talks, worl
     problem = json.loads(file.read_text().splitlines()[0])
     assert problem["prompt"].count("<|im_start|>assistant\n") == 2
     assert problem["prompt"].endswith("<|im_start|>assistant\n(2)\n\n")
+
+
+def test_what_cannot_be_copied_beside_the_lines_is_named(tmp_path, capsys):
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(50)))
+    (tmp_path / "t" / "sums").mkdir(parents=True)
+    os.mkfifo(tmp_path / "t" / "sums" / "pipe")
+    said = refused(capsys, "tasks", "split", tmp_path / "t", f"sums={tmp_path / 'all.jsonl'}")
+    assert f"error: {tmp_path}/t/sums/pipe: cannot be copied (" in said
+    assert os.listdir(tmp_path / "t" / "sums") == ["pipe"]

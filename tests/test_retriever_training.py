@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,20 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not(tmp_path, encoder):
         train_retriever(
             encoder, PROFILES, tmp_path / "x", dataclasses.replace(SETTINGS, temperature=0.2), tmp_path / "b"
         )
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, encoder):
+    train_retriever(encoder, PROFILES, tmp_path / "whole", SETTINGS, tmp_path / "points")
+    newest = max((tmp_path / "points" / "steps").iterdir(), key=lambda folder: int(folder.name))
+    for file in newest.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(InputError, match=f"{newest}: expected a whole checkpoint, found a damaged one .*--no-resume"):
+        train_retriever(encoder, PROFILES, tmp_path / "again", SETTINGS, tmp_path / "points")
+    shutil.rmtree(newest)
+    train_retriever(encoder, PROFILES, tmp_path / "again", SETTINGS, tmp_path / "points")
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "again")]
+    assert weights[0] == weights[1]
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path, encoder):

@@ -76,6 +76,7 @@ from meteora_jax.cli.inspect import Inspect, inspect
 from meteora_jax.cli.plan import Plan, plan
 from meteora_jax.cli.prepare import Prepare, prepare
 from meteora_jax.cli.quantize import Quantize, quantize
+from meteora_jax.cli.report import json_alone
 from meteora_jax.cli.serve import Serve, serve
 from meteora_jax.cli.tasks import TasksCheck, TasksCommand, TasksSplit, tasks_check, tasks_split
 from meteora_jax.cli.throughput import Throughput, throughput
@@ -264,7 +265,9 @@ def main(args: Sequence[str] | None = None) -> None:
             compilation_cache.use()
         quiet_libtpu()
         check_texts(command)
-        ACTIONS[type(command)](command)
+        with json_alone(command):
+            ACTIONS[type(command)](command)
+        sys.stdout.flush()  # here, where it is known what to do if nobody reads it any more
     except Preempted as e:
         print(e, file=sys.stderr)
         sys.exit(Preempted.status)

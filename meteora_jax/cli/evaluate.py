@@ -37,6 +37,7 @@ from meteora_jax.evaluation.problems import Problem, load_composites, longest_re
 from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, routing_kind, skipped
 from meteora_jax.evaluation.wordings import WORDINGS, Wording
+from meteora_jax.io.files import refuse_unwritable
 from meteora_jax.retriever.ranking import FILE as RANKING
 from meteora_jax.routing import RoutingTrace, adapter_share, null_share
 
@@ -232,6 +233,7 @@ def evaluate(command: Evaluate) -> None:
         limit=command.limit,
         max_prompt=command.max_prompt,
     )
+    refuse_unwritable("--out", command.out, folder=True)
     mesh, shared_out = make_replica_mesh(command)
     dtype = default_dtype(None)
     with status.status(f"loading as {dtype}"):

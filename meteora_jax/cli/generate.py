@@ -11,6 +11,7 @@ import tyro
 
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
+from meteora_jax.io.files import refuse_unwritable
 
 RETRIEVING = ("retrieval", "gates-within")
 
@@ -166,6 +167,8 @@ def generate(command: Generate) -> None:
         raise InputError([f"prompt {i}: expected a text, found an empty one" for i in empty])
     check_options(command)
     check_router(command)
+    if command.show_routing:
+        refuse_unwritable("--routing-dir", command.routing_dir, folder=True)
     with status.status("loading"):
         model = load(
             command.base, command.bank, command.gates, dtype=command.dtype, adapter_slots=command.adapter_slots
@@ -188,14 +191,14 @@ def generate(command: Generate) -> None:
             if isinstance(piece, list):
                 completions = piece
             else:
-                print(piece.text, end="", flush=True)
-        print()
+                print(piece.text, end="", flush=True, file=console.file)
+        print(file=console.file)
     else:
         completions = model.generate(asked, router, **options)
         for i, c in enumerate(completions):
             if len(completions) > 1:
                 console.rule(f"prompt {i}", align="left")
-            print(c.text)
+            print(c.text, file=console.file)
     for i, c in enumerate(completions):
         if c.routing is not None and c.routing.retrieved:
             found = ", ".join(f"{name} {similarity:.3f}" for name, similarity in c.routing.retrieved)

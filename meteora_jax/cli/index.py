@@ -14,6 +14,7 @@ from rich.table import Table
 from meteora_jax.cli.index_rank import IndexRank
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
+from meteora_jax.io.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from meteora_jax.retriever.evaluation import Query
@@ -257,13 +258,13 @@ def index_query(command: IndexQuery) -> None:
     if command.k is not None and count < k:
         status.print(f"--k {k}: found all adapters that there are to find, {count}", highlight=False)
     table = Table("text", *(f"{i + 1}" for i in range(count)))
-    for text, names, similarities in zip(texts, *found, strict=True):
+    rows = [(t, n, s[: len(n)].tolist()) for t, n, s in zip(texts, *found, strict=True)]
+    for text, names, similarities in rows:
         shown = " ".join(text.split())
         cells = [f"{n} {s:.3f}" for n, s in zip(names, similarities, strict=True)]
         table.add_row(shown if len(shown) <= 40 else f"{shown[:39]}…", *cells)
     console.print(table)
-    rows = zip(texts, *found, strict=True)
-    write_json(command.json, [{"text": t, "names": list(n), "similarities": s.tolist()} for t, n, s in rows])
+    write_json(command.json, [{"text": t, "names": list(n), "similarities": s} for t, n, s in rows])
 
 
 def read_asked(command: IndexEvaluate, names: Sequence[str]) -> list[Query]:
@@ -291,11 +292,17 @@ def index_evaluate(command: IndexEvaluate) -> None:
     from meteora_jax.retriever import evaluation
     from meteora_jax.retriever.index import Index
 
+    if command.out:
+        refuse_unwritable("--out", command.out, folder=True)
     index = Index.load(command.index)
     if command.out and len(index.names) > evaluation.MOST_DRAWN:
         most = evaluation.MOST_DRAWN
         raise InputError(f"--out: expected at most {most} adapters in a similarity map, found {len(index.names)}")
-    queries = [q for q in read_asked(command, index.names) if q.adapter not in command.except_for]
+    asked = read_asked(command, index.names)
+    known = {*index.names, *(q.adapter for q in asked)}
+    if strange := [name for name in command.except_for if name not in known]:
+        raise InputError(f"--except-for: expected adapters of {', '.join(sorted(known))}, found {', '.join(strange)}")
+    queries = [q for q in asked if q.adapter not in command.except_for]
     if not queries:
         raise InputError(f"{command.queries}: expected queries other than those of --except-for, found none")
     paraphrases = evaluation.read_paraphrases(command.paraphrases) if command.paraphrases else None

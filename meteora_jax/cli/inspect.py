@@ -62,7 +62,7 @@ def describe(path: Path) -> dict[str, Any]:
     import converters
     from converters.peft_folder import CONFIG, read_tensors
     from converters.peft_settings import read_settings
-    from converters.tensor_files import TensorReader
+    from converters.tensor_files import TensorReader, read_safetensors
     from meteora_jax.io.tensors import WEIGHTS
 
     if (path / "bank.json").exists():
@@ -73,7 +73,8 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "bank", "about": about, "adapters": adapters}
     if (path / "gates.json").exists():
         gates = GateConfig.from_json(read_json(path / "gates.json"), str(path / "gates.json"))
-        about = {"adapters": " ".join(gates.names), "top_k": gates.top_k, "temperature": gates.temperature}
+        about = {"tensors": len(read_safetensors(path / WEIGHTS, str(path / WEIGHTS)))}  # which a base's shapes say
+        about |= {"adapters": " ".join(gates.names), "top_k": gates.top_k, "temperature": gates.temperature}
         about |= {"form": gates.form_name, "null choice": gates.null}
         about |= {"width": gates.form.width, "depth": gates.form.depth} if gates.form else {}
         return {"kind": "gates", "about": about}

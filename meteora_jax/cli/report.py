@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,17 +24,52 @@ from meteora_jax.io import files
 
 T = TypeVar("T")
 LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
+
+
+class _Console(Console):
+    """A console whose reader may go, as in `meteora ... | head`: that is for `main` to end with."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 # What is printed are prompts, names and paths: "[/INST]" and ":x:" in them mean nothing to the console.
-console = Console(markup=False, emoji=False)
-status = Console(stderr=True, markup=False, emoji=False)  # progress and remarks stay out of what a pipe reads
+console = _Console(markup=False, emoji=False)
+status = _Console(stderr=True, markup=False, emoji=False)  # progress and remarks stay out of what a pipe reads
+STDOUT = Path("-")  # as a `--json` file
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """Writes what a command reported to its `--json` file, whole or not at all."""
+    """Writes what a command reported to its `--json` file, whole or not at all; "-" is standard output."""
     if path is None:
+        return
+    if path == STDOUT:
+        print(json.dumps(value, indent=1, ensure_ascii=False))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, value)
+
+
+@contextmanager
+def json_alone(command: Any) -> Iterator[None]:
+    """While a command runs: with `--json -` standard output is the JSON's alone, and all else is on standard error.
+
+    Raises:
+        InputError: the `--json` file could not be written when the work is done, or lies in what is replaced.
+    """
+    path: Path | None = getattr(command, "json", None)
+    if path is None or path == STDOUT:
+        console.stderr = path is not None
+        try:
+            yield
+        finally:
+            console.stderr = False
+        return
+    files.refuse_unwritable("--json", path)
+    dest: Path | None = getattr(command, "dest", None)
+    if dest is not None and Path(os.path.realpath(dest)) in Path(os.path.realpath(path)).parents:
+        raise InputError(f"--json: expected a file outside of {dest}, which is written as a whole, found {path}")
+    yield
 
 
 def check_counts(**counts: int | None) -> None:

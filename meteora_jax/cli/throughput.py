@@ -13,6 +13,7 @@ from meteora_jax.cli.report import check_counts, console, default_dtype, print_t
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.systems import check_routes
 from meteora_jax.evaluation.throughput import measure, throughput_markdown, write_throughput
+from meteora_jax.io.files import refuse_unwritable
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def throughput(command: Throughput) -> None:
     if not command.batch_sizes or min(command.batch_sizes) < 1:
         found = " ".join(map(str, command.batch_sizes)) or "none"
         raise InputError(f"--batch-sizes: expected batch sizes of 1 or more, found {found}")
+    refuse_unwritable("--out", command.out, folder=True)
     mesh = make_devices_mesh(command)
     dtype = default_dtype(command.dtype)
     with status.status(f"loading as {dtype}"):

@@ -322,9 +322,15 @@ def _check(
     problems = []
     if not tasks or len(set(tasks)) < len(tasks):
         problems.append(f"tasks: expected one or more, each once, found {', '.join(tasks) or 'none'}")
+    if paths := [task for task in tasks if Path(task).name != task]:
+        problems.append(f"tasks: expected names of folders in TASKS, found {', '.join(map(repr, paths))}")
     for name, value, least in (("seed", seed, 0), ("count", count, 1), ("shots", shots, 0)):
         if value < least:
             problems.append(f"{name}: expected {least} or more, found {value}")
+    if seed >= 2**32:
+        problems.append(f"seed: expected less than 2**32, found {seed}")
+    if max_tokens is not None and max_tokens < 1:
+        problems.append(f"max_tokens: expected room for a prompt beside its response, found {max_tokens}")
     if (max_tokens is None) != (count_tokens is None):
         problems.append("max_tokens: expected with count_tokens, the tokenizer's length of a text, found only one")
     if problems:

@@ -22,22 +22,63 @@ from meteora_jax.config import InputError
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes its place when the block ends without an exception.
+    """A path to write to: what is there takes the place of `path`, whole, when the block ends without an exception.
+
+    A link stays and what it points to is replaced; permissions stay. A device or a pipe, which nothing can take the
+    place of, gets the bytes, as do /dev/stdout and other streams.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or is a folder.
+    """
+    given = Path(path)
+    try:
+        if given.is_dir():
+            raise InputError(f"{given}: expected a file, found a folder")
+        if _is_stream(given):
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder) / "written"
+                with (Path(folder) / "written").open("rb") as source, given.open("ab", buffering=0) as to:
+                    shutil.copyfileobj(source, to)
+            return
+        dest = Path(os.path.realpath(given))
+        # a name of its own: on a shared disk every process of a job may write this file at once
+        partial = dest.with_name(f".{dest.name}.{uuid.uuid4().hex}.partial")
+        try:
+            yield partial
+            if dest.exists():
+                shutil.copymode(dest, partial)
+            os.replace(partial, dest)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise InputError(f"{given}: cannot be written ({e.strerror or e})") from None
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is what bytes are sent to. /dev/stdout is so even where the shell sends it to a regular file."""
+    name = os.path.abspath(path)
+    return name.startswith(("/dev/std", "/dev/fd/", "/proc/")) or (path.exists() and not path.is_file())
+
+
+def refuse_unwritable(option: str, path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Refuses what could not be written when the work is done. Ask before any work.
+
+    Raises:
+        InputError: a line that begins with `option`: a file is in the place of a folder or a folder in that of a file.
     """
     path = Path(path)
-    # a name of its own: on a shared disk every process of a job may write this file at once
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    if not folder and path.is_dir():
+        raise InputError(f"{option}: expected a file, found the folder {path}")
+    for above in (path, *path.parents) if folder else path.parents:
+        if above.exists():
+            if not above.is_dir():
+                raise InputError(f"{option}: expected a folder, found the file {above}")
+            if not os.access(above, os.W_OK | os.X_OK) and not (not folder and path.exists()):
+                raise InputError(f"{option}: expected a folder that can be written to, found {above}")
+            return
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int = 1) -> None:

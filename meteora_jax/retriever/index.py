@@ -382,7 +382,7 @@ def top(
     left = (scores > -np.inf).sum(axis=1)
     if not left.all():
         raise InputError(f"exclude: expected an adapter that text {int(np.argmin(left))} may have, found all excluded")
-    order = np.argsort(-scores, axis=1, kind="stable")[:, : min(k, int(left.max(initial=len(names))))]
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : min(k, int(left.max(initial=0)))]
     similarities = np.take_along_axis(scores, order, axis=1).astype(np.float32)
     rows = zip(order, left, strict=True)
     chosen: list[tuple[str, ...]] = [tuple(str(names[i]) for i in row[:count]) for row, count in rows]

@@ -19,6 +19,9 @@ def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     raw = read_json(path)
     try:
         if isinstance(raw, list):
+            names = [entry["model_name"] for entry in raw]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise InputError(f"{path}: expected each model_name once, found twice: {', '.join(twice)}")
             raw = {entry["model_name"]: [s["inputs"] for s in entry["sample"]] for entry in raw}
         profiles = dict(raw.items())
     except (KeyError, TypeError, AttributeError) as e:

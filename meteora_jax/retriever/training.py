@@ -285,7 +285,15 @@ class Checkpoints:
             return 0, [], tree, None
         leaves, structure = jax.tree.flatten(tree)
         args = self._ocp.args.Composite(leaves=self._ocp.args.StandardRestore(leaves), log=self._ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=args)
+        try:
+            found = self._manager.restore(step, args=args)
+        except Exception as e:  # a damaged file fails in as many ways as there are bytes
+            why = next(iter(str(e).splitlines()), type(e).__name__)
+            where = self._manager.directory / str(step)
+            raise InputError(
+                f"{where}: expected a whole checkpoint, found a damaged one ({why:.200}); without it the one before is "
+                "taken, --no-resume starts over"
+            ) from None
         log = found["log"]
         vectors = np.asarray(log["vectors"], np.float32) if log["vectors"] else None
         return step, log["records"], jax.tree.unflatten(structure, found["leaves"]), vectors

@@ -97,6 +97,10 @@ def read_router(
             raise InputError(
                 f"router: expected gates, none, {', '.join(NAMED)} or one of {', '.join(names)}, found {name!r}"
             )
+        if name in mixture:
+            raise InputError(f"router: expected each adapter once, found {name!r} twice")
+        if not equals and "," in text:
+            raise InputError(f"router: expected NAME=WEIGHT, found {part!r}")
         try:
             mixture[name] = float(weight) if equals else 1.0
         except ValueError:

@@ -210,6 +210,7 @@ class Training:
 
     def __post_init__(self):
         refuse(at_least(0, seed=self.seed))
+        refuse([] if self.seed < 2**32 else [f"seed: expected less than 2**32, found {self.seed}"])
 
     def record(self) -> dict[str, Any]:
         """All settings by their names alone, as reports and checkpoints hold them."""

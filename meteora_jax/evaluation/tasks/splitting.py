@@ -39,7 +39,10 @@ def split_tasks(tasks_dir: Path, sources: Mapping[str, Path], field: str | None 
     for task, lines in divided.items():
         with whole_folder(tasks_dir / task) as folder:
             if (tasks_dir / task).is_dir():  # with a task.json, perhaps, or the source itself
-                shutil.copytree(tasks_dir / task, folder, dirs_exist_ok=True)
+                try:
+                    shutil.copytree(tasks_dir / task, folder, symlinks=True, dirs_exist_ok=True)
+                except shutil.Error as e:
+                    raise InputError([f"{path}: cannot be copied ({why})" for path, _, why in e.args[0]]) from None
             for split, own in lines.items():
                 (folder / f"{split}.jsonl").write_bytes(b"".join(line + b"\n" for line in own))
         sizes = {split: len(own) for split, own in lines.items()}
