@@ -20,12 +20,14 @@ from meteora_jax.io import hf_config
 from meteora_jax.io.bank import load_bank
 from meteora_jax.io.gates import load_gates, save_gates
 from meteora_jax.routing.gates import GateParam
+from meteora_jax.training import trainer
 from meteora_jax.training.adapter import fresh_adapter, train_adapter
 from meteora_jax.training.data import collate
 from meteora_jax.training.gate_loss import GateLoss
 from meteora_jax.training.gates import train_gates
 from meteora_jax.training.sequences import NO_TASK, encode
 from meteora_jax.training.settings import AdapterTraining, Checkpointing, GateTraining, Objective
+from meteora_jax.training.step import make_step
 from meteora_jax.training.watch import flops_per_pair, flops_per_token
 
 WORDS = ("How many apples?", "Which sentence follows", "The lazy dog", "漢字 bytes")
@@ -224,6 +226,35 @@ def test_one_adapter_learns_and_becomes_a_bank(tmp_path, world):
     assert np.abs(np.asarray(bare - tuned)).max() > 0.1
     assert model.bank.adapters[0].targets == ("q_proj", "up_proj")
     assert len(model.bank.adapters[0].sha256) == 64
+
+
+@pytest.mark.parametrize("what", ["loss", "parameters"])
+@pytest.mark.parametrize("at", [2, 4])
+def test_what_is_no_number_is_not_saved(tmp_path, world, monkeypatch, what, at):
+    """Parameters may become so in the very step that is saved, whose loss is that of those before."""
+
+    def breaking(*given: Any, **options: Any) -> Any:
+        step, done = make_step(*given, **options), [0]
+
+        def broken(*arguments: Any) -> Any:
+            state, losses = step(*arguments)
+            done[0] += 1
+            if done[0] == at and what == "loss":
+                losses = dataclasses.replace(losses, loss=losses.loss * np.nan)
+            elif done[0] == at:
+                state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * np.nan, state.params))
+            return state, losses
+
+        return broken
+
+    monkeypatch.setattr(trainer, "make_step", breaking)
+    settings = flat(AdapterTraining, name="elder", rank=2, steps=4, batch_size=2, learning_rate=1e-3)
+    run = Checkpointing(run=tmp_path / "run", save_every=2)
+    with pytest.raises(InputError, match=rf"step {at}: expected (a finite loss|finite parameters), found"):
+        train_adapter(world["base"], TASKS, tmp_path / "bank", settings, dtype="float32", checkpointing=run)
+    assert not (tmp_path / "bank").exists()
+    saved = [] if at == 2 else ["2"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()] == saved
 
 
 @pytest.mark.exhaustive("two trainings")

@@ -31,6 +31,7 @@ from meteora_jax.retriever.index import check_profile
 from meteora_jax.retriever.settings import RetrieverTraining
 from meteora_jax.retriever.wording import Wording
 from meteora_jax.sharding import make_mesh, place_rows
+from meteora_jax.training.step import finite
 
 
 def chosen_adapters(names: Sequence[str], share: float, seed: int) -> tuple[str, ...]:
@@ -227,6 +228,8 @@ def train_retriever(
             if progress:
                 progress(step + 1, record)
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                if not finite(weights):  # the loss is that of the weights before the step
+                    raise InputError(f"step {step + 1}: expected finite weights, found others: nothing is saved")
                 keeper.save(step + 1, (weights, state), records, vectors)
     report = {"trained": list(trained), "cut": cut, "settings": dataclasses.asdict(settings), "steps": records}
     dataclasses.replace(encoder, weights=weights).save(dest)

@@ -33,7 +33,7 @@ from meteora_jax.training.data import Batches, Layout, Mixture, own_shards, plan
 from meteora_jax.training.loss import Loss, Losses, NextTokenLoss
 from meteora_jax.training.sequences import Tokenized
 from meteora_jax.training.settings import Checkpointing, Training
-from meteora_jax.training.step import Step, TrainState, initial_state, make_step
+from meteora_jax.training.step import Step, TrainState, finite, initial_state, make_step
 from meteora_jax.training.unused import Unused, unused
 from meteora_jax.training.validation import Validated, Validation
 from meteora_jax.training.watch import FlopCount, Recorder
@@ -248,19 +248,20 @@ class Trainer:
                     recorder.add(*late)
                     late = None
                     state = validation.judge(number, frozen, state)
-                if checkpoints is None:
-                    continue
                 stop = asked(number)
-                if stop or number % self.checkpointing.save_every == 0 or number == steps:
+                if number == steps or (checkpoints and (stop or number % self.checkpointing.save_every == 0)):
                     if late:
                         recorder.add(*late)  # first: a loss that is no number must not be saved
                     late = None
+                    if not finite(state.params):  # the loss is that of the parameters before the step
+                        raise InputError(f"step {number}: expected finite parameters, found others: nothing is saved")
+                if checkpoints is None:
+                    continue
+                if stop or number % self.checkpointing.save_every == 0 or number == steps:
                     checkpoints.save(number, state, layout, batches.position())
                 if stop and number < steps:
                     checkpoints.wait()
                     raise Preempted(number, checkpoints.folder)
-        if late:
-            recorder.add(*late)
         return state
 
     def _bound(self, layout: Layout) -> BoundRouter | None:
