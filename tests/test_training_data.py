@@ -195,6 +195,14 @@ def test_what_is_not_used_is_counted_by_task(world):
     assert lost.empty == {"birch": 2, "cedar": 1}
     assert lost.unpredicted == {"cedar": 1}
     assert abs(lost.composites / TRIED - np.mean(np.asarray(lengths) > limit)) < 0.2
+    talks = dataclasses.replace(settings, conversations=1.0)  # which have lengths of their own
+    lengths = [len(roomy.conversation_of(fitting, rng).tokens) for _ in range(200)]
+    limit = int(np.median(lengths))
+    talks = dataclasses.replace(talks, max_length=limit)
+    share = float(np.mean([len(roomy.composite_of(fitting, rng).tokens) > limit for _ in range(200)]))
+    found = unused(talks, fitting).composites / TRIED
+    assert abs(found - 0.5) < 0.2
+    assert abs(share - 0.5) > 0.3
     few = mixture(world, tasks, samples_per_task=5)
     lost = unused(few, few.chosen())
     assert set(lost.examples.values()) == {5}  # the rest are left out by choice

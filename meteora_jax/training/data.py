@@ -149,20 +149,24 @@ class Mixture:
     def draw_composite(
         self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any, limit: int, draws: int = DRAWS
     ) -> Tokenized:
-        """A `composite_of`, or `conversation_of`, at most `limit` tokens; longer ones are drawn again.
+        """What `several_of` gives, at most `limit` tokens; longer ones are drawn again.
 
         Raises:
             InputError: so many draws in a row were longer.
         """
-        talks = self.conversations if takes(self.tokenizer, *(["user", "assistant"] * 2)) else 0.0
         for _ in range(draws):
-            one = self.conversation_of if talks and rng.random() < talks else self.composite_of
-            s = one(chosen, rng)
+            s = self.several_of(chosen, rng)
             if len(s.tokens) <= limit:
                 return s
         low = self.composite_sizes[0]
         wanted = f"expected room for {low} tasks or more in one sequence of {limit} tokens"
         raise InputError(f"max_length: {wanted}, found none among {draws} drawn")
+
+    def several_of(self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any) -> Tokenized:
+        """A `composite_of` or, as often as `conversations` says and if the chat template can, a `conversation_of`."""
+        share = self.conversations if takes(self.tokenizer, *(["user", "assistant"] * 2)) else 0.0
+        talks = share and rng.random() < share
+        return self.conversation_of(chosen, rng) if talks else self.composite_of(chosen, rng)
 
     def composite_of(self, chosen: Mapping[str, Sequence[tuple[Example, Tokenized]]], rng: Any) -> Tokenized:
         """Several tasks (fewer if there are fewer) in one sequence, however long."""

@@ -12,7 +12,7 @@ from meteora_jax.evaluation.tasks import Example
 from meteora_jax.training.data import Mixture
 from meteora_jax.training.sequences import Tokenized
 
-TRIED = 64  # composites drawn to see how many are too long
+TRIED = 64  # composites and conversations drawn to see how many are too long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Unused:
 
     examples: those that there were to choose from. too_long: sequences longer than max_length, which no step sees;
     empty: responses of no text, which train the end token alone; unpredicted: sequences in which no token carries loss.
-    composites: of TRIED drawn ones those longer than max_length, in whose place others are drawn. validation_prompts:
-    examples that are not trained on as their prompt is in the validation split with another response. shared_prefix:
-    tokens that the sequences of all tasks begin with.
+    composites: of TRIED drawn ones, conversations among them, those longer than max_length, in whose place others are
+    drawn. validation_prompts: examples that are not trained on as their prompt is in the validation split with
+    another response. shared_prefix: tokens that the sequences of all tasks begin with.
     """
 
     max_length: int
@@ -47,7 +47,7 @@ def unused(mixture: Mixture, chosen: Mapping[str, Sequence[tuple[Example, Tokeni
     composites = 0
     if mixture.composite > 0:
         rng = np.random.default_rng([mixture.seed, len(chosen), 3])
-        lengths = (len(mixture.composite_of(chosen, rng).tokens) for _ in range(TRIED))
+        lengths = (len(mixture.several_of(chosen, rng).tokens) for _ in range(TRIED))
         composites = sum(length > mixture.max_length for length in lengths)
     return Unused(
         mixture.max_length,
