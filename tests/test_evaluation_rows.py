@@ -287,6 +287,16 @@ def test_every_row_has_its_cells_and_an_undefined_one_says_so(tmp_path):
     assert (tmp_path / "radar.png").stat().st_size > 1000
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_records_on_a_full_disk_are_one_line(tmp_path):
+    records = Records(tmp_path, {})
+    records.path.unlink(missing_ok=True)
+    records.path.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=rf"{records.path}: cannot be written \(No space left on device\)"):
+        records.add([{"system": "a", "id": "b", "answer": "c"}])
+    assert not records.done
+
+
 def test_a_record_has_its_scores(tmp_path):
     problems = [single(3), composite(0), single(1), composite(1), single(2)]
     records = Records(tmp_path, {})

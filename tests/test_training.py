@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -255,6 +256,15 @@ def test_what_is_no_number_is_not_saved(tmp_path, world, monkeypatch, what, at):
     assert not (tmp_path / "bank").exists()
     saved = [] if at == 2 else ["2"]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()] == saved
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_on_a_full_disk_is_one_line(tmp_path, world):
+    settings = flat(AdapterTraining, name="elder", rank=2, steps=2, batch_size=2, learning_rate=1e-3)
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log = Checkpointing(log=tmp_path / "log.jsonl")
+    with pytest.raises(InputError, match=rf"{tmp_path}/log\.jsonl: cannot be written \(No space left on device\)"):
+        train_adapter(world["base"], TASKS, tmp_path / "bank", settings, dtype="float32", checkpointing=log)
 
 
 @pytest.mark.exhaustive("two trainings")

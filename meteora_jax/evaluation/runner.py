@@ -16,7 +16,7 @@ from typing import Any
 from meteora_jax.config import InputError, read_json
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.table import score_row
-from meteora_jax.io.files import write_json
+from meteora_jax.io.files import write_json, writing
 from meteora_jax.prompts import Message
 
 RUN, RECORDS = "run.json", "records.jsonl"
@@ -69,7 +69,7 @@ class Records:
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
         """Appends records and waits until they are on disk."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
             file.flush()
             os.fsync(file.fileno())

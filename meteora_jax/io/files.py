@@ -21,6 +21,17 @@ from meteora_jax.config import InputError
 
 
 @contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A block that writes to `path`: what the system refuses (a full disk, say) becomes an InputError that names it."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e})") from None
+
+
+@contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to: what is there takes the place of `path`, whole, when the block ends without an exception.
 
@@ -31,7 +42,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: it cannot be written, or is a folder.
     """
     given = Path(path)
-    try:
+    with writing(given):
         if given.is_dir():
             raise InputError(f"{given}: expected a file, found a folder")
         if _is_stream(given):
@@ -51,10 +62,6 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        raise InputError(f"{given}: cannot be written ({e.strerror or e})") from None
 
 
 def _is_stream(path: Path) -> bool:

@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from meteora_jax.config import InputError, read_json
-from meteora_jax.io.files import train_alone, write_json
+from meteora_jax.io.files import train_alone, write_json, writing
 from meteora_jax.retriever.encoder import SentenceEncoder, TextEncoder, pad
 from meteora_jax.retriever.index import check_profile
 from meteora_jax.retriever.settings import RetrieverTraining
@@ -306,8 +306,9 @@ class Checkpoints:
         args = self._ocp.args.Composite(
             leaves=self._ocp.args.StandardSave(jax.tree.leaves(tree)), log=self._ocp.args.JsonSave(log)
         )
-        self._manager.save(step, args=args)
-        self._manager.wait_until_finished()  # the next step donates the arrays
+        with writing(self._manager.directory):
+            self._manager.save(step, args=args)
+            self._manager.wait_until_finished()  # the next step donates the arrays
 
     def close(self) -> None:
         self._manager.close()

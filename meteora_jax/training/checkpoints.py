@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from meteora_jax.config import InputError
-from meteora_jax.io.files import train_alone
+from meteora_jax.io.files import train_alone, writing
 from meteora_jax.training.data import Layout
 
 POSITION_BYTES = 1 << 14  # room for one shard's position when hosts exchange them
@@ -112,18 +112,22 @@ class Checkpoints:
         }  # fmt: skip
         arrays = {**_numbered(leaves), "fingerprints": self._fingerprints(leaves)}
         args = self._args.Composite(state=self._args.StandardSave(arrays), run=self._args.JsonSave(run))
-        self._manager.save(step, args=args)
+        with writing(self.folder):
+            self._manager.save(step, args=args)
 
     def wait(self) -> None:
-        """Returns once everything is on disk."""
-        self._manager.wait_until_finished()
+        """Returns once everything is on disk. Raises InputError if it could not be written."""
+        with writing(self.folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """`wait`, then lets go of the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-        if self._lock:
-            self._lock.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            if self._lock:
+                self._lock.close()
 
     def restore(self, like: Any) -> Restored | None:
         """The newest checkpoint that is whole, its arrays lying as those of `like` do; None if there is none at all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -16,6 +17,7 @@ import numpy as np
 from meteora_jax.bank import group_rank
 from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig
 from meteora_jax.gate_config import HOPS, SEGMENTS, SHIFTS, TokenRouterForm
+from meteora_jax.io.files import writing
 from meteora_jax.training.loss import Losses
 
 # Dense bfloat16 FLOP/s of one device, by the beginning of its `device_kind` (the makers' data sheets).
@@ -162,8 +164,9 @@ class Recorder:
             raise InputError(f"step {step}: expected a finite loss, found {found}")
         self.records.append(record)
         if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            with writing(self._file.name):
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
         if self._writer:
             self._scalars(self._writer.add_scalar, step, record, losses)
         if self._progress:
@@ -201,7 +204,8 @@ class Recorder:
         """Closes the log and TensorBoard's file."""
         for file in (self._file, self._writer):
             if file:
-                file.close()
+                with contextlib.suppress(OSError):  # what could not be written was said at its step
+                    file.close()
 
 
 def kept_records(log: Path, start: int) -> list[dict[str, Any]]:
