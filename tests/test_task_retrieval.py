@@ -84,6 +84,48 @@ def test_a_prompt_that_fills_the_context_adds_no_tokens(world, monkeypatch):
     assert ranking._loss(world["model"], rows, mj.Fixed("apple")) == 1.0
 
 
+def test_a_stopped_ranking_goes_on(world, ranked, tmp_path, monkeypatch, capsys):
+    shutil.copytree(ranked, tmp_path / "index")
+    (tmp_path / "index" / "ranking.json").unlink()
+    words = ["index", "rank", str(tmp_path / "index"), "--base", str(world["base"]), "--bank", str(world["bank"])]
+    words += ["--tasks", str(ranked.parent / "tasks"), "--limit"]
+    loss, asked, dies = ranking._loss, [], [True]
+
+    def counted(model, rows, router):
+        asked.append(router)
+        if dies[0] and len(asked) == len(NAMES) + 2:
+            raise KeyboardInterrupt
+        return loss(model, rows, router)
+
+    monkeypatch.setattr(ranking, "_loss", counted)
+    with pytest.raises(SystemExit, match="130"):
+        main([*words, "2"])
+    assert not (tmp_path / "index" / "ranking.json").exists()
+    mj.Index.load(tmp_path / "index")
+    asked.clear()
+    dies[0] = False
+    main([*words, "2"])
+    assert len(asked) == len(NAMES), "the second task's alone"
+    assert "1 of 2 tasks were ranked before" in capsys.readouterr().err
+    whole, again = (json.loads((folder / "ranking.json").read_text()) for folder in (ranked, tmp_path / "index"))
+    assert again == whole
+    assert not (tmp_path / "index" / ".ranking.partial").exists()
+    asked.clear()
+    main([*words, "1"])  # of other examples: from the beginning
+    assert len(asked) == 2 * len(NAMES)
+
+
+def test_losses_that_rank_nothing_are_refused(world, monkeypatch):
+    silent = {"moods": [Example("Good or bad?", "good")], "songs": [Example("x " * 2000, "y")]}
+    with pytest.raises(
+        InputError, match="songs: expected examples whose prompts leave room for a response in the cont"
+    ):
+        rank_adapters(world["model"], silent)
+    monkeypatch.setattr(ranking, "_loss", lambda model, rows, router: float("nan"))
+    with pytest.raises(InputError, match="moods: expected finite losses, found nan with apple, birch, cedar, daisy"):
+        rank_adapters(world["model"], {"moods": silent["moods"]})
+
+
 def test_tasks_bring_their_best_adapters(ranked):
     index = mj.Index.load(ranked)
     ranking = {"sums": ("cedar", "apple", "birch"), "moods": ("cedar", "birch", "apple")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from meteora_jax.cli.report import console, progress_bar, write_json
+from meteora_jax.cli.report import console, progress_bar, status, write_json
 from meteora_jax.config import InputError
 
 
@@ -16,7 +16,7 @@ class IndexRank:
     """Rank a bank's adapters for every task of an index, by their loss on the task's examples (LORAUTER).
 
     INDEX gets ranking.json, which `mj.TaskRetrieval` and evaluate's task-retrieval read. The index's names are tasks,
-    whatever adapters there are.
+    whatever adapters there are. The same command goes on where it was stopped.
     """
 
     index: tyro.conf.Positional[Path]
@@ -35,11 +35,12 @@ class IndexRank:
 
 def index_rank(command: IndexRank) -> None:
     """Runs `meteora index rank`."""
-    from meteora_jax.evaluation.ranking import rank_adapters
+    from meteora_jax.cli.comparison import fingerprint
+    from meteora_jax.evaluation.ranking import digest, rank_adapters
     from meteora_jax.evaluation.tasks import load_splits
     from meteora_jax.loading import load
     from meteora_jax.retriever.index import Index
-    from meteora_jax.retriever.ranking import ranked, write_ranking
+    from meteora_jax.retriever.ranking import ranked, read_part, write_part, write_ranking
 
     if command.limit < 1:
         raise InputError(f"--limit: expected 1 or more, found {command.limit}")
@@ -49,8 +50,17 @@ def index_rank(command: IndexRank) -> None:
         count = min(command.limit, len(examples))
         tasks[name] = [examples[i * len(examples) // count] for i in range(count)]
     model = load(command.base, command.bank)
+    of = {"base": fingerprint(command.base), "bank": fingerprint(command.bank), "tasks": digest(tasks)}
+    losses = read_part(command.index, of)
+    if losses:
+        status.print(f"{len(losses)} of {len(tasks)} tasks were ranked before", highlight=False)
     with progress_bar("index rank") as bar:
-        losses = rank_adapters(model, tasks, lambda task, done, total: bar(done, total, task))
+
+        def done(task: str, count: int, total: int) -> None:
+            write_part(command.index, losses, of)
+            bar(count, total, task)
+
+        rank_adapters(model, tasks, done, losses)
     write_ranking(command.index, losses)
     for task, adapters in ranked(losses).items():
         best = ", ".join(f"{name} {losses[task][name]:.3f}" for name in adapters[:3])

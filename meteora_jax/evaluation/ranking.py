@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from meteora_jax.config import InputError
 from meteora_jax.evaluation.systems import Model
 from meteora_jax.examples import Example
 from meteora_jax.model.likelihood import score
@@ -17,20 +20,45 @@ ROWS, TOKENS = 8, 8192  # of a batch, at most: sequences, and tokens with their 
 
 
 def rank_adapters(
-    model: Model, tasks: Mapping[str, Sequence[Example]], progress: Callable[[str, int, int], None] | None = None
+    model: Model,
+    tasks: Mapping[str, Sequence[Example]],
+    progress: Callable[[str, int, int], None] | None = None,
+    losses: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """{task: {adapter: mean loss of the next token over the responses of the task's examples}}.
 
     Args:
         tasks: their examples, best those that no adapter was trained on. progress: called with every task that is done.
+        losses: what is known already, in whose place nothing is computed; what is found is added to it.
+
+    Raises:
+        InputError: no response of a task has a token in the context, or an adapter's loss is no finite number.
     """
-    losses: dict[str, dict[str, float]] = {}
-    for done, (task, examples) in enumerate(tasks.items(), start=1):
-        rows = [_tokens(model, example) for example in examples]
-        losses[task] = {name: _loss(model, rows, Fixed(name)) for name in model.adapter_names}
+    losses = {} if losses is None else losses
+    rows = {task: [_tokens(model, example) for example in own] for task, own in tasks.items() if task not in losses}
+    if silent := [task for task, own in rows.items() if all(len(row) <= first for row, first in own)]:
+        raise InputError(
+            f"{', '.join(silent)}: expected examples whose prompts leave room for a response in the context of "
+            f"{model.config.max_position_embeddings} tokens, found none"
+        )
+    for done, task in enumerate(tasks, start=1):
+        if task in rows:
+            found = {name: _loss(model, rows[task], Fixed(name)) for name in model.adapter_names}
+            if strange := [name for name, loss in found.items() if not math.isfinite(loss)]:
+                raise InputError(f"{task}: expected finite losses, found {found[strange[0]]} with {', '.join(strange)}")
+            losses[task] = found
         if progress is not None:
             progress(task, done, len(tasks))
     return losses
+
+
+def digest(tasks: Mapping[str, Sequence[Example]]) -> str:
+    """Of the tasks' names and examples."""
+    found = hashlib.sha256()
+    for task, examples in tasks.items():
+        for example in examples:
+            found.update(f"{task}\0{example.key}\0{example.response}\0".encode())
+    return found.hexdigest()[:16]
 
 
 def _tokens(model: Model, example: Example) -> tuple[list[int], int]:
