@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,6 +11,7 @@ from tiny import edit_json, tiny_llama
 
 import converters
 import meteora_jax as mj
+from meteora_jax.cli import main
 from meteora_jax.config import InputError
 
 
@@ -210,3 +212,24 @@ def test_wrong_usage_is_status_2(capsys):
         status, out, _ = run(capsys, *words, "--help")
         assert status == 0
         assert "usage" in out
+
+
+def test_a_full_device_is_one_line(capsys, world, monkeypatch):
+    told = [
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 45.00GiB with allocator GPU_0_bfc. [name='jit_x']",
+        "INTERNAL: something else",
+    ]
+
+    def full(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError(told[0])
+
+    monkeypatch.setattr(mj.Meteora, "stream", full)
+    monkeypatch.setattr(mj.Meteora, "generate", full)
+    words = ["generate", "x", "--base", world["base"]]
+    line = refused(capsys, *words)
+    assert line.startswith("error: device memory: expected room for what this takes, found too little (Out of memory ")
+    assert "45.00GiB" in line
+    assert "jit_x" not in line
+    told.pop(0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        main([str(word) for word in words])

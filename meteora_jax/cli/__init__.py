@@ -233,6 +233,12 @@ def check_texts(command: Any) -> None:
                 check_text(word, name if isinstance(value, str) else f"{name}: word {i}")
 
 
+LESS_MEMORY = (
+    "other programs may hold it; when training --max-length, --accumulate or --batch-size, else --adapter-slots or a "
+    "quantised base take less"
+)
+
+
 def parse(args: Sequence[str]) -> Any:
     """The command that these words are; exits with status 2 where they are none.
 
@@ -279,6 +285,13 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as e:
         print(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as e:  # JAX's, of a device
+        status, _, why = str(e).partition(": ")
+        if status != "RESOURCE_EXHAUSTED":
+            raise
+        found = f"found too little ({why.partition('[')[0].strip()})"
+        print(f"error: device memory: expected room for what this takes, {found}: {LESS_MEMORY}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
