@@ -115,6 +115,11 @@ def test_a_run_inside_what_is_replaced_is_refused(tmp_path, capsys, world, tasks
     assert "--new-bank: expected a folder outside --out" in line
     line = refused(capsys, *words, "--new-bank", tmp_path / "bank", "--run", tmp_path / "bank" / "run")
     assert "--run: expected a folder outside --new-bank" in line
+    line = refused(capsys, *words, "--json", tmp_path / "g" / "report.json")
+    assert "--json: expected a file outside --out, which is replaced whole, found" in line
+    for command in (["export", "bank", world["bank"], tmp_path / "b", "apple"], ["index", "build", tmp_path / "b"]):
+        line = refused(capsys, *command, "--json", tmp_path / "b" / "report.json")
+        assert f"--json: expected a file outside of {tmp_path}/b, which is written as a whole" in line
     assert [path.name for path in tmp_path.iterdir()] == ["tasks"]
 
 

@@ -233,6 +233,10 @@ def check_texts(command: Any) -> None:
                 check_text(word, name if isinstance(value, str) else f"{name}: word {i}")
 
 
+WHOLE = (  # commands that write DEST as a whole
+    ImportBase, ImportAdapters, ImportGates, ImportEncoder, ExportAdapter, ExportMerged, ExportBase, ExportGates,
+    ExportBank, Quantize, BankSubtract, IndexBuild,
+)  # fmt: skip
 LESS_MEMORY = (
     "other programs may hold it; when training --max-length, --accumulate or --batch-size, else --adapter-slots or a "
     "quantised base take less"
@@ -271,7 +275,7 @@ def main(args: Sequence[str] | None = None) -> None:
             compilation_cache.use()
         quiet_libtpu()
         check_texts(command)
-        with json_alone(command):
+        with json_alone(command, command.dest if isinstance(command, WHOLE) else None):
             ACTIONS[type(command)](command)
         sys.stdout.flush()  # here, where it is known what to do if nobody reads it any more
     except Preempted as e:

@@ -51,8 +51,10 @@ def write_json(path: Path | None, value: Any) -> None:
 
 
 @contextmanager
-def json_alone(command: Any) -> Iterator[None]:
+def json_alone(command: Any, whole: Path | None) -> Iterator[None]:
     """While a command runs: with `--json -` standard output is the JSON's alone, and all else is on standard error.
+
+    whole: the folder that the command writes as a whole, if it does.
 
     Raises:
         InputError: the `--json` file could not be written when the work is done, or lies in what is replaced.
@@ -66,9 +68,8 @@ def json_alone(command: Any) -> Iterator[None]:
             console.stderr = False
         return
     files.refuse_unwritable("--json", path)
-    dest: Path | None = getattr(command, "dest", None)
-    if dest is not None and Path(os.path.realpath(dest)) in Path(os.path.realpath(path)).parents:
-        raise InputError(f"--json: expected a file outside of {dest}, which is written as a whole, found {path}")
+    if whole is not None and Path(os.path.realpath(whole)) in Path(os.path.realpath(path)).parents:
+        raise InputError(f"--json: expected a file outside of {whole}, which is written as a whole, found {path}")
     yield
 
 

@@ -215,13 +215,15 @@ def _check_replaced(command: _Run, description: str, new_bank: Path | None = Non
     """Refuses, before anything is trained, folders to write that hold what their replacement would delete."""
     refuse_foreign(command.out, description, WEIGHTS)
     places = {"--out": command.out, "--run": _checkpointing(command).run, "--new-bank": new_bank}
+    places |= {"--json": command.json}
     if new_bank is not None:
         refuse_foreign(new_bank, "bank.json", WEIGHTS)
     for option, folder in (("--out", command.out), ("--new-bank", new_bank)):
         for other, inside in places.items():
             if folder and inside and other != option and inside.resolve().is_relative_to(folder.resolve()):
+                what = "file" if other == "--json" else "folder"
                 raise InputError(
-                    f"{other}: expected a folder outside {option}, which is replaced whole, found {inside}"
+                    f"{other}: expected a {what} outside {option}, which is replaced whole, found {inside}"
                 )
 
 
