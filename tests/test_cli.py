@@ -203,6 +203,15 @@ def test_inspect_says_what_folders_hold(tmp_path, capsys, world):
     assert f"error: {cut}/weights.safetensors: " in err
 
 
+@pytest.mark.parametrize(("words", "status"), [([], 0), (["--json", "-"], 1)])
+def test_standard_output_may_be_closed(world, words, status):
+    command = [sys.executable, "-m", "meteora_jax.cli", "inspect", str(world["bank"]), *words]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == status
+    assert b"Traceback" not in done.stderr
+    assert (b"error: --json: expected a standard output, found it closed" in done.stderr) == bool(words)
+
+
 def test_json_on_standard_output_is_alone_there(capsys, world):
     run(capsys, "inspect", world["bank"], "--json", "-")
     status, out, err = run(capsys, "inspect", world["bank"], "--json", "-")

@@ -1,8 +1,10 @@
 """Folders that are written whole: what a killed process leaves, and what nobody replaces."""
 
 import errno
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,13 @@ import pytest
 from converters.folders import new_folder
 from meteora_jax.config import InputError
 from meteora_jax.io import files
-from meteora_jax.io.files import refuse_foreign, refuse_unwritable, whole_file, whole_folder
+from meteora_jax.io.files import (
+    refuse_foreign,
+    refuse_unwritable,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 
 # Replaces what stands at argv[1] and is killed there.
 SCRIPT = """
@@ -173,9 +181,41 @@ def test_standard_output_in_a_file_keeps_what_was_said_before(tmp_path: Path):
         print("after")
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with (tmp_path / "out").open("ab") as out:
-        subprocess.run([sys.executable, "-c", script], env=environment, stdout=out, check=True, timeout=120)
-    assert (tmp_path / "out").read_text().split() == ["before", "[", "1", "]", "after"]
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    for name in ("/dev/stdout", str(tmp_path / "link")):
+        with (tmp_path / "out").open("wb") as out:  # as the shell's >, where every opening begins at 0
+            command = [sys.executable, "-c", script.replace("/dev/stdout", name)]
+            subprocess.run(command, env=environment, stdout=out, check=True, timeout=120)
+        assert (tmp_path / "out").read_text().split() == ["before", "[", "1", "]", "after"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_descriptor_may_be_a_socket_and_what_it_does_not_take_is_said(tmp_path: Path):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        write_json(f"/proc/self/fd/{theirs.fileno()}", [1])
+        assert ours.recv(100) == b"[\n 1\n]\n"
+    with (tmp_path / "out").open("wb") as out:
+        script = """if True:
+            import resource, signal, sys, tempfile
+            from meteora_jax.io.files import whole_file
+            with whole_file("/dev/stdout") as written:
+                written.write_bytes(bytes(5000))
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the first write takes a part
+        """
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=environment, stdout=out, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 1
+    assert b"InputError: /dev/stdout: cannot be written (File too large)" in done.stderr
+
+
+def test_a_path_that_is_no_utf_8_is_written_as_json_s_escape(tmp_path: Path):
+    name = os.fsdecode(b"bank\xff")
+    write_json(tmp_path / "x.json", [name, "\u00e9"])
+    assert json.loads((tmp_path / "x.json").read_text("utf-8")) == [name, "\u00e9"]
+    assert "\u00e9" in (tmp_path / "x.json").read_text("utf-8")
 
 
 def test_what_could_not_be_written_is_refused_before_any_work(tmp_path: Path):

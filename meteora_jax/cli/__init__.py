@@ -277,7 +277,8 @@ def main(args: Sequence[str] | None = None) -> None:
         check_texts(command)
         with json_alone(command, command.dest if isinstance(command, WHOLE) else None):
             ACTIONS[type(command)](command)
-        sys.stdout.flush()  # here, where it is known what to do if nobody reads it any more
+        if sys.stdout is not None:  # as where the shell has closed it
+            sys.stdout.flush()  # here, where it is known what to do if nobody reads it any more
     except Preempted as e:
         print(e, file=sys.stderr)
         sys.exit(Preempted.status)
@@ -285,7 +286,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # who read the output has gone, as in `meteora --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more when it ends
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more when it ends
         sys.exit(128 + signal.SIGPIPE)
     except OSError as e:
         print(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}", file=sys.stderr)

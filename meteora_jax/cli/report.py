@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,9 +44,9 @@ def write_json(path: Path | None, value: Any) -> None:
     if path is None:
         return
     if path == STDOUT:
-        print(json.dumps(value, indent=1, ensure_ascii=False))
+        print(files.json_bytes(value).decode(), end="")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.resolve() if path.is_symlink() else path).parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, value)
 
 
@@ -61,6 +61,8 @@ def json_alone(command: Any, whole: Path | None) -> Iterator[None]:
     """
     path: Path | None = getattr(command, "json", None)
     if path is None or path == STDOUT:
+        if path is not None and sys.stdout is None:
+            raise InputError("--json: expected a standard output, found it closed")
         console.stderr = path is not None
         try:
             yield

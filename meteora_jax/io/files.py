@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         if _is_stream(given):
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder) / "written"
-                with (Path(folder) / "written").open("rb") as source, given.open("ab", buffering=0) as to:
+                with (Path(folder) / "written").open("rb") as source, open(_opened(given), "wb") as to:
                     shutil.copyfileobj(source, to)
             return
         dest = Path(os.path.realpath(given))
@@ -66,8 +67,32 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _is_stream(path: Path) -> bool:
     """Whether a path is what bytes are sent to. /dev/stdout is so even where the shell sends it to a regular file."""
-    name = os.path.abspath(path)
-    return name.startswith(("/dev/std", "/dev/fd/", "/proc/")) or (path.exists() and not path.is_file())
+    return _descriptor(path) is not None or (path.exists() and not path.is_file())
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open file of this process that /dev/stdout, /dev/fd/N, or a link to one of them is."""
+    at = path
+    for _ in range(40):  # links to links, of which the system follows no more either
+        at = Path(os.path.realpath(at.parent)) / at.name
+        if found := re.fullmatch(rf"(?:/dev|/proc/{os.getpid()})/fd/(\d+)", str(at)):
+            return int(found[1])
+        if not at.is_symlink():
+            return None
+        at = at.parent / os.readlink(at)
+    return None
+
+
+def _opened(stream: Path) -> int:
+    """A stream, open for writing. One of this process' own goes on where it is: opened anew, a regular file behind it
+    would be written from its beginning or its end, and what is said afterwards over that."""
+    number = _descriptor(stream)
+    if number is None:
+        return os.open(stream, os.O_WRONLY)
+    for said in (sys.stdout, sys.stderr):
+        if said is not None:  # as where the shell has closed it
+            said.flush()
+    return os.dup(number)
 
 
 def refuse_unwritable(option: str, path: str | os.PathLike[str], *, folder: bool = False) -> None:
@@ -91,7 +116,12 @@ def refuse_unwritable(option: str, path: str | os.PathLike[str], *, folder: bool
 def write_json(path: str | os.PathLike[str], value: Any, indent: int = 1) -> None:
     """Writes readable JSON, whole or not at all. Raises InputError as `whole_file`."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_bytes(json_bytes(value, indent))
+
+
+def json_bytes(value: Any, indent: int = 1) -> bytes:
+    """Readable JSON as UTF-8. What has none, of a path that is no UTF-8, is written as JSON's own escape."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def train_alone(folder: str | os.PathLike[str]) -> IO[str]:
