@@ -235,6 +235,13 @@ def test_a_json_file_that_cannot_be_written_is_said_before(tmp_path, capsys, wor
     assert status == 1
     assert f"--json: expected a file outside of {dest}, which is written as a whole, found {report}" in err
     assert not dest.exists()
+    assert "found" in refused(capsys, "export", "bank", world["bank"], dest, NAMES[0], "--json", dest)
+    assert not dest.exists()
+    shutil.copytree(world["bank"], dest)
+    before = (dest / "bank.json").read_bytes()
+    line = refused(capsys, "inspect", dest, "--json", dest / "bank.json")
+    assert f"--json: expected a file outside of {dest}" in line
+    assert (dest / "bank.json").read_bytes() == before
     status, _, err = run(
         capsys, "generate", "a", "--base", world["base"], "--bank", world["bank"], "--router", "arrow",
         "--show-routing", "--routing-dir", tmp_path / "file",

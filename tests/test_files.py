@@ -218,16 +218,22 @@ def test_a_path_that_is_no_utf_8_is_written_as_json_s_escape(tmp_path: Path):
     assert "\u00e9" in (tmp_path / "x.json").read_text("utf-8")
 
 
-def test_what_could_not_be_written_is_refused_before_any_work(tmp_path: Path):
+def test_what_could_not_be_written_is_refused_before_any_work(tmp_path: Path, monkeypatch):
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("file/x.json")
+    refuse_unwritable("--json", "/dev/stdout")
     refuse_unwritable("--json", tmp_path / "new" / "folder" / "x.json")
     refuse_unwritable("--json", tmp_path / "file")
     refuse_unwritable("--out", tmp_path / "new" / "folder", folder=True)
     for path, folder, said in (
         (tmp_path, False, f"--x: expected a file, found the folder {tmp_path}"),
         (tmp_path / "file" / "x.json", False, f"--x: expected a folder, found the file {tmp_path}/file"),
+        (tmp_path / "link", False, f"--x: expected a folder, found the file {tmp_path}/file"),
         (tmp_path / "file", True, f"--x: expected a folder, found the file {tmp_path}/file"),
         (tmp_path / "file" / "below", True, f"--x: expected a folder, found the file {tmp_path}/file"),
     ):
         with pytest.raises(InputError, match=said):
             refuse_unwritable("--x", path, folder=folder)
+    monkeypatch.setattr(files.os, "access", lambda *args: False)  # a file's place is taken by one that is made beside
+    with pytest.raises(InputError, match="--x: expected a folder that can be written to, found"):
+        refuse_unwritable("--x", tmp_path / "file")

@@ -286,3 +286,13 @@ def test_names_are_those_that_there_are_and_each_is_one(tmp_path, capsys, profil
     (tmp_path / "twice.json").write_text(json.dumps(twice))
     said = refused(capsys, "index", "build", tmp_path / "other", "--profiles", tmp_path / "twice.json")
     assert "twice.json: expected each model_name once, found twice: apple" in said
+
+
+def test_queries_are_not_overwritten_by_their_figures(tmp_path, capsys, profiles, queries):
+    index, before = tmp_path / "index", queries.read_bytes()
+    assert run(capsys, "index", "build", index, "--profiles", profiles)[0] == 0
+    line = refused(capsys, "index", "evaluate", index, queries, "--json", queries)
+    assert line == f"error: --json: expected a file of its own, found {queries}, which is this command's queries"
+    assert queries.read_bytes() == before
+    line = refused(capsys, "index", "remove", index, "apple", "--json", index / "report.json")
+    assert f"--json: expected a file outside of {index}" in line

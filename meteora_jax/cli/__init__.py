@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Union, get_type_hints
 
 import tyro
@@ -243,6 +244,15 @@ LESS_MEMORY = (
 )
 
 
+def replaced(command: Any) -> Path | None:
+    """The folder that a command writes as a whole, if it has one; a training looks after its own."""
+    if isinstance(command, BankAdd | BankRemove | BankRename):
+        return command.bank
+    if isinstance(command, IndexAdd | IndexRemove):
+        return command.index
+    return command.dest if isinstance(command, WHOLE) else None
+
+
 def parse(args: Sequence[str]) -> Any:
     """The command that these words are; exits with status 2 where they are none.
 
@@ -275,7 +285,7 @@ def main(args: Sequence[str] | None = None) -> None:
             compilation_cache.use()
         quiet_libtpu()
         check_texts(command)
-        with json_alone(command, command.dest if isinstance(command, WHOLE) else None):
+        with json_alone(command, replaced(command)):
             ACTIONS[type(command)](command)
         if sys.stdout is not None:  # as where the shell has closed it
             sys.stdout.flush()  # here, where it is known what to do if nobody reads it any more

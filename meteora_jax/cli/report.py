@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -21,6 +22,7 @@ from rich.text import Text
 from meteora_jax.config import InputError
 from meteora_jax.execution import default_dtype as default_dtype  # for every command
 from meteora_jax.io import files
+from meteora_jax.io.tensors import WEIGHTS
 
 T = TypeVar("T")
 LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
@@ -57,7 +59,8 @@ def json_alone(command: Any, whole: Path | None) -> Iterator[None]:
     whole: the folder that the command writes as a whole, if it does.
 
     Raises:
-        InputError: the `--json` file could not be written when the work is done, or lies in what is replaced.
+        InputError: the `--json` file could not be written when the work is done, is what the command reads or writes
+            besides, or lies in a folder whose files are replaced together.
     """
     path: Path | None = getattr(command, "json", None)
     if path is None or path == STDOUT:
@@ -70,7 +73,16 @@ def json_alone(command: Any, whole: Path | None) -> Iterator[None]:
             console.stderr = False
         return
     files.refuse_unwritable("--json", path)
-    if whole is not None and Path(os.path.realpath(whole)) in Path(os.path.realpath(path)).parents:
+    real = Path(os.path.realpath(path))
+    for field in dataclasses.fields(command):
+        other = getattr(command, field.name)
+        if field.name != "json" and isinstance(other, Path) and Path(os.path.realpath(other)) == real:
+            name = field.name.replace("_", "-")
+            raise InputError(f"--json: expected a file of its own, found {path}, which is this command's {name}")
+    found = [name for name in ("bank.json", "gates.json") if (real.parent / name).is_file()]  # a report's name, perhaps
+    if whole is None and found and (real.parent / WEIGHTS).is_file():
+        whole = path.parent  # of other files there the next change says that it would delete them
+    if whole is not None and Path(os.path.realpath(whole)) in real.parents:
         raise InputError(f"--json: expected a file outside of {whole}, which is written as a whole, found {path}")
     yield
 

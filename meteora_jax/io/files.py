@@ -102,13 +102,18 @@ def refuse_unwritable(option: str, path: str | os.PathLike[str], *, folder: bool
         InputError: a line that begins with `option`: a file is in the place of a folder or a folder in that of a file.
     """
     path = Path(path)
-    if not folder and path.is_dir():
-        raise InputError(f"{option}: expected a file, found the folder {path}")
+    if not folder:
+        if path.is_dir():
+            raise InputError(f"{option}: expected a file, found the folder {path}")
+        if _is_stream(path):
+            return
+        if path.is_symlink():
+            path = Path(os.path.realpath(path))
     for above in (path, *path.parents) if folder else path.parents:
         if above.exists():
             if not above.is_dir():
                 raise InputError(f"{option}: expected a folder, found the file {above}")
-            if not os.access(above, os.W_OK | os.X_OK) and not (not folder and path.exists()):
+            if not os.access(above, os.W_OK | os.X_OK):
                 raise InputError(f"{option}: expected a folder that can be written to, found {above}")
             return
 
