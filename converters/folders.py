@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from meteora_jax.config import InputError
-from meteora_jax.io.files import put_in_place
+from meteora_jax.io.files import put_in_place, refuse_mount
 
 _JOURNAL = "journal"
 
@@ -108,6 +108,7 @@ def _check_destination(dest: Path, overwrite: bool, sources: Iterable[Path]) -> 
         return
     if not dest.is_dir():
         raise InputError(f"{dest}: expected a folder or nothing, found a file")
+    refuse_mount(dest)
     if any(dest.iterdir()) and not overwrite:
         expected = "no folder or an empty one"
         raise InputError(f"{dest}: expected {expected}, found one that holds files (overwrite replaces it)")

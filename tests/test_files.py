@@ -218,6 +218,33 @@ def test_a_path_that_is_no_utf_8_is_written_as_json_s_escape(tmp_path: Path):
     assert "\u00e9" in (tmp_path / "x.json").read_text("utf-8")
 
 
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    with pytest.raises(InputError, match="expected a folder that can be replaced, found a mount point"):
+        refuse_foreign(folder, "bank.json")
+    with pytest.raises(InputError, match="found a mount point"), new_folder(folder, True, []):
+        pytest.fail("work has begun")
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_nothing_beside_it(tmp_path: Path, monkeypatch):
+    new, dest = tmp_path / "new", tmp_path / "dest"
+    for folder in (new, dest):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+
+    def busy(*args):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(files, "_swap", lambda *args: False)
+    monkeypatch.setattr(files.os, "rename", busy)
+    with pytest.raises(OSError, match="busy"):
+        files.put_in_place(new, dest)
+    assert sorted(os.listdir(tmp_path)) == ["dest", "new"]
+    assert (dest / "file").read_text() == "dest"
+
+
 def test_what_could_not_be_written_is_refused_before_any_work(tmp_path: Path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("file/x.json")

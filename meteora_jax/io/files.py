@@ -163,12 +163,19 @@ def refuse_foreign(folder: str | os.PathLike[str], description: str, *others: st
         return
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder or nothing, found a file")
+    refuse_mount(folder)
     found = sorted(p.name for p in folder.iterdir() if not (p.name.startswith(".") and p.suffix == ".partial"))
     if found and description not in found:
         raise InputError(f"{folder}: expected {description} in what is replaced, found {found[0]} and no {description}")
     if foreign := [name for name in found if name not in (description, *others)]:
         own = ", ".join((description, *others))
         raise InputError(f"{folder}: expected nothing but {own} in what is replaced, found {foreign[0]}")
+
+
+def refuse_mount(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder that no other can take the place of. Raises InputError."""
+    if os.path.ismount(folder):
+        raise InputError(f"{folder}: expected a folder that can be replaced, found a mount point: name one inside it")
 
 
 def refuse_unimported_base(path: str | os.PathLike[str]) -> None:
@@ -290,11 +297,14 @@ def put_in_place(new: Path, dest: Path) -> None:
         try:
             if not _swap(new, dest):
                 old = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent)) / "old"
-                os.rename(dest, old)
                 try:
-                    os.rename(new, dest)
+                    os.rename(dest, old)
+                    try:
+                        os.rename(new, dest)
+                    except BaseException:
+                        os.rename(old, dest)
+                        raise
                 except BaseException:
-                    os.rename(old, dest)
                     old.parent.rmdir()
                     raise
                 old = old.parent
