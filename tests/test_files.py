@@ -15,6 +15,7 @@ from converters.folders import new_folder
 from meteora_jax.config import InputError
 from meteora_jax.io import files
 from meteora_jax.io.files import (
+    change_alone,
     refuse_foreign,
     refuse_unwritable,
     whole_file,
@@ -243,6 +244,20 @@ def test_a_folder_that_cannot_be_renamed_leaves_nothing_beside_it(tmp_path: Path
         files.put_in_place(new, dest)
     assert sorted(os.listdir(tmp_path)) == ["dest", "new"]
     assert (dest / "file").read_text() == "dest"
+
+
+def test_one_process_changes_a_folder_at_a_time(tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with change_alone(folder):
+        with pytest.raises(InputError, match="expected one change at a time"), change_alone(folder):
+            pytest.fail("two are at work")
+        with whole_folder(folder) as new:  # which the one at work may replace
+            (new / "file").write_text("x")
+    with change_alone(folder):
+        assert os.listdir(folder) == ["file"]
+    with pytest.raises(InputError, match="cannot be read"), change_alone(tmp_path / "none"):
+        pass
 
 
 def test_what_could_not_be_written_is_refused_before_any_work(tmp_path: Path, monkeypatch):

@@ -288,6 +288,24 @@ def test_names_are_those_that_there_are_and_each_is_one(tmp_path, capsys, profil
     assert "twice.json: expected each model_name once, found twice: apple" in said
 
 
+def test_a_change_that_another_process_makes_meanwhile_is_not_lost(tmp_path, capsys, profiles, monkeypatch):
+    index = tmp_path / "index"
+    assert run(capsys, "index", "build", index, "--profiles", profiles)[0] == 0
+    add = mj.Index.add
+
+    def add_and_be_overtaken(self, new):
+        add(self, new)
+        monkeypatch.undo()
+        line = refused(capsys, "index", "add", index, "--describe", "third=Counts")
+        assert f"{index}: expected one change at a time" in line
+        assert "expected one change at a time" in refused(capsys, "index", "remove", index, "apple")
+
+    monkeypatch.setattr(mj.Index, "add", add_and_be_overtaken)
+    assert run(capsys, "index", "add", index, "--describe", "second=Finds rhymes")[0] == 0
+    assert run(capsys, "index", "add", index, "--describe", "third=Counts")[0] == 0
+    assert mj.Index.load(index).names == (*PROFILES, "second", "third")
+
+
 def test_queries_are_not_overwritten_by_their_figures(tmp_path, capsys, profiles, queries):
     index, before = tmp_path / "index", queries.read_bytes()
     assert run(capsys, "index", "build", index, "--profiles", profiles)[0] == 0

@@ -14,7 +14,7 @@ from rich.table import Table
 from meteora_jax.cli.index_rank import IndexRank
 from meteora_jax.cli.report import console, status, write_json
 from meteora_jax.config import InputError
-from meteora_jax.io.files import refuse_unwritable
+from meteora_jax.io.files import change_alone, refuse_unwritable
 
 if TYPE_CHECKING:
     from meteora_jax.retriever.evaluation import Query
@@ -221,9 +221,10 @@ def index_add(command: IndexAdd) -> None:
 
     check_replaced(command.index)
     profiles = read_sources(command)
-    index = Index.load(command.index)
-    index.add(profiles)
-    index.save(command.index)
+    with change_alone(command.index):
+        index = Index.load(command.index)
+        index.add(profiles)
+        index.save(command.index)
     report(index, command.index, command.json, profiles)
 
 
@@ -232,9 +233,10 @@ def index_remove(command: IndexRemove) -> None:
     from meteora_jax.retriever.index import Index, check_replaced
 
     check_replaced(command.index)
-    index = Index.load(command.index)
-    index.remove(command.names)
-    index.save(command.index)
+    with change_alone(command.index):
+        index = Index.load(command.index)
+        index.remove(command.names)
+        index.save(command.index)
     report(index, command.index, command.json)
 
 

@@ -178,6 +178,36 @@ def refuse_mount(folder: str | os.PathLike[str]) -> None:
         raise InputError(f"{folder}: expected a folder that can be replaced, found a mount point: name one inside it")
 
 
+@contextlib.contextmanager
+def change_alone(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """A folder that is read, changed and written anew, this process' until the block ends: of two that do so at once
+    one's change would be lost.
+
+    Raises:
+        InputError: another process has it, or there is none.
+    """
+    folder = Path(folder)
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be read ({e.strerror})") from None
+    try:
+        free = True
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The lock may be on a folder whose place a new one has just taken.
+            free = os.path.samestat(os.fstat(held), os.stat(folder))
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system that knows no locks
+            pass
+        if not free:
+            raise InputError(f"{folder}: expected one change at a time, found another process that is changing it")
+        yield
+    finally:
+        os.close(held)
+
+
 def refuse_unimported_base(path: str | os.PathLike[str]) -> None:
     """Refuses, in place of a BASE folder, what `meteora import base` makes one of: a .gguf file, a folder of them, or a
     model of Hugging Face or Meta. Whatever else may be wrong with a folder is left to its reader.
