@@ -275,3 +275,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh.shape))
+
+
+@jax.jit
+def finite(params: Any) -> jax.Array:
+    """Whether all values of a tree of arrays are finite numbers; bool [], the same on all devices."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()

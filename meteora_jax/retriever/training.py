@@ -30,8 +30,7 @@ from meteora_jax.retriever.encoder import SentenceEncoder, TextEncoder, pad
 from meteora_jax.retriever.index import check_profile
 from meteora_jax.retriever.settings import RetrieverTraining
 from meteora_jax.retriever.wording import Wording
-from meteora_jax.sharding import make_mesh, place_rows
-from meteora_jax.training.step import finite
+from meteora_jax.sharding import finite, make_mesh, place_rows
 
 
 def chosen_adapters(names: Sequence[str], share: float, seed: int) -> tuple[str, ...]:

@@ -188,9 +188,3 @@ def computed(params: Params, dtype: DTypeLike) -> Params:
         return leaf.replace(leaf[...].astype(dtype)) if isinstance(leaf, AdapterParam) else leaf
 
     return nnx.from_flat_state([(path, cast(leaf)) for path, leaf in nnx.to_flat_state(params)])
-
-
-@jax.jit
-def finite(params: Any) -> jax.Array:
-    """Whether all values of a tree of arrays are finite numbers; bool [], the same on all devices."""
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()

@@ -25,7 +25,7 @@ from meteora_jax.io.base import sample_digest
 from meteora_jax.io.model_state import assemble, column_orders
 from meteora_jax.io.tensors import StoredArray
 from meteora_jax.routing import BoundRouter, Router
-from meteora_jax.sharding import Params, fetch, place_rows, rows_multiple, tensor_shards, use_mesh
+from meteora_jax.sharding import Params, fetch, finite, place_rows, rows_multiple, tensor_shards, use_mesh
 from meteora_jax.text import load_tokenizer, tokenizer_digest
 from meteora_jax.training.charts import write_accuracy_map, write_curves
 from meteora_jax.training.checkpoints import Checkpoints, Restored, preemption
@@ -33,7 +33,7 @@ from meteora_jax.training.data import Batches, Layout, Mixture, own_shards, plan
 from meteora_jax.training.loss import Loss, Losses, NextTokenLoss
 from meteora_jax.training.sequences import Tokenized
 from meteora_jax.training.settings import Checkpointing, Training
-from meteora_jax.training.step import Step, TrainState, finite, initial_state, make_step
+from meteora_jax.training.step import Step, TrainState, initial_state, make_step
 from meteora_jax.training.unused import Unused, unused
 from meteora_jax.training.validation import Validated, Validation
 from meteora_jax.training.watch import FlopCount, Recorder
