@@ -95,6 +95,8 @@ class Arguments:
             self.whole("max_new_tokens", most)
         for texts in stop if own_stops else [stop]:
             self.texts("stop", texts)
+            if isinstance(texts, Collection) and "" in texts:
+                self.refuse("stop", "texts that can end a response", "")
 
         def one_each(name: str, values: Any, own: bool, count: int) -> list[Any]:
             if own and len(values) != count:

@@ -186,6 +186,8 @@ def test_a_selection_has_no_weights(capsys, world):
         (["--router", "gates-within", "--index", "INDEX"], "expected --gates beside 'gates-within', found none"),
         (["--index", "INDEX", "--gate-top-k", "2"], "--gate-temperature: expected --router gates, found 'retrieval'"),
         (["--router", "apple", *GATES], "nowhere/gates.json: expected a file, found none"),
+        (["--router", "apple=1,birch=nan"], "Fixed: birch: expected a finite weight, found nan"),
+        (["--stop", "a", "--stop", ""], "--stop: expected a text, found an empty one"),
     ],
 )
 def test_a_router_that_there_is_not_is_refused_before_the_base_is_read(tmp_path, capsys, world, given, said):

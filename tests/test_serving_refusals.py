@@ -65,6 +65,14 @@ def test_fields_that_are_not_served_are_said_to_be_so(served, field, value, said
     assert post(served, "completions", model="tiny", prompt="A", max_tokens=1, **{field: nothing}).status_code == 200
 
 
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""]])
+def test_a_text_that_cannot_end_a_response_is_refused(served, stop):
+    got = post(served, "completions", model="tiny", prompt="A", max_tokens=1, stop=stop)
+    assert got.status_code == 400
+    error = got.json()["error"]
+    assert (error["message"], error["param"]) == ("stop: expected texts, found an empty one", "stop")
+
+
 ADAPTERS = "apple, birch, cedar, daisy"
 
 

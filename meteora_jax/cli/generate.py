@@ -85,8 +85,10 @@ def router_name(command: Generate) -> str:
 
 
 def check_options(command: Generate) -> None:
-    """Refuses options that the router would not heed."""
+    """Refuses options that the router would not heed, and a text that every response begins with."""
     name, problems = router_name(command), []
+    if "" in command.stop:
+        problems.append("--stop: expected a text, found an empty one")
     for option, value, routers in (
         ("--retrieve", command.retrieve, RETRIEVING),
         ("--compose", command.compose, ("retrieval",)),

@@ -28,6 +28,12 @@ def _not_served(value: Any) -> Any:
     raise ValueError(f"expected {nothing} (not supported by this server), found {found}")
 
 
+def _can_stop(value: str | list[str] | None) -> str | list[str] | None:
+    if value == "" or (isinstance(value, list) and "" in value):
+        raise ValueError("expected texts, found an empty one")
+    return value
+
+
 NotServed = AfterValidator(_not_served)
 Nothing = Annotated[Finite | None, NotServed, Field(description="not served: 0 or absent")]
 
@@ -63,7 +69,7 @@ class Asked(Labels):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop: Annotated[str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None, AfterValidator(_can_stop)] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
@@ -77,7 +83,7 @@ class Asked(Labels):
 
     def stops(self) -> tuple[str, ...]:
         """The texts that end a response."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(s for s in self.stop or () if s)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 class CompletionRequest(Asked):
