@@ -20,7 +20,11 @@ import meteora_jax as mj
 from meteora_jax.cli import main
 from meteora_jax.cli.demo import fetch_base
 from meteora_jax.cli.report import ProgressLines, print_tables, progress_bar
+from meteora_jax.config import read_json
 from meteora_jax.evaluation.table import markdown
+from meteora_jax.gate_config import GateConfig, TokenRouterForm
+from meteora_jax.io import hf_config
+from meteora_jax.io.gates import fresh_gates, save_gates
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
@@ -210,6 +214,26 @@ def test_standard_output_may_be_closed(world, words, status):
     assert done.returncode == status
     assert b"Traceback" not in done.stderr
     assert (b"error: --json: expected a standard output, found it closed" in done.stderr) == bool(words)
+
+
+@pytest.mark.parametrize("form", [None, TokenRouterForm(32, 2)])
+def test_inspect_names_what_is_wrong_with_gates(tmp_path, capsys, world, form):
+    config = GateConfig(NAMES, 2, 1.0, form)
+    base, folder = hf_config.from_hf(read_json(world["base"] / "config.json")), tmp_path / "gates"
+    sound = fresh_gates(form, base, config.columns, 0)
+    save_gates(folder, config, sound)
+    assert run(capsys, "inspect", folder)[0] == 0
+    last = list(sound)[-1]
+    fewer = sound[last][..., 1:]
+    axes = f"{last}: expected a tensor of {fewer.ndim} axes, found"
+    for gates, said in (
+        (sound | {last: fewer}, f"{last}: expected shape {sound[last].shape}, found {fewer.shape}"),
+        (sound | {last: np.ones(3)}, f"{axes} (3,)"),
+        ({key: g for key, g in sound.items() if key != last}, f"{axes} none"),
+        (sound | {"elm": fewer}, f"elm: expected no such tensor, found {fewer.shape}"),
+    ):
+        save_gates(folder, config, gates)
+        assert f"{folder}/weights.safetensors: {said}" in refused(capsys, "inspect", folder)
 
 
 def test_json_on_standard_output_is_alone_there(capsys, world):

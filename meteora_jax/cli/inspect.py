@@ -62,7 +62,7 @@ def describe(path: Path) -> dict[str, Any]:
     import converters
     from converters.peft_folder import CONFIG, read_tensors
     from converters.peft_settings import read_settings
-    from converters.tensor_files import TensorReader, read_safetensors
+    from converters.tensor_files import TensorReader
     from meteora_jax.io.tensors import WEIGHTS
 
     if (path / "bank.json").exists():
@@ -73,7 +73,7 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "bank", "about": about, "adapters": adapters}
     if (path / "gates.json").exists():
         gates = GateConfig.from_json(read_json(path / "gates.json"), str(path / "gates.json"))
-        about = {"tensors": len(read_safetensors(path / WEIGHTS, str(path / WEIGHTS)))}  # which a base's shapes say
+        about = {"tensors": _check_gates(path / WEIGHTS, gates)}
         about |= {"adapters": " ".join(gates.names), "top_k": gates.top_k, "temperature": gates.temperature}
         about |= {"form": gates.form_name, "null choice": gates.null}
         about |= {"width": gates.form.width, "depth": gates.form.depth} if gates.form else {}
@@ -119,6 +119,23 @@ def describe(path: Path) -> dict[str, Any]:
     raise InputError(
         f"{path}: expected config.json, bank.json, gates.json, index.json or encoder.json, found none of them"
     )
+
+
+def _check_gates(file: Path, gates: GateConfig) -> int:
+    """How many tensors a gate file has: those of the description, for a base of the sizes that they speak of."""
+    from converters.tensor_files import TensorReader, read_safetensors
+    from meteora_jax.io.gates import base_of, stored_shapes
+
+    found = {tensor.key: tensor.shape for tensor in read_safetensors(file, str(file))}
+    shapes = stored_shapes(gates, base_of(found))
+    if problems := [
+        f"{file}: {key}: expected a tensor of {len(shape)} axes, found {found.get(key, 'none')}"
+        for key, shape in shapes.items()
+        if len(found.get(key, ())) != len(shape)
+    ]:
+        raise InputError(problems)
+    TensorReader(file, shapes)
+    return len(found)
 
 
 def stored_type(tensor: SourceTensor) -> str:

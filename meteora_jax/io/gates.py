@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from meteora_jax.config import GROUPS, BankConfig, InputError, LlamaConfig, read_json
+from meteora_jax.config import GROUPS, PROJECTIONS, BankConfig, InputError, LlamaConfig, read_json
 from meteora_jax.gate_config import SEGMENTS, SHIFTS, GateConfig, TokenRouterForm
 from meteora_jax.io.tensors import WEIGHTS, read_tensors, write_folder
 
@@ -49,6 +49,23 @@ def gate_shapes(
     return {f"token_router.{part}": parts[part] for part in _ROUTER}
 
 
+def stored_shapes(config: GateConfig, base: LlamaConfig | BankConfig) -> dict[str, tuple[int, ...]]:
+    """`gate_shapes` under the names that the file has."""
+    shapes = gate_shapes(config.form, base, config.columns)
+    return {_FORMER[name]: shape for name, shape in shapes.items()} if config.former else shapes
+
+
+def base_of(shapes: Mapping[str, tuple[int, ...]]) -> BankConfig:
+    """The sizes of a base that a gate file's own tensors speak of, as far as they do."""
+    sound = {p: shapes[p] for p in PROJECTIONS if len(shapes.get(p, ())) == 3}
+    widths = {p: next((sound[q][1] for q in ps if q in sound), 0) for ps in GROUPS.values() for p in ps}
+    for embed in (TOKEN_ROUTER[0], _FORMER[TOKEN_ROUTER[0]]):
+        if len(shapes.get(embed, ())) == 2:
+            widths["q_proj"] = shapes[embed][0]
+    layers = next((shape[0] for shape in sound.values()), 0)
+    return BankConfig((), {}, layers, {p: (width, 0) for p, width in widths.items()})
+
+
 def fresh_gates(
     form: TokenRouterForm | None, base: LlamaConfig | BankConfig, columns: int, seed: int
 ) -> dict[str, np.ndarray]:
@@ -82,11 +99,8 @@ def load_gates(
         ways = ["meteora train gates --extend trains what is missing"] if missing else []
         ways += ["meteora bank remove and rename --gates change gates with their bank"] if unknown else []
         raise InputError(f"{source}: names: expected the bank's adapters, found {', '.join(wrong)} ({'; '.join(ways)})")
-    shapes = gate_shapes(config.form, base, config.columns)
-    if former := config.former:
-        shapes = {_FORMER[name]: shape for name, shape in shapes.items()}
-    tensors = read_tensors(folder / WEIGHTS, shapes)
-    if former:
+    tensors = read_tensors(folder / WEIGHTS, stored_shapes(config, base))
+    if config.former:
         tensors = {name: tensors[before] for name, before in _FORMER.items()}
     order = [*(config.names.index(n) for n in names), *range(len(names), config.columns)]
     tensors = {p: t if p in SHARED_BY_ADAPTERS else t[..., order] for p, t in tensors.items()}
