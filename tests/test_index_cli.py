@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -275,6 +276,15 @@ def test_refusals_are_one_line(tmp_path, capsys, arguments, said):
     line = refused(capsys, *(places.get(a, a) for a in arguments))
     assert said in line
     assert not (tmp_path / "OUT").exists()
+
+
+def test_a_pipe_in_a_folder_of_tasks_is_not_waited_for(tmp_path, capsys):
+    for name, make in (("cards", os.mkfifo), ("dice", os.mkdir), ("elm", lambda path: path.symlink_to("nowhere"))):
+        (tmp_path / "t" / name).mkdir(parents=True)
+        make(tmp_path / "t" / name / "train.jsonl")
+    said = refused(capsys, "index", "build", tmp_path / "index", "--tasks", tmp_path / "t")
+    for name in ("cards", "dice", "elm"):
+        assert f"--tasks: {tmp_path}/t/{name}/train.jsonl: expected a file, found none or another thing" in said
 
 
 def test_names_are_those_that_there_are_and_each_is_one(tmp_path, capsys, profiles, queries):

@@ -230,6 +230,16 @@ def test_an_index_and_composites_are_made_of_conversations(tmp_path, talks, worl
     assert problem["prompt"].endswith("<|im_start|>assistant\n(2)\n\n")
 
 
+@pytest.mark.parametrize("target", ["../../elsewhere.jsonl", "data/train.jsonl"])
+def test_nothing_is_written_through_a_link_that_leads_nowhere(tmp_path, capsys, target):
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(50)))
+    (tmp_path / "t" / "sums").mkdir(parents=True)
+    (tmp_path / "t" / "sums" / "train.jsonl").symlink_to(target)
+    said = refused(capsys, "tasks", "split", tmp_path / "t", f"sums={tmp_path / 'all.jsonl'}")
+    assert "sums: expected no train, test or holdout yet, found train.jsonl, which are left as they are" in said
+    assert not (tmp_path / "elsewhere.jsonl").exists()
+
+
 def test_what_cannot_be_copied_beside_the_lines_is_named(tmp_path, capsys):
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(50)))
     (tmp_path / "t" / "sums").mkdir(parents=True)

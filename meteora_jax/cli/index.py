@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,10 @@ def _pairs(option: str, pairs: Sequence[str], right: str) -> list[tuple[str, str
 
 def _training_files(tasks: Path) -> list[tuple[str, Path]]:
     """(task, its training file) of a TASKS folder. Raises InputError: there is none."""
-    if found := [(path.parent.name, path) for path in sorted(tasks.glob("*/train.jsonl"))]:
+    files = [folder / "train.jsonl" for folder in sorted(tasks.glob("*"))]
+    if found := [(path.parent.name, path) for path in files if os.path.lexists(path)]:
+        if strange := [path for _, path in found if not path.is_file()]:  # a pipe's reader would wait for ever
+            raise InputError([f"--tasks: {path}: expected a file, found none or another thing" for path in strange])
         return found
     there = "a folder without one" if tasks.is_dir() else "a file" if tasks.exists() else "no such folder"
     raise InputError(f"--tasks: {tasks}: expected a folder of TASK/train.jsonl, found {there}")

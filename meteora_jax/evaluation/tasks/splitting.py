@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,7 +83,7 @@ def _destination_problems(tasks_dir: Path, task: str) -> list[str]:
     if Path(task).name != task or task.startswith("."):
         return [f"{task}: expected a task's name, found a path or a hidden one"]
     folder = tasks_dir / task
-    there = [f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()]
+    there = [f"{split}.jsonl" for split in SPLITS if os.path.lexists(folder / f"{split}.jsonl")]
     if there:
         return [
             f"{folder}: expected no train, test or holdout yet, found {', '.join(there)}, which are left as they are"
