@@ -383,13 +383,13 @@ def numbered_lines(content: bytes, path: str | os.PathLike[str]) -> list[tuple[s
     return [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1)]
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Parses a JSON file; a missing or malformed one is an InputError that names it."""
+def read_json(path: str | os.PathLike[str], made_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Parses a JSON file, objects as `made_of` makes them of pairs; a bad one is an InputError that names it."""
     path = Path(path)
     try:
         if path.is_fifo():  # its reader would wait for ever
             raise InputError(f"{path}: expected a file, found a pipe")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=made_of)
     except FileNotFoundError:
         raise InputError(f"{path}: expected a file, found none") from None
     except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, or beyond Python's own limits

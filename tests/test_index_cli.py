@@ -296,6 +296,9 @@ def test_names_are_those_that_there_are_and_each_is_one(tmp_path, capsys, profil
     (tmp_path / "twice.json").write_text(json.dumps(twice))
     said = refused(capsys, "index", "build", tmp_path / "other", "--profiles", tmp_path / "twice.json")
     assert "twice.json: expected each model_name once, found twice: apple" in said
+    (tmp_path / "twice.json").write_text('{"apple": ["one"], "birch": ["two"], "apple": ["three"]}')
+    said = refused(capsys, "index", "build", tmp_path / "other", "--profiles", tmp_path / "twice.json")
+    assert "twice.json: expected JSON, found something else (expected each key once, found twice: apple)" in said
 
 
 def test_a_change_that_another_process_makes_meanwhile_is_not_lost(tmp_path, capsys, profiles, monkeypatch):

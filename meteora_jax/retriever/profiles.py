@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from meteora_jax.config import InputError, read_json, read_lines
 from meteora_jax.examples import parse_example
@@ -16,7 +17,7 @@ def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 
     The release is a list of {"model_name": ..., "sample": [{"inputs": ...}, ...]}.
     """
-    raw = read_json(path)
+    raw = read_json(path, _of_different_keys)
     try:
         if isinstance(raw, list):
             names = [entry["model_name"] for entry in raw]
@@ -29,6 +30,15 @@ def read_profiles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     if problems := [f"{path}: {p}" for name, inputs in profiles.items() for p in check_profile(name, inputs)]:
         raise InputError(problems)
     return profiles
+
+
+def _of_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, of which Python would keep the last of two values under one key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = {key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1}
+        raise ValueError(f"expected each key once, found twice: {', '.join(sorted(twice))}")
+    return found
 
 
 def read_training_file(path: str | os.PathLike[str]) -> list[str]:
