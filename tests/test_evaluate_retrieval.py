@@ -283,6 +283,15 @@ def test_a_run_goes_on_with_its_ranking_or_not_at_all(folders, tmp_path, capsys)
     assert "ranking: expected" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["retrieval-selection-unseen", "task-retrieval-unseen"])
+def test_an_unseen_task_s_only_adapter_leaves_none(world, name):
+    index, ranking = mj.Index.build(dict(list(INDEX.items())[:1])), {NAMES[0]: NAMES[:1]}
+    given = Given(dataclasses.replace(world["model"], gates=None), index=index, ranking=ranking)
+    said = f"--systems: {name}: expected adapters that {NAMES[0]} may have, found all hidden"
+    with pytest.raises(InputError, match=said):
+        check_routes([make_system(name, given)], [Problem("a", NAMES[0], "", "")])
+
+
 def test_systems_that_nobody_named_are_of_what_is_given(world, folders):
     model, index, ranking = world["model"], folders["index"], {name: (name,) for name in NAMES}
     alone = dataclasses.replace(model, gates=None)
@@ -302,6 +311,11 @@ def test_systems_that_nobody_named_are_of_what_is_given(world, folders):
         problems = [Problem("a", NAMES[0], "", "")]
         check_routes([make_system(name, given) for name in systems], problems)
     assert make_system("retrieval-mixture", Given(alone, index=few)).route(problems[0]).k == 2  # as many as there are
+    unseen = make_system("retrieval-mixture-unseen", Given(alone, index=few))
+    check_routes([unseen], problems)
+    assert unseen.route(problems[0]).k == 1
+    ranked = Given(alone, index=few, ranking={name: (name, "cedar") for name in few.names})
+    assert make_system("task-retrieval-unseen", ranked).route(problems[0]).k == 2
     one = dataclasses.replace(model.gates, names=NAMES[:1])
     assert default_systems(Given(dataclasses.replace(model, gates=one))) == ["base", "oracle", "gates-top1"]
 

@@ -291,7 +291,10 @@ def _count(name: re.Match[str], given: Given) -> int:
     """How many adapters a system retrieves: as its name says, or the usual number as far as there are so many."""
     if name["found"]:
         return int(name["found"])
-    return RETRIEVED if given.index is None else max(1, min(RETRIEVED, len(given.index.names)))
+    if given.index is None:
+        return RETRIEVED
+    hidden = 1 if name["unseen"] and not name[0].startswith("task-") else 0  # a task stays, with other adapters
+    return max(1, min(RETRIEVED, len(given.index.names) - hidden))
 
 
 def of_a_family(name: str) -> bool:
@@ -375,9 +378,12 @@ def check_routes(systems: Sequence[System], problems: Sequence[Problem]) -> None
             router = system.route(problem)
             if isinstance(router, Fixed) and not set(router.weights()) <= set(system.model.adapter_names):
                 alone.append(problem.own_tasks[0])
-            if isinstance(router, Retrieval | GatesWithin):
-                left = len(router.index.names) - len(router.exclude)
-                if router.k > left:
+            if isinstance(router, Retrieval | GatesWithin | TaskRetrieval):
+                left = len(router.index.names) - len(router.hidden)
+                if not left:
+                    wrong.append(f"--systems: {system.name}: expected adapters that {row} may have, found all hidden")
+                    break
+                if router.k > left and not isinstance(router, TaskRetrieval):
                     wrong.append(f"--systems: {system.name}: expected to retrieve at most {left}, found {router.k}")
                     break
             if isinstance(router, Choosing | GatesWithin) and router.top_k > len(system.model.adapter_names):
