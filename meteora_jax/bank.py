@@ -116,8 +116,11 @@ class AdapterBank:
         problems = [f"{source}: expected one of {', '.join(self.names)}, found {n!r}" for n in wanted - {*self.names}]
         if not wanted or wanted >= set(self.names):
             problems.append(f"{source}: expected general adapters and others, found {', '.join(general) or 'none'}")
-        if self.dora or self.bias or self.vocab_adapters or self.config.invoked:
-            problems.append(f"{source}: expected LoRA matrices alone, found DoRA, biases, vocabulary or invocations")
+        if len(wanted) < len(general):
+            problems.append(f"{source}: expected each general adapter once, found {', '.join(general)}")
+        if self.dora or self.bias or self.own_gate or self.vocab_adapters or self.config.invoked:
+            found = "DoRA, biases, own gates, vocabulary or invocations"
+            problems.append(f"{source}: expected LoRA matrices alone, found {found}")
         if any(
             (a.rank, a.targets, bool(a.peft_config.get("rank_pattern"))) != (*_shape(infos[0]), False) for a in infos
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +75,17 @@ def test_what_cannot_be_subtracted_is_refused(alike, world):
     with pytest.raises(InputError, match="expected adapters of one rank"):
         bank.less(["apple"], "bank")
     bank = load_bank(alike["bank"], world["model"].config, "float32")
-    for general, words in ((["nobody"], "expected one of one, two"), ([], "found none"), (bank.names, "and others")):
+    for general, words in (
+        (["nobody"], "expected one of one, two"),
+        ([], "found none"),
+        (bank.names, "and others"),
+        (["wiki", "web", "wiki"], "each general adapter once, found wiki, web, wiki"),
+    ):
         with pytest.raises(InputError, match=words):
             bank.less(general, "bank")
+    gated = dataclasses.replace(bank, own_gate={"q_proj": np.ones((3, 5, 48), np.float32)})
+    with pytest.raises(InputError, match="LoRA matrices alone, found DoRA, biases, own gates"):
+        gated.less(["wiki"], "bank")
 
 
 @pytest.mark.parametrize("within", [None, ("apple", "cedar")])
