@@ -17,6 +17,7 @@ from meteora_jax.config import InputError
 from meteora_jax.retriever import evaluation
 from meteora_jax.retriever.evaluation import Query
 from meteora_jax.retriever.features import ngrams
+from meteora_jax.retriever.ranking import write_ranking
 
 
 @pytest.fixture
@@ -276,6 +277,18 @@ def test_refusals_are_one_line(tmp_path, capsys, arguments, said):
     line = refused(capsys, *(places.get(a, a) for a in arguments))
     assert said in line
     assert not (tmp_path / "OUT").exists()
+
+
+def test_a_change_that_ends_a_ranking_says_so(tmp_path, capsys, profiles):
+    index = tmp_path / "index"
+    assert run(capsys, "index", "build", index, "--profiles", profiles)[0] == 0
+    for words in (["add", index, "--describe", "elm=Of trees"], ["remove", index, "elm"]):
+        write_ranking(index, {name: {name: 0.5} for name in PROFILES})
+        status, _, noted = run(capsys, "index", *words)
+        assert status == 0
+        assert "ranking.json: gone with the index before" in " ".join(noted.split())
+        assert not (index / "ranking.json").exists()
+    assert "ranking.json" not in run(capsys, "index", "remove", index, "apple")[2]
 
 
 def test_a_pipe_in_a_folder_of_tasks_is_not_waited_for(tmp_path, capsys):

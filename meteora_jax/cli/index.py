@@ -219,6 +219,17 @@ def index_build(command: IndexBuild) -> None:
     report(index, command.dest, command.json, profiles)
 
 
+def _replace(index: Index, folder: Path) -> None:
+    """Saves a changed index, and says so where that ends a ranking: it is of the adapters that there were."""
+    from meteora_jax.retriever.ranking import FILE
+
+    ranked = (folder / FILE).exists()
+    index.save(folder)
+    if ranked:
+        said = f"{folder / FILE}: gone with the index before; `meteora index rank` makes one"
+        status.print(said, highlight=False, soft_wrap=True)
+
+
 def index_add(command: IndexAdd) -> None:
     """Runs `meteora index add`."""
     from meteora_jax.retriever.index import Index, check_replaced
@@ -228,7 +239,7 @@ def index_add(command: IndexAdd) -> None:
     with change_alone(command.index):
         index = Index.load(command.index)
         index.add(profiles)
-        index.save(command.index)
+        _replace(index, command.index)
     report(index, command.index, command.json, profiles)
 
 
@@ -240,7 +251,7 @@ def index_remove(command: IndexRemove) -> None:
     with change_alone(command.index):
         index = Index.load(command.index)
         index.remove(command.names)
-        index.save(command.index)
+        _replace(index, command.index)
     report(index, command.index, command.json)
 
 
