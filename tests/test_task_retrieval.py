@@ -20,7 +20,7 @@ from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.ranking import rank_adapters
 from meteora_jax.evaluation.systems import Given, make_system
 from meteora_jax.examples import Example
-from meteora_jax.retriever.ranking import read_ranking, write_ranking
+from meteora_jax.retriever.ranking import read_part, read_ranking, write_part, write_ranking
 from meteora_jax.routing.retrieval import NOBODY
 from meteora_jax.routing.task_retrieval import default_retrieval
 
@@ -110,9 +110,12 @@ def test_a_stopped_ranking_goes_on(world, ranked, tmp_path, monkeypatch, capsys)
     whole, again = (json.loads((folder / "ranking.json").read_text()) for folder in (ranked, tmp_path / "index"))
     assert again == whole
     assert not (tmp_path / "index" / ".ranking.partial").exists()
+    write_part(tmp_path / "index", {"moods": {"apple": 1.0}}, {"tasks": "of other examples"})
+    assert read_part(tmp_path / "index", {"tasks": "of other examples"})
     asked.clear()
-    main([*words, "1"])  # of other examples: from the beginning
+    main([*words, "2"])  # from the beginning
     assert len(asked) == 2 * len(NAMES)
+    assert json.loads((tmp_path / "index" / "ranking.json").read_text()) == whole
 
 
 def test_losses_that_rank_nothing_are_refused(world, monkeypatch):
