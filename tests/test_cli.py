@@ -247,6 +247,17 @@ def test_json_on_standard_output_is_alone_there(capsys, world):
     assert not os.path.exists("-")
 
 
+def test_a_terminal_that_lacks_a_character_shows_its_number(tmp_path):
+    mj.Index.build({"süß": ["Über"], "b": ["x"]}).save(tmp_path / "index")
+    command = [sys.executable, "-m", "meteora_jax.cli", "index", "query", str(tmp_path / "index"), "Grün"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "120"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+    assert rb"Gr\xfcn" in done.stdout
+    done = subprocess.run([*command, "--json", "-"], env=environment, capture_output=True, timeout=120)
+    assert json.loads(done.stdout)[0]["text"] == "Grün"
+
+
 def test_a_json_file_that_cannot_be_written_is_said_before(tmp_path, capsys, world):
     (tmp_path / "file").write_text("")
     status, out, err = run(capsys, "inspect", world["bank"], "--json", tmp_path / "file" / "report.json")

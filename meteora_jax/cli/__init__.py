@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect as python_inspect
+import io
 import os
 import signal
 import sys
@@ -273,6 +274,9 @@ def parse(args: Sequence[str]) -> Any:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parses and runs one command; exits with the status that the module's docstring lists."""
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is shown by its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = sys.argv[1:] if args is None else args
         if list(args) == ["--version"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import sys
 import time
@@ -46,7 +47,8 @@ def write_json(path: Path | None, value: Any) -> None:
     if path is None:
         return
     if path == STDOUT:
-        print(files.json_bytes(value).decode(), end="")
+        whole = (sys.stdout.encoding or "").lower().startswith("utf")  # elsewhere by JSON's own escapes
+        print(files.json_bytes(value).decode() if whole else json.dumps(value, indent=1), end="" if whole else "\n")
         return
     (path.resolve() if path.is_symlink() else path).parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, value)
