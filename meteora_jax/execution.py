@@ -126,8 +126,14 @@ class ExecutionConfig:
 
 # XLA's own Triton matrix products copy a layer's weights out of the stack before they read them (a decoding step of
 # Llama-3-8B takes 11.4 ms with them), and gave NaN in training; cuBLAS reads the stack where it lies.
+# Where XLA counts too little memory it computes values again from what was updated in place by then: a decoding step
+# took one from the tokens left twice, and a response never got its last token (docs/lab-notes-speed.md).
 GPU_OPTIONS: Mapping[str, Any] = MappingProxyType(
-    {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": True}
+    {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_enable_dynamic_slice_fusion": True,
+        "xla_disable_hlo_passes": "rematerialization",
+    }
 )
 
 

@@ -230,6 +230,38 @@ def on_two_gpus() -> None:
     print("two GPUs: a decoding step compiles")
 
 
+def read_after_change(text: str) -> list[str]:
+    """Instructions that read an array behind its update in place by a scatter, in the order of the program."""
+    found = []
+    for part in re.split(r"\n(?=%|ENTRY)", text):
+        changed: set[str] = set()
+        for line in part.splitlines():
+            _, equals, instruction = line.partition(" = ")
+            operands = re.findall(r"%[\w.\-]+", instruction.partition(", metadata=")[0])
+            if equals and changed & set(operands):
+                found.append(line.strip())
+            if operands and re.search(r"scatter\S* = .* (fusion|scatter)\(", line):
+                changed.add(operands[0])
+    return found
+
+
+def little_memory() -> None:
+    """Decoding steps where the cache leaves XLA no memory, which then computes values again, read no state that the
+    step has changed by then."""
+    topology = H200.replace("151397597184", "8000000000")
+    (device,) = topologies.get_topology_desc(platform="cuda", target_config=topology, topology="1x1x1").devices
+    graph, weights, bank = llama_3_8b()
+    state = jax.eval_shape(lambda w: new_state(graph, w, 36864, BLOCK_SIZE, 256), weights)  # 4.8 GB a cache
+    for router in (None, mj.Gates(2)):
+        bound = router.bind([router] * 8, bank.names) if router is not None else None
+        rest = step_rows(8), None, bound, array((1,), jnp.int32)
+        how: dict[str, Any] = dict(steps=1, logprobs=None, trace=False)
+        text = compiled(device, run_steps.__wrapped__, graph, weights, state, *rest, donate=(1,), **how)
+        late = read_after_change(text)
+        assert not late, "state is read behind its update in place\n" + "\n".join(late)
+    print("little memory: no state is read behind its update in place")
+
+
 def main() -> None:
     quantised_gpu.launch = stand_in
     jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot read such programs back
@@ -274,6 +306,7 @@ def main() -> None:
         print(f"training, remat {remat}: {counted} products of so many columns a layer, forward and backward")
         assert set(counted.values()) == {products}, f"remat {remat}: a product runs more than it must"
     quantised()
+    little_memory()
     if jax.__version_info__ >= (0, 11):  # XLA before does not compile that step without the GPUs
         on_two_gpus()
 

@@ -245,6 +245,23 @@ def test_a_failed_engine_says_so_to_everyone(world, monkeypatch):
         used.submit(request(model, [5, 6], None, 4)).wait()
 
 
+def test_a_token_that_the_device_did_not_draw_is_an_error(world, monkeypatch):
+    calls = []
+
+    def lose(*args, **options):
+        state, result = run_steps(*args, **options)
+        calls.append(options["steps"])
+        if len(calls) == 3:
+            result = dataclasses.replace(result, tokens=0 * result.tokens - 1)
+        return state, result
+
+    monkeypatch.setattr("meteora_jax.engine.engine.run_steps", lose)
+    handle = engine(world["model"]).submit(request(world["model"], [5, 6, 7], None, 30))
+    with pytest.raises(RuntimeError, match=r"expected \d+ tokens of a request in a step, found 0"):
+        handle.wait()
+    assert len(calls) >= 3
+
+
 def test_fused_requests_and_others_in_one_batch(world):
     model = world["model"]
     prompt = list(range(50, 73))

@@ -330,10 +330,14 @@ class EngineCore:
             if trace is not None and p.request.trace and p.router is not None and start < chunk.stop:
                 self._traced(p, *(np.moveaxis(z[0, :, at + start : at + chunk.stop], 1, 0) for z in trace))
         read = len(work.owners) - len(work.chunks)  # rows that read a token of their own
+        drawing = [int(chunk.last) for chunk, _ in work.chunks]
         for b, p in enumerate(work.owners):
             if (handle := self._handles.get(p.number)) is None:
                 continue
             drawn = tokens[b][: counts[b]]
+            asked = min(work.steps, p.request.max_new_tokens - len(p.tokens)) if b < read else drawing[b - read]
+            if len(drawn) < asked and ends[b] < 0:  # else it would be waited for without an end
+                raise RuntimeError(f"expected {asked} tokens of a request in a step, found {len(drawn)}")
             if trace is not None and p.request.trace and p.router is not None and b < read:
                 self._traced(p, *(z[: len(drawn), :, b] for z in trace))
             if not drawn:
