@@ -12,16 +12,19 @@ import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 from served import Served, serving, settled
+from test_engine import engine, request
 from tiny import tiny_peft
 
 import meteora_jax as mj
-from meteora_jax.engine import Handle, Progress, Request
-from meteora_jax.serving.driver import AT_ONCE, Driver, Stream, Watch
+from meteora_jax.engine import EngineSize, Handle, Progress, Request
+from meteora_jax.serving.driver import AT_ONCE, Driver, Stream, TokenShares, Watch
 from meteora_jax.serving.settings import Settings
 
 PROMPTS = ("The quick brown fox jumps over the lazy dog, and 24 dogs", "A gate", "How many apples, pears and plums")
@@ -208,3 +211,32 @@ def test_first_tokens_and_ends_go_before_the_rest_which_lets_requests_in_between
     assert told[:2] == [first, last]
     assert told.index("request") == 2 + AT_ONCE
     assert [n for n in told[2:] if n != "request"] == list(range(first))
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_who_drew_a_token_is_told_of_a_request_that_was_preempted_too(world, every):
+    """Five requests on few blocks, told of every few rounds alone, against the same with room for all."""
+    model = world["model"]
+
+    def ask(blocks: int, rounds: int) -> tuple[int, list[list[TokenShares]]]:
+        core = engine(model, EngineSize(rows=4, tokens=36, blocks=blocks, block_size=8))
+        texts = [np.random.default_rng(i).integers(3, 300, 30).tolist() for i in range(5)]
+        handles = [core.submit(request(model, text, mj.Gates(2), 40, trace=True)) for text in texts]
+        watches = [Watch(Mock(), handle, lambda numbers: (model.adapter_names, numbers)) for handle in handles]
+        told: list[list[TokenShares]] = [[] for _ in handles]
+        at = 0
+        while core.busy:
+            core.step()
+            at += 1
+            for shares, watch in zip(told, watches, strict=True):
+                if at % rounds == 0 or watch.pressing:
+                    piece: Any = watch.news()
+                    shares += [] if piece is None else piece.shares
+        return core.scheduler.preemptions, told
+
+    preemptions, told = ask(16, every)
+    assert preemptions > 0
+    none, right = ask(64, 1)
+    assert none == 0
+    for shares, wanted in zip(told, right, strict=True):
+        assert [dict(s.largest) for s in shares] == [pytest.approx(dict(s.largest), abs=1e-4) for s in wanted]

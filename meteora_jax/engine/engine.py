@@ -326,7 +326,7 @@ class EngineCore:
             trace = indices, np.where((indices == NO_ADAPTER) & (trace[0] != NO_ADAPTER), 0, trace[1])
         for chunk, first in work.chunks:
             p, at = chunk.progress, first - chunk.start
-            start = chunk.start if p.request.trace is True else max(chunk.start, len(p.request.prompt))
+            start = max(chunk.start, p.recorded)
             if trace is not None and p.request.trace and p.router is not None and start < chunk.stop:
                 self._traced(p, *(np.moveaxis(z[0, :, at + start : at + chunk.stop], 1, 0) for z in trace))
         read = len(work.owners) - len(work.chunks)  # rows that read a token of their own

@@ -177,6 +177,12 @@ class Progress:
         return self.read if self.prefilling else len(self.request.prompt) + max(self.promised - 1, 0)
 
     @property
+    def recorded(self) -> int:
+        """The first position whose routing is still to be recorded: what is read again after a preemption is not."""
+        first = 0 if self.request.trace is True else len(self.request.prompt)
+        return first + sum(len(indices) for indices, _ in self.routing)
+
+    @property
     def most_slots(self) -> int:
         """The most positions that it can come to need."""
         return len(self.request.prompt) + self.request.max_new_tokens - 1

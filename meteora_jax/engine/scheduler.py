@@ -305,7 +305,6 @@ class Scheduler:
         self._give_back(progress)
         progress.todo = [*progress.request.prompt, *progress.tokens]
         progress.read, progress.promised = 0, len(progress.tokens)
-        progress.routing = []  # recorded again
         progress.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(progress)

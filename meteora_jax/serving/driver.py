@@ -135,8 +135,6 @@ class Watch:
 
     def _new_shares(self, progress: Progress, count: int) -> list[TokenShares]:
         """Of the positions that drew the next tokens: each is the one before the token's own."""
-        if len(progress.routing) < self._pieces:  # preempted: recorded from the beginning again
-            self._rows = self._pieces = 0
         wanted = len(progress.request.prompt) - 1 + self._tokens
         for indices, weights in progress.routing[self._pieces :]:
             skipped = max(0, min(len(indices), wanted + len(self._shares) - self._rows))
