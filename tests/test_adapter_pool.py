@@ -271,6 +271,9 @@ def test_what_gates_may_choose_follows_the_slots(banks: dict[str, Any]):
     pool.load(banks["second"], "adapter8")
     pool.load(banks["second"], "adapter0")  # the request keeps what it began with
     assert allowed() == own
+    bring("adapter0")  # beside it: one column of the gates would choose both
+    assert allowed() == own
+    assert "adapter0" in pool.resident()
     pool.load(banks["second"], "unknown", adapter="adapter3")
     bring("unknown")
     assert allowed() == own

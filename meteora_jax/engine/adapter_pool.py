@@ -324,10 +324,12 @@ class AdapterPool:
 
     def _acting(self, wanted: WantedAdapters) -> tuple[int, ...]:
         """What a request may choose: its own, or beside them all that its router knows and whose weights, and what it
-        reads of them, are in their slots."""
+        reads of them, are in their slots; of its own no newer version."""
         if not wanted.every:
             return wanted.versions
-        return tuple(sorted({*wanted.versions, *self._all_of(wanted)[0]}))
+        own = {self.versions[n].name for n in wanted.versions}
+        others = (n for n in self._all_of(wanted)[0] if self.versions[n].name not in own)
+        return tuple(sorted({*wanted.versions, *others}))
 
     def _all_of(self, wanted: WantedAdapters) -> tuple[set[int], int]:
         """What such a request may choose now, and the slots of the largest that may ever come to lie there."""
