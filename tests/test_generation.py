@@ -178,6 +178,12 @@ def test_samples_follow_the_softmax():
     assert np.allclose(np.bincount(drawn, minlength=4) / 20000, [0.5, 0.3, 0.15, 0.05], atol=0.015)
 
 
+@pytest.mark.parametrize("how", [{"top_p": 1e-40}, {"temperature": 2e-38}, {"temperature": 1e40, "top_k": 1}], ids=str)
+def test_numbers_that_float32_does_not_hold_are_no_other_ones(how):
+    logits = np.random.default_rng(3).standard_normal(64).astype(np.float32) * 9
+    assert set(draw(logits, 64, Sampling(**{"temperature": 1.0, **how})).tolist()) == {int(logits.argmax())}
+
+
 def test_chat_uses_the_template(world):
     model = world["model"]
     messages = [{"role": "user", "content": "The quick brown fox"}]

@@ -12,6 +12,8 @@ import numpy as np
 
 from meteora_jax.engine.request import Sampling
 
+SMALLEST, LARGEST = 1e-30, 1e30  # of temperatures and top_p: float32 makes others, or what they divide, 0 or infinite
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +38,9 @@ class SamplingRows:
         top_k = top_p = None
         if any(s.top_k is not None or s.top_p is not None for s in rows):
             top_k = np.asarray([vocabulary if s.top_k is None else s.top_k for s in rows], np.int32)
-            top_p = np.asarray([1.0 if s.top_p is None else s.top_p for s in rows], np.float32)
-        temperature = np.asarray([s.temperature for s in rows], np.float32)
+            top_p = np.asarray([1.0 if s.top_p is None else max(s.top_p, SMALLEST) for s in rows], np.float32)
+        held = [s.temperature and min(max(s.temperature, SMALLEST), LARGEST) for s in rows]
+        temperature = np.asarray(held, np.float32)
         seed, index = (np.asarray([getattr(s, name) for s in rows], np.int32) for name in ("seed", "index"))
         return cls(temperature, seed, index, top_k, top_p)
 
