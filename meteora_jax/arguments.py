@@ -73,6 +73,12 @@ class Arguments:
             except InputError as e:
                 self.add(str(e))
 
+    def stops(self, value: Any) -> None:
+        """Texts that end a response."""
+        self.texts("stop", value)
+        if isinstance(value, Collection) and "" in value:
+            self.refuse("stop", "texts that can end a response", "")
+
     def path(self, name: str, value: Any, none: bool = False) -> None:
         """A path that the system can open (or None, where `none`)."""
         if none and value is None:
@@ -94,9 +100,7 @@ class Arguments:
         for most in max_new_tokens if own_numbers else [max_new_tokens]:
             self.whole("max_new_tokens", most)
         for texts in stop if own_stops else [stop]:
-            self.texts("stop", texts)
-            if isinstance(texts, Collection) and "" in texts:
-                self.refuse("stop", "texts that can end a response", "")
+            self.stops(texts)
 
         def one_each(name: str, values: Any, own: bool, count: int) -> list[Any]:
             if own and len(values) != count:

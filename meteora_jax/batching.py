@@ -130,7 +130,7 @@ class Engine:
         with Arguments("Engine") as given:
             given.whole("max_new_tokens", max_new_tokens)
             given.whole("logprobs", logprobs, most=self.model.config.vocab_size, none=True)
-            given.texts("stop", (stop,) if isinstance(stop, str) else stop)
+            given.stops((stop,) if isinstance(stop, str) else stop)
         read: Any = read_prompt(prompt, "prompt")
         one: Any = [router]
         routers, (found,) = self.model.look_up(one, 1, lambda: [self.model.request_texts(read)])

@@ -108,6 +108,7 @@ REFUSED = {
     'ask(stop=None)': "stop: expected a list of texts, found None",
     'ask(stop=["a", 3])': "stop 1: expected a text, found 3",
     'ask(stop={"a": 1})': "stop: expected a list of texts",
+    'mj.Engine(model).submit([5], router=None, stop=["x", ""])': "stop: expected texts that can end a response",
     'ask(stop="")': "stop: expected texts that can end a response, found ''",
     'list(model.completions(["a", "b"], stop=[["x"], [""]]))': "stop: expected texts that can end a response",
     'ask(routing=3)': "routing: expected true, false or 'response', found 3",
