@@ -39,6 +39,7 @@ class Pending:
         done = self.handle.wait()
         text = TextStream(self._model.decode_tokens, done.request.stop)
         text.push(done.tokens)
+        text.finish()
         return self._model.completion(done, text.text, self._retrieved)
 
     def cancel(self) -> None:

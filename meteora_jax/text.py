@@ -13,6 +13,7 @@ from meteora_jax.config import InputError, read_json
 
 Decode = Callable[[Sequence[int]], str]
 WINDOW = 16  # tokens of a response that are decoded again to see what the next ones add
+PARTS = 4  # bytes, and so tokens, that a character may be in
 REPLACEMENT = "\ufffd"  # what a tokenizer prints for bytes that are not yet a whole character
 TOKENIZER_FILES = (  # what of a BASE decides how text and messages become tokens
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -85,8 +86,7 @@ class TextStream:
         What decoders do at the beginning (a space that is left out) they do at the anchor too, so that its text is told
         from the whole's by what stood there when it was set: `text` is `before` and what is behind `after`.
         """
-        said = self._decode(self.tokens[self._anchor :])
-        self.text = self._before + said[len(self._after) :]
+        self.text = self._of(len(self.tokens))
         if len(self.tokens) - self._anchor < 2 * WINDOW or self.text.endswith(REPLACEMENT):
             return
         anchor = len(self.tokens) - WINDOW
@@ -94,8 +94,23 @@ class TextStream:
         if after.strip() and not after.startswith(REPLACEMENT):
             self._anchor, self._before, self._after = anchor, self.text, after
 
+    def _of(self, end: int) -> str:
+        """The text of the tokens before `end`, which is behind the anchor."""
+        return self._before + self._decode(self.tokens[self._anchor : end])[len(self._after) :]
+
     def finish(self) -> str:
-        """The rest, once no token will follow."""
+        """The rest, once no token will follow.
+
+        Decoders of tokens for single bytes (LLaMA 2's) give up all bytes in a row where the last are no whole
+        character; what stood before that one stays.
+        """
+        cut = self.text.endswith(REPLACEMENT) and not self.stopped
+        for missing in range(1, PARTS) if cut else ():
+            whole = self._of(max(len(self.tokens) - missing, self._anchor))
+            if not whole.endswith(REPLACEMENT):
+                if not (rest := self._decode(self.tokens[-missing:])).strip(REPLACEMENT):
+                    self.text = whole + rest
+                break
         return self._release(len(self.text))
 
     def _certain(self) -> int:

@@ -11,6 +11,7 @@ from extent import parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import edit_json, tiny_tokenizer
+from tokenizers import decoders
 
 import meteora_jax as mj
 from meteora_jax.config import InputError
@@ -292,6 +293,23 @@ def test_buckets_waste_at_most_half():
     for n in range(1, 3000):
         assert n <= bucket(n) <= max(16, n * 3 // 2)
     assert len({bucket(n) for n in range(1, 3000)}) <= 17
+
+
+@pytest.mark.parametrize("together", [1, 100])
+@pytest.mark.parametrize("before", ["So:", ""])
+def test_a_character_that_is_cut_takes_no_other_one_with_it(before, together):
+    """Tokens for single bytes, as LLaMA 2 writes characters that its vocabulary has not."""
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    said = "🙂é漢" * 6
+    tokens = [*filter(None, [before]), *(f"<0x{byte:02X}>" for byte in said.encode())]
+    for end in range(1, len(tokens) + 1):
+        stream = TextStream(lambda ids: decoder.decode([tokens[i] for i in ids]), ())
+        parts = [stream.push(range(at, min(at + together, end))) for at in range(0, end, together)]
+        parts.append(stream.finish())
+        written = (before + said).encode()[: len((before + said).encode()) - len(tokens) + end]
+        whole = written.decode(errors="ignore")
+        assert stream.text == "".join(parts)
+        assert stream.text == whole + "\ufffd" * (len(written) - len(whole.encode()))
 
 
 @settings(max_examples=60, deadline=None)
