@@ -13,7 +13,7 @@ from meteora_jax.engine import EngineCore, EngineSize, Handle, Sampling
 from meteora_jax.engine.memory import fitting
 from meteora_jax.engine.request import GREEDY
 from meteora_jax.generation import LEAST_BLOCKS
-from meteora_jax.prompts import Prompt, read_prompt
+from meteora_jax.prompts import Prompt, encode, read_prompt
 from meteora_jax.routing import RouterArgument
 from meteora_jax.routing.retrieval import Found
 from meteora_jax.text import TextStream
@@ -138,7 +138,7 @@ class Engine:
         (own,) = cast("list[RouterArgument]", routers)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         request = self.model.request(
-            self.model.encode(read), own, max_new_tokens, sampling, stop, logprobs, trace=routing
+            encode(self.model.tokenizer, read, "prompt"), own, max_new_tokens, sampling, stop, logprobs, trace=routing
         )
         return Pending(self.model, self.core.submit(request), found)
 

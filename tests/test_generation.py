@@ -370,3 +370,10 @@ def test_the_device_makes_many_tokens_between_two_looks_of_the_host(world):
     (done,) = model.generate([ROWS[0]], None, max_new_tokens=20)
     assert len(done.token_ids) == 20
     assert counters.dispatches - before == 1 + 5  # the prompt; then 8 and 8 steps, and 3 of one
+
+
+def test_an_engine_takes_token_ids_as_generate_does(world):
+    model = world["model"]
+    (alone,) = model.generate([ROWS[0]], max_new_tokens=5)
+    engine = mj.Engine(model, max_tokens=64, blocks=64, max_rows=4)
+    assert engine.submit(ROWS[0], max_new_tokens=5).result().token_ids == alone.token_ids
