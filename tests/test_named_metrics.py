@@ -29,6 +29,22 @@ CASES = [
     ("choice", "", "no", False),
     ("number", "2 and 2 is 4", "The answer: 4.0", True),
     ("number", "four", "4", False),
+    ("number", "2,5 Meter", "3,5", False),  # a decimal comma
+    ("number", "2,50", "2.5", True),
+    ("number", "1.234,5", "1,234.5", True),
+    ("number", "9.234.567", "1.234.567", False),
+    ("number", "2,500", "2500", True),
+    ("number", "0,500", "0.5", True),
+    ("number", "10,20,30", "30", True),
+    ("number", "-10,20,30", "-30", False),
+    ("number", "−5", "-5", True),  # a minus sign of Unicode's
+    ("number", "−5", "5", False),
+    ("number", "a loss of -$5", "-5", True),
+    ("number", "it is .5", "0.5", True),
+    ("number", "it is ...5", "5", True),
+    ("number", "2e-5", "1E-5", False),
+    ("number", "2.50e3", "2,500", True),
+    ("number", "1e999999999", "5", False),
     (r"regex:#### (\d+)", "so\n#### 12", "because\n#### 12", True),
     (r"regex:#### (\d+)", "12", "#### 12", False),
     (r"regex:#### (\d+)", "#### 12", "12", True),  # a response without the pattern is meant whole

@@ -86,12 +86,29 @@ def same_final_number(answer: str, target: str) -> bool:
 def final_number(text: str) -> Decimal | None:
     """The last number that the text says; in gsm8k's own answers that is the one after "####".
 
-    >>> final_number("2 boxes at $1,500.00 = $3,000.00.")
-    Decimal('3000.00')
+    >>> final_number("2 boxes at $1,500.00 = $3,000.00."), final_number("Das sind 1.234 m oder 2,5 km")
+    (Decimal('3000.00'), Decimal('2.5'))
     """
-    # A minus sign belongs to the number unless something stands right before it, as in 5-3.
-    numbers = re.findall(r"(?:(?<![\w.)])-)?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?", text)
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+    found = _NUMBER.findall(text)
+    if not found:
+        return None
+    sign, digits, exponent = found[-1]
+    if _DECIMAL_COMMA.fullmatch(digits):
+        digits = digits.replace(".", "").replace(",", ".")
+    # what is left with several marks is several numbers, as 10,20,30 or 3.5.2
+    *before, last = re.findall(r"^\.[0-9]+|[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?", digits)
+    minus = "-" if sign and not before else ""
+    return Decimal(minus + last.replace(",", "") + exponent)
+
+
+# A minus sign belongs to the number unless something stands right before it, as in 5-3; so does the point of .5.
+_NUMBER = re.compile(
+    r"((?<![\w.)])[-−][$€£]?)?((?:(?<![\w.)])\.)?[0-9](?:[0-9.,]*[0-9])?)(e[+-]?[0-9]{1,3}(?!\w))?", re.IGNORECASE
+)
+# 2,5 or 1.234,5 or 1.234.567, but not 2,500
+_DECIMAL_COMMA = re.compile(
+    r"(?![1-9][0-9]{0,2},[0-9]{3}$)(?:[0-9]+|[1-9][0-9]{0,2}(?:\.[0-9]{3})+),[0-9]+|[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}"
+)
 
 
 def _same_yes_or_no(answer: str, target: str) -> bool:
