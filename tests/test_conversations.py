@@ -122,6 +122,10 @@ def test_two_tasks_in_one_sentence_without_numbers():
         ("It is 19", "9", False),
         ("It is 9, then PARIS!", "Paris", True),
         ("", "", False),
+        ("It is -9, then 2.5", "9", False),
+        ("It is -9, then 2.5", "2", False),
+        ("It is -9, then 2.5", "-9", True),
+        ("I'd say B", "d", False),
     ],
 )
 def test_an_answer_says_whole_words(answer, response, right):

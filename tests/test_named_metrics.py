@@ -93,6 +93,34 @@ def test_the_label_said_first_counts_and_of_two_there_the_longer():
     assert first_label(["a"], "banana") is None
 
 
+LETTERS = ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "answer", "said"),
+    [
+        (LETTERS, "I'd say B.", "b"),
+        (LETTERS, "It’d be (c).", "c"),
+        (LETTERS, "'b' it is", "b"),
+        (["t", "f"], "That isn't so: F", "f"),
+        (["1", "2"], "2.5", None),
+        (["1", "2"], "1,000", None),
+        (["1", "2"], "2.", "2"),
+        (["1", "2"], "No.2", "2"),
+        (LETTERS, "1.B", "b"),
+        (["1", "2"], "option 2, not 1", "2"),
+        (["1", "2"], "-1", None),
+        (["-1", "1"], "-1", "-1"),
+        (["1", "2"], "3-1", "1"),
+        (["", "yes"], "(yes)", "yes"),  # of no text
+        (["", "yes"], "...", None),
+        (["", "yes"], " \n", ""),
+    ],
+)
+def test_a_label_inside_another_word_or_number_is_not_said(labels, answer, said):
+    assert first_label(labels, answer) == said
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.composite import ANSWER_SEPARATOR
 from meteora_jax.evaluation.metrics import Metric, plain
-from meteora_jax.evaluation.named_metrics import metric_for
+from meteora_jax.evaluation.named_metrics import metric_for, whole_words
 from meteora_jax.evaluation.problems import Problem, limited
 from meteora_jax.evaluation.tasks import load_splits
 from meteora_jax.evaluation.tasks.settings import read_settings
@@ -242,8 +241,8 @@ def load_conversations(
 
 def says(answer: str, response: str) -> bool:
     """Whether an answer says the response somewhere, as whole words."""
-    words = re.escape(plain(response))
-    return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", plain(answer)) is not None
+    words = plain(response)
+    return words != "" and whole_words(words).search(plain(answer)) is not None
 
 
 SAYS = Metric(("accuracy",), says)

@@ -143,15 +143,25 @@ def _choice(labels: Sequence[str], answer: str, target: str) -> bool:
 
 def first_label(labels: Sequence[str], answer: str) -> str | None:
     """The label that an answer says first, as whole words, the longest of those that begin there; None if it says none.
+    A label of no text is what an answer of no text says.
 
     >>> first_label(["yes", "no", "not sure"], "Not sure, maybe yes.")
     'not sure'
     """
     text, found = plain(answer), []
     for label in map(plain, labels):
-        if match := re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text):
+        if match := whole_words(label).search(text) if label else re.fullmatch("", text):
             found.append((match.start(), -len(label), label))
     return min(found)[2] if found else None
+
+
+def whole_words(text: str) -> re.Pattern[str]:
+    """Where a text stands as words or numbers of its own: not inside others, as d in "I'd", 1 in "-1", 2 in "2.5"."""
+    before = r"(?<!\w)(?<!\w['’])"
+    if text[:1].isdigit():
+        before += r"(?<!\d[.,])(?<!(?<![\w.)])[-−])"
+    after = r"(?!\w)" + (r"(?![.,]\d)" if text[-1:].isdigit() else "")
+    return re.compile(before + re.escape(text) + after)
 
 
 def _found(pattern: re.Pattern[str], answer: str, target: str) -> bool:
