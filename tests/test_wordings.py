@@ -35,6 +35,12 @@ def test_reversed_answers_come_last_question_first():
         ("lettered", "b. yes\nc. no", ["", "yes\nc. no"]),
         ("lettered", "a. 5 steps:\n2. turn left\nb. no", ["5 steps:\n2. turn left", "no"]),
         ("lettered", "1. blue\n2. yes", ["blue", "yes"]),  # the letters' order tells, whatever their look
+        ("lettered", "A. blue\nB. yes", ["blue", "yes"]),  # and so do capitals
+        ("lettered", "a. A. Lincoln\nB. Franklin\nb. yes", ["A. Lincoln\nB. Franklin", "yes"]),
+        ("lettered", "a. one of\nb. no\na. x\nb. y", ["one of", "no\na. x\nb. y"]),  # as they stand
+        ("lettered", "a. list:\na. x\nb. y\nb. no", ["list:\na. x\nb. y", "no"]),
+        ("lettered", "a. blue\r\nb. yes\r\n", ["blue", "yes"]),
+        ("lettered", "a.\n\n b. yes", ["", "yes"]),
         ("reversed", "Sure.\n2. yes\n and so on\n1. blue", ["blue", "yes\n and so on"]),
         ("reversed", "1. blue\n2. yes", ["blue\n2. yes", ""]),
         ("reversed", "3. no\n2. 3.5 million", ["", "3.5 million"]),

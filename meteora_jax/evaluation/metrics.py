@@ -316,26 +316,28 @@ def sentence_bleu(answer: str, target: str) -> float:
 # Composite problems
 
 
-def read_composite(text: str, n: int) -> list[str]:
+def read_composite(text: str, n: int, number_of: Callable[[str], int] | None = None) -> list[str]:
     """The n answers of a composite problem, stripped, from lines "i. ..."; "" for one that is missing.
 
     An answer runs to the next one's line, and text before the first is no answer. Numbers come in their order and
     are skipped only where they are missing, so a line "7. ..." before answer 2 is text. An answer may be a
     numbered list itself: it begins with 1, and a line that could go on with it and with the answers belongs to
-    it if the same number comes once more before another 1.
+    it if the same number comes once more before another 1. number_of: the i of other lines that begin an answer, 0 of
+    any that does not.
 
     >>> read_composite("Sure:\\n1. no\\n3. to do:\\n1. rest\\n2. eat", 3)
     ['no', '', 'to do:\\n1. rest\\n2. eat']
     """
+    number_of = number_of or _line_number
     lines = textwrap.dedent(text).strip().split("\n")
-    numbers = [_line_number(line) for line in lines]
+    numbers = [number_of(line) for line in lines]
     answers: dict[int, list[str]] = {0: []}  # under 0, the text before the first answer
     current = in_list = 0  # the answer being read, and where a list inside it has got to
     for i, (line, number) in enumerate(zip(lines, numbers, strict=True)):
         if current < number <= n and _is_next_answer(number, current, in_list, numbers[i + 1 :]):
             first = line.split(".", 1)[1].lstrip()
             answers[number] = [first]
-            current, in_list = number, int(_line_number(first) == 1)
+            current, in_list = number, int(number_of(first) == 1)
         else:
             answers[current].append(line)
             if number in (1, in_list + 1):

@@ -6,6 +6,7 @@ answers stand on lines "a. ...", and reversed ones come last question first, fro
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -101,12 +102,19 @@ def read_answers(text: str, n: int, wording: Wording) -> list[str]:
 
 
 def _read_lettered(text: str, n: int) -> list[str]:
-    """Where letters begin lines, numbers at others' beginnings belong to the answers; alone they count as letters."""
-    mark = re.compile(rf"(?m)^\s*([a-{chr(ord('a') + n - 1)}])\.(?=\s)")
-    if mark.search(text):
-        text = re.sub(r"(?m)^([ \t]*)(?=[0-9]+\.)", r"\1\0", text)
-    text = mark.sub(lambda m: f"{ord(m[1]) - 96}.", text)
-    return [answer.replace("\0", "") for answer in read_composite(text, n)]
+    """Where letters begin lines, numbers at others' beginnings belong to the answers; alone they count as letters, and
+    so do capitals."""
+    for first in "aA":
+        mark = re.compile(rf"\s*([{first}-{chr(ord(first) + n - 1)}])\.(?=\s|$)")
+        if any(mark.match(line) for line in text.split("\n")):
+            return read_composite(text, n, functools.partial(_place, mark, first))
+    return read_composite(text, n)
+
+
+def _place(mark: re.Pattern[str], first: str, line: str) -> int:
+    """Which answer a line begins, from 1; 0 for none."""
+    match = mark.match(line)
+    return ord(match[1]) - ord(first) + 1 if match else 0
 
 
 def _dedented(prompt: str) -> str:
