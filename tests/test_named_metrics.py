@@ -274,6 +274,17 @@ def test_composites_of_own_tasks_are_scored_by_their_tasks_metrics(tmp_path):
     cell = tabulate([problem], ["s"], {("s", "pair/pair/0"): "1. Yes!\n2. one two"})["tasks"]["pair"]["s"]
     assert (cell["correct"], cell["graded"], cell["rougeL"]) == (1, 1, 1.0)
     assert score_composite(["birds", "cats"], [["no", ""]], [answers], problem.metrics)["correct"] == 0
+    # nobody names one: what fits the tasks' own test splits, though the composites have other responses
+    write(tmp_path, "birds", ["yes"] * 19 + ["a long sentence " * 5])
+    write(tmp_path, "cats", ["no"] * 2)
+    line |= {"answers": ["a long sentence " * 5, "no"]}
+    file.write_text(json.dumps(line) + "\n")
+    (tmp_path / "birds" / "task.json").unlink()
+    problems = load_problems(tmp_path, ["birds"], "test", 2) + load_composites(file, "pair", None, tmp_path)
+    assert {m.name for p in problems for m in p.metrics} == {"exact"}
+    found = tabulate(problems, ["s"], {("s", p.id): "yes" for p in problems})
+    assert found["metrics"]["birds"]["name"] == "exact"
+    write(tmp_path, settings={"max_new_tokens": 5, "labels": ["yes", "no"]})
     write(tmp_path, settings={"metric": "number"})
     with pytest.raises(InputError, match=r"pair\.jsonl:1: response: expected a number for .*birds/task\.json: metric"):
         load_composites(file, "pair", None, tmp_path)

@@ -33,7 +33,7 @@ Right = Callable[[str, str], bool | float]
 
 def metric_for(tasks_dir: Path, task: str, examples: Sequence[Example], named: str | None = None) -> Metric:
     """What scores `examples` of a task: the metric that was `named`, its task.json's, MeteoRA's of that task, or what
-    fits the responses.
+    fits the responses of its test split: composites and other splits of a task are scored as that is.
 
     Raises:
         InputError: there is no such metric, or it does not fit the responses; all that is wrong, one line each.
@@ -50,7 +50,9 @@ def metric_for(tasks_dir: Path, task: str, examples: Sequence[Example], named: s
     elif task in METRICS:
         return meteora_metric(task)
     else:
-        short = sum(len(plain(e.response)) <= SHORT for e in examples) >= MOST * len(examples)
+        tested = (tasks_dir / task / "test.jsonl").is_file()
+        usual = (load_split(tasks_dir, task, "test") if tested else []) or examples
+        short = sum(len(plain(e.response)) <= SHORT for e in usual) >= MOST * len(usual)
         which = "most responses have" if short else "many responses have more than"
         because = f"as {which} {'at most ' if short else ''}{SHORT} characters"
         metric = named_metric("exact" if short else "rougeL", labels, where, because)
