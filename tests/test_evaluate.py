@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,6 +228,26 @@ def test_own_tasks_in_any_form_are_answered_and_scored_by_the_metric_asked_for(t
     assert table["metrics"]["apple"] == {"name": r"regex:\d", "because": ""}
     assert table["metrics"]["birch"]["name"] == "exact"
     assert json.loads((tmp_path / "run" / "run.json").read_text())["new_tokens"] == {"apple": 4, "birch": 2}
+
+
+def test_a_run_does_not_go_on_with_renamed_adapters_or_another_chat_template(tmp_path, world, capsys):
+    """Their weights are the same, and the answers are not."""
+    (tmp_path / "tasks" / "apple").mkdir(parents=True)
+    line = {"prompt": "Which?", "response": "a"}
+    (tmp_path / "tasks" / "apple" / "test.jsonl").write_text(json.dumps(line) + "\n")
+    bank, base = (shutil.copytree(world[k], tmp_path / k) for k in ("bank", "base"))
+    options = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "run"), "--max-new-tokens", "2"]
+    command = ["evaluate", "--base", str(base), "--bank", str(bank), *options, "--only", "apple", "--systems", "oracle"]
+    main(command)
+    for old, new in (("apple", "third"), ("birch", "apple"), ("third", "birch")):
+        main(["bank", "rename", str(bank), old, new])
+    template = base / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    with pytest.raises(SystemExit):
+        main(command)
+    error = capsys.readouterr().err
+    assert "run.json: files: bank/bank.json: expected '" in error
+    assert "run.json: files: tokenizer: expected '" in error
 
 
 def test_systems_that_choose_alike_are_asked_together():

@@ -325,6 +325,9 @@ def test_more_banks_may_join_a_run_but_not_others(tmp_path):
     Records(tmp_path, {"split": "test", "system banks": {"lora-b": "1"}})
     Records(tmp_path, {"split": "test", "system banks": {"lora-f": "2"}})
     assert json.loads((tmp_path / "run.json").read_text())["system banks"] == {"lora-b": "1", "lora-f": "2"}
+    Records(tmp_path, {"split": "test", "system banks": {}, "files": {"bank.json": "1"}})  # of a later version
+    with pytest.raises(InputError, match=r"files: bank\.json: expected '2' to resume, found '1'"):
+        Records(tmp_path, {"split": "test", "system banks": {}, "files": {"bank.json": "2"}})
     with pytest.raises(InputError, match="system banks: lora-b: expected '3' to resume, found '1'"):
         Records(tmp_path, {"split": "test", "system banks": {"lora-b": "3"}})
     with pytest.raises(InputError, match="max_new_tokens: expected 4 to resume, found None"):

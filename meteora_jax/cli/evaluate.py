@@ -38,8 +38,10 @@ from meteora_jax.evaluation.report import write_report
 from meteora_jax.evaluation.systems import Model, System, check_routes, routing_kind, skipped
 from meteora_jax.evaluation.wordings import WORDINGS, Wording
 from meteora_jax.io.files import refuse_unwritable
+from meteora_jax.retriever.index import ENCODER
 from meteora_jax.retriever.ranking import FILE as RANKING
 from meteora_jax.routing import RoutingTrace, adapter_share, null_share
+from meteora_jax.text import tokenizer_digest
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,17 @@ def counting(model: Model) -> Callable[[str], int]:
     return count
 
 
+def files_read(command: Evaluate) -> dict[str, str | None]:
+    """Fingerprints of what beside weights decides answers: the same weights under other names of adapters, gates with
+    another temperature and another chat template give others."""
+    named = {"base": (command.base, "config.json"), "bank": (command.bank, "bank.json")}
+    named["gates"] = command.gates, "gates.json"
+    found = {f"{key}/{file}": fingerprint(folder, file) for key, (folder, file) in named.items() if folder is not None}
+    if command.index is not None and (command.index / ENCODER).is_dir():
+        found[f"index/{ENCODER}"] = fingerprint(command.index / ENCODER)
+    return {**found, "tokenizer": tokenizer_digest(command.base)}
+
+
 def evaluate(command: Evaluate) -> None:
     """Runs `meteora evaluate`."""
     check_counts(
@@ -248,6 +261,7 @@ def evaluate(command: Evaluate) -> None:
         "split": command.split, "max_new_tokens": command.max_new_tokens, "dtype": dtype,
         "system banks": loaded.banks, "index": fingerprint(command.index, "index.json"),
         "new_tokens": {p.asks or p.task: p.new_tokens(command.max_new_tokens) for p in asked},
+        "files": files_read(command),
     }  # fmt: skip
     if command.index is not None and (command.index / RANKING).exists():  # another ranking gives other answers
         settings["ranking"] = fingerprint(command.index, RANKING)

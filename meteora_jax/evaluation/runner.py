@@ -31,7 +31,7 @@ class Records:
     """The append-only file of a run: what is done, and the place for more."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any]):
-        """Opens or resumes a run; the entries of a setting that is a mapping may become more.
+        """Opens or resumes a run; the entries of a setting that is a mapping may become more, from none on.
 
         Raises:
             InputError: `out` holds a run of other settings.
@@ -88,7 +88,8 @@ def _settings(file: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         elif old != new:
             wrong.append((key, new, old))
     if found:
-        wrong += [(key, wanted[key], None) for key in wanted if key not in found and wanted[key]]
+        more = {key: value for key, value in wanted.items() if key not in found and not isinstance(value, Mapping)}
+        wrong += [(key, value, None) for key, value in more.items() if value]
     if wrong:
         raise InputError([f"{file}: {key}: expected {new!r} to resume, found {old!r}" for key, new, old in wrong])
     return merged
