@@ -223,9 +223,11 @@ def test_all_that_is_wrong_with_an_example_is_said_at_once(tmp_path):
 
 
 def test_a_number_is_a_target_as_it_is_written(tmp_path):
-    write_task(tmp_path, "winowhy", {"examples": [{"input": "1 + 1", "target": 2}, {"input": "0 / 1", "target": [0]}]})
+    asked = {"1 + 1": 2, "0 / 1": [0], "1 - 1": 0}
+    examples = [{"input": text, "target": target} for text, target in asked.items()]
+    write_task(tmp_path, "winowhy", {"examples": examples})
     prepare(tmp_path, tmp_path / "tasks", ["winowhy"])
-    assert {example.response for example in all_examples(tmp_path / "tasks", "winowhy")} == {"2", "0"}
+    assert sorted(example.response for example in all_examples(tmp_path / "tasks", "winowhy")) == ["0", "0", "2"]
 
 
 @pytest.mark.parametrize("content", [b"{", b'"\xff"'])

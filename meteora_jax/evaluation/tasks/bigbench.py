@@ -199,10 +199,15 @@ def _check_sample(sample: object, where: str) -> None:
     elif strange := [choice for choice, score in scores.items() if not _is_number(score)]:
         found = f"{_kind(scores[strange[0]])} for {strange[0]!r:.60}"
         problems.append(f"{where}: target_scores: expected a number for each choice, found {found}")
-    if not (problems or target or scores):
+    if not (problems or scores or _is_target(target)):
         problems.append(f"{where}: target: expected target or target_scores, found only {sorted(sample)}")
     if problems:
         raise InputError(problems)
+
+
+def _is_target(value: object) -> bool:
+    """Whether a target says an answer; 0 is one."""
+    return value not in ("", [])
 
 
 def _is_number(value: object) -> bool:
@@ -238,7 +243,7 @@ def format_prompt(task: str, content: Mapping, sample: Mapping) -> str:
 
 def right_answer(sample: Mapping, where: str) -> str:
     """The target (the first of several), else the first choice of the highest score; stripped."""
-    if target := sample.get("target"):
+    if _is_target(target := sample.get("target", "")):
         first = target[0] if isinstance(target, list) else target
         return str(first).strip()
     scores = sample["target_scores"]
