@@ -106,8 +106,14 @@ def test_other_settings_and_damaged_records_are_refused(tmp_path, tasks):
     with pytest.raises(InputError, match=r"run\.json: base: expected 'y' to resume, found 'x'"):
         runner.Records(tmp_path / "run", {**SETTINGS, "base": "y"})
     file = tmp_path / "run" / runner.RECORDS
-    file.write_text("not a record\n" + file.read_text())
-    with pytest.raises(InputError, match="expected a record a line, found b'not a record"):
+    whole = file.read_text()
+    twice = whole.partition("\n")[0][:-1] + ', "id": [1]}'
+    for bad in ("not a record", '{"system": "echo", "id": "winowhy/test/0"}', twice):
+        file.write_text(f"{bad}\n{whole}")
+        with pytest.raises(InputError, match=f"expected a record a line, found b'{re.escape(bad[:12])}"):
+            runner.Records(tmp_path / "run", SETTINGS)
+    file.write_text(whole.replace('"answer": "?"', '"answer": null', 1))
+    with pytest.raises(InputError, match="expected a record a line"):
         runner.Records(tmp_path / "run", SETTINGS)
 
 

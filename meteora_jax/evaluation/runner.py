@@ -50,14 +50,16 @@ class Records:
         for line in data.splitlines(keepends=True):
             try:
                 record = json.loads(line)
-                key = record["system"], record["id"]
+                texts = [record[key] for key in ("system", "id", "prompt", "response", "answer")]
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError
             except (ValueError, KeyError, TypeError):
                 if whole + len(line) < len(data):
                     raise InputError(f"{self.path}: expected a record a line, found {line[:60]!r}") from None
                 break
             if not line.endswith(b"\n"):
                 break
-            self.done[key] = record
+            self.done[record["system"], record["id"]] = record
             whole += len(line)
         if whole < len(data):
             os.truncate(self.path, whole)
