@@ -112,3 +112,19 @@ def test_the_mean_keeps_its_tasks_and_an_undefined_system_stays_undefined():
     assert "| paired difference | mean accuracy | winowhy | navigate | hyperbaton |" in text
     assert "| c less b | -40.0 [" in text
     assert " | not defined | -40.0 [" in text
+
+
+def test_several_tasks_without_an_accuracy_differ_by_their_wording():
+    """That of none of them is right cannot differ."""
+    problems = [Problem(f"c/test/{i}", "c", f"{i}", "a b@@@@\nc d", ("alpaca",), ("a b",)) for i in range(4)]
+    answers = {(s, p.id): said for p in problems for s, said in (("good", "1. a b"), ("bad", "1. z"))}
+    (found,) = tabulate(problems, ["bad", "good"], answers)["differences"]
+    assert (found["score"], found["difference"]) == ("rougeL", pytest.approx(100))
+
+
+def test_a_mean_of_exact_matches_is_called_so():
+    problems = [Problem(f"{t}/q/{i}", t, f"{i}", "yes", metric="em") for t in "ab" for i in range(3)]
+    answers = {(s, p.id): s for p in problems for s in ("yes", "no")}
+    text = markdown(tabulate(problems, ["no", "yes"], answers), ["no", "yes"], "loraretriever")
+    assert "| mean exact match | | 0.0" in text
+    assert "| paired difference | mean exact match | a | b |" in text

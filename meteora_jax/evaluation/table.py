@@ -182,7 +182,10 @@ def _differences(
             first, second = _mean_draws({row: drawn[row] for row in shared}, name, [a, b])
             found.append(_difference((a, b), "", name, float(exact), second - first))
         for row in common:
-            score = next((n for n in _FIRST if n in drawn[row][a] and n in drawn[row][b]), None)
+            known = drawn[row][a].keys() & drawn[row][b].keys()
+            if not table[row][a].get("graded", 1):  # several tasks of which none has an accuracy
+                known -= {"correct"}
+            score = next((n for n in _FIRST if n in known), None)
             if score is not None:
                 exact = _share(table[row][b], score, scoring) - _share(table[row][a], score, scoring)
                 found.append(_difference((a, b), row, score, exact, drawn[row][b][score] - drawn[row][a][score]))
@@ -271,7 +274,8 @@ def differences_markdown(differences: Sequence[Mapping[str, Any]]) -> str:
     for d in differences:
         low, high = d["interval"]
         cells.setdefault(tuple(d["systems"]), {})[d["row"]] = f"{d['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-    lines = ["| paired difference | " + " | ".join(row or "mean accuracy" for row in rows) + " |"]
+    mean = next((f"mean {d['score'].replace('_', ' ')}" for d in differences if not d["row"]), "")
+    lines = ["| paired difference | " + " | ".join(row or mean for row in rows) + " |"]
     lines.append("| --- " * (len(rows) + 1) + "|")
     for (first, second), texts in cells.items():
         lines.append(f"| {second} less {first} | " + " | ".join(texts.get(row, UNDEFINED) for row in rows) + " |")
