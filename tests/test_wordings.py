@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from test_composite import TASKS, draw, example, questions, tasks_dir  # noqa: F401 (a fixture)
 
@@ -65,3 +67,11 @@ def test_problems_are_the_numbered_ones_in_other_words(tasks_dir, wording):  # n
 def test_what_cannot_be_asked_so_is_refused(tasks_dir):  # noqa: F811
     with pytest.raises(InputError, match="expected worked examples"):
         draw(tasks_dir, shots=0, wording="reversed")
+
+
+def test_more_lettered_questions_than_letters_are_refused_in_a_file(tmp_path):
+    file, many = tmp_path / "many.jsonl", ["task"] * 28
+    line = {"prompt": "p", "response": "r", "tasks": many, "answers": many, "wording": "lettered"}
+    file.write_text(json.dumps(line))
+    with pytest.raises(InputError, match=r"many\.jsonl:1: wording: expected at most 26 lettered questions, found 28"):
+        read_composites(file)

@@ -189,6 +189,10 @@ def _read_composite(line: bytes, where: str) -> Composite:
     wording = record.get("wording", "numbered")
     if wording not in WORDINGS:
         raise InputError(f"{where}: wording: expected one of {', '.join(WORDINGS)}, found {str(wording)[:60]}")
+    try:
+        check_wording(wording, len(tasks), shots=1)
+    except InputError as error:
+        raise InputError([f"{where}: {problem}" for problem in error.problems]) from None
     return Composite(example.prompt, example.response, tuple(tasks), tuple(answers), wording)
 
 
