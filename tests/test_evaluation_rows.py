@@ -1,6 +1,8 @@
 """Rows, systems and tables without a model: composites, LoraRetriever's queries, what is not defined."""
 
 import collections
+import dataclasses
+import io
 import json
 import math
 import re
@@ -8,12 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from meteora_jax.cli.comparison import read_systems
+from meteora_jax.cli.report import print_tables
 from meteora_jax.config import InputError
 from meteora_jax.evaluation.charts import accuracies, write_bars, write_radar
 from meteora_jax.evaluation.composite import COMPOSITES, read_composites
 from meteora_jax.evaluation.metrics import METRICS, loraretriever_metric, score, score_composite
+from meteora_jax.evaluation.named_metrics import named_metric
 from meteora_jax.evaluation.problems import Problem, load_composites, load_queries
 from meteora_jax.evaluation.runner import Records, run
 from meteora_jax.evaluation.systems import Given, check_routes, make_system, skipped
@@ -285,6 +290,24 @@ def test_every_row_has_its_cells_and_an_undefined_one_says_so(tmp_path):
     table["tasks"]["another"] = table["tasks"]["object_counting"]
     write_radar(table, list(texts), tmp_path / "radar.png")  # an undefined corner is left open
     assert (tmp_path / "radar.png").stat().st_size > 1000
+
+
+def test_bars_and_dollars_in_names_stand_as_they_are(tmp_path):
+    names, rows = ["b|c", "$\\frac$"], ["a|b", "$\\frac$", "$x^"]
+    exact = (named_metric("exact", (), ""),)
+    problems = [dataclasses.replace(single(0), id=f"{row}/test/0", task=row, metrics=exact) for row in rows]
+    table = tabulate(problems, names, {(s, p.id): "3" for s in names for p in problems})
+    lines = [line for line in markdown(table, names).splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in lines} == {4, 5}  # scores, differences
+    shown = io.StringIO()
+    print_tables(markdown(table, names), Console(file=shown, force_terminal=True, width=200))
+    assert {"a|b,", "b|c"} <= set(shown.getvalue().split())
+    for write in (write_bars, write_radar):
+        write(table, names, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 1000
+    del table["tasks"]["a|b"]
+    write_radar(table, names, tmp_path / "picture.png")  # none of two rows, and none that an earlier table had
+    assert not (tmp_path / "picture.png").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -113,7 +114,8 @@ def print_tables(text: str, to: Console = console) -> None:
         if not is_table:
             to.print("\n".join(lines), highlight=False, markup=False)
             continue
-        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        cells = (re.split(r"(?<!\\)\|", line.removeprefix("|").removesuffix("|")) for line in lines)
+        header, _, *rows = ([cell.strip().replace("\\|", "|") for cell in row] for row in cells)
         table = Table(box=SIMPLE, padding=0, pad_edge=False)
         for i, name in enumerate(header):
             side = "left" if i == 0 else "right"

@@ -59,9 +59,10 @@ def write_bars(table: Table, systems: Sequence[str], path: Path, scoring: Scorin
 
 
 def write_radar(table: Table, systems: Sequence[str], path: Path, scoring: Scoring = "meteora") -> None:
-    """A polygon a system over all rows; with fewer than three rows there is none to draw."""
+    """A polygon a system over all rows; with fewer than three rows there is none to draw, and an earlier one goes."""
     shares = accuracies(table, systems, scoring)
     if len(shares) < 3:
+        path.unlink(missing_ok=True)
         return
 
     def draw(figure: Any) -> None:
@@ -105,14 +106,15 @@ def write_against_k(panels: Mapping[str, Mapping[str, Mapping[int, float]]], pat
 
 
 def save_picture(draw: Callable[[Any], None], path: Path) -> None:
-    """Draws on a new figure and writes it as PNG, whole or not at all."""
+    """Draws on a new figure and writes it as PNG, whole or not at all; a $ in a name is a character like others."""
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError(f"{path}: expected matplotlib to draw it, found none: install meteora-jax[eval]") from None
     figure = Figure(dpi=130)
     FigureCanvasAgg(figure)
-    draw(figure)
-    with whole_file(path) as partial:
+    with rc_context({"text.parse_math": False}), whole_file(path) as partial:
+        draw(figure)
         figure.savefig(partial, format="png", bbox_inches="tight")
