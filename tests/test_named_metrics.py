@@ -202,6 +202,16 @@ def test_a_task_json_that_does_not_fit_is_refused(tmp_path, settings, said):
     assert "\n" not in str(refused.value)
 
 
+def test_a_pattern_that_finds_no_text_is_refused(tmp_path):
+    """What it finds in nearly any answer, nothing, is what it finds in these responses: all would be right."""
+    examples = [Example("?", response, where=f"f:{i}") for i, response in enumerate(("It is 5", "5", ""))]
+    with pytest.raises(InputError) as refused:
+        metric_for(tmp_path, "birds", examples, r"regex:\d*")
+    said = r"f:0: response: expected text that the pattern finds for --metric birds=regex:\d*, found none in 'It is 5'"
+    assert [problem.startswith(said) for problem in refused.value.problems] == [True]
+    assert metric_for(tmp_path, "birds", examples, r"regex:\d+").name
+
+
 def test_everything_wrong_is_said_together(tmp_path):
     write(tmp_path, settings={"metric": 1, "labels": [], "max_new_tokens": "9", "label": []})
     with pytest.raises(InputError) as refused:

@@ -88,6 +88,12 @@ def unfit(metric: Metric, examples: Sequence[Example], where: str) -> list[str]:
         for e in examples:
             if final_number(plain(e.response)) is None:
                 problems.append(f"{e.where}: response: expected a number for {where}, found {e.response!r:.60}")
+    if metric.name.startswith("regex:"):
+        pattern = re.compile(metric.name.partition(":")[2])
+        for e in examples:
+            if e.response.strip() and _first(pattern, e.response) == "":
+                found = f"none in {e.response!r:.60}, where it matches no text"
+                problems.append(f"{e.where}: response: expected text that the pattern finds for {where}, found {found}")
     if metric.name.startswith("python:") and metric.right is not None:
         for e in examples[:TRIED]:
             for answer in (e.response, ""):
@@ -157,6 +163,7 @@ def first_label(labels: Sequence[str], answer: str) -> str | None:
     return min(found)[2] if found else None
 
 
+@functools.lru_cache(maxsize=10_000)  # labels may be all of a task's responses
 def whole_words(text: str) -> re.Pattern[str]:
     """Where a text stands as words or numbers of its own: not inside others, as d in "I'd", 1 in "-1", 2 in "2.5"."""
     before = r"(?<!\w)(?<!\w['’])"
