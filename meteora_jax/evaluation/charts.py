@@ -11,6 +11,7 @@ from meteora_jax.config import InputError
 from meteora_jax.evaluation.table import Scoring, Table, shown
 from meteora_jax.io.files import whole_file
 from meteora_jax.routing.page import palette
+from meteora_jax.routing.picture import drawable
 
 
 def accuracies(table: Table, systems: Sequence[str], scoring: Scoring = "meteora") -> dict[str, list[float]]:
@@ -45,10 +46,10 @@ def write_bars(table: Table, systems: Sequence[str], path: Path, scoring: Scorin
                 places,
                 [values[i] for values in shares.values()],
                 height=0.9 * height,
-                label=system,
+                label=drawable(system),
                 color=palette(i + 1)[i],
             )
-        axes.set_yticks([row + 0.425 - height / 2 for row in range(len(shares))], list(shares))
+        axes.set_yticks([row + 0.425 - height / 2 for row in range(len(shares))], [drawable(row) for row in shares])
         axes.invert_yaxis()
         axes.set(xlim=(0, 100), xlabel="accuracy, %")
         axes.spines[["top", "right"]].set_visible(False)
@@ -73,9 +74,9 @@ def write_radar(table: Table, systems: Sequence[str], path: Path, scoring: Scori
             values = [v[i] for v in shares.values()]
             colour = palette(i + 1)[i]
             style = ("-", "--", ":", "-.")[i % 4]  # lines are told apart without their colours, too
-            axes.plot([*angles, angles[0]], [*values, values[0]], style, label=system, color=colour)
+            axes.plot([*angles, angles[0]], [*values, values[0]], style, label=drawable(system), color=colour)
             axes.fill(angles, values, alpha=0.06, color=colour)
-        axes.set_xticks(angles, list(shares), fontsize=8)
+        axes.set_xticks(angles, [drawable(row) for row in shares], fontsize=8)
         for angle, label in zip(angles, axes.get_xticklabels(), strict=True):  # outwards, not over the circle
             side = math.cos(angle)
             label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
@@ -94,7 +95,7 @@ def write_against_k(panels: Mapping[str, Mapping[str, Mapping[int, float]]], pat
         for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             for i, (label, values) in enumerate(lines.items()):
                 how: dict[str, Any] = dict(marker="osD^v"[i % 5], markersize=4, color=palette(i + 1)[i])
-                axes.plot(list(values), list(values.values()), label=label, **how)
+                axes.plot(list(values), list(values.values()), label=drawable(label), **how)
             ks = sorted({k for values in lines.values() for k in values})
             if len(ks) <= 12:
                 axes.set_xticks(ks)
@@ -106,7 +107,7 @@ def write_against_k(panels: Mapping[str, Mapping[str, Mapping[int, float]]], pat
 
 
 def save_picture(draw: Callable[[Any], None], path: Path) -> None:
-    """Draws on a new figure and writes it as PNG, whole or not at all; a $ in a name is a character like others."""
+    """Draws on a new figure and writes it as PNG, whole or not at all; a $ in a text is a character like others."""
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -20,6 +20,7 @@ from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import System
 from meteora_jax.generation import Engines
 from meteora_jax.prompts import user_texts
+from meteora_jax.routing.picture import drawable
 from meteora_jax.routing.retrieval import look_up
 
 
@@ -122,7 +123,7 @@ def write_throughput(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes = figure.add_subplot()
         for system in dict.fromkeys(r["system"] for r in records):
             own = [r for r in records if r["system"] == system]
-            axes.plot([r["batch"] for r in own], [r["tokens_per_s"] for r in own], marker="o", label=system)
+            axes.plot([r["batch"] for r in own], [r["tokens_per_s"] for r in own], marker="o", label=drawable(system))
         sizes = np.unique([r["batch"] for r in records])
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(n) for n in sizes])
