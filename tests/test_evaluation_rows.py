@@ -220,10 +220,14 @@ def test_queries_have_their_own_metric(tmp_path):
         ({"inputs": "\ud83d"}, "1: inputs: expected text that UTF-8 can hold"),
         ({"targets": "\ud83d"}, "1: targets: expected text that UTF-8 can hold"),
         ({"inputs": 3}, "expected texts task, inputs, targets and metric"),
+        ({"domain": ["x"]}, r"1: domain: expected a text, found \['x'\]"),
+        ({"task": ""}, "1: task: expected a name, found none"),
     ):
         file.write_text(json.dumps([queries[1], {**queries[0], **change}]))
         with pytest.raises(InputError, match=said):
             load_queries(file, None)
+    file.write_text(json.dumps([{**queries[0], "domain": None}]))
+    assert load_queries(file, None)[0].cluster == ""
 
 
 # --- what is scored ---
@@ -293,19 +297,19 @@ def test_every_row_has_its_cells_and_an_undefined_one_says_so(tmp_path):
 
 
 def test_bars_and_dollars_in_names_stand_as_they_are(tmp_path):
-    names, rows = ["b|c", "$\\frac$"], ["a|b", "$\\frac$", "$x^"]
+    names, rows = ["b|c", "$\\frac$"], ["a|b", "$\\frac$", "$x^", "日本"]
     exact = (named_metric("exact", (), ""),)
     problems = [dataclasses.replace(single(0), id=f"{row}/test/0", task=row, metrics=exact) for row in rows]
     table = tabulate(problems, names, {(s, p.id): "3" for s in names for p in problems})
     lines = [line for line in markdown(table, names).splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in lines} == {4, 5}  # scores, differences
+    assert {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in lines} == {4, 6}  # scores, differences
     shown = io.StringIO()
     print_tables(markdown(table, names), Console(file=shown, force_terminal=True, width=200))
     assert {"a|b,", "b|c"} <= set(shown.getvalue().split())
     for write in (write_bars, write_radar):
         write(table, names, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 1000
-    del table["tasks"]["a|b"]
+    del table["tasks"]["a|b"], table["tasks"]["$x^"]
     write_radar(table, names, tmp_path / "picture.png")  # none of two rows, and none that an earlier table had
     assert not (tmp_path / "picture.png").exists()
 

@@ -193,14 +193,18 @@ def load_queries(path: Path, limit: int | None) -> list[Problem]:
         found = [query.get(k) if isinstance(query, dict) else None for k in ("task", "inputs", "targets", "metric")]
         if not all(isinstance(text, str) for text in found):
             raise InputError(f"{path}: {i}: expected texts task, inputs, targets and metric, found {str(query)[:60]!r}")
+        if not query["task"]:  # "" is the row of all tasks' mean
+            raise InputError(f"{path}: {i}: task: expected a name, found none")
+        cluster = "" if query.get("domain") is None else query["domain"]
+        if not isinstance(cluster, str):
+            raise InputError(f"{path}: {i}: domain: expected a text, found {cluster!r:.60}")
         for key in ("task", "inputs", "targets", "domain"):
-            check_text(str(query.get(key, "")), f"{path}: {i}: {key}")
+            check_text(query.get(key) or "", f"{path}: {i}: {key}")
         task, prompt, response, metric = map(str, found)
         row = rows.setdefault(task, [])
         expected = [row[0].metric] if row else LORARETRIEVER_METRICS
         if metric not in expected:
             raise InputError(f"{path}: {i}: metric: expected {' or '.join(map(str, expected))}, found {metric!r}")
-        cluster = str(query.get("domain", ""))
         row.append(Problem(f"{task}/{path.stem}/{i}", task, prompt, response, metric=metric, cluster=cluster))
     return [p for row in rows.values() for p in limited(row, limit)]
 
