@@ -234,7 +234,7 @@ def mean_shares(table: Table, scoring: Scoring = "meteora") -> dict[str, float]:
 
 def markdown(table: Table, systems: Sequence[str], scoring: Scoring = "meteora") -> str:
     """The table by one scoring: a line a task with its accuracy, or a line a metric where it has none."""
-    lines = ["| task | problems | " + " | ".join(map(_escaped, systems)) + " |", "| --- " * (len(systems) + 2) + "|"]
+    lines = ["| task | problems | " + " | ".join(map(escaped, systems)) + " |", "| --- " * (len(systems) + 2) + "|"]
     known = table["intervals"] if table["scoring"] == scoring else {"tasks": {}, "clusters": {}, "mean": {}}
     groups = [(row, cells, known["tasks"].get(row, {})) for row, cells in table["tasks"].items()]
     groups += [(f"cluster {c}", cells, known["clusters"].get(c, {})) for c, cells in table["clusters"].items()]
@@ -243,7 +243,7 @@ def markdown(table: Table, systems: Sequence[str], scoring: Scoring = "meteora")
         metric = table["metrics"].get(row, {}).get("name", "").partition(":")[0] if scoring == "meteora" else ""
         for label, texts in _lines(row, cells, bounds, metric, scoring):
             scores = " | ".join(texts.get(s, UNDEFINED) for s in systems)
-            lines.append(f"| {_escaped(label)} | {count} | {scores} |")
+            lines.append(f"| {escaped(label)} | {count} | {scores} |")
     name = _MEANS[scoring]
     if means := mean_shares(table, scoring):
         texts = [f"{100 * means[s]:.1f}{_bounds(known['mean'], s, 100)}" if s in means else UNDEFINED for s in systems]
@@ -262,7 +262,7 @@ def metric_notes(metrics: Mapping[str, Mapping[str, str]]) -> list[str]:
     for row, metric in metrics.items():
         groups.setdefault((metric["name"], metric["because"]), []).append(row)
     said = [f"{', '.join(rows)}: {name}{because and ', ' + because}" for (name, because), rows in groups.items()]
-    return [_escaped(f"Scored by: {'; '.join(said)}.\n")] if said else []
+    return [escaped(f"Scored by: {'; '.join(said)}.\n")] if said else []
 
 
 def differences_markdown(differences: Sequence[Mapping[str, Any]]) -> str:
@@ -276,10 +276,10 @@ def differences_markdown(differences: Sequence[Mapping[str, Any]]) -> str:
         low, high = d["interval"]
         cells.setdefault(tuple(d["systems"]), {})[d["row"]] = f"{d['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
     mean = next((f"mean {d['score'].replace('_', ' ')}" for d in differences if not d["row"]), "")
-    lines = ["| paired difference | " + " | ".join(_escaped(row) or mean for row in rows) + " |"]
+    lines = ["| paired difference | " + " | ".join(escaped(row) or mean for row in rows) + " |"]
     lines.append("| --- " * (len(rows) + 1) + "|")
     for (first, second), texts in cells.items():
-        pair = _escaped(f"{second} less {first}")
+        pair = escaped(f"{second} less {first}")
         lines.append(f"| {pair} | " + " | ".join(texts.get(row, UNDEFINED) for row in rows) + " |")
     return "\n".join(lines) + f"\n\nIn points, with the {LEVEL} % interval of a paired bootstrap over the same draws.\n"
 
@@ -297,11 +297,11 @@ def retrieval_markdown(found: Mapping[str, Any]) -> str:
     for label, row, count in rows:
         bounds = {k: share_interval(row[k] / 100, count) for k in ks}
         texts = " | ".join(f"{row[k]:.1f}{_bounds(bounds, k, 100)}" for k in ks)
-        lines.append(f"| {_escaped(label)} | {texts} |")
+        lines.append(f"| {escaped(label)} | {texts} |")
     return "\n".join(lines) + "\n"
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
     """A name as a cell of a table: a bar of its own would end the cell."""
     return name.replace("|", "\\|")
 

@@ -18,6 +18,7 @@ import numpy as np
 from meteora_jax.evaluation.charts import save_picture
 from meteora_jax.evaluation.problems import Problem
 from meteora_jax.evaluation.systems import System
+from meteora_jax.evaluation.table import escaped
 from meteora_jax.generation import Engines
 from meteora_jax.prompts import user_texts
 from meteora_jax.routing.picture import drawable
@@ -110,9 +111,9 @@ def throughput_markdown(records: Sequence[dict[str, Any]]) -> str:
         for system in systems:
             values = [(cells[system, n][key], cells[systems[0], n][key]) for n in sizes]
             lines.append(
-                f"| {system}{what} | " + " | ".join(f"{v:.1f} ({v / first:.2f})" for v, first in values) + " |"
+                f"| {escaped(system)}{what} | " + " | ".join(f"{v:.1f} ({v / first:.2f})" for v, first in values) + " |"
             )
-    return "\n".join(lines) + f"\n\nIn brackets: over {systems[0]}.\n"
+    return "\n".join(lines) + f"\n\nIn brackets: over {escaped(systems[0])}.\n"
 
 
 def write_throughput(records: Sequence[dict[str, Any]], path: Path) -> None:
