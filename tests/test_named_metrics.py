@@ -20,6 +20,8 @@ LABELS = ("yes", "no", "not sure")
 CASES = [
     ("exact", " Two\n", "two", True),
     ("exact", "two.", "two", False),
+    ("exact", "Caf\u00e9", "cafe\u0301", True),  # NFC, as Qwen's tokenizer has it, and NFD
+    ("contains", "Im Cafe\u0301!", "caf\u00e9", True),
     ("contains", "It is Two.", "two", True),
     ("contains", "anything", "", False),
     ("choice", "Yes, no doubt.", "yes", True),

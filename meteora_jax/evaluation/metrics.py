@@ -11,6 +11,7 @@ costs nothing; in `bleu_strict` an empty answer counts as zero: no n-gram matche
 import functools
 import re
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -53,8 +54,8 @@ def accuracy(task: str, answer: str, target: str) -> bool:
 
 
 def plain(text: str) -> str:
-    """A text as it is compared: in lower case, without outer whitespace."""
-    return text.lower().strip()
+    """A text as it is compared: in lower case, without outer whitespace, composed (NFC), as some tokenizers write."""
+    return unicodedata.normalize("NFC", text.lower().strip())
 
 
 def _exact(answer: str, target: str) -> bool:
