@@ -70,6 +70,7 @@ def test_all_faults_are_said_together(tmp_path, world, capsys):
     write(tasks / "a+b", train=[line(1)], test=[line(2)])
     write(tasks / "oracle", train=[line(1)], test=[line(2)])
     write(tasks / "long", train=[line("so " * 400)], test=[line("so " * 400)])
+    write(tasks / "nothing", train=[line(1)], test=[{"prompt": "", "response": "x"}, line(2)])
     write(tasks / "stray")
     status, _, noted = run(capsys, "tasks", "check", tasks, "--base", world["base"], "--json", tmp_path / "r.json")
     assert status == 1
@@ -90,11 +91,13 @@ def test_all_faults_are_said_together(tmp_path, world, capsys):
         "/a+b: expected a name without , + =, found +",
         "/oracle: expected a name of its own, found one that --systems or --only gives a meaning",
         "/long/test.jsonl:1: expected a prompt of at most 192 tokens, which leave room for an answer, found ",
+        "/nothing/test.jsonl:1: expected a prompt of at least one token, found none",
         "/stray/test.jsonl: expected test examples, found no file",
     ):
         assert sum(said in problem for problem in problems) == 1, (said, problems)
     assert "long, train: 1 of 1 sequences exceed the base's context" in noted
-    assert len(problems) == 14  # good differs from Good as well
+    assert "nothing, test: 1 of 2 prompts are empty" in noted
+    assert len(problems) == 15  # good differs from Good as well
     assert "expected a folder of TASK/train.jsonl" in refused(capsys, "tasks", "check", tmp_path / "nowhere")
 
 

@@ -141,8 +141,10 @@ def _remark(found: CheckedTask) -> None:
     train = {example.key for example in found.examples.get("train", [])}
     for split, examples in found.examples.items():
         where = f"{found.task}, {split}"
-        if empty := sum(not example.response.strip() for example in examples):
-            found.remarks.append(f"{where}: {empty:,} of {len(examples):,} responses are empty")
+        asked = ["".join([e.prompt, *(message["content"] for message in e.messages)]) for e in examples]
+        for what, texts in (("prompts", asked), ("responses", [e.response for e in examples])):
+            if empty := sum(not text.strip() for text in texts):
+                found.remarks.append(f"{where}: {empty:,} of {len(examples):,} {what} are empty")
         if split == "test" and (seen := sum(example.key in train for example in examples)):
             found.remarks.append(f"{where}: {seen:,} of {len(examples):,} prompts are in train as well")
     kinds = {is_messages(example.asked) for examples in found.examples.values() for example in examples}
@@ -173,6 +175,11 @@ def _render(found: CheckedTask, settings: TaskSettings, measure: Measure) -> Non
                 f"{len(ids):,}"
                 for example, ids in zip(good, prompts, strict=True)
                 if len(ids) > room
+            ]
+            found.problems += [
+                f"{example.where}: expected a prompt of at least one token, found none"
+                for example, ids in zip(good, prompts, strict=True)
+                if not ids
             ]
         elif long := sum(size > context for size in sizes):
             found.remarks.append(
