@@ -348,6 +348,12 @@ def test_a_record_has_its_scores(tmp_path):
     assert plain["scores"] == {"accuracy": 0.0, "loraretriever": {"exact_match": 0.0}}
 
 
+def test_settings_that_are_none_are_refused(tmp_path):
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"run\.json: expected a run's settings, found list"):
+        Records(tmp_path, {})
+
+
 def test_more_banks_may_join_a_run_but_not_others(tmp_path):
     Records(tmp_path, {"split": "test", "system banks": {"lora-b": "1"}})
     Records(tmp_path, {"split": "test", "system banks": {"lora-f": "2"}})

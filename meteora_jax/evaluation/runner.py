@@ -81,6 +81,8 @@ class Records:
 def _settings(file: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The settings to write: those wanted, and what an earlier part of the run had beside them."""
     found = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: expected a run's settings, found {type(found).__name__}")
     merged, wrong = dict(wanted), []
     for key in found:
         old, new = found[key], wanted.get(key)
