@@ -45,7 +45,7 @@ def test_commands_are_ones_that_meteora_takes(tmp_path, script):
     env = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SAID": str(tmp_path / "said"), "BASE": "base",
         "TASKS": str(tmp_path / "tasks"), "OUT": str(tmp_path / "out"),
-        "ADDED": "2 4",
+        "ADDED": "2 4", "SEED": "3",
     }  # fmt: skip
     done = subprocess.run([script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -54,6 +54,8 @@ def test_commands_are_ones_that_meteora_takes(tmp_path, script):
         if isinstance(command, Evaluate):
             names, folders = read_systems(command.systems, "abcdef")
             assert all(name in folders or of_a_family(name) for name in names)
+    seeds = {c.settings.seed for c in commands if isinstance(c, TrainAdapter | TrainBank | TrainGates)}
+    assert seeds <= ({0, 1, 3} if script.stem == "run_to_run" else {3})
     if script.stem == "growth":
         trained = [c for c in commands if isinstance(c, TrainGates) and c.extend]
         assert [(c.extend, c.replay) for c in trained] == [(folder / "old", folder / "replay") for folder in grown]

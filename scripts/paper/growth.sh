@@ -6,7 +6,7 @@ cd "$(dirname "$0")" && here=$PWD && cd - > /dev/null
 "$here/adapters.sh"
 mapfile -t names < <(python3 -c "import json, sys; [print(a['name']) for a in json.load(open(sys.argv[1]))['adapters']]" \
     "$OUT/bank/bank.json")
-train=(meteora train gates --base "$BASE" --tasks "$TASKS")
+train=(meteora train gates --base "$BASE" --tasks "$TASKS" --seed "${SEED:-0}")
 [ -f "$OUT/gates/gates.json" ] || "${train[@]}" --bank "$OUT/bank" --out "$OUT/gates"
 judge() {
     meteora evaluate --base "$BASE" --bank "$OUT/bank" --gates "$1" --tasks "$TASKS" --max-prompt 2048 \

@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")" && here=$PWD && cd - > /dev/null
 "$here/adapters.sh"
-[ -f "$OUT/gates/gates.json" ] || meteora train gates --base "$BASE" --bank "$OUT/bank" --tasks "$TASKS" --out "$OUT/gates"
+[ -f "$OUT/gates/gates.json" ] || meteora train gates --base "$BASE" --bank "$OUT/bank" --tasks "$TASKS" --out "$OUT/gates" \
+    --seed "${SEED:-0}"
 [ -f "$OUT/index/index.json" ] || meteora index build "$OUT/index" --tasks "$TASKS"
 seen=(retrieval-selection retrieval-mixture retrieval-fusion gates-top2 gates-within-top2)
 systems=$(IFS=, && echo "${seen[*]},${seen[*]/%/-unseen}")

@@ -4,9 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")" && here=$PWD && cd - > /dev/null
 "$here/adapters.sh"
-[ -f "$OUT/gates/gates.json" ] || meteora train gates --base "$BASE" --bank "$OUT/bank" --tasks "$TASKS" --out "$OUT/gates"
+seed=(--seed "${SEED:-0}")
+[ -f "$OUT/gates/gates.json" ] || meteora train gates --base "$BASE" --bank "$OUT/bank" --tasks "$TASKS" --out "$OUT/gates" "${seed[@]}"
 [ -f "$OUT/gates-meteora/gates.json" ] || meteora train gates --recipe meteora --base "$BASE" --bank "$OUT/bank" \
-    --tasks "$TASKS" --out "$OUT/gates-meteora" --steps 480 --batch-size 64 --max-length 2048 --learning-rate 1e-3 \
+    --tasks "$TASKS" --out "$OUT/gates-meteora" "${seed[@]}" --steps 480 --batch-size 64 --max-length 2048 --learning-rate 1e-3 \
     --composite 0.2 --remat "${REMAT:-all}"
 [ -f "$OUT/index/ranking.json" ] || {
     meteora index build "$OUT/index" --tasks "$TASKS"
@@ -16,7 +17,7 @@ mapfile -t tasks < <(cd "$TASKS" && ls -d -- */train.jsonl | xargs -n 1 dirname)
 [ -d "$OUT/bank-own" ] || { rm -rf "$OUT/bank-own.new"; cp -r "$OUT/bank" "$OUT/bank-own.new"; mv "$OUT/bank-own.new" "$OUT/bank-own"; }
 for task in "${tasks[@]}"; do
     [ -f "$OUT/own-gates/$task" ] || meteora train adapter --base "$BASE" --tasks "$TASKS" --task "$task" --name "$task" \
-        --own-gate "$OUT/bank-own" --out "$OUT/bank-own" --run "$OUT/own-gates/$task-run" \
+        --own-gate "$OUT/bank-own" --out "$OUT/bank-own" --run "$OUT/own-gates/$task-run" "${seed[@]}" \
         --steps 100 --rows 4 --max-length 2048 --learning-rate 5e-3
     mkdir -p "$OUT/own-gates" && touch "$OUT/own-gates/$task"
 done

@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")" && here=$PWD && cd - > /dev/null
 "$here/adapters.sh"
-[ -f "$OUT/gates/gates.json" ] || meteora train gates --base "$BASE" --bank "$OUT/bank" --tasks "$TASKS" --out "$OUT/gates"
+seed=(--seed "${SEED:-0}")
+[ -f "$OUT/gates/gates.json" ] || meteora train gates --base "$BASE" --bank "$OUT/bank" --tasks "$TASKS" --out "$OUT/gates" "${seed[@]}"
 mapfile -t tasks < <(cd "$TASKS" && ls -d -- */train.jsonl | xargs -n 1 dirname)
 large=$((8 * ${#tasks[@]}))  # as many numbers as the whole bank has
 banks=
@@ -13,7 +14,7 @@ for rank in 8 "$large"; do
         how=(--mixture natural)
         [ "$lora" = f ] || how=(--mixture balanced --samples-per-task 1000)  # MeteoRA, section 4.1
         [ -f "$OUT/$name/bank.json" ] || meteora train adapter --base "$BASE" --tasks "$TASKS" --out "$OUT/$name" \
-            --task "${tasks[@]}" --name "$name" \
+            --task "${tasks[@]}" --name "$name" "${seed[@]}" \
             --rank "$rank" "${how[@]}" --steps 470 --rows 16 --max-length 2048 --learning-rate 1e-3 --warmup 0.03 \
             --clip 1 --composite 0.1 --composite-sizes 2 10 --composite-shots 2 --remat "${REMAT:-all}"
         banks+=,$name=$OUT/$name
