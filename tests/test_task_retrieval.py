@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_losses_are_transformers_own(world, ranked):
         ]
         assert losses["moods"][name] == pytest.approx(torch.cat(each).mean().item(), abs=1e-4)
     assert read_ranking(ranked)["moods"] == tuple(sorted(NAMES, key=losses["moods"].get))
+
+
+def test_nothing_predicts_the_first_token_of_a_response_without_a_prompt(world):
+    model = world["model"]
+    ids = model.encode("a good day")
+    losses = rank_adapters(model, {"moods": [Example("", "a good day")]})["moods"]
+    logprobs = jax.nn.log_softmax(model.logits([ids], router=mj.Fixed("apple"))[0])
+    wanted = -np.mean([float(logprobs[i - 1, ids[i]]) for i in range(1, len(ids))])
+    assert losses["apple"] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_losses_of_small_batches_are_the_same(world, monkeypatch):

@@ -62,10 +62,11 @@ def digest(tasks: Mapping[str, Sequence[Example]]) -> str:
 
 
 def _tokens(model: Model, example: Example) -> tuple[list[int], int]:
-    """Prompt and response, cut to the context, and the prompt's length."""
+    """Prompt and response, cut to the context, and the first token whose loss counts: the response's, but nothing
+    predicts a sequence's own first."""
     prompt = model.encode(list(example.messages) or example.prompt)
     response = model.tokenizer(example.response, add_special_tokens=False)["input_ids"]
-    return (prompt + list(response))[: model.config.max_position_embeddings], len(prompt)
+    return (prompt + list(response))[: model.config.max_position_embeddings], max(len(prompt), 1)
 
 
 def _loss(model: Model, rows: Sequence[tuple[list[int], int]], router: Fixed) -> float:
