@@ -80,6 +80,8 @@ def describe(error: RequestValidationError) -> ApiError:
     """What is wrong with a body, one part a field; no text of what was sent is repeated."""
     parts, param = [], None
     for problem in error.errors():
+        if problem["type"] == "json_invalid":
+            return ApiError(400, f"body: expected JSON, found none from character {problem['loc'][-1]} on")
         where = ".".join(str(part) for part in problem["loc"] if part != "body")
         param = param or where or None
         said = problem["msg"] if where else "expected a JSON object (Content-Type: application/json)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST_CHOICES, MOST_TOP, MOST_STOPS = 128, 20, 16
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -34,6 +34,13 @@ def _can_stop(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+def _null_is(default: Any, kind: Any) -> BeforeValidator:
+    """OpenAI's clients send null for what they do not set; in its own API such a field is as if it were absent."""
+    return BeforeValidator(lambda value: default if value is None else value, json_schema_input_type=kind | None)
+
+
+Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
+Flag = Annotated[bool, _null_is(False, bool)]
 NotServed = AfterValidator(_not_served)
 Nothing = Annotated[Finite | None, NotServed, Field(description="not served: 0 or absent")]
 
@@ -54,7 +61,7 @@ class Labels(BaseModel):
 class StreamOptions(BaseModel):
     """What a stream says beside its text. include_usage: a last chunk with the usage and no choice."""
 
-    include_usage: bool = False
+    include_usage: Flag = False
     include_obfuscation: bool | None = None
 
 
@@ -66,9 +73,9 @@ class Asked(Labels):
     """
 
     model: Name
-    stream: bool = False
+    stream: Flag = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    n: Annotated[Choices, _null_is(1, Choices)] = 1
     stop: Annotated[str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None, AfterValidator(_can_stop)] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
@@ -93,7 +100,7 @@ class CompletionRequest(Asked):
         str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MOST_CHOICES)], Field()
     ]
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = 16
-    echo: bool = False
+    echo: Flag = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     best_of: int | None = None
     suffix: Annotated[str | None, NotServed, Field(description="not served: empty or absent")] = None
