@@ -215,7 +215,12 @@ def test_notations_of_calls():
     assert (text, json.loads(call["function"]["arguments"])) == ("Well.", {"a": 1})
     text, (call,) = read_calls('<|python_tag|>{"name": "f", "parameters": {"a": [2]}}', "json", names)
     assert (text, json.loads(call["function"]["arguments"])) == ("", {"a": [2]})
-    for other in ('{"name": "g", "parameters": {}}', "f(1)", "[]", '{"name": "f"', "[" * 100_000):
+    for nothing in ("", ', "arguments": null', ', "parameters": null'):
+        _, (call,) = read_calls(f'{{"name": "f"{nothing}}}', "json", names)
+        assert call["function"]["arguments"] == "{}"
+    no_name = ('{"name": ["f"]}', '{"name": {"f": 1}}', '{"name": null}')
+    no_json = ('{"name": "f", "parameters": {"a": NaN}}', '{"name": "f", "parameters": {"a": 1e999}}')
+    for other in ('{"name": "g", "parameters": {}}', "f(1)", "[]", '{"name": "f"', "[" * 100_000, *no_name, *no_json):
         assert read_calls(other, "json", names) == (other, [])
     with pytest.raises(ApiError):
         notation_of("{{ messages }}")

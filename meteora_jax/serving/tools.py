@@ -44,11 +44,15 @@ def read_calls(text: str, notation: Notation, names: set[str]) -> tuple[str, lis
 def _call(body: str, names: set[str]) -> dict[str, Any] | None:
     try:
         value = json.loads(body)
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in names:
+            return None
+        arguments = value.get("arguments", value.get("parameters"))
+        arguments = {} if arguments is None else arguments
+        # NaN and numbers beyond a float's are no JSON, though Python reads them
+        written = (
+            arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        )
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or value.get("name") not in names:
-        return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     function = {"name": value["name"], "arguments": written}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
