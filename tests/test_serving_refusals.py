@@ -65,25 +65,6 @@ def test_fields_that_are_not_served_are_said_to_be_so(served, field, value, said
     assert post(served, "completions", model="tiny", prompt="A", max_tokens=1, **{field: nothing}).status_code == 200
 
 
-NULLS = [
-    "n", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty",
-    "logit_bias", "user",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("path", "asked", "own"),
-    [
-        ("completions", {"prompt": "A", "max_tokens": 1}, ["echo", "best_of", "logprobs", "suffix"]),
-        ("chat/completions", {"messages": ASK, "max_completion_tokens": 1}, ["tools", "logprobs", "max_tokens"]),
-    ],
-)
-def test_a_null_is_as_if_the_field_were_absent(served, path, asked, own):
-    got = post(served, path, model="tiny", **asked, **dict.fromkeys([*NULLS, *own]))
-    assert got.status_code == 200, got.text
-    assert len(got.json()["choices"]) == 1
-
-
 def test_a_body_that_is_no_json_is_told_where(served):
     kind = {"Content-Type": "application/json"}
     got = httpx.post(f"{served.url}/v1/completions", content=b'{"model": "tiny",', headers=kind, timeout=60)

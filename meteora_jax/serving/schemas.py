@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MOST_CHOICES, MOST_TOP, MOST_STOPS = 128, 20, 16
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -34,18 +34,20 @@ def _can_stop(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
-def _null_is(default: Any, kind: Any) -> BeforeValidator:
-    """OpenAI's clients send null for what they do not set; in its own API such a field is as if it were absent."""
-    return BeforeValidator(lambda value: default if value is None else value, json_schema_input_type=kind | None)
-
-
-Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
-Flag = Annotated[bool, _null_is(False, bool)]
 NotServed = AfterValidator(_not_served)
 Nothing = Annotated[Finite | None, NotServed, Field(description="not served: 0 or absent")]
 
 
-class Labels(BaseModel):
+class Given(BaseModel):
+    """An object of which a null field is one that is absent, as OpenAI's API and its clients have it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+
+class Labels(Given):
     """Fields of OpenAI's that change no answer."""
 
     model_config = ConfigDict(extra="forbid")
@@ -56,12 +58,13 @@ class Labels(BaseModel):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Given):
     """What a stream says beside its text. include_usage: a last chunk with the usage and no choice."""
 
-    include_usage: Flag = False
+    include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
@@ -73,9 +76,9 @@ class Asked(Labels):
     """
 
     model: Name
-    stream: Flag = False
+    stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[Choices, _null_is(1, Choices)] = 1
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     stop: Annotated[str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None, AfterValidator(_can_stop)] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
@@ -100,7 +103,7 @@ class CompletionRequest(Asked):
         str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MOST_CHOICES)], Field()
     ]
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = 16
-    echo: Flag = False
+    echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     best_of: int | None = None
     suffix: Annotated[str | None, NotServed, Field(description="not served: empty or absent")] = None
@@ -183,6 +186,7 @@ class ChatRequest(Asked):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    modalities: list[Literal["text"]] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None

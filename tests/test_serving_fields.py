@@ -1,0 +1,48 @@
+"""Fields as clients send them, and what their refusals name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from served import serving
+from test_serving import ASK
+
+from meteora_jax.serving.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
+
+
+@pytest.fixture(scope="module")
+def served(world):
+    with serving(world["model"]) as found:
+        yield found
+
+
+def post(served: Any, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{served.url}/v1/{path}", json=body, timeout=60)
+
+
+CHAT, TEXT, VECTOR = {"model": "tiny", "messages": ASK}, {"model": "tiny", "prompt": "A"}, {"model": "e", "input": "A"}
+
+
+KINDS = [(ChatRequest, CHAT), (CompletionRequest, TEXT), (EmbeddingRequest, VECTOR)]
+
+
+@pytest.mark.parametrize(("kind", "given"), KINDS)
+def test_a_null_is_a_field_that_is_absent(kind, given):
+    fields = {name for name, field in kind.model_fields.items() if not field.is_required()}
+    of_openai = {"stream", "n", "echo", "function_call", "functions", "reasoning_effort", "audio", "verbosity"}
+    wanted = kind.model_validate(given)
+    assert kind.model_validate(given | dict.fromkeys(fields | of_openai)) == wanted
+    for name in ("model", next(name for name in given if name != "model")):
+        with pytest.raises(ValueError, match=name):
+            kind.model_validate(given | {name: None})
+
+
+def test_nulls_and_defaults_that_clients_send_are_answered(served):
+    options = {"include_usage": None, "include_obfuscation": False}
+    asked = CHAT | dict(max_tokens=1, n=None, stream=True, stream_options=options, modalities=["text"], audio=None)
+    got = post(served, "chat/completions", **asked, prompt_cache_retention="24h")
+    assert got.status_code == 200
+    assert got.text.endswith("data: [DONE]\n\n")
+    assert post(served, "chat/completions", **CHAT, modalities=["text", "audio"]).status_code == 400
