@@ -46,3 +46,29 @@ def test_nulls_and_defaults_that_clients_send_are_answered(served):
     assert got.status_code == 200
     assert got.text.endswith("data: [DONE]\n\n")
     assert post(served, "chat/completions", **CHAT, modalities=["text", "audio"]).status_code == 400
+
+
+PART, PICTURE = {"type": "text", "text": "x"}, {"type": "image_url"}
+PLACES = [
+    ("completions", {"stop": {"a": 1}}, "stop"),
+    ("completions", {"stop": ["a", 5]}, "stop"),
+    ("completions", {"routing": "all"}, "routing"),
+    ("completions", {"prompt": []}, "prompt"),
+    ("completions", {"prompt": ["x", ["y"]]}, "prompt"),
+    ("completions", {"router": {"apple": "x"}}, "router.apple"),
+    ("completions", {"temprature": 1}, "temprature"),
+    ("chat/completions", {"messages": [{"content": "x"}]}, "messages.0.role"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [PART, PICTURE]}]}, "messages.0.content"),
+    ("chat/completions", {"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "wrong", "place"), PLACES)
+def test_a_refusal_names_the_field_as_it_was_sent(served, path, wrong, place):
+    asked = (CHAT if path.startswith("chat") else TEXT) | wrong
+    got = post(served, path, **asked)
+    error = got.json()["error"]
+    assert (got.status_code, error["param"]) == (400, place)
+    assert error["message"].startswith(f"{place}: ")
+    for word in ("constrained", "list[", "union", ".str", ".bool", "literal"):
+        assert word not in error["message"]

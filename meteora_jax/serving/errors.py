@@ -78,17 +78,34 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 def describe(error: RequestValidationError) -> ApiError:
     """What is wrong with a body, one part a field; no text of what was sent is repeated."""
-    parts, param = [], None
+    parts: list[str] = []
+    param = None
     for problem in error.errors():
         if problem["type"] == "json_invalid":
             return ApiError(400, f"body: expected JSON, found none from character {problem['loc'][-1]} on")
-        where = ".".join(str(part) for part in problem["loc"] if part != "body")
+        where = _place(error.body, problem)
         param = param or where or None
         said = problem["msg"] if where else "expected a JSON object (Content-Type: application/json)"
         if problem["type"] == "value_error":  # of our own checks, perhaps over several fields
             said = str(problem["ctx"]["error"])
         parts.append(f"{where or 'body'}: {said}")
     return ApiError(400, "; ".join(dict.fromkeys(parts))[:2000], param=param)
+
+
+def _place(body: Any, problem: Mapping[str, Any]) -> str:
+    """The field of the body that a problem is about; names of the kinds that it was tried as are no part of it."""
+    found: list[str] = []
+    parts = problem["loc"][1:]
+    for i, part in enumerate(parts):
+        if not (isinstance(body, dict) if isinstance(part, str) else isinstance(body, list)):
+            continue
+        if isinstance(body, dict) and part not in body:
+            if problem["type"] == "missing" and i == len(parts) - 1:
+                found.append(str(part))
+            continue
+        found.append(str(part))
+        body = body[part]
+    return ".".join(found)
 
 
 def install(app: FastAPI) -> None:
