@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
 import pytest
 from served import serving
-from test_serving import ASK
+from test_serving import ASK, JSON
 
 from meteora_jax.serving.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 
@@ -72,3 +73,42 @@ def test_a_refusal_names_the_field_as_it_was_sent(served, path, wrong, place):
     assert error["message"].startswith(f"{place}: ")
     for word in ("constrained", "list[", "union", ".str", ".bool", "literal"):
         assert word not in error["message"]
+
+
+MUCH = "many words " * 200
+TOO_LONG = [
+    ("completions", {"prompt": ["A", MUCH]}, "prompt", "prompt 1: expected at most 256 tokens"),
+    ("completions", {"prompt": "A", "max_tokens": 999}, "prompt", "found 1 of the prompt and 999 of the response"),
+    ("chat/completions", {"messages": [{"role": "user", "content": MUCH}]}, "messages", "1 of the response at least"),
+    ("chat/completions", {"max_tokens": 999}, "messages", "and 999 of the response"),
+]
+
+
+@pytest.mark.parametrize(("path", "wrong", "place", "said"), TOO_LONG)
+def test_what_the_context_does_not_hold_has_openai_s_code(served, path, wrong, place, said):
+    asked = (CHAT if path.startswith("chat") else TEXT) | wrong
+    error = post(served, path, **asked).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", place)
+    assert said in error["message"]
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored(served):
+    asked = dict(model="tiny", prompt=[5] * 256, echo=True, logprobs=1, max_tokens=0)
+    (choice,) = post(served, "completions", **asked).json()["choices"]
+    assert len(choice["logprobs"]["token_logprobs"]) == 256
+    error = post(served, "completions", **asked | {"max_tokens": 1}).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(("prompt", "number"), [(["A", ""], 1), ([[5], [6], [999]], 2), (["A", "\ud800"], 1)])
+def test_a_prompt_is_named_by_its_number(served, prompt, number):
+    got = httpx.post(f"{served.url}/v1/completions", content=json.dumps(TEXT | {"prompt": prompt}), headers=JSON)
+    error = got.json()["error"]
+    assert error["message"].startswith(f"prompt {number}: ")
+    assert error["param"] == "prompt"
+
+
+def test_a_template_s_refusal_is_of_the_messages(served):
+    wrong = json.dumps(CHAT | {"messages": [{"role": "user", "content": "\ud800"}]})
+    error = httpx.post(f"{served.url}/v1/chat/completions", content=wrong, headers=JSON).json()["error"]
+    assert error["param"] == "messages"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from meteora_jax.api import Meteora
@@ -45,48 +46,71 @@ class Work:
 def chat_work(fleet: Fleet, grammars: Grammars, positions: int, body: ChatRequest) -> Work:
     """Of `/v1/chat/completions`. positions: how many the engine has for one request."""
     model = fleet.model
-    messages = read_messages([message.plain() for message in body.messages], "messages")
     options: dict[str, Any] = {}
     if body.tools and body.tool_choice != "none":
         options["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
-    rendered = render_chat(model.tokenizer, messages, "messages", add_generation_prompt=True, **options)
-    ids = list(model.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    with _about("messages"):
+        messages = read_messages([message.plain() for message in body.messages], "messages")
+        rendered = render_chat(model.tokenizer, messages, "messages", add_generation_prompt=True, **options)
+        ids = list(model.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        longest = _room(model, positions, [ids], body.most)
     top = (body.top_logprobs or 0) if body.logprobs else None
-    return _work(fleet, grammars, positions, body, [ids], [user_texts(messages)], body.most, top)
+    return _work(fleet, grammars, longest, body, [ids], [user_texts(messages)], body.most, top)
 
 
 def text_work(fleet: Fleet, grammars: Grammars, positions: int, spelling: Spelling, body: CompletionRequest) -> Work:
     """Of `/v1/completions`, whose texts continue the prompts'."""
-    model, prompts, said = fleet.model, [], list[Said]()
+    model, most = fleet.model, 16 if body.max_tokens is None else body.max_tokens
     one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     given: Sequence[Any] = [body.prompt] if one else body.prompt
-    for i, prompt in enumerate(given):
-        read: Any = read_prompt(prompt, f"prompt {i}")
-        ids = list(model.tokenizer(read)["input_ids"]) if isinstance(read, str) else read
-        check_prompts([ids], model.config, 0)
-        prompts.append(ids)
-        said.append(read if isinstance(read, str) else model.decode_tokens(ids))
-    most = 16 if body.max_tokens is None else body.max_tokens
-    work = _work(fleet, grammars, positions, body, prompts, said, most, body.logprobs)
+    with _about("prompt"):
+        read: list[Any] = [read_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(given)]
+        prompts = [list(model.tokenizer(text)["input_ids"]) if isinstance(text, str) else text for text in read]
+        longest = _room(model, positions, prompts, most)
+    said: list[Said] = [text if isinstance(text, str) else model.decode_tokens(text) for text in read]
+    work = _work(fleet, grammars, longest, body, prompts, said, most, body.logprobs)
     for i, request in enumerate(work.requests):
         if said[work.owner(i)]:
             work.requests[i] = dataclasses.replace(request, decode=spelling.behind)
     return work
 
 
+@contextlib.contextmanager
+def _about(field: str) -> Iterator[None]:
+    """Refusals within are of a field of the request."""
+    try:
+        yield
+    except InputError as e:
+        raise ApiError(400, "; ".join(e.problems), param=field) from None
+    except ApiError as e:
+        e.param = field
+        raise
+
+
+def _room(model: Meteora, positions: int, prompts: list[list[int]], most: int | None) -> int:
+    """How many tokens prompt and response may have together.
+
+    Raises:
+        ApiError: they have more.
+        InputError: a prompt without a token, or with unknown ones.
+    """
+    longest = min(positions, model.config.max_position_embeddings)
+    response = "1 of the response at least" if most is None else f"{most} of the response"
+    for i, ids in enumerate(prompts):
+        if len(ids) + (1 if most is None else most) > longest:
+            found = f"{len(ids)} of the prompt" + ("" if most == 0 else f" and {response}")
+            message = f"prompt {i}: expected at most {longest} tokens (the context), found {found}"
+            raise ApiError(400, message, code="context_length_exceeded")
+    check_prompts(prompts, model.config, 0)
+    return longest
+
+
 def _work(
-    fleet: Fleet, grammars: Grammars, positions: int, body: Asked, prompts: list[list[int]], said: list[Said],
+    fleet: Fleet, grammars: Grammars, longest: int, body: Asked, prompts: list[list[int]], said: list[Said],
     most: int | None, top: int | None,
 ) -> Work:  # fmt: skip
     model = fleet.model
     router: Any = mixture(fleet, body.model, body.router)
-    longest = min(positions, model.config.max_position_embeddings)
-    for ids in prompts:
-        check_prompts([ids], model.config, 0)
-        if len(ids) + (most or 1) > longest:
-            said_most = f" and {most} of the response" if most else ""
-            message = f"expected at most {longest} tokens (the context), found {len(ids)} of the prompt{said_most}"
-            raise ApiError(400, message, code="context_length_exceeded", param="messages")
     routers, found = model.look_up([router] * len(prompts), len(prompts), lambda: said)
     grammar = grammars.read(body.response_format)
     sampling = _sampling(body)
