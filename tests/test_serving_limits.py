@@ -91,6 +91,14 @@ def test_a_full_queue_says_when_to_come_again(served):
     assert client.completions.create(**LONG | {"max_tokens": 2}).choices[0].text
 
 
+def test_who_asks_for_more_than_there_ever_is_room_for_is_not_told_to_wait(served):
+    for asked in (LONG | {"n": 6}, LONG | {"prompt": ["a", "b", "c"], "n": 2}):
+        with pytest.raises(openai.BadRequestError, match=r"at most 5 responses of one request .*, found 6"):
+            served.client().completions.create(**asked)
+    got = served.client().completions.create(**LONG | {"max_tokens": 1, "n": 5})
+    assert len(got.choices) == 5
+
+
 def test_bodies_have_a_size_and_come_in_time(served):
     url = f"{served.url}/v1/completions"
     large = json.dumps(LONG | {"prompt": "x" * 20_000}).encode()

@@ -111,15 +111,19 @@ class Server:
         """Room for so many responses in the queue, kept until the block ends.
 
         Raises:
-            ApiError: 429 where there is none, 503 while the server ends or after its engine failed for good.
+            ApiError: 429 where there is none, 400 where there never is, 503 while the server ends or after its engine
+                failed for good.
         """
         if self.draining or self.driver.dead:
             raise ApiError(503, "the server is shutting down", headers={"retry-after": "5", "connection": "close"})
         await self._open.wait()
         ahead, rows = len(self.driver.live) + self._reserved, self.driver.size.rows
-        if ahead + count > rows + self.settings.max_waiting:
+        most = rows + self.settings.max_waiting
+        if count > most:  # there will never be room: nobody should wait for it
+            raise ApiError(400, f"expected at most {most} responses of one request (n of each prompt), found {count}")
+        if ahead + count > most:
             wait = max(1, round(self._mean_seconds * max(0, ahead - rows) / rows))
-            said = f"expected at most {rows + self.settings.max_waiting} responses under way, found {ahead}"
+            said = f"expected at most {most} responses under way, found {ahead} and {count} of this request"
             raise ApiError(429, said, code="queue_full", headers={"retry-after": str(min(wait, 60))})
         self._reserved += count
         try:
