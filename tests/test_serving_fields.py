@@ -112,3 +112,22 @@ def test_a_template_s_refusal_is_of_the_messages(served):
     wrong = json.dumps(CHAT | {"messages": [{"role": "user", "content": "\ud800"}]})
     error = httpx.post(f"{served.url}/v1/chat/completions", content=wrong, headers=JSON).json()["error"]
     assert error["param"] == "messages"
+
+
+ADDRESSES = [
+    ("POST", "/v1/responses", 404), ("POST", "/v1/embeddings", 404), ("DELETE", "/nothing", 404), ("GET", "/v1/x", 404),
+    ("POST", "/v1/models", 405), ("PUT", "/v1/completions", 405), ("POST", "/", 405), ("DELETE", "/health", 405),
+    ("HEAD", "/health", 200), ("HEAD", "/v1/models", 200), ("HEAD", "/metrics", 200), ("HEAD", "/", 200),
+    ("HEAD", "/v1/models/x", 404), ("HEAD", "/nothing", 404),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "address", "status"), ADDRESSES)
+def test_an_address_that_there_is_not_is_not_found_and_heads_are_those_of_gets(served, method, address, status):
+    got = httpx.request(method, served.url + address)
+    assert got.status_code == status
+    if method == "HEAD":
+        want = httpx.get(served.url + address)
+        assert (got.content, got.headers["content-type"]) == (b"", want.headers["content-type"])
+    else:
+        assert got.json()["error"]["message"]

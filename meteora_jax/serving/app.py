@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meteora_jax.prompts import read_messages, read_prompt, render_chat
 from meteora_jax.retriever.encoder import TextEncoder
@@ -51,7 +53,10 @@ class Page:
         self._files = StaticFiles(directory=str(resources.files("meteora_jax.serving") / "page"), html=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves a file."""
+        """Serves a file. What no route took comes here: an address that there is not is 404 by whatever method."""
+        if scope["method"] not in ("GET", "HEAD"):
+            taken = any(r.matches(scope)[0] is Match.PARTIAL for r in scope["app"].routes)
+            raise HTTPException(405 if taken or scope["path"] == "/" else 404)
 
         async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -61,6 +66,24 @@ class Page:
             await send(message)
 
         await self._files(scope, receive, with_policy)
+
+
+class Heads:
+    """ASGI: HEAD, which monitors and balancers send, is answered as GET is, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, without_body)
 
 
 def make_app(server: Server) -> FastAPI:
@@ -86,6 +109,7 @@ def make_app(server: Server) -> FastAPI:
     else:
         _no_adapters(app)
     app.mount("/", Page())
+    app.add_middleware(Heads)
     app.add_middleware(Gatekeeper, settings=server.settings)
     if server.settings.origins:
         app.add_middleware(
