@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from meteora_jax.config import InputError
@@ -60,8 +60,8 @@ class Arguments:
             self.refuse(name, f"one of {', '.join(options)}", value)
 
     def texts(self, name: str, value: Any) -> None:
-        """A list of texts; a single one is no list of its characters."""
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        """A list of texts; a single one is no list of its characters, and what can be read once is read by this."""
+        if isinstance(value, str | bytes | Mapping | Iterator) or not isinstance(value, Iterable):
             self.refuse(name, "a list of texts", value)
             return
         for i, text in enumerate(value):

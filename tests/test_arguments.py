@@ -38,6 +38,12 @@ REFUSED = {
     # what a step could not take any more
     'mj.Sampling(1.0, index=2**40)': "index: expected at most 2147483647, found 1099511627776",
     'mj.Engine(model).submit([5], router=None, logprobs=10**6)': "logprobs: expected at most 320, found 1000000",
+    # what a check would have read to its end
+    'ask(stop=(text for text in ["a"]))': "stop: expected a list of texts, found <gen",
+    'mj.Engine(model).submit([5], router=None, stop=iter(["a"]))': "stop: expected a list of texts, found <list",
+    'mj.Gates(within=(name for name in ["apple", "cedar"]))': "Gates: within: expected a list of texts, found <gen",
+    'mj.Logo(2, within=map(str, ["apple", "cedar"]))': "within: expected a list of texts, found <map",
+    'mj.Retrieval(index, 1, exclude=iter(["apple"]))': "exclude: expected a list of texts, found <list",
     # prompts
     'model.generate(None)': "prompts: expected a list of prompts, found None",
     'model.generate(3)': "prompts: expected a list of prompts, found 3",
